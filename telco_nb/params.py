@@ -1,0 +1,298 @@
+"""Parameter files: strict loading, merging and checking, before any kernel starts.
+
+`base.yaml` + `profiles/<profile>.yaml` + one `lora/<config>.yaml` or `judges/<judge>.yaml` give the flat set of
+values that notebooks receive. Merging is by key. Every fault names the file, the key and the fix.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from telco_nb import ROOT
+
+PARAMS_DIR = ROOT / "params"
+NOTEBOOKS_DIR = ROOT / "notebooks"
+Share = Field(ge=0, le=1)
+
+
+class ParameterError(ValueError):
+    """A parameter file or value cannot be used; the message names where, what and the fix."""
+
+
+class Parameters(BaseModel):
+    """Every parameter of the study. No defaults here: `params/base.yaml` holds them, with their meaning."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    # which study, which part of it
+    profile: str
+    scope: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    configs: list[str] = Field(min_length=1)
+    repeats: list[str]
+    repeat_configs: list[str]
+    repeat_seeds: list[int]
+    judges: list[str] = Field(min_length=1)
+    seed: int = Field(ge=0)
+    # data
+    glossary_path: str
+    axes_path: str
+    generator: Literal["offline"]
+    seeds_per_scenario: int = Field(ge=1, le=20)
+    train_conversations: int | None = Field(ge=1)
+    val_conversations: int | None = Field(ge=1)
+    test_prompts: int | None = Field(ge=1)
+    # model and LoRA
+    base_model: str = Field(min_length=1)
+    target_modules: Literal["qv", "attention", "mlp", "all"]
+    rank: int = Field(ge=1, le=1024)
+    lora_alpha: int = Field(ge=1)
+    lora_dropout: float = Share
+    # optimisation
+    epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, lt=1)
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"]
+    warmup_share: float = Share
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    batch_tokens: int = Field(ge=64)
+    max_length: int = Field(ge=32)
+    dtype: Literal["auto", "float32", "bfloat16"]
+    checkpoint_seconds: float = Field(gt=0)
+    # answering
+    answer_max_tokens: int = Field(ge=8)
+    answer_batch_size: int = Field(ge=1)
+    # energy
+    cpu_watts_per_core_low: float = Field(gt=0)
+    cpu_watts_per_core: float = Field(gt=0)
+    cpu_watts_per_core_high: float = Field(gt=0)
+    idle_share: float = Share
+    # judging
+    judge: str
+    judge_kind: Literal["checklist", "reference", "anthropic"]
+    judge_model: str | None
+    judge_endpoint: str | None
+    matchings_per_prompt: int = Field(ge=1)
+    swap_share: float = Share
+    retest_share: float = Share
+    anchor_share: float = Share
+    bootstrap_draws: int = Field(ge=100)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The resolved files of one profile: `base` for all steps, one override per configuration and per judge."""
+
+    profile: str
+    base: dict[str, Any]
+    lora: dict[str, dict[str, Any]]
+    judge_files: dict[str, dict[str, Any]]
+    configs: list[str] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> list[str]:
+        """Scopes of the seed repeats, `<config>-seed<seed>`, for the repeated configurations in `configs`."""
+        repeated = [c for c in self.base["repeat_configs"] if c in self.configs]
+        return [f"{config}-seed{seed}" for config in repeated for seed in self.base["repeat_seeds"]]
+
+    def values(self, scope: str) -> dict[str, Any]:
+        """All parameter values for one scope (`shared`, `c01`, `c01-seed1`, `untuned`, `judge-x`, `study`)."""
+        merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
+        config, _, seed = scope.partition("-seed")
+        if config in self.lora:
+            merged |= self.lora[config]
+        if seed:
+            merged["seed"] = int(seed)
+        if scope.startswith("judge-"):
+            merged |= self.judge_files[scope.removeprefix("judge-")]
+        return merged
+
+
+LORA_KEYS = set(
+    [
+        "target_modules",
+        "rank",
+        "lora_alpha",
+        "lora_dropout",
+        "epochs",
+        "learning_rate",
+        "lr_scheduler",
+        "warmup_share",
+        "weight_decay",
+        "max_grad_norm",
+        "batch_tokens",
+        "max_length",
+        "dtype",
+        "seed",
+    ]
+)
+JUDGE_KEYS = {"judge", "judge_kind", "judge_model", "judge_endpoint"}
+RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
+
+
+def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[str] | None = None) -> Study:
+    """Read and check every parameter file of a profile.
+
+    Raises ParameterError for an unknown key, a wrong type, a YAML trap, a missing file, a missing value or two
+    configurations that are the same.
+    """
+    base = _read(params_dir / "base.yaml", set(Parameters.model_fields) - RUNNER_KEYS)
+    profile_file = params_dir / "profiles" / f"{profile}.yaml"
+    base |= _read(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
+    lora = {p.stem: _read(p, LORA_KEYS) for p in sorted((params_dir / "lora").glob("*.yaml"))}
+    judges = {p.stem: _read(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
+    for key, known, folder in (
+        ("configs", lora, "lora"),
+        ("repeat_configs", lora, "lora"),
+        ("judges", judges, "judges"),
+    ):
+        for name in base.get(key, []):
+            if name not in known:
+                raise ParameterError(
+                    f"{profile_file}: {key}: there is no {params_dir / folder / name}.yaml. "
+                    f"Known: {', '.join(known) or 'none'}."
+                )
+    study = Study(profile, base, lora, judges, list(configs or base.get("configs", [])))
+    _refuse_duplicates(study, params_dir)
+    _check_all(study, params_dir)
+    return study
+
+
+def _check_all(study: Study, params_dir: Path) -> None:
+    scopes = {"shared": "base.yaml"} | {c: f"lora/{c}.yaml" for c in study.lora}
+    scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base.get("judges", [])}
+    for scope, name in scopes.items():
+        check(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
+    for judge in study.base["judges"]:
+        if study.judge_files[judge].get("judge") != judge:
+            raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
+
+
+def _refuse_duplicates(study: Study, params_dir: Path) -> None:
+    for key in ("configs", "judges", "repeat_configs", "repeat_seeds"):
+        values = study.configs if key == "configs" else study.base.get(key, [])
+        doubled = sorted({str(v) for v in values if values.count(v) > 1})
+        if doubled:
+            raise ParameterError(f"{params_dir}: {key}: {', '.join(doubled)} is listed twice. Remove one of them.")
+    seen: dict[str, str] = {}
+    for config, override in study.lora.items():
+        text = json.dumps(override, sort_keys=True)
+        if text in seen:
+            raise ParameterError(
+                f"{params_dir / 'lora' / config}.yaml: the same configuration as {seen[text]}.yaml. "
+                "Change a value or delete one of the files."
+            )
+        seen[text] = config
+
+
+def check(values: dict[str, Any], where: str) -> Parameters:
+    """Validate a whole set of values. Raises ParameterError naming `where`, the key and what is expected."""
+    try:
+        checked = Parameters.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ParameterError(f"{where}: {key}: {_fix(first)}") from None
+    watts = (checked.cpu_watts_per_core_low, checked.cpu_watts_per_core, checked.cpu_watts_per_core_high)
+    if list(watts) != sorted(watts):
+        raise ParameterError(f"{where}: cpu_watts_per_core: low <= mid <= high is needed, got {watts}.")
+    return checked
+
+
+def _fix(error: dict[str, Any]) -> str:
+    if error["type"] == "missing":
+        return "no value is given. Add the key to params/base.yaml or to the profile."
+    if error["type"] == "extra_forbidden":
+        return "unknown key. Remove it or correct its spelling."
+    return f"{error['msg']}, got {error['input']!r}. Correct the value."
+
+
+def _read(path: Path, allowed: set[str]) -> dict[str, Any]:
+    """One flat YAML mapping, with PyYAML's silent traps refused."""
+    if not path.is_file():
+        folder = path.parent
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) if folder.is_dir() else "none"
+        raise ParameterError(f"{path}: no such file. Files there: {known}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ParameterError(f"{path}: a mapping of `key: value` lines is expected.")
+    seen = set()
+    for key_node, value_node in node.value:
+        where = f"{path}:{key_node.start_mark.line + 1}: {key_node.value}"
+        if key_node.value in seen:
+            raise ParameterError(f"{where}: the key stands twice in this file. Remove one of them.")
+        seen.add(key_node.value)
+        if key_node.value not in allowed:
+            raise ParameterError(f"{where}: unknown key here. Allowed: {', '.join(sorted(allowed))}.")
+        _refuse_traps(value_node, where)
+    return yaml.safe_load(text)
+
+
+_TRAPS = (
+    (re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\d[\d_]*\.[\d_]*[eE]\d+|[-+]?\.\d+[eE]\d+"),
+     lambda t: f"YAML reads {t} as text, not as a number. Write {_float_text(t)}."),
+    (re.compile(r"yes|no|on|off", re.I),
+     lambda t: f"YAML reads {t} as true or false. Write true or false, or quote it to mean text."),
+    (re.compile(r"[-+]?0[\d_]+"),
+     lambda t: f"YAML reads {t} as an octal number. Write {t.lstrip('+-0_') or '0'} without the leading zero."),
+    (re.compile(r"[-+]?\d+(:\d+)+"),
+     lambda t: f"YAML reads {t} as a base-60 number. Quote it to mean text."),
+)  # fmt: skip
+
+
+def _float_text(text: str) -> str:
+    mantissa, _, exponent = text.lower().partition("e")
+    mantissa = mantissa if "." in mantissa else f"{mantissa}.0"
+    return f"{mantissa}e{exponent if exponent[0] in '+-' else '+' + exponent}"
+
+
+def _refuse_traps(node: yaml.Node, where: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_traps(item, where)
+    elif isinstance(node, yaml.MappingNode):
+        raise ParameterError(f"{where}: nested values are not used here. Write flat keys.")
+    elif node.style is None:  # plain, that is: unquoted
+        for pattern, message in _TRAPS:
+            if pattern.fullmatch(node.value):
+                raise ParameterError(f"{where}: {message(node.value)}")
+
+
+def parameters_cell(notebook: Path) -> str:
+    """Source of the notebook's cell tagged `parameters`. Raises ParameterError if there is not exactly one."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ParameterError(f"{notebook}: {len(tagged)} cells are tagged `parameters`; exactly one is needed.")
+    return "".join(tagged[0]["source"])
+
+
+@cache
+def declared(step: str, notebooks_dir: Path = NOTEBOOKS_DIR) -> dict[str, Any]:
+    """Names and default values of the parameters that a notebook declares (read, not executed)."""
+    notebook = notebooks_dir / f"{step}.ipynb"
+    if not notebook.is_file():
+        raise ParameterError(f"{notebook}: no such notebook.")
+    values = {}
+    for statement in ast.parse(parameters_cell(notebook)).body:
+        try:
+            (target,) = statement.targets  # type: ignore[attr-defined]
+            values[target.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+        except (AttributeError, ValueError):
+            raise ParameterError(
+                f"{notebook}: parameters cell, line {statement.lineno}: only `name = literal` lines are allowed."
+            ) from None
+    return values

@@ -1,0 +1,420 @@
+"""From verdicts to a ranking: Bradley-Terry with Davidson's ties and a first-seat term, and how sure it is.
+
+In a comparison of i (first seat) with j (second seat), with abilities theta, first-seat term delta, tie term tau and
+eta = theta_i - theta_j + delta:
+
+    P(i wins) : P(tie) : P(j wins)  =  exp(eta / 2) : exp(tau) : exp(-eta / 2)
+
+This is Davidson's (1970) tie model with the order effect of Davidson and Beaver (1977), written in log-odds. Its
+log-likelihood is concave; `fit` maximises it minus ridge / 2 times the sum of squared parameters, by Newton steps. The
+ridge keeps the fit finite where one configuration won all its comparisons. Abilities have mean 0.
+
+Everything works on counts per ordered pair, so that thousands of bootstrap fits are a few matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components
+
+VERDICTS = ("A", "tie", "B")  # first seat wins, tie, second seat wins
+RIDGE = 1e-2
+INTERVAL = (0.025, 0.975)
+_CHUNK = 4_000_000  # numbers in the largest array of a batched fit
+
+
+class RankingError(ValueError):
+    """The verdicts cannot be ranked; the message says which configurations and why."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit: `abilities` (n,) in log-odds with mean 0, first-seat term and tie term (None where left out)."""
+
+    configs: tuple[str, ...]
+    abilities: np.ndarray
+    position: float | None
+    tie: float | None
+    log_likelihood: float
+    n_verdicts: int
+
+    def probabilities(self, first: str, second: str) -> dict[str, float]:
+        """Fitted probabilities of the three verdicts when `first` sits in the first seat."""
+        theta = dict(zip(self.configs, self.abilities, strict=True))
+        eta = np.array([theta[first] - theta[second] + (self.position or 0.0)])
+        share = _shares(eta, np.array(-np.inf if self.tie is None else self.tie))
+        return dict(zip(VERDICTS, (float(s[0]) for s in share), strict=True))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap fits: `abilities` (draws, n), `position` and `tie` (draws,), and the weights (draws, units) used."""
+
+    configs: tuple[str, ...]
+    abilities: np.ndarray
+    position: np.ndarray
+    tie: np.ndarray
+    weights: np.ndarray
+    units: pd.Index
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def fit(
+    verdicts: pd.DataFrame,
+    configs: Sequence[str] | None = None,
+    *,
+    ties: bool = True,
+    position: bool = True,
+    ridge: float = RIDGE,
+) -> Fit:
+    """Maximum (ridge-penalised) likelihood abilities.
+
+    `verdicts` has columns config_first, config_second, verdict (A = first seat wins, B, tie). With `ties=False` a tie
+    counts as half a win for each side. Raises RankingError if the comparisons do not connect all configurations.
+    """
+    configs = tuple(configs or sorted(set(verdicts["config_first"]) | set(verdicts["config_second"])))
+    cells = _cells(verdicts, configs)
+    _refuse_disconnected(verdicts, configs, strongly=ridge == 0)
+    counts = cells.counts(np.ones((1, len(verdicts))), np.arange(len(verdicts)))
+    start = np.zeros((1, len(configs) + 2))
+    parameters = _newton(counts, cells, start, ridge, ties, position)[0]
+    return Fit(
+        configs,
+        parameters[:-2],
+        float(parameters[-2]) if position else None,
+        float(parameters[-1]) if ties else None,
+        float(_log_likelihood(parameters[None], counts, cells, ties)[0]),
+        len(verdicts),
+    )
+
+
+def bootstrap(
+    verdicts: pd.DataFrame,
+    fitted: Fit,
+    *,
+    draws: int,
+    seed: int,
+    by: Sequence[str] = ("term_id", "scenario_id"),
+    ridge: float = RIDGE,
+) -> Draws:
+    """Refit on `draws` resamples. `by` lists the nested clusters, outer first; empty = resample single verdicts.
+
+    Verdicts on one scenario share its prompt and answers, so they are not independent: terms are resampled, then
+    scenarios within each drawn term. A resample is a set of weights on the units, never a copy of rows.
+    """
+    if by:
+        units, unit_of_row, weights = cluster_weights(verdicts, by, draws, seed)
+    else:
+        units, unit_of_row = verdicts.index, np.arange(len(verdicts))
+        weights = np.random.default_rng(seed).multinomial(
+            len(units), np.full(len(units), 1 / len(units)), draws
+        )
+    cells = _cells(verdicts, fitted.configs)
+    ties, position = fitted.tie is not None, fitted.position is not None
+    start = np.append(fitted.abilities, [fitted.position or 0.0, fitted.tie or 0.0])
+    size = max(1, _CHUNK // (3 * cells.n_pairs))
+    parts = [
+        _newton(
+            cells.counts(weights[i : i + size], unit_of_row), cells, start[None], ridge, ties, position
+        )
+        for i in range(0, draws, size)
+    ]
+    parameters = np.concatenate(parts)
+    return Draws(
+        fitted.configs, parameters[:, :-2], parameters[:, -2], parameters[:, -1], weights, pd.Index(units)
+    )
+
+
+def cluster_weights(
+    rows: pd.DataFrame, by: Sequence[str], draws: int, seed: int
+) -> tuple[pd.Index, np.ndarray, np.ndarray]:
+    """Two-stage (or one-stage) cluster bootstrap as weights.
+
+    Returns the units (distinct values of the innermost column), the unit number of every row, and integer weights
+    (draws, units). Drawing a term k times and its s scenarios anew each time is a multinomial of k * s draws.
+    """
+    outer, inner = by[0], by[-1]
+    nested = rows[[outer, inner]].drop_duplicates().sort_values([outer, inner]).to_numpy()
+    units = pd.Index(nested[:, -1])
+    if not units.is_unique:
+        raise RankingError(f"a {inner} belongs to more than one {outer}")
+    rng = np.random.default_rng(seed)
+    names, sizes = np.unique(nested[:, 0].astype(str), return_counts=True)
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+    weights = np.concatenate(
+        [rng.multinomial(drawn[:, t] * s, np.full(s, 1 / s)) for t, s in enumerate(sizes)], axis=1
+    )
+    return units, units.get_indexer(rows[inner]), weights
+
+
+class _Cells:
+    """The verdicts as counts per (ordered pair, outcome): all that the likelihood needs."""
+
+    def __init__(self, first: np.ndarray, second: np.ndarray, cell: np.ndarray, n: int):
+        self.first, self.second, self.cell, self.n, self.n_pairs = first, second, cell, n, len(first)
+        rows = np.arange(self.n_pairs)
+        design = np.zeros((self.n_pairs, n + 1))
+        design[rows, first], design[rows, second], design[:, n] = 1.0, -1.0, 1.0
+        self.design = sparse.csr_array(design)  # d eta / d (abilities, position)
+        # Each row is the outer product of a design row with itself; at most 9 of (n + 1)^2 entries are not 0.
+        products = [[(a, b) for a in (i, j, n) for b in (i, j, n)] for i, j in zip(first, second, strict=True)]
+        columns = np.array([[a * (n + 1) + b for a, b in row] for row in products]).ravel()
+        sign = np.array([1.0, -1.0, 1.0])
+        data = np.tile(np.outer(sign, sign).ravel(), self.n_pairs)
+        shape = (self.n_pairs, (n + 1) ** 2)
+        self.squares = sparse.csr_array((data, (np.repeat(rows, 9), columns)), shape=shape)
+
+    def counts(self, weights: np.ndarray, unit_of_row: np.ndarray) -> np.ndarray:
+        """(draws, pairs, 3) weighted counts from (draws, units) weights."""
+        ones = np.ones(len(self.cell))
+        shape = (weights.shape[1], 3 * self.n_pairs)
+        per_unit = sparse.coo_array((ones, (unit_of_row, self.cell)), shape=shape).tocsr()
+        return (per_unit.T @ weights.T).T.reshape(len(weights), self.n_pairs, 3)
+
+
+def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...]) -> _Cells:
+    index = pd.Index(configs)
+    first, second = index.get_indexer(verdicts["config_first"]), index.get_indexer(verdicts["config_second"])
+    outcome = pd.Index(VERDICTS).get_indexer(verdicts["verdict"])
+    if len(verdicts) == 0 or min(first.min(), second.min(), outcome.min()) < 0:
+        raise RankingError("verdicts must not be empty, name only the given configurations, and be A, B or tie")
+    code, pair = np.unique(first * len(configs) + second, return_inverse=True)
+    return _Cells(code // len(configs), code % len(configs), pair * 3 + outcome, len(configs))
+
+
+def _refuse_disconnected(verdicts: pd.DataFrame, configs: tuple[str, ...], strongly: bool) -> None:
+    """Abilities of two groups that never met have no common scale; without a ridge, nor have never-beaten groups."""
+    index = pd.Index(configs)
+    a, b = index.get_indexer(verdicts["config_first"]), index.get_indexer(verdicts["config_second"])
+    won, lost = (verdicts["verdict"] != "B").to_numpy(), (verdicts["verdict"] != "A").to_numpy()
+    source, target = np.append(a[won], b[lost]), np.append(b[won], a[lost])
+    shape = (len(configs), len(configs))
+    graph = sparse.coo_array((np.ones(len(source)), (source, target)), shape=shape).tocsr()
+    n_groups, group = connected_components(
+        graph, directed=True, connection="strong" if strongly else "weak"
+    )
+    if n_groups > 1:
+        groups = [", ".join(index[group == g]) for g in range(n_groups)]
+        why = "win against each other in both directions" if strongly else "meet in any comparison"
+        raise RankingError(f"these groups of configurations never {why}: {' | '.join(groups)}")
+
+
+def _shares(eta: np.ndarray, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities of first wins, tie, second wins; `tau` broadcasts against `eta`."""
+    top = np.maximum(np.abs(eta) / 2, tau)
+    first, tie, second = np.exp(eta / 2 - top), np.exp(tau - top), np.exp(-eta / 2 - top)
+    total = first + tie + second
+    return first / total, tie / total, second / total
+
+
+def _eta_tau(parameters: np.ndarray, cells: _Cells, ties: bool) -> tuple[np.ndarray, np.ndarray]:
+    eta = parameters[:, cells.first] - parameters[:, cells.second] + parameters[:, [-2]]
+    tau = parameters[:, [-1]] if ties else np.full((len(parameters), 1), -np.inf)
+    return eta, tau
+
+
+def _log_likelihood(parameters: np.ndarray, counts: np.ndarray, cells: _Cells, ties: bool) -> np.ndarray:
+    """(draws,) log-likelihood of (draws, pairs, 3) counts."""
+    eta, tau = _eta_tau(parameters, cells, ties)
+    top = np.maximum(np.abs(eta) / 2, tau)
+    log_total = top + np.log(np.exp(eta / 2 - top) + np.exp(tau - top) + np.exp(-eta / 2 - top))
+    score = (counts[..., 0] - counts[..., 2]) * eta / 2 - counts.sum(-1) * log_total
+    return score.sum(1) + (counts[..., 1].sum(1) * tau[:, 0] if ties else 0.0)
+
+
+def _newton(
+    counts: np.ndarray,
+    cells: _Cells,
+    start: np.ndarray,
+    ridge: float,
+    ties: bool,
+    position: bool,
+    tolerance: float = 1e-10,
+    limit: int = 200,
+) -> np.ndarray:
+    """Maximise the penalised log-likelihood for every draw at once: (draws, n + 2) = abilities, position, tie."""
+    free = np.array([True] * cells.n + [position, ties])
+
+    def objective(p: np.ndarray) -> np.ndarray:
+        return _log_likelihood(p, counts, cells, ties) - ridge / 2 * (p[:, free] ** 2).sum(1)
+
+    parameters = np.repeat(start, len(counts), axis=0) * free
+    value = objective(parameters)
+    for _ in range(limit):
+        gradient, hessian = _derivatives(parameters, counts, cells, ridge, free)
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        size = np.abs(step).max(1)
+        step *= np.minimum(1.0, 4.0 / np.maximum(size, 1e-300))[:, None]  # far from the maximum, not further than 4
+        trial = objective(parameters + step)
+        for _ in range(30):  # halve where a step overshoots; near the maximum only rounding is left
+            worse = trial < value - 1e-9 * np.abs(value)
+            if not worse.any():
+                break
+            step[worse] /= 2
+            trial = objective(parameters + step)
+        parameters, value = parameters + step, trial
+        if size.max() < tolerance:
+            return parameters
+    raise RankingError(f"no maximum after {limit} Newton steps in {(size >= tolerance).sum()} of {len(counts)} fits")
+
+
+def _derivatives(
+    parameters: np.ndarray, counts: np.ndarray, cells: _Cells, ridge: float, free: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient (draws, p) and negative Hessian (draws, p, p) of the penalised log-likelihood.
+
+    The sufficient statistics of one verdict are s = +1/2, 0, -1/2 (for eta) and t = 1 if tied (for tau); the
+    gradient is observed minus expected, the negative Hessian their covariance.
+    """
+    draws, n = len(parameters), cells.n
+    ties = bool(free[-1])
+    eta, tau = _eta_tau(parameters, cells, ties)
+    first, tie, second = _shares(eta, tau)
+    total, mean = counts.sum(-1), (first - second) / 2
+    gradient = np.empty((draws, n + 2))
+    gradient[:, :-1] = ((counts[..., 0] - counts[..., 2]) / 2 - total * mean) @ cells.design
+    gradient[:, -1] = (counts[..., 1] - total * tie).sum(1)
+    gradient -= ridge * parameters
+    hessian = np.zeros((draws, n + 2, n + 2))
+    variance = total * ((first + second) / 4 - mean**2)
+    hessian[:, :-1, :-1] = (variance @ cells.squares).reshape(draws, n + 1, n + 1)
+    hessian[:, :-1, -1] = hessian[:, -1, :-1] = (-total * mean * tie) @ cells.design
+    hessian[:, -1, -1] = (total * tie * (1 - tie)).sum(1)
+    hessian += ridge * np.eye(n + 2)
+    hessian[:, :n, :n] += 1.0  # fixes the mean of the abilities, which the likelihood leaves open, at 0
+    gradient[:, ~free], hessian[:, ~free, :], hessian[:, :, ~free] = 0.0, 0.0, 0.0
+    hessian[:, ~free, ~free] = 1.0
+    return gradient, hessian
+
+
+# ---------------------------------------------------------------- anchors
+
+
+def place_anchor(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -> tuple[float, np.ndarray]:
+    """Score of an anchor on the scale of a finished fit, and its bootstrap draws.
+
+    `verdicts` are the anchor's comparisons with configurations of the fit. Abilities, first-seat and tie term are held
+    fixed (each draw at its own values), so an anchor cannot move the ranking. The draws use the weights of the fit's
+    bootstrap; a draw that contains none of the anchor's scenarios is NaN.
+    """
+    index = pd.Index(fitted.configs)
+    seated_first = (verdicts["config_first"] == anchor).to_numpy()
+    opponent = index.get_indexer(verdicts["config_second"].where(seated_first, verdicts["config_first"]))
+    if len(opponent) == 0 or opponent.min() < 0:
+        raise RankingError(f"anchor {anchor!r} has no comparison with a ranked configuration")
+    outcome = pd.Index(VERDICTS).get_indexer(verdicts["verdict"])
+    unit = draws.units.get_indexer(verdicts["scenario_id"])
+    ones = np.ones((1, len(verdicts)))
+    point = [fitted.abilities[None], np.array([fitted.position or 0.0]), np.array([fitted.tie or 0.0])]
+    ties = fitted.tie is not None
+    side = np.where(seated_first, 1.0, -1.0)
+    score = _anchor_newton(side, opponent, outcome, ones, point, ties)[0]
+    spread = [draws.abilities, draws.position, draws.tie]
+    weights = draws.weights[:, unit].astype(float)
+    drawn = _anchor_newton(side, opponent, outcome, weights, spread, ties)
+    return float(score), np.where(weights.sum(1) > 0, drawn, np.nan)
+
+
+def _anchor_newton(
+    side: np.ndarray,
+    opponent: np.ndarray,
+    outcome: np.ndarray,
+    weights: np.ndarray,
+    held: list[np.ndarray],
+    ties: bool,
+) -> np.ndarray:
+    """One-parameter version of `_newton`: (draws,) abilities of the anchor, everything in `held` fixed."""
+    abilities, position, tie = held
+    tau = tie[:, None] if ties else np.full((len(tie), 1), -np.inf)
+    observed = weights * np.array([0.5, 0.0, -0.5])[outcome]
+    ability = np.zeros(len(abilities))
+    for _ in range(200):
+        eta = side * (ability[:, None] - abilities[:, opponent]) + position[:, None]
+        first, tied, second = _shares(eta, tau)
+        mean = (first - second) / 2
+        gradient = ((observed - weights * mean) * side).sum(1) - RIDGE * ability
+        curvature = (weights * ((first + second) / 4 - mean**2)).sum(1) + RIDGE
+        step = np.clip(gradient / curvature, -1.0, 1.0)
+        ability = ability + step
+        if np.abs(step).max() < 1e-9:
+            return ability
+    raise RankingError("an anchor's score did not settle")
+
+
+# ---------------------------------------------------------------- tables
+
+
+def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataFrame:
+    """One row per configuration, best first: score, interval, rank, rank interval, P(best), verdicts it took part in."""
+    ranks = (-draws.abilities).argsort(1).argsort(1) + 1
+    low, high = np.quantile(draws.abilities, INTERVAL, axis=0)
+    rank_low = np.quantile(ranks, INTERVAL[0], axis=0, method="lower")
+    rank_high = np.quantile(ranks, INTERVAL[1], axis=0, method="higher")
+    met = pd.concat([verdicts["config_first"], verdicts["config_second"]]).value_counts()
+    table = pd.DataFrame(
+        {
+            "config": fitted.configs,
+            "score": fitted.abilities,
+            "low": low,
+            "high": high,
+            "rank": pd.Series(-fitted.abilities).rank(method="min").astype("Int64"),
+            "rank_low": pd.array(rank_low, dtype="Int64"),
+            "rank_high": pd.array(rank_high, dtype="Int64"),
+            "p_best": (ranks == 1).mean(0),
+            "n_judgements": [int(met.get(config, 0)) for config in fitted.configs],
+            "is_anchor": False,
+        }
+    )
+    return table.sort_values(["rank", "config"], ignore_index=True)
+
+
+def anchor_row(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -> tuple[dict, np.ndarray]:
+    """A row like those of `ranking_table` for an anchor (no rank, no P(best)), and its score per draw.
+
+    Where the anchor won (or lost) every comparison, the data put no bound on that side: the bound is missing.
+    """
+    score, drawn = place_anchor(verdicts, anchor, fitted, draws)
+    low, high = np.nanquantile(drawn, INTERVAL)
+    won = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "A", verdicts["verdict"] == "B")
+    lost = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "B", verdicts["verdict"] == "A")
+    row = {"config": anchor, "score": score, "n_judgements": len(verdicts), "is_anchor": True}
+    return row | {"low": np.nan if lost.all() else low, "high": np.nan if won.all() else high}, drawn
+
+
+def pair_counts(verdicts: pd.DataFrame, configs: Sequence[str]) -> pd.DataFrame:
+    """Wins and ties of every pair that met, whatever the seats: config_a, config_b, wins_a, ties, wins_b."""
+    place = {config: i for i, config in enumerate(configs)}
+    swap = verdicts["config_first"].map(place) > verdicts["config_second"].map(place)
+    a = verdicts["config_second"].where(swap, verdicts["config_first"])
+    b = verdicts["config_first"].where(swap, verdicts["config_second"])
+    first_won, second_won = verdicts["verdict"] == "A", verdicts["verdict"] == "B"
+    rows = pd.DataFrame(
+        {
+            "config_a": a,
+            "config_b": b,
+            "wins_a": second_won.where(swap, first_won).astype(int),
+            "ties": (verdicts["verdict"] == "tie").astype(int),
+            "wins_b": first_won.where(swap, second_won).astype(int),
+        }
+    )
+    return rows.groupby(["config_a", "config_b"], as_index=False).sum()
+
+
+def mean_with_interval(values: pd.Series, units: pd.Series, draws: Draws) -> dict[str, float | int | None]:
+    """Mean of `values`, and its interval over the resamples of the fit's bootstrap; missing values are left out."""
+    kept = values.notna().to_numpy()
+    if not kept.any():
+        return {"value": None, "low": None, "high": None, "n": 0}
+    numbers = values[kept].to_numpy(dtype=float)
+    weights = draws.weights[:, draws.units.get_indexer(units[kept])]
+    total = weights.sum(1)
+    means = (weights @ numbers)[total > 0] / total[total > 0]
+    low, high = np.quantile(means, INTERVAL)
+    return {"value": float(numbers.mean()), "low": float(low), "high": float(high), "n": int(kept.sum())}

@@ -1,0 +1,593 @@
+"""The run of a study: plan, with a reason for everything; then one notebook at a time, each in its own process.
+
+Heavy libraries stay in the children, so that a run in which nothing is to be done takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import fnmatch
+import hashlib
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from telco_nb import ROOT, doctor, executed, params, record, steps
+from telco_nb.executed import Failure
+from telco_nb.progress import State, clock, follow, make_console, plan_table, remaining_text, status_table
+from telco_nb.steps import Job
+
+OK, FAILED, USAGE, UNFIT, INTERRUPTED = 0, 1, 2, 3, 130
+LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
+INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
+OVERHEAD_SECONDS = 3.0  # starting and ending a process and a kernel, which no manifest counts
+POLL_SECONDS = 0.2
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be meant; the message says what can. Exit code 2."""
+
+
+class UnfitError(RuntimeError):
+    """This machine or this outputs folder cannot be used now; the message says what to do. Exit code 3."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    profile: str = "laptop"
+    configs: str | None = None
+    steps: str | None = None
+    force: tuple[str, ...] = ()
+    keep_going: bool = True
+    dry_run: bool = False
+    explain: bool = False
+    timeout_minutes: float | None = None
+    json_file: Path | None = None
+    outputs: Path | None = None
+    params_dir: Path = params.PARAMS_DIR
+
+    def command(self) -> str:
+        """The command that goes on where this run ends: done work is skipped, so no step need be named twice."""
+        words = ["./run_all.py", "--profile", self.profile]
+        for name in ("configs", "steps", "outputs"):
+            if getattr(self, name) is not None:
+                words += [f"--{name}", str(getattr(self, name))]
+        if self.params_dir != params.PARAMS_DIR:
+            words += ["--params", str(self.params_dir)]
+        return shlex.join(words)
+
+
+@dataclass
+class Outcome:
+    """What a run came to; written to --json."""
+
+    exit_code: int = OK
+    error: str | None = None
+    profile: str = ""
+    root: str | None = None
+    seconds: float = 0.0
+    report: str | None = None
+    command: str = ""
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(options: Options, console: Console | None = None) -> int:
+    """Plan and run a study as the command line asks; returns the exit code and prints everything a person needs."""
+    console = console or make_console()
+    outcome, start = Outcome(profile=options.profile, command=options.command()), time.monotonic()
+    try:
+        _run(options, console, outcome)
+    except (params.ParameterError, UsageError) as error:
+        outcome.exit_code, outcome.error = USAGE, str(error)
+    except (UnfitError, record.RecordError) as error:
+        outcome.exit_code, outcome.error = UNFIT, str(error)
+    except KeyboardInterrupt:
+        outcome.exit_code, outcome.error = INTERRUPTED, "interrupted"
+    if outcome.error:
+        make_console_for_errors().print(f"run_all: {outcome.error}", markup=False, soft_wrap=True)
+    outcome.seconds = round(time.monotonic() - start, 3)
+    if options.json_file:
+        record.write_json(options.json_file, asdict(outcome))
+    return outcome.exit_code
+
+
+def make_console_for_errors() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _run(options: Options, console: Console, outcome: Outcome) -> None:
+    if options.outputs:
+        os.environ["TELCO_NB_OUTPUTS"] = str(options.outputs.expanduser().resolve())
+    study = load(options)
+    root = record.profile_root(study.profile)
+    outcome.root = str(root)
+    run_jobs(steps.plan(study), root, options, console, outcome)
+
+
+def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, outcome: Outcome) -> None:
+    """Plan, run, report and summarise `jobs`; `outcome` receives what came of it."""
+    chosen = choose_steps(jobs, options.steps)
+    forced = choose_forced(chosen, options.force)
+    if options.dry_run:
+        states = plan(chosen, root, forced)
+        show_plan(console, root, states, options.explain)
+        examine(console, root, states)
+        return
+    with lock(root) as lock_file:
+        states = plan(chosen, root, forced)
+        show_plan(console, root, states, options.explain)
+        examine(console, root, states)
+        runner = Runner(states, root, options, console, lock_file)
+        runner.go()
+        outcome.jobs = [_summary(state, root) for state in states]
+        outcome.exit_code = exit_code(states, stopped=runner.stops > 0)
+        if outcome.exit_code != INTERRUPTED:
+            _make_report(console, root, states, outcome)
+        show_end(console, root, states, outcome)
+
+
+# ---------------------------------------------------------------- what to run
+
+
+def load(options: Options) -> params.Study:
+    """The study that the options describe. Raises ParameterError for any fault in the files or the notebooks."""
+    study = params.load_study(options.profile, options.params_dir)
+    if options.configs is not None:
+        chosen = choose_configs(options.configs, study)
+        study = params.load_study(options.profile, options.params_dir, chosen)
+    unused = steps.unused_parameters(study)
+    if unused:
+        raise params.ParameterError(
+            f"{options.params_dir}: no notebook declares {', '.join(unused)}. Remove the key, or declare it in the "
+            "parameters cell of the notebook that should use it."
+        )
+    return study
+
+
+def choose_configs(text: str, study: params.Study) -> list[str]:
+    """`c01,c05` or `c0*`: names may be any known configuration, patterns choose among those of the profile."""
+    chosen = set()
+    for word in _words(text):
+        found = [word] if word in study.lora else fnmatch.filter(study.configs, word)
+        if not found:
+            raise UsageError(f"--configs {word}: no such configuration. Known: {', '.join(study.lora)}.")
+        chosen |= {*found}
+    if not chosen:
+        raise UsageError("--configs: name at least one configuration.")
+    return [config for config in study.lora if config in chosen]
+
+
+def choose_steps(jobs: list[Job], text: str | None) -> list[Job]:
+    """`03-06`, `03,04`, `3`, `03_train`: the jobs of those steps."""
+    if text is None:
+        return jobs
+    names = list(dict.fromkeys(job.step for job in jobs))
+    chosen: set[str] = set()
+    for word in _words(text):
+        first, dash, last = word.partition("-")
+        ends = [_step_index(names, first), _step_index(names, last if dash else first)]
+        if ends[0] > ends[1]:
+            raise UsageError(f"--steps {word}: the first step comes after the last.")
+        chosen |= {*names[ends[0] : ends[1] + 1]}
+    if not chosen:
+        raise UsageError("--steps: name at least one step.")
+    return [job for job in jobs if job.step in chosen]
+
+
+def _step_index(names: list[str], word: str) -> int:
+    for index, name in enumerate(names):
+        number = name.split("_")[0]
+        if word in (name, number, number.lstrip("0")):
+            return index
+    raise UsageError(f"--steps {word}: no such step. Known: {', '.join(names)}.")
+
+
+def choose_forced(jobs: list[Job], words: tuple[str, ...]) -> set[str]:
+    """Ids of the jobs that --force names: a step (`03`, `03_train`) or scope/step (`c03/03`, `c*/04_energy`)."""
+    forced: set[str] = set()
+    names = list(dict.fromkeys(job.step for job in jobs))
+    for word in words:
+        scope, slash, step = word.rpartition("/")
+        name = names[_step_index(names, step)]
+        found = {j.id for j in jobs if j.step == name and fnmatch.fnmatch(j.scope, scope if slash else "*")}
+        if not found:
+            raise UsageError(f"--force {word}: no such step in this run. It has {', '.join(j.id for j in jobs)}.")
+        forced |= found
+    return forced
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def plan(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
+    """Decide for every chosen job: run, skip, or maybe (if what runs before it changes its inputs).
+
+    Raises UsageError if an input comes from a job that is not chosen and has never finished.
+    """
+    states: dict[str, State] = {}
+    ids = {job.id for job in chosen}
+    for job in chosen:
+        missing = [d for d in job.depends if d not in ids and record.read_manifest(root, *d.split("/")) is None]
+        if missing:
+            first = missing[0].split("/")[1]
+            raise UsageError(
+                f"{job.id} reads from {', '.join(missing)}, which has never finished and is not among the chosen "
+                f"steps. Choose it too, for example --steps {first[:2]}-{chosen[-1].step[:2]}."
+            )
+        states[job.id] = _decide(job, root, forced, [states[d] for d in job.depends if d in states])
+    expect(states.values(), root)
+    return list(states.values())
+
+
+def _decide(job: Job, root: Path, forced: set[str], before: list[State]) -> State:
+    if job.id in forced:
+        return State(job, "run", "forced")
+    current, reason = record.check(job, root)
+    if not current:
+        return State(job, "run", reason)
+    if any(state.decision != "skip" for state in before):
+        return State(job, "maybe", "only if its inputs change")
+    return State(job, "skip", reason)
+
+
+def expect(states: Any, root: Path) -> None:
+    """Set `expected_seconds`: the job's own last time, else the mean of its step's, both per epoch where it has any."""
+    rates: dict[str, list[float]] = {}
+    own: dict[str, float] = {}
+    for state in states:
+        manifest = record.read_manifest(root, state.job.scope, state.job.step)
+        if manifest:
+            own[state.job.id] = manifest["seconds"] / (manifest["parameters"].get("epochs") or 1)
+            rates.setdefault(state.job.step, []).append(own[state.job.id])
+    for state in states:
+        known = rates.get(state.job.step)
+        if known and not state.ended:
+            rate = own.get(state.job.id, sum(known) / len(known))
+            state.expected_seconds = OVERHEAD_SECONDS + rate * (state.job.parameters.get("epochs") or 1)
+
+
+def show_plan(console: Console, root: Path, states: list[State], explain: bool) -> None:
+    """Print what will be done and why; with `explain`, all that decides about each job."""
+    todo = [s for s in states if s.decision == "run"]
+    maybe = [s for s in states if s.decision == "maybe"]
+    more = f" and perhaps {len(maybe)} more" if maybe else ""
+    console.print(
+        f"{len(todo)} of {len(states)} steps to run{more}: {remaining_text(states)}. Results: {root}", soft_wrap=True
+    )
+    console.print(plan_table(states))
+    if explain:
+        for state in states:
+            console.print("\n".join(explanation(state, root)), markup=False, soft_wrap=True)
+
+
+def explanation(state: State, root: Path) -> list[str]:
+    """Every difference between a job's record and now, and what its content key is made of."""
+    key, parts = record.content_key(state.job, root)
+    manifest = record.read_manifest(root, state.job.scope, state.job.step)
+    lines = [
+        f"{state.job.id}: {state.decision} ({state.reason})",
+        f"  content key {key or 'unknown until its inputs exist'}",
+    ]
+    if manifest and key and manifest["key"] != key:
+        changes = record.difference(manifest["key_parts"], parts, limit=10_000)
+        lines += [f"  changed: {change}" for change in changes.split(", ")]
+    lines.append(f"  parameters: {', '.join(f'{k}={v!r}' for k, v in parts['parameters'].items())}")
+    for part in ("inputs", "modules"):
+        lines += [f"  {part}: {name} {value[:12]}" for name, value in parts[part].items()]
+    return lines
+
+
+def examine(console: Console, root: Path, states: list[State]) -> None:
+    """Ask the doctor about what is to run. Raises UnfitError with all remedies at once."""
+    jobs = [state.job for state in states if state.decision != "skip"]
+    if not jobs:
+        return
+    problems = doctor.problems(jobs, root)
+    if problems:
+        raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
+    for text in doctor.warnings(jobs):
+        console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- the lock
+
+
+@contextlib.contextmanager
+def lock(root: Path) -> Iterator[IO[str]]:
+    """Hold `<root>/.lock`; children hold it with us, so that a new run never meets an old kernel.
+
+    Raises UnfitError if another run holds it for longer than the children of a killed runner take to die.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        stream = (root / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UnfitError(f"{root} cannot be used: {error.strerror}. Choose another place with --outputs.") from None
+    with stream:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(stream):
+            if time.monotonic() > deadline:
+                stream.seek(0)
+                raise UnfitError(
+                    f"another run (process {stream.read().strip() or 'unknown'}) is using {root}. "
+                    "Wait for it, stop it, or choose another place with --outputs."
+                )
+            time.sleep(POLL_SECONDS)
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield stream
+
+
+def _try_lock(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- running
+
+
+class Runner:
+    """Runs the jobs of a plan one after another. One whole machine per job, so that its energy is its own."""
+
+    def __init__(self, states: list[State], root: Path, options: Options, console: Console, lock_file: IO[str]):
+        self.states, self.root, self.options, self.console, self.lock_file = states, root, options, console, lock_file
+        self.by_id = {state.job.id: state for state in states}
+        self.stops = 0  # how often we were asked to stop
+        self.child: subprocess.Popen[str] | None = None
+        self.kernel_pid: int | None = None
+
+    def go(self) -> None:
+        """Run what is to be run. Afterwards every state has ended, but for those that a stop left waiting."""
+        with self._signals(), follow(self.console, self.states) as self.display:
+            for state in self.states:
+                if self.stops or (not self.options.keep_going and any(s.status == "failed" for s in self.states)):
+                    break
+                self._take(state)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(*_: Any) -> None:
+            self.stops += 1
+
+        names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {name: signal.signal(name, stop) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def _take(self, state: State) -> None:
+        """One job: blocked, skipped or executed."""
+        blockers = [d for d in state.job.depends if d in self.by_id and self.by_id[d].status in ("failed", "blocked")]
+        if blockers:
+            state.status, state.reason = "blocked", f"blocked by {blockers[0]}"
+        elif state.decision == "skip" or (state.reason != "forced" and self._current(state)):
+            state.status = "skipped"
+        else:
+            self._execute(state)
+        self.display.changed(state)
+
+    def _current(self, state: State) -> bool:
+        """Decide again, now that everything before it has run: the inputs may have come out the same."""
+        current, reason = record.check(state.job, self.root)
+        state.reason = "inputs unchanged" if current else reason
+        return current
+
+    def _execute(self, state: State) -> None:
+        state.status, state.started = "running", time.monotonic()
+        self.display.changed(state)
+        try:
+            state.failure = self._child(state)
+        finally:
+            state.seconds = round(state.elapsed, 3)
+        if state.failure is None:
+            state.status = "done"
+            expect(self.states, self.root)
+        else:
+            state.status = "interrupted" if state.failure.kind == "interrupted" and self.stops else "failed"
+
+    def _child(self, state: State) -> Failure | None:
+        job_file = self._write_job(state)
+        if job_file is None:
+            return Failure("not started", "its inputs are not there")
+        log = executed.running_log(self.root, state.job.scope, state.job.step)
+        command = [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())]
+        with log.open("wb") as errors:
+            self.child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,  # Ctrl-C in the terminal reaches the runner only, which passes it on
+                pass_fds=[self.lock_file.fileno()],
+            )
+        try:
+            ended, failure = self._attend(state)
+        finally:
+            job_file.unlink(missing_ok=True)
+        state.exit_code = self.child.returncode
+        return failure if ended else self._bury(state)
+
+    def _write_job(self, state: State) -> Path | None:
+        """The job as the child and its kernel read it; None if an input is missing."""
+        job = state.job
+        key, parts = record.content_key(job, self.root)
+        if key is None:
+            return None
+        if state.reason == "forced":
+            shutil.rmtree(record.work_dir(self.root, job.scope, job.step), ignore_errors=True)
+        minutes = self.options.timeout_minutes
+        values = asdict(job) | {
+            "key": key,
+            "key_parts": parts,
+            "root": str(self.root),
+            "work": str(record.prepare(job, self.root, key)),
+            "notebook": str(record.NOTEBOOKS_DIR / f"{job.step}.ipynb"),
+            "timeout_seconds": None if minutes is None else round(60 * minutes),
+        }
+        path = self.root / job.scope / f".{job.step}.job.json"
+        record.write_json(path, values)
+        return path
+
+    def _attend(self, state: State) -> tuple[bool, Failure | None]:
+        """Follow the child to its end; (False, None) if it died without a word."""
+        child, events = self.child, queue.SimpleQueue()
+        assert child is not None
+        threading.Thread(target=_read_events, args=(child.stdout, events), daemon=True).start()
+        ended, failure, self.kernel_pid = False, None, None
+        stopping = _stop_child(child)
+        while True:
+            try:
+                event = events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                event = {}
+            if event is None:
+                child.wait()
+                return ended, failure
+            if "end" in event:
+                ended, failure = True, event["end"] and Failure(**event["end"])
+            state.cell, state.cells = event.get("cell", state.cell), event.get("of", state.cells)
+            self.kernel_pid = event.get("kernel_pid", self.kernel_pid)
+            if self.stops:
+                stopping.send(self.stops)
+            self.display.tick()
+
+    def _bury(self, state: State) -> Failure:
+        """The child is dead and has not said why: leave no kernel, and write the failed record in its place."""
+        if self.kernel_pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.kernel_pid, signal.SIGKILL)
+        code = state.exit_code or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook {how}")
+        if self.stops:
+            failure = Failure("interrupted", "did not stop in time and was killed")
+        executed.keep_failed(self.root, state.job.scope, state.job.step, failure)
+        return failure
+
+
+def _read_events(stream: Any, events: queue.SimpleQueue[Any]) -> None:
+    for line in stream:
+        with contextlib.suppress(json.JSONDecodeError):
+            events.put(json.loads(line))
+    events.put(None)
+
+
+def _stop_child(child: subprocess.Popen[str]) -> Any:
+    """A generator to `send` the number of requests to stop: interrupt, then terminate, then kill."""
+
+    def ladder() -> Iterator[None]:
+        stops = yield
+        for number, patience in ((signal.SIGINT, INTERRUPT_SECONDS), (signal.SIGTERM, TERMINATE_SECONDS)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, number)
+            asked, deadline = stops, time.monotonic() + patience
+            while time.monotonic() < deadline and stops == asked:
+                stops = yield
+        while True:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            stops = yield
+
+    steps_down = ladder()
+    next(steps_down)
+    return steps_down
+
+
+# ---------------------------------------------------------------- the end
+
+
+def exit_code(states: list[State], stopped: bool) -> int:
+    """130 if a stop left work undone, 1 if something failed or was blocked by a failure, else 0."""
+    statuses = {state.status for state in states}
+    if stopped and statuses & {"interrupted", "waiting"}:
+        return INTERRUPTED
+    return FAILED if statuses & {"failed", "blocked"} else OK
+
+
+def _summary(state: State, root: Path) -> dict[str, Any]:
+    failed = executed.failed_notebook(root, state.job.scope, state.job.step)
+    return {
+        "id": state.job.id,
+        "scope": state.job.scope,
+        "step": state.job.step,
+        "status": state.status,
+        "reason": str(state.failure or state.reason),
+        "seconds": state.seconds,
+        "exit_code": state.exit_code,
+        "failed_notebook": str(failed) if state.failure and failed.is_file() else None,
+    }
+
+
+def _make_report(console: Console, root: Path, states: list[State], outcome: Outcome) -> None:
+    """Build the report if anything that it shows has changed. A failure is reported and makes the run a failure."""
+    try:
+        from telco_nb import report
+
+        outcome.report = str(root / "report" / "telco_report.html")
+        key_file, key = root / "report" / ".key", report_key(root)
+        ran = any(state.seconds is not None for state in states)
+        current = key_file.is_file() and key_file.read_text() == key and Path(outcome.report).is_file()
+        if ran or not current:
+            console.print("Building the report ...")
+            report.build(root, {"profile": outcome.profile, "jobs": outcome.jobs})
+            record.write_bytes(key_file, key.encode())
+    except Exception as error:
+        outcome.report, outcome.exit_code = None, outcome.exit_code or FAILED
+        outcome.error = f"the report could not be built: {type(error).__name__}: {error}"
+
+
+def report_key(root: Path) -> str:
+    """Hash of all that the report shows, and of the code that makes it."""
+    files = [*sorted(root.glob("*/*.ipynb")), root / "results.csv", root / "findings.json"]
+    files += sorted((ROOT / "telco_nb").glob("report*"))
+    digest = hashlib.sha256()
+    for path in files:
+        if path.is_file():
+            digest.update(f"{path.name} {record.sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def show_end(console: Console, root: Path, states: list[State], outcome: Outcome) -> None:
+    """The summary: statuses and seconds, what failed and why, how to go on, where the report is."""
+    console.print()
+    if any(state.status != "skipped" for state in states):
+        console.print(status_table(states))
+    for state in states:
+        if state.failure:
+            notebook = executed.failed_notebook(root, state.job.scope, state.job.step)
+            console.print(f"{state.job.id}: {state.failure}\n  {notebook}", markup=False, soft_wrap=True)
+    counts = {status: sum(s.status == status for s in states) for status in dict.fromkeys(s.status for s in states)}
+    total = sum(state.seconds or 0 for state in states)
+    console.print(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {clock(total)} of execution.")
+    if outcome.exit_code != OK:
+        console.print(f"Go on with:  {outcome.command}", markup=False, soft_wrap=True)
+    if outcome.report:
+        console.print(f"Report:  {outcome.report}", markup=False, soft_wrap=True)

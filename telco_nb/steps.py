@@ -1,0 +1,118 @@
+"""The plan of a study: which notebook runs in which scope, and what it reads from whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from telco_nb.params import ParameterError, Study, declared
+
+
+@dataclass(frozen=True)
+class Read:
+    """Files matching `pattern` in the folder of `step`, in the scopes that `scopes` stands for."""
+
+    step: str
+    scopes: str  # shared | own | configs | repeats | untuned | judges
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook in one scope. `inputs` are (step, scope, pattern) in the producer's folder."""
+
+    step: str
+    scope: str
+    parameters: dict[str, Any]
+    inputs: tuple[tuple[str, str, str], ...]
+
+    @property
+    def id(self) -> str:
+        return f"{self.scope}/{self.step}"
+
+    @property
+    def depends(self) -> tuple[str, ...]:
+        """Ids of the jobs whose outputs this one reads, in order, without repetition."""
+        return tuple(dict.fromkeys(f"{scope}/{step}" for step, scope, _ in self.inputs))
+
+
+_TRAINED = ("metrics.json", "tables/loss_curve.parquet", "tables/val_losses.parquet", "tables/energy.parquet")
+_ANSWERED = ("metrics.json", "tables/energy.parquet", "artefacts/answers.parquet")
+_JUDGED = (
+    "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "tables/ranking.parquet",
+    "tables/score_draws.parquet", "tables/pairs.parquet", "tables/agreement.parquet",
+)  # fmt: skip
+
+READS: dict[str, tuple[Read, ...]] = {
+    "01_glossary": (),
+    "02_synth": (Read("01_glossary", "shared", "artefacts/glossary.json"),),
+    "03_train": (
+        Read("02_synth", "shared", "artefacts/train.parquet"),
+        Read("02_synth", "shared", "artefacts/val.parquet"),
+    ),
+    "04_energy": (
+        Read("02_synth", "shared", "artefacts/test_prompts.parquet"),
+        Read("03_train", "own", "artefacts/adapter/*"),
+    ),
+    "05_judge": (
+        Read("01_glossary", "shared", "artefacts/glossary.json"),
+        Read("02_synth", "shared", "artefacts/test_prompts.parquet"),
+        Read("04_energy", "configs", "artefacts/answers.parquet"),
+        Read("04_energy", "untuned", "artefacts/answers.parquet"),
+    ),
+    "06_analysis": (
+        Read("02_synth", "shared", "artefacts/dataset_card.json"),
+        Read("02_synth", "shared", "artefacts/test_prompts.parquet"),
+        *(Read("03_train", scopes, name) for scopes in ("configs", "repeats") for name in _TRAINED),
+        *(Read("04_energy", scopes, name) for scopes in ("configs", "untuned") for name in _ANSWERED),
+        *(Read("05_judge", "judges", name) for name in _JUDGED),
+    ),
+}
+STEPS = tuple(READS)
+UNTUNED = "untuned"  # the base model itself: answers (04) but nothing to train (03)
+
+
+def inputs_of(step: str, values: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """The declared reads of a step as (step, scope, pattern), given the values of its parameters."""
+    scopes = {
+        "shared": ["shared"],
+        "own": [] if values["scope"] == UNTUNED else [values["scope"]],
+        "configs": values.get("configs", []),
+        "repeats": values.get("repeats", []),
+        "untuned": [UNTUNED],
+        "judges": [f"judge-{judge}" for judge in values.get("judges", [])],
+    }
+    return tuple((read.step, scope, read.pattern) for read in READS[step] for scope in scopes[read.scopes])
+
+
+def make_job(step: str, values: dict[str, Any]) -> Job:
+    """A job with the parameters that the notebook declares, taken from `values`.
+
+    Raises ParameterError if the notebook declares a parameter that nothing gives.
+    """
+    names = declared(step)
+    unknown = [name for name in names if name not in values]
+    if unknown:
+        raise ParameterError(
+            f"notebooks/{step}.ipynb declares {', '.join(unknown)}, which no parameter file gives. "
+            "Add it to telco_nb/params.py and params/base.yaml, or remove it from the notebook."
+        )
+    return Job(step, values["scope"], {name: values[name] for name in names}, inputs_of(step, values))
+
+
+def plan(study: Study) -> list[Job]:
+    """All jobs of a study in the order in which they run."""
+    scopes = [("01_glossary", "shared"), ("02_synth", "shared"), ("04_energy", UNTUNED)]
+    for config in study.configs:
+        scopes += [("03_train", config), ("04_energy", config)]
+    scopes += [("03_train", repeat) for repeat in study.repeats]
+    scopes += [("05_judge", f"judge-{judge}") for judge in study.base["judges"]]
+    scopes += [("06_analysis", "study")]
+    return [make_job(step, study.values(scope)) for step, scope in scopes]
+
+
+def unused_parameters(study: Study) -> list[str]:
+    """Keys of the parameter files that no notebook declares and the plan itself does not use."""
+    used = {"repeat_configs", "repeat_seeds"} | {name for step in STEPS for name in declared(step)}
+    given = set(study.base).union(*study.lora.values(), *study.judge_files.values())
+    return sorted(given - used)

@@ -1,0 +1,375 @@
+"""LoRA training: conversations to packed rows, answer-only loss at supervised positions, losses per conversation.
+
+The step computes what a padded, full-logits loop computes, without the waste: rows of whole conversations and no
+padding, attention within each conversation only, and logits only where a label stands.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, Trainer, TrainerCallback
+
+from telco_nb.model import chat_messages, end_token_id
+from telco_nb.record import device, write_json
+
+TARGET_MODULES = {
+    "qv": ["q_proj", "v_proj"],
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+IGNORED = -100
+SEGMENTED = "segmented_sdpa"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or go on; the message says why and what to do."""
+
+
+# ---------------------------------------------------------------- conversations to token ids
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as token ids; `labels` hold IGNORED except at the tokens of the assistant's turns."""
+
+    conversation_id: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def n_supervised(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+def encode(tokenizer: Any, messages: list[dict[str, str]], conversation_id: str, max_length: int) -> Example:
+    """Tokenise a conversation with the model's chat template; label the assistant's text and its end token.
+
+    Raises TrainingError if the template does not extend turn by turn, or the conversation exceeds `max_length` tokens
+    (cutting it would leave answers without an end).
+    """
+    chat = chat_messages(messages)
+    ids = _render(tokenizer, chat)
+    labels = [IGNORED] * len(ids)
+    end = end_token_id(tokenizer)
+    for position, message in enumerate(chat):
+        if message["role"] == "assistant":
+            start = len(_prefix(tokenizer, chat[:position], ids, conversation_id, generation=True))
+            stop = ids.index(end, start) + 1
+            labels[start:stop] = ids[start:stop]
+    if len(ids) > max_length:
+        raise TrainingError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
+    return Example(conversation_id, ids, labels)
+
+
+def _render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False) -> list[int]:
+    return tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=generation, return_dict=False)
+
+
+def _prefix(tokenizer: Any, chat: list[dict[str, str]], whole: list[int], name: str, generation: bool) -> list[int]:
+    prefix = _render(tokenizer, chat, generation)
+    if whole[: len(prefix)] != prefix:
+        raise TrainingError(f"{name}: the chat template rewrites earlier turns, so answers cannot be labelled exactly.")
+    return prefix
+
+
+def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]]) -> None:
+    """Preflight: the labelled tokens decode to exactly the assistant's texts, each with its end token."""
+    end = tokenizer.decode([end_token_id(tokenizer)])
+    wanted = "".join(m["content"] + end for m in messages if m["role"] == "assistant")
+    found = tokenizer.decode([label for label in example.labels if label != IGNORED])
+    if found != wanted:
+        raise TrainingError(f"{example.conversation_id}: labels cover {found!r}, not the answers {wanted!r}.")
+
+
+def as_html(tokenizer: Any, example: Example) -> str:
+    """The conversation as the model sees it, labelled tokens in bold; every text is escaped."""
+    parts = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        text = html.escape(tokenizer.decode([token])).replace("\n", "<br>")
+        parts.append(f"<b>{text}</b>" if label != IGNORED else text)
+    return f'<div style="font-family:monospace">{"".join(parts)}</div>'
+
+
+# ---------------------------------------------------------------- packing
+
+
+def pack(examples: list[Example], batch_tokens: int, seed: int) -> list[list[int]]:
+    """Rows of example indices with at most `batch_tokens` tokens each: longest first into the fullest row that fits.
+
+    The order is shuffled first, so that equal lengths do not meet their neighbours; the result depends on nothing but
+    the lengths and the seed. An example longer than `batch_tokens` gets a row of its own.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    lengths = {int(i): len(examples[i].input_ids) for i in order}
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(lengths, key=lambda i: -lengths[i]):
+        fitting = [r for r in range(len(rows)) if room[r] >= lengths[i]]
+        if fitting:
+            row = min(fitting, key=lambda r: room[r])
+            rows[row].append(i)
+            room[row] -= lengths[i]
+        else:
+            rows.append([i])
+            room.append(batch_tokens - lengths[i])
+    return [rows[r] for r in np.random.default_rng(seed + 1).permutation(len(rows))]
+
+
+def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """One packed row, shape (1, T). Position ids restart with each conversation; labels are shifted to where they are
+    predicted, so the last token of a conversation predicts nothing of the next one."""
+    shifted = [label for e in examples for label in (*e.labels[1:], IGNORED)]
+    return {
+        "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
+        "position_ids": torch.tensor([[p for e in examples for p in range(len(e.input_ids))]]),
+        "labels": torch.tensor([shifted]),
+    }
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Packed rows as a dataset: one row is one optimiser step."""
+
+    def __init__(self, examples: list[Example], batch_tokens: int, seed: int):
+        self.rows = [[examples[i] for i in row] for row in pack(examples, batch_tokens, seed)]
+        self.tokens = [sum(len(e.input_ids) for e in row) for row in self.rows]
+        self.supervised = [sum(e.n_supervised for e in row) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return collate(self.rows[index])
+
+
+def only_row(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Data collator of the Trainer: a batch is one packed row already."""
+    (row,) = features
+    return row
+
+
+# ---------------------------------------------------------------- the step
+
+
+def segmented_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: list[int] | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each conversation of a packed row: no T x T mask is built or read.
+
+    `query` (1, heads, T, d), `key` and `value` (1, kv_heads, T, d); `segments` are the conversations' lengths.
+    """
+    if segments is None or attention_mask is not None:
+        raise TrainingError("Packed attention needs segment lengths and no attention mask.")
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
+        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(SEGMENTED, segmented_attention)
+
+
+def segment_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Lengths of the conversations in a row, from position ids (1, T) that restart at each one."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return np.diff([*starts, position_ids.shape[1]]).tolist()
+
+
+def base_dtype(model: Any) -> torch.dtype:
+    """Number format of the frozen weights."""
+    return next(p.dtype for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy (float32, nats) of each supervised position of a packed row, in order."""
+    supervised = row["labels"] != IGNORED
+    # Adapters are float32 whatever the base computes in: their updates are too small for bfloat16's 8 bits.
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=base_dtype(model) == torch.bfloat16):
+        output = model(
+            input_ids=row["input_ids"],
+            position_ids=row["position_ids"],
+            segments=segment_lengths(row["position_ids"]),
+            logits_to_keep=supervised,
+            use_cache=False,
+        )
+    logits = output.logits.reshape(-1, output.logits.shape[-1]).float()
+    return F.cross_entropy(logits, row["labels"][supervised], reduction="none")
+
+
+class PackedTrainer(Trainer):
+    """The transformers Trainer with the packed step: the loss is summed over supervised tokens of the whole
+    accumulation window and divided by their number."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        losses = token_losses(model, inputs)
+        return losses.sum() / (num_items_in_batch if num_items_in_batch is not None else losses.numel())
+
+
+def warm_up(model: Any, row: dict[str, torch.Tensor]) -> float:
+    """One forward and backward pass that changes no weight; returns the share of the cores it used, 0-1."""
+    model.train()
+    wall, cpu = time.perf_counter(), time.process_time()
+    token_losses(model, {name: tensor.to(model.device) for name, tensor in row.items()}).mean().backward()
+    model.zero_grad(set_to_none=True)
+    used = (time.process_time() - cpu) / (time.perf_counter() - wall) / device()["cores"]
+    return min(1.0, used)
+
+
+def fixed_arguments() -> dict[str, Any]:
+    """TrainingArguments that are not under study: nothing is reported anywhere, every step is logged, no shuffling
+    worker, and checkpoints that are complete enough to go on from bit for bit."""
+    return {
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "optim": "adamw_torch",
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+    }
+
+
+def loss_curve(log_history: list[dict[str, Any]], rows: PackedRows) -> pd.DataFrame:
+    """Training loss by optimiser step: columns step, tokens_seen, epoch, train_loss, learning_rate, grad_norm.
+
+    `tokens_seen` is exact at the end of each epoch and the average in between, as rows differ a little in length.
+    """
+    logged = [entry for entry in log_history if "loss" in entry]
+    frame = pd.DataFrame(
+        {
+            "step": [e["step"] for e in logged],
+            "tokens_seen": [round(e["step"] * sum(rows.tokens) / len(rows)) for e in logged],
+            "epoch": [e["epoch"] for e in logged],
+            "train_loss": [float(e["loss"]) for e in logged],
+            "learning_rate": [e["learning_rate"] for e in logged],
+            "grad_norm": [float(e["grad_norm"]) for e in logged],
+        }
+    )
+    return frame.drop_duplicates("step", keep="last")
+
+
+def conversation_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, tuple[float, int]]:
+    """Summed loss (nats) and number of supervised tokens of each conversation, without gradient."""
+    result = {}
+    model.eval()
+    for row in pack(examples, batch_tokens, seed=0):
+        chosen = [examples[i] for i in row]
+        batch = {name: tensor.to(model.device) for name, tensor in collate(chosen).items()}
+        with torch.inference_mode():
+            losses = token_losses(model, batch).double().cpu().split([e.n_supervised for e in chosen])
+        result |= {
+            e.conversation_id: (part.sum().item(), e.n_supervised) for e, part in zip(chosen, losses, strict=True)
+        }
+    return result
+
+
+# ---------------------------------------------------------------- watching over a training
+
+
+class Watch(TrainerCallback):
+    """Meters the steps, logs them, saves every `checkpoint_seconds`, and stops on a loss that is no number.
+
+    The meter is paused while a checkpoint is written, and its readings travel with the checkpoint: so the energy of a
+    resumed training counts every step that the final adapter contains exactly once.
+    """
+
+    def __init__(self, meter: Any, checkpoint_seconds: float, log: Any = print):
+        self.meter, self.checkpoint_seconds, self.log = meter, checkpoint_seconds, log
+        self.last_save = self.started = time.monotonic()
+        self.resumed, self.first_step = False, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.meter.restore(json.loads((checkpoint / "meter.json").read_text()))
+            self.resumed, self.first_step = True, state.global_step
+            self.log(f"resumed at step {state.global_step} of {state.max_steps}")
+        self.last_save = self.started = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.meter.start()  # does nothing while the window is open
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() - self.last_save > self.checkpoint_seconds:
+            control.should_save = True
+        if control.should_save:
+            self.meter.pause()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.meter.pause()  # a checkpoint follows
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(checkpoint / "meter.json", self.meter.readings())
+        self.last_save = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {state.global_step}: the loss is {loss}. Lower this configuration's learning_rate."
+            )
+        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
+        eta = (time.monotonic() - self.started) / max(done, 1) * left
+        self.log(f"step {state.global_step}/{state.max_steps} loss {loss:.4f} ETA {eta:.0f} s")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.meter.stop()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete checkpoint; incomplete ones (killed while writing) are removed. None if there is none."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
+        # meter.json is written last, after the Trainer has finished its own files.
+        if (checkpoint / "meter.json").is_file():
+            return str(checkpoint)
+        shutil.rmtree(checkpoint)
+    return None
+
+
+# ---------------------------------------------------------------- arithmetic of a step
+
+
+def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) -> float:
+    """Floating-point operations of forward and backward of one LoRA step (frozen base: no weight gradients for it).
+
+    Per token: 4 per body weight, 4 per output-head weight at supervised positions, 6 per adapter weight; causal
+    attention costs 2 x 2 x n^2/2 x width forward and twice that backward, per layer and conversation of n tokens.
+    """
+    config = model.config
+    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    head = config.vocab_size * config.hidden_size
+    tied = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) - head
+    body = tied if config.tie_word_embeddings else tied - head
+    attention = 6 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in segments)
+    return float(4 * body * tokens + 4 * head * supervised + 6 * lora * tokens + attention)

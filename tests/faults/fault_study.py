@@ -1,0 +1,62 @@
+"""A study of tiny notebooks, one fault each, run by the real runner in a process of its own.
+
+`python fault_study.py study.json OPTIONS`, where study.json says where things are and what to run,
+and OPTIONS are the runner's, as JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import telco_nb
+from telco_nb import record, runner
+from telco_nb.steps import Job
+
+# The last cell of a good notebook: what run.finish does, without the real notebooks' imports.
+FINISH = """
+import json, os
+from pathlib import Path
+from telco_nb import record
+from telco_nb.steps import Job
+job = json.loads(Path(os.environ["TELCO_NB_JOB"]).read_text())
+made = Job(job["step"], job["scope"], job["parameters"], ())
+run = record.Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
+run.artefact("value.txt").write_text(str(value))
+run.finish("done")
+"""
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    """A notebook with a parameters cell (`value`), then `cells`."""
+    sources = [("value = 1", ["parameters"]), *((source, []) for source in cells)]
+    made = [
+        {"cell_type": "code", "id": f"c{i}", "metadata": {"tags": tags}, "source": source, "outputs": []}
+        | {"execution_count": None}
+        for i, (source, tags) in enumerate(sources)
+    ]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    content = {"cells": made, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(content))
+
+
+def main() -> int:
+    study = json.loads(Path(sys.argv[1]).read_text())
+    given = json.loads(sys.argv[2])
+    options = runner.Options(**given | {"json_file": Path(given["json_file"])})
+    record.NOTEBOOKS_DIR = Path(study["notebooks"])
+    runner.load = lambda options: SimpleNamespace(profile="faults")
+    runner.steps = SimpleNamespace(plan=lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]])
+    telco_nb.report = SimpleNamespace(build=write_report)
+    os.environ["TELCO_NB_OUTPUTS"] = study["outputs"]
+    return runner.run(options)
+
+
+def write_report(root: Path, status: dict) -> None:
+    (root / "report").mkdir(exist_ok=True)
+    (root / "report" / "telco_report.html").write_text(f"{len(status['jobs'])} jobs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""What a run leaves behind when things go wrong, told with tiny notebooks, real kernels and real signals."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from fault_study import FINISH, write_notebook
+
+DRIVER = Path(__file__).with_name("fault_study.py")
+SLEEP = "import time, pathlib\npathlib.Path(os.environ['TELCO_NB_JOB']).with_name('asleep').touch()\ntime.sleep(120)"
+
+
+class Study:
+    """Notebooks and outputs in a temporary folder; `jobs` are (step, scope, parameters, inputs)."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.root = folder, folder / "outputs" / "faults"
+        self.jobs: list = []
+        (folder / "notebooks").mkdir()
+
+    def add(self, step: str, *cells: str, scope: str = "s", value: int = 1, reads: tuple = ()) -> None:
+        write_notebook(self.folder / "notebooks" / f"{step}.ipynb", *cells)
+        self.jobs.append((step, scope, {"value": value}, [(r, scope, "artefacts/*") for r in reads]))
+
+    def start(self, *prefix: str, environment: dict | None = None, **options) -> subprocess.Popen:
+        study = {"notebooks": str(self.folder / "notebooks"), "outputs": str(self.folder / "outputs"), "jobs": self.jobs}
+        (self.folder / "study.json").write_text(json.dumps(study))
+        options["json_file"] = str(self.folder / "summary.json")
+        command = [*prefix, sys.executable, str(DRIVER), str(self.folder / "study.json"), json.dumps(options)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, **streams, env={**os.environ, **(environment or {})}, start_new_session=True)
+
+    def run(self, *prefix: str, environment: dict | None = None, **options) -> tuple[int, str]:
+        process = self.start(*prefix, environment=environment, **options)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    @property
+    def jobs_summary(self) -> dict:
+        jobs = json.loads((self.folder / "summary.json").read_text())["jobs"]
+        return {job["step"]: job for job in jobs}
+
+    def status(self, step: str) -> str:
+        return self.jobs_summary[step]["status"]
+
+    def failure(self, step: str) -> dict:
+        return self.notebook(f"{step}.failed")["metadata"]["telco_nb_failure"]
+
+    def notebook(self, name: str) -> dict:
+        return json.loads((self.root / "s" / f"{name}.ipynb").read_text())
+
+    def wait_until_asleep(self) -> list[psutil.Process]:
+        """Wait for the sleeping cell; returns the processes of the run below the runner."""
+        wait_for(lambda: (self.root / "s" / "asleep").exists(), 60)
+        return [p for p in psutil.process_iter() if str(self.folder) in _environment_of(p)]
+
+
+def _environment_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join([process.environ().get("TELCO_NB_JOB", ""), *process.cmdline()])
+    return ""
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def study(tmp_path):
+    return Study(tmp_path)
+
+
+# ---------------------------------------------------------------- one run with many faults
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory):
+    """One run over all faults that need no signal from outside."""
+    study = Study(tmp_path_factory.mktemp("ward"))
+    study.add("01_error", "print('before')", "1 / 0", FINISH)
+    study.add("02_exit_zero", "import sys; sys.exit(0)", FINISH)
+    study.add("03_exit_hard", "import os; os._exit(7)", FINISH)
+    study.add("04_killed", "import os; os.kill(os.getpid(), 9)", FINISH)
+    study.add("05_no_manifest", "1 + 1")
+    study.add("06_lines", "for i in range(20_000):\n    print('line', i, flush=True)", FINISH)
+    study.add("07_other_key", FINISH.replace('job["key"]', '"another"'))
+    study.add("08_after_error", FINISH, reads=("01_error",))
+    study.add("09_after_that", FINISH, reads=("08_after_error",))
+    study.add("10_after_lines", FINISH, reads=("06_lines",))
+    study.add("11_timeout", "import time; time.sleep(60)", FINISH)
+    study.exit_code, study.output = study.run(timeout_minutes=0.25)
+    return study
+
+
+def test_a_failed_step_gives_exit_code_1_and_the_others_go_on(ward):
+    assert ward.exit_code == 1
+    assert ward.status("06_lines") == ward.status("10_after_lines") == "done"
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "cell", "words"),
+    [
+        ("01_error", "error", 4, "ZeroDivisionError: division by zero"),
+        ("02_exit_zero", "no result", 3, "sys.exit()"),
+        ("03_exit_hard", "died", 3, "exit code 7"),
+        ("04_killed", "died", 3, "SIGKILL"),
+        ("05_no_manifest", "no result", None, "run.finish"),
+        ("07_other_key", "no result", None, "not of this execution"),
+        ("11_timeout", "timeout", 3, "15 s"),
+    ],
+)
+def test_the_failed_record_names_the_class_and_the_cell(ward, step, kind, cell, words):
+    failure = ward.failure(step)
+    assert (failure["kind"], failure["cell"]) == (kind, cell)
+    assert words in failure["reason"]
+    banner = ward.notebook(f"{step}.failed")["cells"][0]
+    assert banner["cell_type"] == "markdown"
+    assert words in "".join(banner["source"])
+    assert words in ward.output, "the summary repeats it"
+    assert not (ward.root / "s" / f"{step}.ipynb").exists()
+    assert not (ward.root / "s" / step).exists()
+
+
+def test_cells_after_a_kernel_death_are_not_marked_as_completed(ward):
+    cells = ward.notebook("04_killed.failed")["cells"][1:]
+    assert [c["metadata"]["papermill"]["status"] for c in cells[-2:]] == ["failed", "pending"]
+
+
+def test_dependants_are_blocked_all_the_way_down(ward):
+    assert ward.jobs_summary["08_after_error"]["reason"] == "blocked by s/01_error"
+    assert ward.jobs_summary["09_after_that"]["reason"] == "blocked by s/08_after_error"
+    assert not (ward.root / "s" / "09_after_that.failed.ipynb").exists()
+
+
+def test_twenty_thousand_lines_lose_nothing_and_stay_readable(ward):
+    (stream,) = [o for c in ward.notebook("06_lines")["cells"] for o in c.get("outputs", []) if "text" in o]
+    text = "".join(stream["text"])
+    assert "19,940 lines left out" in text
+    assert text.endswith("line 19999\n")
+
+
+def test_records_hold_no_machine_paths(ward):
+    for path in [*ward.root.glob("s/*.ipynb"), *ward.root.glob("s/*.failed.log")]:
+        assert str(ward.root) not in path.read_text(), path
+        assert sys.prefix not in path.read_text(), path
+
+
+def test_nothing_is_left_over(ward):
+    assert not alive([p for p in psutil.process_iter() if str(ward.folder) in _environment_of(p)])
+    assert not [*ward.root.glob("s/.*.running.*"), *ward.root.glob("s/.*.job.json")]
+
+
+def test_the_summary_names_the_command_that_goes_on(ward):
+    assert "./run_all.py --profile laptop" in ward.output
+    assert (ward.root / "report" / "telco_report.html").read_text() == "11 jobs"
+
+
+# ---------------------------------------------------------------- runs after runs
+
+
+def test_a_failure_keeps_the_last_good_record_and_a_success_removes_the_failed_one(study):
+    study.add("01_a", FINISH)
+    assert study.run()[0] == 0
+    good = study.notebook("01_a")
+    study.jobs.clear()
+    study.add("01_a", FINISH, "raise ValueError('broken')", value=2)
+    code, output = study.run()
+    assert code == 1
+    assert "value 1 -> 2" in output
+    assert study.notebook("01_a") == good
+    assert (study.root / "s" / "01_a" / "artefacts" / "value.txt").read_text() == "1"
+    assert (study.root / "s" / "01_a.failed.ipynb").exists()
+    study.jobs.clear()
+    study.add("01_a", FINISH, value=2)
+    assert study.run()[0] == 0
+    assert (study.root / "s" / "01_a" / "artefacts" / "value.txt").read_text() == "2"
+    assert not [*study.root.glob("s/*.failed.*")]
+
+
+def test_a_second_run_starts_no_kernel_and_a_same_result_stops_the_chain(study):
+    study.add("01_a", FINISH)
+    study.add("02_b", FINISH, reads=("01_a",))
+    assert study.run()[0] == 0
+    assert study.run()[0] == 0
+    assert {job["status"] for job in study.jobs_summary.values()} == {"skipped"}
+    assert study.run(force=["01"])[0] == 0
+    assert study.status("01_a") == "done"
+    assert study.jobs_summary["02_b"]["reason"] == "inputs unchanged"
+    study.jobs[0] = ("01_a", "s", {"value": 5}, [])
+    assert study.run()[0] == 0
+    assert study.status("02_b") == "done", "one of its inputs is another one now"
+
+
+def test_fail_fast_stops_at_the_first_failure(study):
+    study.add("01_a", "1 / 0")
+    study.add("02_b", FINISH)
+    assert study.run(keep_going=False)[0] == 1
+    assert study.status("02_b") == "waiting"
+
+
+def test_a_step_left_out_must_have_finished_before(study):
+    study.add("01_a", FINISH)
+    study.add("02_b", FINISH, reads=("01_a",))
+    code, output = study.run(steps="02")
+    assert code == 2
+    assert "s/01_a" in output
+    assert "--steps 01-02" in output
+
+
+def test_a_kernel_of_another_environment_is_not_used(study):
+    trap = study.folder / "jupyter" / "kernels" / "python3"
+    trap.mkdir(parents=True)
+    (trap / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    study.add("01_a", FINISH)
+    assert study.run(environment={"JUPYTER_PATH": str(study.folder / "jupyter")})[0] == 0
+
+
+def _can_unshare() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _can_unshare(), reason="needs the right to make a network namespace")
+def test_a_run_needs_no_network_not_even_loopback(study):
+    study.add("01_a", FINISH)
+    assert study.run("unshare", "-n")[0] == 0
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_ctrl_c_stops_the_run_and_keeps_its_work_folder(study):
+    study.add("01_a", "import os\nrun_folder = os.path.dirname(os.environ['TELCO_NB_JOB'])", SLEEP, FINISH)
+    study.add("02_b", FINISH)
+    process = study.start()
+    children = study.wait_until_asleep()
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert time.monotonic() - start < 15
+    assert study.failure("01_a")["kind"] == "interrupted"
+    assert study.status("01_a") == "interrupted"
+    assert study.status("02_b") == "waiting"
+    assert "Go on with:" in output
+    assert (study.root / "s" / ".01_a.work").is_dir()
+    assert not alive(children)
+
+
+def test_a_second_ctrl_c_ends_a_cell_that_ignores_the_first(study):
+    deaf = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + SLEEP.replace(
+        "time.sleep(120)", "while True:\n    try: time.sleep(120)\n    except KeyboardInterrupt: pass"
+    )
+    study.add("01_a", deaf, FINISH)
+    process = study.start()
+    children = study.wait_until_asleep()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert study.failure("01_a")["kind"] == "interrupted"
+    assert not alive(children)
+
+
+def test_a_killed_runner_leaves_no_process_and_no_lock(study):
+    child = "import os, subprocess; subprocess.Popen(['sleep', '120'])\n"
+    study.add("01_a", child + SLEEP, FINISH)
+    process = study.start()
+    children = study.wait_until_asleep()
+    assert len(alive(children)) >= 3, "the child, its kernel, and what the notebook started"
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(children), 2.5)
+    study.jobs.clear()
+    study.add("01_a", FINISH)
+    assert study.run()[0] == 0
+
+
+def test_a_child_killed_alone_takes_its_kernel_along_and_is_reported(study):
+    study.add("01_a", "import os\n" + SLEEP, FINISH)
+    process = study.start()
+    children = study.wait_until_asleep()
+    (child,) = [p for p in children if "telco_nb.execution" in p.cmdline()]
+    child.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert study.failure("01_a")["reason"] == "the process that runs the notebook was killed by SIGKILL"
+    wait_for(lambda: not alive(children), 2)
+
+
+def test_a_second_run_on_the_same_outputs_is_refused_by_name(study):
+    study.add("01_a", "import os\n" + SLEEP, FINISH)
+    process = study.start()
+    study.wait_until_asleep()
+    try:
+        code, output = study.run()
+        assert code == 3
+        assert f"process {process.pid}" in output
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

@@ -1,0 +1,67 @@
+"""Static rules for the six notebooks: what a reader may rely on without running them."""
+
+import ast
+import json
+
+import pytest
+
+from telco_nb import params, steps
+
+NOTEBOOKS = sorted(params.NOTEBOOKS_DIR.glob("*.ipynb"))
+
+
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_there_are_exactly_the_six_notebooks_of_the_plan():
+    assert [p.stem for p in NOTEBOOKS] == list(steps.STEPS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+class TestNotebook:
+    def test_no_outputs_and_no_counts_are_stored(self, path):
+        for cell in load(path)["cells"]:
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == [] and cell["execution_count"] is None
+
+    def test_the_first_cell_asks_a_question_and_says_what_it_reads_writes_and_takes(self, path):
+        first = load(path)["cells"][0]
+        text = "".join(first["source"])
+        assert first["cell_type"] == "markdown"
+        assert text.startswith("# ") and text.splitlines()[0].endswith("?")
+        assert all(f"**{word}**" in text for word in ("Reads", "Writes", "Takes"))
+
+    def test_parameters_setup_and_results_are_tagged_once_in_this_order(self, path):
+        tags = [t for c in load(path)["cells"] for t in c["metadata"].get("tags", []) if t != "interactive"]
+        assert tags == ["parameters", "setup", "results"]
+
+    def test_every_parameter_is_a_commented_literal(self, path):
+        for line in params.parameters_cell(path).splitlines():
+            assert "  # " in line, line
+        assert params.declared(path.stem)
+
+    def test_code_cells_are_short(self, path):
+        for cell in load(path)["cells"]:
+            if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+                assert len("".join(cell["source"]).splitlines()) <= 25
+
+    def test_code_never_asks_for_input_and_never_runs_a_shell(self, path):
+        for cell in load(path)["cells"]:
+            if cell["cell_type"] == "code":
+                tree = ast.parse("".join(cell["source"]))
+                names = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+                assert not names & {"input", "exec", "eval", "__import__"}
+
+    def test_code_cells_are_introduced_in_prose(self, path):
+        cells = load(path)["cells"]
+        plain = [i for i, c in enumerate(cells) if c["cell_type"] == "code" and not c["metadata"].get("tags")]
+        introduced = [i for i in plain if cells[i - 1]["cell_type"] == "markdown"]
+        assert len(introduced) >= 0.7 * len(plain)
+
+    def test_links_to_neighbours_resolve(self, path):
+        import re
+
+        text = "\n".join("".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "markdown")
+        for target in re.findall(r"\]\(([^)#]+\.ipynb)\)", text):
+            assert (path.parent / target).is_file(), target

@@ -1,0 +1,276 @@
+"""A plausible outputs tree with a planted truth, written through the real record, so that analysis and report can be
+tested without training anything. Numbers are made up; the files are what the steps write."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pandas as pd
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from telco_nb import record
+from telco_nb.steps import Job
+
+SCRIPT = "<script>document.title='owned';fetch('https://example.com/x')</script><img src=x onerror=alert(1)>"
+PNG = base64.b64encode(
+    bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c626001000000ffff03"
+        "000006000557bfabd40000000049454e44ae426082"
+    )
+).decode()
+
+
+def design(n: int = 16) -> pd.DataFrame:
+    """n configurations: the first 16 are the orthogonal array, beyond that the full factorial with more ranks."""
+    rows = []
+    for a, b, c, d in product((-1, 1), repeat=4):
+        target = ("qv", "attention", "mlp", "all")[(a > 0) * 2 + (b > 0)]
+        rows.append((target, 8 if c < 0 else 64, 1 if d < 0 else 4, 2e-4 if a * b * c * d < 0 else 1e-3))
+    extra = product(("qv", "attention", "mlp", "all"), (4, 16, 32, 128), (1, 2, 3, 4), (1e-4, 5e-4, 2e-3, 4e-3))
+    rows = (rows + list(extra))[:n]
+    frame = pd.DataFrame(rows, columns=["target_modules", "rank", "epochs", "learning_rate"])
+    frame.insert(2, "lora_alpha", 2 * frame["rank"])
+    width = max(2, len(str(n)))
+    frame.index = pd.Index([f"c{k + 1:0{width}d}" for k in range(n)], name="config")
+    return frame
+
+
+def truth(configs: pd.DataFrame, seed: int = 7) -> pd.DataFrame:
+    """Planted loss, quality (log-odds) and energy (Wh) of each configuration."""
+    rng = np.random.default_rng(seed)
+    size = configs["target_modules"].map({"qv": 1.0, "attention": 1.02, "mlp": 1.05, "all": 1.09})
+    loss = 0.62 - 0.05 * (configs["epochs"] > 1) - 0.04 * (configs["learning_rate"] > 4e-4) - 0.02 * (size - 1) / 0.09
+    quality = 0.7 * (size - 1) / 0.09 + 0.25 * (configs["rank"] > 8) + 0.45 * (configs["epochs"] == 1)
+    return pd.DataFrame(
+        {
+            "loss": loss + rng.normal(0, 0.008, len(configs)),
+            "quality": quality - quality.mean() + rng.normal(0, 0.1, len(configs)),
+            "energy": 0.11 * configs["epochs"] ** 0.93 * size * rng.normal(1, 0.02, len(configs)),
+        },
+        index=configs.index,
+    )
+
+
+class Builder:
+    """Writes steps of one profile below `root` in the way that notebooks do."""
+
+    def __init__(self, root: Path, profile: str = "laptop"):
+        self.root, self.profile = root / profile, profile
+
+    def open(self, step: str, scope: str, parameters: dict[str, Any] | None = None, inputs: tuple = ()) -> record.Run:
+        values = {"profile": self.profile, "scope": scope, **(parameters or {})}
+        job = Job(step, scope, values, inputs)
+        return record.Run(job, self.root, record.prepare(job, self.root, "0" * 64), "0" * 64, {}, batch=True)
+
+    def close(self, run: record.Run, headline: str) -> None:
+        run.finish(headline)
+        record.publish(self.root, run.job.scope, run.job.step)
+        notebook = self.root / run.job.scope / f"{run.job.step}.ipynb"
+        nbformat.write(executed_notebook(run.job.step, run.job.scope, headline), notebook)
+
+    def fail(self, step: str, scope: str, message: str = "ValueError: loss is not a number") -> None:
+        """A failed attempt: the record says so, there is no manifest."""
+        notebook = executed_notebook(step, scope, message)
+        cell = new_code_cell("train()", execution_count=9)
+        cell.outputs = [new_output("error", ename="ValueError", evalue=SCRIPT, traceback=[f"\x1b[31m{message}\x1b[0m"])]
+        notebook.cells.append(cell)
+        (self.root / scope).mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, self.root / scope / f"{step}.failed.ipynb")
+        shutil.rmtree(self.root / scope / step, ignore_errors=True)
+        (self.root / scope / f"{step}.ipynb").unlink(missing_ok=True)
+
+
+def executed_notebook(step: str, scope: str, headline: str) -> nbformat.NotebookNode:
+    """A small executed record with every kind of output that our notebooks have."""
+    table = pd.DataFrame({"answer": [SCRIPT, "Restart the router."], "tokens": [41, 12]})
+    cells = [
+        new_markdown_cell(f"# What does {step} do in {scope}?\n\n- **Reads** [02_synth](02_synth.ipynb)\n- **Takes** 1 min\n\n$x^2$"),
+        new_code_cell("seed = 20260605  # seed", metadata={"tags": ["parameters"]}, execution_count=1),
+        new_code_cell("run = record.open_run(...)", metadata={"tags": ["setup"]}, execution_count=2),
+        new_code_cell("table", execution_count=3),
+        new_code_cell("record.say(text)", execution_count=4),
+        new_code_cell("run.finish(...)", metadata={"tags": ["results"]}, execution_count=5),
+    ]
+    html = table.to_html()
+    cells[3].outputs = [
+        new_output("execute_result", {"text/html": html, "text/plain": str(table)}, execution_count=3),
+        new_output("display_data", {"image/png": PNG, "text/plain": "<Image>"}, metadata={"image/png": {"alt": "one dot"}}),
+        new_output("stream", text=f"plain {SCRIPT}\n"),
+    ]
+    cells[4].outputs = [new_output("display_data", {"text/markdown": f"The loss is **0.5**. {SCRIPT}", "text/plain": "x"})]
+    box = f'<div class="headline" style="border-left:4px solid #0072b2">{headline}</div>'
+    cells[5].outputs = [new_output("execute_result", {"text/html": box, "text/plain": "x"}, execution_count=5)]
+    return new_notebook(cells=cells)
+
+
+def build_study(
+    root: Path, n: int = 16, judges: tuple[str, ...] = ("checklist", "reference"), repeats: int = 2, seed: int = 7
+) -> Path:
+    """The whole tree up to 05 for n configurations; returns the profile's folder."""
+    builder, rng = Builder(root), np.random.default_rng(seed)
+    configs = design(n)
+    planted = truth(configs, seed)
+    prompts = _shared(builder, rng)
+    for config, row in configs.iterrows():
+        _train(builder, rng, str(config), row, planted.loc[config], 1)
+        _answer(builder, rng, str(config), prompts, planted.loc[config, "energy"])
+    _answer(builder, rng, "untuned", prompts, 0.3)
+    for config in list(configs.index)[:repeats]:
+        for s in (1, 2):
+            shift = planted.loc[config] + [rng.normal(0, 0.004), 0, 0]
+            _train(builder, rng, f"{config}-seed{s}", configs.loc[config], shift, s)
+    for name in judges:
+        _judge(builder, rng, name, planted["quality"])
+    return builder.root
+
+
+def _shared(builder: Builder, rng: np.random.Generator) -> pd.DataFrame:
+    run = builder.open("01_glossary", "shared")
+    run.artefact("glossary.json").write_text("[]")
+    run.metric(terms=52)
+    builder.close(run, "52 terms.")
+    run = builder.open("02_synth", "shared")
+    prompts = pd.DataFrame(
+        {
+            "prompt_id": [f"p{i:03d}" for i in range(40)],
+            "scenario_id": [f"s{i:03d}" for i in range(40)],
+            "term_id": [f"t{i % 20}" for i in range(40)],
+            "intent": "fault",
+            "situation": "first contact",
+            "customer": "novice",
+            "messages": [[{"role": "user", "content": f"My eSIM fails, case {i}. {SCRIPT if i == 0 else ''}"}] for i in range(40)],
+            "reference": "Delete the profile and load it again.",
+        }
+    )
+    prompts.to_parquet(run.artefact("test_prompts.parquet"))
+    run.artefact("dataset_card.json").write_text(json.dumps({"generator": "offline", "conversations": {"kept": 29871}}))
+    run.metric(conversations=29871)
+    builder.close(run, "29,871 conversations were kept.")
+    return prompts
+
+
+def _train(builder: Builder, rng: np.random.Generator, scope: str, row: pd.Series, planted: pd.Series, seed: int) -> None:
+    run = builder.open("03_train", scope, {"seed": seed})
+    steps = np.arange(1, 31) * int(row["epochs"])
+    curve = planted["loss"] + 1.4 * np.exp(-np.arange(30) / 6) + rng.normal(0, 0.03, 30)
+    run.table("loss_curve", pd.DataFrame({"step": steps, "tokens_seen": steps * 900, "epoch": steps / 30, "train_loss": curve}))
+    scenario_noise = np.random.default_rng(99).normal(0, 0.08, 60)
+    tokens = rng.integers(40, 120, 120)
+    per_token = planted["loss"] + scenario_noise[np.arange(120) % 60] + rng.normal(0, 0.01, 120)
+    per_token += planted["loss"] - (per_token * tokens).sum() / tokens.sum()
+    losses = pd.DataFrame(
+        {
+            "conversation_id": [f"v{i}" for i in range(120)],
+            "scenario_id": [f"s{i % 60}" for i in range(120)],
+            "term_id": [f"t{i % 30}" for i in range(120)],
+            "n_tokens": tokens,
+            "loss_sum_before": tokens * 1.9,
+            "loss_sum_after": tokens * per_token,
+        }
+    )
+    run.table("val_losses", losses)
+    run.table("energy", energy_table("train", planted["energy"]))
+    wh = planted["energy"]
+    run.metric(
+        **row.to_dict(), seed=seed, base_model="SmolLM2-135M-Instruct", val_loss=losses["loss_sum_after"].sum() / tokens.sum(),
+        train_tokens=int(27000 * row["epochs"]), train_seconds=wh * 200, tokens_per_second=400.0, train_energy_wh=wh,
+        train_energy_low_wh=wh * 0.5, train_energy_high_wh=wh * 1.7, energy_kind="estimated", energy_source="cpu_time_model",
+    )  # fmt: skip
+    builder.close(run, f"The validation loss is {planted['loss']:.3f}.")
+
+
+def energy_table(window: str, wh: float, kind: str = "estimated") -> pd.DataFrame:
+    joules = wh * 3600
+    cpu = {
+        "window": window, "component": "cpu", "kind": kind, "source": "cpu_time_model", "scope": "process",
+        "gross_j": joules, "idle_w": 1.1, "net_j": joules * 0.8, "low_j": joules * 0.5, "high_j": joules * 1.7,
+        "window_s": 31.0, "n_samples": 31, "n_repeats": 1, "valid": True, "invalid_reason": None, "device": "CPU",
+    }  # fmt: skip
+    none = dict.fromkeys(cpu) | {"window": window, "component": "gpu", "kind": "none", "valid": False}
+    return pd.DataFrame([cpu, none, cpu | {"component": "total"}])
+
+
+def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.DataFrame, wh: float) -> None:
+    run = builder.open("04_energy", scope)
+    answers = pd.DataFrame(
+        {
+            "config": scope,
+            "prompt_id": prompts["prompt_id"],
+            "answer": [f"{scope}: delete the eSIM profile, then load it again. {SCRIPT}" for _ in prompts["prompt_id"]],
+            "n_tokens": rng.integers(20, 60, len(prompts)),
+            "finish_reason": "stop",
+            "seconds": 0.4,
+        }
+    )
+    answers.to_parquet(run.artefact("answers.parquet"))
+    run.table("energy", energy_table("answer", wh / 3))
+    run.metric(answer_energy_wh=wh / 3, answer_energy_low_wh=wh / 6, answer_energy_high_wh=wh / 2,
+               energy_kind="estimated", energy_source="cpu_time_model", answers=len(prompts))  # fmt: skip
+    builder.close(run, f"{len(prompts)} answers.")
+
+
+def _judge(builder: Builder, rng: np.random.Generator, name: str, quality: pd.Series, passed: bool = True) -> None:
+    run = builder.open("05_judge", f"judge-{name}", {"judge": name, "judge_kind": name})
+    write_judge(run, rng, name, quality + rng.normal(0, 0.12, len(quality)), passed)
+    builder.close(run, f"{name} has judged.")
+
+
+def write_judge(run: record.Run, rng: np.random.Generator, name: str, score: pd.Series, passed: bool = True) -> None:
+    """Tables and artefacts of 05 for one judge whose scores are given."""
+    score = score - score.mean()
+    everyone = pd.concat([score, pd.Series({"untuned": score.min() - 1, "reference": score.max() + 1})])
+    noise = rng.normal(0, 0.18, (400, len(everyone)))
+    draws = pd.DataFrame(everyone.to_numpy() + noise, columns=everyone.index)
+    ranked = draws[score.index].rank(axis=1, ascending=False)
+    ranking = pd.DataFrame({"config": everyone.index, "score": everyone.to_numpy()})
+    ranking["low"], ranking["high"] = draws.quantile(0.025).to_numpy(), draws.quantile(0.975).to_numpy()
+    ranking["rank"] = score.rank(ascending=False).reindex(everyone.index).to_numpy()
+    ranking["rank_low"] = ranked.quantile(0.025).reindex(everyone.index).to_numpy().round()
+    ranking["rank_high"] = ranked.quantile(0.975).reindex(everyone.index).to_numpy().round()
+    ranking["p_best"] = (ranked == 1).mean().reindex(everyone.index).to_numpy()
+    ranking["n_judgements"], ranking["mean_words"] = 390, rng.normal(45, 5, len(everyone))
+    ranking["is_anchor"] = ~ranking["config"].isin(score.index)
+    run.table("ranking", ranking)
+    long = draws.rename_axis("draw").reset_index().melt("draw", var_name="config", value_name="score")
+    run.table("score_draws", long)
+    pairs = [(a, b) for i, a in enumerate(score.index) for b in score.index[i + 1 :]]
+    wins = pd.DataFrame(pairs, columns=["config_a", "config_b"])
+    wins["wins_a"], wins["ties"], wins["wins_b"] = rng.integers(3, 12, len(pairs)), 3, rng.integers(3, 12, len(pairs))
+    run.table("pairs", wins)
+    metrics = [("p_first_seat", 0.52), ("swap_consistency", 0.9), ("tie_share", 0.14), ("test_retest", 0.97)]
+    agreement = pd.DataFrame([(m, v, v - 0.03, v + 0.03, 390) for m, v in metrics])
+    run.table("agreement", agreement.set_axis(["metric", "value", "low", "high", "n"], axis=1))
+    judgements = pd.DataFrame({"prompt_id": ["p000"], "config_a": [score.index[0]], "config_b": [score.index[1]], "verdict": ["A"]})
+    judgements.to_parquet(run.artefact("judgements.parquet"))
+    controls = [{"control": "corrupted reference", "value": 0.97 if passed else 0.6, "threshold": 0.95, "n": 40,
+                 "passed": passed, "detail": ""}]  # fmt: skip
+    run.artefact("validity.json").write_text(json.dumps({"judge": name, "passed": passed, "controls": controls}))
+    run.metric(judge_kind=name, gate_passed=passed, coverage=1.0, n_judgements=3120, p_first_seat=0.52,
+               swap_consistency=0.9, tie_share=0.14)  # fmt: skip
+
+
+def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> dict[str, Any]:
+    """The job that a runner hands to 06 (see record.open_run), for a tree of `build_study`."""
+    from telco_nb import steps
+
+    configs = list(design(n).index)
+    values = {
+        "profile": root.name,
+        "scope": "study",
+        "configs": configs,
+        "repeats": [f"{c}-seed{s}" for c in configs[:repeats] for s in (1, 2)],
+        "judges": list(judges),
+        "bootstrap_draws": 400,
+        "seed": 20260605,
+    }
+    job = Job("06_analysis", "study", values, steps.inputs_of("06_analysis", values))
+    work = record.prepare(job, root, "0" * 64)
+    return {"step": job.step, "scope": job.scope, "parameters": values, "inputs": job.inputs, "root": str(root),
+            "work": str(work), "key": "0" * 64, "key_parts": {}}  # fmt: skip

@@ -1,0 +1,139 @@
+"""Parameter files: what is refused, and with which words."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from telco_nb import params, steps
+from telco_nb.params import ParameterError, load_study
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(params.PARAMS_DIR, tmp_path / "params")
+    return tmp_path / "params"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("profile", ["smoke", "laptop", "paper"])
+def test_every_shipped_profile_loads(profile):
+    study = load_study(profile)
+    assert study.configs and study.base["profile"] == profile
+
+
+def test_the_sixteen_configurations_are_an_orthogonal_array():
+    study = load_study("laptop")
+    factors = ["target_modules", "rank", "epochs", "learning_rate"]
+    rows = [tuple(study.lora[c][f] for f in factors) for c in study.configs]
+    assert len(rows) == len(set(rows)) == 16
+    for i in range(4):
+        for j in range(i):
+            pairs = [(row[i], row[j]) for row in rows]
+            assert len({pairs.count(pair) for pair in pairs}) == 1, (factors[i], factors[j])
+
+
+def test_lora_alpha_is_twice_the_rank_everywhere():
+    study = load_study("laptop")
+    assert all(study.lora[c]["lora_alpha"] == 2 * study.lora[c]["rank"] for c in study.configs)
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("learning_rate: 1e-4", "Write 1.0e-4"),
+        ("learning_rate: yes", "Write true or false"),
+        ("rank: 016", "Write 16 without the leading zero"),
+        ("rank: 1:30", "base-60"),
+        ("rank: 8.0", "valid integer"),
+        ("rank: '8'", "valid integer"),
+        ("rank: true", "valid integer"),
+        ("rank: 0", "greater than or equal to 1"),
+        ("learning_rate: null", "valid number"),
+        ("target_modules: everything", "'qv'"),
+        ("rank: [8]", "valid integer"),
+        ("rank: {a: 1}", "flat keys"),
+        ("ranks: 8", "unknown key"),
+        ("glossary_path: other.yaml", "unknown key"),
+        ("rank: 8\nrank: 8", "stands twice"),
+        ("rank: [", "not readable as YAML"),
+        ("- 1", "mapping"),
+    ],
+)
+def test_a_faulty_line_is_refused_with_file_key_and_fix(folder, text, fix):
+    (folder / "lora" / "c03.yaml").write_text(text + "\n")
+    with pytest.raises(ParameterError) as error:
+        load_study("laptop", folder)
+    assert "c03.yaml" in str(error.value) and fix in str(error.value)
+    key = text.split(":")[0]
+    assert key == "- 1" or key in str(error.value)
+
+
+def test_a_missing_profile_names_those_that_exist(folder):
+    with pytest.raises(ParameterError, match=r"profiles/nope\.yaml: no such file.*laptop, paper, smoke"):
+        load_study("nope", folder)
+
+
+def test_a_missing_value_names_the_key_and_where_to_add_it(folder):
+    edit(folder / "base.yaml", "max_length: 512", "# max_length: 512")
+    with pytest.raises(ParameterError, match=r"max_length: no value is given. Add the key to params/base\.yaml"):
+        load_study("laptop", folder)
+
+
+def test_an_unknown_configuration_or_judge_is_refused(folder):
+    edit(folder / "base.yaml", "judges: [checklist, reference]", "judges: [checklist, oracle]")
+    with pytest.raises(ParameterError, match=r"judges: there is no .*oracle\.yaml. Known: checklist"):
+        load_study("laptop", folder)
+
+
+def test_two_equal_configurations_are_refused(folder):
+    shutil.copy(folder / "lora" / "c02.yaml", folder / "lora" / "c17.yaml")
+    with pytest.raises(ParameterError, match=r"c17\.yaml: the same configuration as c02\.yaml"):
+        load_study("laptop", folder)
+
+
+def test_a_configuration_listed_twice_is_refused(folder):
+    edit(folder / "profiles" / "smoke.yaml", "configs: [c01,", "configs: [c01, c01,")
+    with pytest.raises(ParameterError, match="configs: c01 is listed twice"):
+        load_study("smoke", folder)
+
+
+def test_watts_out_of_order_are_refused(folder):
+    edit(folder / "base.yaml", "cpu_watts_per_core_low: 2.0", "cpu_watts_per_core_low: 7.0")
+    with pytest.raises(ParameterError, match="low <= mid <= high"):
+        load_study("laptop", folder)
+
+
+def test_a_whole_number_is_accepted_where_a_float_is_meant(folder):
+    edit(folder / "base.yaml", "weight_decay: 0.0", "weight_decay: 0")
+    assert load_study("laptop", folder).base["weight_decay"] == 0
+
+
+def test_every_given_parameter_is_declared_by_a_notebook_and_the_other_way_round():
+    study = load_study("laptop")
+    assert steps.unused_parameters(study) == []
+    assert len(steps.plan(study)) == 3 + 2 * 16 + len(study.repeats) + 2 + 1
+
+
+def test_the_notebooks_defaults_are_the_smoke_values():
+    study = load_study("smoke")
+    for job in steps.plan(study):
+        if job.scope in ("shared", "c01", "judge-checklist", "study"):
+            assert params.declared(job.step) == job.parameters, job.id
+
+
+def test_no_secret_can_be_a_parameter():
+    words = ("key", "token_", "secret", "password")
+    assert not [n for n in params.Parameters.model_fields if any(w in n for w in words)]
+
+
+def test_base_yaml_explains_every_key():
+    lines = (params.PARAMS_DIR / "base.yaml").read_text().splitlines()
+    keys = yaml.safe_load("\n".join(lines))
+    assert set(keys) == set(params.Parameters.model_fields) - params.RUNNER_KEYS - {"profile"}
