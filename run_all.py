@@ -1,13 +1,21 @@
 #!/usr/bin/env python3
 """Run the study: six notebooks, once per study, configuration or judge, skipping what is up to date."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
 
-from telco_nb import params, runner
+    from telco_nb import params, runner
+except ModuleNotFoundError as missing:  # started with another Python than the one that was set up: use that one
+    ours = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
+    if ours.is_file() and Path(sys.prefix) != ours.parents[1]:
+        os.execv(ours, [str(ours), *sys.argv])
+    print(f"run_all: the package {missing.name} is missing. Set up with: make .venv/installed", file=sys.stderr)
+    sys.exit(3)
 
 HELP = {"help_option_names": ["-h", "--help"]}
 EPILOG = """

@@ -1,7 +1,6 @@
 """Does validation loss pick the configuration that the judges prefer, and what does each choice cost in energy?
 
-Pure functions over the tables of the other steps. Every statement becomes a finding with an interval, the number of
-observations behind it, a verdict, and what blocks it. Missing stays missing.
+The statistics: pure functions over the other steps' tables. `findings` puts them into words. Missing stays missing.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +26,6 @@ TRAINING_COLUMNS = (
 PROXY_KINDS = ("checklist", "reference")
 MIN_COVERAGE = 0.98
 MISSING_P = 0.01
-ENERGY_RESOLUTION = 0.03  # with one run per configuration, smaller relative differences are not distinguishable
-
-# Published in arXiv:2606.05176: facts to set beside ours, not targets.
-PAPER = {
-    "n_configurations": 16,
-    "best_loss": 0.5024,
-    "best_loss_ranks": (6, 7),
-    "worst_loss": 0.6807,
-    "worst_loss_ranks": (1, 1),
-    "energy_wh": (284.0, 1371.0),
-}
 
 
 class Interval(NamedTuple):
@@ -46,20 +34,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One statement of the study. `verdict`: supported, not distinguishable, described, not estimable, blocked."""
-
-    id: str
-    statement: str
-    value: float | str | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    verdict: str = "described"
-    blocked_by: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,6 +59,11 @@ class Judge:
         return (self.kind or self.name) in PROXY_KINDS
 
     @property
+    def label(self) -> str:
+        """The name; offline judges are proxies and are called so wherever they appear."""
+        return f"{self.name} (offline proxy)" if self.is_proxy else self.name
+
+    @property
     def blocks(self) -> list[str]:
         """Why this judge's ranking may not carry a headline; empty if it may."""
         found = []
@@ -95,7 +74,7 @@ class Judge:
             share = "unknown" if self.coverage is None else f"{self.coverage:.1%}"
             found.append(f"judge {self.name}: coverage {share}, below {MIN_COVERAGE:.0%}")
         if self.missing_p is not None and self.missing_p < MISSING_P:
-            found.append(f"judge {self.name}: missing verdicts depend on the configuration")
+            found.append(f"judge {self.name}: missing verdicts depend on the configuration (p = {self.missing_p:.2g})")
         return found
 
 
@@ -260,8 +239,8 @@ def val_loss_interval(val_losses: pd.DataFrame, draws: pd.Series | np.ndarray) -
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
     """Kendall's tau-b; NaN with fewer than two items or when one side is constant."""
-    if len(a) < 2:
-        return math.nan
+    if len(a) < 3:  # scipy divides by n - 2
+        return float(np.sign(np.diff(a) * np.diff(b))[0]) or math.nan if len(a) == 2 else math.nan
     return float(stats.kendalltau(a, b, method="asymptotic").statistic)
 
 
@@ -336,6 +315,12 @@ def rank_draws(draws: pd.DataFrame) -> pd.DataFrame:
     return draws.rank(axis=1, ascending=False)
 
 
+def top_share(losses: pd.DataFrame, draws: pd.DataFrame, k: int) -> float:
+    """Share of paired draws in which the configuration with the lowest loss is among the k highest scores."""
+    picks = losses.to_numpy().argmin(axis=1)
+    return float((rank_draws(draws).to_numpy()[np.arange(len(draws)), picks] <= k).mean())
+
+
 def expected_win_share(log_odds: float) -> float:
     """Share of decided comparisons that a lead of `log_odds` wins (Bradley-Terry)."""
     return float(1 / (1 + math.exp(-log_odds)))
@@ -391,61 +376,36 @@ def pareto_shares(energy: pd.Series, draws: pd.DataFrame) -> pd.Series:
     return pd.Series(on_front.mean(axis=0), index=order)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The recommended configuration and how it was found."""
+def cohen_kappa(a: pd.DataFrame, b: pd.DataFrame, n_draws: int, seed: int) -> tuple[Interval, int]:
+    """Cohen's kappa of two judges over the comparisons that both have judged, and how many those are.
 
-    config: str | None
-    candidates: list[str]
-    reason: str
-    blocked_by: list[str]
-    agreed: bool = True
-
-
-def choose(study: Study) -> Choice:
-    """The configuration to deploy: among those in the tied top set of every judge that passed its gate, the one with
-    the least training energy; energies closer than 3 % count as equal, then the higher mean score decides.
+    `a` and `b` are judgements (prompt_id, scenario_id, config_first, config_second, purpose, winner). The interval
+    draws scenarios with replacement. NaN if nothing is shared or one judge always says the same.
     """
-    if not study.judges:
-        return Choice(None, [], "", ["no judge has ranked the configurations"])
-    if not study.passed:
-        return Choice(None, [], "", [block for judge in study.judges for block in judge.blocks])
-    sets = [tied_top_set(judge) for judge in study.passed]
-    common = [config for config in sets[0] if all(config in other for other in sets[1:])]
-    mean_score = _mean_score(study)
-    if not common:
-        best = mean_score.index[0]
-        text = "no configuration is at the top with every judge; it has the highest mean standardised score"
-        return Choice(best, [best], text, [], agreed=False)
-    cheapest = _cheapest(study, common, mean_score)
-    return Choice(cheapest, common, _reason(study, common, cheapest), [])
+    kept = [frame[frame["purpose"] == "ranking"].copy() for frame in (a, b)]
+    for frame in kept:
+        pair = frame[["config_first", "config_second"]]
+        low, high = pair.min(axis=1), pair.max(axis=1)
+        frame["pair"] = low + "|" + high
+        frame["vote"] = np.select([frame["winner"] == low, frame["winner"] == high], [0, 2], 1)
+    both = kept[0].merge(kept[1], on=["prompt_id", "pair"], suffixes=("", "_b"))
+    scenarios, code = np.unique(both["scenario_id"], return_inverse=True)
+    cells = np.zeros((len(scenarios), 3, 3))
+    np.add.at(cells, (code, both["vote"].to_numpy(int), both["vote_b"].to_numpy(int)), 1)
+    if not len(both):
+        return Interval(math.nan, math.nan, math.nan), 0
+    weights = np.random.default_rng(seed).multinomial(
+        len(scenarios), np.full(len(scenarios), 1 / len(scenarios)), n_draws
+    )
+    draws = np.array([kappa(table) for table in np.tensordot(weights, cells, axes=1)])
+    return percentile_interval(kappa(cells.sum(axis=0)), draws), len(both)
 
 
-def _mean_score(study: Study) -> pd.Series:
-    scores = pd.DataFrame({judge.name: judge.scores for judge in study.passed})
-    return ((scores - scores.mean()) / scores.std()).mean(axis=1).sort_values(ascending=False)
-
-
-def _cheapest(study: Study, configs: list[str], mean_score: pd.Series) -> str:
-    ranked = [c for c in mean_score.index if c in configs]
-    energy = study.energy.reindex(ranked)
-    if len(study.energy_kinds) != 1 or energy.isna().any():
-        return ranked[0]
-    near = energy[energy <= energy.min() * (1 + ENERGY_RESOLUTION)]
-    return near.index[0]
-
-
-def _reason(study: Study, common: list[str], chosen: str) -> str:
-    judges = name_list([judge.name for judge in study.passed])
-    if len(common) == 1:
-        return f"it is the only configuration at the top with {judges}"
-    text = f"{len(common)} of {len(study.results)} configurations are tied at the top with {judges}"
-    energy = study.energy.reindex(common)
-    if len(study.energy_kinds) != 1 or energy.isna().any():
-        return f"{text}, and it has the highest mean score (energies cannot be compared: {study.energy_word})"
-    tied = (energy <= energy.min() * (1 + ENERGY_RESOLUTION)).sum() > 1
-    least = "shares the least training energy of them and scores higher" if tied else "takes the least training energy"
-    return f"{text}, and it {least}"
+def kappa(table: np.ndarray) -> float:
+    """Cohen's kappa of a square table of counts."""
+    share = table / table.sum()
+    expected = share.sum(axis=1) @ share.sum(axis=0)
+    return float((np.trace(share) - expected) / (1 - expected)) if expected < 1 else math.nan
 
 
 # ---------------------------------------------------------------- main effects
@@ -469,9 +429,7 @@ def design_matrix(configs: pd.DataFrame, factors: Sequence[str] = FACTORS) -> tu
             contrast = f"{_level_text(levels[0])} -> {_level_text(level)}"
             columns[f"{factor}: {contrast}"] = (configs[factor] == level).to_numpy(dtype=float)
             described.append({"factor": factor, "contrast": contrast, "column": f"{factor}: {contrast}"})
-    return pd.DataFrame(columns, index=configs.index), pd.DataFrame(
-        described, columns=["factor", "contrast", "column"]
-    )
+    return pd.DataFrame(columns, index=configs.index), pd.DataFrame(described, columns=["factor", "contrast", "column"])
 
 
 def _level_text(level: Any) -> str:
@@ -600,255 +558,7 @@ def noise_floor(results: pd.DataFrame, repeats: pd.DataFrame, column: str) -> No
     return Noise(seeds, float(values.std()), df, sum(map(len, groups)))
 
 
-# ---------------------------------------------------------------- findings
-
-
-def findings(study: Study, seed: int = 0) -> list[Finding]:
-    """Every statement of the study, the decision first."""
-    found = [*decision_findings(study), *_loss_findings(study, seed), *_agreement_findings(study)]
-    found += [*_energy_findings(study), *_noise_findings(study), *_effect_findings(study)]
-    return found
-
-
-def findings_json(found: Sequence[Finding]) -> str:
-    """findings.json as text: strict JSON, NaN as null."""
-    rows = [{key: _plain(value) for key, value in asdict(finding).items()} for finding in found]
-    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def findings_frame(found: Sequence[Finding]) -> pd.DataFrame:
-    """The findings as a table; `value` is text because a decision's value is a configuration's name."""
-    frame = pd.DataFrame([asdict(finding) for finding in found])
-    frame["value"] = [None if _plain(v) is None else str(_plain(v)) for v in frame["value"]]
-    frame["blocked_by"] = frame["blocked_by"].map("; ".join)
-    return frame
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def decision_findings(study: Study) -> list[Finding]:
-    """What to deploy, what loss alone would have chosen, and how sure the difference is."""
-    choice, n = choose(study), len(study.results)
-    loss_pick = str(study.losses.idxmin()) if len(study.losses) else None
-    found = [_deploy_finding(study, choice)]
-    if loss_pick is None:
-        blocked = ["no configuration has a validation loss"]
-        return [*found, Finding("loss_choice", "Loss alone cannot choose.", n=n, verdict="blocked", blocked_by=blocked)]
-    low, high = (float(x) for x in study.results.loc[loss_pick, ["val_loss_low", "val_loss_high"]])
-    text = f"Loss alone would choose {loss_pick}: {study.losses[loss_pick]:.4f} nats per token [{low:.4f}, {high:.4f}]"
-    energy = _energy_text(study, loss_pick)
-    found.append(Finding("loss_choice", f"{text}{f', {energy}' if energy else ''}.", loss_pick, n=n))
-    return [*found, _confidence_finding(study, choice, loss_pick), *_gain_findings(study, choice)]
-
-
-def _deploy_finding(study: Study, choice: Choice) -> Finding:
-    n = len(study.results)
-    if choice.config is None:
-        text = "No configuration can be recommended: " + "; ".join(choice.blocked_by) + "."
-        return Finding("deploy", text, n=n, verdict="blocked", blocked_by=choice.blocked_by)
-    energy = _energy_text(study, choice.config)
-    text = f"Deploy {choice.config} ({describe(study.results.loc[choice.config])}): {choice.reason}"
-    text += f"; {energy} to train." if energy else "; its training energy is not known."
-    verdict = "supported" if choice.agreed else "not distinguishable"
-    return Finding("deploy", text, choice.config, n=n, verdict=verdict)
-
-
-def _energy_text(study: Study, config: str) -> str:
-    """Training energy of a configuration with interval and kind; empty if it is missing."""
-    row = study.results.loc[config]
-    if pd.isna(row["train_energy_wh"]):
-        return ""
-    interval = ""
-    if not pd.isna(row["train_energy_low_wh"]) and not pd.isna(row["train_energy_high_wh"]):
-        interval = f" [{row['train_energy_low_wh']:.3g}, {row['train_energy_high_wh']:.3g}]"
-    return f"{row['train_energy_wh']:.3g} Wh{interval} {row['energy_kind']}"
-
-
-def describe(row: pd.Series) -> str:
-    """The parameters of a configuration in words."""
-    parts = [] if pd.isna(row["target_modules"]) else [f"LoRA on {row['target_modules']}"]
-    parts += [] if pd.isna(row["rank"]) else [f"rank {row['rank']:g}"]
-    parts += [] if pd.isna(row["epochs"]) else [f"{row['epochs']:g} epoch{'s' if row['epochs'] > 1 else ''}"]
-    parts += [] if pd.isna(row["learning_rate"]) else [f"learning rate {row['learning_rate']:g}"]
-    return ", ".join(parts)
-
-
-def _confidence_finding(study: Study, choice: Choice, loss_pick: str) -> Finding:
-    """How often the choice scores above loss's choice over the draws; the least sure judge counts."""
-    if choice.config is None:
-        text = "How sure: nothing can be said while no judge is valid."
-        return Finding("confidence", text, verdict="blocked", blocked_by=choice.blocked_by)
-    n = min(len(judge.draws) for judge in study.passed)
-    if choice.config == loss_pick:
-        text = f"Loss and judges choose the same configuration, {loss_pick}."
-        return Finding("confidence", text, n=n)
-    shares = {j.name: float((j.draws[choice.config] > j.draws[loss_pick]).mean()) for j in study.passed}
-    told = "; ".join(f"{share:.0%} of the draws of {judge}" for judge, share in shares.items())
-    sure = min(shares.values())
-    text = f"{choice.config} scores above loss's choice, {loss_pick}, in {told}."
-    verdict = "supported" if sure >= 0.975 else "not distinguishable"
-    if verdict == "not distinguishable" and max(shares.values()) <= 0.025:
-        text += " The judges prefer loss's choice; the recommendation costs less energy."
-    return Finding("confidence", text, sure, n=n, verdict=verdict)
-
-
-def _gain_findings(study: Study, choice: Choice) -> list[Finding]:
-    found = []
-    for judge in study.judges:
-        config = choice.config or judge.scores.idxmax()
-        if "untuned" not in judge.draws or "untuned" not in judge.ranking.index or config not in judge.draws:
-            continue
-        gain = judge.ranking.loc[config, "score"] - judge.ranking.loc["untuned", "score"]
-        interval = percentile_interval(gain, (judge.draws[config] - judge.draws["untuned"]).to_numpy())
-        share = expected_win_share(gain)
-        text = f"Against the untuned model {config} wins {share:.0%} of decided comparisons with {judge.name} {logodds(interval)}."
-        found.append(_judged(judge, f"gain.{judge.name}", text, interval, len(judge.draws), _sign(interval)))
-    return found
-
-
-def logodds(interval: Interval) -> str:
-    """A log-odds interval, told as the share of decided comparisons won."""
-    low, high = expected_win_share(interval.low), expected_win_share(interval.high)
-    return f"[{low:.0%}, {high:.0%}]"
-
-
-def _sign(interval: Interval) -> str:
-    clear = interval.low > 0 or interval.high < 0
-    return "supported" if clear else "not distinguishable"
-
-
-def _judged(judge: Judge, id: str, text: str, interval: Interval, n: int, verdict: str) -> Finding:
-    """A finding that rests on a judge: blocked if the judge is."""
-    blocks = judge.blocks
-    return Finding(id, text, *interval, n, "blocked" if blocks else verdict, blocks)
-
-
-def _loss_findings(study: Study, seed: int) -> list[Finding]:
-    found = []
-    for judge in study.judges:
-        losses, draws = paired_draws(study, judge)
-        if losses.shape[1] < 2:
-            text = f"Loss and {judge.name} share fewer than two configurations."
-            found.append(Finding(f"tau.{judge.name}", text, n=losses.shape[1], verdict="not estimable",
-                                 blocked_by=["fewer than two configurations"]))  # fmt: skip
-            continue
-        found += [_tau_finding(study, judge, losses, draws, seed), _regret_finding(study, judge, draws)]
-        found += [_top3_finding(study, judge, losses, draws), *_rank_findings(study, judge, draws)]
-    return found
-
-
-def _tau_finding(study: Study, judge: Judge, losses: pd.DataFrame, draws: pd.DataFrame, seed: int) -> Finding:
-    n = losses.shape[1]
-    interval = tau_interval(study.losses, judge.scores, losses, draws)
-    needed = critical_tau(n)
-    if needed is None or not math.isfinite(interval.value):
-        text = f"{n} configurations are too few to tell whether loss predicts {judge.name}."
-        reason = [*judge.blocks, f"n = {n} is too small: no tau reaches p < .05"]
-        return Finding(f"tau.{judge.name}", text, *interval, n, "not estimable", reason)
-    p = permutation_p(study.losses[losses.columns], judge.scores[losses.columns], seed)
-    text = (
-        f"Lower loss and higher {judge.name} score: tau-b(loss, score) = {interval.value:+.2f} "
-        f"[{interval.low:+.2f}, {interval.high:+.2f}], permutation p = {p:.2g}; |tau| must reach {needed:.3f} at n = {n}, "
-        f"and this judge's noise caps it near {noise_ceiling(judge):.2f}. {_tau_words(interval.value, p)}"
-    )
-    verdict = "supported" if p < 0.05 else "not distinguishable"
-    return _judged(judge, f"tau.{judge.name}", text, interval, n, verdict)
-
-
-def _tau_words(tau: float, p: float) -> str:
-    if p >= 0.05:
-        return "No relation can be shown."
-    return "Lower loss goes with better answers." if tau < 0 else "Lower loss goes with worse answers."
-
-
-def _regret_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Finding:
-    pick = str(study.losses[draws.columns].idxmin())
-    best = str(judge.scores[draws.columns].idxmax())
-    if pick == best:
-        text = f"Choosing by loss loses nothing with {judge.name}: both choose {pick}."
-        return _judged(judge, f"regret.{judge.name}", text, Interval(0.0, math.nan, math.nan), len(draws), "described")
-    interval = percentile_interval(judge.scores[best] - judge.scores[pick], (draws[best] - draws[pick]).to_numpy())
-    share = expected_win_share(interval.value)
-    text = (
-        f"Choosing by loss ({pick}) instead of by {judge.name} ({best}) costs {interval.value:.2f} log-odds "
-        f"[{interval.low:.2f}, {interval.high:.2f}]: {best} wins {share:.0%} of their decided comparisons "
-        "(the best of many is picked, so this is an upper estimate)."
-    )
-    return _judged(judge, f"regret.{judge.name}", text, interval, len(draws), _sign(interval))
-
-
-def _top3_finding(study: Study, judge: Judge, losses: pd.DataFrame, draws: pd.DataFrame) -> Finding:
-    n = losses.shape[1]
-    if n <= 3:
-        text = f"With {n} configurations every one is in the top 3 of {judge.name}."
-        return Finding(f"top3.{judge.name}", text, n=n, verdict="not estimable", blocked_by=[f"n = {n} is too small"])
-    picks = losses.to_numpy().argmin(axis=1)
-    share = float((rank_draws(draws).to_numpy()[np.arange(len(draws)), picks] <= 3).mean())
-    text = f"The lowest-loss configuration is in the top 3 of {judge.name} with probability {share:.0%} (chance: {3 / n:.0%})."
-    return _judged(judge, f"top3.{judge.name}", text, Interval(share, math.nan, math.nan), len(draws), "described")
-
-
-def _rank_findings(study: Study, judge: Judge, draws: pd.DataFrame) -> list[Finding]:
-    """Ranks of the lowest- and highest-loss configuration, with the chance of such a rank if loss meant nothing."""
-    found, n, ranks = [], draws.shape[1], rank_draws(draws)
-    place = judge.scores[draws.columns].rank(ascending=False)
-    for end, config in (
-        ("best", study.losses[draws.columns].idxmin()),
-        ("worst", study.losses[draws.columns].idxmax()),
-    ):
-        interval = percentile_interval(place[config], ranks[config].to_numpy())
-        chance = (n - place[config] + 1) / n if end == "best" else place[config] / n
-        word, tail = ("lowest", "this or lower") if end == "best" else ("highest", "this or higher")
-        text = (
-            f"The {word}-loss configuration, {config}, ranks {place[config]:g} of {n} with {judge.name} "
-            f"[{interval.low:g}, {interval.high:g}]; if loss meant nothing, {tail} has p = {chance:.2f}."
-        )
-        found.append(_judged(judge, f"{end}_loss_rank.{judge.name}", text, interval, n, "described"))
-    return found
-
-
-def _agreement_findings(study: Study) -> list[Finding]:
-    found = []
-    for k, a in enumerate(study.judges):
-        for b in study.judges[k + 1 :]:
-            configs = [c for c in a.scores.index if c in b.scores.index]
-            n_draws = min(len(a.draws), len(b.draws))
-            pair = f"judges.{a.name}.{b.name}"
-            if len(configs) < 2:
-                continue
-            interval = tau_interval(a.scores, b.scores, a.draws[configs].iloc[:n_draws], b.draws[configs].iloc[:n_draws])
-            needed, blocks = critical_tau(len(configs)), [*a.blocks, *b.blocks]
-            text = f"{a.name} and {b.name} rank alike: tau-b = {interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]."
-            if needed is None:
-                blocks.append(f"n = {len(configs)} is too small: no tau reaches p < .05")
-            verdict = "blocked" if blocks else "supported" if interval.value >= needed else "not distinguishable"
-            found.append(Finding(pair, text, *interval, len(configs), verdict, blocks))
-    return found
-
-
-def _energy_findings(study: Study) -> list[Finding]:
-    energy = study.energy
-    if len(energy) < 2:
-        reason = f"{len(energy)} of {len(study.results)} configurations have a training energy"
-        return [Finding("energy_ratio", f"Energies cannot be compared: {reason}.", n=len(energy),
-                        verdict="not estimable", blocked_by=[reason])]  # fmt: skip
-    if len(study.energy_kinds) != 1:
-        reason = f"energies of different kinds ({study.energy_word}) do not stand on one ranking"
-        return [Finding("energy_ratio", f"Energies cannot be compared: {reason}.", n=len(energy),
-                        verdict="blocked", blocked_by=[reason])]  # fmt: skip
-    least, most = energy.idxmin(), energy.idxmax()
-    interval = energy_ratio(study.results, str(most), str(least))
-    low, high = PAPER["energy_wh"]
-    text = (
-        f"Training energy ({study.energy_word}) runs from {energy[least]:.3g} Wh ({least}) to {energy[most]:.3g} Wh ({most}): "
-        f"a factor of {interval.value:.1f}. The paper has {low:g}-{high:g} Wh, a factor of {high / low:.1f}."
-    )
-    if study.energy_word == "estimated":
-        text += " Ranking by an estimate is ranking by processor time."
-    return [Finding("energy_ratio", text, *interval, len(energy)), *_pareto_findings(study)]
+# ---------------------------------------------------------------- tables for several findings
 
 
 def energy_ratio(results: pd.DataFrame, most: str, least: str) -> Interval:
@@ -857,38 +567,7 @@ def energy_ratio(results: pd.DataFrame, most: str, least: str) -> Interval:
     """
     columns = ("train_energy_wh", "train_energy_low_wh", "train_energy_high_wh")
     ratios = [float(results.loc[most, c]) / float(results.loc[least, c]) for c in columns]
-    return Interval(ratios[0], min(ratios), max(ratios))
-
-
-def _pareto_findings(study: Study) -> list[Finding]:
-    found = []
-    for judge in study.judges:
-        front = pareto_front(study.energy, judge.scores)
-        if not front:
-            continue
-        shares = pareto_shares(study.energy, judge.draws[list(judge.scores.index)])
-        told = name_list([f"{config} ({shares[config]:.0%})" for config in front])
-        text = f"On the energy-quality front with {judge.name}: {told}, with the share of draws in which each is on it."
-        found.append(_judged(judge, f"pareto.{judge.name}", text, Interval(len(front), math.nan, math.nan),
-                             len(study.energy), "described"))  # fmt: skip
-    return found
-
-
-def _noise_findings(study: Study) -> list[Finding]:
-    noise = noise_floor(study.results, study.repeats, "val_loss")
-    if noise is None:
-        reason = "no configuration was repeated with another seed"
-        return [Finding("noise_floor", f"The seed noise is not known: {reason}.", verdict="not estimable",
-                        blocked_by=[reason])]  # fmt: skip
-    seeds, losses = noise.between_seeds, study.losses.sort_values()
-    near = [c for c in losses.index if losses[c] - losses.iloc[0] <= noise.resolution]
-    text = (
-        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, [{seeds.low:.4f}, {seeds.high:.4f}], "
-        f"{noise.n_runs} runs); configurations differ by {noise.between_configs:.4f}. Two single runs closer than "
-        f"{noise.resolution:.4f} are not distinguishable: {len(near)} of {len(losses)} are that close to the lowest."
-    )
-    verdict = "supported" if noise.between_configs > seeds.high else "not distinguishable"
-    return [Finding("noise_floor", text, *seeds, noise.n_runs, verdict)]
+    return Interval(ratios[0], float(np.nanmin(ratios)), float(np.nanmax(ratios)))
 
 
 def effect_tables(study: Study) -> pd.DataFrame:
@@ -901,77 +580,3 @@ def effect_tables(study: Study) -> pd.DataFrame:
         effects = main_effects(study.results, study.energy, log=True)
         tables.append(effects.assign(response=f"training energy ({study.energy_word})", unit="ratio"))
     return pd.concat(tables, ignore_index=True)[["response", "unit", *EFFECT_COLUMNS, "n", "df_resid"]]
-
-
-def _effect_findings(study: Study) -> list[Finding]:
-    found, blocks = [], {f"{judge.name} score": judge.blocks for judge in study.judges}
-    for row in effect_tables(study).itertuples():
-        id = f"effect.{row.response}.{row.factor}.{row.contrast}".replace(" ", "")
-        name = f"{row.factor} {row.contrast} on {row.response}"
-        if not row.estimable:
-            text = f"The effect of {name} is not estimable: {row.reason}."
-            found.append(Finding(id, text, n=row.n, verdict="not estimable", blocked_by=[row.reason]))
-            continue
-        neutral, digits = (1.0, ".2f") if row.unit == "ratio" else (0.0, "+.3f")
-        numbers = ", ".join(format(x, digits) for x in (row.low, row.high))
-        text = f"Effect of {name}: {row.effect:{digits}} {row.unit} [{numbers}]."
-        blocked = blocks.get(row.response, [])
-        verdict = "supported" if not row.low <= neutral <= row.high else "not distinguishable"
-        found.append(Finding(id, text, row.effect, row.low, row.high, row.n, "blocked" if blocked else verdict, blocked))
-    return found
-
-
-# ---------------------------------------------------------------- beside the paper
-
-
-def paper_table(study: Study, base_model: str | None = None) -> pd.DataFrame:
-    """The paper's published facts beside ours: quantity, paper, this study."""
-    losses, energy = study.losses, study.energy
-    rows = [
-        ("configurations", "16", f"{len(study.results)}"),
-        ("base model", "Qwen2.5-3B", base_model or "-"),
-        ("judges", "Claude Sonnet 4.5, GPT-5.2", name_list([judge_label(j) for j in study.judges]) or "-"),
-        ("lowest validation loss", "0.5024", f"{losses.min():.4f} ({losses.idxmin()})" if len(losses) else "-"),
-        ("its rank with the judges", "6th-7th", _rank_text(study, "min")),
-        ("chance of rank 6 or lower if loss meant nothing", "11/16", "-"),
-        ("highest validation loss", "0.6807", f"{losses.max():.4f} ({losses.idxmax()})" if len(losses) else "-"),
-        ("its rank with the judges", "1st with both", _rank_text(study, "max")),
-        ("chance of rank 1 if loss meant nothing", "1/16", f"1/{len(losses)}" if len(losses) else "-"),
-        ("|tau| needed for p < .05", f"{critical_tau(16):.3f}", _needed_text(len(losses))),
-        (
-            "training energy per configuration",
-            "284-1371 Wh (factor 4.8)",
-            f"{energy.min():.3g}-{energy.max():.3g} Wh {study.energy_word} (factor {energy.max() / energy.min():.1f})"
-            if len(energy) > 1
-            else "-",
-        ),
-    ]
-    n = len(losses)
-    rows[5] = (rows[5][0], rows[5][1], f"{max(n - 5, 0)}/{n}" if n > 5 else "-")
-    return pd.DataFrame(rows, columns=["quantity", "paper", "this study"])
-
-
-def _needed_text(n: int) -> str:
-    needed = critical_tau(n) if n >= 2 else None
-    return "cannot be reached" if needed is None else f"{needed:.3f}"
-
-
-def _rank_text(study: Study, end: str) -> str:
-    told = []
-    for judge in study.judges:
-        losses, _ = paired_draws(study, judge)
-        if losses.shape[1]:
-            config = getattr(study.losses[losses.columns], f"idx{end}")()
-            place = judge.scores[losses.columns].rank(ascending=False)[config]
-            told.append(f"{place:g} of {losses.shape[1]} ({judge.name}{'' if not judge.blocks else ', not valid'})")
-    return "; ".join(told) or "-"
-
-
-def judge_label(judge: Judge) -> str:
-    """The judge's name; offline judges are proxies and are called so wherever they appear."""
-    return f"{judge.name} (offline proxy)" if judge.is_proxy else judge.name
-
-
-def name_list(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

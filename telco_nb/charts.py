@@ -153,14 +153,16 @@ def effect_panel(ax: Any, effects: Any, title: str, neutral: float, colours: Map
 
 
 def energy_bars(ax: Any, energy: Any) -> None:
-    """Horizontal bars of `energy` (rows: config; columns: kind and <component>_wh, low_wh, high_wh), estimates hatched."""
+    """Horizontal bars of `energy` (as `energy_by_component` makes it), with whiskers; estimates are hatched."""
     parts = {"cpu_wh": "#56b4e9", "gpu_wh": "#e69f00"}
     places, left = np.arange(len(energy)), np.zeros(len(energy))
     for column, colour in parts.items():
         width = energy[column].fillna(0).to_numpy(float)
         if not width.any():
             continue
-        bars = ax.barh(places, width, left=left, color=colour, edgecolor="white", label=column.removesuffix("_wh").upper())
+        bars = ax.barh(
+            places, width, left=left, color=colour, edgecolor="white", label=column.removesuffix("_wh").upper()
+        )
         for bar, kind in zip(bars, energy["kind"], strict=True):
             bar.set_hatch("///" if kind in HATCHED_KINDS else "")
         left += width
@@ -227,7 +229,13 @@ def loss_curves(curves: Any, configs: Any, used: Mapping[str, str]) -> Any:
             mine = config in members
             colour = COLOURS[used.get(config, "lowest loss" if many else "other")] if mine else "0.85"
             colour = "#0072b2" if mine and config not in used else colour
-            ax.plot(curve["tokens_seen"] / 1000, curve["train_loss"], color=colour, lw=1.3 if mine else 0.5, zorder=2 + mine)
+            ax.plot(
+                curve["tokens_seen"] / 1000,
+                curve["train_loss"],
+                color=colour,
+                lw=(0.6 if many else 1.3) if mine else 0.4,
+                zorder=2 + mine,
+            )
         role = used.get(title)
         ax.set_title(f"{title} ({role})" if role else str(title), fontsize=8)
         ax.tick_params(labelsize=7)
@@ -276,4 +284,8 @@ def energy_by_component(energy: Any, configs: Sequence[str]) -> Any:
     wide = wide.reindex(columns=["cpu", "gpu", "total"]).add_suffix("_wh")
     total = train[train["component"] == "total"].set_index("config").reindex(configs)
     wide["low_wh"], wide["high_wh"], wide["kind"] = total["low_j"] / 3600, total["high_j"] / 3600, total["kind"]
-    return wide.rename_axis("config").astype({"cpu_wh": float, "gpu_wh": float, "total_wh": float}) if len(wide) else pd.DataFrame()
+    return (
+        wide.rename_axis("config").astype({"cpu_wh": float, "gpu_wh": float, "total_wh": float})
+        if len(wide)
+        else pd.DataFrame()
+    )

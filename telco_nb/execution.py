@@ -29,8 +29,8 @@ from telco_nb.executed import Failure, keep_failed, keep_good, read_running, run
 
 START_SECONDS = 120  # a busy machine may need a while to start a kernel
 POLL_SECONDS = 0.3
-MAX_SOCKET_PATH = 104  # bytes, terminating zero included; macOS has the shortest limit
-SOCKET_NAME = 64  # /tnb-xxxxxxxx/kernel-<uuid>-ipc-5
+MAX_SOCKET_PATH = 104  # bytes; macOS has the shortest limit
+SOCKET_NAME = 24  # /tnb-xxxxxxxx/k-ipc-5 and the terminating zero
 
 
 def main(job_path: str, parent: int | None = None) -> int:
@@ -98,7 +98,7 @@ class Execution:
             str(running_notebook(self.root, self.scope, self.step)),
             parameters=self.job["parameters"],
             kernel_name="python3",
-            kernel_manager_class=_manager_class(self._on_kernel),
+            kernel_manager_class=_manager_class(self.runtime, self._on_kernel),
             progress_bar=False,
             log_output=True,
             coalesce_streams=True,
@@ -112,7 +112,7 @@ class Execution:
 
     def _on_kernel(self, process: Any) -> None:
         self.kernel = process
-        self.send(kernel_pid=process.pid)
+        self.send(kernel_pid=process.pid, runtime=str(self.runtime))
 
     def _on_cell(self, cell: Any, total: int) -> None:
         if self.interrupted:  # between two cells, where the kernel ignores the signal
@@ -210,7 +210,7 @@ def _runtime_folder() -> Path:
     raise OSError(f"no writable temporary folder has a path of at most {room} characters. Set TMPDIR to one.")
 
 
-def _manager_class(on_kernel: Callable[[Any], None]) -> type:
+def _manager_class(runtime: Path, on_kernel: Callable[[Any], None]) -> type:
     """A kernel manager that works without a network, starts this very interpreter, and tells who its kernel is."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -223,7 +223,9 @@ def _manager_class(on_kernel: Callable[[Any], None]) -> type:
 
     class Manager(AsyncKernelManager):
         def __init__(self, **options: Any):
-            super().__init__(transport="ipc", kernel_spec_manager=ThisInterpreter(), **options)
+            # The sockets are made beside the connection file: k-ipc-1 to k-ipc-5.
+            place = {"transport": "ipc", "connection_file": str(runtime / "k.json")}
+            super().__init__(kernel_spec_manager=ThisInterpreter(), **place, **options)
             self.context.rcvhwm = 0  # as in telco_nb.kernel: no limit on waiting messages, none lost
 
         async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:

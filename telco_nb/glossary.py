@@ -129,7 +129,9 @@ _SYNONYMS = {
 def _unit(raw: str | None) -> str | None:
     if raw is None:
         return None
-    single = raw if raw in ("ms", "s") else re.sub(r"(?<=[a-z]{2})s$", "", raw)
+    if raw in _SYNONYMS:
+        return _SYNONYMS[raw]
+    single = raw.removesuffix("s") if raw.islower() and len(raw) > 2 else raw  # days, but neither ms nor Mbps
     return _SYNONYMS.get(single, single)
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -73,6 +74,7 @@ class Judge(Protocol):
     name: str
     kind: str
     model: str | None
+    is_proxy: bool  # offline rule or measure, not a language model: said wherever the judge is named
     description: str
     parameters: dict[str, Any]
     store_every: int  # verdicts to lose at most when killed; 1 for judges that cost money
@@ -89,6 +91,11 @@ def open_judge(judge: str, judge_kind: str, judge_model: str | None, judge_endpo
     if judge_kind not in KINDS:
         raise ValueError(f"judge {judge!r}: unknown judge_kind {judge_kind!r}. Known: {', '.join(KINDS)}.")
     return KINDS[judge_kind](judge, judge_model, judge_endpoint)
+
+
+def label(judge: Judge) -> str:
+    """The judge's name as it is shown."""
+    return f"{judge.name} (offline proxy)" if judge.is_proxy else judge.name
 
 
 def _refuse_remote(name: str, kind: str, endpoint: str | None) -> None:
@@ -187,19 +194,20 @@ WEIGHTS = {"coverage": 0.55, "order": 0.10, "next_step": 0.15, "on_topic": 0.20}
 PENALTIES = {"wrong_belief": 0.25, "unknown_figure": 0.15, "unclean_end": 0.15}
 # Where an answer to the first message of a conversation should draw from, and how many points make it complete.
 INTENT_POINTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "understand": (("definition", "facts"), 3),
-    "fault": (("diagnosis", "resolution"), 3),
+    "understand": (("definition", "facts"), 2),
+    "fault": (("diagnosis", "resolution", "escalate_when"), 2),
     "billing_dispute": (("billing_answer", "facts"), 2),
     "change": (("change_answer", "facts"), 2),
     "compare": (("comparisons", "facts"), 2),
 }
 ANY_POINTS = 2  # complete, where the card does not say which of its points are asked for
-_STOP = frozenset(
-    "a about after all also am an and any are as at be because been before but by can could did do does for from had "
-    "has have how i if in into is it its me more my no not of on once one only or other our out over so some such "
-    "than that the their them then there these they this those to too up us very was we were what when where which "
-    "while who why will with would you your".split()
-)
+_STOP_WORDS = """
+a about after all also am an and any are as at be because been before but by can could did do does for from had has
+have how i if in into is it its me more my no not of on once one only or other our out over so some such than that the
+their them then there these they this those to too up us very was we were what when where which while who why will with
+would you your
+"""
+_STOP = frozenset(_STOP_WORDS.split())
 _NEXT_STEP = re.compile(
     r"\bnext step|\bplease\b|\b(?:tell|send|give|show|ask|write|reply|confirm|report|let)\b|"
     r"\b(?:i|we)(?:'ll|’ll| will| can| shall)? (?:open|check|send|place|note|add|mark|book|raise|start|arrange|pass|"
@@ -208,7 +216,7 @@ _NEXT_STEP = re.compile(
     re.I,
 )
 _DOUBT = re.compile(r"\b(?:myth|mistaken|mistake|wrong|not true|untrue|incorrect|belief|believe|people say)\b", re.I)
-_LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)\s*\(?\d{1,2}[.)](?=\s)|\bstep \d{1,2}\b", re.I)
+_LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)\s*\(?(?:step )?\d{1,2}[.):](?=\s)", re.I)
 
 
 @dataclass(frozen=True)
@@ -253,6 +261,7 @@ class ChecklistJudge:
     """Deterministic comparison of both answers with the fact card: an offline proxy, not a language model."""
 
     kind = "checklist"
+    is_proxy = True
     description = "an offline proxy: rules that hold each answer against the fact card; no language model judges"
     store_every = 500
 
@@ -290,19 +299,22 @@ def _by_score(
 def check_answer(answer: str, comparison: Comparison) -> Checked:
     """Hold one answer against the card of its comparison."""
     card = comparison.card
-    parts = sentences(answer)
+    customer = " ".join(content for _, content in comparison.messages)
+    parts = sentences(_LIST_MARK.sub("\n", answer))
     bags = [content_words(part) for part in parts]
-    windows = bags + [a | b for a, b in zip(bags, bags[1:], strict=False)]
+    unknown = [_unknown_figures(part, customer, card) for part in parts]
+    # A sentence with a figure that is not on the card proves no point, however well its words fit.
+    sound = [bag if not figures else frozenset() for bag, figures in zip(bags, unknown, strict=True)]
+    windows = sound + [a | b for a, b in pairwise(sound)]
     points, needed = expected_points(comparison)
     credits = sorted((_credit(point, windows) for point in points), reverse=True)[:needed]
-    customer = " ".join(content for _, content in comparison.messages)
     return Checked(
         coverage=sum(credits) / min(needed, len(points)),
-        order=_order([*card.diagnosis, *card.resolution], bags),
+        order=_order([*card.diagnosis, *card.resolution], sound),
         next_step=bool(_NEXT_STEP.search(" ".join(parts[-2:]))),
         on_topic=_on_topic(answer, bags, card),
         wrong_beliefs=_wrong_beliefs(parts, bags, card),
-        unknown_figures=tuple(_unknown_figures(answer, customer, card)),
+        unknown_figures=tuple(figure for figures in unknown for figure in figures),
         clean_end=bool(re.search(r"[.!?][\"”’')]*\s*$", answer)),
     )
 
@@ -310,13 +322,17 @@ def check_answer(answer: str, comparison: Comparison) -> Checked:
 def expected_points(comparison: Comparison) -> tuple[list[str], int]:
     """The card's points that an answer may score with, and how many of them make it complete.
 
-    A belief quoted in the last message asks for its correction. Otherwise the first message of a conversation asks
-    for what its intent names; later messages may ask for anything on the card.
+    A belief quoted in the last message asks for its correction, a quoted figure for the facts that hold it. Otherwise
+    the first message of a conversation asks for what its intent names; later messages may ask for anything on the card.
     """
-    card, last = comparison.card, content_words(comparison.messages[-1][1])
-    quoted = [w.correction for w in card.wrong_beliefs if _recall(content_words(w.belief), last) >= 0.85]
-    if quoted:
-        return quoted, len(quoted)
+    card, last = comparison.card, comparison.messages[-1][1]
+    said = content_words(last)
+    corrections = [w.correction for w in card.wrong_beliefs if _recall(content_words(w.belief), said) >= 0.85]
+    if corrections:
+        return corrections, len(corrections)
+    quoted = [figure.text for figure in card.figures if re.search(rf"[“\"]{re.escape(figure.text)}[”\"]", last)]
+    if explained := [fact for fact in card.facts if any(figure in fact for figure in quoted)]:
+        return explained, 1
     texts = list(card.agent_texts())
     fields, needed = INTENT_POINTS.get(comparison.intent, ((), ANY_POINTS))
     if len(comparison.messages) > 1 or not fields:
@@ -402,9 +418,9 @@ def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def _unknown_figures(answer: str, customer: str, card: Card) -> list[str]:
-    """Figures of the answer that neither the card nor the conversation holds; list numbering is not a figure."""
-    said_by_customer = {number for number, _ in glossary.figures_in(customer)}
-    found = glossary.unknown_figures(_LIST_MARK.sub(" ", answer), card)
+    """Figures of a text that neither the card nor the conversation holds."""
+    found = glossary.unknown_figures(answer, card)
+    said_by_customer = {number for number, _ in glossary.figures_in(customer)} if found else set()
     return [figure for figure in found if figure.split()[0] not in said_by_customer]
 
 
@@ -421,9 +437,8 @@ class ReferenceJudge:
     """
 
     kind = "reference"
-    description = (
-        "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
-    )
+    is_proxy = True
+    description = "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
     store_every = 500
 
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
@@ -487,21 +502,18 @@ def load_embedder(batch_size: int = 32) -> tuple[Callable[[list[str]], np.ndarra
     folder = embedder_folder()
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    from sentence_transformers import SentenceTransformer
 
     from telco_nb import model
+
+    model.quiet()
+    from sentence_transformers import SentenceTransformer
 
     device, (dtype, _) = model.device(), model.choose_dtype("auto")
     embedder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
 
     def encode(texts: list[str]) -> np.ndarray:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            vectors = embedder.encode(
-                texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
-            )
+            vectors = embedder.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
         return vectors.astype(np.float32)
 
     return encode, str(dtype).removeprefix("torch.")

@@ -83,9 +83,7 @@ def plan_comparisons(
     keys = prompts.sort_values("prompt_id")[["prompt_id", "scenario_id", "term_id"]].to_dict("records")
     keys = [keys[i] for i in rng.permutation(len(keys))]
     base = _ranking_rows(keys, list(configs), matchings_per_prompt, rng)
-    swapped = [
-        r | {"purpose": "swap", "order": "ba", **_exchanged(r)} for r in _sample(base, swap_share, rng)
-    ]
+    swapped = [r | {"purpose": "swap", "order": "ba", **_exchanged(r)} for r in _sample(base, swap_share, rng)]
     again = [r | {"purpose": "retest", "repeat": 1} for r in _sample(base, retest_share, rng)]
     anchored = _anchor_rows(_sample(keys, anchor_share, rng), list(configs), rng)
     return pd.DataFrame([*base, *swapped, *again, *anchored], columns=PLAN_COLUMNS)
@@ -108,9 +106,7 @@ def _exchanged(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"config_first": row["config_second"], "config_second": row["config_first"]}
 
 
-def _ranking_rows(
-    keys: list[dict], configs: list[str], per_prompt: int, rng: np.random.Generator
-) -> list[dict]:
+def _ranking_rows(keys: list[dict], configs: list[str], per_prompt: int, rng: np.random.Generator) -> list[dict]:
     rounds = matchings(len(configs))
     per_prompt = min(per_prompt, len(rounds))  # never the same pair twice on one prompt
     lead = np.zeros((len(configs), len(configs)), int)  # lead[i, j]: times i sat before j, minus times after
@@ -178,8 +174,8 @@ def comparisons(
 class VerdictStore:
     """Append-only JSONL, one line per attempt; the ranking is a function of this file alone.
 
-    `ok` holds the first good verdict per judgement id, `attempts` counts the lines per id. A last line torn by a kill is
-    cut off (its question is asked again); an unreadable line elsewhere is skipped and counted in `unreadable`.
+    `ok` holds the first good verdict per judgement id, `attempts` counts the lines per id. A last line torn by a kill
+    is cut off (its question is asked again); an unreadable line elsewhere is skipped and counted in `unreadable`.
     """
 
     def __init__(self, path: Path):
@@ -197,10 +193,15 @@ class VerdictStore:
     def _cut_torn_line(self) -> None:
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
-        if end < len(data):
-            with self.path.open("r+b") as stream:
+        if end == len(data):
+            return
+        with self.path.open("r+b") as stream:
+            if _whole(data[end:]):  # only the line feed is missing: a verdict that may have cost money
+                stream.seek(0, os.SEEK_END)
+                stream.write(b"\n")
+            else:
                 stream.truncate(end)
-            self.unreadable += 1
+                self.unreadable += 1
 
     def _take(self, line: bytes) -> None:
         try:
@@ -224,6 +225,13 @@ class VerdictStore:
             os.fsync(stream.fileno())
         for line in lines:
             self._take(line)
+
+
+def _whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def judgement_id(judge: Judge, comparison: Comparison, order: str, repeat: int) -> str:
@@ -370,11 +378,18 @@ def coverage_block(table: pd.DataFrame) -> str | None:
     if len(short):
         named = ", ".join(f"{r.config} {r.coverage:.1%}" for r in short.itertuples())
         return f"coverage below {MIN_COVERAGE:.0%}: {named}"
+    p = missingness_p(table)
+    if p is not None and p < MISSINGNESS_P:
+        return f"missing verdicts depend on the configuration (chi-square p = {p:.4f})"
+    return None
+
+
+def missingness_p(table: pd.DataFrame) -> float | None:
+    """p of a chi-square test that verdicts are missing alike for all configurations; None if none (or all) are."""
     missing = table["planned"] - table["judged"]
-    if missing.sum() == 0:
+    if missing.sum() == 0 or table["judged"].sum() == 0:
         return None
-    p = stats.chi2_contingency([table["judged"], missing]).pvalue
-    return f"missing verdicts depend on the configuration (chi-square p = {p:.4f})" if p < MISSINGNESS_P else None
+    return float(stats.chi2_contingency([table["judged"], missing]).pvalue)
 
 
 # ---------------------------------------------------------------- the validity gate
@@ -427,8 +442,8 @@ def planted_controls(
     in turn. A control that a prompt does not allow (a reference that never names its term) is left out there.
     """
     rng = np.random.default_rng(seed)
-    picked = _sample(prompts.sort_values("prompt_id").to_dict("records"), 1.0, rng)
-    picked = [picked[i] for i in sorted(rng.permutation(len(picked))[:CONTROL_PROMPTS])]
+    sorted_prompts = prompts.sort_values("prompt_id").to_dict("records")
+    picked = [sorted_prompts[i] for i in rng.permutation(len(sorted_prompts))[:CONTROL_PROMPTS]]
     rows, texts = [], {}
     for k, prompt in enumerate(picked):
         planted, base = _planted_texts(prompt, k, prompts, answers, cards, configs, rng)
@@ -481,20 +496,21 @@ def wrong_term(text: str, card: Card, other: Card) -> str | None:
 
 
 def wrong_number(text: str, card: Card) -> str | None:
-    """`text` with its first figure made wrong, or with a wrong figure of the card put in; None if there is none."""
-    figures = glossary.figures_in(text)
-    if figures:
-        return _misnumber(text, figures[0][0])
+    """`text` with a figure made wrong, or with a wrong figure of the card put in; None if neither can be done."""
+    parts = judges.sentences(text)
+    tried = [_misnumber(text, number, card) for number, _ in glossary.figures_in(text)]
     for figure in card.figures:
-        if numbers := glossary.figures_in(figure.text):
-            parts = judges.sentences(text)
-            claim = f"The value to expect is {_misnumber(figure.text, numbers[0][0])}: {figure.meaning}."
-            return " ".join([*parts[:-1], claim, parts[-1]])
-    return None
+        for number, _ in glossary.figures_in(figure.text):
+            claim = f"The value to expect is {_misnumber(figure.text, number, card)}: {figure.meaning}."
+            tried.append(" ".join([*parts[:-1], claim, parts[-1]]))
+    return next((changed for changed in tried if glossary.unknown_figures(changed, card)), None)
 
 
-def _misnumber(text: str, number: str) -> str:
-    wrong = f"{float(re.sub(r'[^0-9.]', '', number).strip('.')) * 7 + 13:g}"
+def _misnumber(text: str, number: str, card: Card) -> str:
+    """`text` with the first `number` replaced by one that is not on the card."""
+    listed = {known for known, _ in card.allowed_figures}
+    value = float(re.sub(r"\.(?=.*\.)", "", number)) * 7 + 13
+    wrong = next(w for w in (f"{value + i:g}" for i in range(len(listed) + 1)) if w not in listed)
     digits = ",?".join(map(re.escape, number))  # figures_in() drops the comma of 1,000
     return re.sub(rf"(?<![\w.]){digits}(?!\d)", wrong, text, count=1)
 
@@ -569,9 +585,7 @@ def habits(judged: pd.DataFrame) -> pd.DataFrame:
     table["tie"] = tie.astype(float).where(fit_rows)
     decided = fit_rows & ~tie & (longer_first != 0)
     table["longer_wins"] = (first_won == (longer_first > 0)).astype(float).where(decided)
-    pair = [
-        tuple(sorted(p)) for p in zip(judged["config_first"], judged["config_second"], strict=True)
-    ]
+    pair = [tuple(sorted(p)) for p in zip(judged["config_first"], judged["config_second"], strict=True)]
     key = list(zip(judged["prompt_id"], pair, strict=True))
     base = {k: w for k, w, p in zip(key, judged["winner"], judged["purpose"], strict=True) if p == "ranking"}
     original = pd.Series([base.get(k) for k in key], index=judged.index, dtype=object)

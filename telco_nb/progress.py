@@ -17,6 +17,7 @@ from telco_nb.executed import Failure
 from telco_nb.steps import STEPS, Job
 
 HEARTBEAT_SECONDS = 60.0
+REDRAW_SECONDS = 0.5
 PLAIN_WIDTH = 110  # where there is no terminal to ask
 STYLES = {
     "running": "bold cyan",
@@ -59,9 +60,9 @@ def remaining_text(states: Iterable[State]) -> str:
     todo = [s for s in states if not s.ended and s.decision != "skip"]
     known = [max(s.expected_seconds - s.elapsed, 0) for s in todo if s.expected_seconds is not None]
     if not todo:
-        return "nothing left to run"
+        return "nothing"
     if not known:
-        return "no estimate yet (no earlier run)"
+        return "unknown, as there is no earlier run"
     text = f"{sum(known) / 60:.0f} min" if sum(known) >= 60 else "1 min"
     return f"about {text}" if len(known) == len(todo) else f"more than {text}"
 
@@ -82,13 +83,13 @@ def plan_table(states: list[State]) -> Table:
     for state in states:
         rows.setdefault((state.decision, state.job.step, state.reason), []).append(state.job.scope)
     table = Table(box=None, pad_edge=False, show_header=False)
-    for (decision, step, reason), scopes in rows.items():
+    for (decision, step, reason), scopes in sorted(rows.items(), key=lambda row: row[0][1]):
         style = "dim" if decision == "skip" else ""
         table.add_row(decision, step, " ".join(scopes), Text(reason), style=style)
     return table
 
 
-def status_table(states: list[State], most_rows: int | None = None) -> Table:
+def status_table(states: list[State], most_rows: int | None = None) -> Group:
     """A row for each scope and a column for each step; at most `most_rows` rows, the busiest ones."""
     steps = [step for step in STEPS if any(s.job.step == step for s in states)]
     steps += sorted({s.job.step for s in states} - set(STEPS))
@@ -101,9 +102,7 @@ def status_table(states: list[State], most_rows: int | None = None) -> Table:
     shown, hidden = _fold(by_scope, most_rows)
     for scope in shown:
         table.add_row(scope, *(_cell(by_scope[scope].get(step)) for step in steps))
-    table.caption = hidden or None
-    table.caption_justify = "left"
-    return table
+    return Group(table, Text(hidden)) if hidden else Group(table)
 
 
 def _fold(by_scope: dict[str, dict[str, State]], most_rows: int | None) -> tuple[list[str], str]:
@@ -125,8 +124,7 @@ def _cell(state: State | None) -> Text:
         return Text("")
     text = state.status
     if state.status == "running":
-        cells = f" cell {state.cell}/{state.cells}" if state.cells else ""
-        text = f"running {clock(state.elapsed)}{cells}"
+        text = f"running {clock(state.elapsed)}"
     elif state.seconds is not None:
         text = f"{state.status} {clock(state.seconds)}"
     return Text(text, style=STYLES[state.status])
@@ -156,10 +154,11 @@ class Lines:
         """A job has started or ended."""
         if state.status == "skipped" and state.decision == "skip":
             return  # the plan has said so
-        done = sum(s.ended for s in self.states)
         took = f" in {clock(state.seconds)}" if state.seconds is not None else ""
-        left = f" [{done} of {len(self.states)}; {remaining_text(self.states)}]" if state.ended else ""
-        self.say(f"{state.job.id} {state.status}{took}: {state.failure or state.reason}{left}")
+        why = "" if state.status == "done" else f": {state.failure or state.reason}"
+        done = sum(s.ended for s in self.states)
+        left = f" ({done} of {len(self.states)}; to go: {remaining_text(self.states)})" if state.ended else ""
+        self.say(f"{state.job.id} {state.status}{took}{why}{left}")
 
     def tick(self) -> None:
         if time.monotonic() - self.last >= HEARTBEAT_SECONDS:
@@ -172,7 +171,7 @@ class LiveTable:
     """For terminals: one table that keeps itself up to date; failures are also printed above it, to stay."""
 
     def __init__(self, console: Console, states: list[State]):
-        self.console, self.states, self.start = console, states, time.monotonic()
+        self.console, self.states, self.start, self.drawn = console, states, time.monotonic(), 0.0
         self.live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="ellipsis")
 
     def __enter__(self) -> LiveTable:
@@ -189,18 +188,23 @@ class LiveTable:
     def changed(self, state: State) -> None:
         if state.failure:
             self.say(f"{state.job.id} {state.status}: {state.failure}")
+        self.drawn = 0.0
         self.tick()
 
     def tick(self) -> None:
-        self.live.update(self._picture(), refresh=True)
+        if time.monotonic() - self.drawn >= REDRAW_SECONDS:
+            self.live.update(self._picture(), refresh=True)
+            self.drawn = time.monotonic()
 
     def _picture(self) -> Group:
+        lines = [f"{s.job.id}: cell {s.cell} of {s.cells}" for s in self.states if s.status == "running" and s.cells]
         done = sum(s.ended for s in self.states)
-        line = (
-            f"{done} of {len(self.states)} steps, {clock(time.monotonic() - self.start)} elapsed, "
-            f"{remaining_text(self.states)} to go. Ctrl-C stops; the same command goes on."
+        lines.append(
+            f"{done} of {len(self.states)} steps, {clock(time.monotonic() - self.start)} elapsed; "
+            f"to go: {remaining_text(self.states)}. Ctrl-C stops; the same command goes on."
         )
-        return Group(status_table(self.states, most_rows=self.console.height - 5), Text(line, style="bold"))
+        table = status_table(self.states, most_rows=self.console.height - 5)
+        return Group(table, Text("\n".join(lines), style="bold"))
 
 
 def make_console() -> Console:

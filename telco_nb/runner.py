@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import fnmatch
 import hashlib
 import json
 import os
@@ -26,20 +25,16 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, params, record, steps
+from telco_nb import ROOT, doctor, executed, params, record, schedule, steps
 from telco_nb.executed import Failure
-from telco_nb.progress import State, clock, follow, make_console, plan_table, remaining_text, status_table
+from telco_nb.progress import State, clock, follow, make_console, status_table
+from telco_nb.schedule import UsageError
 from telco_nb.steps import Job
 
 OK, FAILED, USAGE, UNFIT, INTERRUPTED = 0, 1, 2, 3, 130
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
-OVERHEAD_SECONDS = 3.0  # starting and ending a process and a kernel, which no manifest counts
 POLL_SECONDS = 0.2
-
-
-class UsageError(ValueError):
-    """What was asked for cannot be meant; the message says what can. Exit code 2."""
 
 
 class UnfitError(RuntimeError):
@@ -97,18 +92,16 @@ def run(options: Options, console: Console | None = None) -> int:
         outcome.exit_code, outcome.error = USAGE, str(error)
     except (UnfitError, record.RecordError) as error:
         outcome.exit_code, outcome.error = UNFIT, str(error)
+    except OSError as error:  # a full disk, a folder that went away
+        outcome.exit_code, outcome.error = UNFIT, f"{error.strerror or error}: {error.filename or outcome.root}"
     except KeyboardInterrupt:
         outcome.exit_code, outcome.error = INTERRUPTED, "interrupted"
     if outcome.error:
-        make_console_for_errors().print(f"run_all: {outcome.error}", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"run_all: {outcome.error}", markup=False, soft_wrap=True)
     outcome.seconds = round(time.monotonic() - start, 3)
     if options.json_file:
         record.write_json(options.json_file, asdict(outcome))
     return outcome.exit_code
-
-
-def make_console_for_errors() -> Console:
-    return Console(stderr=True, highlight=False)
 
 
 def _run(options: Options, console: Console, outcome: Outcome) -> None:
@@ -122,16 +115,17 @@ def _run(options: Options, console: Console, outcome: Outcome) -> None:
 
 def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, outcome: Outcome) -> None:
     """Plan, run, report and summarise `jobs`; `outcome` receives what came of it."""
-    chosen = choose_steps(jobs, options.steps)
-    forced = choose_forced(chosen, options.force)
+    chosen = schedule.choose_steps(jobs, options.steps)
+    forced = schedule.choose_forced(chosen, options.force)
     if options.dry_run:
-        states = plan(chosen, root, forced)
-        show_plan(console, root, states, options.explain)
+        states = schedule.plan(chosen, root, forced)
+        outcome.jobs = [_summary(state, root) for state in states]
+        schedule.show_plan(console, root, states, options.explain)
         examine(console, root, states)
         return
     with lock(root) as lock_file:
-        states = plan(chosen, root, forced)
-        show_plan(console, root, states, options.explain)
+        states = schedule.plan(chosen, root, forced)
+        schedule.show_plan(console, root, states, options.explain)
         examine(console, root, states)
         runner = Runner(states, root, options, console, lock_file)
         runner.go()
@@ -142,14 +136,14 @@ def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, ou
         show_end(console, root, states, outcome)
 
 
-# ---------------------------------------------------------------- what to run
+# ---------------------------------------------------------------- may it start?
 
 
 def load(options: Options) -> params.Study:
     """The study that the options describe. Raises ParameterError for any fault in the files or the notebooks."""
     study = params.load_study(options.profile, options.params_dir)
     if options.configs is not None:
-        chosen = choose_configs(options.configs, study)
+        chosen = schedule.choose_configs(options.configs, study)
         study = params.load_study(options.profile, options.params_dir, chosen)
     unused = steps.unused_parameters(study)
     if unused:
@@ -158,143 +152,6 @@ def load(options: Options) -> params.Study:
             "parameters cell of the notebook that should use it."
         )
     return study
-
-
-def choose_configs(text: str, study: params.Study) -> list[str]:
-    """`c01,c05` or `c0*`: names may be any known configuration, patterns choose among those of the profile."""
-    chosen = set()
-    for word in _words(text):
-        found = [word] if word in study.lora else fnmatch.filter(study.configs, word)
-        if not found:
-            raise UsageError(f"--configs {word}: no such configuration. Known: {', '.join(study.lora)}.")
-        chosen |= {*found}
-    if not chosen:
-        raise UsageError("--configs: name at least one configuration.")
-    return [config for config in study.lora if config in chosen]
-
-
-def choose_steps(jobs: list[Job], text: str | None) -> list[Job]:
-    """`03-06`, `03,04`, `3`, `03_train`: the jobs of those steps."""
-    if text is None:
-        return jobs
-    names = list(dict.fromkeys(job.step for job in jobs))
-    chosen: set[str] = set()
-    for word in _words(text):
-        first, dash, last = word.partition("-")
-        ends = [_step_index(names, first), _step_index(names, last if dash else first)]
-        if ends[0] > ends[1]:
-            raise UsageError(f"--steps {word}: the first step comes after the last.")
-        chosen |= {*names[ends[0] : ends[1] + 1]}
-    if not chosen:
-        raise UsageError("--steps: name at least one step.")
-    return [job for job in jobs if job.step in chosen]
-
-
-def _step_index(names: list[str], word: str) -> int:
-    for index, name in enumerate(names):
-        number = name.split("_")[0]
-        if word in (name, number, number.lstrip("0")):
-            return index
-    raise UsageError(f"--steps {word}: no such step. Known: {', '.join(names)}.")
-
-
-def choose_forced(jobs: list[Job], words: tuple[str, ...]) -> set[str]:
-    """Ids of the jobs that --force names: a step (`03`, `03_train`) or scope/step (`c03/03`, `c*/04_energy`)."""
-    forced: set[str] = set()
-    names = list(dict.fromkeys(job.step for job in jobs))
-    for word in words:
-        scope, slash, step = word.rpartition("/")
-        name = names[_step_index(names, step)]
-        found = {j.id for j in jobs if j.step == name and fnmatch.fnmatch(j.scope, scope if slash else "*")}
-        if not found:
-            raise UsageError(f"--force {word}: no such step in this run. It has {', '.join(j.id for j in jobs)}.")
-        forced |= found
-    return forced
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-# ---------------------------------------------------------------- the plan
-
-
-def plan(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
-    """Decide for every chosen job: run, skip, or maybe (if what runs before it changes its inputs).
-
-    Raises UsageError if an input comes from a job that is not chosen and has never finished.
-    """
-    states: dict[str, State] = {}
-    ids = {job.id for job in chosen}
-    for job in chosen:
-        missing = [d for d in job.depends if d not in ids and record.read_manifest(root, *d.split("/")) is None]
-        if missing:
-            first = missing[0].split("/")[1]
-            raise UsageError(
-                f"{job.id} reads from {', '.join(missing)}, which has never finished and is not among the chosen "
-                f"steps. Choose it too, for example --steps {first[:2]}-{chosen[-1].step[:2]}."
-            )
-        states[job.id] = _decide(job, root, forced, [states[d] for d in job.depends if d in states])
-    expect(states.values(), root)
-    return list(states.values())
-
-
-def _decide(job: Job, root: Path, forced: set[str], before: list[State]) -> State:
-    if job.id in forced:
-        return State(job, "run", "forced")
-    current, reason = record.check(job, root)
-    if not current:
-        return State(job, "run", reason)
-    if any(state.decision != "skip" for state in before):
-        return State(job, "maybe", "only if its inputs change")
-    return State(job, "skip", reason)
-
-
-def expect(states: Any, root: Path) -> None:
-    """Set `expected_seconds`: the job's own last time, else the mean of its step's, both per epoch where it has any."""
-    rates: dict[str, list[float]] = {}
-    own: dict[str, float] = {}
-    for state in states:
-        manifest = record.read_manifest(root, state.job.scope, state.job.step)
-        if manifest:
-            own[state.job.id] = manifest["seconds"] / (manifest["parameters"].get("epochs") or 1)
-            rates.setdefault(state.job.step, []).append(own[state.job.id])
-    for state in states:
-        known = rates.get(state.job.step)
-        if known and not state.ended:
-            rate = own.get(state.job.id, sum(known) / len(known))
-            state.expected_seconds = OVERHEAD_SECONDS + rate * (state.job.parameters.get("epochs") or 1)
-
-
-def show_plan(console: Console, root: Path, states: list[State], explain: bool) -> None:
-    """Print what will be done and why; with `explain`, all that decides about each job."""
-    todo = [s for s in states if s.decision == "run"]
-    maybe = [s for s in states if s.decision == "maybe"]
-    more = f" and perhaps {len(maybe)} more" if maybe else ""
-    console.print(
-        f"{len(todo)} of {len(states)} steps to run{more}: {remaining_text(states)}. Results: {root}", soft_wrap=True
-    )
-    console.print(plan_table(states))
-    if explain:
-        for state in states:
-            console.print("\n".join(explanation(state, root)), markup=False, soft_wrap=True)
-
-
-def explanation(state: State, root: Path) -> list[str]:
-    """Every difference between a job's record and now, and what its content key is made of."""
-    key, parts = record.content_key(state.job, root)
-    manifest = record.read_manifest(root, state.job.scope, state.job.step)
-    lines = [
-        f"{state.job.id}: {state.decision} ({state.reason})",
-        f"  content key {key or 'unknown until its inputs exist'}",
-    ]
-    if manifest and key and manifest["key"] != key:
-        changes = record.difference(manifest["key_parts"], parts, limit=10_000)
-        lines += [f"  changed: {change}" for change in changes.split(", ")]
-    lines.append(f"  parameters: {', '.join(f'{k}={v!r}' for k, v in parts['parameters'].items())}")
-    for part in ("inputs", "modules"):
-        lines += [f"  {part}: {name} {value[:12]}" for name, value in parts[part].items()]
-    return lines
 
 
 def examine(console: Console, root: Path, states: list[State]) -> None:
@@ -359,6 +216,7 @@ class Runner:
         self.stops = 0  # how often we were asked to stop
         self.child: subprocess.Popen[str] | None = None
         self.kernel_pid: int | None = None
+        self.runtime: str | None = None  # the child's temporary folder
 
     def go(self) -> None:
         """Run what is to be run. Afterwards every state has ended, but for those that a stop left waiting."""
@@ -407,7 +265,7 @@ class Runner:
             state.seconds = round(state.elapsed, 3)
         if state.failure is None:
             state.status = "done"
-            expect(self.states, self.root)
+            schedule.expect(self.states, self.root)
         else:
             state.status = "interrupted" if state.failure.kind == "interrupted" and self.stops else "failed"
 
@@ -461,7 +319,7 @@ class Runner:
         child, events = self.child, queue.SimpleQueue()
         assert child is not None
         threading.Thread(target=_read_events, args=(child.stdout, events), daemon=True).start()
-        ended, failure, self.kernel_pid = False, None, None
+        ended, failure, self.kernel_pid, self.runtime = False, None, None, None
         stopping = _stop_child(child)
         while True:
             try:
@@ -475,6 +333,7 @@ class Runner:
                 ended, failure = True, event["end"] and Failure(**event["end"])
             state.cell, state.cells = event.get("cell", state.cell), event.get("of", state.cells)
             self.kernel_pid = event.get("kernel_pid", self.kernel_pid)
+            self.runtime = event.get("runtime", self.runtime)
             if self.stops:
                 stopping.send(self.stops)
             self.display.tick()
@@ -484,6 +343,8 @@ class Runner:
         if self.kernel_pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.kernel_pid, signal.SIGKILL)
+        if self.runtime is not None:
+            shutil.rmtree(self.runtime, ignore_errors=True)
         code = state.exit_code or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook {how}")
@@ -538,6 +399,7 @@ def _summary(state: State, root: Path) -> dict[str, Any]:
         "id": state.job.id,
         "scope": state.job.scope,
         "step": state.job.step,
+        "decision": state.decision,
         "status": state.status,
         "reason": str(state.failure or state.reason),
         "seconds": state.seconds,
@@ -567,7 +429,9 @@ def _make_report(console: Console, root: Path, states: list[State], outcome: Out
 def report_key(root: Path) -> str:
     """Hash of all that the report shows, and of the code that makes it."""
     files = [*sorted(root.glob("*/*.ipynb")), root / "results.csv", root / "findings.json"]
-    files += sorted((ROOT / "telco_nb").glob("report*"))
+    files += sorted(
+        path for name in ("report*", "findings.py", "data/report*") for path in (ROOT / "telco_nb").glob(name)
+    )
     digest = hashlib.sha256()
     for path in files:
         if path.is_file():

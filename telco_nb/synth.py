@@ -25,6 +25,7 @@ ATTEMPTS = 12
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _KINDS = {"fault": "fault", "billing_dispute": "billing_dispute", "change": "change", "compare": "compare"}
+_LEANING = {"Otherwise", "It", "They", "That", "This", "These", "Those", "Both", "Then", "But", "And", "So", "For"}
 _UNDERSTAND = ("meaning", "meaning", "belief", "belief", "figure")
 
 
@@ -70,6 +71,7 @@ class Writer:
     slots: dict[str, str] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     kinds: list[str] = field(default_factory=list)
+    brief: bool = False  # choose among the shortest phrases
 
     def below(self, n: int, slot: str) -> int:
         """A number in 0..n-1 fixed by the conversation's key and the slot."""
@@ -77,6 +79,8 @@ class Writer:
 
     def pick(self, options: list[str], slot: str) -> str:
         """One of the options, not yet used in this conversation where possible."""
+        if self.brief:
+            options = sorted(options, key=count_words)[:2]
         start = self.below(len(options), slot)
         ordered = options[start:] + options[:start]
         chosen = next((option for option in ordered if option not in self.used), ordered[0])
@@ -150,6 +154,14 @@ def with_article(name: str, card: Card) -> str:
 # --- the customer ------------------------------------------------------------------------------------
 
 
+def _suited(writer: Writer, texts: list[str], slot: str) -> str:
+    """One of the card's customer sentences; a novice does not get one that is full of jargon, if there is another."""
+    marks = writer.grammar["jargon"]
+    plain = [text for text in texts if not any(mark.lower() in text.lower() for mark in marks)]
+    fitting = plain if "novice" in writer.levels and plain else texts
+    return fitting[writer.below(len(fitting), slot)]
+
+
 def _bind(writer: Writer, turn: int, kind: str) -> None:
     """Choose which of the card's sentences this turn is about, and put them into the slots."""
     card = writer.card
@@ -161,16 +173,16 @@ def _bind(writer: Writer, turn: int, kind: str) -> None:
         "a_term": with_article(card.term, card),
         "name": name,
         "a_name": with_article(name, card),
-        "fault": card.fault_reports[writer.below(len(card.fault_reports), "fault")],
-        "dispute": card.billing_disputes[writer.below(len(card.billing_disputes), "dispute")],
-        "change": card.change_requests[writer.below(len(card.change_requests), "change")],
+        "fault": _suited(writer, card.fault_reports, "fault"),
+        "dispute": _suited(writer, card.billing_disputes, "dispute"),
+        "change": _suited(writer, card.change_requests, "change"),
         "options": comparison.options,
         "advice": comparison.advice,
     }
     if kind == "belief":
         writer.slots["belief"] = writer.pick([w.belief for w in card.wrong_beliefs], f"belief{turn}")
     if kind == "figure":
-        found = quantities(card)
+        found = [pair for pair in quantities(card) if pair[1] not in writer.used] or quantities(card)
         writer.slots["figure"], writer.slots["figure_fact"] = found[writer.below(len(found), f"figure{turn}")]
 
 
@@ -191,7 +203,7 @@ def _later_kind(writer: Writer, intent: str, turn: int) -> str:
 
 # --- the agent ---------------------------------------------------------------------------------------
 
-Piece = tuple[str, str]  # ("check" | "fix" | "fact" | "plain" | "escalate", sentence)
+Piece = tuple[str, str]  # ("check" | "fix" | "fact" | "plain" | "second" | "escalate", sentence)
 
 
 def _content(writer: Writer, kind: str, turn: int, expert: bool) -> tuple[list[Piece], list[Piece]]:
@@ -217,7 +229,8 @@ def _content(writer: Writer, kind: str, turn: int, expert: bool) -> tuple[list[P
     if kind == "practice":
         return facts[:1], facts[1:3]
     answer = {"billing_dispute": card.billing_answer, "change": card.change_answer, "compare": writer.slots["advice"]}
-    return [("plain", answer[kind])], background
+    first, *rest = sentences(answer[kind])
+    return [("plain", first), *(("second", text) for text in rest)], background
 
 
 def _unsaid(writer: Writer, pieces: list[Piece], slot: str) -> list[Piece]:
@@ -259,6 +272,8 @@ def _render(writer: Writer, pieces: list[Piece], turn: int) -> list[str]:
             out.append(writer.say(bank, turn * 10 + i, step=lowered(text, writer.card)))
         elif role == "escalate":
             out.append(writer.say("escalate", turn, escalate_when=text.rstrip(".")))
+        elif role == "second" and text.split()[0] not in _LEANING:
+            out.append(writer.say("second", turn * 10 + i, text=text))
         elif role == "fact" and i:
             out.append(writer.say("fact_also", turn * 10 + i, fact=text))
         else:
@@ -266,11 +281,21 @@ def _render(writer: Writer, pieces: list[Piece], turn: int) -> list[str]:
     return out
 
 
+def _next_step(writer: Writer, kind: str, turn: int) -> str:
+    """The closing sentence. A question asked in passing about a fault has no steps to report on."""
+    levels = writer.levels
+    if "fault" in levels and kind in ("belief", "figure", "meaning", "practice"):
+        writer.levels = levels - {"fault"} | {"understand"}
+    action = writer.say("next_step", turn)
+    writer.levels = levels
+    return action
+
+
 def _answer(writer: Writer, kind: str, turn: int, expert: bool) -> str:
     """Opening, content, next step: as many optional sentences as fit a drawn length, openings dropped last."""
     low, high = ANSWER_TARGET
     target = low + writer.below(high - low + 1, f"target{turn}")
-    action = writer.say("next_step", turn)
+    action = _next_step(writer, kind, turn)
     if turn == 0:
         openings = [writer.say("acknowledge", turn), writer.say("frame", turn)]
     else:
@@ -307,20 +332,16 @@ def mood_and_opening(scenario: Scenario, number: int, axes: Axes) -> tuple[str, 
 
 
 def _drafted(writer: Writer, draft: Callable[[], str], limits: tuple[int, int], slot: str) -> str:
-    """A text within the word limits: drawn again while it is outside, the nearest one if none fits."""
+    """A text within the word limits: drawn again while it is outside, in the end with short phrases only."""
     key, said = writer.key, writer.used
-    best: tuple[int, str, set[str]] | None = None
     for retry in range(ATTEMPTS):
         writer.key, writer.used = (*key, slot, retry), set(said)
+        writer.brief = retry >= ATTEMPTS // 2
         text = tidy(draft())
-        length = count_words(text)
-        miss = max(limits[0] - length, length - limits[1], 0)
-        if best is None or miss < best[0]:
-            best = (miss, text, writer.used)
-        if miss == 0:
+        if limits[0] <= count_words(text) <= limits[1]:
             break
-    writer.key, writer.used = key, best[2]
-    return best[1]
+    writer.key, writer.brief = key, False
+    return text
 
 
 def _turn(writer: Writer, scenario: Scenario, turn: int) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, Trainer, TrainerCallback
+from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback
 
 from telco_nb.model import chat_messages, end_token_id
 from telco_nb.record import device, write_json
@@ -90,7 +90,8 @@ def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]
     end = tokenizer.decode([end_token_id(tokenizer)])
     wanted = "".join(m["content"] + end for m in messages if m["role"] == "assistant")
     found = tokenizer.decode([label for label in example.labels if label != IGNORED])
-    if found != wanted:
+    in_place = all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    if found != wanted or not in_place:
         raise TrainingError(f"{example.conversation_id}: labels cover {found!r}, not the answers {wanted!r}.")
 
 
@@ -135,7 +136,9 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
         "position_ids": torch.tensor([[p for e in examples for p in range(len(e.input_ids))]]),
-        "labels": torch.tensor([shifted]),
+        "shift_labels": torch.tensor([shifted]),
+        # The Trainer counts supervised tokens (in shift_labels) only for batches that also hold "labels".
+        "labels": torch.tensor([[label for e in examples for label in e.labels]]),
     }
 
 
@@ -203,7 +206,7 @@ def base_dtype(model: Any) -> torch.dtype:
 
 def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy (float32, nats) of each supervised position of a packed row, in order."""
-    supervised = row["labels"] != IGNORED
+    supervised = row["shift_labels"] != IGNORED
     # Adapters are float32 whatever the base computes in: their updates are too small for bfloat16's 8 bits.
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=base_dtype(model) == torch.bfloat16):
         output = model(
@@ -214,18 +217,25 @@ def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
             use_cache=False,
         )
     logits = output.logits.reshape(-1, output.logits.shape[-1]).float()
-    return F.cross_entropy(logits, row["labels"][supervised], reduction="none")
+    return F.cross_entropy(logits, row["shift_labels"][supervised], reduction="none")
 
 
 class PackedTrainer(Trainer):
     """The transformers Trainer with the packed step: the loss is summed over supervised tokens of the whole
     accumulation window and divided by their number."""
 
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through Watch
+        self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
+
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         losses = token_losses(model, inputs)
-        return losses.sum() / (num_items_in_batch if num_items_in_batch is not None else losses.numel())
+        if num_items_in_batch is None:
+            raise TrainingError("the Trainer did not count the supervised tokens of the accumulation window.")
+        return losses.sum() / num_items_in_batch
 
 
 def warm_up(model: Any, row: dict[str, torch.Tensor]) -> float:
@@ -244,7 +254,6 @@ def fixed_arguments() -> dict[str, Any]:
     return {
         "use_cpu": not torch.cuda.is_available(),
         "report_to": [],
-        "disable_tqdm": True,
         "logging_steps": 1,
         "logging_first_step": True,
         "save_strategy": "epoch",

@@ -25,18 +25,25 @@ class Study:
         self.folder, self.root = folder, folder / "outputs" / "faults"
         self.jobs: list = []
         (folder / "notebooks").mkdir()
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
 
     def add(self, step: str, *cells: str, scope: str = "s", value: int = 1, reads: tuple = ()) -> None:
         write_notebook(self.folder / "notebooks" / f"{step}.ipynb", *cells)
         self.jobs.append((step, scope, {"value": value}, [(r, scope, "artefacts/*") for r in reads]))
 
     def start(self, *prefix: str, environment: dict | None = None, **options) -> subprocess.Popen:
-        study = {"notebooks": str(self.folder / "notebooks"), "outputs": str(self.folder / "outputs"), "jobs": self.jobs}
+        study = {
+            "notebooks": str(self.folder / "notebooks"),
+            "outputs": str(self.folder / "outputs"),
+            "jobs": self.jobs,
+        }
         (self.folder / "study.json").write_text(json.dumps(study))
         options["json_file"] = str(self.folder / "summary.json")
         command = [*prefix, sys.executable, str(DRIVER), str(self.folder / "study.json"), json.dumps(options)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, **streams, env={**os.environ, **(environment or {})}, start_new_session=True)
+        surroundings = {**os.environ, "TMPDIR": str(self.temporary), **(environment or {})}
+        return subprocess.Popen(command, **streams, env=surroundings, start_new_session=True)
 
     def run(self, *prefix: str, environment: dict | None = None, **options) -> tuple[int, str]:
         process = self.start(*prefix, environment=environment, **options)
@@ -82,7 +89,9 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture
 def study(tmp_path):
-    return Study(tmp_path)
+    study = Study(tmp_path)
+    yield study
+    wait_for(lambda: not [*study.temporary.glob("tnb-*")], 2.5)  # nothing of ours stays, whatever happened
 
 
 # ---------------------------------------------------------------- one run with many faults
@@ -163,6 +172,8 @@ def test_records_hold_no_machine_paths(ward):
 def test_nothing_is_left_over(ward):
     assert not alive([p for p in psutil.process_iter() if str(ward.folder) in _environment_of(p)])
     assert not [*ward.root.glob("s/.*.running.*"), *ward.root.glob("s/.*.job.json")]
+    assert {path.suffix for path in (ward.folder / "notebooks").iterdir()} == {".ipynb"}, "no sockets beside them"
+    assert not [*ward.temporary.glob("tnb-*")]
 
 
 def test_the_summary_names_the_command_that_goes_on(ward):
@@ -231,7 +242,9 @@ def test_a_kernel_of_another_environment_is_not_used(study):
 
 
 def _can_unshare() -> bool:
-    return bool(shutil.which("unshare")) and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0
+    return (
+        bool(shutil.which("unshare")) and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.skipif(not _can_unshare(), reason="needs the right to make a network namespace")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from telco_nb import record
+from telco_nb import ROOT, record
 from telco_nb.steps import Job
 
 SCRIPT = "<script>document.title='owned';fetch('https://example.com/x')</script><img src=x onerror=alert(1)>"
@@ -91,7 +91,9 @@ def executed_notebook(step: str, scope: str, headline: str) -> nbformat.Notebook
     """A small executed record with every kind of output that our notebooks have."""
     table = pd.DataFrame({"answer": [SCRIPT, "Restart the router."], "tokens": [41, 12]})
     cells = [
-        new_markdown_cell(f"# What does {step} do in {scope}?\n\n- **Reads** [02_synth](02_synth.ipynb)\n- **Takes** 1 min\n\n$x^2$"),
+        new_markdown_cell(
+            f"# What does {step} do in {scope}?\n\n- **Reads** [02_synth](02_synth.ipynb)\n- **Takes** 1 min\n\n$x^2$"
+        ),
         new_code_cell("seed = 20260605  # seed", metadata={"tags": ["parameters"]}, execution_count=1),
         new_code_cell("run = record.open_run(...)", metadata={"tags": ["setup"]}, execution_count=2),
         new_code_cell("table", execution_count=3),
@@ -101,10 +103,14 @@ def executed_notebook(step: str, scope: str, headline: str) -> nbformat.Notebook
     html = table.to_html()
     cells[3].outputs = [
         new_output("execute_result", {"text/html": html, "text/plain": str(table)}, execution_count=3),
-        new_output("display_data", {"image/png": PNG, "text/plain": "<Image>"}, metadata={"image/png": {"alt": "one dot"}}),
+        new_output(
+            "display_data", {"image/png": PNG, "text/plain": "<Image>"}, metadata={"image/png": {"alt": "one dot"}}
+        ),
         new_output("stream", text=f"plain {SCRIPT}\n"),
     ]
-    cells[4].outputs = [new_output("display_data", {"text/markdown": f"The loss is **0.5**. {SCRIPT}", "text/plain": "x"})]
+    cells[4].outputs = [
+        new_output("display_data", {"text/markdown": f"The loss is **0.5**. {SCRIPT}", "text/plain": "x"})
+    ]
     box = f'<div class="headline" style="border-left:4px solid #0072b2">{headline}</div>'
     cells[5].outputs = [new_output("execute_result", {"text/html": box, "text/plain": "x"}, execution_count=5)]
     return new_notebook(cells=cells)
@@ -127,7 +133,7 @@ def build_study(
             shift = planted.loc[config] + [rng.normal(0, 0.004), 0, 0]
             _train(builder, rng, f"{config}-seed{s}", configs.loc[config], shift, s)
     for name in judges:
-        _judge(builder, rng, name, planted["quality"])
+        add_judge(builder, rng, name, planted["quality"])
     return builder.root
 
 
@@ -145,7 +151,9 @@ def _shared(builder: Builder, rng: np.random.Generator) -> pd.DataFrame:
             "intent": "fault",
             "situation": "first contact",
             "customer": "novice",
-            "messages": [[{"role": "user", "content": f"My eSIM fails, case {i}. {SCRIPT if i == 0 else ''}"}] for i in range(40)],
+            "messages": [
+                [{"role": "user", "content": f"My eSIM fails, case {i}. {SCRIPT if i == 0 else ''}"}] for i in range(40)
+            ],
             "reference": "Delete the profile and load it again.",
         }
     )
@@ -156,11 +164,16 @@ def _shared(builder: Builder, rng: np.random.Generator) -> pd.DataFrame:
     return prompts
 
 
-def _train(builder: Builder, rng: np.random.Generator, scope: str, row: pd.Series, planted: pd.Series, seed: int) -> None:
-    run = builder.open("03_train", scope, {"seed": seed})
+def _train(
+    builder: Builder, rng: np.random.Generator, scope: str, row: pd.Series, planted: pd.Series, seed: int
+) -> None:
+    run = builder.open("03_train", scope, {"seed": seed, "base_model": "smollm2-135m-instruct"})
     steps = np.arange(1, 31) * int(row["epochs"])
     curve = planted["loss"] + 1.4 * np.exp(-np.arange(30) / 6) + rng.normal(0, 0.03, 30)
-    run.table("loss_curve", pd.DataFrame({"step": steps, "tokens_seen": steps * 900, "epoch": steps / 30, "train_loss": curve}))
+    run.table(
+        "loss_curve",
+        pd.DataFrame({"step": steps, "tokens_seen": steps * 900, "epoch": steps / 30, "train_loss": curve}),
+    )
     scenario_noise = np.random.default_rng(99).normal(0, 0.08, 60)
     tokens = rng.integers(40, 120, 120)
     per_token = planted["loss"] + scenario_noise[np.arange(120) % 60] + rng.normal(0, 0.01, 120)
@@ -179,7 +192,7 @@ def _train(builder: Builder, rng: np.random.Generator, scope: str, row: pd.Serie
     run.table("energy", energy_table("train", planted["energy"]))
     wh = planted["energy"]
     run.metric(
-        **row.to_dict(), seed=seed, base_model="SmolLM2-135M-Instruct", val_loss=losses["loss_sum_after"].sum() / tokens.sum(),
+        **row.to_dict(), seed=seed, val_loss=losses["loss_sum_after"].sum() / tokens.sum(),
         train_tokens=int(27000 * row["epochs"]), train_seconds=wh * 200, tokens_per_second=400.0, train_energy_wh=wh,
         train_energy_low_wh=wh * 0.5, train_energy_high_wh=wh * 1.7, energy_kind="estimated", energy_source="cpu_time_model",
     )  # fmt: skip
@@ -212,11 +225,12 @@ def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.
     answers.to_parquet(run.artefact("answers.parquet"))
     run.table("energy", energy_table("answer", wh / 3))
     run.metric(answer_energy_wh=wh / 3, answer_energy_low_wh=wh / 6, answer_energy_high_wh=wh / 2,
-               energy_kind="estimated", energy_source="cpu_time_model", answers=len(prompts))  # fmt: skip
+               energy_kind="estimated", energy_source="cpu_time_model", answers=len(prompts),
+               answer_energy_per_answer_wh=wh / 3 / len(prompts))  # fmt: skip
     builder.close(run, f"{len(prompts)} answers.")
 
 
-def _judge(builder: Builder, rng: np.random.Generator, name: str, quality: pd.Series, passed: bool = True) -> None:
+def add_judge(builder: Builder, rng: np.random.Generator, name: str, quality: pd.Series, passed: bool = True) -> None:
     run = builder.open("05_judge", f"judge-{name}", {"judge": name, "judge_kind": name})
     write_judge(run, rng, name, quality + rng.normal(0, 0.12, len(quality)), passed)
     builder.close(run, f"{name} has judged.")
@@ -247,13 +261,26 @@ def write_judge(run: record.Run, rng: np.random.Generator, name: str, score: pd.
     metrics = [("p_first_seat", 0.52), ("swap_consistency", 0.9), ("tie_share", 0.14), ("test_retest", 0.97)]
     agreement = pd.DataFrame([(m, v, v - 0.03, v + 0.03, 390) for m, v in metrics])
     run.table("agreement", agreement.set_axis(["metric", "value", "low", "high", "n"], axis=1))
-    judgements = pd.DataFrame({"prompt_id": ["p000"], "config_a": [score.index[0]], "config_b": [score.index[1]], "verdict": ["A"]})
-    judgements.to_parquet(run.artefact("judgements.parquet"))
+    write_judgements(run, score)
     controls = [{"control": "corrupted reference", "value": 0.97 if passed else 0.6, "threshold": 0.95, "n": 40,
                  "passed": passed, "detail": ""}]  # fmt: skip
     run.artefact("validity.json").write_text(json.dumps({"judge": name, "passed": passed, "controls": controls}))
     run.metric(judge_kind=name, gate_passed=passed, coverage=1.0, n_judgements=3120, p_first_seat=0.52,
-               swap_consistency=0.9, tie_share=0.14)  # fmt: skip
+               swap_consistency=0.9, tie_share=0.14, missingness_p=None)  # fmt: skip
+
+
+def write_judgements(run: record.Run, score: pd.Series) -> None:
+    """Verdicts on a fixed plan, so that two judges share their comparisons; the higher score wins if clearly higher."""
+    plan = np.random.default_rng(5)
+    rows = []
+    for k in range(300):
+        first, second = plan.choice(score.index, 2, replace=False)
+        lead = score[first] - score[second] + plan.normal(0, 0.5)
+        winner = "tie" if abs(lead) < 0.1 else first if lead > 0 else second
+        ids = {"prompt_id": f"p{k % 40:03d}", "scenario_id": f"s{k % 40:03d}", "purpose": "ranking"}
+        rows.append(ids | {"config_first": first, "config_second": second, "winner": winner})
+    frame = pd.DataFrame(rows).drop_duplicates(["prompt_id", "config_first", "config_second"])
+    frame.to_parquet(run.artefact("judgements.parquet"))
 
 
 def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> dict[str, Any]:
@@ -274,3 +301,29 @@ def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> d
     work = record.prepare(job, root, "0" * 64)
     return {"step": job.step, "scope": job.scope, "parameters": values, "inputs": job.inputs, "root": str(root),
             "work": str(work), "key": "0" * 64, "key_parts": {}}  # fmt: skip
+
+
+def run_analysis(root: Path, n: int, judges: tuple[str, ...], repeats: int, monkeypatch: Any) -> Path:
+    """Run the cells of 06 here, without a kernel, on a tree of `build_study`, and publish; returns the step's folder."""
+    from IPython.display import display
+
+    job = analysis_job(root, n, judges, repeats)
+    job_file = root / "job.json"
+    job_file.write_text(json.dumps(job))
+    monkeypatch.setenv(record.JOB_VARIABLE, str(job_file))
+    monkeypatch.setattr(record, "die_with_parent", lambda: None)
+    names: dict[str, Any] = {"display": display, "__name__": "notebook"}
+    for cell in nbformat.read(ROOT / "notebooks" / "06_analysis.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= job["parameters"]
+    record.publish(root, "study", "06_analysis")
+    notebook = executed_notebook("06_analysis", "study", "analysed")
+    for path in sorted((root / "study" / "06_analysis" / "figures").glob("*.png")):
+        data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": "<Image>"}
+        shown = new_output("display_data", data, metadata={"image/png": {"alt": f"alt of {path.stem}"}})
+        notebook.cells.append(new_code_cell("run.figure(...)", outputs=[shown], execution_count=9))
+    nbformat.write(notebook, root / "study" / "06_analysis.ipynb")
+    job_file.unlink()
+    return root / "study" / "06_analysis"

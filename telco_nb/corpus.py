@@ -1,0 +1,441 @@
+"""What happens to generated conversations: filters with counters, balanced samples, diversity and leak checks."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from telco_nb.glossary import Card, unknown_figures, words
+from telco_nb.scenarios import AXES, keyed
+
+CONVERSATION_KEYS = (
+    "conversation_id", "scenario_id", "term_id", "intent", "situation", "customer", "mood", "opening", "n_turns",
+    "messages", "split",
+)  # fmt: skip
+TOTAL_WORDS = (15, 400)
+NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 5-shingles
+SHINGLE = 5
+SIMILAR = 0.92  # TF-IDF cosine of two exchanges of the same term in different splits
+SIMILAR_MARGIN = 0.005  # refused this much earlier, because the weights shift a little when rows go
+DIVERSITY_SAMPLE = 2000  # distinct-n falls with the size of a corpus, so it is taken on a sample of fixed size
+SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations
+SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}  # of two duplicates the train row goes
+
+Conversation = dict[str, Any]
+Reject = tuple[str, str]  # (reason, detail)
+
+
+# --- filters on one conversation ---------------------------------------------------------------------
+
+
+def _schema(c: Conversation, card: Card) -> str | None:
+    missing = [key for key in CONVERSATION_KEYS if key not in c]
+    if missing:
+        return f"missing {', '.join(missing)}"
+    messages = c["messages"]
+    if not isinstance(messages, list) or not messages:
+        return "no messages"
+    if any(set(m) != {"role", "content"} or not isinstance(m["content"], str) for m in messages):
+        return "a message is not {role, content}"
+    return "an empty message" if any(not m["content"].strip() for m in messages) else None
+
+
+def _roles(c: Conversation, card: Card) -> str | None:
+    roles = [m["role"] for m in c["messages"]]
+    expected = ["user", "assistant"] * c["n_turns"]
+    return None if roles == expected else " ".join(roles)
+
+
+def mentions(text: str, card: Card) -> bool:
+    """Whether the term or one of its aliases stands in the text as a whole word, in any case."""
+    names = "|".join(re.escape(name) for name in card.names)
+    return re.search(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _term(c: Conversation, card: Card) -> str | None:
+    return None if mentions(" ".join(m["content"] for m in c["messages"]), card) else f"none of {card.names}"
+
+
+def _length(c: Conversation, card: Card) -> str | None:
+    total = sum(len(m["content"].split()) for m in c["messages"])
+    return None if TOTAL_WORDS[0] <= total <= TOTAL_WORDS[1] else f"{total} words"
+
+
+def _figures(c: Conversation, card: Card) -> str | None:
+    answers = [m["content"] for m in c["messages"] if m["role"] == "assistant"]
+    unknown = [figure for answer in answers for figure in unknown_figures(answer, card)]
+    return ", ".join(unknown) or None
+
+
+FILTERS: dict[str, Callable[[Conversation, Card], str | None]] = {
+    "schema": _schema,
+    "roles": _roles,
+    "term_absent": _term,
+    "length": _length,
+    "unlisted_figure": _figures,
+}
+
+
+def check(conversation: Conversation, card: Card) -> Reject | None:
+    """(reason, detail) of the first filter that refuses the conversation, or None."""
+    for reason, test in FILTERS.items():
+        detail = test(conversation, card)
+        if detail:
+            return reason, detail
+    return None
+
+
+# --- duplicates --------------------------------------------------------------------------------------
+
+
+def normalised(text: str) -> str:
+    """Lower-cased words with single spaces: what counts as the same text."""
+    return " ".join(words(text))
+
+
+def first_turn(conversation: Conversation) -> str:
+    return conversation["messages"][0]["content"]
+
+
+def first_answer(conversation: Conversation) -> str:
+    return conversation["messages"][1]["content"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(normalised(text).encode()).hexdigest()
+
+
+def _shingle_ids(texts: list[str]) -> list[set[int]]:
+    """For each text the numbers of its word 5-shingles; a number is given when a shingle is first seen."""
+    numbers: dict[tuple[str, ...], int] = {}
+    found = []
+    for text in texts:
+        tokens = words(text)
+        grams = (tuple(tokens[i : i + SHINGLE]) for i in range(max(1, len(tokens) - SHINGLE + 1)))
+        found.append({numbers.setdefault(gram, len(numbers)) for gram in grams})
+    return found
+
+
+def near_duplicates(texts: list[str], threshold: float = NEAR_DUPLICATE) -> list[tuple[int, int, float]]:
+    """All pairs (i < j, Jaccard) of texts with Jaccard similarity of word 5-shingles >= threshold. Exact.
+
+    Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): two sets this similar share one of their rarest
+    n - ceil(threshold n) + 1 elements, so only texts that share such an element are compared.
+    """
+    sets = _shingle_ids(texts)
+    frequency = Counter(number for found in sets for number in found)
+    index: dict[int, list[int]] = defaultdict(list)
+    pairs = []
+    for i in sorted(range(len(sets)), key=lambda k: (len(sets[k]), k)):  # so that each partner is no longer than i
+        size = len(sets[i])
+        rarest = sorted(sets[i], key=lambda number: (frequency[number], number))
+        prefix = rarest[: size - math.ceil(threshold * size) + 1]
+        for j in {other for number in prefix for other in index[number]}:
+            if len(sets[j]) >= threshold * size:
+                shared = len(sets[i] & sets[j])
+                jaccard = shared / (size + len(sets[j]) - shared)
+                if jaccard >= threshold:
+                    pairs.append((min(i, j), max(i, j), jaccard))
+        for number in prefix:
+            index[number].append(i)
+    return sorted(pairs)
+
+
+def _duplicates(kept: list[Conversation], part: Callable[[Conversation], str], name: str) -> dict[int, Reject]:
+    """Rows to drop because `part` repeats that of a row with a higher claim (test before val before train)."""
+    order = sorted(range(len(kept)), key=lambda i: (SPLIT_PRIORITY[kept[i]["split"]], i))
+    first: dict[str, int] = {}
+    dropped: dict[int, Reject] = {}
+    for i in order:
+        owner = first.setdefault(_digest(part(kept[i])), i)
+        if owner != i:
+            dropped[i] = (f"exact_duplicate_{name}", kept[owner]["conversation_id"])
+    rows = [i for i in order if i not in dropped]
+    neighbours = defaultdict(list)
+    for a, b, jaccard in near_duplicates([part(kept[i]) for i in rows]):
+        neighbours[b].append((a, jaccard))
+    for position, i in enumerate(rows):  # in order of claim: a row yields only to one that stays
+        for other, jaccard in neighbours[position]:
+            if rows[other] not in dropped:
+                dropped[i] = (f"near_duplicate_{name}", f"{kept[rows[other]]['conversation_id']} ({jaccard:.2f})")
+                break
+    return dropped
+
+
+def exchange(conversation: Conversation) -> str:
+    return f"{first_turn(conversation)}\n{first_answer(conversation)}"
+
+
+def similar_across_splits(rows: list[Conversation], threshold: float = SIMILAR) -> list[tuple[int, int, float]]:
+    """Pairs (i, j, cosine) of rows of one term in different splits whose exchanges have TF-IDF cosine >= threshold.
+
+    Row i has the higher claim (test before val before train). Other terms are not compared: their names alone weigh
+    enough to keep them apart.
+    """
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(analyzer=words, dtype=np.float32).fit_transform([exchange(row) for row in rows])
+    claim = np.array([SPLIT_PRIORITY[row["split"]] for row in rows])
+    by_term: dict[str, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        by_term[row["term_id"]].append(i)
+    pairs = []
+    for found in by_term.values():
+        held, later = [np.array([i for i in found if claim[i] < level], dtype=int) for level in (2, 3)]
+        cosine = (vectors[held] @ vectors[later].T).toarray()
+        hits = np.argwhere((cosine >= threshold) & (claim[held][:, None] < claim[later][None, :]))
+        pairs += [(int(held[a]), int(later[b]), float(cosine[a, b])) for a, b in hits]
+    return pairs
+
+
+def _similar(kept: list[Conversation]) -> dict[int, Reject]:
+    dropped: dict[int, Reject] = {}
+    for i, j, cosine in sorted(similar_across_splits(kept, SIMILAR - SIMILAR_MARGIN)):
+        if i not in dropped:
+            dropped.setdefault(j, ("similar_across_splits", f"{kept[i]['conversation_id']} ({cosine:.2f})"))
+    return dropped
+
+
+def sift(
+    conversations: Iterable[Conversation], cards: list[Card]
+) -> tuple[list[Conversation], pd.DataFrame, dict[str, int]]:
+    """Apply all filters.
+
+    Returns the kept conversations, the rejects (conversation_id, reason, detail) and the number refused by each
+    filter, zeros included.
+    """
+    by_id = {card.id: card for card in cards}
+    kept, rejects = [], []
+    for conversation in conversations:
+        refused = check(conversation, by_id[conversation["term_id"]])
+        if refused:
+            rejects.append((conversation.get("conversation_id"), *refused))
+        else:
+            kept.append(conversation)
+    parts = {"first_turn": first_turn, "answer": first_answer}
+    for drop in (*(partial(_duplicates, part=part, name=name) for name, part in parts.items()), _similar):
+        dropped = drop(kept)
+        rejects += [(kept[i]["conversation_id"], *refused) for i, refused in sorted(dropped.items())]
+        kept = [conversation for i, conversation in enumerate(kept) if i not in dropped]
+    reasons = [*FILTERS, *(f"{kind}_duplicate_{name}" for name in parts for kind in ("exact", "near"))]
+    reasons.append("similar_across_splits")
+    frame = pd.DataFrame(rejects, columns=["conversation_id", "reason", "detail"])
+    counts = Counter(frame["reason"])
+    return kept, frame, {reason: counts.get(reason, 0) for reason in reasons}
+
+
+# --- samples -----------------------------------------------------------------------------------------
+
+
+def balanced_order(rows: list[Conversation], seed: int) -> list[int]:
+    """Positions of all rows in an order of which every prefix is balanced over terms, then intents, then the rest.
+
+    Terms take turns; each gives the scenario least used so far, whose intent, situation and customer are the
+    rarest so far, and of it the conversation with the rarest opening and mood. Ties fall by keyed hash.
+    """
+    pools: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, row in enumerate(rows):
+        pools[row["term_id"]][row["scenario_id"]].append(i)
+    scenario_tie = {row["scenario_id"]: keyed(seed, "sample", row["scenario_id"]) for row in rows}
+    row_tie = [keyed(seed, "sample", row["conversation_id"]) for row in rows]
+    seen: Counter = Counter()
+    order: list[int] = []
+    turn = 0
+    while pools:
+        turn += 1
+        for _, term in sorted((keyed(seed, "sample", turn, term), term) for term in pools):
+            chosen = _least_seen(rows, pools[term], seen, scenario_tie, row_tie)
+            row = rows[chosen]
+            pool = pools[term][row["scenario_id"]]
+            pool.remove(chosen)
+            if not pool:
+                del pools[term][row["scenario_id"]]
+            order.append(chosen)
+            seen.update([row[key] for key in (*AXES, "opening", "mood", "scenario_id")])
+        pools = {term: pool for term, pool in pools.items() if pool}
+    return order
+
+
+def _least_seen(
+    rows: list[Conversation],
+    pools: dict[str, list[int]],
+    seen: Counter,
+    scenario_tie: dict[str, int],
+    row_tie: list[int],
+) -> int:
+    def scenario_rank(scenario_id: str) -> tuple:
+        row = rows[pools[scenario_id][0]]
+        return (seen[scenario_id], *(seen[row[axis]] for axis in AXES), scenario_tie[scenario_id])
+
+    scenario = min(pools, key=scenario_rank)
+    return min(pools[scenario], key=lambda i: (seen[rows[i]["opening"]], seen[rows[i]["mood"]], row_tie[i]))
+
+
+def sample(rows: list[Conversation], split: str, n: int | None, seed: int) -> list[Conversation]:
+    """The first `n` rows of a split in balanced order; null (None) = the whole split in grid order.
+
+    Raises ValueError if the split has fewer rows.
+    """
+    own = [row for row in rows if row["split"] == split]
+    if n is None:
+        return own
+    if n > len(own):
+        raise ValueError(f"{n} conversations asked of split {split!r}, which has {len(own)}")
+    return [own[i] for i in balanced_order(own, seed)[:n]]
+
+
+def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dict[str, Any]]:
+    """One prompt per test scenario: the first user turn, with the answer given there as reference.
+
+    The conversation is drawn by keyed hash within its scenario; `n` scenarios are taken in balanced order (None =
+    all). Raises ValueError if there are fewer.
+    """
+    one: dict[str, Conversation] = {}
+    for row in (row for row in rows if row["split"] == "test"):
+        rank = keyed(seed, "prompt", row["conversation_id"])
+        best = one.get(row["scenario_id"])
+        if best is None or rank < keyed(seed, "prompt", best["conversation_id"]):
+            one[row["scenario_id"]] = row
+    return [
+        {
+            "prompt_id": row["conversation_id"],
+            **{key: row[key] for key in ("scenario_id", "term_id", *AXES)},
+            "messages": row["messages"][:1],
+            "reference": first_answer(row),
+        }
+        for row in sample(list(one.values()), "test", n, seed)
+    ]
+
+
+test_prompts.__test__ = False  # not a test, whatever pytest thinks of its name
+
+
+# --- what the corpus is like -------------------------------------------------------------------------
+
+
+def turns(conversations: Iterable[Conversation]) -> pd.DataFrame:
+    """One row per message: conversation_id, split, intent, role, turn (from 0) and words."""
+    rows = [
+        (c["conversation_id"], c["split"], c["intent"], m["role"], i // 2, len(m["content"].split()))
+        for c in conversations
+        for i, m in enumerate(c["messages"])
+    ]
+    return pd.DataFrame(rows, columns=["conversation_id", "split", "intent", "role", "turn", "words"])
+
+
+def length_stats(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Words per message by role: mean, median, min, max and the 5th and 95th percentile."""
+    stats = {}
+    for role, lengths in frame.groupby("role")["words"]:
+        stats[role] = {
+            "mean": round(float(lengths.mean()), 2),
+            "median": float(lengths.median()),
+            "min": int(lengths.min()),
+            "p05": float(lengths.quantile(0.05)),
+            "p95": float(lengths.quantile(0.95)),
+            "max": int(lengths.max()),
+        }
+    return stats
+
+
+def diversity(texts: list[str]) -> dict[str, float]:
+    """distinct-1/2/3 (share of different n-grams, Li et al. 2016) and gzip ratio (raw / compressed bytes)."""
+    result = {}
+    tokens = [words(text) for text in texts]
+    for n in (1, 2, 3):
+        grams = [gram for t in tokens for gram in zip(*(t[i:] for i in range(n)), strict=False)]
+        result[f"distinct_{n}"] = round(len(set(grams)) / max(1, len(grams)), 4)
+    raw = "\n".join(texts).encode()
+    result["gzip_ratio"] = round(len(raw) / len(gzip.compress(raw, compresslevel=6, mtime=0)), 3)
+    return result
+
+
+def diversity_table(conversations: list[Conversation], seed: int) -> pd.DataFrame:
+    """Diversity of first turns and of answers, on a seeded sample of at most DIVERSITY_SAMPLE conversations."""
+    ranked = sorted(conversations, key=lambda c: keyed(seed, "diversity", c["conversation_id"]))[:DIVERSITY_SAMPLE]
+    parts = {"customer, first turn": first_turn, "agent, first answer": first_answer}
+    return pd.DataFrame(
+        [{"text": name, "sample": len(ranked), **diversity([part(c) for c in ranked])} for name, part in parts.items()]
+    )
+
+
+def leaks(conversations: list[Conversation]) -> dict[str, int]:
+    """What splits share: scenario ids, exact and near-duplicate first turns and answers, similar exchanges: 0 each."""
+    found = {"shared_scenarios": 0}
+    by_scenario = defaultdict(set)
+    for c in conversations:
+        by_scenario[c["scenario_id"]].add(c["split"])
+    found["shared_scenarios"] = sum(len(splits) > 1 for splits in by_scenario.values())
+    split_of = [c["split"] for c in conversations]
+    for name, part in (("first_turn", first_turn), ("answer", first_answer)):
+        by_text = defaultdict(set)
+        for c in conversations:
+            by_text[_digest(part(c))].add(c["split"])
+        found[f"exact_{name}"] = sum(len(splits) > 1 for splits in by_text.values())
+        pairs = near_duplicates([part(c) for c in conversations])
+        found[f"near_{name}"] = sum(split_of[a] != split_of[b] for a, b, _ in pairs)
+    found["similar_exchange"] = len(similar_across_splits(conversations))
+    return found
+
+
+def gates(conversations: list[Conversation], found: dict[str, int]) -> pd.DataFrame:
+    """The conditions on which the study goes on: columns gate, value, limit, passed. `found` is from `leaks`."""
+    total = max(1, len(conversations))
+    shares = Counter(c["split"] for c in conversations)
+    drift = max(abs(100 * shares[name] / total - target) for name, target in SPLIT_POINTS.items())
+    seen = {(axis, c[axis]) for c in conversations for axis in (*AXES, "term_id")}
+    present = {(axis, c[axis], c["split"]) for c in conversations for axis in (*AXES, "term_id")}
+    absent = sum((axis, level, name) not in present for axis, level in seen for name in SPLIT_POINTS)
+    rows = [(name.replace("_", " ") + " between splits", value, 0) for name, value in found.items()]
+    rows.append(("levels or terms absent from a split", absent, 0))
+    rows.append(("points between a split and its target share", round(drift, 2), 2))
+    frame = pd.DataFrame(rows, columns=["gate", "value", "limit"])
+    return frame.assign(passed=frame["value"] <= frame["limit"])
+
+
+def content_hash(conversations: Iterable[Conversation]) -> str:
+    """sha256 over all conversations as JSON lines with sorted keys: equal bytes, equal hash."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(json.dumps(conversation, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def level_counts(conversations: list[Conversation]) -> dict[str, dict[str, dict[str, int]]]:
+    """axis -> level -> {split: conversations}, for the axes of the grid, the moods, the openings and the turns."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for axis in (*AXES, "mood", "opening", "n_turns"):
+        counter = Counter((str(c[axis]), c["split"]) for c in conversations)
+        levels = sorted({level for level, _ in counter})
+        counts[axis] = {level: {s: counter[level, s] for s in ("train", "val", "test")} for level in levels}
+    return counts
+
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows (conversations or prompts) as Parquet, with messages as list<struct<role, content>>."""
+    fields = [
+        (key, _MESSAGES if key == "messages" else pa.int64() if isinstance(value, int) else pa.string())
+        for key, value in rows[0].items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), path)
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_parquet` wrote."""
+    return pq.read_table(path).to_pylist()

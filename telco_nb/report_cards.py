@@ -1,0 +1,172 @@
+"""Parts of the one-file report: the figures of 06, and a card per configuration with curve, energy and answers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from telco_nb.findings import describe, energy_text
+from telco_nb.report_files import Study, read_json, tolerant
+from telco_nb.steps import STEPS
+
+FIGURE_BYTES = 3_500_000  # of base64; figures beyond this are left to the pages
+ANSWER_CHARACTERS = 700
+CURVE_POINTS = 60
+PNG_START = b"\x89PNG\r\n\x1a\n"
+GUESSED = ("estimated", "allocated")
+
+
+def figures(root: Path) -> list[dict[str, Any]]:
+    """06's figures in the notebook's order with its alt texts; `src` is None for those that do not fit or are broken."""
+    alts = _alt_texts(tolerant(read_json, root / "study" / "06_analysis.ipynb") or {})
+    order = {digest: place for place, digest in enumerate(alts)}
+    images = []
+    for path in sorted((root / "study" / "06_analysis" / "figures").glob("*.png")):
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        alt = alts.get(digest) or path.stem.replace("_", " ")
+        images.append((order.get(digest, len(order)), alt, data))
+    shown, used = [], 0
+    for _, alt, data in sorted(images, key=lambda image: image[0]):
+        encoded = base64.b64encode(data).decode()
+        whole = data.startswith(PNG_START) and used + len(encoded) <= FIGURE_BYTES
+        used += len(encoded) if whole else 0
+        width, height = struct.unpack(">II", data[16:24]) if whole else (None, None)
+        src = f"data:image/png;base64,{encoded}" if whole else None
+        shown.append({"src": src, "alt": alt, "width": width, "height": height})
+    return shown
+
+
+def _alt_texts(notebook: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of every PNG that a notebook displays -> its alt text, in order."""
+    found = {}
+    for cell in notebook.get("cells", []):
+        for output in cell.get("outputs", []):
+            if encoded := output.get("data", {}).get("image/png"):
+                raw = base64.b64decode("".join(encoded))
+                alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
+                found[hashlib.sha256(raw).hexdigest()] = alt
+    return found
+
+
+def cards(study: Study) -> list[dict[str, Any]]:
+    """One card per configuration, also for those that failed or have no result yet."""
+    prompts = tolerant(_prompts, study.root)
+    curves = {config: tolerant(_curve, study.root, config) for config in study.configs}
+    scale = _curve_scale([curve for curve in curves.values() if curve is not None])
+    most = study.results["train_energy_wh"].max() if "train_energy_wh" in study.results else math.nan
+    deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
+    roles = {loss.get("value"): "lowest loss", deploy.get("value"): "deploy"}
+    return [
+        {
+            "config": config,
+            "chosen": config == deploy.get("value"),
+            "role": roles.get(config),
+            "failed": _card_state(study, config),
+            "answers": [] if prompts is None else tolerant(_answers, study.root, config, prompts) or [],
+            **_card_numbers(study, config, most),
+            "curve": None if curves[config] is None else _polyline(curves[config], scale, study.results, config),
+        }
+        for config in study.configs
+    ]
+
+
+def _card_state(study: Study, config: str) -> str:
+    bad = [
+        f"{step[:2]} {c.text}" for step in STEPS if (c := study.cells.get((config, step))) and c.state not in ("ok", "")
+    ]
+    return ", ".join(bad)
+
+
+def _card_numbers(study: Study, config: str, most: float) -> dict[str, Any]:
+    if config not in study.results.index:
+        return {"parameters": "no result", "facts": [], "bar": None, "guess": False}
+    row = study.results.loc[config]
+    known = not pd.isna(row["train_energy_wh"])
+    facts = [("training energy", energy_text(row) or "not known")]
+    facts.append(("validation loss", f"{row['val_loss']:.4f}" if not pd.isna(row["val_loss"]) else "not known"))
+    for judge in study.judges:
+        score = row[f"{judge}_score"]
+        text = (
+            "not judged" if pd.isna(score) else f"{score:+.2f}, {ordinal(row[f'{judge}_rank'])} of {len(study.results)}"
+        )
+        facts.append((study.judge_name(judge), text))
+    bar = round(100 * row["train_energy_wh"] / most, 1) if known and most > 0 else None
+    return {"parameters": describe(row), "facts": facts, "bar": bar, "guess": row["energy_kind"] in GUESSED}
+
+
+def _prompts(root: Path) -> pd.DataFrame:
+    """Two test prompts of different intents, the same for every card: prompt_id -> the customer's last words."""
+    frame = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet").sort_values(
+        "prompt_id"
+    )
+    first = pd.concat([frame.drop_duplicates("intent"), frame]).drop_duplicates("prompt_id").head(2)
+    questions = [[m["content"] for m in messages if m["role"] == "user"][-1] for messages in first["messages"]]
+    return pd.DataFrame({"question": questions}, index=first["prompt_id"])
+
+
+def _answers(root: Path, config: str, prompts: pd.DataFrame) -> list[dict[str, str]]:
+    path = root / config / "04_energy" / "artefacts" / "answers.parquet"
+    frame = pd.read_parquet(path, columns=["prompt_id", "answer"]).set_index("prompt_id")["answer"]
+    return [
+        {"question": _cut(row.question), "text": _cut(frame[row.Index] or "(empty answer)")}
+        for row in prompts.itertuples()
+        if row.Index in frame.index
+    ]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ANSWER_CHARACTERS else f"{text[:ANSWER_CHARACTERS].rstrip()} ..."
+
+
+def _curve(root: Path, config: str) -> pd.DataFrame:
+    frame = pd.read_parquet(root / config / "03_train" / "tables" / "loss_curve.parquet")
+    frame = frame[["tokens_seen", "train_loss"]].dropna()
+    step = max(1, math.ceil(len(frame) / CURVE_POINTS))
+    thinned = frame.rolling(step, min_periods=1).mean().iloc[::-step].iloc[::-1]
+    if thinned.empty:
+        raise ValueError("an empty curve")
+    return thinned
+
+
+def _curve_scale(curves: Sequence[pd.DataFrame]) -> tuple[float, float, float]:
+    """Most tokens, lowest and highest loss over all curves, so that cards can be compared."""
+    if not curves:
+        return (1.0, 0.0, 1.0)
+    both = pd.concat(curves)
+    low, high = both["train_loss"].min(), both["train_loss"].max()
+    return (max(both["tokens_seen"].max(), 1.0), low, high if high > low else low + 1)
+
+
+def _polyline(
+    curve: pd.DataFrame, scale: tuple[float, float, float], results: pd.DataFrame, config: str
+) -> dict[str, Any]:
+    most, low, high = scale
+
+    def height(loss: float) -> float:
+        return round(72 - 66 * (loss - low) / (high - low), 1)
+
+    x = 30 + 266 * curve["tokens_seen"] / most
+    points = " ".join(f"{a:.1f},{height(b)}" for a, b in zip(x, curve["train_loss"], strict=True))
+    val_loss = results["val_loss"].get(config) if "val_loss" in results else None
+    first, last = curve["train_loss"].iloc[0], curve["train_loss"].iloc[-1]
+    tokens = f"{curve['tokens_seen'].iloc[-1]:,.0f}"
+    alt = f"Training loss of {config} from {first:.2f} to {last:.2f} over {tokens} tokens."
+    level = None if val_loss is None or pd.isna(val_loss) else min(max(height(val_loss), 2.0), 76.0)
+    return {"points": points, "level": level, "low": f"{low:.2f}", "high": f"{high:.2f}", "tokens": tokens, "alt": alt}
+
+
+def ordinal(value: float) -> str:
+    """1st, 2nd, 3rd, 4th, 11th; a half rank stays a number."""
+    if value != int(value):
+        return f"{value:g}"
+    n = int(value)
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"

@@ -1,0 +1,198 @@
+"""What lies in a profile's folder, as the report needs it: executed notebooks, manifests, results, and what is missing.
+
+The files decide what has succeeded; what a runner says about its jobs only adds reasons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from telco_nb import record
+from telco_nb.analysis import PROXY_KINDS
+from telco_nb.steps import STEPS
+
+
+@dataclass(frozen=True)
+class Page:
+    """An executed notebook and the page it becomes."""
+
+    scope: str
+    step: str
+    failed: bool
+    source: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.scope}-{self.step}{'.failed' if self.failed else ''}.html"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """State of one step in one scope: ok, failed, blocked, noresult, missing, or empty where nothing belongs."""
+
+    state: str
+    text: str = ""
+    reason: str = ""
+    page: str | None = None
+    failed_page: str | None = None
+
+
+@dataclass
+class Study:
+    """The files of one profile as the report needs them."""
+
+    root: Path
+    pages: list[Page]
+    manifests: dict[tuple[str, str], dict[str, Any]]
+    cells: dict[tuple[str, str], Cell]
+    results: pd.DataFrame  # indexed by config; empty if 06 has not finished
+    findings: list[dict[str, Any]]
+    metrics: dict[tuple[str, str], dict[str, Any]]
+
+    @property
+    def judges(self) -> list[str]:
+        return [c.removesuffix("_gate") for c in self.results.columns if c.endswith("_gate")]
+
+    @property
+    def scopes(self) -> list[str]:
+        return list(dict.fromkeys(scope for scope, _ in self.cells))
+
+    @property
+    def configs(self) -> list[str]:
+        """Configurations with a result or a trace in the folder."""
+        traces = [scope for scope in self.scopes if "03_train" in expected_steps(scope) and "-seed" not in scope]
+        return list(dict.fromkeys([*self.results.index, *traces]))
+
+    def finding(self, id: str) -> dict[str, Any] | None:
+        return next((f for f in self.findings if f["id"] == id), None)
+
+    def judge_name(self, judge: str) -> str:
+        """The judge's name, marked if it is an offline proxy."""
+        return f"{judge} (offline proxy)" if self.is_proxy(judge) else judge
+
+    def is_proxy(self, judge: str) -> bool:
+        kind = self.metrics.get((f"judge-{judge}", "05_judge"), {}).get("judge_kind")
+        parameters = self.manifests.get((f"judge-{judge}", "05_judge"), {}).get("parameters", {})
+        return (kind or parameters.get("judge_kind") or judge) in PROXY_KINDS
+
+
+def expected_steps(scope: str) -> tuple[str, ...]:
+    """The steps that belong to a scope, by its name."""
+    if scope == "shared":
+        return ("01_glossary", "02_synth")
+    if scope == "untuned":
+        return ("04_energy",)
+    if scope == "study":
+        return ("06_analysis",)
+    if scope.startswith("judge-"):
+        return ("05_judge",)
+    return ("03_train",) if "-seed" in scope else ("03_train", "04_energy")
+
+
+def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> Study:
+    told = {(str(job.get("scope")), str(job.get("step"))): job for job in jobs}
+    results = tolerant(_read_results, root / "results.csv")
+    results = pd.DataFrame() if results is None else results
+    scopes = _scopes(root, told, results)
+    manifests, metrics, cells, pages = {}, {}, {}, []
+    for scope in scopes:
+        for step in STEPS:
+            key = (scope, step)
+            if manifest := record.read_manifest(root, scope, step):
+                manifests[key] = manifest
+                metrics[key] = tolerant(read_json, root / scope / step / "metrics.json") or {}
+            found = find_pages(root, scope, step)
+            pages += found
+            if step in expected_steps(scope) or key in manifests or found or key in told:
+                cells[key] = _cell(root, key, manifests.get(key), found, told.get(key, {}))
+    # Findings name configurations of results.csv: without it they would point nowhere.
+    findings = [] if results.empty else tolerant(read_json, root / "findings.json") or []
+    return Study(root, pages, manifests, cells, results, findings, metrics)
+
+
+def _read_results(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path, dtype={"config": str}).set_index("config")
+    return frame.astype({c: "Int64" for c in ("rank", "lora_alpha", "epochs", "seed") if c in frame})
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tolerant(read: Callable[..., Any], *arguments: Any) -> Any:
+    """The value read, or None if the file is missing or unreadable: the report shows what is there."""
+    try:
+        return read(*arguments)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+
+
+def _scopes(root: Path, told: Iterable[tuple[str, str]], results: pd.DataFrame) -> list[str]:
+    """Every scope with a trace of a step, in the order of the study."""
+    traced = {
+        path.name
+        for path in root.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and any(_trace(path, step) for step in STEPS)
+    }
+    found = traced | {scope for scope, _ in told} | set(results.index) | {"shared", "study"}
+    order = ("shared", "untuned", "judge-", "study")
+
+    def place(scope: str) -> tuple[int, bool, str]:
+        rank = {"shared": 0, "untuned": 3, "study": 5}.get(scope, 4 if scope.startswith(order[2]) else 1)
+        return (2 if "-seed" in scope else rank, "-seed" in scope, scope)
+
+    return sorted(found, key=place)
+
+
+def _trace(folder: Path, step: str) -> bool:
+    return any((folder / name).exists() for name in (step, f"{step}.ipynb", f"{step}.failed.ipynb"))
+
+
+def find_pages(root: Path, scope: str, step: str) -> list[Page]:
+    found = [Page(scope, step, failed, root / scope / f"{step}{'.failed' * failed}.ipynb") for failed in (False, True)]
+    return [page for page in found if page.source.is_file()]
+
+
+def _cell(
+    root: Path, key: tuple[str, str], manifest: Mapping[str, Any] | None, pages: list[Page], told: Mapping[str, Any]
+) -> Cell:
+    """A failed attempt is red even when an older good result stands beside it."""
+    good = next((p.name for p in pages if not p.failed), None)
+    bad = next((p.name for p in pages if p.failed), None)
+    reason = str(told.get("reason") or "")
+    seconds = f" {duration(manifest['seconds'])}" if manifest else ""
+    if bad or told.get("status") == "failed":
+        text = f"failed; older result ok{seconds}" if manifest else "failed"
+        return Cell("failed", text, reason or _failure(pages), good if manifest else None, bad)
+    if manifest and manifest.get("status") == "ok":
+        return Cell("ok", f"ok{seconds}", "", good)
+    if told.get("status") in ("blocked", "interrupted"):
+        return Cell("blocked", str(told["status"]), reason)
+    if good or (root / key[0] / key[1]).exists():
+        return Cell("noresult", "no result", "the record is not complete", good)
+    return Cell("missing", "not run")
+
+
+def _failure(pages: list[Page]) -> str:
+    """What the failed notebook says of itself."""
+    for page in pages:
+        about = (tolerant(read_json, page.source) or {}).get("metadata", {}).get("telco_nb_failure")
+        if about:
+            return f"{about.get('kind', '')}: {about.get('reason', '')}"[:200]
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s" if whole else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

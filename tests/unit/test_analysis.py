@@ -1,0 +1,471 @@
+"""The statistics against independent computations, and what may be said when data are few, missing or not valid."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import fake_study
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.formula.api as smf
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.multitest import multipletests
+
+from telco_nb import analysis, charts, findings
+from telco_nb.analysis import Interval, Judge, Study
+
+matplotlib.use("Agg")
+
+
+# ---------------------------------------------------------------- fixtures
+
+
+def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **facts) -> Judge:
+    rng = np.random.default_rng(3)
+    draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(score))), columns=score.index)
+    ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
+    ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
+    ranking["is_anchor"] = False
+    given = {"kind": name, "gate_passed": True, "failed_controls": (), "coverage": 1.0, "missing_p": None} | facts
+    return Judge(name=name, ranking=ranking, draws=draws, **given)
+
+
+def make_study(n: int = 16, judges: list[Judge] | None = None, **columns) -> Study:
+    configs = fake_study.design(n)
+    planted = fake_study.truth(configs)
+    results = configs.assign(
+        seed=1,
+        val_loss=planted["loss"],
+        val_loss_low=planted["loss"] - 0.01,
+        val_loss_high=planted["loss"] + 0.01,
+        train_energy_wh=planted["energy"],
+        train_energy_low_wh=planted["energy"] / 2,
+        train_energy_high_wh=planted["energy"] * 2,
+        energy_kind="estimated",
+    ).assign(**columns)
+    rng = np.random.default_rng(4)
+    draws = pd.DataFrame(results["val_loss"].to_numpy() + rng.normal(0, 0.005, (400, n)), columns=configs.index)
+    panel = [make_judge(planted["quality"])] if judges is None else judges
+    repeats = pd.DataFrame({"config": [], "seed": [], "val_loss": [], "train_energy_wh": []})
+    return Study(results, draws, panel, repeats)
+
+
+def finding(study: Study, id: str) -> findings.Finding:
+    return next(f for f in findings.all_findings(study) if f.id == id)
+
+
+# ---------------------------------------------------------------- rank correlation
+
+
+def tau_b_by_counting(a, b) -> float:
+    """The definition, pair by pair."""
+    score = ties_a = ties_b = 0
+    pairs = list(itertools.combinations(range(len(a)), 2))
+    for i, j in pairs:
+        x, y = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
+        score, ties_a, ties_b = score + x * y, ties_a + (x == 0), ties_b + (y == 0)
+    return score / math.sqrt((len(pairs) - ties_a) * (len(pairs) - ties_b))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 16, 40])
+def test_tau_b_equals_counting_pairs_with_and_without_ties(n):
+    rng = np.random.default_rng(n)
+    for a, b in ((rng.normal(size=n), rng.normal(size=n)), (np.arange(n) // 2, rng.permutation(n) // 3)):
+        if len(set(a)) > 1 and len(set(b)) > 1:
+            assert analysis.kendall_tau(a, b) == pytest.approx(tau_b_by_counting(a, b))
+
+
+def test_tau_of_a_constant_or_of_one_item_is_missing_not_zero():
+    assert math.isnan(analysis.kendall_tau([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(analysis.kendall_tau([1, 1], [1, 2]))
+    assert math.isnan(analysis.kendall_tau([1], [1]))
+
+
+def p_by_enumeration(a, b) -> float:
+    observed = abs(tau_b_by_counting(a, b))
+    taus = [abs(tau_b_by_counting(a, order)) for order in itertools.permutations(b)]
+    return np.mean([tau >= observed - 1e-12 for tau in taus])
+
+
+def test_permutation_p_is_exact_without_ties():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        a, b = rng.normal(size=6), rng.normal(size=6)
+        assert analysis.permutation_p(a, b) == pytest.approx(p_by_enumeration(a, b))
+
+
+def test_permutation_p_with_ties_is_near_full_enumeration_and_repeatable():
+    a, b = np.array([1, 1, 2, 3, 3, 4]), np.array([2.0, 1, 3, 3, 5, 4])
+    p = analysis.permutation_p(a, b, seed=1)
+    assert p == pytest.approx(p_by_enumeration(a, b), abs=0.015)
+    assert p == analysis.permutation_p(a, b, seed=1)
+
+
+def test_critical_tau_is_the_smallest_with_exact_p_below_5_percent():
+    assert analysis.critical_tau(16) == pytest.approx(46 / 120)
+    # One step less, 44 of 120 (0.367, which the normal approximation would accept), has exact p = 0.052.
+    for discordant, below in ((37, True), (38, False)):
+        left, order, due = list(range(16)), [], discordant
+        while left:  # an order with exactly `discordant` inversions, by its Lehmer code
+            step = min(due, len(left) - 1)
+            order.append(left.pop(step))
+            due -= step
+        p = analysis.permutation_p(np.arange(16.0), np.array(order, float))
+        assert (p < 0.05) == below
+
+
+@pytest.mark.parametrize(("n", "expected"), [(2, None), (3, None), (4, None), (5, 1.0)])
+def test_few_configurations_can_never_reach_significance(n, expected):
+    assert analysis.critical_tau(n) == expected
+
+
+def test_tau_interval_covers_a_planted_correlation_and_percentiles_alone_do_not():
+    """Noise a third of the spread, a strong true relation: the hull must cover it, although each draw adds noise."""
+    rng, hits, n = np.random.default_rng(1), 0, 16
+    names = [f"c{i}" for i in range(n)]
+    for _ in range(50):
+        quality = rng.normal(size=n)
+        loss = -0.7 * quality + 0.7 * rng.normal(size=n)
+        seen = quality + 0.3 * rng.normal(size=n)
+        draws_a = pd.DataFrame(loss + 0.05 * rng.normal(size=(120, n)), columns=names)
+        draws_b = pd.DataFrame(seen + 0.3 * rng.normal(size=(120, n)), columns=names)
+        interval = analysis.tau_interval(pd.Series(loss, names), pd.Series(seen, names), draws_a, draws_b)
+        hits += interval.low <= analysis.kendall_tau(loss, quality) <= interval.high
+        assert interval.low <= interval.value <= interval.high
+    assert hits >= 44
+
+
+def test_noise_ceiling_falls_with_the_judges_noise():
+    score = fake_study.truth(fake_study.design())["quality"]
+    quiet, loud = (analysis.noise_ceiling(make_judge(score, noise)) for noise in (0.01, 0.5))
+    assert quiet > 0.9 > loud
+
+
+# ---------------------------------------------------------------- validation loss
+
+
+def losses(per_scenario: np.ndarray, conversations: int = 2, tokens: int = 50) -> pd.DataFrame:
+    n = len(per_scenario) * conversations
+    scenario = np.arange(n) % len(per_scenario)
+    return pd.DataFrame(
+        {
+            "scenario_id": [f"s{i:03d}" for i in scenario],
+            "n_tokens": tokens,
+            "loss_sum_after": tokens * per_scenario[scenario],
+        }
+    )
+
+
+def test_validation_loss_is_token_weighted():
+    frame = pd.DataFrame({"scenario_id": ["a", "b"], "n_tokens": [10, 90], "loss_sum_after": [10.0, 45.0]})
+    draws = analysis.val_loss_draws({"c": frame}, 50, 0)
+    assert analysis.val_loss_interval(frame, draws["c"]).value == pytest.approx(0.55)
+
+
+def test_loss_interval_covers_the_true_mean_of_scenarios():
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(200):
+        frame = losses(rng.normal(1.0, 0.2, 60))
+        interval = analysis.val_loss_interval(frame, analysis.val_loss_draws({"c": frame}, 300, 1)["c"])
+        hits += interval.low <= 1.0 <= interval.high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_configurations_share_their_draws_so_differences_are_paired():
+    base = np.random.default_rng(0).normal(1, 0.2, 40)
+    draws = analysis.val_loss_draws({"a": losses(base), "b": losses(base + 0.01)}, 100, 0)
+    assert np.allclose(draws["b"] - draws["a"], 0.01)
+
+
+# ---------------------------------------------------------------- results.csv
+
+
+def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
+    training = {
+        "c01": {"target_modules": "qv", "rank": 8, "epochs": 1, "val_loss": 0.5, "energy_kind": "none"},
+        "c02": {},
+    }
+    judge = make_judge(pd.Series({"c01": 0.3, "c03": -0.3}), gate_passed=False)
+    table = analysis.results_table(
+        training, {"c01": {"answer_energy_wh": 0.0}}, {"c01": Interval(0.5, 0.4, 0.6)}, [judge]
+    )
+    expected = (
+        "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low val_loss_high "
+        "train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source answer_energy_wh train_seconds "
+        "tokens_per_second checklist_score checklist_low checklist_high checklist_rank checklist_rank_low "
+        "checklist_rank_high checklist_gate"
+    )
+    assert list(table.columns) == expected.split()
+    first, second = table.to_csv(index=False).splitlines()[1:]
+    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,none,,0.0,,,0.3,")
+    assert second == "c02" + "," * 25 + "failed"
+
+
+def test_a_configuration_that_the_judge_left_out_has_no_score():
+    judge = make_judge(pd.Series({"c01": 0.3, "c03": -0.3}))
+    table = analysis.results_table({"c02": {"val_loss": 0.5}}, {}, {}, [judge]).set_index("config")
+    assert pd.isna(table.loc["c02", "checklist_score"])
+    assert table.loc["c02", "checklist_gate"] == "passed"
+
+
+# ---------------------------------------------------------------- main effects
+
+
+def test_main_effects_equal_statsmodels():
+    configs = fake_study.design()
+    response = fake_study.truth(configs)["loss"]
+    ours = analysis.main_effects(configs, response).set_index("contrast")
+    levels = "C(target_modules, Treatment('qv')) + C(rank) + C(epochs) + C(learning_rate)"
+    fit = smf.ols(f"y ~ {levels}", configs.assign(y=response)).fit()
+    bounds = fit.conf_int()
+    for contrast, term in (
+        ("qv -> all", "C(target_modules, Treatment('qv'))[T.all]"),
+        ("1 -> 4", "C(epochs)[T.4]"),
+        ("0.0002 -> 0.001", "C(learning_rate)[T.0.001]"),
+    ):
+        assert ours.loc[contrast, "effect"] == pytest.approx(fit.params[term])
+        assert ours.loc[contrast, ["low", "high"]].to_list() == pytest.approx(bounds.loc[term].to_list())
+    assert set(ours["df_resid"]) == {9}
+
+
+def test_energy_effects_are_ratios():
+    configs = fake_study.design()
+    energy = pd.Series(np.where(configs["epochs"] == 4, 40.0, 10.0), configs.index)
+    effects = analysis.main_effects(configs, energy, log=True).set_index("contrast")
+    assert effects.loc["1 -> 4", "effect"] == pytest.approx(4)
+    assert effects.loc["8 -> 64", "effect"] == pytest.approx(1)
+
+
+def test_the_default_design_is_orthogonal_and_clear_of_two_factor_interactions():
+    facts = analysis.design_facts(fake_study.design())
+    assert facts[["varied", "separable", "clear"]].all().all()
+    assert set(facts["leftover"]) == {9}
+
+
+def test_a_design_says_what_it_cannot_tell_apart():
+    grid = itertools.product(("qv", "mlp", "all"), ((8, 1), (64, 4)), (1e-4, 1e-3))
+    rows = [(target, rank, epochs, rate) for target, (rank, epochs), rate in grid]
+    together = pd.DataFrame(rows, columns=list(analysis.FACTORS))
+    facts = analysis.design_facts(together).set_index("factor")
+    assert not facts.loc["rank", "separable"]
+    assert facts.loc["target_modules", "separable"]
+    effects = analysis.main_effects(together, pd.Series(np.arange(12.0))).set_index("factor")
+    assert math.isnan(effects.loc["epochs", "effect"])
+    assert "cannot be separated" in effects.loc["epochs", "reason"]
+    configs = fake_study.design()
+    half = configs[configs["learning_rate"] > 4e-4]  # rank is then target x epochs
+    assert not analysis.design_facts(half).set_index("factor").loc["rank", "clear"]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_two_or_three_configurations_give_reasons_instead_of_effects(n):
+    effects = analysis.effect_tables(make_study(n))
+    assert not effects["estimable"].any()
+    assert effects[["effect", "low", "high"]].isna().all().all()
+    assert (effects["reason"] != "").all()
+
+
+# ---------------------------------------------------------------- noise, fronts, ties, agreement
+
+
+def test_noise_floor_is_the_pooled_spread_between_seeds():
+    results = pd.DataFrame({"val_loss": [0.50, 0.60, 0.70]}, index=["c1", "c2", "c3"])
+    repeats = pd.DataFrame({"config": ["c1", "c1", "c2"], "seed": [1, 2, 1], "val_loss": [0.51, 0.52, 0.63]})
+    noise = analysis.noise_floor(results, repeats, "val_loss")
+    pooled = math.sqrt((2 * 0.01**2 + 0.03**2 / 2) / 3)
+    assert noise.between_seeds.value == pytest.approx(pooled)
+    assert (noise.df, noise.n_runs) == (3, 5)
+    assert noise.between_seeds.low < pooled < noise.between_seeds.high
+    assert noise.resolution > 2.7 * pooled  # t with 3 degrees of freedom, not 1.96
+    assert analysis.noise_floor(results, repeats.iloc[:0], "val_loss") is None
+
+
+def test_pareto_front_keeps_exactly_the_undominated():
+    rng = np.random.default_rng(5)
+    names = [f"c{i}" for i in range(30)]
+    energy, score = pd.Series(rng.integers(1, 9, 30), names), pd.Series(rng.integers(1, 9, 30), names)
+    front = analysis.pareto_front(energy, score)
+    for config in names:
+        beaten = any(
+            energy[o] <= energy[config]
+            and score[o] >= score[config]
+            and (energy[o], score[o]) != (energy[config], score[config])
+            for o in names
+        )
+        assert (config in front) == (not beaten)
+
+
+def test_configurations_without_energy_are_left_out_of_the_front_not_put_at_zero():
+    energy, score = pd.Series({"a": math.nan, "b": 2.0}), pd.Series({"a": 9.0, "b": 1.0})
+    assert analysis.pareto_front(energy, score) == ["b"]
+
+
+def test_front_membership_shares_follow_the_draws():
+    energy = pd.Series({"a": 1.0, "b": 2.0, "c": 3.0})
+    draws = pd.DataFrame({"a": [0.0, 0.0], "b": [1.0, -1.0], "c": [0.5, -2.0]})
+    assert analysis.pareto_shares(energy, draws).to_dict() == {"a": 1.0, "b": 0.5, "c": 0.0}
+
+
+def test_holm_equals_statsmodels():
+    p = np.random.default_rng(6).uniform(0, 0.1, 12)
+    assert analysis.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert len(analysis.holm([])) == 0
+
+
+def test_tied_top_set_holds_what_noise_cannot_separate():
+    judge = make_judge(pd.Series({"a": 1.0, "b": 0.95, "c": -1.0}), noise=0.1)
+    assert analysis.tied_top_set(judge) == ["a", "b"]
+
+
+def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
+    rng = np.random.default_rng(7)
+    rows = [{"prompt_id": f"p{i}", "scenario_id": f"s{i // 2}", "purpose": "ranking"} for i in range(120)]
+    a = pd.DataFrame(rows).assign(config_first="x", config_second="y", winner=rng.choice(["x", "y", "tie"], 120))
+    b = a.assign(winner=np.where(rng.random(120) < 0.5, a["winner"], "tie"))
+    swapped = b.rename(columns={"config_first": "config_second", "config_second": "config_first"})
+    kappa, n = analysis.cohen_kappa(a, swapped.iloc[:100], 200, 0)
+    table = pd.crosstab(a["winner"][:100], b["winner"][:100])
+    assert kappa.value == pytest.approx(cohens_kappa(table.to_numpy(), return_results=False))
+    assert n == 100
+    assert kappa.low < kappa.value < kappa.high
+    assert math.isnan(analysis.cohen_kappa(a.iloc[:0], b, 10, 0)[0].value)
+
+
+# ---------------------------------------------------------------- what may be said
+
+
+def test_the_choice_is_cheap_among_the_tied_and_best_among_the_cheap():
+    score = pd.Series({"c01": 0.0, "c02": 0.05, "c03": 0.1, "c04": -3.0})
+    energy = [1.0, 1.1, 4.0, 0.1]
+    study = make_study(4, [make_judge(score)], train_energy_wh=energy)
+    choice = findings.choose(study)
+    assert set(choice.candidates) == {"c01", "c02", "c03"}
+    assert choice.config == "c02"  # c03 scores higher but takes four times the energy; c01 is no real saving
+
+
+def test_a_judge_that_failed_its_gate_neither_chooses_nor_carries_a_headline():
+    planted = fake_study.truth(fake_study.design())["quality"]
+    bad = make_judge(-planted, name="bad", gate_passed=False, failed_controls=("injection",))
+    study = make_study(16, [make_judge(planted), bad])
+    assert findings.choose(study).config == findings.choose(make_study()).config
+    blocked = finding(study, "tau.bad")
+    assert blocked.verdict == "blocked"
+    assert "injection" in blocked.blocked_by[0]
+    assert blocked.value is not None  # shown, with its failure
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"coverage": 0.97}, "coverage 97.0%"),
+        ({"missing_p": 0.001}, "depend on the configuration"),
+        ({"gate_passed": None}, "gate"),
+    ],
+)
+def test_low_coverage_or_uneven_gaps_block_the_recommendation(facts, reason):
+    planted = fake_study.truth(fake_study.design())["quality"]
+    deploy = finding(make_study(16, [make_judge(planted, **facts)]), "deploy")
+    assert (deploy.value, deploy.verdict) == (None, "blocked")
+    assert reason in deploy.blocked_by[0]
+
+
+def test_energies_of_different_kinds_stand_on_no_ranking():
+    study = make_study(4, energy_kind=["measured", "measured", "estimated", "measured"])
+    ratio = finding(study, "energy_ratio")
+    assert (ratio.value, ratio.verdict) == (None, "blocked")
+    assert not [f for f in findings.all_findings(study) if f.id.startswith("pareto")]
+    assert "training energy" not in " ".join(analysis.effect_tables(study)["response"])
+
+
+def test_an_estimate_is_called_one_wherever_energy_is_stated():
+    said = [f.statement for f in findings.all_findings(make_study()) if " Wh" in f.statement]
+    assert said
+    assert all("estimated" in text for text in said)
+
+
+def test_offline_judges_are_called_proxies_wherever_they_are_named():
+    study = make_study(16)
+    for found in findings.all_findings(study):
+        if "checklist" in found.statement and not found.id.startswith("effect"):
+            assert "proxy" in found.statement
+    assert make_judge(pd.Series({"a": 1.0}), name="claude", kind="anthropic").label == "claude"
+
+
+def test_chance_is_stated_beside_the_rank_of_the_lowest_loss():
+    configs = [f"c{i:02d}" for i in range(1, 17)]
+    loss = pd.Series(np.linspace(0.5, 0.68, 16), configs)
+    score = pd.Series(np.linspace(1, -1, 16), configs)
+    score["c01"], score["c16"] = score.iloc[5] + 0.01, 2.0  # as in the paper: 6th or 7th, and first
+    study = make_study(16, [make_judge(score, 0.01)], val_loss=loss.to_numpy())
+    best, worst = finding(study, "best_loss_rank.checklist"), finding(study, "worst_loss_rank.checklist")
+    assert (best.value, worst.value) == (6, 1)
+    assert "probability 0.69" in best.statement  # 11 of 16
+    assert "probability 0.06" in worst.statement  # 1 of 16
+
+
+def test_nothing_is_claimed_from_three_configurations():
+    study = make_study(3)
+    tau = finding(study, "tau.checklist")
+    assert (tau.verdict, tau.value) == ("not estimable", None)
+    assert finding(study, "top3.checklist").verdict == "not estimable"
+    assert finding(study, "noise_floor").blocked_by
+
+
+def test_the_untuned_model_is_compared_where_the_judge_has_placed_it():
+    planted = fake_study.truth(fake_study.design())["quality"]
+    judge = make_judge(pd.concat([planted, pd.Series({"untuned": -4.0})]))
+    judge.ranking.loc["untuned", "is_anchor"] = True
+    gain = finding(make_study(16, [judge]), "gain.checklist")
+    assert gain.low > 0
+    assert "untuned" not in judge.scores
+
+
+def test_findings_are_strict_json_with_the_agreed_keys():
+    text = findings.to_json(findings.all_findings(make_study(3)))
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in findings.json"))
+    assert set(rows[0]) == {"id", "statement", "value", "low", "high", "n", "verdict", "blocked_by"}
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_the_paper_stands_beside_ours_with_its_published_facts():
+    table = findings.paper_table(make_study(), "tiny").set_index("quantity")["paper"]
+    assert table["lowest validation loss"] == "0.5024"
+    assert table["highest validation loss"] == "0.6807"
+    assert table["training energy per configuration"] == "284-1371 Wh (factor 4.8)"
+
+
+# ---------------------------------------------------------------- figures and the notebook itself
+
+
+def test_spread_keeps_order_and_distance():
+    values = [0.0, 0.01, 0.02, 5.0]
+    placed = charts.spread(values, 1.0)
+    assert (np.diff(placed) >= 1.0 - 1e-9).all()
+    assert placed[3] == pytest.approx(5.0)
+    assert placed[:3].mean() == pytest.approx(0.01)
+
+
+def test_a_component_without_a_meter_gets_no_bar_of_zero():
+    wide = charts.energy_by_component(fake_study.energy_table("train", 1.0).assign(config="c01"), ["c01", "c02"])
+    assert wide.loc["c01", "cpu_wh"] == pytest.approx(1.0)
+    assert math.isnan(wide.loc["c01", "gpu_wh"])
+    assert wide.loc["c02"].drop("kind").isna().all()
+
+
+@pytest.mark.parametrize(
+    ("n", "judges", "repeats"),
+    [(2, ("checklist",), 0), (5, ("checklist", "reference", "third"), 1), (24, ("reference",), 2)],
+)
+def test_06_runs_for_any_number_of_configurations_and_judges(tmp_path, monkeypatch, n, judges, repeats):
+    root = fake_study.build_study(tmp_path, n, judges, repeats)
+    folder = fake_study.run_analysis(root, n, judges, repeats, monkeypatch)
+    results = pd.read_csv(root / "results.csv")
+    assert list(results.columns) == analysis.result_columns(judges)
+    assert len(results) == n
+    assert json.loads((root / "findings.json").read_text())
+    figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"loss_vs_quality", "rank_slopes", "judge_agreement", "energy_quality", "energy", "loss_curves"} <= figures

@@ -1,0 +1,157 @@
+"""Filters refuse what they should and count it; samples are balanced; splits share nothing."""
+
+import copy
+from collections import Counter
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telco_nb import ROOT, corpus, glossary, scenarios, synth
+
+CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
+TERMS = CARDS[::6]
+GRID = scenarios.build(TERMS, AXES, seed=20260605)
+ASKED = list(synth.generate(TERMS, GRID, AXES, 6, seed=5))
+KEPT, REJECTS, REFUSED = corpus.sift(ASKED, TERMS)
+
+
+def damaged(change):
+    conversation = copy.deepcopy(ASKED[0])
+    change(conversation)
+    return corpus.check(conversation, TERMS[0])
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("schema", lambda c: c.pop("mood")),
+        ("schema", lambda c: c["messages"][0].update(content=" ")),
+        ("schema", lambda c: c["messages"][0].update(name="Ann")),
+        ("roles", lambda c: c["messages"].reverse()),
+        ("roles", lambda c: c["messages"].append({"role": "user", "content": "Hello again."})),
+        ("term_absent", lambda c: [m.update(content="Nothing to do with anything. " * 8) for m in c["messages"]]),
+        ("length", lambda c: c["messages"][0].update(content=TERMS[0].term + " word" * 400)),
+        ("unlisted_figure", lambda c: c["messages"][1].update(content=TERMS[0].term + " takes 777 ms. " * 9)),
+    ],
+)
+def test_a_damaged_conversation_is_refused_for_its_reason(reason, change):
+    assert damaged(change)[0] == reason
+
+
+def test_a_sound_conversation_is_not_refused():
+    assert damaged(lambda c: None) is None
+
+
+def test_counters_add_up_and_name_every_filter():
+    assert sum(REFUSED.values()) == len(REJECTS) == len(ASKED) - len(KEPT)
+    assert set(corpus.FILTERS) < set(REFUSED)
+    assert len(KEPT) > 0.9 * len(ASKED)
+
+
+def test_of_two_duplicates_the_training_row_goes():
+    test_row = next(c for c in KEPT if c["split"] == "test")
+    twin = copy.deepcopy(next(c for c in KEPT if c["split"] == "train" and c["term_id"] == test_row["term_id"]))
+    twin["messages"][0]["content"] = test_row["messages"][0]["content"].upper()
+    kept, rejects, refused = corpus.sift([twin, test_row], TERMS)
+    assert kept == [test_row] and refused["exact_duplicate_first_turn"] == 1
+    assert rejects.iloc[0]["detail"] == test_row["conversation_id"]
+
+
+def test_two_exchanges_with_the_same_words_in_two_splits_lose_the_training_row():
+    test_row = next(c for c in KEPT if c["split"] == "test")
+    twin = copy.deepcopy(test_row) | {"split": "train", "conversation_id": "twin"}
+    for message in twin["messages"]:
+        message["content"] = " ".join(reversed(message["content"].split()))  # no shingle in common
+    others = [c for c in KEPT if c["term_id"] == test_row["term_id"] and c is not test_row]
+    kept, _, refused = corpus.sift([*others, test_row, twin], TERMS)
+    assert refused["similar_across_splits"] >= 1
+    assert "twin" not in {c["conversation_id"] for c in kept} and test_row in kept
+
+
+def test_nothing_is_shared_between_splits():
+    found = corpus.leaks(KEPT)
+    assert set(found.values()) == {0} and len(found) == 6
+    assert corpus.gates(KEPT, found)["passed"].all()
+
+
+def test_a_leak_is_found_and_fails_its_gate():
+    test_row = next(c for c in KEPT if c["split"] == "test")
+    found = corpus.leaks([*KEPT, test_row | {"split": "train"}])
+    assert min(found[name] for name in ("shared_scenarios", "exact_first_turn", "near_answer", "similar_exchange")) > 0
+    assert not corpus.gates(KEPT, found)["passed"].all()
+
+
+def test_a_split_without_one_intent_fails_its_gate():
+    rows = [c for c in KEPT if c["split"] != "val" or c["intent"] != "fault"]
+    gates = corpus.gates(rows, {}).set_index("gate")
+    assert gates.loc["levels or terms absent from a split", "value"] >= 1
+
+
+words = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g"]), min_size=1, max_size=18).map(" ".join)
+
+
+@given(texts=st.lists(words, min_size=2, max_size=14), threshold=st.sampled_from([0.3, 0.5, 0.8, 1.0]))
+@settings(max_examples=200, deadline=None)
+def test_near_duplicates_finds_exactly_what_comparing_all_pairs_finds(texts, threshold):
+    sets = corpus._shingle_ids(texts)
+    expected = [
+        (i, j)
+        for i, j in combinations(range(len(texts)), 2)
+        if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= threshold
+    ]
+    assert [(i, j) for i, j, _ in corpus.near_duplicates(texts, threshold)] == expected
+
+
+@pytest.mark.parametrize("n", [9, 20, 45, 90])
+def test_a_sample_is_balanced_over_terms_and_intents(n):
+    rows = corpus.sample(KEPT, "train", n, seed=1)
+    assert len({row["conversation_id"] for row in rows}) == n
+    for key, levels in (("term_id", len(TERMS)), ("intent", 5)):
+        counts = Counter(row[key] for row in rows)
+        assert max(counts.values()) <= n / levels + 1 and len(counts) == min(n, levels)
+
+
+def test_a_larger_sample_contains_the_smaller_one():
+    assert corpus.sample(KEPT, "val", 30, seed=1)[:12] == corpus.sample(KEPT, "val", 12, seed=1)
+
+
+def test_null_means_the_whole_split_and_too_many_is_refused():
+    whole = corpus.sample(KEPT, "val", None, seed=1)
+    assert whole == [c for c in KEPT if c["split"] == "val"]
+    with pytest.raises(ValueError, match="which has"):
+        corpus.sample(KEPT, "val", len(whole) + 1, seed=1)
+
+
+def test_there_is_one_prompt_per_test_scenario_with_the_given_answer_as_reference():
+    prompts = corpus.test_prompts(KEPT, None, seed=1)
+    assert Counter(p["scenario_id"] for p in prompts) == Counter(s.scenario_id for s in GRID if s.split == "test")
+    by_id = {c["conversation_id"]: c for c in KEPT}
+    for prompt in prompts:
+        source = by_id[prompt["prompt_id"]]
+        assert source["split"] == "test"
+        assert prompt["messages"] == source["messages"][:1] and prompt["messages"][-1]["role"] == "user"
+        assert prompt["reference"] == source["messages"][1]["content"]
+
+
+def test_fewer_prompts_are_a_balanced_part_of_all():
+    some = corpus.test_prompts(KEPT, 10, seed=1)
+    every = {p["prompt_id"] for p in corpus.test_prompts(KEPT, None, seed=1)}
+    assert {p["prompt_id"] for p in some} < every
+    assert max(Counter(p["intent"] for p in some).values()) <= 3
+
+
+def test_parquet_gives_back_the_rows_with_messages_as_structs(tmp_path):
+    rows = KEPT[:5]
+    corpus.write_parquet(rows, tmp_path / "rows.parquet")
+    assert corpus.read_parquet(tmp_path / "rows.parquet") == rows
+    corpus.write_parquet(rows, tmp_path / "again.parquet")
+    assert (tmp_path / "rows.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+
+
+def test_diversity_of_one_repeated_text_is_low_and_of_different_words_is_one():
+    repeated = corpus.diversity(["the same words again"] * 50)
+    assert repeated["distinct_1"] == pytest.approx(4 / 200) and repeated["gzip_ratio"] > 10
+    assert corpus.diversity(["alpha beta gamma delta"])["distinct_3"] == 1

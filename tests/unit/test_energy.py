@@ -1,0 +1,145 @@
+"""Energy: what is measured is counted right, what is estimated says so, and nobody is asked where we are."""
+
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from telco_nb import energy
+
+WATTS = (2.0, 5.0, 12.0)
+
+
+def busy(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_sensors(monkeypatch, tmp_path):
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "nvml_handle", lambda: None)
+
+
+@pytest.fixture
+def rapl(tmp_path):
+    domain = tmp_path / "intel-rapl:0"
+    domain.mkdir()
+    (domain / "max_energy_range_uj").write_text("1000000000")
+
+    def write(microjoules: int) -> None:
+        (domain / "energy_uj").write_text(str(microjoules))
+
+    write(990_000_000)
+    return write
+
+
+def test_without_a_sensor_the_statement_is_an_interval_labelled_estimated():
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    busy(1.1)
+    meter.stop()
+    rows = meter.statement("train").set_index("component")
+    assert rows.loc["total", "kind"] == rows.loc["cpu", "kind"] == "estimated"
+    assert rows.loc["cpu", "source"] == "cpu_time_model"
+    assert rows.loc["cpu", "low_j"] < rows.loc["cpu", "gross_j"] < rows.loc["cpu", "high_j"]
+    assert rows.loc["gpu", "kind"] == "none"
+    assert rows.loc["gpu", ["gross_j", "low_j", "high_j"]].isna().all()  # missing, not 0
+    assert rows.loc["total", "valid"]
+
+
+def test_the_estimate_is_time_times_cores_times_the_declared_watts():
+    meter = energy.Meter(WATTS, 0.25)
+    meter.total |= {"window_s": 10.0, "cpu_s": 10.0 * meter.cores * 0.5}
+    row = meter.statement("train").set_index("component").loc["cpu"]
+    assert row.gross_j == pytest.approx(10 * meter.cores * 5.0 * (0.25 + 0.75 * 0.5))
+    assert row.idle_w == pytest.approx(meter.cores * 5.0 * 0.25)
+    assert row.net_j == pytest.approx(row.gross_j - 10 * row.idle_w)
+    meter.tracker.close()
+
+
+def test_a_rapl_counter_that_wraps_around_is_added_up_right(rapl):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    rapl(20_000_000)  # from 990 J over the top at 1000 J to 20 J
+    meter.stop()
+    meter.total["window_s"] = 12.0
+    row = meter.statement("train").set_index("component").loc["cpu"]
+    assert (row.kind, row.source, row.gross_j) == ("measured", "rapl", pytest.approx(30.0))
+
+
+def test_an_unreadable_or_empty_rapl_counter_is_no_sensor(rapl):
+    rapl(0)
+    assert energy.rapl_domains() == []
+
+
+def test_a_window_too_short_for_its_sensor_is_marked_invalid_with_the_reason(rapl):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    rapl(995_000_000)
+    meter.stop()
+    row = meter.statement("train").set_index("component").loc["cpu"]
+    assert not row.valid and "under 10 s" in row.invalid_reason
+
+
+def test_a_measured_gpu_is_the_headline_and_the_total_inherits_the_weakest_label(monkeypatch):
+    import sys
+
+    counter = iter([1_000_000, 1_900_000])
+    fake = SimpleNamespace(
+        nvmlDeviceGetTotalEnergyConsumption=lambda _: next(counter), nvmlDeviceGetName=lambda _: "Test GPU"
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.gpu = object()
+    meter.start()
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    statement = meter.statement("train")
+    rows = statement.set_index("component")
+    assert rows.loc["gpu", "gross_j"] == pytest.approx(900.0)
+    assert (rows.loc["gpu", "kind"], rows.loc["total", "kind"]) == ("measured", "estimated")
+    figures = energy.headline(statement, "train")
+    assert (figures["energy_kind"], figures["train_energy_wh"]) == ("measured", pytest.approx(0.25))
+
+
+def test_readings_restored_from_a_checkpoint_are_added_to():
+    first = energy.Meter(WATTS, 0.3)
+    first.start()
+    busy(0.3)
+    first.stop()
+    second = energy.Meter(WATTS, 0.3)
+    second.restore(first.readings())
+    second.start()
+    busy(0.3)
+    second.stop()
+    assert second.total["window_s"] == pytest.approx(first.total["window_s"] + 0.3, abs=0.25)
+    assert second.n_windows == 2
+
+
+def test_pausing_leaves_time_out():
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    meter.pause()
+    time.sleep(0.5)
+    meter.start()
+    meter.stop()
+    assert meter.total["window_s"] < 0.4
+
+
+def test_carbontracker_agrees_over_the_same_window_and_looks_nothing_up(monkeypatch):
+    def refuse(*arguments, **_):
+        raise AssertionError(f"a connection was attempted: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    meter = energy.Meter(WATTS, 0.3, expected_utilisation=1 / energy.device()["cores"])
+    meter.start()
+    busy(2.5)
+    meter.stop()
+    total = meter.statement("train").set_index("component").loc["total"]
+    # One core is busy; other processes may take some of it, so the model may read less than the tracker was told.
+    assert 0.9 < total.carbontracker_pue_removed_ratio < 1.5

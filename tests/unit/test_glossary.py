@@ -1,0 +1,146 @@
+"""The glossary is strict: what loads is complete, unambiguous, and its figures are accounted for."""
+
+import copy
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telco_nb import ROOT, glossary
+
+PATH = ROOT / "telco_nb" / "data" / "glossary.yaml"
+CARDS = glossary.load(PATH)
+
+
+@pytest.fixture
+def raw():
+    """Two real cards as plain data, free to be damaged."""
+    return [copy.deepcopy(card.model_dump()) for card in CARDS[:2]]
+
+
+def test_the_shipped_glossary_has_52_cards_in_all_six_categories():
+    assert len(CARDS) == 52
+    assert {card.category for card in CARDS} == set(glossary.CATEGORIES)
+
+
+def test_every_card_offers_at_least_one_figure_and_four_facts():
+    assert all(card.figures and len(card.facts) >= 4 for card in CARDS)
+
+
+def test_the_validated_json_loads_back_to_the_same_cards(tmp_path):
+    glossary.dump(CARDS, tmp_path / "glossary.json")
+    assert glossary.load(tmp_path / "glossary.json") == CARDS
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("facts", ["only one."]), ("category", "cooking"), ("definition", ""), ("id", "Not Snake"), ("aliases", [True])],
+)
+def test_a_faulty_card_is_refused_naming_card_and_field(raw, field, value):
+    name = raw[1]["id"] if field != "id" else "Not Snake"
+    raw[1][field] = value
+    with pytest.raises(glossary.GlossaryError) as error:
+        glossary.parse(raw)
+    assert name in str(error.value) and field in str(error.value)
+
+
+def test_a_missing_and_an_unknown_field_are_both_named(raw):
+    del raw[0]["escalate_when"]
+    raw[0]["colour"] = "blue"
+    with pytest.raises(glossary.GlossaryError) as error:
+        glossary.parse(raw)
+    assert {field for _, field, _ in error.value.faults} == {"escalate_when", "colour"}
+
+
+def test_every_fault_of_a_file_is_reported_at_once(raw):
+    raw[0]["facts"], raw[1]["resolution"] = [], []
+    with pytest.raises(glossary.GlossaryError) as error:
+        glossary.parse(raw)
+    assert {card for card, _, _ in error.value.faults} == {raw[0]["id"], raw[1]["id"]}
+
+
+def test_a_figure_that_is_not_listed_is_refused_where_it_stands(raw):
+    raw[0]["facts"][2] += " It takes 1234 ms."
+    with pytest.raises(glossary.GlossaryError, match=r"facts\[2\].*1234 ms"):
+        glossary.parse(raw)
+
+
+def test_two_cards_with_one_id_are_refused(raw):
+    raw[1]["id"] = raw[0]["id"]
+    with pytest.raises(glossary.GlossaryError, match="used by 2 cards"):
+        glossary.parse(raw)
+
+
+def test_an_alias_that_names_another_card_is_refused_in_any_case(raw):
+    raw[1]["aliases"].append(raw[0]["term"].upper())
+    with pytest.raises(glossary.GlossaryError, match="already names card"):
+        glossary.parse(raw)
+
+
+def test_a_yaml_key_given_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "double.yaml"
+    path.write_text("- id: a\n  term: x\n  id: b\n")
+    with pytest.raises(ValueError, match=r"double\.yaml.*'id' given 2 times") as error:
+        glossary.load(path)
+    assert "line" in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "term: x", "[]", "- 5"])
+def test_a_file_that_is_not_a_list_of_cards_is_refused(tmp_path, content):
+    path = tmp_path / "odd.yaml"
+    path.write_text(content)
+    with pytest.raises(glossary.GlossaryError):
+        glossary.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5G, IPv6, WPA3, H.264, 802.11ax, Wi-Fi 6 and n78 are names", []),
+        ("between 20 and 40 ms", [("20", None), ("40", "ms")]),
+        ("a 30-day period and 1,024 MB", [("30", "day"), ("1024", "MB")]),
+        ("EUR 50, €50 and 50 euros", [("50", "€")] * 3),
+        ("99.9% of 150 Mbps", [("99.9", "%"), ("150", "Mbit/s")]),
+        ("-110 dBm after 10 seconds", [("110", "dBm"), ("10", "second")]),
+    ],
+)
+def test_figures_are_numbers_with_units_and_names_are_not_figures(text, expected):
+    assert glossary.figures_in(text) == expected
+
+
+def test_the_right_number_with_the_wrong_unit_is_unknown():
+    card = next(card for card in CARDS if ("20", "MHz") in card.allowed_figures and card.id == "lte")
+    assert glossary.unknown_figures("It is 20 MHz wide.", card) == []
+    assert glossary.unknown_figures("It is 20 GB wide.", card) == ["20 GB"]
+
+
+@given(number=st.integers(0, 10**6), unit=st.sampled_from(["ms", "GB", "%", "days", ""]), card=st.sampled_from(CARDS))
+def test_a_figure_is_allowed_only_if_the_card_lists_its_number(number, unit, card):
+    unknown = glossary.unknown_figures(f"about {number} {unit}".strip(), card)
+    if str(number) not in {listed for listed, _ in card.allowed_figures}:
+        assert unknown
+    if (str(number), None) in card.allowed_figures:
+        assert not unknown
+
+
+def test_the_shipped_file_is_plain_yaml_without_traps():
+    """No value is a bool or a number: `yes`, `016` or `1e3` unquoted would be."""
+
+    def leaves(node):
+        if isinstance(node, dict):
+            node = node.values()
+        if isinstance(node, str) or node is None:
+            yield node
+        else:
+            for child in node:
+                yield from leaves(child)
+
+    assert all(leaf is None or isinstance(leaf, str) for leaf in leaves(yaml.safe_load(PATH.read_text())))
+
+
+def test_the_most_similar_cards_come_first_and_a_copy_tops_the_list(raw):
+    twin = glossary.Card.model_validate({**raw[0], "id": "twin", "term": "twin"})
+    top = glossary.overlaps([*CARDS[:5], twin], top=3)
+    assert set(top.iloc[0][["term_a", "term_b"]]) == {raw[0]["id"], "twin"} and top["jaccard"].iloc[0] == 1
+    assert top["jaccard"].is_monotonic_decreasing

@@ -1,0 +1,298 @@
+"""The report shows what is there, says what is not, loads nothing, and treats model output as text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import fake_study
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from telco_nb import report, report_cards, report_pages
+from telco_nb.report_files import duration
+
+matplotlib.use("Agg")
+N, JUDGES, REPEATS = 4, ("checklist", "reference"), 1
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A profile's folder in which everything has run."""
+    root = fake_study.build_study(tmp_path_factory.mktemp("outputs"), N, JUDGES, REPEATS)
+    with pytest.MonkeyPatch.context() as patch:
+        fake_study.run_analysis(root, N, JUDGES, REPEATS, patch)
+    return root
+
+
+@pytest.fixture
+def root(finished, tmp_path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "laptop"))
+
+
+def soup(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def built(finished) -> Path:
+    return report.build(finished).parent
+
+
+# ---------------------------------------------------------------- what a reader finds
+
+
+def test_the_first_screen_answers_a_manager(built, finished):
+    results = {f["id"]: f for f in json.loads((finished / "findings.json").read_text())}
+    answer = soup(built / "telco_report.html").find(id="answer").get_text(" ")
+    assert f"Deploy {results['deploy']['value']}" in answer
+    for told in (
+        "Loss alone would have chosen",
+        results["loss_choice"]["value"],
+        "How sure",
+        "Wh",
+        "estimated",
+        "paper",
+    ):
+        assert told in answer
+    tags = soup(built / "telco_report.html").find("header").get_text(" ")
+    assert "offline proxy judges, no language model" in tags
+    assert "energy estimated" in tags
+
+
+def test_one_file_holds_figures_cards_answers_and_the_table_as_csv(built, finished):
+    page = soup(built / "telco_report.html")
+    figures = page.find(id="figures").find_all("img")
+    assert len(figures) >= 6
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in figures)
+    cards = page.select("article.card")
+    assert [card["id"] for card in cards] == [f"config-c0{i}" for i in range(1, N + 1)]
+    assert all(card.find("polyline") and len(card.find_all("blockquote")) == 2 for card in cards)
+    csv = page.find("a", download="results.csv")["href"].partition("base64,")[2]
+    assert base64.b64decode(csv) == (finished / "results.csv").read_bytes()
+    assert (built / "telco_report.html").stat().st_size < 5_000_000
+
+
+def test_every_executed_notebook_has_a_page_and_every_relative_link_leads_somewhere(built, finished):
+    notebooks = {f"{p.parent.name}-{p.stem}.html" for p in finished.glob("*/*.ipynb")}
+    assert notebooks <= {p.name for p in built.iterdir()}
+    for page in built.glob("*.html"):
+        html = soup(page)
+        for link in html.find_all("a", href=True):
+            target, _, anchor = link["href"].partition("#")
+            if re.match(r"(https?|mailto|data):", link["href"]):
+                continue
+            assert not target or (built / target).is_file(), f"{page.name}: {link['href']}"
+            if anchor:
+                assert soup(built / (target or page.name)).find(id=anchor), f"{page.name}: {link['href']}"
+
+
+def test_links_between_notebooks_lead_to_the_page_of_the_right_scope(built):
+    page = soup(built / "c01-04_energy.html")
+    assert page.find("a", string="02_synth")["href"] == "shared-02_synth.html"
+    assert page.find("nav").find("a", string="03_train")["href"] == "c01-03_train.html"
+
+
+def test_numbers_sort_as_numbers_and_missing_cells_stay_empty(root):
+    frame = pd.read_csv(root / "results.csv")
+    frame.loc[1, ["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind"]] = None
+    frame.to_csv(root / "results.csv", index=False)
+    table = soup(report.build(root)).select_one("table.sortable")
+    energy = [row.find_all("td")[5] for row in table.tbody.find_all("tr")]
+    assert energy[1]["data-value"] == "" and energy[1].get_text(strip=True) == ""
+    assert float(energy[0]["data-value"]) == pytest.approx(frame["train_energy_wh"][0])
+
+
+# ---------------------------------------------------------------- safety
+
+
+def test_nothing_outside_is_loaded(built):
+    for page in built.glob("*.html"):
+        html = soup(page)
+        for tag, name in (("img", "src"), ("script", "src"), ("link", "href"), ("iframe", "src"), ("source", "src")):
+            assert all(found[name].startswith("data:") for found in html.find_all(tag, attrs={name: True})), page.name
+        styles = " ".join(style.get_text() for style in html.find_all("style"))
+        assert not re.search(r"url\(|@import", styles)
+        assert not html.find_all(["object", "embed", "base", "form"])
+
+
+def test_only_our_script_may_run_and_its_hash_is_in_the_policy(built):
+    for page in built.glob("*.html"):
+        html = soup(page)
+        (script,) = html.find_all("script")
+        policy = html.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+        digest = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in policy
+        assert "default-src 'none'" in policy
+        assert not [tag for tag in html.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
+
+
+def test_model_text_with_markup_is_shown_as_text(built):
+    for name in ("telco_report.html", "c01-03_train.html"):
+        text = (built / name).read_text(encoding="utf-8")
+        assert "<script>document.title" not in text
+        assert "<img src=x" not in text
+        assert "<script>document.title='owned'" in BeautifulSoup(text, "html.parser").get_text()
+
+
+@pytest.mark.parametrize(
+    "markup",
+    ["<iframe src=https://example.com></iframe>", "<a href='javascript:alert(1)'>x</a>", "<style>*{display:none}</style>",
+     "<p onclick=alert(1)>x</p>", "<svg onload=alert(1)></svg>", "<style scoped>.dataframe{}</style><script>x</script>"],
+)  # fmt: skip
+def test_outputs_pass_an_allow_list(markup):
+    cleaned = BeautifulSoup(report_pages.clean(markup), "html.parser")
+    assert not cleaned.find(["iframe", "style", "svg", "script"])
+    assert not [tag for tag in cleaned.find_all(True) if any(n.startswith("on") for n in tag.attrs)]
+    assert "javascript" not in "".join(str(tag.attrs) for tag in cleaned.find_all(True))
+
+
+# ---------------------------------------------------------------- failures are shown
+
+
+def cell(page: BeautifulSoup, scope: str, step: str):
+    table = page.find(id="status").table
+    column = [head.get_text() for head in table.thead.find_all("th")].index(step) - 1
+    row = next(row for row in table.tbody.find_all("tr") if row.th.get_text() == scope)
+    return row.find_all("td")[column]
+
+
+def test_a_failed_step_is_red_named_at_the_top_and_linked(root):
+    fake_study.Builder(root.parent).fail("03_train", "c02")
+    index = soup(report.build(root).with_name("index.html"))
+    state = cell(index, "c02", "03_train")
+    assert state["class"] == ["failed"]
+    assert state.find("a")["href"] == "c02-03_train.failed.html"
+    assert "c02/03_train" in index.find(role="alert").get_text()
+    assert "c02" in [row.th.get_text() for row in index.select_one("table.sortable").tbody.find_all("tr")]
+
+
+def test_a_failed_attempt_shows_beside_the_older_good_result(root):
+    shutil.copyfile(root / "c01" / "03_train.ipynb", root / "c01" / "03_train.failed.ipynb")
+    state = cell(soup(report.build(root).with_name("index.html")), "c01", "03_train")
+    assert state["class"] == ["failed"]
+    assert "older result ok" in state.get_text()
+
+
+def test_what_the_runner_says_adds_reasons_but_cannot_make_a_step_succeed(root):
+    shutil.rmtree(root / "c01" / "04_energy")
+    (root / "c01" / "04_energy.ipynb").unlink()
+    shutil.rmtree(root / "c02" / "04_energy")
+    (root / "c02" / "04_energy.ipynb").unlink()
+    jobs = [
+        {"scope": "c01", "step": "04_energy", "status": "blocked", "reason": "blocked by c01/03_train"},
+        {"scope": "c02", "step": "04_energy", "status": "done", "reason": ""},
+        {"scope": "c09", "step": "03_train", "status": "failed", "reason": "the kernel died"},
+    ]
+    index = soup(report.build(root, {"profile": "laptop", "jobs": jobs}).with_name("index.html"))
+    assert "blocked by c01/03_train" in cell(index, "c01", "04_energy").get_text()
+    assert cell(index, "c02", "04_energy")["class"] == ["missing"]
+    assert "the kernel died" in cell(index, "c09", "03_train").get_text()
+
+
+def test_a_record_without_a_manifest_is_no_success(root):
+    (root / "c01" / "03_train" / "manifest.json").unlink()
+    state = cell(soup(report.build(root, [])), "c01", "03_train")
+    assert state["class"] == ["noresult"]
+
+
+def test_a_judge_that_failed_its_gate_is_shown_and_marked(tmp_path, monkeypatch):
+    root = fake_study.build_study(tmp_path, 4, ("checklist",), 0)
+    planted = fake_study.truth(fake_study.design(4))["quality"]
+    builder = fake_study.Builder(tmp_path)
+    fake_study.add_judge(builder, np.random.default_rng(0), "reference", planted, passed=False)
+    fake_study.run_analysis(root, 4, ("checklist", "reference"), 0, monkeypatch)
+    page = soup(report.build(root))
+    assert "Reference failed the validity gate" in page.find(role="alert").get_text()
+    assert "reference, not valid" in page.find(id="answer").get_text()
+    assert "failed" in page.select_one("table.sortable").get_text()
+
+
+def test_without_any_valid_judge_nothing_is_recommended(tmp_path, monkeypatch):
+    root = fake_study.build_study(tmp_path, 4, (), 0)
+    planted = fake_study.truth(fake_study.design(4))["quality"]
+    fake_study.add_judge(fake_study.Builder(tmp_path), np.random.default_rng(0), "checklist", planted, passed=False)
+    fake_study.run_analysis(root, 4, ("checklist",), 0, monkeypatch)
+    answer = soup(report.build(root)).find(id="answer").get_text()
+    assert "no recommendation" in answer
+    assert "Loss alone would have chosen" in answer
+
+
+# ---------------------------------------------------------------- whatever is there
+
+
+def test_an_empty_folder_gives_a_report_that_says_so(tmp_path):
+    page = soup(report.build(tmp_path))
+    assert "There is no result yet" in page.get_text()
+    assert cell(page, "study", "06_analysis").get_text() == "not run"
+
+
+def test_a_study_without_analysis_shows_its_configurations(tmp_path):
+    root = fake_study.build_study(tmp_path, 3, ("checklist",), 0)
+    page = soup(report.build(root))
+    assert len(page.select("article.card")) == 3
+    assert not page.find(id="results")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["results.csv", "findings.json", "c01/03_train/tables/loss_curve.parquet", "c01/04_energy/artefacts/answers.parquet",
+     "shared/02_synth/artefacts/test_prompts.parquet", "c01/03_train.ipynb", "study/06_analysis.ipynb",
+     "c01/03_train/metrics.json", "study/06_analysis/figures/energy.png"],
+)  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"\x00broken{"])
+def test_a_broken_file_does_not_break_the_report(root, name, content):
+    (root / name).write_bytes(content)
+    assert soup(report.build(root)).find(id="status")
+
+
+def test_the_same_files_give_the_same_bytes(root):
+    def hashes() -> dict[str, str]:
+        folder = report.build(root).parent
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+    assert hashes() == hashes()
+
+
+def test_a_rebuild_replaces_the_old_pages(root):
+    old = report.build(root).parent / "c09-03_train.html"
+    old.write_text("left over")
+    report.build(root)
+    assert not old.exists()
+    assert not list(root.glob(".report*"))
+
+
+def test_figures_over_the_budget_are_linked_not_dropped(root, monkeypatch):
+    monkeypatch.setattr(report_cards, "FIGURE_BYTES", 100_000)
+    figures = soup(report.build(root)).find(id="figures").find_all("figure")
+    assert len(figures) >= 6
+    left_out = [figure for figure in figures if not figure.find("img")]
+    assert left_out
+    assert all(figure.find("a")["href"] == "study-06_analysis.html" for figure in left_out)
+
+
+def test_alt_texts_come_from_the_executed_notebook(built):
+    alts = [image["alt"] for image in soup(built / "telco_report.html").find(id="figures").find_all("img")]
+    assert "alt of loss_vs_quality" in alts
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (11, "11th"), (112, "112th"), (6.5, "6.5")]
+)
+def test_ordinals(value, text):
+    assert report_cards.ordinal(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.03, "0.0 s"), (59.4, "59 s"), (61, "1 min 01 s"), (7384, "2 h 03 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,382 @@
+"""The plan, the choices and the words of the runner. What it does with real kernels is in tests/faults."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from telco_nb import ROOT, doctor, executed, execution, params, progress, record, runner, schedule
+from telco_nb.executed import Failure
+from telco_nb.progress import State
+from telco_nb.steps import Job
+
+
+def job(step: str, scope: str, *depends: str, **parameters) -> Job:
+    inputs = tuple((d.split("/")[1], d.split("/")[0], "artefacts/*") for d in depends)
+    return Job(step, scope, parameters, inputs)
+
+
+JOBS = [  # as in the real plan, the untuned model answers before anything is trained
+    job("02_synth", "shared"),
+    job("04_energy", "untuned", "shared/02_synth"),
+    job("03_train", "c01", "shared/02_synth", epochs=1),
+    job("04_energy", "c01", "c01/03_train"),
+    job("03_train", "c02", "shared/02_synth", epochs=3),
+    job("04_energy", "c02", "c02/03_train"),
+    job("05_judge", "judge-checklist", "c01/04_energy", "c02/04_energy"),
+]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A world without files: `stale` maps job ids to reasons, `finished` to manifests."""
+    world = SimpleNamespace(stale={}, finished={})
+    monkeypatch.setattr(record, "check", lambda j, root: (j.id not in world.stale, world.stale.get(j.id, "up to date")))
+    monkeypatch.setattr(record, "read_manifest", lambda root, scope, step: world.finished.get(f"{scope}/{step}"))
+    return world
+
+
+def decisions(jobs, forced=frozenset()) -> dict:
+    return {s.job.id: (s.decision, s.reason) for s in schedule.plan(jobs, Path("/nowhere"), set(forced))}
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_a_changed_parameter_runs_its_step_and_only_perhaps_what_follows(recorded):
+    recorded.stale = {"c02/03_train": "learning_rate 0.0002 -> 0.0001"}
+    plan = decisions(JOBS)
+    assert plan["c02/03_train"] == ("run", "learning_rate 0.0002 -> 0.0001")
+    assert plan["c02/04_energy"][0] == plan["judge-checklist/05_judge"][0] == "maybe"
+    assert plan["c01/03_train"] == plan["c01/04_energy"] == ("skip", "up to date")
+
+
+def test_force_runs_what_it_names(recorded):
+    forced = schedule.choose_forced(JOBS, ("c0*/03",))
+    assert forced == {"c01/03_train", "c02/03_train"}
+    assert decisions(JOBS, forced)["c01/03_train"] == ("run", "forced")
+    assert schedule.choose_forced(JOBS, ("04_energy",)) == {"untuned/04_energy", "c01/04_energy", "c02/04_energy"}
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("02-03", {"02_synth", "03_train"}), ("3,5", {"03_train", "05_judge"}), ("02_synth", {"02_synth"})],
+)
+def test_steps_are_chosen_by_number_range_or_name(text, steps):
+    assert {j.step for j in schedule.choose_steps(JOBS, text)} == steps
+
+
+@pytest.mark.parametrize("text", ["9", "04-03", "", "train", "03-"])
+def test_unknown_steps_are_refused(text):
+    with pytest.raises(schedule.UsageError, match="--steps"):
+        schedule.choose_steps(JOBS, text)
+
+
+@pytest.mark.parametrize("word", ["c09/03", "07", "c01/"])
+def test_forcing_what_is_not_there_is_refused(word):
+    with pytest.raises(schedule.UsageError, match=r"Known|It has|no such step"):
+        schedule.choose_forced(JOBS, (word,))
+
+
+def test_configurations_are_chosen_by_name_or_pattern_in_their_order():
+    lora = {f"c{n:02}": {} for n in range(1, 13)}
+    study = params.Study("p", {}, lora, {}, ["c01", "c02", "c10"])
+    assert schedule.choose_configs("c10, c01", study) == ["c01", "c10"]
+    assert schedule.choose_configs("c0*", study) == ["c01", "c02"], "a pattern stays within the profile"
+    assert schedule.choose_configs("c12", study) == ["c12"], "a name need not"
+    for text in ("c99", "x*", "", ","):
+        with pytest.raises(schedule.UsageError, match="--configs"):
+            schedule.choose_configs(text, study)
+
+
+def test_a_left_out_step_without_a_result_is_refused_with_the_command(recorded):
+    chosen = schedule.choose_steps(JOBS, "03-04")
+    with pytest.raises(schedule.UsageError, match=re.escape("shared/02_synth") + ".*--steps 02-04"):
+        schedule.plan(chosen, Path("/nowhere"), set())
+    recorded.finished["shared/02_synth"] = {"seconds": 1, "parameters": {}}
+    assert len(schedule.plan(chosen, Path("/nowhere"), set())) == 5
+
+
+def test_expected_seconds_come_from_earlier_runs_per_epoch(recorded):
+    recorded.finished["c01/03_train"] = {"seconds": 30.0, "parameters": {"epochs": 1}}
+    recorded.stale = {"c02/03_train": "never finished"}
+    states = {s.job.id: s for s in schedule.plan(JOBS, Path("/nowhere"), set())}
+    assert states["c02/03_train"].expected_seconds == 90 + schedule.OVERHEAD_SECONDS
+    assert states["c01/04_energy"].expected_seconds is None
+
+
+def test_remaining_time_says_what_it_does_not_know():
+    known = State(JOBS[0], "run", "", expected_seconds=600)
+    unknown, skipped = State(JOBS[1], "run", ""), State(JOBS[2], "skip", "", expected_seconds=900)
+    assert progress.remaining_text([known, skipped]) == "about 10 min"
+    assert progress.remaining_text([known, unknown]) == "more than 10 min"
+    assert progress.remaining_text([unknown]) == "unknown, as there is no earlier run"
+    assert progress.remaining_text([skipped]) == "nothing"
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stopped", "code"),
+    [
+        (["done", "skipped"], False, 0),
+        (["done", "failed", "blocked"], False, 1),
+        (["failed", "waiting"], False, 1),
+        (["failed", "interrupted", "waiting"], True, 130),
+        (["done", "waiting"], True, 130),
+        (["done", "done"], True, 0),
+    ],
+)
+def test_exit_codes(statuses, stopped, code):
+    assert runner.exit_code([State(JOBS[0], "run", "", status=s) for s in statuses], stopped) == code
+
+
+def test_the_command_that_goes_on_keeps_the_choice_but_forces_nothing():
+    options = runner.Options(profile="smoke", configs="c0*", steps="03-04", force=("03",), keep_going=False)
+    assert options.command() == "./run_all.py --profile smoke --configs 'c0*' --steps 03-04"
+
+
+def test_the_report_key_changes_with_what_the_report_shows(tmp_path):
+    before = runner.report_key(tmp_path)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "01_a.ipynb").write_text("{}")
+    changed = runner.report_key(tmp_path)
+    assert before != changed
+    assert changed == runner.report_key(tmp_path)
+
+
+# ---------------------------------------------------------------- the lock
+
+
+def test_a_lock_is_refused_with_the_holders_pid_and_free_after_its_death(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LOCK_SECONDS", 0.3)
+    hold = f"import fcntl, os, time; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
+    hold += "f.write(str(os.getpid())); f.flush(); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(runner.UnfitError, match=f"process {holder.pid}"), runner.lock(tmp_path):
+        pass
+    holder.kill()
+    with runner.lock(tmp_path) as stream:
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert not stream.closed
+    holder.communicate()
+
+
+def test_an_outputs_folder_that_cannot_be_made_is_unfit(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(runner.UnfitError, match="--outputs"), runner.lock(tmp_path / "file" / "smoke"):
+        pass
+
+
+# ---------------------------------------------------------------- asking a child to stop
+
+
+def test_stopping_escalates_with_time_and_with_each_request(monkeypatch):
+    sent = []
+    monkeypatch.setattr(os, "killpg", lambda pid, number: sent.append(number))
+    monkeypatch.setattr(runner, "INTERRUPT_SECONDS", 0.05)
+    stopping = runner._stop_child(SimpleNamespace(pid=1))
+    stopping.send(1)
+    stopping.send(1)
+    assert sent == [signal.SIGINT]
+    time.sleep(0.06)
+    stopping.send(1)
+    assert sent == [signal.SIGINT, signal.SIGTERM]
+    stopping.send(2)
+    assert sent == [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def rendered(*things, **options) -> str:
+    console = Console(file=io.StringIO(), width=110, **options)
+    for thing in things:
+        console.print(thing)
+    return console.file.getvalue()
+
+
+def test_the_plan_shows_one_row_for_each_decision_step_and_reason(recorded):
+    recorded.stale = {"c01/03_train": "never finished", "c02/03_train": "never finished"}
+    text = rendered(progress.plan_table(schedule.plan(JOBS, Path("/nowhere"), set())))
+    assert re.search(r"run +03_train +c01 c02 +never finished", text)
+
+
+def test_a_tall_table_hides_finished_rows_first():
+    states = [State(job("03_train", f"c{n:02}"), "run", "", status="done") for n in range(10)]
+    states += [State(job("03_train", "c98"), "run", "", status="failed")]
+    states += [State(job("03_train", "c99"), "run", "", status="running")]
+    text = rendered(progress.status_table(states, most_rows=4))
+    assert "c98" in text
+    assert "c99" in text
+    assert "not shown: 8 finished, 0 waiting" in text
+
+
+def test_lines_tell_each_event_and_give_a_sign_of_life(monkeypatch):
+    console = Console(file=io.StringIO(), width=110)
+    state = State(
+        job("03_train", "c01"), "run", "never finished", status="running", started=time.monotonic(), cell=3, cells=9
+    )
+    lines = progress.Lines(console, [state])
+    lines.changed(state)
+    lines.tick()
+    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0)
+    lines.tick()
+    state.status, state.seconds, state.failure = "failed", 75.0, Failure("error", "ValueError: x", 4)
+    lines.changed(state)
+    started, beat, ended = console.file.getvalue().splitlines()
+    assert re.match(r"\d{4}-\d\d-\d\dT[\d:]{8} c01/03_train running: never finished$", started)
+    assert beat.endswith("c01/03_train running 0:00, cell 3 of 9")
+    assert "failed in 1:15: error in a cell In [4]: ValueError: x (1 of 1; to go: nothing)" in ended
+
+
+def test_a_terminal_gets_a_table_and_anything_else_lines():
+    assert isinstance(progress.follow(Console(force_terminal=True), []), progress.LiveTable)
+    assert isinstance(progress.follow(Console(file=io.StringIO()), []), progress.Lines)
+
+
+# ---------------------------------------------------------------- the executed notebook
+
+
+def notebook(*cells: dict) -> dict:
+    return {"cells": list(cells), "metadata": {"papermill": {"input_path": "/x"}}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def code(source: str, *outputs: dict) -> dict:
+    return {"cell_type": "code", "source": source, "outputs": list(outputs), "metadata": {}, "execution_count": 1}
+
+
+def test_long_output_is_cut_in_the_middle_and_says_so():
+    text = "".join(f"{n}\n" for n in range(1000))
+    short = "".join(executed._shortened({"output_type": "stream", "text": text})["text"])
+    assert short.startswith("0\n1\n")
+    assert short.endswith("998\n999\n")
+    assert "940 lines left out" in short
+    line = "".join(executed._shortened({"output_type": "stream", "text": "x" * 10**6})["text"])
+    assert len(line) < 1.1 * executed.LONG_CHARACTERS
+
+
+def test_machine_paths_are_replaced_but_images_are_left_alone(tmp_path):
+    picture = f"{tmp_path}/abc"
+    output = {"output_type": "display_data", "data": {"image/png": picture, "text/plain": f"{ROOT}/telco_nb/x.py"}}
+    cleaned = executed._cleaned(notebook(code("1", output)), tmp_path, "c01", "03_train")
+    data = cleaned["cells"][0]["outputs"][0]["data"]
+    assert data == {"image/png": picture, "text/plain": "telco_nb/x.py"}
+    assert cleaned["metadata"]["papermill"]["output_path"] == "c01/03_train.ipynb"
+    assert executed.without_machine_paths(f"{Path.home()}/models {tmp_path}/a", tmp_path) == (
+        f"~/models outputs/{tmp_path.name}/a"
+    )
+
+
+def test_a_failure_before_anything_was_saved_still_leaves_a_record(tmp_path):
+    (tmp_path / "c01").mkdir()
+    executed.running_notebook(tmp_path, "c01", "03_train").write_text('{"cells": [')
+    executed.keep_failed(tmp_path, "c01", "03_train", Failure("died", "killed by `SIGKILL`", 2))
+    kept = json.loads((tmp_path / "c01" / "03_train.failed.ipynb").read_text())
+    assert kept["metadata"]["telco_nb_failure"] == {"kind": "died", "reason": "killed by `SIGKILL`", "cell": 2}
+    assert "The kernel died, In [2]: `killed by 'SIGKILL'`" in "".join(kept["cells"][0]["source"])
+
+
+# ---------------------------------------------------------------- the kernel's surroundings and the machine
+
+
+def test_the_hub_is_off_unless_the_user_names_a_hub_id(tmp_path, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def offline(model: str | None) -> str:
+        return execution.environment("job.json", {"base_model": model}, tmp_path)["HF_HUB_OFFLINE"]
+
+    assert offline("smollm2-135m-instruct") == offline(None) == offline(str(tmp_path)) == offline("./a/b") == "1"
+    assert offline("Qwen/Qwen2.5-3B") == "0"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert offline("Qwen/Qwen2.5-3B") == "1", "the user's own choice stands"
+
+
+def test_deaths_are_told_apart():
+    assert "out of memory" in execution.death_reason(-9, out_of_memory=True)
+    assert "most often for lack of memory" in execution.death_reason(-9, out_of_memory=False)
+    assert execution.death_reason(-11, False) == "killed by SIGSEGV"
+    assert execution.death_reason(7, False) == "it ended with exit code 7"
+
+
+def test_the_doctor_names_every_missing_piece(tmp_path, monkeypatch):
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    jobs = [
+        job("03_train", "c01", base_model="no-such-folder"),
+        job("05_judge", "judge-x", judge_kind="anthropic", judge_endpoint=None),
+    ]
+    model, key = doctor.problems(jobs, tmp_path / "outputs")
+    assert "no-such-folder" in model
+    assert "ANTHROPIC_API_KEY" in key
+    monkeypatch.setattr(doctor, "FREE_BYTES", 2**60)
+    assert any("GiB free" in text for text in doctor.problems([], tmp_path))
+
+
+def test_the_doctor_knows_the_packaged_model_by_its_name():
+    source = (ROOT / "telco_nb" / "model.py").read_text()
+    assert f'PACKAGED = "{doctor.PACKAGED_MODEL}"' in source
+
+
+def test_the_runner_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'papermill', 'pandas', 'numpy', 'jupyter_client', 'nbformat', 'matplotlib'}"
+    program = f"import sys, run_all; print({heavy} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def run_all(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "run_all.py", *words], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--profile", "lapdog"], "lapdog.yaml"),
+        (["--configs", "c99"], "--configs c99"),
+        (["--nonsense"], "--nonsense"),
+        (["--params", "no/such/folder"], "base.yaml"),
+    ],
+)
+def test_wrong_usage_exits_2_and_says_what_is_wrong(words, message):
+    done = run_all(*words, "--dry-run")
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_wrong_parameter_file_exits_2_with_file_key_and_fix_and_is_in_the_json(tmp_path):
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    (tmp_path / "params" / "lora" / "c03.yaml").write_text("learning_rate: 1e-4\n")
+    done = run_all("--params", str(tmp_path / "params"), "--json", str(tmp_path / "run.json"))
+    assert done.returncode == 2
+    assert "c03.yaml:1: learning_rate: YAML reads 1e-4 as text" in done.stderr
+    summary = json.loads((tmp_path / "run.json").read_text())
+    assert summary["exit_code"] == 2
+    assert "1.0e-4" in summary["error"]
+
+
+def test_help_shows_examples_and_exit_codes():
+    text = run_all("--help").stdout
+    assert "./run_all.py --profile smoke --dry-run" in text
+    assert "130: interrupted" in text
+
+
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="needs the folder .venv that make sets up")
+def test_any_python_will_do_to_start_with():
+    bare = subprocess.run([sys._base_executable, "-S", ROOT / "run_all.py", "--help"], capture_output=True, text=True)
+    assert "Exit codes" in bare.stdout

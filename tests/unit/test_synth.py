@@ -1,0 +1,172 @@
+"""The generator is deterministic, fills every phrase, keeps to the card and to its lengths."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telco_nb import ROOT, corpus, glossary, scenarios, synth
+
+CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+BY_ID = {card.id: card for card in CARDS}
+AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
+GRID = scenarios.build(CARDS, AXES, seed=20260605)
+SLICE = GRID[::41]  # 39 scenarios that meet every level of every axis
+CONVERSATIONS = list(synth.generate(CARDS, SLICE, AXES, 20, seed=5))
+SCRIPT = """
+from telco_nb import ROOT, corpus, glossary, scenarios, synth
+cards = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
+axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
+grid = scenarios.build(cards, axes, seed=20260605)[::41]
+print(corpus.content_hash(synth.generate(cards, grid, axes, 20, seed=5)))
+"""
+
+
+def answers(conversation):
+    return [m["content"] for m in conversation["messages"] if m["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "4711"])
+def test_the_same_seed_gives_the_same_bytes_in_another_process(hash_seed):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == corpus.content_hash(CONVERSATIONS)
+
+
+def test_another_seed_gives_other_texts():
+    other = list(synth.generate(CARDS, SLICE, AXES, 20, seed=6))
+    same = sum(a["messages"] == b["messages"] for a, b in zip(CONVERSATIONS, other, strict=True))
+    assert same < 0.01 * len(other)
+
+
+def test_a_scenario_does_not_depend_on_which_others_are_generated():
+    alone = list(synth.generate(CARDS, SLICE[7:8], AXES, 20, seed=5))
+    assert alone == CONVERSATIONS[7 * 20 : 8 * 20]
+
+
+def test_twenty_seeds_give_every_mood_with_every_opening_once():
+    for scenario in SLICE:
+        pairs = [synth.mood_and_opening(scenario, number, AXES) for number in range(20)]
+        assert sorted(pairs) == sorted(product(AXES.moods, AXES.openings))
+
+
+def test_turn_pairs_follow_the_fixed_table():
+    counts = Counter(synth.turn_pairs(s, n, AXES) for s in GRID for n in range(20))
+    for pairs in (1, 2, 3):
+        share = AXES.turn_table.count(pairs) / len(AXES.turn_table)
+        assert abs(counts[pairs] / counts.total() - share) < 0.01
+
+
+def test_roles_alternate_and_the_agent_has_the_last_word():
+    for conversation in CONVERSATIONS:
+        roles = [m["role"] for m in conversation["messages"]]
+        assert roles == ["user", "assistant"] * conversation["n_turns"]
+
+
+def test_every_figure_in_an_answer_is_in_its_card():
+    for conversation in CONVERSATIONS:
+        for answer in answers(conversation):
+            assert glossary.unknown_figures(answer, BY_ID[conversation["term_id"]]) == []
+
+
+def test_answers_have_35_to_75_words_and_questions_at_least_12():
+    lengths = [len(a.split()) for c in CONVERSATIONS for a in answers(c)]
+    assert min(lengths) >= 35 and max(lengths) <= 75
+    assert 50 <= sorted(lengths)[len(lengths) // 2] <= 60
+    questions = [len(m["content"].split()) for c in CONVERSATIONS for m in c["messages"] if m["role"] == "user"]
+    assert min(questions) >= 12 and max(questions) <= 52
+    assert sum(length > 45 for length in questions) <= 0.01 * len(questions)
+
+
+def test_every_answer_states_a_next_step_and_every_first_answer_quotes_the_card():
+    for conversation in CONVERSATIONS:
+        assert all("next step:" in answer.lower() for answer in answers(conversation))
+        texts = [text for _, text in BY_ID[conversation["term_id"]].agent_texts()]
+        parts = [sentence.rstrip(".")[1:] for text in texts for sentence in glossary.sentences(text)]
+        assert any(part in answers(conversation)[0] for part in parts)
+
+
+def test_nothing_is_left_unfilled_and_punctuation_is_clean():
+    for conversation in CONVERSATIONS:
+        for message in conversation["messages"]:
+            text = message["content"]
+            assert not re.search(r"[{}]|  |\s[.,;]|[.]{2}|”\.\.", text), text
+
+
+def test_the_term_or_an_alias_is_named_in_every_conversation():
+    for conversation in CONVERSATIONS:
+        text = " ".join(m["content"] for m in conversation["messages"])
+        assert corpus.mentions(text, BY_ID[conversation["term_id"]])
+
+
+def test_every_bank_resolves_for_every_combination_of_levels():
+    grammar = synth.load_grammar()
+    banks = [name for name in grammar if name not in ("later_kinds", "jargon")]
+    categories = {card.category for card in CARDS}
+    per_turn = {"issue", "probe", "frame_later"}  # these need the kind of request
+    for intent, situation, customer, mood, opening, category in product(
+        *(AXES.ids(axis) for axis in scenarios.AXES), AXES.moods, AXES.openings, sorted(categories)
+    ):
+        levels = frozenset({intent, situation, customer, mood, opening, category})
+        for bank in banks:
+            if bank == "lead" and opening not in ("question", "complaint"):
+                continue  # the other two openings have their own first sentence
+            if bank not in per_turn:
+                assert synth.resolve(grammar, bank, levels, kind="x")
+        for kind in grammar["later_kinds"][intent]:
+            assert synth.resolve(grammar, "probe", levels, kind) and synth.resolve(grammar, "frame_later", levels, kind)
+
+
+def test_every_slot_of_every_phrase_is_a_bank_or_a_slot_of_the_writer():
+    grammar = synth.load_grammar()
+    from_card = {"term", "a_term", "name", "a_name", "belief", "fault", "dispute", "change", "options", "figure"}
+    from_answer = {"step", "fact", "text", "escalate_when"}
+    for bank, phrase in synth.phrases(grammar):
+        for slot in re.findall(r"\{(\w+)\}", phrase):
+            assert slot in grammar or slot in from_card | from_answer, (bank, slot)
+
+
+def test_a_phrase_with_a_digit_is_refused_naming_its_bank(tmp_path):
+    path = tmp_path / "grammar.yaml"
+    path.write_text('lead:\n  calm: ["within 24 hours"]\n')
+    with pytest.raises(ValueError, match=r"lead\.calm"):
+        synth.load_grammar(path)
+
+
+def test_a_novice_does_not_write_jargon_where_the_card_has_plain_words():
+    marks = [mark.lower() for mark in synth.load_grammar()["jargon"]]
+    for conversation in CONVERSATIONS:
+        if (conversation["customer"], conversation["intent"]) == ("novice", "fault"):
+            reports = [text.lower() for text in BY_ID[conversation["term_id"]].fault_reports]
+            plain = [text for text in reports if not any(mark in text for mark in marks)]
+            first = conversation["messages"][0]["content"].lower()
+            assert not plain or any(text in first for text in plain)
+
+
+@given(number=st.integers(0, 19), index=st.integers(0, len(GRID) - 1), seed=st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_any_seed_and_scenario_gives_a_conversation_that_passes_all_filters(number, index, seed):
+    scenario = GRID[index]
+    card = BY_ID[scenario.term_id]
+    assert corpus.check(synth.write(card, scenario, number, AXES, seed), card) is None
+
+
+@pytest.mark.parametrize(
+    ("term_id", "name", "expected"),
+    [
+        ("router", "router", "a router"), ("latency", "latency", "latency"), ("esim", "eSIM", "an eSIM"),
+        ("sla", "SLA", "an SLA"), ("sla", "service level agreement", "a service level agreement"),
+        ("credit_limit", "credit limit", "a credit limit"), ("technician_visit", "engineer visit", "an engineer visit"),
+        ("iccid", "ICCID", "the ICCID"),
+    ],
+)  # fmt: skip
+def test_names_get_the_article_that_the_definition_uses(term_id, name, expected):
+    assert synth.with_article(name, BY_ID[term_id]) == expected

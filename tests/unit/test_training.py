@@ -1,0 +1,270 @@
+"""The packed step computes what a plain loop computes, and a killed training loses nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from telco_nb import model, training
+from telco_nb.training import IGNORED, Example, TrainingError
+
+CHATS = [
+    [
+        {"role": "user", "content": "My eSIM does not activate."},
+        {"role": "assistant", "content": "Please scan it again."},
+    ],
+    [
+        {"role": "user", "content": "What is jitter? My router app shows it in red."},
+        {"role": "assistant", "content": "Jitter is how much the delay varies from packet to packet."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "You are welcome.\n\nNext step: test again tonight."},
+    ],
+    [{"role": "user", "content": "PUK?"}, {"role": "assistant", "content": "It is on the card holder: eight digits."}],
+]
+
+
+@pytest.fixture(scope="module")
+def real():
+    model.quiet()
+    base, tokenizer = model.load(model.PACKAGED, torch.float32)
+    return base, tokenizer
+
+
+@pytest.fixture(scope="module")
+def examples(real):
+    return [training.encode(real[1], chat, f"chat{i}", 512) for i, chat in enumerate(CHATS)]
+
+
+def tiny(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    made = LlamaForCausalLM(config)
+    made.set_attn_implementation(training.SEGMENTED)
+    return made
+
+
+def fake_examples(n: int = 12) -> list[Example]:
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(n):
+        ids = rng.integers(0, 97, rng.integers(5, 20)).tolist()
+        made.append(Example(f"e{i}", ids, [IGNORED] * 3 + ids[3:]))
+    return made
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_labels_cover_exactly_the_answers_and_their_end_tokens(real, examples):
+    for example, chat in zip(examples, CHATS, strict=True):
+        training.check_labels(real[1], example, chat)
+
+
+def test_a_shifted_label_mask_is_caught(real, examples):
+    broken = Example("x", examples[0].input_ids, [IGNORED, *examples[0].labels[:-1]])
+    with pytest.raises(TrainingError, match="labels cover"):
+        training.check_labels(real[1], broken, CHATS[0])
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_never_cut(real):
+    with pytest.raises(TrainingError, match=r"long has \d+ tokens, more than max_length 16"):
+        training.encode(real[1], CHATS[1], "long", 16)
+
+
+def test_the_end_token_is_supervised_so_that_the_model_learns_to_stop(real, examples):
+    end = model.end_token_id(real[1])
+    assert [e.labels.count(end) for e in examples] == [1, 2, 1]
+
+
+# ---------------------------------------------------------------- packing
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(64, 200), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_packing_keeps_every_conversation_once_and_within_the_budget(lengths, batch_tokens, seed):
+    made = [Example(str(i), [1] * n, [IGNORED] * n) for i, n in enumerate(lengths)]
+    rows = training.pack(made, batch_tokens, seed)
+    assert sorted(i for row in rows for i in row) == list(range(len(made)))
+    assert all(sum(lengths[i] for i in row) <= batch_tokens for row in rows)
+    assert rows == training.pack(made, batch_tokens, seed)
+
+
+def test_a_conversation_longer_than_the_budget_gets_its_own_row():
+    made = [Example("a", [1] * 90, [IGNORED] * 90), Example("b", [1] * 10, [IGNORED] * 10)]
+    assert sorted(training.pack(made, 64, 0)) == [[0], [1]]
+
+
+# ---------------------------------------------------------------- exactness
+
+
+def plain_loss(base, example: Example) -> torch.Tensor:
+    """What transformers itself computes for one conversation: sum over supervised tokens."""
+    ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+    return base(input_ids=ids, labels=labels).loss * example.n_supervised
+
+
+def test_the_packed_loss_equals_one_conversation_at_a_time_on_the_real_model(real, examples):
+    base, _ = real
+    base.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        plain = [plain_loss(base, e).item() for e in examples]
+    base.set_attn_implementation(training.SEGMENTED)
+    packed = training.conversation_losses(base, examples, 4096)
+    assert [packed[e.conversation_id][0] for e in examples] == pytest.approx(plain, rel=1e-5)
+    assert [packed[e.conversation_id][1] for e in examples] == [e.n_supervised for e in examples]
+
+
+def test_the_packed_gradient_equals_the_plain_one():
+    base, made = tiny(), fake_examples(6)
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    row = training.collate(made)
+    training.token_losses(tuned, row).sum().backward()
+    packed = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
+    tuned.zero_grad()
+    base.set_attn_implementation("sdpa")
+    sum(plain_loss(tuned, e) for e in made).backward()
+    assert packed and set(packed) == {n for n, p in tuned.named_parameters() if p.requires_grad}
+    for name, parameter in tuned.named_parameters():
+        if name in packed:
+            torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_attention_refuses_a_mask():
+    row = training.collate(fake_examples(2))
+    with pytest.raises(TrainingError, match="no attention mask"):
+        tiny()(input_ids=row["input_ids"], attention_mask=torch.ones_like(row["input_ids"]))
+
+
+def test_the_trainer_divides_by_the_supervised_tokens_of_the_whole_window(tmp_path):
+    made = fake_examples(8)
+    rows = training.PackedRows(made, 64, 0)
+    tuned = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"]))
+    with torch.no_grad():
+        total = sum(training.token_losses(tuned, row).sum().item() for row in rows)
+    arguments = TrainingArguments(
+        output_dir=tmp_path, max_steps=1, gradient_accumulation_steps=len(rows), per_device_train_batch_size=1,
+        learning_rate=1e-3, disable_tqdm=True, **(training.fixed_arguments() | {"save_strategy": "no"}),
+    )  # fmt: skip
+    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+    trainer.train()
+    logged = next(float(e["loss"]) for e in trainer.state.log_history if "loss" in e)
+    assert logged == pytest.approx(total / sum(rows.supervised), rel=1e-4)
+
+
+def test_the_base_checksum_ignores_the_adapter_and_sees_a_changed_weight():
+    base = tiny()
+    before = model.weights_checksum(base)
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    assert model.weights_checksum(tuned) == before
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert model.weights_checksum(tuned) != before
+
+
+# ---------------------------------------------------------------- resume
+
+
+class FakeMeter:
+    def __init__(self):
+        self.windows, self.open = 0, False
+
+    def start(self):
+        self.windows, self.open = self.windows + (not self.open), True
+
+    def pause(self):
+        self.open = False
+
+    stop = pause
+
+    def readings(self):
+        return {"windows": self.windows}
+
+    def restore(self, readings):
+        self.windows = readings["windows"]
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def train(folder, kill_at=None, learning_rate=1e-2):
+    torch.manual_seed(1)
+    tuned = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    rows = training.PackedRows(fake_examples(), 48, 3)
+    arguments = TrainingArguments(
+        output_dir=folder, num_train_epochs=3, per_device_train_batch_size=1, learning_rate=learning_rate, seed=3,
+        disable_tqdm=True, **training.fixed_arguments(),
+    )  # fmt: skip
+    watch = training.Watch(FakeMeter(), checkpoint_seconds=1e9, log=lambda _: None)
+    callbacks = [watch] + ([Kill(kill_at)] if kill_at else [])
+    trainer = training.PackedTrainer(
+        tuned, arguments, train_dataset=rows, data_collator=training.only_row, callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder))
+    return {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" in n}, trainer, watch, rows
+
+
+@pytest.mark.parametrize("kill_at", [2, 5, 7])
+def test_a_killed_training_resumes_to_the_same_adapter_bit_for_bit(tmp_path, kill_at):
+    whole, trainer, _, _ = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", kill_at)
+    resumed, again, watch, rows = train(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert watch.resumed == (kill_at >= len(rows))
+    curves = [training.loss_curve(t.state.log_history, rows).train_loss.tolist() for t in (trainer, again)]
+    assert curves[0] == curves[1]
+
+
+def test_a_checkpoint_that_was_being_written_is_thrown_away(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "checkpoint-4" / "meter.json").write_text("{}")
+    (tmp_path / "checkpoint-8").mkdir()
+    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-8").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step_and_the_fix():
+    watch = training.Watch(FakeMeter(), 1.0)
+    state = type("State", (), {"global_step": 7, "max_steps": 9})()
+    with pytest.raises(TrainingError, match=r"step 7: the loss is nan. Lower this configuration's learning_rate"):
+        watch.on_log(None, state, None, logs={"loss": float("nan")})
+
+
+# ---------------------------------------------------------------- arithmetic and display
+
+
+def test_step_flops_follow_the_weights():
+    base = tiny()
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    lora = sum(p.numel() for n, p in tuned.named_parameters() if "lora_" in n)
+    head = 97 * 32
+    body = sum(p.numel() for n, p in tuned.named_parameters() if "lora_" not in n) - head
+    expected = 4 * body * 10 + 4 * head * 3 + 6 * lora * 10 + 6 * 32 * 2 * (36 + 16)
+    assert training.step_flops(tuned, 10, 3, [6, 4]) == expected
+
+
+def test_a_conversation_shown_in_the_notebook_is_escaped(real):
+    chat = [{"role": "user", "content": "<script>alert(1)</script>"}, {"role": "assistant", "content": "<i>no</i>"}]
+    shown = training.as_html(real[1], training.encode(real[1], chat, "x", 512))
+    assert "<script" not in shown
+    assert "<i>" not in shown
+
+
+def test_readings_travel_with_the_checkpoint(tmp_path):
+    train(tmp_path)
+    found = sorted(tmp_path.glob("checkpoint-*/meter.json"))
+    assert found and all(json.loads(p.read_text())["windows"] >= 1 for p in found)
