@@ -81,12 +81,15 @@ class Judge:
 @dataclass(frozen=True)
 class Study:
     """Everything the statistics need. `results` is indexed by configuration, `loss_draws` is (draws, configurations);
-    `repeats` has one row per seed repeat: config, seed, val_loss, train_energy_wh."""
+    `repeats` has one row per seed repeat: config, seed, val_loss, train_energy_wh. `invalid_energy` names the
+    configurations whose energy window was too short or read nothing.
+    """
 
     results: pd.DataFrame
     loss_draws: pd.DataFrame
     judges: Sequence[Judge]
     repeats: pd.DataFrame
+    invalid_energy: tuple[str, ...] = ()
 
     @property
     def losses(self) -> pd.Series:
@@ -103,6 +106,19 @@ class Study:
     @property
     def energy_kinds(self) -> list[str]:
         return sorted(self.results.loc[self.energy.index, "energy_kind"].dropna().unique())
+
+    @property
+    def energy_blocks(self) -> list[str]:
+        """Why the training energies may not be compared; empty if they may."""
+        found = []
+        if len(self.energy_kinds) > 1:
+            found.append(f"energies of different kinds ({self.energy_word}) do not stand on one ranking")
+        if self.invalid_energy:
+            n = len(self.invalid_energy)
+            found.append(
+                f"{n} of {len(self.results)} energy windows are too short to trust ({self.invalid_energy[0]} ...)"
+            )
+        return found
 
     @property
     def energy_word(self) -> str:

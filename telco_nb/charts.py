@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 # Okabe-Ito: told apart by colour-blind readers and in grey print
 COLOURS = {"deploy": "#009e73", "lowest loss": "#0072b2", "highest loss": "#d55e00", "other": "#6b6b6b"}
@@ -136,7 +137,8 @@ def front_line(ax: Any, frame: Any, front: Sequence[str], x: str, y: str) -> Non
     corners = [(members[x].iloc[0], members[y].iloc[0])]
     for (_, a), (_, b) in pairwise(members.iterrows()):
         corners += [(b[x], a[y]), (b[x], b[y])]
-    ax.plot(*zip(*corners, strict=True), color="#cc79a7", lw=1.6, zorder=1, label="front")
+    ax.plot(*zip(*corners, strict=True), color="#cc79a7", lw=1.6, zorder=1)
+    ax.plot(members[x], members[y], "o", color="#cc79a7", markersize=11, fillstyle="none", markeredgewidth=1.6)
 
 
 def effect_panel(ax: Any, effects: Any, title: str, neutral: float, colours: Mapping[str, str]) -> None:
@@ -154,25 +156,26 @@ def effect_panel(ax: Any, effects: Any, title: str, neutral: float, colours: Map
 
 def energy_bars(ax: Any, energy: Any) -> None:
     """Horizontal bars of `energy` (as `energy_by_component` makes it), with whiskers; estimates are hatched."""
-    parts = {"cpu_wh": "#56b4e9", "gpu_wh": "#e69f00"}
     places, left = np.arange(len(energy)), np.zeros(len(energy))
-    for column, colour in parts.items():
-        width = energy[column].fillna(0).to_numpy(float)
-        if not width.any():
+    for component, colour in (("gpu", "#e69f00"), ("cpu", "#56b4e9")):
+        known = energy[f"{component}_wh"].notna().to_numpy()
+        if not known.any():
             continue
-        bars = ax.barh(
-            places, width, left=left, color=colour, edgecolor="white", label=column.removesuffix("_wh").upper()
-        )
-        for bar, kind in zip(bars, energy["kind"], strict=True):
+        width = energy[f"{component}_wh"].fillna(0).to_numpy(float)
+        kinds = energy[f"{component}_kind"]
+        label = f"{component.upper()}, {' and '.join(sorted(set(kinds[known])))}"
+        bars = ax.barh(places, width, left=left, color=colour, edgecolor="white", label=label)
+        for bar, kind in zip(bars, kinds, strict=True):
             bar.set_hatch("///" if kind in HATCHED_KINDS else "")
         left += width
     total = energy["total_wh"].to_numpy(float)
     whiskers = [total - energy["low_wh"].to_numpy(float), energy["high_wh"].to_numpy(float) - total]
-    ax.errorbar(total, places, xerr=np.nan_to_num(np.maximum(whiskers, 0)), fmt="none", ecolor="0.25", elinewidth=0.9)
+    ax.errorbar(total, places, xerr=np.maximum(np.nan_to_num(whiskers), 0), fmt="none", ecolor="0.25", elinewidth=0.9)
     ax.set_yticks(places, energy.index, fontsize=8 if len(energy) <= MAX_LABELS else 5)
     ax.set_ylim(len(energy) - 0.4, -0.6)
     ax.set_xlim(left=0)
-    ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def energy_title(word: str, window: str = "training") -> str:
@@ -276,16 +279,18 @@ def bias_panel(ax: Any, measures: Any) -> None:
 
 
 def energy_by_component(energy: Any, configs: Sequence[str]) -> Any:
-    """Wide table for `energy_bars` from energy tables of the training window: Wh per component, total with interval."""
-    import pandas as pd
+    """Wide table for `energy_bars` from energy tables of the training window: Wh and kind per component, the total with
+    its interval. A component without a meter or estimate stays missing."""
+    train = energy[(energy["window"] == "train") & (energy["kind"] != "none")].set_index("config")
+    columns = {}
+    for component in ("cpu", "gpu", "total"):
+        rows = train[train["component"] == component].reindex(configs)
+        columns |= {f"{component}_wh": rows["gross_j"].astype(float) / 3600, f"{component}_kind": rows["kind"]}
+    columns |= {"low_wh": rows["low_j"].astype(float) / 3600, "high_wh": rows["high_j"].astype(float) / 3600}
+    return pd.DataFrame(columns).rename_axis("config")
 
-    train = energy[(energy["window"] == "train") & (energy["kind"] != "none")]
-    wide = train.pivot(index="config", columns="component", values="gross_j").reindex(configs) / 3600
-    wide = wide.reindex(columns=["cpu", "gpu", "total"]).add_suffix("_wh")
-    total = train[train["component"] == "total"].set_index("config").reindex(configs)
-    wide["low_wh"], wide["high_wh"], wide["kind"] = total["low_j"] / 3600, total["high_j"] / 3600, total["kind"]
-    return (
-        wide.rename_axis("config").astype({"cpu_wh": float, "gpu_wh": float, "total_wh": float})
-        if len(wide)
-        else pd.DataFrame()
-    )
+
+def kinds_text(bars: Any) -> str:
+    """`estimated`, `measured`, `estimated and measured`: every kind that stands in the bars."""
+    kinds = {kind for component in ("cpu", "gpu") for kind in bars[f"{component}_kind"].dropna()}
+    return " and ".join(sorted(kinds)) or "not metered"

@@ -29,10 +29,6 @@ def problems(jobs: Iterable[Job], root: Path) -> list[str]:
     found += _disk(root)
     for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
         found += _model(model)
-    for job in jobs:
-        hosted = job.parameters.get("judge_kind") == "anthropic" and not job.parameters.get("judge_endpoint")
-        if hosted and not os.environ.get("ANTHROPIC_API_KEY"):
-            found.append(f"{job.id} asks a hosted model: set the environment variable ANTHROPIC_API_KEY.")
     return found
 
 

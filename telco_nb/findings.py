@@ -142,9 +142,9 @@ def _mean_score(study: Study) -> pd.Series:
 
 
 def _comparable_energy(study: Study, configs: Sequence[str]) -> pd.Series | None:
-    """Training energies of the configurations; None if one is missing or their kinds differ."""
+    """Training energies of the configurations; None if one is missing or they may not be compared."""
     energy = study.energy.reindex(list(configs))
-    return None if len(study.energy_kinds) != 1 or energy.isna().any() else energy
+    return None if study.energy_blocks or energy.isna().any() else energy
 
 
 def _reason(study: Study, candidates: list[str], cheap: list[str], comparable: bool) -> str:
@@ -153,7 +153,7 @@ def _reason(study: Study, candidates: list[str], cheap: list[str], comparable: b
         return f"it is the only configuration at the top with {judges}"
     text = f"{len(candidates)} of {len(study.results)} configurations are tied at the top with {judges}"
     if not comparable:
-        return f"{text}, and it has the highest mean score (energies cannot be compared: {study.energy_word})"
+        return f"{text}, and it has the highest mean score (energies cannot be compared)"
     if len(cheap) == 1:
         return f"{text}, and it takes the least training energy of them"
     return f"{text}; of the {len(cheap)} within {CHEAP:.0%} of the least training energy it scores highest"
@@ -385,8 +385,7 @@ def _energy_findings(study: Study) -> list[Finding]:
         reason = f"{len(energy)} of {len(study.results)} configurations have a training energy"
         return [_cannot("energy_ratio", text, reason, len(energy))]
     if len(study.energy_kinds) != 1:
-        reason = f"energies of different kinds ({study.energy_word}) do not stand on one ranking"
-        return [_cannot("energy_ratio", text, reason, len(energy), "blocked")]
+        return [_cannot("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
     least, most = str(energy.idxmin()), str(energy.idxmax())
     ratio = analysis.energy_ratio(study.results, most, least)
     low, high = PAPER["energy_wh"]
@@ -396,7 +395,9 @@ def _energy_findings(study: Study) -> list[Finding]:
     )
     if study.energy_word == "estimated":
         text += " Ranking by an estimate is ranking by processor time."
-    return [Finding("energy_ratio", text, *ratio, len(energy)), *_pareto_findings(study)]
+    blocks = study.energy_blocks
+    verdict = "blocked" if blocks else "described"
+    return [Finding("energy_ratio", text, *ratio, len(energy), verdict, blocks), *_pareto_findings(study)]
 
 
 def _pareto_findings(study: Study) -> list[Finding]:
@@ -409,7 +410,9 @@ def _pareto_findings(study: Study) -> list[Finding]:
             text = f"No configuration is both better with {judge.label} and cheaper to train than these "
             text += f"(in brackets, in how many draws): {told}."
             size = Interval(len(front), math.nan, math.nan)
-            found.append(_judged(judge, f"pareto.{judge.name}", text, size, len(study.energy), "described"))
+            blocks = [*judge.blocks, *study.energy_blocks]
+            verdict = "blocked" if blocks else "described"
+            found.append(Finding(f"pareto.{judge.name}", text, *size, len(study.energy), verdict, blocks))
     return found
 
 
@@ -433,6 +436,7 @@ def _noise_findings(study: Study) -> list[Finding]:
 
 def _effect_findings(study: Study) -> list[Finding]:
     blocks = {f"{judge.name} score": judge.blocks for judge in study.judges}
+    blocks[f"training energy ({study.energy_word})"] = study.energy_blocks
     return [_effect(row, blocks.get(row.response, [])) for row in analysis.effect_tables(study).itertuples()]
 
 

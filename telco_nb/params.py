@@ -78,7 +78,7 @@ class Parameters(BaseModel):
     idle_share: float = Share
     # judging
     judge: str
-    judge_kind: Literal["checklist", "reference", "anthropic"]
+    judge_kind: Literal["checklist", "reference"]
     judge_model: str | None
     judge_endpoint: str | None
     matchings_per_prompt: int = Field(ge=1)

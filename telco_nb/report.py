@@ -145,6 +145,9 @@ def _alarms(study: Study) -> list[str]:
             alarms.append(f"{name} is there but cannot be used. Run 06_analysis again.")
     if len(study.results) and ("study", "06_analysis") not in study.manifests:
         alarms.append("The analysis has no record: the numbers below are of an earlier run.")
+    energy = (study.finding("energy_ratio") or {}).get("blocked_by")
+    if energy:
+        alarms.append(f"Energy carries no headline: {'; '.join(energy)}.")
     failed = [judge for judge in study.judges if "failed" in set(study.results[f"{judge}_gate"])]
     if failed:
         text = f"{name_list(failed)} failed the validity gate: the ranking is shown but carries no headline."
@@ -207,9 +210,9 @@ def _energy_tile(study: Study, chosen: str, pick: str | None) -> Tile:
     other = study.results["train_energy_wh"].get(pick)
     if pick != chosen and other is not None and not pd.isna(other):
         lines.append(f"{row['train_energy_wh'] / other:.0%} of what loss's choice, {pick}, takes.")
-    per_answer = study.metrics.get((chosen, "04_energy"), {}).get("answer_energy_per_answer_wh")
-    if per_answer is not None:
-        lines.append(f"Each answer: {per_answer * 1000:.2g} mWh.")
+    answering = study.metrics.get((chosen, "04_energy"), {})
+    if (per_answer := answering.get("answer_energy_per_answer_wh")) is not None:
+        lines.append(f"Each answer: {per_answer * 1000:.2g} mWh, {answering.get('energy_kind')}.")
     tag = row["energy_kind"] if row["energy_kind"] in GUESSED else None
     return Tile(title, f"{row['train_energy_wh']:.3g} Wh", lines, tag)
 

@@ -24,7 +24,7 @@ GUESSED = ("estimated", "allocated")
 
 
 def figures(root: Path) -> list[dict[str, Any]]:
-    """06's figures in the notebook's order with its alt texts; `src` is None for those that do not fit or are broken."""
+    """06's figures in the notebook's order with its alt texts; `src` is None where one does not fit or is broken."""
     alts = _alt_texts(tolerant(read_json, root / "study" / "06_analysis.ipynb") or {})
     order = {digest: place for place, digest in enumerate(alts)}
     images = []

@@ -15,6 +15,12 @@ from markupsafe import Markup
 
 from telco_nb.report_files import Page
 
+ALLOWED_TAGS = {
+    "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em", "h1",
+    "h2", "h3", "h4", "h5", "h6", "hr", "i", "kbd", "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub",
+    "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "u", "ul",
+}  # fmt: skip
+
 
 def notebook_body(page: Page, pages: Sequence[Page]) -> Markup:
     """The notebook as HTML, its links leading to the other pages; an unreadable one says so."""
@@ -80,71 +86,42 @@ def _exporter() -> Any:
         mathjax_url="",
         jquery_url="",
         mermaid_js_url="",
+        filters={"highlight_code": _highlight, "clean_html": clean},
     )
-    exporter.register_filter("clean_html", clean)
     return exporter
+
+
+class _Highlighted(str):
+    """Code as Pygments marks it up: escaped already, so that cleaning it again would only take time."""
+
+
+def _highlight(source: str, metadata: Any = None) -> _Highlighted:
+    return _Highlighted(_highlighter()(source, language="python"))
+
+
+@cache
+def _highlighter() -> Any:
+    from nbconvert.filters import Highlight2HTML
+
+    return Highlight2HTML(pygments_lexer="python")
 
 
 @cache
 def _cleaner() -> Any:
     from bleach.sanitizer import Cleaner
 
-    tags = set(
-        [
-            "a",
-            "abbr",
-            "b",
-            "blockquote",
-            "br",
-            "code",
-            "dd",
-            "del",
-            "details",
-            "div",
-            "dl",
-            "dt",
-            "em",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "hr",
-            "i",
-            "kbd",
-            "li",
-            "ol",
-            "p",
-            "pre",
-            "s",
-            "small",
-            "span",
-            "strong",
-            "sub",
-            "summary",
-            "sup",
-            "table",
-            "tbody",
-            "td",
-            "th",
-            "thead",
-            "tr",
-            "u",
-            "ul",
-            "caption",
-        ]
-    )
     attributes = {
         "*": ["class", "id", "title"],
         "a": ["href"],
         "td": ["colspan", "rowspan"],
         "th": ["colspan", "rowspan", "scope"],
     }
-    return Cleaner(tags=tags, attributes=attributes, protocols={"http", "https", "mailto"}, strip=False)
+    return Cleaner(tags=ALLOWED_TAGS, attributes=attributes, protocols={"http", "https", "mailto"}, strip=False)
 
 
 def clean(markup: Any) -> Markup:
     """HTML with everything outside the allow list shown as text. pandas' own style block is dropped first."""
+    if isinstance(markup, _Highlighted):
+        return Markup(markup)
     text = re.sub(r"<style scoped>\s*\.dataframe.*?</style>", "", str(markup), flags=re.S)
     return Markup(_cleaner().clean(text))

@@ -194,7 +194,8 @@ def _train(
     run.metric(
         **row.to_dict(), seed=seed, val_loss=losses["loss_sum_after"].sum() / tokens.sum(),
         train_tokens=int(27000 * row["epochs"]), train_seconds=wh * 200, tokens_per_second=400.0, train_energy_wh=wh,
-        train_energy_low_wh=wh * 0.5, train_energy_high_wh=wh * 1.7, energy_kind="estimated", energy_source="cpu_time_model",
+        train_energy_low_wh=wh * 0.5, train_energy_high_wh=wh * 1.7, energy_kind="estimated",
+        energy_source="cpu_time_model",
     )  # fmt: skip
     builder.close(run, f"The validation loss is {planted['loss']:.3f}.")
 
@@ -304,7 +305,7 @@ def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> d
 
 
 def run_analysis(root: Path, n: int, judges: tuple[str, ...], repeats: int, monkeypatch: Any) -> Path:
-    """Run the cells of 06 here, without a kernel, on a tree of `build_study`, and publish; returns the step's folder."""
+    """Run the cells of 06 here, without a kernel, on a tree of `build_study`; returns the folder of the step."""
     from IPython.display import display
 
     job = analysis_job(root, n, judges, repeats)

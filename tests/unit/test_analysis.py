@@ -194,10 +194,10 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
         training, {"c01": {"answer_energy_wh": 0.0}}, {"c01": Interval(0.5, 0.4, 0.6)}, [judge]
     )
     expected = (
-        "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low val_loss_high "
-        "train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source answer_energy_wh train_seconds "
-        "tokens_per_second checklist_score checklist_low checklist_high checklist_rank checklist_rank_low "
-        "checklist_rank_high checklist_gate"
+        "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low "
+        "val_loss_high train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source "
+        "answer_energy_wh train_seconds tokens_per_second checklist_score checklist_low checklist_high "
+        "checklist_rank checklist_rank_low checklist_rank_high checklist_gate"
     )
     assert list(table.columns) == expected.split()
     first, second = table.to_csv(index=False).splitlines()[1:]
@@ -381,6 +381,16 @@ def test_energies_of_different_kinds_stand_on_no_ranking():
     assert "training energy" not in " ".join(analysis.effect_tables(study)["response"])
 
 
+def test_windows_too_short_to_trust_block_energy_and_do_not_choose():
+    score = pd.Series({"c01": 0.0, "c02": 0.05, "c03": 0.1, "c04": -3.0})
+    study = make_study(4, [make_judge(score)], train_energy_wh=[1.0, 1.1, 4.0, 0.1])
+    short = Study(study.results, study.loss_draws, study.judges, study.repeats, ("c02",))
+    assert findings.choose(short).config == "c03"
+    ratio = finding(short, "energy_ratio")
+    assert ratio.verdict == "blocked" and "too short" in ratio.blocked_by[0]
+    assert finding(short, "pareto.checklist").verdict == "blocked"
+
+
 def test_an_estimate_is_called_one_wherever_energy_is_stated():
     said = [f.statement for f in findings.all_findings(make_study()) if " Wh" in f.statement]
     assert said
@@ -453,7 +463,8 @@ def test_a_component_without_a_meter_gets_no_bar_of_zero():
     wide = charts.energy_by_component(fake_study.energy_table("train", 1.0).assign(config="c01"), ["c01", "c02"])
     assert wide.loc["c01", "cpu_wh"] == pytest.approx(1.0)
     assert math.isnan(wide.loc["c01", "gpu_wh"])
-    assert wide.loc["c02"].drop("kind").isna().all()
+    assert wide.loc["c02"].isna().all()
+    assert charts.kinds_text(wide) == "estimated"
 
 
 @pytest.mark.parametrize(
