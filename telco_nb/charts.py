@@ -17,12 +17,17 @@ HATCHED_KINDS = ("estimated", "allocated")
 
 
 def roles(deploy: str | None, losses: Any) -> dict[str, str]:
-    """Configuration -> role (a key of COLOURS) of those that the text speaks about; the first role wins."""
-    found = {}
+    """Configuration -> role in the text (a key of COLOURS); two are joined by " and ", the first gives the colour."""
+    found: dict[str, str] = {}
     for config, role in ((deploy, "deploy"), (losses.idxmin(), "lowest loss"), (losses.idxmax(), "highest loss")):
         if config is not None:
-            found.setdefault(config, role)
+            found[config] = f"{found[config]} and {role}" if config in found else role
     return found
+
+
+def colour(config: str, used: Mapping[str, str]) -> str:
+    """The colour of a configuration's first role, grey without one."""
+    return COLOURS[used.get(config, "other").partition(" and ")[0]]
 
 
 def role_legend(fig: Any, used: Mapping[str, str]) -> None:
@@ -30,10 +35,16 @@ def role_legend(fig: Any, used: Mapping[str, str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=COLOURS[role], label=f"{role}: {config}")
+        Line2D([], [], marker="o", linestyle="", color=colour(config, used), label=f"{role}: {config}")
         for config, role in used.items()
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
+
+
+def mark_blocked(ax: Any, blocks: Sequence[str]) -> None:
+    """Say on the panel of a judge that is not valid that it carries no headline."""
+    if blocks:
+        ax.set_title("not valid, shown without a headline", color="#b3261e", fontsize=9)
 
 
 def labelled(configs: Sequence[str], used: Mapping[str, str]) -> list[str]:
@@ -48,9 +59,9 @@ def points_with_intervals(ax: Any, frame: Any, x: str, y: str, used: Mapping[str
         for axis, name in (("xerr", x), ("yerr", y)):
             if f"{name}_low" in frame:
                 bars[axis] = [[max(0.0, row[name] - row[f"{name}_low"])], [max(0.0, row[f"{name}_high"] - row[name])]]
-        colour = COLOURS[used.get(config, "other")]
-        ax.errorbar(row[x], row[y], **bars, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.45, zorder=2)
-        ax.plot(row[x], row[y], "o", color=colour, markersize=6, zorder=3)
+        shade = colour(str(config), used)
+        ax.errorbar(row[x], row[y], **bars, fmt="none", ecolor=shade, elinewidth=0.9, alpha=0.45, zorder=2)
+        ax.plot(row[x], row[y], "o", color=shade, markersize=6, zorder=3)
     names = labelled(list(frame.index), used)
     label_points(ax, frame.loc[names, x], frame.loc[names, y], names)
 
@@ -117,15 +128,15 @@ def slopes(ax: Any, ranks: Any, used: Mapping[str, str]) -> None:
     places = range(ranks.shape[1])
     for config in ranks.index:
         role = used.get(config)
-        style = {"color": COLOURS[role or "other"], "lw": 2.4 if role else 0.9, "alpha": 1 if role else 0.55}
+        style = {"color": colour(config, used), "lw": 2.4 if role else 0.9, "alpha": 1 if role else 0.55}
         ax.plot(places, ranks.loc[config], marker="o", markersize=4, zorder=3 if role else 2, **style)
     gap = 0.022 * max(len(ranks), 16)
     for place, side in ((0, "right"), (ranks.shape[1] - 1, "left")):
         heights = spread(ranks.loc[names].iloc[:, place], gap)
         for config, height in zip(names, heights, strict=True):
             offset = -0.04 if side == "right" else 0.04
-            colour = COLOURS[used.get(config, "other")]
-            ax.text(place + offset, height, config, ha=side, va="center", fontsize=8, color=colour)
+            shade = colour(config, used)
+            ax.text(place + offset, height, config, ha=side, va="center", fontsize=8, color=shade)
     ax.set(xlim=(-0.35, ranks.shape[1] - 0.65), ylim=(len(ranks) + 0.6, 0.4), ylabel="rank (1 = best)")
     ax.set_xticks(list(places), list(ranks.columns))
     ax.grid(axis="y", alpha=0.4)
@@ -157,14 +168,14 @@ def effect_panel(ax: Any, effects: Any, title: str, neutral: float, colours: Map
 def energy_bars(ax: Any, energy: Any) -> None:
     """Horizontal bars of `energy` (as `energy_by_component` makes it), with whiskers; estimates are hatched."""
     places, left = np.arange(len(energy)), np.zeros(len(energy))
-    for component, colour in (("gpu", "#e69f00"), ("cpu", "#56b4e9")):
+    for component, shade in (("gpu", "#e69f00"), ("cpu", "#56b4e9")):
         known = energy[f"{component}_wh"].notna().to_numpy()
         if not known.any():
             continue
         width = energy[f"{component}_wh"].fillna(0).to_numpy(float)
         kinds = energy[f"{component}_kind"]
         label = f"{component.upper()}, {' and '.join(sorted(set(kinds[known])))}"
-        bars = ax.barh(places, width, left=left, color=colour, edgecolor="white", label=label)
+        bars = ax.barh(places, width, left=left, color=shade, edgecolor="white", label=label)
         for bar, kind in zip(bars, kinds, strict=True):
             bar.set_hatch("///" if kind in HATCHED_KINDS else "")
         left += width
@@ -230,12 +241,11 @@ def loss_curves(curves: Any, configs: Any, used: Mapping[str, str]) -> Any:
     for ax, (title, members) in zip(axes, panels.items(), strict=True):
         for config, curve in curves.groupby("config"):
             mine = config in members
-            colour = COLOURS[used.get(config, "lowest loss" if many else "other")] if mine else "0.85"
-            colour = "#0072b2" if mine and config not in used else colour
+            shade = "0.85" if not mine else colour(config, used) if config in used else COLOURS["lowest loss"]
             ax.plot(
                 curve["tokens_seen"] / 1000,
                 curve["train_loss"],
-                color=colour,
+                color=shade,
                 lw=(0.6 if many else 1.3) if mine else 0.4,
                 zorder=2 + mine,
             )

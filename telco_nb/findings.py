@@ -222,10 +222,10 @@ def _confidence(study: Study, choice: Choice, loss_pick: str) -> Finding:
         return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
     shares = {j.label: float((j.draws[choice.config] > j.draws[loss_pick]).mean()) for j in study.passed}
     told = name_list([f"{percent(share)} with {judge}" for judge, share in shares.items()])
-    text = f"{choice.config} scores above loss's choice, {loss_pick}, in this share of resampled studies: {told}."
-    if max(shares.values()) < 0.5:
-        text += " Loss's choice scores higher, within the tie; the recommendation rests on energy."
+    text = f"Resampled, {choice.config} scores above loss's choice, {loss_pick}, this often: {told}."
     sure = min(shares.values())
+    if sure < 0.5:
+        text += f" {loss_pick} may answer better, but not distinguishably; the recommendation rests on energy."
     return Finding("confidence", text, sure, n=n, verdict="supported" if sure >= 0.975 else "not distinguishable")
 
 
@@ -253,7 +253,7 @@ def percent(share: float) -> str:
 def win_text(lead: Interval) -> str:
     """A lead in log-odds, told as the share of decided comparisons won."""
     value, low, high = (analysis.expected_win_share(x) for x in lead)
-    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+    return f"{percent(value)} [{percent(low)}, {percent(high)}]"
 
 
 # ---------------------------------------------------------------- loss against quality

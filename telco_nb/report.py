@@ -218,15 +218,14 @@ def _energy_tile(study: Study, chosen: str, pick: str | None) -> Tile:
 
 
 def _sure_tile(study: Study) -> Tile:
-    sure, title = study.finding("confidence"), "How sure that it beats loss's choice?"
+    sure, title = study.finding("confidence"), "How sure: better answers than loss's choice?"
     if sure is None or sure["blocked_by"]:
         return Tile(title, "not known", ["No valid judge has ranked the answers."])
     if sure["value"] is None:
         return Tile(title, "nothing to decide", [sure["statement"]])
-    lines = [sure["statement"]]
-    if sure["verdict"] != "supported":
-        lines.append("That is not enough to call them different.")
-    return Tile(title, percent(sure["value"]), lines)
+    share = percent(sure["value"])
+    big = f"yes, {share}" if sure["verdict"] == "supported" else f"not certain, {share}"
+    return Tile(title, big if sure["value"] >= 0.5 else "no, but it costs less", [sure["statement"]])
 
 
 def _loss_tile(study: Study, chosen: str | None, pick: str | None) -> Tile:
