@@ -125,6 +125,8 @@ def choose(study: Study) -> Choice:
     sets = [analysis.tied_top_set(judge) for judge in study.passed]
     common = [config for config in sets[0] if all(config in other for other in sets[1:])]
     ranked = _mean_score(study)
+    if worse := _worse_than_untuned(study, str(ranked.index[0])):
+        return Choice(None, [], "", worse)
     if not common:
         best = str(ranked.index[0])
         text = "no configuration is at the top with every judge; this one has the highest mean standardised score"
@@ -133,6 +135,24 @@ def choose(study: Study) -> Choice:
     energy = _comparable_energy(study, candidates)
     cheap = candidates if energy is None else list(energy[energy <= energy.min() * (1 + CHEAP)].index)
     return Choice(cheap[0], candidates, _reason(study, candidates, cheap, energy is not None), [])
+
+
+def _worse_than_untuned(study: Study, best: str) -> list[str]:
+    """Why the best configuration is not worth deploying: judges that place the base model itself above it for sure."""
+    found = []
+    for judge in study.passed:
+        gain = _gain(judge, best)
+        if gain is not None and gain.high is not None and gain.high < 0:
+            found.append(f"the untuned model answers better: {best}, the best, wins {win_text(gain)} ({judge.label})")
+    return found
+
+
+def _gain(judge: Judge, config: str) -> Interval | None:
+    """Lead of a configuration over the untuned model in log-odds; None where the judge has not placed it."""
+    if "untuned" not in judge.ranking.index or not {config, "untuned"} <= set(judge.draws):
+        return None
+    value = judge.ranking.loc[config, "score"] - judge.ranking.loc["untuned", "score"]
+    return analysis.percentile_interval(value, (judge.draws[config] - judge.draws["untuned"]).to_numpy())
 
 
 def _mean_score(study: Study) -> pd.Series:
@@ -234,10 +254,9 @@ def _gains(study: Study, choice: Choice) -> list[Finding]:
     found = []
     for judge in study.judges:
         config = choice.config or str(judge.scores.idxmax())
-        if "untuned" not in judge.ranking.index or not {config, "untuned"} <= set(judge.draws):
+        interval = _gain(judge, config)
+        if interval is None:
             continue
-        gain = judge.ranking.loc[config, "score"] - judge.ranking.loc["untuned", "score"]
-        interval = analysis.percentile_interval(gain, (judge.draws[config] - judge.draws["untuned"]).to_numpy())
         text = (
             f"Against the untuned model {config} wins {win_text(interval)} of decided comparisons with {judge.label}."
         )

@@ -190,7 +190,8 @@ def _tiles(study: Study, chosen: str | None) -> list[Tile]:
 
 def _deploy_tile(study: Study, chosen: str | None) -> Tile:
     if not chosen:
-        return Tile("Deploy", "no recommendation", ["No valid judge has ranked the answers."])
+        reasons = (study.finding("deploy") or {}).get("blocked_by", [])
+        return Tile("Deploy", "none of them", [f"{reason[:1].upper()}{reason[1:]}." for reason in reasons])
     lines = [f"{describe(study.results.loc[chosen])}."]
     gains = [f["value"] for f in study.findings if f["id"].startswith("gain.") and f["verdict"] != "blocked"]
     shares = list(dict.fromkeys(f"{1 / (1 + math.exp(-gain)):.0%}" for gain in sorted(gains)))

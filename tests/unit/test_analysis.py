@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -371,6 +372,16 @@ def test_low_coverage_or_uneven_gaps_block_the_recommendation(facts, reason):
     deploy = finding(make_study(16, [make_judge(planted, **facts)]), "deploy")
     assert (deploy.value, deploy.verdict) == (None, "blocked")
     assert reason in deploy.blocked_by[0]
+
+
+@pytest.mark.parametrize(("untuned", "deployed"), [(9.0, False), (-9.0, True)])
+def test_nothing_is_recommended_if_the_untuned_model_surely_answers_better(untuned, deployed):
+    planted = fake_study.truth(fake_study.design())["quality"]
+    judge = make_judge(pd.concat([planted, pd.Series({"untuned": untuned})]))
+    placed = dataclasses.replace(judge, ranking=judge.ranking.assign(is_anchor=judge.ranking.index == "untuned"))
+    deploy = finding(make_study(16, [placed]), "deploy")
+    assert (deploy.value is not None) == deployed
+    assert deployed or "the untuned model answers better" in deploy.blocked_by[0]
 
 
 def test_energies_of_different_kinds_stand_on_no_ranking():
