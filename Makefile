@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
 
-.PHONY: study test smoke lab report lint lock clean
+.PHONY: study test smoke lab reference lint lock clean
 
 study: .venv/installed  ## the whole study on this machine; finished steps are skipped
 	$(BIN)/python run_all.py --profile $(PROFILE)
@@ -18,6 +18,9 @@ test: .venv/installed  ## unit tests, notebook rules, faults, browser, and a smo
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks
+
+reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
+	$(BIN)/python -m telco_nb.reference
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

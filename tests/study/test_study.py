@@ -1,0 +1,143 @@
+"""The real chain, end to end: the smoke study on the real model, through the real runner, without a network."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from telco_nb import ROOT, params
+
+pytestmark = pytest.mark.study
+
+# Loaded by every Python process of the run: notes each attempt to reach anything but a local socket.
+WATCHER = """
+import os, sys
+def watch(event, arguments):
+    if event == "socket.getaddrinfo" or event == "socket.connect" and isinstance(arguments[1], tuple):
+        with open(os.environ["WATCHED_CONNECTIONS"], "a") as stream:
+            stream.write(f"{event} {arguments[1:]} by {sys.argv}\\n")
+sys.addaudithook(watch)
+"""
+
+
+class Study:
+    def __init__(self, folder: Path):
+        self.outputs, self.params = folder / "outputs", folder / "params"
+        self.root, self.connections = self.outputs / "smoke", folder / "connections.txt"
+        shutil.copytree(params.PARAMS_DIR, self.params)
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(WATCHER)
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder / "site"),
+            "WATCHED_CONNECTIONS": str(self.connections),
+        }
+
+    def run(self, *options: str, prefix: tuple[str, ...] = ()) -> dict:
+        summary = self.outputs.parent / "summary.json"
+        command = [*prefix, sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke", "--json", str(summary)]
+        command += ["--outputs", str(self.outputs), "--params", str(self.params), *options]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads(summary.read_text())
+
+    def statuses(self, summary: dict) -> dict[str, str]:
+        return {f"{job['scope']}/{job['step']}": job["status"] for job in summary["jobs"]}
+
+
+def no_network() -> tuple[str, ...]:
+    """Command prefix for an empty network namespace (not even loopback is up); empty where that is not allowed."""
+    prefix = ("unshare", "--map-root-user", "--net")
+    try:
+        return prefix if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0 else ()
+    except FileNotFoundError:
+        return ()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Study:
+    made = Study(tmp_path_factory.mktemp("study"))
+    made.first = made.run(prefix=no_network())
+    return made
+
+
+def rows(study: Study) -> list[dict[str, str]]:
+    with (study.root / "results.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_step_ran_and_left_its_record_and_manifest(study):
+    assert set(study.statuses(study.first).values()) == {"done"} and len(study.first["jobs"]) == 12
+    for job in study.first["jobs"]:
+        folder = study.root / job["scope"]
+        assert (folder / f"{job['step']}.ipynb").is_file()
+        assert json.loads((folder / job["step"] / "manifest.json").read_text())["status"] == "ok"
+
+
+def test_it_ran_without_a_network_and_nothing_tried_to_connect(study):
+    assert not study.connections.exists(), study.connections.read_text()
+    if not no_network():
+        pytest.skip("this system allows no empty network namespace; attempts were watched all the same")
+
+
+def test_every_configuration_beats_the_untuned_models_validation_loss(study):
+    assert [row["config"] for row in rows(study)] == ["c01", "c07", "c10"]
+    for row in rows(study):
+        metrics = json.loads((study.root / row["config"] / "03_train" / "metrics.json").read_text())
+        assert float(row["val_loss"]) < metrics["val_loss_before"]
+
+
+def test_estimated_energy_is_an_interval_and_says_so(study):
+    for row in rows(study):
+        low, mid, high = (float(row[f"train_energy{end}_wh"]) for end in ("_low", "", "_high"))
+        assert 0 < low <= mid <= high
+        assert row["energy_kind"] in ("measured", "estimated")
+
+
+def test_the_adapters_are_safetensors_and_no_pickle_is_handed_over(study):
+    suffixes = {p.suffix for p in study.root.rglob("*") if p.is_file()}
+    assert ".safetensors" in suffixes
+    assert not suffixes & {".pt", ".pth", ".bin", ".pkl", ".pickle"}
+
+
+def test_the_records_hold_no_machine_paths_and_no_noise(study):
+    for notebook in study.root.glob("*/*.ipynb"):
+        text = notebook.read_text()
+        assert str(Path.home()) + "/" not in text and str(study.outputs) not in text, notebook
+        for cell in json.loads(text)["cells"]:
+            streams = [o for o in cell.get("outputs", []) if o["output_type"] == "stream"]
+            assert sum(len(o["text"]) for o in streams) < 3000, notebook
+
+
+def test_both_judges_went_through_the_gate_and_the_report_is_there(study):
+    for judge in ("checklist", "reference"):
+        validity = json.loads((study.root / f"judge-{judge}" / "05_judge" / "artefacts" / "validity.json").read_text())
+        assert validity["controls"] and isinstance(validity["passed"], bool)
+    assert (study.root / "report" / "telco_report.html").stat().st_size < 5_000_000
+    assert (study.root / "report" / "index.html").is_file()
+
+
+def test_a_second_run_skips_everything(study):
+    again = study.run()
+    assert set(study.statuses(again).values()) == {"skipped"}
+
+
+def test_a_changed_parameter_runs_again_exactly_what_depends_on_it(study):
+    changed = study.params / "lora" / "c01.yaml"
+    changed.write_text(changed.read_text().replace("learning_rate: 2.0e-3", "learning_rate: 1.0e-3"))
+    summary = study.run()
+    ran = {job for job, status in study.statuses(summary).items() if status == "done"}
+    assert ran == {
+        "c01/03_train",
+        "c01/04_energy",
+        "judge-checklist/05_judge",
+        "judge-reference/05_judge",
+        "study/06_analysis",
+    }
+    reasons = {f"{job['scope']}/{job['step']}": job["reason"] for job in summary["jobs"]}
+    assert "learning_rate 0.002 -> 0.001" in reasons["c01/03_train"]
