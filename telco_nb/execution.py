@@ -33,14 +33,17 @@ MAX_SOCKET_PATH = 104  # bytes; macOS has the shortest limit
 SOCKET_NAME = 24  # /tnb-xxxxxxxx/k-ipc-5 and the terminating zero
 
 
-def main(job_path: str, parent: int | None = None) -> int:
-    """Execute the job in `job_path`; returns 0 if it left a valid result, else 1. `parent` is a pid to die with."""
+def main(job_path: str, parent: int | None = None, warm: Any = None) -> int:
+    """Execute the job in `job_path`; returns 0 if it left a valid result, else 1. `parent` is a pid to die with.
+
+    `warm` is a nursery.Kernel that waits for its orders, if there is one.
+    """
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     root, scope, step = Path(job["root"]), job["scope"], job["step"]
     running_notebook(root, scope, step).unlink(missing_ok=True)
     events = _take_over_output(running_log(root, scope, step))
     runtime = _runtime_folder()
-    execution = Execution(job, events, runtime)
+    execution = Execution(job, events, runtime, warm)
     if parent is not None:
         threading.Thread(target=execution.die_with, args=(parent,), daemon=True).start()
     try:
@@ -62,8 +65,8 @@ def main(job_path: str, parent: int | None = None) -> int:
 class Execution:
     """The run, and the state that it shares with the signal handlers and with the watch on the parent."""
 
-    def __init__(self, job: dict[str, Any], events: Any, runtime: Path):
-        self.job, self.events, self.runtime = job, events, runtime
+    def __init__(self, job: dict[str, Any], events: Any, runtime: Path, warm: Any = None):
+        self.job, self.events, self.runtime, self.warm = job, events, runtime, warm
         self.root, self.scope, self.step = Path(job["root"]), job["scope"], job["step"]
         self.kernel: Any = None  # subprocess.Popen of the kernel
         self.cell: int | None = None  # number of the code cell that runs, from 1
@@ -98,7 +101,7 @@ class Execution:
             str(running_notebook(self.root, self.scope, self.step)),
             parameters=self.job["parameters"],
             kernel_name="python3",
-            kernel_manager_class=_manager_class(self.runtime, self._on_kernel),
+            kernel_manager_class=_manager_class(self.runtime, self._on_kernel, self.warm),
             progress_bar=False,
             log_output=True,
             coalesce_streams=True,
@@ -112,7 +115,7 @@ class Execution:
 
     def _on_kernel(self, process: Any) -> None:
         self.kernel = process
-        self.send(kernel_pid=process.pid, runtime=str(self.runtime))
+        self.send(kernel_pid=process.pid, runtime=str(self.runtime), warm=process is self.warm)
 
     def _on_cell(self, cell: Any, total: int) -> None:
         if self.interrupted:  # between two cells, where the kernel ignores the signal
@@ -210,10 +213,14 @@ def _runtime_folder() -> Path:
     raise OSError(f"no writable temporary folder has a path of at most {room} characters. Set TMPDIR to one.")
 
 
-def _manager_class(runtime: Path, on_kernel: Callable[[Any], None]) -> type:
-    """A kernel manager that works without a network, starts this very interpreter, and tells who its kernel is."""
+def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = None) -> type:
+    """A kernel manager that works without a network, starts this very interpreter, and tells who its kernel is.
+
+    The kernel is `warm` (a nursery.Kernel) if that is given and can be had, else a process of its own.
+    """
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.provisioning import LocalProvisioner
 
     class ThisInterpreter(KernelSpecManager):
         # A kernel called python3 in the user's folder may belong to another environment: never look there.
@@ -221,12 +228,21 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None]) -> type:
             command = [sys.executable, "-m", "telco_nb.kernel", "-f", "{connection_file}"]
             return KernelSpec(argv=command, display_name="Python 3", language="python")
 
+    class Provisioner(LocalProvisioner):
+        async def launch_kernel(self, cmd: list[str], **options: Any) -> dict[str, Any]:
+            folder = options.get("cwd") or str(Path.cwd())
+            if warm is None or not warm.start(cmd[3:], options["env"], folder, OF_THE_JOB):
+                return await super().launch_kernel(cmd, **options)
+            self.process, self.pid, self.pgid, self.cwd = warm, warm.pid, warm.pid, folder
+            return self.connection_info
+
     class Manager(AsyncKernelManager):
         def __init__(self, **options: Any):
             # The sockets are made beside the connection file: k-ipc-1 to k-ipc-5.
             place = {"transport": "ipc", "connection_file": str(runtime / "k.json")}
             super().__init__(kernel_spec_manager=ThisInterpreter(), **place, **options)
             self.context.rcvhwm = 0  # as in telco_nb.kernel: no limit on waiting messages, none lost
+            self.provisioner = Provisioner(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
 
         async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
             await super()._async_launch_kernel(kernel_cmd, **options)
@@ -237,16 +253,20 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None]) -> type:
 
 # ---------------------------------------------------------------- the kernel's surroundings
 
+OF_THE_JOB = (record.JOB_VARIABLE, "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")  # differ in every kernel
+
 
 def environment(job_path: str, parameters: dict[str, Any], runtime: Path) -> dict[str, str]:
-    """Variables for the kernel: its job, no settings of the user's Jupyter, no telemetry, no hub unless asked for."""
+    """Variables for the kernel: its job and folders, and those that do not depend on the job."""
+    own = (str(Path(job_path).resolve()), str(runtime), str(runtime / "config"), str(runtime / "ipython"))
+    return common_environment(parameters) | dict(zip(OF_THE_JOB, own, strict=True))
+
+
+def common_environment(parameters: dict[str, Any]) -> dict[str, str]:
+    """No settings of the user's Jupyter, no telemetry, no hub unless `parameters` ask for it."""
     fixed = {
-        record.JOB_VARIABLE: str(Path(job_path).resolve()),
-        "JUPYTER_RUNTIME_DIR": str(runtime),
-        "JUPYTER_CONFIG_DIR": str(runtime / "config"),
         "JUPYTER_NO_CONFIG": "1",
         "JUPYTER_PLATFORM_DIRS": "1",
-        "IPYTHONDIR": str(runtime / "ipython"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }

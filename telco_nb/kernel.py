@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -23,7 +25,7 @@ class BatchKernel(IPKernelApp):
         super().init_iopub(context)
 
     def init_poller(self) -> None:
-        threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True, name="die-with-parent").start()
+        threading.Thread(target=_die_with, args=(self.parent_handle,), daemon=True, name="die-with-parent").start()
 
 
 def _die_with(parent: int) -> None:
@@ -35,5 +37,16 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
+def main() -> None:
+    """Run a kernel as sys.argv says. ipykernel looks for its parent when it is imported, which may have been before."""
+    BatchKernel.launch_instance(parent_handle=int(os.environ.get("JPY_PARENT_PID") or os.getppid()))
+    # Python's own end, but for the seconds that it takes to dismantle torch: IPython's exit function, the first of all,
+    # drops the notebook's variables, which closes their files.
+    atexit._run_exitfuncs()
+    if sys.__stdout__:
+        sys.__stdout__.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    BatchKernel.launch_instance()
+    main()

@@ -25,8 +25,9 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, params, record, schedule, steps
+from telco_nb import ROOT, doctor, executed, execution, params, record, schedule, steps
 from telco_nb.executed import Failure
+from telco_nb.nursery import Child, Nursery, is_useful
 from telco_nb.progress import State, clock, follow, make_console, status_table
 from telco_nb.schedule import UsageError
 from telco_nb.steps import Job
@@ -214,17 +215,26 @@ class Runner:
         self.states, self.root, self.options, self.console, self.lock_file = states, root, options, console, lock_file
         self.by_id = {state.job.id: state for state in states}
         self.stops = 0  # how often we were asked to stop
-        self.child: subprocess.Popen[str] | None = None
+        self.nursery: Nursery | None = None
+        self.child: subprocess.Popen[str] | Child | None = None
         self.kernel_pid: int | None = None
         self.runtime: str | None = None  # the child's temporary folder
 
     def go(self) -> None:
         """Run what is to be run. Afterwards every state has ended, but for those that a stop left waiting."""
-        with self._signals(), follow(self.console, self.states) as self.display:
+        with self._signals(), follow(self.console, self.states) as self.display, self._helpers():
             for state in self.states:
                 if self.stops or (not self.options.keep_going and any(s.status == "failed" for s in self.states)):
                     break
                 self._take(state)
+
+    @contextlib.contextmanager
+    def _helpers(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self.nursery:
+                self.nursery.close()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -274,24 +284,36 @@ class Runner:
         if job_file is None:
             return Failure("not started", "its inputs are not there")
         log = executed.running_log(self.root, state.job.scope, state.job.step)
-        command = [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())]
         with log.open("wb") as errors:
-            self.child = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,  # Ctrl-C in the terminal reaches the runner only, which passes it on
-                pass_fds=[self.lock_file.fileno()],
-            )
+            self.child = self._fork(job_file, errors) or self._start(job_file, errors)
         try:
             ended, failure = self._attend(state)
         finally:
             job_file.unlink(missing_ok=True)
         state.exit_code = self.child.returncode
         return failure if ended else self._bury(state)
+
+    def _fork(self, job_file: Path, errors: IO[bytes]) -> Child | None:
+        """The process of a job from the nursery, which is started for the first; None if this cannot be."""
+        if self.nursery is None and is_useful(sum(state.decision != "skip" for state in self.states)):
+            self.nursery = Nursery(os.environ | execution.common_environment({}))
+        return self.nursery and self.nursery.fork(job_file, errors, self.lock_file, self._wait_on)
+
+    def _wait_on(self) -> bool:
+        self.display.tick()
+        return not self.stops
+
+    def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal reaches the runner only, which passes it on
+            pass_fds=[self.lock_file.fileno()],
+        )
 
     def _write_job(self, state: State) -> Path | None:
         """The job as the child and its kernel read it; None if an input is missing."""
@@ -361,7 +383,7 @@ def _read_events(stream: Any, events: queue.SimpleQueue[Any]) -> None:
     events.put(None)
 
 
-def _stop_child(child: subprocess.Popen[str]) -> Any:
+def _stop_child(child: subprocess.Popen[str] | Child) -> Any:
     """A generator to `send` the number of requests to stop: interrupt, then terminate, then kill."""
 
     def ladder() -> Iterator[None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import telco_nb
-from telco_nb import record, runner
+from telco_nb import nursery, record, runner
 from telco_nb.steps import Job
 
 # The last cell of a good notebook: what run.finish does, without the real notebooks' imports.
@@ -49,6 +49,7 @@ def main() -> int:
     runner.load = lambda options: SimpleNamespace(profile="faults")
     runner.steps = SimpleNamespace(plan=lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]])
     telco_nb.report = SimpleNamespace(build=write_report)
+    nursery.LIBRARIES = study["libraries"] or nursery.LIBRARIES
     os.environ["TELCO_NB_OUTPUTS"] = study["outputs"]
     return runner.run(options)
 

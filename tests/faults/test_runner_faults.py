@@ -14,15 +14,19 @@ import psutil
 import pytest
 from fault_study import FINISH, write_notebook
 
+from telco_nb.nursery import THREADED
+
 DRIVER = Path(__file__).with_name("fault_study.py")
+LIBRARIES = [*THREADED, "ipykernel.ipkernel", "ipykernel.kernelapp", "papermill"]  # all that these notebooks need
 SLEEP = "import time, pathlib\npathlib.Path(os.environ['TELCO_NB_JOB']).with_name('asleep').touch()\ntime.sleep(120)"
 
 
 class Study:
     """Notebooks and outputs in a temporary folder; `jobs` are (step, scope, parameters, inputs)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, warm: str = "0", libraries: list | None = LIBRARIES):
         self.folder, self.root = folder, folder / "outputs" / "faults"
+        self.warm, self.libraries = warm, libraries
         self.jobs: list = []
         (folder / "notebooks").mkdir()
         self.temporary = folder / "tmp"
@@ -37,12 +41,14 @@ class Study:
             "notebooks": str(self.folder / "notebooks"),
             "outputs": str(self.folder / "outputs"),
             "jobs": self.jobs,
+            "libraries": self.libraries,
         }
         (self.folder / "study.json").write_text(json.dumps(study))
         options["json_file"] = str(self.folder / "summary.json")
         command = [*prefix, sys.executable, str(DRIVER), str(self.folder / "study.json"), json.dumps(options)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        surroundings = {**os.environ, "TMPDIR": str(self.temporary), **(environment or {})}
+        settings = {"TMPDIR": str(self.temporary), "TELCO_NB_WARM_KERNELS": self.warm}
+        surroundings = {**os.environ, **settings, **(environment or {})}
         return subprocess.Popen(command, **streams, env=surroundings, start_new_session=True)
 
     def run(self, *prefix: str, environment: dict | None = None, **options) -> tuple[int, str]:
@@ -67,13 +73,25 @@ class Study:
     def wait_until_asleep(self) -> list[psutil.Process]:
         """Wait for the sleeping cell; returns the processes of the run below the runner."""
         wait_for(lambda: (self.root / "s" / "asleep").exists(), 60)
-        return [p for p in psutil.process_iter() if str(self.folder) in _environment_of(p)]
+        return [p for p in self.processes() if str(DRIVER) not in p.cmdline()]
+
+    def processes(self) -> list[psutil.Process]:
+        """All of them, told by the temporary folder with which each was started, or forked from one that was."""
+        return [p for p in psutil.process_iter() if _temporary_folder(p) == str(self.temporary)]
 
 
-def _environment_of(process: psutil.Process) -> str:
+def _temporary_folder(process: psutil.Process) -> str | None:
     with contextlib.suppress(psutil.Error):
-        return " ".join([process.environ().get("TELCO_NB_JOB", ""), *process.cmdline()])
-    return ""
+        return process.environ().get("TMPDIR")
+    return None
+
+
+def job_process(runner: subprocess.Popen) -> psutil.Process:
+    """The process that runs the notebook: below the runner, or below the nursery where there is one."""
+    (child,) = psutil.Process(runner.pid).children()
+    if "telco_nb.nursery" in child.cmdline():
+        (child,) = child.children()
+    return child
 
 
 def wait_for(condition, seconds: float) -> None:
@@ -87,9 +105,9 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.fixture
-def study(tmp_path):
-    study = Study(tmp_path)
+@pytest.fixture(params=["0", "1"], ids=["plain", "warm"])
+def study(tmp_path, request):
+    study = Study(tmp_path, request.param)
     yield study
     wait_for(lambda: not [*study.temporary.glob("tnb-*")], 2.5)  # nothing of ours stays, whatever happened
 
@@ -97,10 +115,10 @@ def study(tmp_path):
 # ---------------------------------------------------------------- one run with many faults
 
 
-@pytest.fixture(scope="module")
-def ward(tmp_path_factory):
+@pytest.fixture(scope="module", params=["0", "1"], ids=["plain", "warm"])
+def ward(tmp_path_factory, request):
     """One run over all faults that need no signal from outside."""
-    study = Study(tmp_path_factory.mktemp("ward"))
+    study = Study(tmp_path_factory.mktemp("ward"), request.param)
     study.add("01_error", "print('before')", "1 / 0", FINISH)
     study.add("02_exit_zero", "import sys; sys.exit(0)", FINISH)
     study.add("03_exit_hard", "import os; os._exit(7)", FINISH)
@@ -170,7 +188,7 @@ def test_records_hold_no_machine_paths(ward):
 
 
 def test_nothing_is_left_over(ward):
-    assert not alive([p for p in psutil.process_iter() if str(ward.folder) in _environment_of(p)])
+    assert not alive(ward.processes())
     assert not [*ward.root.glob("s/.*.running.*"), *ward.root.glob("s/.*.job.json")]
     assert {path.suffix for path in (ward.folder / "notebooks").iterdir()} == {".ipynb"}, "no sockets beside them"
     assert not [*ward.temporary.glob("tnb-*")]
@@ -309,8 +327,7 @@ def test_a_child_killed_alone_takes_its_kernel_along_and_is_reported(study):
     study.add("01_a", "import os\n" + SLEEP, FINISH)
     process = study.start()
     children = study.wait_until_asleep()
-    (child,) = [p for p in children if "telco_nb.execution" in p.cmdline()]
-    child.kill()
+    job_process(process).kill()
     process.communicate(timeout=30)
     assert process.returncode == 1
     assert study.failure("01_a")["reason"] == "the process that runs the notebook was killed by SIGKILL"
@@ -328,3 +345,142 @@ def test_a_second_run_on_the_same_outputs_is_refused_by_name(study):
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+# ---------------------------------------------------------------- kernels forked from the nursery
+
+ABOUT = """
+import json, os, pathlib, sys
+about = {"pid": os.getpid(), "environment": dict(os.environ), "path": sys.path, "folder": os.getcwd()}
+about |= {"stdin": os.readlink("/proc/self/fd/0"), "leads": os.getpgrp() == os.getsid(0) == os.getpid()}
+about |= {"hash": hash("a word"), "warm": "telco_nb.nursery" in pathlib.Path("/proc/self/cmdline").read_text()}
+about |= {"modules": [name for name in sys.modules if name.startswith("telco_nb")]}
+about |= {"files": sorted({os.readlink(f"/proc/self/fd/{i}").split(":")[0] for i in (1, 2)})}
+pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("about.json").write_text(json.dumps(about))
+"""
+
+
+@pytest.fixture
+def warm_study(tmp_path):
+    study = Study(tmp_path, "1")
+    yield study
+    wait_for(lambda: not alive(study.processes()), 2.5)
+
+
+def also_import_from(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def about(study: Study) -> dict:
+    return json.loads((study.root / "s" / "about.json").read_text())
+
+
+def test_a_forked_kernel_finds_what_a_fresh_one_finds(warm_study):
+    seen = {}
+    for value, warm_study.warm in enumerate("01", start=1):
+        warm_study.jobs.clear()
+        warm_study.add("01_a", ABOUT, FINISH, value=value)
+        assert warm_study.run()[0] == 0
+        seen[warm_study.warm] = found = about(warm_study)
+        found.pop("pid")
+        for name in ("JPY_PARENT_PID", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
+            assert found["environment"].pop(name)
+        found["environment"].pop("TELCO_NB_WARM_KERNELS")
+        assert found["leads"]
+    assert seen["0"].pop("warm") is False
+    assert seen["1"].pop("warm") is True
+    assert {*seen["1"].pop("modules")} - {*seen["0"].pop("modules")} == {"telco_nb.kernel"}, "else __main__"
+    assert seen["0"].pop("stdin").startswith("pipe:")
+    assert seen["1"].pop("stdin") == "/dev/null"
+    assert seen["1"] == seen["0"]
+
+
+def test_a_hub_model_gets_a_kernel_that_imports_for_itself(warm_study):
+    write_notebook(warm_study.folder / "notebooks" / "01_a.ipynb", "base_model = ''", ABOUT, FINISH)
+    warm_study.jobs.append(("01_a", "s", {"value": 1, "base_model": "owner/name"}, []))
+    assert warm_study.run()[0] == 0
+    assert not about(warm_study)["warm"]
+    assert about(warm_study)["environment"]["HF_HUB_OFFLINE"] == "0"
+
+
+def test_a_dead_nursery_fails_its_job_and_the_next_runs_without(warm_study):
+    warm_study.add("01_a", "import os\n" + SLEEP, FINISH)
+    warm_study.add("02_b", ABOUT, FINISH)
+    process = warm_study.start()
+    children = warm_study.wait_until_asleep()
+    (nursery,) = psutil.Process(process.pid).children()
+    nursery.kill()
+    wait_for(lambda: not alive([p for p in children if p.pid != nursery.pid]), 2.5)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert warm_study.failure("01_a")["kind"] == "died"
+    assert warm_study.status("02_b") == "done"
+    assert not about(warm_study)["warm"]
+
+
+def test_a_nursery_that_cannot_import_is_done_without(warm_study):
+    warm_study.libraries = ["no_such_library"]
+    warm_study.add("01_a", ABOUT, FINISH)
+    assert warm_study.run()[0] == 0
+    assert not about(warm_study)["warm"]
+
+
+def test_a_nursery_with_unknown_threads_is_done_without(warm_study):
+    (warm_study.folder / "threads.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()"
+    )
+    warm_study.libraries = [*LIBRARIES, "threads"]
+    warm_study.add("01_a", ABOUT, FINISH)
+    assert warm_study.run(environment=also_import_from(warm_study.folder))[0] == 0
+    assert not about(warm_study)["warm"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_runner_stopped_while_the_nursery_imports_leaves_nothing(warm_study, number):
+    (warm_study.folder / "slow.py").write_text("import time\ntime.sleep(60)")
+    warm_study.libraries = ["slow"]
+    warm_study.add("01_a", FINISH)
+    process = warm_study.start(environment=also_import_from(warm_study.folder))
+    wait_for(lambda: psutil.Process(process.pid).children(), 20)
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+
+
+def test_the_nursery_leaves_no_zombie_while_the_run_goes_on(warm_study):
+    warm_study.add("01_a", "import os; os._exit(3)")
+    warm_study.add("02_b", FINISH)
+    warm_study.add("03_c", "import os\n" + SLEEP, FINISH)
+    process = warm_study.start()
+    children = warm_study.wait_until_asleep()
+    assert len(children) == 3, "the nursery, the job and its kernel"
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert not [p for p in below if p.status() == psutil.STATUS_ZOMBIE]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+def test_forked_kernels_compute_what_fresh_ones_compute_on_all_cores(warm_study):
+    training = """
+import json, os, pathlib, torch
+torch.manual_seed(1)
+layer = torch.nn.Sequential(torch.nn.Linear(288, 768), torch.nn.SiLU(), torch.nn.Linear(768, 288))
+optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+for _ in range(5):
+    x = torch.randn(512, 288)
+    loss = ((layer(x) - x) ** 2).mean()
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+bits = [w.detach().double().sum().item().hex() for w in layer.parameters()]
+found = {"threads": torch.get_num_threads(), "bits": bits, "seed": torch.initial_seed()}
+pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("found.json").write_text(json.dumps(found))
+"""
+    warm_study.libraries = None
+    seen = {}
+    for value, warm_study.warm in enumerate("01", start=1):
+        warm_study.jobs.clear()
+        warm_study.add("01_a", training, ABOUT, FINISH, value=value)
+        assert warm_study.run()[0] == 0
+        assert about(warm_study)["warm"] == (warm_study.warm == "1")
+        seen[warm_study.warm] = json.loads((warm_study.root / "s" / "found.json").read_text())
+    assert seen["0"] == seen["1"]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, params, progress, record, runner, schedule
+from telco_nb import ROOT, doctor, executed, execution, nursery, params, progress, record, runner, schedule
 from telco_nb.executed import Failure
 from telco_nb.progress import State
 from telco_nb.steps import Job
@@ -303,6 +303,21 @@ def test_the_hub_is_off_unless_the_user_names_a_hub_id(tmp_path, monkeypatch):
     assert offline("Qwen/Qwen2.5-3B") == "0"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert offline("Qwen/Qwen2.5-3B") == "1", "the user's own choice stands"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+def test_kernels_are_forked_for_more_than_one_job_never_beside_a_gpu_and_never_if_unwanted(monkeypatch):
+    monkeypatch.delenv(nursery.SWITCH, raising=False)
+    monkeypatch.setattr(nursery, "GPU_DEVICES", ("/no/such/device",))
+    assert nursery.is_useful(2)
+    assert not nursery.is_useful(1)
+    monkeypatch.setattr(nursery, "GPU_DEVICES", ("/dev/null",))
+    assert not nursery.is_useful(2)
+    monkeypatch.setattr(nursery, "GPU_DEVICES", ())
+    monkeypatch.setenv(nursery.SWITCH, "0")
+    assert not nursery.is_useful(2)
+    monkeypatch.setenv(nursery.SWITCH, "1")
+    assert nursery.is_useful(1)
 
 
 def test_deaths_are_told_apart():

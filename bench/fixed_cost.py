@@ -1,0 +1,123 @@
+"""Seconds from the start of a job to its first cell, the imports of 03_train included: fresh kernels against forked.
+
+`python bench/fixed_cost.py [repeats]`; both kinds take turns, so that a busy machine is busy for both.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from telco_nb import ROOT, execution, nursery
+
+NOTEBOOK = """
+from telco_nb import energy, model, record, training  # isort: skip
+import json, os, time
+from pathlib import Path
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import HTML
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+ready = time.time()
+a, b, seconds = torch.ones(1024, 1024), torch.ones(1024, 1024), []
+for _ in range(30):
+    start = time.perf_counter()
+    (a @ b)[0, 0].item()
+    seconds.append(time.perf_counter() - start)
+gflops = 2 * 1024**3 / min(seconds) / 1e9
+torch.manual_seed(1)
+layer = torch.nn.Sequential(torch.nn.Linear(576, 1536), torch.nn.SiLU(), torch.nn.Linear(1536, 576))
+optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+for _ in range(20):
+    x = torch.randn(512, 576)
+    loss = ((layer(x) - x) ** 2).mean()
+    loss.backward(); optimizer.step(); optimizer.zero_grad()
+bits = [w.detach().sum().item().hex() for w in layer.parameters()] + [loss.item().hex()]
+"""
+SAVE = """
+Path(os.environ["TELCO_NB_JOB"]).with_name("result.json").write_text(
+    json.dumps({"first": first, "ready": ready, "gflops": gflops, "threads": torch.get_num_threads(), "bits": bits}))
+"""
+
+
+def write_job(folder: Path) -> Path:
+    """A job whose notebook notes when its first cell ran and when its imports were done."""
+    cells = [
+        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+        for i, source in enumerate(["import time\nfirst = time.time()", NOTEBOOK, SAVE])
+    ]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    content = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "x.ipynb").write_text(json.dumps(content))
+    (folder / "s").mkdir()
+    values = {"root": str(folder), "scope": "s", "step": "x", "key": "", "parameters": {}, "key_parts": {}}
+    path = folder / "job.json"
+    path.write_text(json.dumps(values | {"work": str(folder / "work"), "notebook": str(folder / "x.ipynb")}))
+    return path
+
+
+def fresh(job: Path) -> list[dict]:
+    """Run a job as a process of its own; returns its events."""
+    command = [sys.executable, "-m", "telco_nb.execution", str(job), str(os.getpid())]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def forked(source: nursery.Nursery, job: Path) -> list[dict]:
+    """Run a job as a process from the nursery; returns its events."""
+    with (job.parent / "log").open("wb") as log, (job.parent / "lock").open("w") as lock:
+        child = source.fork(job, log, lock, lambda: True)
+        assert child, "there is no nursery here"
+        events = [json.loads(line) for line in child.stdout]
+        child.wait()
+    return events
+
+
+def measure(run) -> dict:
+    """Seconds to the first cell, to the end of the imports and to the end, with what the notebook saw."""
+    folder = Path(tempfile.mkdtemp(prefix="fixed-cost-"))
+    job = write_job(folder)
+    start = time.time()
+    events = run(job)
+    whole = time.time() - start
+    found = json.loads((folder / "result.json").read_text())
+    shutil.rmtree(folder)
+    warm = next(event["warm"] for event in events if "kernel_pid" in event)
+    return {**found, "first": found["first"] - start, "ready": found["ready"] - start, "whole": whole, "warm": warm}
+
+
+def main(repeats: int = 5) -> None:
+    start = time.monotonic()
+    source = nursery.Nursery(os.environ | execution.common_environment({}))
+    assert source.wait_until_ready(lambda: True), "there is no nursery here"
+    print(f"the nursery is ready after {time.monotonic() - start:.1f} s")
+    kinds = {"fresh": fresh, "forked": lambda job: forked(source, job)}
+    results = {kind: [] for kind in kinds}
+    for _ in range(repeats):
+        for kind, run in kinds.items():
+            results[kind].append(measure(run))
+    source.close()
+    for kind, runs in results.items():
+        assert all(run["warm"] == (kind == "forked") for run in runs)
+        middle = {name: statistics.median(run[name] for run in runs) for name in ("first", "ready", "whole")}
+        best = max(run["gflops"] for run in runs)
+        print(
+            f"{kind:>6}: {middle['first']:.2f} s to the first cell, {middle['ready']:.2f} s with the imports, "
+            f"{middle['whole']:.2f} s in all; {best:.0f} GFLOP/s with {runs[0]['threads']} threads"
+        )
+        results[kind] = middle | {"bits": {tuple(run["bits"]) for run in runs}}
+    for name in ("first", "ready", "whole"):
+        print(f"{name}: {results['fresh'][name] / results['forked'][name]:.1f} times faster")
+    print("bit-identical results:", results["fresh"]["bits"] == results["forked"]["bits"])
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
