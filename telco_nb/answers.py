@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from telco_nb.model import chat_messages, end_token_id
+from telco_nb.record import device
 
 
 def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype) -> Any:
@@ -45,6 +46,13 @@ def answer(model: Any, tokenizer: Any, prompts: pd.DataFrame, max_tokens: int, b
         for index, ids in zip(batch, generated, strict=True):
             rows.append(_row(tokenizer, prompts["prompt_id"].iloc[index], ids, seconds))
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
+
+
+def warm_up(model: Any, tokenizer: Any, prompts: pd.DataFrame, batch_size: int) -> float:
+    """Answer one whole batch with a few tokens; returns the share of the cores that this used, 0-1."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    answer(model, tokenizer, prompts.head(batch_size), max_tokens=8, batch_size=batch_size)
+    return min(1.0, (time.process_time() - cpu) / (time.perf_counter() - wall) / device()["cores"])
 
 
 @torch.inference_mode()

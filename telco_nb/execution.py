@@ -278,9 +278,9 @@ def common_environment(parameters: dict[str, Any]) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
-        # Threads that wait by spinning take the cores from each other as soon as anything else runs: with two busy
-        # neighbours on two cores a matmul ran at 68 GFLOP/s spinning and 215 sleeping, alone at 804 and 747.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # Threads that wait by spinning without end take the cores from each other as soon as anything else runs; threads
+        # that sleep at once are slow when nothing does. Spinning for some microseconds is best in both (see LOG.md).
+        "GOMP_SPINCOUNT": "20000",
     }
     offline = "0" if is_hub_id(parameters.get("base_model")) else "1"
     default |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), offline)

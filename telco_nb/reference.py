@@ -58,8 +58,8 @@ def readme_block(folder: Path = REFERENCE) -> str:
     lines += [
         "",
         f"Run of {about['date']}, profile `{about['profile']}`, {machine}. Energy is **{kinds}**. The judges are "
-        "offline proxies (a fact checklist, an embedding similarity), **not** language models or people; one that failed "
-        "its validity gate is marked and carries no claim. Brackets are 95 % intervals.",
+        "offline proxies (a fact checklist, an embedding similarity), **not** language models or people; one that "
+        "failed its validity gate is marked and carries no claim. Brackets are 95 % intervals.",
         "",
         "![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)",
         "",
