@@ -48,10 +48,10 @@ def answer(model: Any, tokenizer: Any, prompts: pd.DataFrame, max_tokens: int, b
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
 
 
-def warm_up(model: Any, tokenizer: Any, prompts: pd.DataFrame, batch_size: int) -> float:
-    """Answer one whole batch with a few tokens; returns the share of the cores that this used, 0-1."""
+def warm_up(model: Any, tokenizer: Any, prompts: pd.DataFrame, n_prompts: int = 8) -> float:
+    """Answer a few prompts with a few tokens; returns the share of the cores that this used, 0-1."""
     wall, cpu = time.perf_counter(), time.process_time()
-    answer(model, tokenizer, prompts.head(batch_size), max_tokens=8, batch_size=batch_size)
+    answer(model, tokenizer, prompts.head(n_prompts), max_tokens=8, batch_size=n_prompts)
     return min(1.0, (time.process_time() - cpu) / (time.perf_counter() - wall) / device()["cores"])
 
 

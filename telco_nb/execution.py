@@ -278,8 +278,8 @@ def common_environment(parameters: dict[str, Any]) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
-        # Threads that wait by spinning without end take the cores from each other as soon as anything else runs; threads
-        # that sleep at once are slow when nothing does. Spinning for some microseconds is best in both (see LOG.md).
+        # Threads that wait by spinning without end take the cores from each other as soon as anything else runs;
+        # threads that sleep at once are slow when nothing does. A bounded spin is best in both (see LOG.md).
         "GOMP_SPINCOUNT": "20000",
     }
     offline = "0" if is_hub_id(parameters.get("base_model")) else "1"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from telco_nb import ROOT, params
+from telco_nb import ROOT, params, steps
 
 pytestmark = pytest.mark.study
 
@@ -141,3 +141,19 @@ def test_a_changed_parameter_runs_again_exactly_what_depends_on_it(study):
     }
     reasons = {f"{job['scope']}/{job['step']}": job["reason"] for job in summary["jobs"]}
     assert "learning_rate 0.002 -> 0.001" in reasons["c01/03_train"]
+
+
+@pytest.mark.parametrize("step", list(steps.STEPS))
+def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_path_factory):
+    """As "Run All" does in JupyterLab: no job, no injected parameters; a later batch runs it again for the record."""
+    place = study.outputs.parent / "by-hand"
+    if not place.exists():
+        shutil.copytree(study.outputs, place)
+    target = tmp_path_factory.mktemp("hand") / f"{step}.ipynb"
+    command = [sys.executable, "-m", "papermill", f"{step}.ipynb", str(target), "--kernel", "python3"]
+    environment = {**os.environ, "TELCO_NB_OUTPUTS": str(place), "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=params.NOTEBOOKS_DIR, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    scope = params.declared(step)["scope"]
+    manifest = json.loads((place / "smoke" / scope / step / "manifest.json").read_text())
+    assert manifest["executor"] == "jupyter" and manifest["status"] == "ok"
