@@ -116,7 +116,8 @@ class Choice:
 
 def choose(study: Study) -> Choice:
     """The configuration to deploy: of those in the tied top set of every judge that passed its gate, keep those within
-    25 % of the least training energy; the highest mean standardised score among them wins.
+    25 % of the least training energy; the highest mean standardised score among them wins. A configuration that a judge
+    places below the untuned model for sure is not eligible.
     """
     if not study.judges:
         return Choice(None, [], "", ["no judge has ranked the configurations"])
@@ -125,25 +126,28 @@ def choose(study: Study) -> Choice:
     sets = [analysis.tied_top_set(judge) for judge in study.passed]
     common = [config for config in sets[0] if all(config in other for other in sets[1:])]
     ranked = _mean_score(study)
-    if worse := _worse_than_untuned(study, str(ranked.index[0])):
-        return Choice(None, [], "", worse)
     if not common:
         best = str(ranked.index[0])
         text = "no configuration is at the top with every judge; this one has the highest mean standardised score"
-        return Choice(best, [best], text, [], agreed=False)
-    candidates = [config for config in ranked.index if config in common]
+        worse = _worse_than_untuned(study, best)
+        return Choice(None, [], "", worse) if worse else Choice(best, [best], text, [], agreed=False)
+    tied = [config for config in ranked.index if config in common]
+    candidates = [config for config in tied if not _worse_than_untuned(study, config)]
+    if not candidates:
+        return Choice(None, [], "", _worse_than_untuned(study, tied[0]))
     energy = _comparable_energy(study, candidates)
     cheap = candidates if energy is None else list(energy[energy <= energy.min() * (1 + CHEAP)].index)
     return Choice(cheap[0], candidates, _reason(study, candidates, cheap, energy is not None), [])
 
 
-def _worse_than_untuned(study: Study, best: str) -> list[str]:
-    """Why the best configuration is not worth deploying: judges that place the base model itself above it for sure."""
+def _worse_than_untuned(study: Study, config: str) -> list[str]:
+    """Why a configuration is not worth deploying: judges that place the base model itself above it for sure."""
     found = []
     for judge in study.passed:
-        gain = _gain(judge, best)
-        if gain is not None and gain.high is not None and gain.high < 0:
-            found.append(f"the untuned model answers better: {best}, the best, wins {win_text(gain)} ({judge.label})")
+        gain = _gain(judge, config)
+        if gain is not None and gain.high < 0:
+            share = f"{config}, the best, wins {win_text(gain)} of decided comparisons with it ({judge.label})"
+            found.append(f"the untuned model answers better: {share}")
     return found
 
 
