@@ -292,6 +292,7 @@ def _loss_findings(study: Study, seed: int) -> list[Finding]:
             continue
         found += [_tau_finding(study, judge, losses, draws, seed), _regret_finding(study, judge, draws)]
         found += [_top3_finding(judge, losses, draws), *_rank_findings(study, judge, draws)]
+        found.append(_misplaced_finding(study, judge, draws))
     return found
 
 
@@ -363,6 +364,20 @@ def _rank_findings(study: Study, judge: Judge, draws: pd.DataFrame) -> list[Find
         )
         found.append(_judged(judge, f"{end}_loss_rank.{judge.name}", text, interval, n, "described"))
     return found
+
+
+def _misplaced_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Finding:
+    """The configuration whose rank by loss is furthest from its rank with the judge."""
+    place = judge.scores[draws.columns].rank(ascending=False)
+    by_loss = study.losses[draws.columns].rank()
+    config = str((place - by_loss).abs().idxmax())
+    drawn = analysis.percentile_interval(place[config], analysis.rank_draws(draws)[config].to_numpy())
+    interval, n = Interval(*(round(x) for x in drawn)), draws.shape[1]
+    text = (
+        f"Loss misplaces {config} most: {by_loss[config]:.0f} of {n} by loss, {interval.value} of {n} with "
+        f"{judge.label} [{interval.low}, {interval.high}]. It is picked after the fact as the most extreme of {n}."
+    )
+    return _judged(judge, f"misplaced.{judge.name}", text, interval, n, "described")
 
 
 def _agreement_findings(study: Study) -> list[Finding]:

@@ -10,7 +10,6 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from telco_nb import ROOT
 from telco_nb.record import profile_root, read_manifest, write_bytes
@@ -24,7 +23,7 @@ FILES = {
     "report/telco_report.html": "telco_report.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
-TOLD_FIRST = ("deploy", "loss_choice", "confidence", "tau.", "noise_floor", "energy_ratio", "gain.")
+TOLD_FIRST = ("deploy", "gain.", "tau.", "loss_choice", "misplaced.", "noise_floor", "energy_ratio")
 
 
 def publish(root: Path, folder: Path = REFERENCE) -> None:
@@ -51,15 +50,16 @@ def readme_block(folder: Path = REFERENCE) -> str:
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
-    told = [f for start in TOLD_FIRST for f in findings if f["id"].startswith(start)]
-    lines = [f"- {_statement(f)}" for f in told]
+    told = [f for start in TOLD_FIRST for f in findings if f["id"].startswith(start) and not f["blocked_by"]]
     machine = f"{about['device']['cores']} cores ({about['device']['cpu']})"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
-    lines += [
+    failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
+    lines = [
+        f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}; brackets are 95 % "
+        f"intervals). Energy is **{kinds}**. The judges are **offline proxies**, a fact checklist and an embedding "
+        f"similarity, not language models and not people.{_failed(failed)}",
         "",
-        f"Run of {about['date']}, profile `{about['profile']}`, {machine}. Energy is **{kinds}**. The judges are "
-        "offline proxies (a fact checklist, an embedding similarity), **not** language models or people; one that "
-        "failed its validity gate is marked and carries no claim. Brackets are 95 % intervals.",
+        *(f"- {f['statement']}" for f in told),
         "",
         "![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)",
         "",
@@ -70,9 +70,11 @@ def readme_block(folder: Path = REFERENCE) -> str:
     return "\n".join(lines)
 
 
-def _statement(finding: dict[str, Any]) -> str:
-    blocked = f" *(carries no claim: {'; '.join(finding['blocked_by'])})*" if finding["blocked_by"] else ""
-    return finding["statement"] + blocked
+def _failed(judges: list[str]) -> str:
+    if not judges:
+        return ""
+    names = " and ".join(f"`{judge}`" for judge in judges)
+    return f" {names} failed the validity gate: the ranking is shown and carries no claim."
 
 
 def _table(rows: list[dict[str, str]], judges: list[str]) -> list[str]:

@@ -150,8 +150,8 @@ def _alarms(study: Study) -> list[str]:
         alarms.append(f"Energy carries no headline: {'; '.join(energy)}.")
     failed = [judge for judge in study.judges if "failed" in set(study.results[f"{judge}_gate"])]
     if failed:
-        text = f"{name_list(failed)} failed the validity gate: the ranking is shown but carries no headline."
-        alarms.append(text[0].upper() + text[1:])
+        who = f"The judge{'s' if len(failed) > 1 else ''} {name_list(failed)}"
+        alarms.append(f"{who} failed the validity gate: the ranking is shown but carries no headline.")
     return alarms
 
 

@@ -384,6 +384,16 @@ def test_nothing_is_recommended_if_the_untuned_model_surely_answers_better(untun
     assert deployed or "the untuned model answers better" in deploy.blocked_by[0]
 
 
+def test_the_configuration_that_loss_misplaces_most_is_named_with_both_ranks():
+    configs = fake_study.design()
+    score = -fake_study.truth(configs)["loss"]
+    best = score.idxmax()
+    score[best] = score.min() - 1  # the lowest loss, and the worst answers
+    told = finding(make_study(16, [make_judge(score, noise=0.001)]), "misplaced.checklist")
+    assert told.value == 16
+    assert f"Loss misplaces {best} most: 1 of 16 by loss, 16 of 16" in told.statement
+
+
 def test_energies_of_different_kinds_stand_on_no_ranking():
     study = make_study(4, energy_kind=["measured", "measured", "estimated", "measured"])
     ratio = finding(study, "energy_ratio")

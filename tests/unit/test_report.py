@@ -217,7 +217,7 @@ def test_a_judge_that_failed_its_gate_is_shown_and_marked(tmp_path, monkeypatch)
     fake_study.add_judge(builder, np.random.default_rng(0), "reference", planted, passed=False)
     fake_study.run_analysis(root, 4, ("checklist", "reference"), 0, monkeypatch)
     page = soup(report.build(root))
-    assert "Reference failed the validity gate" in page.find(role="alert").get_text()
+    assert "The judge reference failed the validity gate" in page.find(role="alert").get_text()
     assert "reference, not valid" in page.find(id="answer").get_text()
     assert "failed" in page.select_one("table.sortable").get_text()
 
