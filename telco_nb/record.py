@@ -341,6 +341,8 @@ class Run:
 
         write_json(self.work / "metrics.json", self._metrics)
         write_json(self.work / "manifest.json", self._manifest(headline))
+        # Checkpoints are of no use any more, large, and pickled: they are not part of the record.
+        shutil.rmtree(self.work / ".checkpoints", ignore_errors=True)
         if not self.batch:
             publish(self.root, self.job.scope, self.job.step)
         return HTML(
