@@ -17,7 +17,8 @@ test: .venv/installed  ## unit tests, notebook rules, faults, browser, and a smo
 	$(BIN)/python -m pytest
 
 lab: .venv/installed  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
+	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
 	$(BIN)/python -m telco_nb.reference
