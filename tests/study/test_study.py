@@ -111,7 +111,7 @@ def test_the_conversations_load_with_the_datasets_library(study, tmp_path):
     folder = study.root / "shared" / "02_synth" / "artefacts"
     train = Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(tmp_path))
     assert len(train) == 8
-    assert [set(message) for message in train[0]["messages"]][0] == {"role", "content"}
+    assert set(train[0]["messages"][0]) == {"role", "content"}
 
 
 def test_the_records_hold_no_machine_paths_and_no_noise(study):
