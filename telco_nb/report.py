@@ -34,9 +34,9 @@ QUESTION = (
 )
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 TAU_WORDS = {
-    "yes": "A lower loss goes with better answers.",
+    "better than chance": "A lower loss tends to go with better answers, with exceptions.",
     "no, the opposite": "A lower loss goes with worse answers.",
-    "not shown": "As far as {n} configurations can tell, loss and the judges' ranking are unrelated.",
+    "not shown": "With {n} configurations no relation of loss to the judges' ranking can be shown.",
     "too few to tell": "With {n} configurations no ranking could prove anything.",
 }
 TONES = {"supported": "good", "blocked": "bad"}
@@ -270,7 +270,11 @@ def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
         few = any(tau["verdict"] == "not estimable" for tau in taus)
         return "too few to tell" if few else "no valid judge"
     words = {
-        "not shown" if tau["verdict"] != "supported" else "yes" if tau["value"] < 0 else "no, the opposite"
+        "not shown"
+        if tau["verdict"] != "supported"
+        else "better than chance"
+        if tau["value"] < 0
+        else "no, the opposite"
         for tau in spoken
     }
     return words.pop() if len(words) == 1 else "the judges differ"
