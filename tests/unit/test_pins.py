@@ -12,7 +12,9 @@ from telco_nb import ROOT
 def pins(lines) -> dict[str, str]:
     found = {}
     for line in lines:
-        line = line.split("#")[0].strip()
+        line = re.sub(
+            r"\[.*?\]", "", line.split("#")[0]
+        ).strip()  # extras, as in name[extra]==1.0, have no line of their own
         if line:
             name, version = line.split("==")
             found[re.sub(r"[-_.]+", "-", name).lower()] = version
