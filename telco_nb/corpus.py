@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,92 +15,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from telco_nb.glossary import Card, unknown_figures, words
+from telco_nb import duplicates
+from telco_nb.filters import FILTERS, Conversation, Reject, check
+from telco_nb.glossary import Card, words
 from telco_nb.scenarios import AXES, keyed
 
-CONVERSATION_KEYS = (
-    "conversation_id", "scenario_id", "term_id", "intent", "situation", "customer", "mood", "opening", "n_turns",
-    "messages", "split",
-)  # fmt: skip
-TOTAL_WORDS = (15, 400)
-NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 5-shingles
-SHINGLE = 5
-SIMILAR = 0.92  # TF-IDF cosine of two exchanges of the same term in different splits
 SIMILAR_MARGIN = 0.005  # refused this much earlier, because the weights shift a little when rows go
 DIVERSITY_SAMPLE = 2000  # distinct-n falls with the size of a corpus, so it is taken on a sample of fixed size
 SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations
 SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}  # of two duplicates the train row goes
 
-Conversation = dict[str, Any]
-Reject = tuple[str, str]  # (reason, detail)
-
-
-# --- filters on one conversation ---------------------------------------------------------------------
-
-
-def _schema(c: Conversation, card: Card) -> str | None:
-    missing = [key for key in CONVERSATION_KEYS if key not in c]
-    if missing:
-        return f"missing {', '.join(missing)}"
-    messages = c["messages"]
-    if not isinstance(messages, list) or not messages:
-        return "no messages"
-    if any(set(m) != {"role", "content"} or not isinstance(m["content"], str) for m in messages):
-        return "a message is not {role, content}"
-    return "an empty message" if any(not m["content"].strip() for m in messages) else None
-
-
-def _roles(c: Conversation, card: Card) -> str | None:
-    roles = [m["role"] for m in c["messages"]]
-    expected = ["user", "assistant"] * c["n_turns"]
-    return None if roles == expected else " ".join(roles)
-
-
-def mentions(text: str, card: Card) -> bool:
-    """Whether the term or one of its aliases stands in the text as a whole word, in any case."""
-    names = "|".join(re.escape(name) for name in card.names)
-    return re.search(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _term(c: Conversation, card: Card) -> str | None:
-    return None if mentions(" ".join(m["content"] for m in c["messages"]), card) else f"none of {card.names}"
-
-
-def _length(c: Conversation, card: Card) -> str | None:
-    total = sum(len(m["content"].split()) for m in c["messages"])
-    return None if TOTAL_WORDS[0] <= total <= TOTAL_WORDS[1] else f"{total} words"
-
-
-def _figures(c: Conversation, card: Card) -> str | None:
-    answers = [m["content"] for m in c["messages"] if m["role"] == "assistant"]
-    unknown = [figure for answer in answers for figure in unknown_figures(answer, card)]
-    return ", ".join(unknown) or None
-
-
-FILTERS: dict[str, Callable[[Conversation, Card], str | None]] = {
-    "schema": _schema,
-    "roles": _roles,
-    "term_absent": _term,
-    "length": _length,
-    "unlisted_figure": _figures,
-}
-
-
-def check(conversation: Conversation, card: Card) -> Reject | None:
-    """(reason, detail) of the first filter that refuses the conversation, or None."""
-    for reason, test in FILTERS.items():
-        detail = test(conversation, card)
-        if detail:
-            return reason, detail
-    return None
-
 
 # --- duplicates --------------------------------------------------------------------------------------
-
-
-def normalised(text: str) -> str:
-    """Lower-cased words with single spaces: what counts as the same text."""
-    return " ".join(words(text))
 
 
 def first_turn(conversation: Conversation) -> str:
@@ -113,128 +37,93 @@ def first_answer(conversation: Conversation) -> str:
     return conversation["messages"][1]["content"]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(normalised(text).encode()).hexdigest()
-
-
-def _shingle_ids(texts: list[str]) -> list[set[int]]:
-    """For each text the numbers of its word 5-shingles; a number is given when a shingle is first seen."""
-    numbers: dict[tuple[str, ...], int] = {}
-    found = []
-    for text in texts:
-        tokens = words(text)
-        grams = (tuple(tokens[i : i + SHINGLE]) for i in range(max(1, len(tokens) - SHINGLE + 1)))
-        found.append({numbers.setdefault(gram, len(numbers)) for gram in grams})
-    return found
-
-
-def near_duplicates(texts: list[str], threshold: float = NEAR_DUPLICATE) -> list[tuple[int, int, float]]:
-    """All pairs (i < j, Jaccard) of texts with Jaccard similarity of word 5-shingles >= threshold. Exact.
-
-    Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): two sets this similar share one of their rarest
-    n - ceil(threshold n) + 1 elements, so only texts that share such an element are compared.
-    """
-    sets = _shingle_ids(texts)
-    frequency = Counter(number for found in sets for number in found)
-    index: dict[int, list[int]] = defaultdict(list)
-    pairs = []
-    for i in sorted(range(len(sets)), key=lambda k: (len(sets[k]), k)):  # so that each partner is no longer than i
-        size = len(sets[i])
-        rarest = sorted(sets[i], key=lambda number: (frequency[number], number))
-        prefix = rarest[: size - math.ceil(threshold * size) + 1]
-        for j in {other for number in prefix for other in index[number]}:
-            if len(sets[j]) >= threshold * size:
-                shared = len(sets[i] & sets[j])
-                jaccard = shared / (size + len(sets[j]) - shared)
-                if jaccard >= threshold:
-                    pairs.append((min(i, j), max(i, j), jaccard))
-        for number in prefix:
-            index[number].append(i)
-    return sorted(pairs)
-
-
-def _duplicates(kept: list[Conversation], part: Callable[[Conversation], str], name: str) -> dict[int, Reject]:
-    """Rows to drop because `part` repeats that of a row with a higher claim (test before val before train)."""
-    order = sorted(range(len(kept)), key=lambda i: (SPLIT_PRIORITY[kept[i]["split"]], i))
-    first: dict[str, int] = {}
-    dropped: dict[int, Reject] = {}
-    for i in order:
-        owner = first.setdefault(_digest(part(kept[i])), i)
-        if owner != i:
-            dropped[i] = (f"exact_duplicate_{name}", kept[owner]["conversation_id"])
-    rows = [i for i in order if i not in dropped]
-    neighbours = defaultdict(list)
-    for a, b, jaccard in near_duplicates([part(kept[i]) for i in rows]):
-        neighbours[b].append((a, jaccard))
-    for position, i in enumerate(rows):  # in order of claim: a row yields only to one that stays
-        for other, jaccard in neighbours[position]:
-            if rows[other] not in dropped:
-                dropped[i] = (f"near_duplicate_{name}", f"{kept[rows[other]]['conversation_id']} ({jaccard:.2f})")
-                break
-    return dropped
-
-
 def exchange(conversation: Conversation) -> str:
     return f"{first_turn(conversation)}\n{first_answer(conversation)}"
 
 
-def similar_across_splits(rows: list[Conversation], threshold: float = SIMILAR) -> list[tuple[int, int, float]]:
+PARTS: dict[str, Callable[[Conversation], str]] = {"first_turn": first_turn, "answer": first_answer}
+
+
+def _duplicates(kept: list[Conversation], name: str) -> dict[int, Reject]:
+    """Rows to drop because a part repeats that of a row with a higher claim (test before val before train)."""
+    part = PARTS[name]
+    order = sorted(range(len(kept)), key=lambda i: (SPLIT_PRIORITY[kept[i]["split"]], i))
+    first: dict[str, int] = {}
+    dropped: dict[int, Reject] = {}
+    for i in order:
+        owner = first.setdefault(duplicates.digest(part(kept[i])), i)
+        if owner != i:
+            dropped[i] = (f"exact_duplicate_{name}", kept[owner]["conversation_id"])
+    rows = [i for i in order if i not in dropped]
+    for later, (earlier, jaccard) in duplicates.yielding([part(kept[i]) for i in rows]).items():
+        detail = f"{kept[rows[earlier]]['conversation_id']} ({jaccard:.2f})"
+        dropped[rows[later]] = (f"near_duplicate_{name}", detail)
+    return dropped
+
+
+def similar_across_splits(
+    rows: list[Conversation], threshold: float = duplicates.SIMILAR
+) -> list[tuple[int, int, float]]:
     """Pairs (i, j, cosine) of rows of one term in different splits whose exchanges have TF-IDF cosine >= threshold.
 
     Row i has the higher claim (test before val before train). Other terms are not compared: their names alone weigh
     enough to keep them apart.
     """
-    import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectors = TfidfVectorizer(analyzer=words, dtype=np.float32).fit_transform([exchange(row) for row in rows])
-    claim = np.array([SPLIT_PRIORITY[row["split"]] for row in rows])
-    by_term: dict[str, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        by_term[row["term_id"]].append(i)
-    pairs = []
-    for found in by_term.values():
-        held, later = [np.array([i for i in found if claim[i] < level], dtype=int) for level in (2, 3)]
-        cosine = (vectors[held] @ vectors[later].T).toarray()
-        hits = np.argwhere((cosine >= threshold) & (claim[held][:, None] < claim[later][None, :]))
-        pairs += [(int(held[a]), int(later[b]), float(cosine[a, b])) for a, b in hits]
-    return pairs
+    if not rows:
+        return []
+    claim = [SPLIT_PRIORITY[row["split"]] for row in rows]
+    return duplicates.similar([exchange(row) for row in rows], [row["term_id"] for row in rows], claim, threshold)
 
 
 def _similar(kept: list[Conversation]) -> dict[int, Reject]:
     dropped: dict[int, Reject] = {}
-    for i, j, cosine in sorted(similar_across_splits(kept, SIMILAR - SIMILAR_MARGIN)):
+    for i, j, cosine in similar_across_splits(kept, duplicates.SIMILAR - SIMILAR_MARGIN):
         if i not in dropped:
             dropped.setdefault(j, ("similar_across_splits", f"{kept[i]['conversation_id']} ({cosine:.2f})"))
     return dropped
 
 
-def sift(
-    conversations: Iterable[Conversation], cards: list[Card]
-) -> tuple[list[Conversation], pd.DataFrame, dict[str, int]]:
-    """Apply all filters.
+REASONS = (
+    *FILTERS,
+    *(f"{kind}_duplicate_{name}" for name in PARTS for kind in ("exact", "near")),
+    "similar_across_splits",
+)
 
-    Returns the kept conversations, the rejects (conversation_id, reason, detail) and the number refused by each
-    filter, zeros included.
+
+def sift(conversations: Iterable[Any], cards: list[Card]) -> tuple[list[Conversation], pd.DataFrame, dict[str, int]]:
+    """Apply all filters, first those on one conversation, then those that compare conversations.
+
+    Rows may come from a language model: whatever their shape, a bad one is refused and never raises. Returns the kept
+    conversations, the rejects (conversation_id, reason, detail, and the row itself as JSON) and the number refused
+    for each reason, zeros included.
     """
     by_id = {card.id: card for card in cards}
     kept, rejects = [], []
     for conversation in conversations:
-        refused = check(conversation, by_id[conversation["term_id"]])
+        refused = check(conversation, _card_of(conversation, by_id))
         if refused:
-            rejects.append((conversation.get("conversation_id"), *refused))
+            rejects.append(_reject(conversation, refused))
         else:
             kept.append(conversation)
-    parts = {"first_turn": first_turn, "answer": first_answer}
-    for drop in (*(partial(_duplicates, part=part, name=name) for name, part in parts.items()), _similar):
+    for drop in (*(partial(_duplicates, name=name) for name in PARTS), _similar):
         dropped = drop(kept)
-        rejects += [(kept[i]["conversation_id"], *refused) for i, refused in sorted(dropped.items())]
+        rejects += [_reject(kept[i], refused) for i, refused in sorted(dropped.items())]
         kept = [conversation for i, conversation in enumerate(kept) if i not in dropped]
-    reasons = [*FILTERS, *(f"{kind}_duplicate_{name}" for name in parts for kind in ("exact", "near"))]
-    reasons.append("similar_across_splits")
-    frame = pd.DataFrame(rejects, columns=["conversation_id", "reason", "detail"])
+    frame = pd.DataFrame(rejects, columns=["conversation_id", "reason", "detail", "conversation"])
     counts = Counter(frame["reason"])
-    return kept, frame, {reason: counts.get(reason, 0) for reason in reasons}
+    return kept, frame, {reason: counts.get(reason, 0) for reason in REASONS}
+
+
+def _card_of(conversation: Any, by_id: dict[str, Card]) -> Card | None:
+    term = conversation.get("term_id") if isinstance(conversation, dict) else None
+    return by_id.get(term) if isinstance(term, str) else None
+
+
+def _reject(conversation: Any, refused: Reject) -> tuple[str | None, str, str, str]:
+    """A line of the reject file: texts only, so that any row can be written."""
+    name = conversation.get("conversation_id") if isinstance(conversation, dict) else None
+    raw = json.dumps(conversation, default=repr, sort_keys=False)  # ASCII, so that broken Unicode is kept as escapes
+    return (None if name is None else str(name).encode(errors="replace").decode(), *refused, raw)
 
 
 # --- samples -----------------------------------------------------------------------------------------
@@ -380,12 +269,12 @@ def leaks(conversations: list[Conversation]) -> dict[str, int]:
         by_scenario[c["scenario_id"]].add(c["split"])
     found["shared_scenarios"] = sum(len(splits) > 1 for splits in by_scenario.values())
     split_of = [c["split"] for c in conversations]
-    for name, part in (("first_turn", first_turn), ("answer", first_answer)):
+    for name, part in PARTS.items():
         by_text = defaultdict(set)
         for c in conversations:
-            by_text[_digest(part(c))].add(c["split"])
+            by_text[duplicates.digest(part(c))].add(c["split"])
         found[f"exact_{name}"] = sum(len(splits) > 1 for splits in by_text.values())
-        pairs = near_duplicates([part(c) for c in conversations])
+        pairs = duplicates.near_duplicates([part(c) for c in conversations])
         found[f"near_{name}"] = sum(split_of[a] != split_of[b] for a, b, _ in pairs)
     found["similar_exchange"] = len(similar_across_splits(conversations))
     return found

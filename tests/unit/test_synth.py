@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, corpus, glossary, scenarios, synth
+from telco_nb import ROOT, corpus, filters, glossary, scenarios, synth
 
 CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
 BY_ID = {card.id: card for card in CARDS}
@@ -104,7 +104,7 @@ def test_nothing_is_left_unfilled_and_punctuation_is_clean():
 def test_the_term_or_an_alias_is_named_in_every_conversation():
     for conversation in CONVERSATIONS:
         text = " ".join(m["content"] for m in conversation["messages"])
-        assert corpus.mentions(text, BY_ID[conversation["term_id"]])
+        assert filters.mentions(text, BY_ID[conversation["term_id"]])
 
 
 def test_every_bank_resolves_for_every_combination_of_levels():
@@ -156,7 +156,7 @@ def test_a_novice_does_not_write_jargon_where_the_card_has_plain_words():
 def test_any_seed_and_scenario_gives_a_conversation_that_passes_all_filters(number, index, seed):
     scenario = GRID[index]
     card = BY_ID[scenario.term_id]
-    assert corpus.check(synth.write(card, scenario, number, AXES, seed), card) is None
+    assert filters.check(synth.write(card, scenario, number, AXES, seed), card) is None
 
 
 @pytest.mark.parametrize(

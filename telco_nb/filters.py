@@ -1,0 +1,207 @@
+"""Filters on one conversation, in order: the first that objects names the reason. They serve every generator.
+
+A conversation may come from a language model: it is untrusted text, of any shape. No row makes a filter crash; a row
+that cannot even be read is refused by `schema`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from telco_nb import privacy
+from telco_nb.glossary import Card, unknown_figures
+from telco_nb.scenarios import SPLITS
+
+CONVERSATION_KEYS = (
+    "conversation_id", "scenario_id", "term_id", "intent", "situation", "customer", "mood", "opening", "n_turns",
+    "messages", "split",
+)  # fmt: skip
+FINISHED = ("stop", "end", "end_turn")  # what providers call an answer that was not cut off
+TOTAL_WORDS = (15, 400)
+MAX_TURNS = 3
+LOOP_SHINGLE, LOOP_SHARE = 4, 0.3  # of a message's word 4-grams, the share that may repeat an earlier one
+ENGLISH_SHARE = 0.15  # with this share of English function words a message needs no closer look
+ENGLISH_PROBABILITY = 0.02  # a closer look refuses below this; short jargon often looks foreign
+SHORTEST_JUDGED = 4  # words; "OK, VoLTE off." has no language
+
+Conversation = dict[str, Any]
+Reject = tuple[str, str]  # (reason, detail)
+
+_FUNCTION_WORDS = frozenset(
+    """the and you your that this with my not it is for are be have has what if can will when how from or we our but
+    they there which would should does did i i'm it's don't was were them then than about to of please thank thanks
+    here now again still once step first after before take check let us whether because only its""".split()  # noqa: SIM905
+)
+
+
+# What a language model says about itself, or leaves in by mistake. Each pattern is tried only where its key occurs.
+_BOILERPLATE = {
+    key: re.compile(pattern, re.I)
+    for key, pattern in {
+        " ai": r"\b(?:as|i am|i'm) (?:just |only )?an ai\b|\bai (?:language )?(?:model|assistant)\b",
+        "artificial": r"\b(?:as|i am|i'm) (?:just |only )?an artificial intelligence\b",
+        "language model": r"\blanguage model\b",
+        "training": r"\bmy training data\b|\bas of my last training\b",
+        "knowledge cut": r"\bknowledge cut-?off\b",
+        "last update": r"\bas of my last update\b",
+        "request": r"\bi(?: cannot| can't| can not| am unable to|'m unable to) (?:assist|help|comply) with "
+        r"(?:that|this|your) request\b",
+        "here": r"\bhere(?: is|'s) (?:a|the|your) (?:conversation|dialogue|response|json)\b",
+        "lorem": r"\blorem ipsum\b",
+        "[": r"\[(?:insert|your|customer|company|name|date|agent|account)\b[^\]]{0,40}\]",
+        "openai": "openai", "chatgpt": "chatgpt", "anthropic": "anthropic", "<|": r"<\|[a-z_]+\|>",
+    }.items()
+}  # fmt: skip
+
+
+def _schema(c: Any, card: Card | None) -> str | None:
+    """Whether the row has every field in the type that later steps and the Parquet file expect."""
+    if not isinstance(c, Mapping):
+        return f"a {type(c).__name__}, not a conversation"
+    missing = [key for key in CONVERSATION_KEYS if key not in c]
+    if missing:
+        return f"missing {', '.join(missing)}"
+    for key in CONVERSATION_KEYS:
+        if key not in ("n_turns", "messages") and not (isinstance(c[key], str) and c[key].strip()):
+            return f"{key} is not a text"
+    if c["split"] not in SPLITS:
+        return f"split {c['split']!r}"
+    if type(c["n_turns"]) is not int or not 1 <= c["n_turns"] <= MAX_TURNS:
+        return f"n_turns {c['n_turns']!r:.20}"
+    if card is None or c["term_id"] != card.id:
+        return f"no card {c['term_id']!r}"
+    return _messages(c["messages"])
+
+
+def _messages(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "no messages"
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            return "a message is not {role, content}"
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            return "a message is not text"
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            return "a message is not valid Unicode"
+    return "an empty message" if any(not m["content"].strip() for m in messages) else None
+
+
+def _finish(c: Conversation, card: Card) -> str | None:
+    """Only for generators that report why they stopped: anything but a normal end is a cut or a refusal."""
+    reason = c.get("finish_reason", "stop")
+    return None if isinstance(reason, str) and reason.lower() in FINISHED else f"{reason!r:.40}"
+
+
+def _roles(c: Conversation, card: Card) -> str | None:
+    roles = [m["role"] for m in c["messages"]]
+    expected = ["user", "assistant"] * c["n_turns"]
+    return None if roles == expected else " ".join(roles)[:200]
+
+
+def mentions(text: str, card: Card) -> bool:
+    """Whether the term or one of its aliases stands in the text as a whole word, in any case."""
+    return _names(tuple(card.names)).search(text) is not None
+
+
+@cache
+def _names(names: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", re.IGNORECASE)
+
+
+def _term(c: Conversation, card: Card) -> str | None:
+    return None if mentions(" ".join(m["content"] for m in c["messages"]), card) else f"none of {card.names}"
+
+
+def english(text: str) -> bool:
+    """Whether a message is English, or too short to tell; jargon is given the benefit of the doubt.
+
+    English function words settle nearly all messages; the rest are classified by py3langid.
+    """
+    tokens = text.replace("’", "'").lower().split()
+    if sum(token in _FUNCTION_WORDS for token in tokens) >= ENGLISH_SHARE * max(1, len(tokens)):
+        return True
+    if len(tokens) < SHORTEST_JUDGED and text.isascii():
+        return True
+    ranked = _identifier().rank(text)
+    return ranked[0][0] == "en" or dict(ranked)["en"] >= ENGLISH_PROBABILITY
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def _language(c: Conversation, card: Card) -> str | None:
+    return next((m["content"][:80] for m in c["messages"] if not english(m["content"])), None)
+
+
+def _length(c: Conversation, card: Card) -> str | None:
+    total = sum(len(m["content"].split()) for m in c["messages"])
+    return None if TOTAL_WORDS[0] <= total <= TOTAL_WORDS[1] else f"{total} words"
+
+
+def repetition(text: str) -> float:
+    """Share of a text's word 4-grams that repeat an earlier one (0 to 1), after Rae et al. 2021 (Gopher)."""
+    tokens = text.lower().split()
+    grams = list(zip(*(tokens[i:] for i in range(LOOP_SHINGLE)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _loop(c: Conversation, card: Card) -> str | None:
+    worst = max(repetition(m["content"]) for m in c["messages"])
+    return f"{worst:.2f} of the {LOOP_SHINGLE}-grams repeat" if worst > LOOP_SHARE else None
+
+
+def _boilerplate(c: Conversation, card: Card) -> str | None:
+    for message in c["messages"]:
+        text = message["content"].lower().replace("’", "'")
+        for key, pattern in _BOILERPLATE.items():
+            match = pattern.search(text) if key in text else None
+            if match:
+                return match[0]
+    return None
+
+
+def _figures(c: Conversation, card: Card) -> str | None:
+    answers = [m["content"] for m in c["messages"] if m["role"] == "assistant"]
+    unknown = [figure for answer in answers for figure in unknown_figures(answer, card)]
+    return ", ".join(unknown)[:200] or None
+
+
+def _personal(c: Conversation, card: Card) -> str | None:
+    """The kind only: a reject file must not keep what it was refused for in plain sight of its reason."""
+    found = [kind for m in c["messages"] for kind, _ in privacy.find(m["content"])]
+    return ", ".join(dict.fromkeys(found)) or None
+
+
+FILTERS: dict[str, Callable[[Conversation, Card], str | None]] = {
+    "schema": _schema,
+    "finish_reason": _finish,
+    "roles": _roles,
+    "term_absent": _term,
+    "language": _language,
+    "length": _length,
+    "loop": _loop,
+    "boilerplate": _boilerplate,
+    "unlisted_figure": _figures,
+    "personal_data": _personal,
+}
+
+
+def check(conversation: Any, card: Card | None) -> Reject | None:
+    """(reason, detail) of the first filter that refuses the conversation, or None.
+
+    `card` is the card of its term, None if there is none (refused by `schema`).
+    """
+    for reason, test in FILTERS.items():
+        detail = test(conversation, card)
+        if detail:
+            return reason, detail
+    return None

@@ -1,0 +1,178 @@
+"""Personal data in a text: what patterns and check digits can find, and the reserved examples that are no one's.
+
+A number with 9 or more digits, or one that reads as a telephone number, is somebody's unless it lies in a range that
+a regulator reserved for fiction; the same holds for e-mail and network addresses. Names are found only where a
+pattern gives them away (a title, an introduction, a signature): a bare name in a sentence is not seen.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+
+import phonenumbers
+
+Finding = tuple[str, str]  # (kind, the text that gave it away)
+
+REGIONS = ("GB", "US")  # national formats that are tried; any country is found when written with + or 00
+MIN_DIGITS = 9  # longer runs of digits identify something: a line, a card, a device, a customer
+_CARD_LENGTHS = range(13, 20)
+_RESERVED_DOMAINS = re.compile(r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid)$", re.I)  # RFC 2606
+_MAC_EXAMPLES = ("00005e0053", "01005e9010")  # RFC 7042: five bytes, the last one is free
+
+# Ofcom, numbers for drama use: geographic, no area, mobile, freephone, premium, UK-wide; without the leading 0.
+_UK_DRAMA = re.compile(
+    r"(?:2079460\d{3}|11[3-8]4960\d{3}|1[2-6]14960\d{3}|1914980\d{3}|2896496\d{3}|2920180\d{3}|1632960\d{3}"
+    r"|7700900\d{3}|8081570\d{3}|9098790\d{3}|3069990\d{3})$"
+)
+_NANP_FICTION = re.compile(r"1?(?:[2-9]\d\d)?55501\d\d$")  # 555-0100 to 555-0199, in any area
+
+_EMAIL = re.compile(r"[\w.+\-]+(?:@|\s?[\[(]at[\])]\s?)((?:[\w\-]+\.)+[a-z]{2,})", re.I)
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\d)")
+_IPV6 = re.compile(r"(?<![\w:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{0,4}(?![\w:])", re.I)
+_MAC = re.compile(r"\b(?:[0-9a-f]{2}[:\-]){5}[0-9a-f]{2}\b|\b[0-9a-f]{4}\.[0-9a-f]{4}\.[0-9a-f]{4}\b", re.I)
+_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{2,4}){3,8}\b")
+_UNIT = r"(?!\s?(?:%|[kMGT]?Hz|[kMGT]?bit|[kMGT]?B\b|dB|ms\b|m\b|km\b|bytes|packets|EUR|GBP|USD))"
+_DIGITS = re.compile(rf"(?<![\w.,])[(+]{{0,2}}\d(?:[\d\s().\-/]*\d)?(?!\w){_UNIT}")
+_RANGE = re.compile(r"(\d{1,5})\s?-\s?(\d{1,5})")  # ports 30000-40000
+_LOCAL_US = re.compile(rf"(?<![\w.\-])\d{{3}}[\-.]\d{{4}}(?![\w\-]){_UNIT}")
+_SECRET = re.compile(
+    r"\b(?:pin|puk|password|passcode|pass(?:word)? code|security code|one-time code|otp|cvv|cvc)\b"
+    r"(?:\s+(?:code|number))?(?:\s*[:=]\s*|\s+(?:is|was)\s+(?:set to\s+)?)(?=\S*\d)[\"“']?[^\s.,;]{4,}",
+    re.I,
+)
+_BORN = re.compile(
+    r"\b(?:born(?: on)?|date of birth(?: is|:)?|birthday(?: is|:)?|DOB:?)\s+(?:the\s+)?"
+    r"(?:\d{1,4}[./\-]\d{1,2}[./\-]\d{1,4}|\d{1,2}(?:st|nd|rd|th)?\s+(?:of\s+)?[A-Z][a-z]+\s+\d{4}|[A-Z][a-z]+\s+\d{1,2},?\s+\d{4})",
+    re.I,
+)  # fmt: skip
+_POSTCODE = re.compile(r"\b[A-Z]{1,2}\d[A-Z\d]?\s\d[ABD-HJLNP-UW-Z]{2}\b")  # United Kingdom
+_STREET = re.compile(
+    r"\b\d{1,4}[a-z]?,?\s+(?:[A-Z][\w’'\-]+\s+){1,3}"
+    r"(?:Street|St|Road|Rd|Avenue|Ave|Lane|Ln|Drive|Close|Court|Crescent|Square|Terrace|Gardens|Boulevard|Blvd)\b"
+)
+_GIVEN = r"[A-Z](?:[’'][A-Z])?[a-zà-ÿ]+(?:[\-’'][A-Z][a-zà-ÿ]+)?"
+_NAME = re.compile(
+    rf"\b(?:Mr|Mrs|Ms|Miss|Mx|Dr|Prof)\.?\s+(?:{_GIVEN}|[A-Z]\.)"
+    rf"|\b(?:[Mm]y (?:full )?name is|[Mm]y name’s|[Mm]y name's|account holder(?: is)?:?|in the name of)\s+{_GIVEN}"
+    rf"|\b(?:[Rr]egards|[Ss]incerely|[Cc]heers|[Tt]hanks),\s+{_GIVEN}(?:\s+{_GIVEN})?\s*[.!]?\s*$"
+)
+
+_NAME_SIGNS = ("Mr", "Ms", "Miss", "Mx", "Dr", "Prof", "ame is", "name’s", "name's", "account holder", "the name of",
+               "egards,", "incerely,", "heers,", "hanks,")  # fmt: skip
+_SECRET_SIGNS = ("pin", "puk", "pass", "code", "otp", "cvv", "cvc")
+_DIGIT = re.compile(r"\d")
+
+
+def luhn(digits: str) -> bool:
+    """Whether the last digit checks the others (ISO/IEC 7812-1): payment cards, IMEI, ICCID."""
+    total = 0
+    for place, digit in enumerate(reversed(digits)):
+        value = int(digit) * (1 + place % 2)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def iban(text: str) -> bool:
+    """Whether the mod-97 check of an IBAN holds (ISO 13616)."""
+    compact = re.sub(r"\s", "", text).upper()
+    if not 15 <= len(compact) <= 34:
+        return False
+    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
+
+
+def _national(raw: str) -> tuple[str, str]:
+    """(digits as they would be dialled in the United Kingdom without 0, in North America with or without 1)."""
+    digits = re.sub(r"\D", "", raw)
+    international = digits[2:] if digits.startswith("00") else digits
+    british = re.sub(r"^440?", "", international) if raw.strip("(").startswith(("+", "0044")) else digits.lstrip("0")
+    return british, international
+
+
+def reserved_number(raw: str) -> bool:
+    """Whether a telephone number lies in a range kept for fiction: 555-01xx, or Ofcom's numbers for drama."""
+    british, american = _national(raw)
+    return bool(_UK_DRAMA.match(british) or _NANP_FICTION.match(american))
+
+
+def _number_kind(raw: str) -> str | None:
+    """What a run of digits is, most specific first; None if it is short, reserved, or no one's."""
+    digits = re.sub(r"\D", "", raw)
+    plus = "+" in raw or digits.startswith("00")
+    if len(digits) < (7 if plus else MIN_DIGITS) or reserved_number(raw):
+        return None
+    bounds = _RANGE.fullmatch(raw)
+    if len(set(digits)) == 1 or (bounds and int(bounds[1]) < int(bounds[2])):
+        return None  # 000000000 is nobody's
+    if len(digits) in (19, 20) and digits.startswith("89"):
+        return "iccid"
+    if len(digits) == 15 and luhn(digits):
+        return "imei"
+    if len(digits) in _CARD_LENGTHS and luhn(digits):
+        return "payment_card"
+    for region in REGIONS:
+        try:
+            parsed = phonenumbers.parse(raw, region)
+        except phonenumbers.NumberParseException:
+            continue
+        if phonenumbers.is_possible_number(parsed):
+            return "telephone"
+    return "long_number"
+
+
+def _routed(raw: str) -> bool:
+    """Whether a string is an address that the Internet routes: not private, shared or kept for documentation."""
+    try:
+        return ipaddress.ip_address(raw).is_global
+    except ValueError:
+        return False
+
+
+def _with_digits(text: str, digits: int) -> Iterator[Finding]:
+    """Kinds that hold digits; `digits` is how many the text has, and few rule most kinds out."""
+    if digits >= 7 or (digits >= 4 and text.count(".") >= 3):
+        yield from _numbers(text)
+    if digits >= 5 and "b" in text.lower():
+        yield from (("date_of_birth", match[0]) for match in _BORN.finditer(text))
+    if any(sign in text.lower() for sign in _SECRET_SIGNS):
+        yield from (("secret", match[0]) for match in _SECRET.finditer(text))
+    yield from (("postcode", match[0]) for match in _POSTCODE.finditer(text))
+    yield from (("street", match[0]) for match in _STREET.finditer(text))
+
+
+def _numbers(text: str) -> Iterator[Finding]:
+    for match in _IPV4.finditer(text):
+        if _routed(match[0]):
+            yield "ip_address", match[0]
+    text = _IPV4.sub(" ; ", text)  # so that an allowed address is not read as a number
+    yield from (("iban", match[0]) for match in _IBAN.finditer(text) if iban(match[0]))
+    for match in _DIGITS.finditer(text):
+        kind = _number_kind(match[0])
+        if kind:
+            yield kind, match[0]
+    yield from (("telephone", match[0]) for match in _LOCAL_US.finditer(text) if not reserved_number(match[0]))
+
+
+def _with_colons(text: str) -> Iterator[Finding]:
+    for match in _MAC.finditer(text):
+        if not re.sub(r"\W", "", match[0]).lower().startswith(_MAC_EXAMPLES):
+            yield "mac_address", match[0]
+    for match in _IPV6.finditer(text):
+        if _routed(match[0]):
+            yield "ip_address", match[0]
+
+
+def find(text: str) -> list[Finding]:
+    """Every (kind, text) of personal data in `text`, allowed examples left out; one thing may show as two kinds."""
+    found: list[Finding] = []  # the cheap tests in front spare the patterns: most texts hold none of their signs
+    if any(sign in text for sign in _NAME_SIGNS):
+        found += [("name", match[0]) for match in _NAME.finditer(text)]
+    if "@" in text or "at]" in text or "at)" in text:
+        found += [("email", m[0]) for m in _EMAIL.finditer(text) if not _RESERVED_DOMAINS.search(m[1])]
+    digits = len(_DIGIT.findall(text))
+    if digits:
+        found += _with_digits(text, digits)
+    if text.count(":") >= 2 or text.count("-") >= 5 or text.count(".") >= 2:
+        found += _with_colons(text)
+    return found

@@ -1,0 +1,144 @@
+"""Every filter refuses what it names, whatever the row looks like, and lets sound conversations through."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telco_nb import ROOT, corpus, filters, glossary, scenarios, synth
+
+CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
+GRID = scenarios.build(CARDS, AXES, seed=20260605)
+SOUND = list(synth.generate(CARDS, GRID[::97], AXES, 3, seed=5))
+BY_ID = {card.id: card for card in CARDS}
+CARD = BY_ID[SOUND[0]["term_id"]]
+
+
+def user(text):
+    return lambda c: c["messages"][0].update(content=text)
+
+
+def agent(text):
+    return lambda c: c["messages"][1].update(content=text)
+
+
+def refused(change):
+    conversation = copy.deepcopy(SOUND[0])
+    change(conversation)
+    return filters.check(conversation, CARD)
+
+
+NAMED = f"I have a question about {CARD.term} and how it works for me. "
+LOOPING = f"The {CARD.term} works like this. " * 6
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("schema", lambda c: c.pop("mood")),
+        ("schema", lambda c: c.update(n_turns="1")),
+        ("schema", lambda c: c.update(n_turns=True)),
+        ("schema", lambda c: c.update(split="dev")),
+        ("schema", lambda c: c.update(term_id="no_such_term")),
+        ("schema", lambda c: c.update(messages=[])),
+        ("schema", lambda c: c.update(messages=["hello"])),
+        ("schema", lambda c: c["messages"][0].update(role=None)),
+        ("schema", user(" ")),
+        ("schema", user("broken \ud800 text")),
+        ("schema", lambda c: c["messages"][0].update(name="Ann")),
+        ("finish_reason", lambda c: c.update(finish_reason="length")),
+        ("finish_reason", lambda c: c.update(finish_reason=None)),
+        ("roles", lambda c: c["messages"].reverse()),
+        ("roles", lambda c: c["messages"].append({"role": "user", "content": "Hello again."})),
+        ("term_absent", lambda c: [m.update(content="Nothing to do with anything. " * 8) for m in c["messages"]]),
+        ("language", user(f"Bonjour, je ne comprends pas {CARD.term} sur ma facture de ce mois-ci.")),
+        ("language", agent(f"{CARD.term} 的意思很简单，请按照下面的步骤操作。")),
+        ("length", user(NAMED + "and then there is more of it " * 80)),
+        ("loop", agent(LOOPING)),
+        ("boilerplate", agent(f"As an AI language model, I can say that {CARD.term} is a thing you may know already.")),
+        ("boilerplate", agent(f"Dear [Customer Name], your {CARD.term} is fine and you can use it as you did before.")),
+        ("boilerplate", agent(f"I can’t help with that request, but {CARD.term} is what you asked me about before.")),
+        ("unlisted_figure", agent(f"{CARD.term} takes 777 ms, and that is all there is to say about it today.")),
+        ("personal_data", user(NAMED + "Call me on 0171 234 5678.")),
+        ("personal_data", user(NAMED + "Write to anna.smith@web.de please.")),
+    ],
+)  # fmt: skip
+def test_a_damaged_conversation_is_refused_for_its_reason(reason, change):
+    assert refused(change)[0] == reason
+
+
+def test_sound_conversations_pass_with_and_without_a_normal_finish():
+    for conversation in SOUND:
+        card = BY_ID[conversation["term_id"]]
+        assert filters.check(conversation, card) is None
+        for finish in ("stop", "STOP", "end"):
+            assert filters.check(conversation | {"finish_reason": finish}, card) is None
+
+
+def test_what_a_customer_types_badly_is_still_english():
+    for text in [
+        "ONT LOS light red.", "VoLTE off?", "No dial tone, ONT power green, LOS red blinking.",
+        "Restarted router twice. Same fault. WAN disconnected.", "eSIM QR code expired, new handset, urgent!",
+        "Port forwarding behind CGNAT: possible?", "APN MMS PUK PIN IMEI ok", "pls hlp wifi dead agn!!",
+        "DHCP lease fails, PPPoE up, DNS timeout, NXDOMAIN everywhere.", "Roaming in Spain: data add-on 5 GB?",
+    ]:  # fmt: skip
+        assert filters.english(text), text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Guten Tag, mein Router verliert ständig die Verbindung.", "Hola, mi móvil no tiene señal en casa desde ayer.",
+        "Il mio telefono non riceve chiamate da ieri sera.", "Mijn internet werkt niet meer sinds gisteren.",
+        "Mój router nie łączy się z siecią od wczoraj.", "Olá, a minha fatura está errada, podem corrigir?",
+        "Hej, mitt mobilnät fungerar inte hemma längre.", "我的手机没有信号",
+        "Мой телефон не видит сеть со вчерашнего дня.",
+        "Min internetforbindelse er langsom, og det har den været hele ugen.",
+    ],
+)  # fmt: skip
+def test_other_languages_are_not_english(text):
+    assert not filters.english(text)
+
+
+def test_no_offline_message_and_no_card_is_taken_for_another_language():
+    texts = [m["content"] for c in SOUND for m in c["messages"]]
+    texts += [text for card in CARDS for _, text in card.agent_texts()]
+    assert [text for text in texts if not filters.english(text)] == []
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+fields = st.sampled_from([*filters.CONVERSATION_KEYS, "finish_reason"])
+
+
+@given(row=junk)
+@settings(max_examples=100, deadline=None)
+def test_any_row_is_refused_by_schema_and_never_raises(row):
+    _, rejects, counts = corpus.sift([row], CARDS)
+    assert counts["schema"] == 1 and rejects.iloc[0]["conversation"]
+
+
+@given(field=fields, value=junk)
+@settings(max_examples=300, deadline=None)
+def test_one_field_of_any_content_never_raises(field, value):
+    kept, rejects, _ = corpus.sift([SOUND[0] | {field: value}], CARDS)
+    assert len(kept) + len(rejects) == 1
+
+
+@given(content=junk, role=junk)
+@settings(max_examples=100, deadline=None)
+def test_a_message_of_any_content_never_raises(content, role):
+    row = SOUND[0] | {"messages": [{"role": role, "content": content}, *SOUND[0]["messages"][1:]]}
+    kept, rejects, _ = corpus.sift([row], CARDS)
+    assert len(kept) + len(rejects) == 1
+
+
+def test_a_loop_is_measured_by_repeated_four_word_sequences():
+    assert filters.repetition("one two three four five") == 0
+    assert filters.repetition("a b c d a b c d") == pytest.approx(1 - 4 / 5)
+    assert filters.repetition("well " * 10) == pytest.approx(1 - 1 / 7)
