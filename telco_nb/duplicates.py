@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import math
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_matrix
 
 from telco_nb.glossary import words
 
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 5-shingles
 SHINGLE = 5
 SIMILAR = 0.92  # TF-IDF cosine of two exchanges of the same term in different splits
+SHARED = 3  # rare shingles that two near-duplicates must share; more candidates with 1 or 2, longer prefixes with 4
+BLOCK = 4000  # texts compared with all others at a time
 ROUNDING = 1e-4  # single precision proposes pairs this much below the threshold, double precision decides
 
 Pair = tuple[int, int, float]
@@ -33,83 +36,86 @@ def digest(text: str) -> str:
 # --- near-duplicates ---------------------------------------------------------------------------------
 
 
-def _paired(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """A number for each different pair (first[i], second[i]); exact, no hashing."""
-    return pd.factorize(first * (second.max(initial=0) + 1) + second)[0]
+def _numbered(values: np.ndarray) -> np.ndarray:
+    """Equal values get equal numbers from 0; exact, no hashing of contents."""
+    return pd.factorize(values)[0].astype(np.int64)
 
 
-def shingle_sets(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The word 5-shingles of each text, rarest first: (shingles, starts, frequency).
-
-    Text i has the different shingles `shingles[starts[i]:starts[i + 1]]`; a shingle's number is its rank from rare to
-    frequent, and `frequency[number]` is how many texts hold it. A text of fewer words is one shingle.
-    """
-    vocabulary: dict[str, int] = {"": 0}  # 0 fills up short texts
-    tokens: list[int] = []
+def _word_numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers of the words of all texts in a row, words per text); a short text is filled up with 0."""
+    vocabulary: dict[str, int] = {"": 0}
+    numbers = array("q")
     lengths = np.empty(len(texts), dtype=np.int64)
     for i, text in enumerate(texts):
         found = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
         found += [0] * (SHINGLE - len(found))
-        tokens += found
+        numbers.extend(found)
         lengths[i] = len(found)
-    word = np.array(tokens, dtype=np.int64)
-    del tokens
-    two = _paired(word[:-1], word[1:])
-    four = _paired(two[:-2], two[2:])
-    five = _paired(four[:-1], word[SHINGLE - 1 :])
-    owner = np.repeat(np.arange(len(texts)), lengths)
-    inside = owner[: len(five)] == owner[SHINGLE - 1 :]  # windows that do not cross into the next text
-    return _ranked(owner[: len(five)][inside], five[inside], len(texts))
+    return np.frombuffer(numbers, dtype=np.int64), lengths
 
 
-def _ranked(owner: np.ndarray, shingle: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    different = np.unique(owner * (shingle.max(initial=0) + 1) + shingle)  # each shingle once a text
-    owner, shingle = np.divmod(different, shingle.max(initial=0) + 1)
-    frequency = np.bincount(shingle)
-    order = np.argsort(frequency, kind="stable")
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    by_text = np.lexsort((rank[shingle], owner))
-    starts = np.searchsorted(owner[by_text], np.arange(n + 1))
-    return rank[shingle[by_text]].astype(np.int32), starts, frequency[order]
+def shingle_sets(texts: Sequence[str]) -> csr_matrix:
+    """The word 5-shingles of each text: a row a text, a column a shingle from rare to frequent, entries 1.
 
-
-def _neighbours(texts: Sequence[str], threshold: float, greedy: bool) -> Iterator[Pair]:
-    """Pairs (earlier, later, Jaccard) of texts at or above the threshold; exact.
-
-    Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007): two sets this similar share one of their rarest
-    n - ceil(threshold n) + 1 elements, so only texts that share such an element are compared. `greedy`: a text that
-    has an earlier neighbour yields to the first such, and is itself no neighbour of later ones.
+    A text of fewer words is one shingle.
     """
-    if not texts:
-        return
-    shingles, starts, frequency = shingle_sets(texts)
-    sizes = np.diff(starts).tolist()
-    index: dict[int, list[int]] = defaultdict(list)
-    for i, size in enumerate(sizes):
-        own = shingles[starts[i] : starts[i + 1]]
-        prefix = own[: size - math.ceil(threshold * size) + 1]
-        prefix = prefix[frequency[prefix] > 1].tolist()  # what no other text holds finds nothing
-        candidates = {other for number in prefix for other in index.get(number, ())}
-        found, mine = False, set(own.tolist()) if candidates else set()
-        for j in sorted(candidates):
-            if not threshold * size <= sizes[j] <= size / threshold:
-                continue
-            shared = len(mine.intersection(shingles[starts[j] : starts[j + 1]].tolist()))
-            jaccard = shared / (size + sizes[j] - shared)
-            if jaccard >= threshold:
-                found = True
-                yield j, i, jaccard
-                if greedy:
-                    break
-        if not (greedy and found):
-            for number in prefix:
-                index[number].append(i)
+    word, lengths = _word_numbers(texts)
+    owner = np.repeat(np.arange(len(texts)), lengths)
+    two = _numbered(word[:-1] * (word.max() + 1) + word[1:])
+    four = _numbered(two[:-2] * (two.max() + 1) + two[2:])
+    five = _numbered(four[:-1] * (word.max() + 1) + word[SHINGLE - 1 :])
+    inside = owner[: len(five)] == owner[SHINGLE - 1 :]  # windows that do not cross into the next text
+    owner, five = owner[: len(five)][inside], five[inside]
+    frequency = np.bincount(five)
+    rank = np.empty(len(frequency), dtype=np.int64)
+    rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency))
+    row, column = np.divmod(np.unique(owner * len(frequency) + rank[five]), len(frequency))  # once a text, rarest first
+    starts = np.searchsorted(row, np.arange(len(texts) + 1))
+    return csr_matrix((np.ones(len(row), dtype=np.int32), column, starts), shape=(len(texts), len(frequency)))
+
+
+def _prefixes(sets: csr_matrix, threshold: float) -> tuple[csr_matrix, np.ndarray]:
+    """(the rarest shingles of each text, how many of them a similar text shares)."""
+    sizes = np.diff(sets.indptr)
+    least = np.ceil(threshold * sizes).astype(np.int64)  # the smallest overlap with a set of this similarity
+    length = np.minimum(sizes, sizes - least + SHARED)
+    place = np.arange(sets.nnz) - np.repeat(sets.indptr[:-1], sizes)
+    frequency = np.bincount(sets.indices, minlength=sets.shape[1])
+    chosen = (place < np.repeat(length, sizes)) & (frequency[sets.indices] > 1)  # what one text holds finds nothing
+    starts = np.concatenate(([0], np.cumsum(chosen)))[sets.indptr]
+    prefixes = csr_matrix((sets.data[chosen], sets.indices[chosen], starts), shape=sets.shape)
+    return prefixes, np.minimum(SHARED, least)
+
+
+def _pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Blocks of pairs (i, j, Jaccard), j < i, at or above the threshold; exact.
+
+    Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007; with several shared elements, Wang et al. 2012): two
+    sets this similar share `SHARED` of their rarest n - ceil(threshold n) + SHARED elements, so that only such pairs
+    are compared. Counting what prefixes share is a sparse matrix product, taken in blocks to bound the memory.
+    """
+    sets = shingle_sets(texts)
+    sizes = np.diff(sets.indptr)
+    prefixes, needed = _prefixes(sets, threshold)
+    columns = prefixes.T.tocsr()
+    for start in range(0, len(texts), BLOCK):
+        shared = (prefixes[start : start + BLOCK] @ columns).tocoo()
+        i, j = shared.row.astype(np.int64) + start, shared.col.astype(np.int64)
+        few, many = np.minimum(sizes[i], sizes[j]), np.maximum(sizes[i], sizes[j])
+        fit = (j < i) & (shared.data >= np.minimum(needed[i], needed[j])) & (few >= threshold * many)
+        i, j = i[fit], j[fit]
+        overlap = np.asarray(sets[i].multiply(sets[j]).sum(axis=1)).ravel()
+        jaccard = overlap / (sizes[i] + sizes[j] - overlap)
+        similar = jaccard >= threshold
+        yield i[similar], j[similar], jaccard[similar]
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[Pair]:
     """All pairs (i, j, Jaccard), i < j, of texts with Jaccard similarity of word 5-shingles >= threshold. Exact."""
-    return sorted(_neighbours(texts, threshold, greedy=False))
+    if not texts:
+        return []
+    blocks = _pairs(texts, threshold)
+    return sorted((int(j), int(i), float(value)) for block in blocks for i, j, value in zip(*block, strict=True))
 
 
 def yielding(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> dict[int, tuple[int, float]]:
@@ -117,7 +123,11 @@ def yielding(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> dict[in
 
     Earlier texts have the higher claim; a text yields only to one that stays.
     """
-    return {i: (j, jaccard) for j, i, jaccard in _neighbours(texts, threshold, greedy=True)}
+    gone: dict[int, tuple[int, float]] = {}
+    for earlier, later, value in sorted(near_duplicates(texts, threshold), key=lambda pair: (pair[1], pair[0])):
+        if earlier not in gone and later not in gone:
+            gone[later] = (earlier, value)
+    return gone
 
 
 # --- similar exchanges across splits -----------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pandas as pd
 import yaml
@@ -16,19 +18,31 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
 CardId = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
-Category = Literal[
-    "access_radio", "fixed_home", "sim_identity", "numbers_messaging", "plans_billing", "service_operations"
-]
-CATEGORIES: tuple[str, ...] = Category.__args__
+Fault = tuple[str, str, str]  # (card id, field, problem)
 
 
 class GlossaryError(ValueError):
-    """A glossary file that cannot be used; `faults` lists every (card id, field, problem) found."""
+    """A glossary file that cannot be used; `faults` lists every (card id, field, problem) found.
 
-    def __init__(self, path: Path | str, faults: list[tuple[str, str, str]]):
+    The message names card and field or, where `rows` gives each card's row in a table, row and column.
+    """
+
+    def __init__(self, path: Path | str, faults: list[Fault], rows: list[int] | None = None):
         self.path, self.faults = Path(path), faults
-        lines = [f"  card {card!r}, field {field!r}: {problem}" for card, field, problem in faults]
+        if rows is None:
+            lines = [f"  card {card!r}, field {field!r}: {problem}" for card, field, problem in faults]
+        else:
+            where = zip(rows, faults, strict=True)
+            lines = [
+                f"  row {row} ({card}), column {_column(field)}: {problem}" for row, (card, field, problem) in where
+            ]
         super().__init__("\n".join([f"{self.path.name}: {len(faults)} fault(s)", *lines]))
+
+
+def _column(field: str) -> str:
+    """A field as the reader of a table finds it: "facts[2]" is item 3 in column facts."""
+    name, _, rest = field.partition("[")
+    return f"{name!r}, item {int(rest.partition(']')[0]) + 1}" if rest else repr(name)
 
 
 class _Strict(BaseModel):
@@ -62,21 +76,21 @@ class Card(_Strict):
     id: CardId
     term: Text
     aliases: list[Text]
-    category: Category
+    category: CardId
     definition: Text
     facts: Annotated[list[Text], Field(min_length=4, max_length=6)]
-    wrong_beliefs: Annotated[list[WrongBelief], Field(min_length=2, max_length=2)]
+    wrong_beliefs: Annotated[list[WrongBelief], Field(min_length=2, max_length=4)]
     figures: Annotated[list[Figure], Field(min_length=1)]
     diagnosis: Annotated[list[Text], Field(min_length=3, max_length=5)]
     resolution: Annotated[list[Text], Field(min_length=3, max_length=5)]
     escalate_when: Text
     source: Text | None
-    fault_reports: Annotated[list[Text], Field(min_length=3, max_length=3)]
-    billing_disputes: Annotated[list[Text], Field(min_length=2, max_length=2)]
+    fault_reports: Annotated[list[Text], Field(min_length=3, max_length=6)]
+    billing_disputes: Annotated[list[Text], Field(min_length=2, max_length=4)]
     billing_answer: Text
-    change_requests: Annotated[list[Text], Field(min_length=2, max_length=2)]
+    change_requests: Annotated[list[Text], Field(min_length=2, max_length=4)]
     change_answer: Text
-    comparisons: Annotated[list[Comparison], Field(min_length=2, max_length=2)]
+    comparisons: Annotated[list[Comparison], Field(min_length=2, max_length=4)]
 
     @property
     def names(self) -> list[str]:
@@ -187,56 +201,177 @@ def _field_name(location: Iterable[str | int]) -> str:
     return name.lstrip(".") or "(card)"
 
 
-def _parse(raw: Any, position: int) -> tuple[Card | None, list[tuple[str, str, str]]]:
-    name = raw.get("id") if isinstance(raw, dict) and isinstance(raw.get("id"), str) else f"number {position + 1}"
+Located = tuple[int, str, str]  # (position of the card, field, problem)
+
+
+def _parse(raw: Any, position: int) -> tuple[Card | None, list[Located]]:
     try:
         return Card.model_validate(raw), []
     except ValidationError as error:
-        return None, [(name, _field_name(e["loc"]), f"{e['msg']} (got {e['input']!r:.60})") for e in error.errors()]
+        return None, [(position, _field_name(e["loc"]), f"{e['msg']} (got {e['input']!r:.60})") for e in error.errors()]
 
 
-def _repeated_names(cards: list[Card]) -> list[tuple[str, str, str]]:
+def _repeated_names(cards: list[tuple[int, Card]]) -> list[Located]:
     """Ids, terms and aliases that two cards share: a term must lead to one card."""
-    faults, ids, owner = [], Counter(c.id for c in cards), {}
-    faults += [(i, "id", f"used by {n} cards") for i, n in ids.items() if n > 1]
-    for card in cards:
+    faults, owner = [], {}
+    ids = Counter(card.id for _, card in cards)
+    faults += [
+        (position, "id", f"{card.id!r} used by {ids[card.id]} cards") for position, card in cards if ids[card.id] > 1
+    ]
+    for position, card in cards:
         for i, name in enumerate(card.names):
             field = "term" if i == 0 else f"aliases[{i - 1}]"
             first = owner.setdefault(name.casefold(), card.id)
             if first != card.id or (i and name.casefold() == card.term.casefold()):
-                faults.append((card.id, field, f"{name!r} already names card {first!r}"))
+                faults.append((position, field, f"{name!r} already names card {first!r}"))
     return faults
 
 
-def _unlisted_figures(card: Card) -> list[tuple[str, str, str]]:
+def _unlisted_figures(position: int, card: Card) -> list[Located]:
     return [
-        (card.id, field, f"figure {figure!r} is not listed under figures")
+        (position, field, f"figure {figure!r} is not listed under figures")
         for field, text in card.agent_texts()
         for figure in unknown_figures(text, card)
     ]
 
 
-def parse(raw_cards: Any, path: Path | str = "glossary") -> list[Card]:
-    """Validate a list of raw cards. Raises GlossaryError with every fault, naming card id and field."""
+def parse(
+    raw_cards: Any, path: Path | str = "glossary", rows: list[int] | None = None, faults: Iterable[Located] = ()
+) -> list[Card]:
+    """Validate a list of raw cards. Raises GlossaryError with every fault, naming card id and field.
+
+    For a table, `rows` holds the row of each card and `faults` what was already wrong with its cells; the error then
+    names row and column.
+    """
     if not isinstance(raw_cards, list) or not raw_cards:
         raise GlossaryError(path, [("(none)", "(file)", "expected a non-empty list of cards")])
     parsed = [_parse(raw, i) for i, raw in enumerate(raw_cards)]
-    faults = [fault for _, found in parsed for fault in found]
-    cards = [card for card, _ in parsed if card is not None]
-    faults += _repeated_names(cards) + [fault for card in cards for fault in _unlisted_figures(card)]
-    if faults:
-        raise GlossaryError(path, faults)
-    return cards
+    cards = [(i, card) for i, (card, _) in enumerate(parsed) if card is not None]
+    unread = {(position, field.partition("[")[0]) for position, field, _ in faults}
+    found = [*faults, *(f for _, own in parsed for f in own if (f[0], f[1].partition("[")[0]) not in unread)]
+    found += _repeated_names(cards) + [fault for i, card in cards for fault in _unlisted_figures(i, card)]
+    if found:
+        found.sort(key=lambda fault: fault[0])
+        named = [(_name_of(raw_cards[i], i), field, problem) for i, field, problem in found]
+        raise GlossaryError(path, named, None if rows is None else [rows[i] for i, _, _ in found])
+    return [card for _, card in cards]
+
+
+def _name_of(raw: Any, position: int) -> str:
+    name = raw.get("id") if isinstance(raw, dict) else None
+    return name if isinstance(name, str) and name else f"number {position + 1}"
 
 
 def load(path: Path | str) -> list[Card]:
-    """Cards of a glossary in YAML, or in the validated JSON that 01_glossary writes.
+    """Cards of a glossary in YAML, in CSV, or in the validated JSON that 01_glossary writes.
 
-    Raises GlossaryError (faulty cards), ValueError (not YAML/JSON) or FileNotFoundError.
+    Raises GlossaryError (faulty cards), ValueError (not YAML, CSV or JSON) or FileNotFoundError.
     """
     path = Path(path)
-    raw = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_yaml(path)
-    return parse(raw, path)
+    if path.suffix == ".csv":
+        raw, rows, faults = read_csv(path)
+        return parse(raw, path, rows, faults)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(
+            f"{path.name}: a glossary is a .yaml, .csv or .json file, not {path.suffix or 'without ending'}"
+        )
+    if path.suffix != ".json":
+        return parse(read_yaml(path), path)
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")), path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+# One row a card, one column a field. Lists stand in one cell with ITEM between their items; an item of these three
+# columns has two parts with PART between them.
+ITEM, PART = "|", "=>"
+PARTS = {
+    "wrong_beliefs": ("belief", "correction"), "figures": ("text", "meaning"), "comparisons": ("options", "advice")
+}  # fmt: skip
+LISTS = ("aliases", "facts", "diagnosis", "resolution", "fault_reports", "billing_disputes", "change_requests", *PARTS)
+MAY_BE_EMPTY = ("aliases", "source")
+
+
+def read_csv(path: Path | str) -> tuple[list[dict[str, Any]], list[int], list[Located]]:
+    """(raw cards, their rows as a spreadsheet counts them, faulty cells) of a glossary table.
+
+    UTF-8, with commas or semicolons, as spreadsheets write it. Raises GlossaryError if the header is not the fields
+    of a card, and ValueError if the file is not text in UTF-8.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name}: save it as UTF-8 ({error})") from error
+    header = text.partition("\n")[0]
+    table = list(csv.reader(io.StringIO(text), delimiter=";" if header.count(";") > header.count(",") else ","))
+    columns = [name.strip() for name in table[0]] if table else []
+    _check_header(columns, path)
+    cards, rows, faults = [], [], []
+    for number, cells in enumerate(table[1:], 2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(columns):
+            problem = f"{len(cells)} cells where the header has {len(columns)}; is a quotation mark missing?"
+            faults.append((len(cards), columns[min(len(cells), len(columns)) - 1], problem))
+        raw = {column: cell.strip() for column, cell in zip(columns, cells, strict=False)}
+        faults += [(len(cards), *fault) for fault in _unpack(raw)]
+        cards.append(raw)
+        rows.append(number)
+    return cards, rows, faults
+
+
+def _check_header(columns: list[str], path: Path) -> None:
+    fields = list(Card.model_fields)
+    faults = [("header", name, "this column is missing") for name in fields if name not in columns]
+    faults += [("header", name, "no field of a card has this name") for name in columns if name not in fields]
+    faults += [("header", name, f"given {n} times") for name, n in Counter(columns).items() if n > 1]
+    if faults:
+        raise GlossaryError(path, faults, [1] * len(faults))
+
+
+def _unpack(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """Turn the cells of a row into the values of a card, in place; returns (field, problem) for what is no list."""
+    faults = []
+    for field, cell in raw.items():
+        if not cell and field not in MAY_BE_EMPTY:
+            faults.append((field, "this cell is empty"))
+        if field in LISTS:
+            raw[field] = [item.strip() for item in cell.split(ITEM)] if cell else []
+            faults += [
+                (f"{field}[{i}]", f"nothing between two {ITEM}") for i, item in enumerate(raw[field]) if not item
+            ]
+    for field, names in PARTS.items():
+        for i, item in enumerate(raw.get(field, ())):
+            parts = [part.strip() for part in item.split(PART)]
+            if item and len(parts) != 2:
+                faults.append((f"{field}[{i}]", f"expected '{names[0]} {PART} {names[1]}', got {item!r:.60}"))
+            raw[field][i] = dict(zip(names, parts, strict=False))
+    raw["source"] = raw.get("source") or None
+    return faults
+
+
+def write_csv(cards: list[Card], path: Path | str) -> None:
+    """Write cards as the table that `load` reads. Raises ValueError if a text holds one of the separators."""
+    rows = []
+    for card in cards:
+        row = card.model_dump()
+        for field in LISTS:
+            items = [f" {PART} ".join(item.values()) if field in PARTS else item for item in row[field]]
+            if any(ITEM in item or item.count(PART) != (field in PARTS) for item in items):
+                raise ValueError(f"card {card.id!r}, field {field!r}: {ITEM!r} or {PART!r} in a text; keep it in YAML")
+            row[field] = f" {ITEM} ".join(items)
+        rows.append({name: row[name] or "" for name in Card.model_fields})
+    with Path(path).open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(Card.model_fields), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# --- validated cards ---------------------------------------------------------------------------------
 
 
 def dump(cards: list[Card], path: Path | str) -> None:

@@ -16,7 +16,8 @@ from telco_nb.glossary import Card, Text, first_sentence, read_yaml
 
 SPLITS = ("train", "val", "test")
 AXES = ("intent", "situation", "customer")
-HELD_OUT_SHARE = 0.1  # of a term's cells, once for validation and once for test: 3 + 3 of 30
+HELD_OUT_SHARE = 0.1  # of the cells, once for validation and once for test: 3 + 3 of a term's 30
+FEWEST_CELLS = 10  # a term; with fewer, one held-out cell a term and split would be more than that share
 
 
 class _Strict(BaseModel):
@@ -117,11 +118,18 @@ def reading(card: Card, intent: Level, situation: Level, customer: Level, positi
         "advice": first_sentence(comparison.advice),
     }
     text = f"{customer.wording} {intent.wording}. {situation.wording} {intent.detail}"
-    return text.format(**slots).strip()
+    try:
+        return text.format(**slots).strip()
+    except (KeyError, IndexError, ValueError) as error:
+        where = f"levels {intent.id}, {situation.id}, {customer.id}"
+        raise ValueError(f"axes: {where}: cannot fill {error} in {text!r:.80}; known: {', '.join(slots)}") from None
 
 
 def build(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
-    """All scenarios with their split, in glossary order. Raises AssertionError if the factorial is not exact."""
+    """All scenarios with their split, in glossary order.
+
+    Raises AssertionError if the factorial is not exact, and ValueError if the grid is too small to be split.
+    """
     cells = list(product(*(axes.levels(axis) for axis in AXES)))
     scenarios = [
         Scenario(
@@ -139,6 +147,7 @@ def build(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
     ]
     assert_factorial(scenarios, cards, axes)
     splits = split(scenarios, seed)
+    _assert_splittable(scenarios, splits, axes)
     return [Scenario(**{**s.__dict__, "split": splits[s.scenario_id]}) for s in scenarios]
 
 
@@ -153,23 +162,43 @@ def assert_factorial(scenarios: list[Scenario], cards: list[Card], axes: Axes) -
         assert counts == dict.fromkeys(axes.ids(axis), expected), f"unequal counts on axis {axis}: {counts}"
 
 
-def split(scenarios: list[Scenario], seed: int) -> dict[str, str]:
-    """Split by scenario id: a tenth of each term's cells to validation, a tenth to test, the rest to train.
+def _assert_splittable(scenarios: list[Scenario], splits: dict[str, str], axes: Axes) -> None:
+    """Refuse a grid that cannot give every split every level, with the reason; nothing has been generated yet."""
+    if axes.cells_per_term < FEWEST_CELLS:
+        raise ValueError(
+            f"the axes give {axes.cells_per_term} cells a term; at least {FEWEST_CELLS} are needed to hold one out for "
+            "validation and one for test and keep 80 % for training. Add a level to an axis."
+        )
+    for axis in AXES:
+        for name in ("val", "test"):
+            held = [getattr(s, axis) for s in scenarios if splits[s.scenario_id] == name]
+            absent = sorted(set(axes.ids(axis)) - set(held))
+            if absent:
+                raise ValueError(
+                    f"{len(held)} {name} scenarios do not meet every {axis} (absent: {', '.join(absent)}). "
+                    "Add cards, or use fewer levels."
+                )
 
-    Terms are visited in a seeded order; each held-out cell is the one whose levels this split has seen least, first
-    within the term (so a term's three cells differ in intent and situation), then over all terms.
+
+def split(scenarios: list[Scenario], seed: int) -> dict[str, str]:
+    """Split by scenario id: a tenth of the cells to validation, a tenth to test, the rest to train.
+
+    Every term gives as many cells as another, or one more. Terms are visited in a seeded order; each held-out cell is
+    the one whose levels this split has seen least, first within the term (so a term's three cells differ in intent
+    and situation), then over all terms.
     """
     by_term: dict[str, list[Scenario]] = {}
     for scenario in scenarios:
         by_term.setdefault(scenario.term_id, []).append(scenario)
     result = {scenario.scenario_id: "train" for scenario in scenarios}
     seen: dict[str, Counter] = {"val": Counter(), "test": Counter()}
-    for term_id in sorted(by_term, key=lambda term: keyed(seed, "split", term)):
+    order = sorted(by_term, key=lambda term: keyed(seed, "split", term))
+    each, extra = divmod(round(HELD_OUT_SHARE * len(scenarios)), len(order))  # the first `extra` terms give one more
+    for place, term_id in enumerate(order):
         free = list(by_term[term_id])
-        quota = max(1, round(HELD_OUT_SHARE * len(free))) if len(free) > 2 else 0
         for name in ("val", "test"):
             here: Counter = Counter()
-            for _ in range(quota):
+            for _ in range(min(max(1, each + (place < extra)), len(free) // 2)):
                 chosen = min(free, key=lambda s: _crowding(s, here, seen[name], seed))
                 free.remove(chosen)
                 result[chosen.scenario_id] = name

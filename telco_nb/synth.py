@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb.glossary import Card, figures_in, read_yaml, sentences
-from telco_nb.scenarios import Axes, Scenario, keyed
+from telco_nb.scenarios import AXES, Axes, Scenario, keyed
 
 GRAMMAR_PATH = Path(__file__).parent / "data" / "grammar.yaml"
 GENERATOR_ID = "offline-grammar-1"
@@ -26,6 +26,7 @@ ATTEMPTS = 12
 _SLOT = re.compile(r"\{(\w+)\}")
 _KINDS = {"fault": "fault", "billing_dispute": "billing_dispute", "change": "change", "compare": "compare"}
 _LEANING = {"Otherwise", "It", "They", "That", "This", "These", "Those", "Both", "Then", "But", "And", "So", "For"}
+_BY_KIND = ("issue", "probe", "frame_later")  # banks whose first keys are kinds of request, not levels
 _UNDERSTAND = ("meaning", "meaning", "belief", "belief", "figure")
 
 
@@ -47,6 +48,41 @@ def phrases(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
     else:
         for phrase in node:
             yield name, phrase
+
+
+def check_axes(axes: Axes, categories: set[str], grammar: dict[str, Any]) -> None:
+    """Raises ValueError naming every bank without phrases for a level of the axes, before anything is written."""
+    levels = {axis: set(axes.ids(axis)) for axis in AXES}
+    levels |= {"mood": set(axes.moods), "opening": set(axes.openings), "category": categories}
+    unknown = sorted(levels["intent"] - grammar["later_kinds"].keys())
+    gaps = [f"later_kinds: no entry for intent {intent!r}" for intent in unknown]
+    first = {kind for intent in levels["intent"] for kind in ([_KINDS[intent]] if intent in _KINDS else _UNDERSTAND)}
+    later = {kind for intent in levels["intent"] for kind in grammar["later_kinds"].get(intent, ())}
+    for bank, node in grammar.items():
+        if bank in _BY_KIND:
+            needed = first if bank == "issue" else later
+            gaps += [f"{bank}: no entry for the kind of request {kind!r}" for kind in sorted(needed - node.keys())]
+            node = {kind: node[kind] for kind in needed & node.keys()}
+            gaps += [gap for kind, inner in sorted(node.items()) for gap in _gaps(inner, f"{bank}.{kind}", levels)]
+        elif bank not in ("later_kinds", "jargon"):
+            used = {o for o in levels["opening"] if any(f"{{{bank}}}" in t for t in grammar["first_turn"].get(o, ()))}
+            gaps += _gaps(node, bank, levels | {"opening": used or levels["opening"]})
+    if gaps:
+        raise ValueError("the grammar lacks phrases for levels of the axes:\n" + "\n".join(f"  {gap}" for gap in gaps))
+
+
+def _gaps(node: Any, path: str, levels: dict[str, set[str]]) -> list[str]:
+    """What a bank lacks: the levels that its keys leave out, of the axis that most of its keys belong to."""
+    if not isinstance(node, dict):
+        return []
+    axis = max(levels, key=lambda name: len(levels[name] & node.keys()))
+    found = []
+    if not levels[axis] & node.keys() and "any" not in node:
+        found = [f"{path}: its entries ({', '.join(node)}) are no levels of the axes"]
+    elif "any" not in node:
+        found = [f"{path}: no entry for {axis} {level!r}" for level in sorted(levels[axis] - node.keys())]
+    inner = [key for key in node if key == "any" or key in levels[axis]]
+    return found + [gap for key in inner for gap in _gaps(node[key], f"{path}.{key}", levels)]
 
 
 def resolve(grammar: dict[str, Any], bank: str, levels: frozenset[str], kind: str = "") -> list[str]:
@@ -353,12 +389,20 @@ def _turn(writer: Writer, scenario: Scenario, turn: int) -> tuple[str, str]:
     return question, _drafted(writer, lambda: _answer(writer, kind, turn, expert), ANSWER_WORDS, f"answer{turn}")
 
 
-def write(card: Card, scenario: Scenario, number: int, axes: Axes, seed: int, attempt: int = 0) -> dict[str, Any]:
+def write(
+    card: Card,
+    scenario: Scenario,
+    number: int,
+    axes: Axes,
+    seed: int,
+    attempt: int = 0,
+    grammar: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """One conversation; another `attempt` gives another text for the same scenario and seed number."""
     mood, opening = mood_and_opening(scenario, number, axes)
     levels = {scenario.intent, scenario.situation, scenario.customer, scenario.category, mood, opening}
     key = (seed, scenario.scenario_id, number, attempt)
-    writer = Writer(card, load_grammar(), key, frozenset(levels))
+    writer = Writer(card, grammar or load_grammar(), key, frozenset(levels))
     pairs = turn_pairs(scenario, number, axes)
     turns = [_turn(writer, scenario, turn) for turn in range(pairs)]
     roles = ("user", "assistant")
@@ -378,10 +422,12 @@ def write(card: Card, scenario: Scenario, number: int, axes: Axes, seed: int, at
     }
 
 
-def _fresh(card: Card, scenario: Scenario, number: int, axes: Axes, seed: int, seen: set[str]) -> dict[str, Any]:
+def _fresh(
+    card: Card, scenario: Scenario, number: int, axes: Axes, seed: int, seen: set[str], grammar: dict[str, Any]
+) -> dict[str, Any]:
     """A conversation whose first turn and first answer this scenario has not had; else the last one tried."""
     for attempt in range(ATTEMPTS):
-        conversation = write(card, scenario, number, axes, seed, attempt)
+        conversation = write(card, scenario, number, axes, seed, attempt, grammar)
         first = [message["content"] for message in conversation["messages"][:2]]
         if not seen.intersection(first):
             break
@@ -390,14 +436,24 @@ def _fresh(card: Card, scenario: Scenario, number: int, axes: Axes, seed: int, s
 
 
 def generate(
-    cards: list[Card], scenarios: list[Scenario], axes: Axes, seeds_per_scenario: int, seed: int
+    cards: list[Card],
+    scenarios: list[Scenario],
+    axes: Axes,
+    seeds_per_scenario: int,
+    seed: int,
+    grammar_path: Path = GRAMMAR_PATH,
 ) -> Iterator[dict[str, Any]]:
-    """All conversations in grid order, `seeds_per_scenario` for each scenario: keys as in conversations.parquet."""
+    """All conversations in grid order, `seeds_per_scenario` for each scenario: keys as in conversations.parquet.
+
+    Raises ValueError if the grammar has no phrases for a level of the axes.
+    """
+    grammar = load_grammar(grammar_path)
+    check_axes(axes, {card.category for card in cards}, grammar)
     by_id = {card.id: card for card in cards}
     for scenario in scenarios:
         seen: set[str] = set()
         for number in range(seeds_per_scenario):
-            yield _fresh(by_id[scenario.term_id], scenario, number, axes, seed, seen)
+            yield _fresh(by_id[scenario.term_id], scenario, number, axes, seed, seen, grammar)
 
 
 GENERATORS = {"offline": generate}

@@ -104,3 +104,39 @@ def test_faulty_axes_are_refused_naming_file_and_key(tmp_path, change, message):
 def test_keyed_numbers_never_change():
     """Pinned: a change here would silently change every data set."""
     assert scenarios.keyed(1, "a") == 15462742709960270297
+
+
+def smaller(tmp_path, **levels):
+    """The study's axes with the first so many levels of each axis."""
+    raw = yaml.safe_load(AXES_PATH.read_text())
+    for axis, n in levels.items():
+        raw["axes"][axis] = raw["axes"][axis][:n]
+    path = tmp_path / "axes.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return scenarios.load_axes(path)
+
+
+@pytest.mark.parametrize(("intent", "situation", "cards"), [(3, 2, 4), (4, 3, 7), (5, 3, 2), (2, 3, 25)])
+def test_a_small_grid_holds_out_a_tenth_within_two_points_and_every_term(tmp_path, intent, situation, cards):
+    grid = scenarios.build(CARDS[:cards], smaller(tmp_path, intent=intent, situation=situation), seed=3)
+    counts = Counter(s.split for s in grid)
+    assert len(grid) == cards * intent * situation * 2
+    for name in ("val", "test"):
+        assert abs(counts[name] / len(grid) - 0.1) <= 0.02
+        assert {s.term_id for s in grid if s.split == name} == {card.id for card in CARDS[:cards]}
+
+
+def test_a_grid_too_small_to_split_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="6 cells a term; at least 10"):
+        scenarios.build(CARDS, smaller(tmp_path, intent=3, situation=1), seed=1)
+    with pytest.raises(ValueError, match=r"3 val scenarios do not meet every intent \(absent:.*Add cards"):
+        scenarios.build(CARDS[:1], AXES, seed=1)
+
+
+def test_wording_with_an_unknown_slot_is_refused_naming_its_levels(tmp_path):
+    raw = yaml.safe_load(AXES_PATH.read_text())
+    raw["axes"]["intent"][1]["detail"] = "About {colour}."
+    path = tmp_path / "axes.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ValueError, match=r"levels fault, first_contact, novice: cannot fill 'colour'"):
+        scenarios.build(CARDS[:4], scenarios.load_axes(path), seed=1)

@@ -1,5 +1,6 @@
 """The generator is deterministic, fills every phrase, keeps to the card and to its lengths."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections import Counter
 from itertools import product
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,3 +172,58 @@ def test_any_seed_and_scenario_gives_a_conversation_that_passes_all_filters(numb
 )  # fmt: skip
 def test_names_get_the_article_that_the_definition_uses(term_id, name, expected):
     assert synth.with_article(name, BY_ID[term_id]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "gaps"),
+    [
+        (lambda a: a["axes"]["intent"].append(LEVEL), ["later_kinds: no entry for intent 'returns'", "ask: no entry"]),
+        (lambda a: a["axes"]["situation"].append(LEVEL), ["situation: no entry for situation 'returns'"]),
+        (lambda a: a["axes"]["customer"].append(LEVEL), ["issue.meaning: no entry for customer 'returns'"]),
+        (lambda a: a["moods"].append("sad"), ["lead.question: no entry for mood 'sad'", "thanks: no entry"]),
+        (lambda a: a["openings"].append("fax"), ["first_turn: no entry for opening 'fax'"]),
+        (lambda a: a.update(moods=["sad"]), ["lead_short: its entries (calm, worried, frustrated"]),
+    ],
+)
+def test_levels_without_phrases_are_refused_naming_bank_and_level(tmp_path, change, gaps):
+    raw = yaml.safe_load((ROOT / "telco_nb" / "data" / "axes.yaml").read_text())
+    change(raw)
+    path = tmp_path / "axes.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    axes = scenarios.load_axes(path)
+    with pytest.raises(ValueError, match="the grammar lacks phrases") as error:
+        next(synth.generate(CARDS, scenarios.build(CARDS, axes, 1), axes, 1, seed=1))
+    assert all(gap in str(error.value) for gap in gaps), error.value
+
+
+LEVEL = {"id": "returns", "label": "returns", "wording": "sends {term} back"}
+
+
+def test_a_grammar_of_ones_own_serves_levels_of_ones_own(tmp_path):
+    raw = yaml.safe_load((ROOT / "telco_nb" / "data" / "axes.yaml").read_text())
+    raw["moods"] = ["calm", "sad"]
+    grammar = yaml.safe_load(synth.GRAMMAR_PATH.read_text())
+    for bank in (*grammar["lead"].values(), grammar["lead_short"], grammar["paste"], grammar["thanks"]):
+        bank["sad"] = ["I am sad. “{snippet}”" if bank is grammar["paste"] else "I am so sad."]
+    for bank in grammar["acknowledge"].values():
+        bank["sad"] = ["I am sorry to hear that."]
+    (tmp_path / "axes.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "grammar.yaml").write_text(yaml.safe_dump(grammar))
+    axes = scenarios.load_axes(tmp_path / "axes.yaml")
+    grid = scenarios.build(CARDS[:4], axes, 1)
+    rows = list(synth.generate(CARDS, grid, axes, 2, seed=1, grammar_path=tmp_path / "grammar.yaml"))
+    sad = [row for row in rows if row["mood"] == "sad"]
+    assert sad and any("I am so sad." in row["messages"][0]["content"] for row in sad)
+
+
+def test_another_domains_glossary_gives_its_own_gated_study():
+    """From the table to samples, as 01_glossary and 02_synth go: nothing in the code is about telecom."""
+    folder = ROOT / "tests" / "unit" / "data"
+    cards, axes = glossary.load(folder / "home_insurance.csv"), scenarios.load_axes(folder / "home_insurance_axes.yaml")
+    grid = scenarios.build(cards, axes, seed=1)
+    asked = list(synth.generate(cards, grid, axes, 8, seed=1))
+    kept, _, _ = corpus.sift(asked, cards)
+    assert len(grid) == 4 * 12 and len(asked) == 384 and len(kept) > 0.9 * len(asked)
+    assert corpus.gates(kept, corpus.leaks(kept))["passed"].all()
+    assert len(corpus.sample(kept, "train", 12, seed=1)) == 12 and len(corpus.test_prompts(kept, None, seed=1)) == 5
+    assert not re.search(r"\b(?:SIM|network|router|broadband|phone number)\b", json.dumps(kept))
