@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from telco_nb.ranking import tied_top
+
 FACTORS = ("target_modules", "rank", "epochs", "learning_rate")
 TARGET_ORDER = ("qv", "attention", "mlp", "all")  # by number of adapted layers
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
@@ -345,27 +347,9 @@ def expected_win_share(log_odds: float) -> float:
 # ---------------------------------------------------------------- who is best, who is tied, at what energy
 
 
-def tied_top_set(judge: Judge, level: float = 0.05) -> list[str]:
-    """Configurations not distinguishable from the judge's best one, best first.
-
-    Each is compared with the best by its paired difference over the draws (normal approximation), Holm-adjusted.
-    """
-    scores = judge.scores.sort_values(ascending=False)
-    best, others = scores.index[0], scores.index[1:]
-    draws = judge.draws
-    z = [(scores[best] - scores[c]) / max((draws[best] - draws[c]).std(), 1e-12) for c in others]
-    p = 2 * stats.norm.sf(np.array(z))
-    return [best, *(c for c, adjusted in zip(others, holm(p), strict=True) if adjusted >= level)]
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's adjusted p-values, in the order given."""
-    p = np.asarray(p, dtype=float)
-    order = np.argsort(p)
-    steps = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]) if len(p) else p
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1.0, steps)
-    return adjusted
+def tied_top_set(judge: Judge) -> list[str]:
+    """Configurations not distinguishable from the judge's best one, best first (`ranking.tied_top`)."""
+    return tied_top(judge.scores, judge.draws)
 
 
 def pareto_front(energy: pd.Series, score: pd.Series) -> list[str]:

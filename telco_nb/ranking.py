@@ -15,18 +15,31 @@ few matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
+from scipy import sparse, stats
 from scipy.sparse.csgraph import connected_components
 
 VERDICTS = ("A", "tie", "B")  # first seat wins, tie, second seat wins
 RIDGE = 1e-2
-INTERVAL = (0.025, 0.975)
+CLUSTERS = ("term_id",)  # what the intervals resample, whole
 _CHUNK = 4_000_000  # numbers in the largest array of a batched fit
+
+
+def levels(n_units: int) -> tuple[float, float]:
+    """Quantiles of the draws that make a 95 % interval when `n_units` clusters are resampled.
+
+    Percentiles of few clusters are too narrow: the bootstrap divides by n instead of n - 1 and has thinner tails than
+    t. The expanded percentile interval (Hesterberg 2015, The American Statistician 69:371) makes up for both.
+    """
+    if n_units < 2:
+        return (0.0, 1.0)
+    tail = float(stats.norm.cdf(math.sqrt(n_units / (n_units - 1)) * stats.t.ppf(0.025, n_units - 1)))
+    return (tail, 1 - tail)
 
 
 class RankingError(ValueError):
@@ -44,6 +57,23 @@ class Fit:
     length: float | None
     log_likelihood: float
     n_verdicts: int
+    covariance: np.ndarray | None = None  # (n + 3, n + 3): abilities, position, length, tie; 0 where left out
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether nothing could be fitted; all numbers are then NaN."""
+        return bool(np.isnan(self.abilities).all())
+
+    def contrast(self, config: str, reference: str) -> tuple[float, float]:
+        """Ability of `config` minus that of `reference`, and its standard error from the observed information.
+
+        The error takes single verdicts as independent; with verdicts that share prompts it is too small (`bootstrap`).
+        """
+        a, b = self.configs.index(config), self.configs.index(reference)
+        if self.covariance is None:
+            raise RankingError("this fit has no covariance")
+        variance = self.covariance[a, a] + self.covariance[b, b] - 2 * self.covariance[a, b]
+        return float(self.abilities[a] - self.abilities[b]), float(np.sqrt(variance))
 
     def probabilities(self, first: str, second: str) -> dict[str, float]:
         """Fitted probabilities of the three verdicts when `first` sits in the first seat, at equal length."""
@@ -92,8 +122,38 @@ def fit(
     free = _free(len(configs), position, length, ties)
     parameters = _newton(counts, cells, np.zeros(len(free)), ridge, free)[0]
     value = float(_log_likelihood(parameters[None], counts, cells, ties)[0])
+    covariance = _covariance(_derivatives(parameters[None], counts, cells, ridge, free)[1][0], len(configs), free)
     extra = [float(p) if used else None for p, used in zip(parameters[-3:], free[-3:], strict=True)]
-    return Fit(configs, parameters[:-3], extra[0], extra[2], extra[1], value, len(verdicts))
+    return Fit(configs, parameters[:-3], extra[0], extra[2], extra[1], value, len(verdicts), covariance)
+
+
+def missing_fit(configs: Sequence[str], *, length: bool = False) -> Fit:
+    """The fit of verdicts that cannot be ranked: every number is NaN, so that nothing is made of nothing."""
+    nothing = np.full(len(configs), np.nan)
+    return Fit(tuple(configs), nothing, np.nan, np.nan, np.nan if length else None, np.nan, 0)
+
+
+def why_not(verdicts: pd.DataFrame, configs: Sequence[str]) -> str | None:
+    """Why these verdicts cannot rank the configurations, or None: there are none, or they do not connect all."""
+    if verdicts.empty:
+        return "there are no verdicts"
+    try:
+        _refuse_disconnected(verdicts, tuple(configs), strongly=False)
+    except RankingError as error:
+        return str(error)
+    return None
+
+
+def _covariance(information: np.ndarray, n: int, free: np.ndarray) -> np.ndarray:
+    """Inverse of the information on the plane of abilities with mean 0.
+
+    `information` holds a one more in every cell of abilities, for the mean that the likelihood leaves open; its
+    inverse has 1 / n^2 there that belongs to that mean. Parameters that are not fitted get 0.
+    """
+    inverse = np.linalg.inv(information)
+    inverse[:n, :n] -= 1 / n**2
+    inverse[~free], inverse[:, ~free] = 0.0, 0.0
+    return inverse
 
 
 def bootstrap(
@@ -102,15 +162,18 @@ def bootstrap(
     *,
     draws: int,
     seed: int,
-    by: Sequence[str] = ("term_id", "scenario_id"),
+    by: Sequence[str] = CLUSTERS,
     ridge: float = RIDGE,
 ) -> Draws:
     """Refit on `draws` resamples. `by` lists the nested clusters, outer first; empty = resample single verdicts.
 
-    Verdicts on one scenario share its prompt and answers, so they are not independent: terms are resampled, then
-    scenarios within each drawn term. With few scenarios a term this errs on the wide side (measured: 96 to 98 %
-    coverage of 95 % intervals; single verdicts: 85 to 90 %). A resample is a set of weights, never a copy of rows.
+    Verdicts on one scenario share its prompt and answers, and scenarios of one term its card, so they are not
+    independent: whole terms are resampled. Drawing scenarios anew within each drawn term (`by` with both) counts the
+    noise of the scenarios twice (Davison and Hinkley 1997, section 3.8); with three scenarios a term that is far too
+    wide, see `bench/judging_coverage.py`. A resample is a set of weights, never a copy of rows.
     """
+    if fitted.is_missing:
+        return _missing_draws(fitted, draws)
     if by:
         units, unit_of_row, weights = cluster_weights(verdicts, by, draws, seed)
     else:
@@ -125,6 +188,13 @@ def bootstrap(
     found = np.concatenate([_newton(cells.counts(w, unit_of_row), cells, start, ridge, free) for w in chunks])
     abilities, (position, length, tie) = found[:, :-3], found[:, -3:].T
     return Draws(fitted.configs, abilities, position, tie, length, weights, pd.Index(units))
+
+
+def _missing_draws(fitted: Fit, draws: int) -> Draws:
+    nothing = np.full(draws, np.nan)
+    none = pd.Index([], name=CLUSTERS[-1])
+    abilities = np.full((draws, len(fitted.configs)), np.nan)
+    return Draws(fitted.configs, abilities, nothing, nothing, nothing, np.zeros((draws, 0)), none)
 
 
 def cluster_weights(
@@ -357,10 +427,14 @@ def _anchor_newton(
 def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataFrame:
     """One row per configuration, best first: score, interval, rank, rank interval, P(best), number of verdicts."""
     ranks = (-draws.abilities).argsort(1).argsort(1) + 1
-    low, high = np.quantile(draws.abilities, INTERVAL, axis=0)
-    rank_low = np.quantile(ranks, INTERVAL[0], axis=0, method="lower")
-    rank_high = np.quantile(ranks, INTERVAL[1], axis=0, method="higher")
-    met = pd.concat([verdicts["config_first"], verdicts["config_second"]]).value_counts()
+    ends = levels(len(draws.units))
+    low, high = np.quantile(draws.abilities, ends, axis=0)
+    rank_low = np.quantile(ranks, ends[0], axis=0, method="lower")
+    rank_high = np.quantile(ranks, ends[1], axis=0, method="higher")
+    if fitted.is_missing:
+        ranks, rank_low, rank_high = (np.full(np.shape(x), np.nan) for x in (ranks, rank_low, rank_high))
+    seats = ["configs"] if "configs" in verdicts else ["config_first", "config_second"]
+    met = pd.concat([verdicts[seat].explode() for seat in seats]).value_counts()
     table = pd.DataFrame(
         {
             "config": fitted.configs,
@@ -370,7 +444,7 @@ def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataF
             "rank": pd.Series(-fitted.abilities).rank(method="min").astype("Int64"),
             "rank_low": pd.array(rank_low, dtype="Int64"),
             "rank_high": pd.array(rank_high, dtype="Int64"),
-            "p_best": (ranks == 1).mean(0),
+            "p_best": np.full(len(fitted.configs), np.nan) if fitted.is_missing else (ranks == 1).mean(0),
             "n_judgements": [int(met.get(config, 0)) for config in fitted.configs],
             "is_anchor": False,
         }
@@ -383,12 +457,14 @@ def anchor_row(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -
 
     Where the anchor won (or lost) every comparison, the data put no bound on that side: the bound is missing.
     """
+    row = {"config": anchor, "score": np.nan, "n_judgements": len(verdicts), "is_anchor": True}
+    if fitted.is_missing or verdicts.empty:
+        return row | {"low": np.nan, "high": np.nan}, np.full(len(draws.abilities), np.nan)
     score, drawn = place_anchor(verdicts, anchor, fitted, draws)
-    low, high = np.nanquantile(drawn, INTERVAL)
+    low, high = np.nanquantile(drawn, levels(len(draws.units)))
     won = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "A", verdicts["verdict"] == "B")
     lost = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "B", verdicts["verdict"] == "A")
-    row = {"config": anchor, "score": score, "n_judgements": len(verdicts), "is_anchor": True}
-    return row | {"low": np.nan if lost.all() else low, "high": np.nan if won.all() else high}, drawn
+    return row | {"score": score, "low": np.nan if lost.all() else low, "high": np.nan if won.all() else high}, drawn
 
 
 def pair_counts(verdicts: pd.DataFrame, configs: Sequence[str]) -> pd.DataFrame:
@@ -410,14 +486,69 @@ def pair_counts(verdicts: pd.DataFrame, configs: Sequence[str]) -> pd.DataFrame:
     return rows.groupby(["config_a", "config_b"], as_index=False).sum()
 
 
+def pair_tests(fitted: Fit, draws: Draws) -> pd.DataFrame:
+    """Every two configurations: difference of their scores, its interval, p and Holm-adjusted p over all pairs.
+
+    config_a has the higher score. The difference over its standard deviation in the draws is taken as t with one
+    degree of freedom less than there are clusters; `told_apart` where the adjusted p is below .05.
+    """
+    order = np.argsort(-fitted.abilities, kind="stable")
+    a, b = (order[i] for i in np.triu_indices(len(order), 1))
+    gap = fitted.abilities[a] - fitted.abilities[b]
+    drawn = draws.abilities[:, a] - draws.abilities[:, b]
+    low, high = np.quantile(drawn, levels(len(draws.units)), axis=0)
+    t = gap / np.maximum(drawn.std(0, ddof=1), 1e-12)
+    p = 2 * stats.t.sf(np.abs(t), max(1, len(draws.units) - 1))
+    adjusted = np.full(len(p), np.nan) if fitted.is_missing else holm(p)
+    names = np.array(fitted.configs, dtype=object)
+    table = {"config_a": names[a], "config_b": names[b], "difference": gap, "low": low, "high": high, "p": p}
+    return pd.DataFrame(table | {"p_holm": adjusted, "told_apart": adjusted < 0.05})
+
+
+def tied_top(scores: pd.Series, draws: pd.DataFrame, level: float = 0.05) -> list[str]:
+    """Configurations not distinguishable from the best one, best first.
+
+    Each is compared with the best by its paired difference over the draws (normal approximation), Holm-adjusted over
+    these comparisons only: fewer than all pairs, so this tells apart what `pair_tests` may not.
+    """
+    scores = scores.sort_values(ascending=False)
+    best, others = scores.index[0], scores.index[1:]
+    z = [(scores[best] - scores[c]) / max((draws[best] - draws[c]).std(), 1e-12) for c in others]
+    p = 2 * stats.norm.sf(np.array(z))
+    return [best, *(c for c, adjusted in zip(others, holm(p), strict=True) if adjusted >= level)]
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's adjusted p-values, in the order given."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)
+    steps = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]) if len(p) else p
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, steps)
+    return adjusted
+
+
+def win_rates(pairs: pd.DataFrame, configs: Sequence[str]) -> pd.DataFrame:
+    """Share of the meetings that the row won against the column, ties as a half (`pair_counts`); NaN where none."""
+    rates = pd.DataFrame(np.nan, index=pd.Index(configs, name="config"), columns=list(configs))
+    for row in pairs.itertuples():
+        met = row.wins_a + row.ties + row.wins_b
+        rates.loc[row.config_a, row.config_b] = (row.wins_a + row.ties / 2) / met
+        rates.loc[row.config_b, row.config_a] = (row.wins_b + row.ties / 2) / met
+    return rates
+
+
 def mean_with_interval(values: pd.Series, units: pd.Series, draws: Draws) -> dict[str, float | int | None]:
-    """Mean of `values`, and its interval over the resamples of the fit's bootstrap; missing values are left out."""
+    """Mean of `values`, and its interval over the resamples of the fit's bootstrap; missing values are left out.
+
+    `units` is the cluster of every value, as in the bootstrap.
+    """
     kept = values.notna().to_numpy()
-    if not kept.any():
+    if not kept.any() or not len(draws.units):
         return {"value": None, "low": None, "high": None, "n": 0}
     numbers = values[kept].to_numpy(dtype=float)
     weights = draws.weights[:, draws.units.get_indexer(units[kept])]
     total = weights.sum(1)
     means = (weights @ numbers)[total > 0] / total[total > 0]
-    low, high = np.quantile(means, INTERVAL)
+    low, high = np.quantile(means, levels(len(draws.units)))
     return {"value": float(numbers.mean()), "low": float(low), "high": float(high), "n": int(kept.sum())}
