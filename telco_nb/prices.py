@@ -1,0 +1,143 @@
+"""What calls to hosted models cost, before and after: prices by genai-prices, and a budget that is never overdrawn."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import pandas as pd
+
+from telco_nb.providers import Question, Source
+
+MAX_USD_VARIABLE = "TELCO_NB_MAX_USD"
+# Batches cost half the price at all three providers, as they published it when this was written (November 2026).
+# genai-prices does not know it.
+BATCH_FACTOR = 0.5
+BYTES_PER_TOKEN = 4.0  # of English text, for estimates only; a cap counts one token a byte, which no tokenizer exceeds
+
+
+class BudgetStop(RuntimeError):
+    """The next request might exceed the budget, or has no known price; nothing more may be sent."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices of one source. A server of one's own has the prices that were declared for it (USD per million tokens)."""
+
+    source: Source
+    input_usd_per_mtok: float | None = None
+    output_usd_per_mtok: float | None = None
+    factor: float = 1.0
+
+    @property
+    def declared(self) -> bool:
+        return self.input_usd_per_mtok is not None and self.output_usd_per_mtok is not None
+
+    @property
+    def table(self) -> str | None:
+        """Where a price comes from; None if there is none."""
+        if self.declared:
+            return "declared in the parameters"
+        return f"genai-prices {metadata.version('genai-prices')}" if self._known() else None
+
+    def _known(self) -> bool:
+        return self.source.kind != "openai-compatible" and _listed(self.source.kind, self.source.model)
+
+    def usd(self, usage: Any) -> float | None:
+        """Dollars of one request (each is priced alone, as price tiers are by request); None if no price is known."""
+        if self.declared:
+            tokens = (
+                (usage.input_tokens or 0, self.input_usd_per_mtok),
+                (usage.output_tokens or 0, self.output_usd_per_mtok),
+            )
+            return self.factor * sum(n * price for n, price in tokens) / 1e6  # type: ignore[operator]
+        if not self._known():
+            return None
+        from genai_prices import calc_price
+
+        price = calc_price(usage, self.source.model, provider_id=self.source.kind)
+        return self.factor * float(price.total_price)
+
+    def of_tokens(self, tokens_in: float, tokens_out: float) -> float | None:
+        from genai_prices import Usage
+
+        return self.usd(Usage(input_tokens=round(tokens_in), output_tokens=round(tokens_out)))
+
+    def worst_case(self, question: Question, sent_again: int = 0) -> float | None:
+        """An upper bound on one request: a token for every byte sent, and all the tokens that may come back.
+
+        `sent_again`: bytes of failed answers that go along in a re-ask.
+        """
+        schema = len(str(question.schema.model_json_schema()))
+        sent = len((question.system + question.prompt).encode()) + 2 * schema + sent_again + 500
+        return self.of_tokens(sent, self.source.max_tokens)
+
+
+@cache
+def _listed(kind: str, model: str) -> bool:
+    from genai_prices import Usage, calc_price
+
+    try:
+        calc_price(Usage(input_tokens=1, output_tokens=1), model, provider_id=kind)
+    except LookupError:
+        return False
+    return True
+
+
+class Budget:
+    """Dollars that may be spent. The worst case of a request is set aside before it is sent; else it is not sent.
+
+    `max_usd` None: no cap; what cannot be priced is then recorded as unpriced (null).
+    """
+
+    def __init__(self, max_usd: float | None, spent_usd: float = 0.0):
+        self.max_usd, self.spent_usd, self.reserved_usd = max_usd, spent_usd, 0.0
+
+    def reserve(self, worst_usd: float | None) -> float:
+        """Set the worst case aside. Raises BudgetStop if it might exceed the cap, or if it is unknown under a cap."""
+        if self.max_usd is None:
+            return 0.0
+        if worst_usd is None:
+            raise BudgetStop(
+                "there is a cap in dollars, but no price is known for this model. Give input_usd_per_mtok and "
+                "output_usd_per_mtok (0.0 for a server of your own) in its parameter file."
+            )
+        if self.spent_usd + self.reserved_usd + worst_usd > self.max_usd:
+            raise BudgetStop(
+                f"${self.spent_usd:.2f} of ${self.max_usd:.2f} are spent and ${self.reserved_usd:.2f} set aside for "
+                f"requests under way; the next one might cost ${worst_usd:.4f}. Raise --max-usd to go on; what is paid "
+                "for is kept."
+            )
+        self.reserved_usd += worst_usd
+        return worst_usd
+
+    def settle(self, reserved_usd: float, usd: float) -> None:
+        """Release what was set aside and book what was spent."""
+        self.reserved_usd -= reserved_usd
+        self.spent_usd += usd
+
+
+def cap_from_environment() -> float | None:
+    """The cap that --max-usd set for this run, in dollars; None if there is none."""
+    text = os.environ.get(MAX_USD_VARIABLE)
+    return float(text) if text else None
+
+
+def estimate(
+    prices: Prices, name: str, calls: int, tokens_in: float, tokens_out: tuple[float, float, float]
+) -> pd.DataFrame:
+    """One row of a plan: calls, tokens, and low, mid and high dollars (None where no price is known).
+
+    `tokens_in` and the three `tokens_out` are means per call.
+    """
+    usd = [prices.of_tokens(tokens_in, out) for out in tokens_out]
+    total = [None if one is None else calls * one for one in usd]
+    row = {
+        "name": name, "model": prices.source.model, "host": prices.source.host, "calls": calls,
+        "tokens_in": round(calls * tokens_in), "tokens_out": round(calls * tokens_out[1]),
+        "usd_low": total[0], "usd_mid": total[1], "usd_high": total[2], "prices": prices.table,
+    }  # fmt: skip
+    return pd.DataFrame([row])

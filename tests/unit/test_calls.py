@@ -1,0 +1,402 @@
+"""Calls to hosted models: every fault has a name, nothing is lost, doubled or paid twice, and limits hold."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import random
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from provider_server import FAULTS, KINDS, Server
+from pydantic import BaseModel, ConfigDict
+
+from telco_nb import calls, prices, providers
+from telco_nb.providers import ApiModel, ProviderError, Question, Source
+
+MODELS = {
+    "anthropic": "claude-sonnet-4-5", "openai": "gpt-5.2", "google": "gemini-2.5-flash", "openai-compatible": "own",
+}  # fmt: skip
+SECRET = "sk-planted-secret"
+GOOD = '{"verdict":"A","margin":1}'
+QUICK = calls.Patience(first_wait_s=0.01, longest_wait_s=0.05)
+
+
+class Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    verdict: Literal["A", "B", "tie"]
+    margin: int
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for names in providers.KEYS.values():
+        monkeypatch.setenv(names[0], SECRET)
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+
+
+def question(i: int = 0) -> Question:
+    return Question(f"q{i}", "You compare two answers.", f"Which is better? ({i})", Verdict)
+
+
+def source(kind: str, url: str, **more) -> Source:
+    return Source(kind, MODELS[kind], url, **{"timeout_s": 5.0, "max_tokens": 100, **more})
+
+
+def session(server: Server, path: Path, *, budget: float | None = None, **more) -> calls.Session:
+    model = ApiModel(source(server.kind, server.url, **more.pop("source", {})))
+    more.setdefault("patience", QUICK)
+    store = calls.AttemptStore(path)
+    price = prices.Prices(model.source, *more.pop("declared", (None, None)))
+    return calls.Session(model, store, price, prices.Budget(budget, store.spent_usd), **more)
+
+
+def ask_all(server: Server, path: Path, n: int, **more) -> calls.Session:
+    asking = session(server, path, **more)
+    asking.run([lambda i=i: asking.ask(question(i)) for i in range(n)])
+    return asking
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+# ---------------------------------------------------------------- one request
+
+
+EXPECTED = {
+    "429": "rate_limited", "429-after": "rate_limited", "500": "provider_error", "529": "provider_error",
+    "slow": "timeout", "cut": "provider_error", "not-json": "provider_error", "half-json": "parse_error",
+    "refusal": "refusal", "filter": "content_filter", "length": "truncated", "empty": "parse_error",
+    "wrong-schema": "parse_error", "401": "provider_error", "404": "model_retired", "quota": "provider_error",
+}  # fmt: skip
+STOPS = {"401", "404", "quota"}
+# Anthropic knows one stop reason for both, and so does Google, whose refusals are filters.
+SPECIAL = {("anthropic", "filter"): "refusal", ("google", "refusal"): "content_filter"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_fault_of_every_provider_ends_in_its_status_after_one_request(kind):
+    assert set(EXPECTED) == set(FAULTS)
+
+    async def ask(fault: str):
+        with Server(kind, lambda body, n: fault, good=GOOD, slow_s=1.0) as server:
+            model = ApiModel(source(kind, server.url, timeout_s=0.5 if fault == "slow" else 5.0))
+            outcome = await model.ask(question())
+            await model.close()
+            return outcome, len(server.requests)
+
+    for fault, status in EXPECTED.items():
+        outcome, n_requests = asyncio.run(ask(fault))
+        assert (fault, outcome.status) == (fault, SPECIAL.get((kind, fault), status))
+        assert (fault, n_requests) == (fault, 1)  # the SDKs' own retries are off
+        assert (fault, outcome.stop) == (fault, fault in STOPS)
+        assert outcome.output is None and outcome.error and SECRET not in outcome.error
+        assert (outcome.retry_after == 1.0) == (fault == "429-after")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_good_answer_comes_with_its_receipt_and_what_was_sent(kind):
+    async def ask():
+        with Server(kind, lambda body, n: GOOD) as server:
+            model = ApiModel(source(kind, server.url, temperature=0.5))
+            outcome = await model.ask(question())
+            await model.close()
+            return outcome, server.requests[0]
+
+    outcome, request = asyncio.run(ask())
+    receipt = outcome.receipt
+    assert outcome.output == Verdict(verdict="A", margin=1)
+    assert receipt["model_returned"].startswith(MODELS[kind] if kind != "google" else "gemini")
+    assert receipt["request_id"] and receipt["finish_reason"] in ("stop", "end_turn", "STOP")
+    assert (receipt["tokens_in"], receipt["tokens_out"]) == (140 if kind == "anthropic" else 100, 20)
+    sent = json.dumps(receipt["parameters_sent"])
+    assert "Which is better" not in sent and SECRET not in sent
+    assert "margin" in json.dumps(request)  # the schema went along, by the provider's own means
+    assert ("temperature" in json.dumps(request)) and ("temperature" in sent)
+
+
+def test_a_parameter_that_the_model_does_not_take_is_not_on_record_as_sent():
+    async def ask():
+        with Server("openai", lambda body, n: GOOD) as server:
+            model = ApiModel(Source("openai", "gpt-5", server.url, temperature=0.5))
+            outcome = await model.ask(question())
+            await model.close()
+            return outcome, server.requests[0]
+
+    outcome, request = asyncio.run(ask())
+    assert outcome.status == "ok" and "temperature" not in request
+    assert "temperature" not in outcome.receipt["parameters_sent"]
+
+
+def test_a_prompted_schema_goes_into_the_prompt_for_servers_that_refuse_a_response_format():
+    async def ask():
+        with Server("openai-compatible", lambda body, n: f"```json\n{GOOD}\n```") as server:
+            model = ApiModel(source(server.kind, server.url, structured="prompted"))
+            outcome = await model.ask(question())
+            await model.close()
+            return outcome, server.requests[0]
+
+    outcome, request = asyncio.run(ask())
+    assert outcome.status == "ok" and "response_format" not in request
+    assert '"margin"' in request["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["", "   ", "null", "[]", '{"verdict":"A"}', '{"verdict":"C","margin":1}', '{"verdict":"A","margin":"1"}',
+     f"Sure! {GOOD}", f"{GOOD} {GOOD}", f"{GOOD}\nIgnore that.", f"```json\n{GOOD}\n```\n{GOOD}", "\x00", "\ud800"],
+)  # fmt: skip
+def test_only_a_whole_valid_object_is_read(raw):
+    output, wrong = providers.parse(raw, Verdict)
+    assert output is None and wrong
+
+
+def test_a_source_that_could_leak_a_secret_or_go_astray_is_refused():
+    for endpoint in ("http://user:pass@127.0.0.1/v1", "https://host.example/v1?key=1", "ftp://127.0.0.1", "nonsense"):
+        with pytest.raises(ProviderError):
+            Source("openai-compatible", "m", endpoint)
+    with pytest.raises(ProviderError, match="https"):
+        Source("openai-compatible", "m", "http://models.example.com/v1")
+    with pytest.raises(ProviderError, match="no endpoint"):
+        Source("openai-compatible", "m")
+    assert Source("openai-compatible", "m", "http://10.1.2.3:8000/v1").is_local
+    assert not Source("anthropic", "m").is_local
+
+
+def test_a_missing_key_is_named(monkeypatch):
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    with pytest.raises(ProviderError, match="ANTHROPIC_API_KEY"):
+        ApiModel(Source("anthropic", "claude-sonnet-4-5"))
+
+
+# ---------------------------------------------------------------- many requests
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_through_all_passing_faults_loses_and_doubles_nothing(kind, tmp_path):
+    passing = [f for f in FAULTS if f not in STOPS and f not in ("refusal", "filter", "slow")]
+    asked: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def script(body: dict, n: int) -> str:
+        text = json.dumps(body)
+        name = text[text.index("better? (") :].split(")")[0]
+        with lock:
+            asked[name] += 1
+            first = asked[name] == 1
+        return passing[int(name.split("(")[1]) % len(passing)] if first else GOOD
+
+    with Server(kind, script, good=GOOD) as server:
+        done = ask_all(server, tmp_path / "attempts.jsonl", 2 * len(passing), max_in_flight=8)
+        n_requests = len(server.requests)
+    stored = lines(tmp_path / "attempts.jsonl")
+    good = Counter(line["call_id"] for line in stored if line["status"] == "ok")
+    assert good == Counter({f"q{i}": 1 for i in range(2 * len(passing))})
+    assert len(stored) == n_requests == 4 * len(passing)  # each failed once, each attempt is a line
+    assert SECRET not in (tmp_path / "attempts.jsonl").read_text()
+    assert done.store.statuses["parse_error"] == 6 and done.store.statuses["rate_limited"] == 4
+
+
+def test_an_unreadable_answer_is_asked_for_again_with_what_was_wrong_three_times_at_most(tmp_path):
+    with Server("openai", lambda body, n: "wrong-schema") as server:
+        asking = ask_all(server, tmp_path / "a.jsonl", 1)
+        last = server.requests[-1]["messages"]
+    assert asking.store.attempts["q0"] == 3 and not asking.store.ok
+    assert [m["role"] for m in last] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert "verdict: Field required" in last[-1]["content"]
+
+
+def test_what_is_refused_is_asked_once_and_never_becomes_a_number(tmp_path):
+    with Server("openai", lambda body, n: "refusal") as server:
+        asking = ask_all(server, tmp_path / "a.jsonl", 3)
+    assert asking.store.statuses == {"refusal": 3} and not asking.store.ok
+    assert all(line["output"] is None for line in lines(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(("fault", "status"), [("404", "model_retired"), ("401", "provider_error")])
+def test_a_retired_model_or_a_wrong_key_stops_the_run_at_once_and_says_what_to_set(fault, status, tmp_path):
+    with Server("google", lambda body, n: fault) as server:
+        with pytest.raises(calls.CallsStopped, match=r"model id|GOOGLE_API_KEY") as stopped:
+            ask_all(server, tmp_path / "a.jsonl", 200, max_in_flight=4)
+        assert len(server.requests) <= 4
+    assert stopped.value.status == status
+
+
+def test_a_server_that_only_fails_stops_the_run(tmp_path):
+    with Server("openai", lambda body, n: "500") as server, pytest.raises(calls.CallsStopped, match="requests to"):
+        ask_all(server, tmp_path / "a.jsonl", 100)
+
+
+def test_resuming_asks_only_what_has_no_good_answer(tmp_path):
+    with Server("anthropic", lambda body, n: GOOD if n % 2 else "refusal") as server:
+        ask_all(server, tmp_path / "a.jsonl", 20, max_in_flight=1)
+    with Server("anthropic", lambda body, n: GOOD) as server:
+        asking = ask_all(server, tmp_path / "a.jsonl", 20)
+        assert len(server.requests) == 10
+    assert len(asking.store.ok) == 20
+    with Server("anthropic", lambda body, n: GOOD) as server:
+        ask_all(server, tmp_path / "a.jsonl", 20)
+        assert not server.requests
+
+
+def test_a_torn_last_line_is_dropped_and_a_whole_one_without_its_line_feed_is_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with Server("openai", lambda body, n: GOOD) as server:
+        ask_all(server, path, 4)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    store = calls.AttemptStore(path)
+    assert (len(store.ok), store.unreadable) == (3, 1) and path.read_bytes().endswith(b"\n")
+    path.write_bytes(whole[:-1])
+    assert len(calls.AttemptStore(path).ok) == 4 and path.read_bytes() == whole
+
+
+# ---------------------------------------------------------------- limits of the provider and of the purse
+
+
+class Limited:
+    """Lets `per_minute` requests through. `bucket`: a token bucket of that many; None: a fixed window of `window_s`."""
+
+    def __init__(self, per_minute: float, retry_after: bool, bucket: float | None = None, window_s: float = 3.0):
+        self.rate, self.retry_after, self.bucket, self.window_s = per_minute / 60, retry_after, bucket, window_s
+        self.tokens, self.last, self.start = bucket or self.rate * window_s, time.monotonic(), time.monotonic()
+        self.good: list[float] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, body: dict, n: int):
+        with self.lock:
+            now = time.monotonic()
+            if self.bucket:
+                self.tokens = min(self.bucket, self.tokens + (now - self.last) * self.rate)
+                wait = (1 - self.tokens) / self.rate
+            elif now - self.start >= self.window_s:
+                self.start, self.tokens = now, self.rate * self.window_s
+            if not self.bucket:
+                wait = self.start + self.window_s - now
+            self.last = now
+            if self.tokens >= 1:
+                self.tokens -= 1
+                self.good.append(now)
+                return GOOD
+            return 429, {"retry-after-ms": str(round(1000 * wait))} if self.retry_after else {}, {"error": {}}
+
+
+@pytest.mark.parametrize(("retry_after", "bucket"), [(True, None), (False, 6.0)])
+def test_a_rate_limited_server_is_used_to_nine_tenths_of_its_limit_and_no_item_is_lost_or_doubled(
+    retry_after, bucket, tmp_path
+):
+    limit = Limited(360, retry_after, bucket)
+    with Server("openai-compatible", limit) as server:
+        asking = ask_all(server, tmp_path / "a.jsonl", 70)
+    assert Counter(line["call_id"] for line in lines(tmp_path / "a.jsonl") if line["status"] == "ok") == Counter(
+        {f"q{i}": 1 for i in range(70)}
+    )
+    assert len(limit.good) == 70 == len(asking.store.ok)
+    burst = bucket or limit.rate * limit.window_s  # may go out at once, so it says nothing about the rate kept later
+    later = limit.good[int(burst) :]
+    assert (len(later) - 1) / (later[-1] - later[0]) >= 0.9 * limit.rate
+
+
+def test_a_budget_is_never_overdrawn_and_what_was_paid_counts_on_resume(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with Server("openai", lambda body, n: GOOD) as server:
+        one = session(server, tmp_path / "x.jsonl")
+        worst, price = one.prices.worst_case(question()), one.prices.of_tokens(100, 20)
+        cap = worst + 10.5 * price
+        with pytest.raises(calls.CallsStopped, match="Raise --max-usd") as stopped:
+            ask_all(server, path, 100, budget=cap, max_in_flight=1)
+        assert stopped.value.status == "budget_stop"
+        paid = len(server.requests)
+        spent = calls.AttemptStore(path).spent_usd
+        assert paid == 11 and spent == pytest.approx(11 * price) and spent <= cap
+        with pytest.raises(calls.CallsStopped):
+            ask_all(server, path, 100, budget=cap, max_in_flight=8)
+        assert len(server.requests) == paid
+        ask_all(server, path, 15, budget=1.0)
+        assert len(server.requests) == 15
+    assert lines(path)[11]["status"] == "budget_stop"
+
+
+def test_many_in_flight_do_not_overdraw_together(tmp_path):
+    with Server("openai", lambda body, n: GOOD) as server:
+        worst = session(server, tmp_path / "x.jsonl").prices.worst_case(question())
+        with pytest.raises(calls.CallsStopped):
+            ask_all(server, tmp_path / "a.jsonl", 300, budget=3 * worst, max_in_flight=16)
+    assert calls.AttemptStore(tmp_path / "a.jsonl").spent_usd <= 3 * worst
+
+
+def test_under_a_cap_a_model_without_a_price_is_refused_and_a_declared_price_counts(tmp_path):
+    with Server("openai-compatible", lambda body, n: GOOD) as server:
+        with pytest.raises(calls.CallsStopped, match="input_usd_per_mtok"):
+            ask_all(server, tmp_path / "a.jsonl", 3, budget=1.0)
+        assert not server.requests
+        asking = ask_all(server, tmp_path / "a.jsonl", 3, budget=1.0, declared=(1.0, 2.0))
+    assert asking.store.spent_usd == pytest.approx(3 * (100 * 1.0 + 20 * 2.0) / 1e6)
+
+
+def test_a_lost_answer_is_booked_at_its_worst_case(tmp_path):
+    with Server("openai", lambda body, n: "cut" if n == 1 else GOOD) as server:
+        asking = ask_all(server, tmp_path / "a.jsonl", 1, budget=1.0)
+    lost, good = lines(tmp_path / "a.jsonl")
+    assert lost["usd"] is None and lost["usd_at_most"] == asking.prices.worst_case(question())
+    assert asking.store.spent_usd == pytest.approx(lost["usd_at_most"] + good["usd"])
+
+
+def test_prices_are_those_of_an_independent_table():
+    usage = pytest.importorskip("genai_prices").Usage(input_tokens=1_000_000, output_tokens=100_000)
+    assert prices.Prices(Source("anthropic", "claude-sonnet-4-5")).usd(usage) == pytest.approx(6.0 + 2.25)  # >200k tier
+    assert prices.Prices(Source("openai", "gpt-5.2")).usd(usage) == pytest.approx(1.75 + 1.4)
+    assert prices.Prices(Source("openai", "gpt-5.2"), factor=0.5).usd(usage) == pytest.approx(1.575)
+    assert prices.Prices(Source("openai", "no-such-model")).usd(usage) is None
+
+
+# ---------------------------------------------------------------- killed at any moment
+
+
+def test_killed_at_random_moments_every_item_is_answered_once_and_none_is_paid_twice_beyond_those_in_flight(tmp_path):
+    path, in_flight, n, kills = tmp_path / "a.jsonl", 4, 400, 20
+    served: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def script(body: dict, _: int) -> str:
+        with lock:
+            served[body["messages"][-1]["content"]] += 1
+        time.sleep(0.02)
+        return GOOD
+
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__, "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"])
+    with Server("openai-compatible", script) as server:
+        rng = random.Random(7)
+        for _ in range(kills):
+            begun = processes.Event()
+            child = processes.Process(target=ask_in_child, args=(server.url, path, n, in_flight, begun))
+            child.start()
+            begun.wait()
+            time.sleep(rng.uniform(0.0, 0.25))
+            child.kill()
+            child.join()
+        begun = processes.Event()
+        child = processes.Process(target=ask_in_child, args=(server.url, path, n, in_flight, begun))
+        child.start()
+        child.join()
+    assert child.exitcode == 0
+    good = Counter(line["call_id"] for line in lines(path) if line["status"] == "ok")
+    assert good == Counter({f"q{i}": 1 for i in range(n)})
+    assert sum(served.values()) <= n + kills * in_flight
+
+
+def ask_in_child(url: str, path: Path, n: int, in_flight: int, begun: Any) -> None:
+    own = source("openai-compatible", url)
+    asking = calls.Session(
+        ApiModel(own), calls.AttemptStore(path), prices.Prices(own), prices.Budget(None), max_in_flight=in_flight
+    )
+    begun.set()
+    asking.run([lambda i=i: asking.ask(question(i)) for i in range(n)])
