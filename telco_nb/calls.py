@@ -107,15 +107,15 @@ class Throttle:
     """When the next request may leave, and how many may be under way; both learn from refusals.
 
     When the provider refuses, the rate falls by a twentieth, but not below the answers a second of the last minute
-    (that many were allowed), and at most to a quarter above them; the number in flight falls by a tenth. Each answer
-    raises both, the rate the faster the longer there was no refusal (after Chiu and Jain 1989, who show that such steps
-    settle). A pause that the provider asks for holds for all requests. Slots missed while pausing are made up for, as
-    a provider's own bucket fills up meanwhile.
+    (that many were allowed), and to at most a quarter above them once that is known; the number in flight falls by a
+    tenth. Each answer raises both, the rate the faster the longer there was no refusal (after Chiu and Jain 1989, who
+    show that such steps settle). A pause that the provider asks for holds for all requests. Slots missed while pausing
+    are made up for, as a provider's own bucket fills up meanwhile.
     """
 
     DOWN, HEADROOM, DOWN_IN_FLIGHT = 0.95, 1.25, 0.9
     UP, MOST_UP = 0.0005, 0.05
-    MEMORY_S = 60.0
+    MEMORY_S, LEARNING_S = 60.0, 5.0
     FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 3.0  # without a Retry-After
     MAKE_UP_S = 2.0
 
@@ -125,7 +125,7 @@ class Throttle:
         self.in_flight = 0
         self.rate = float("inf")  # requests per second
         self.not_before = self.next_slot = self.settled = 0.0
-        self.refusals = self.since_refusal = 0
+        self.refusals = self.since_refusal = self.n_sent = 0
         self.answers: deque[float] = deque()
         self.started: float | None = None
         self.changed = asyncio.Condition()
@@ -139,6 +139,7 @@ class Throttle:
             await asyncio.sleep(wait)
         now = time.monotonic()
         self.started = self.started or now
+        self.n_sent += 1
         self.next_slot = max(self.next_slot, now - self.MAKE_UP_S) + 1 / self.rate
         return now
 
@@ -166,8 +167,9 @@ class Throttle:
         now = time.monotonic()
         if sent_at < self.settled:  # sent before the last change: it says nothing about the new rate
             return
-        known, least = self._answered_per_s(now)
-        self.rate = max(least, known, min(self.rate * self.DOWN, self.HEADROOM * known))
+        known, span = self._answered_per_s(now)
+        most = self.HEADROOM * known if span > self.LEARNING_S else self.n_sent / max(span, 0.1)
+        self.rate = max(1 / max(span, 1.0), known, min(self.rate * self.DOWN, most))
         self.allowed = max(1.0, self.allowed * self.DOWN_IN_FLIGHT)
         pause = min(self.LONGEST_PAUSE_S, self.FIRST_PAUSE_S * 2**self.refusals)
         self.refusals += 1
@@ -176,11 +178,11 @@ class Throttle:
         self.settled = self.not_before
 
     def _answered_per_s(self, now: float) -> tuple[float, float]:
-        """Answers a second in the time that is remembered, and what one answer in that time would be."""
+        """Answers a second in the time that is remembered, and how long that is."""
         while self.answers and self.answers[0] < now - self.MEMORY_S:
             self.answers.popleft()
         span = min(self.MEMORY_S, now - (self.started or now))
-        return len(self.answers) / max(span, 1.0), 1 / max(span, 1.0)
+        return len(self.answers) / max(span, 1.0), span
 
 
 @dataclass(frozen=True)
