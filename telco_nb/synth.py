@@ -6,6 +6,7 @@ on any machine, one scenario does not depend on another, and a new slot does not
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from telco_nb.glossary import Card, figures_in, read_yaml, sentences
 from telco_nb.scenarios import AXES, Axes, Scenario, keyed
 
 GRAMMAR_PATH = Path(__file__).parent / "data" / "grammar.yaml"
-GENERATOR_ID = "offline-grammar-1"
+GENERATOR_ID = "offline-grammar-2"
 USER_WORDS = (12, 45)  # aimed at; a turn outside is drawn again
 ANSWER_WORDS = (35, 75)
 ANSWER_TARGET = (42, 62)  # optional sentences are added up to a length drawn from here
@@ -64,7 +65,7 @@ def check_axes(axes: Axes, categories: set[str], grammar: dict[str, Any]) -> Non
             gaps += [f"{bank}: no entry for the kind of request {kind!r}" for kind in sorted(needed - node.keys())]
             node = {kind: node[kind] for kind in needed & node.keys()}
             gaps += [gap for kind, inner in sorted(node.items()) for gap in _gaps(inner, f"{bank}.{kind}", levels)]
-        elif bank not in ("later_kinds", "jargon"):
+        elif bank not in ("later_kinds", "jargon", "variants"):
             used = {o for o in levels["opening"] if any(f"{{{bank}}}" in t for t in grammar["first_turn"].get(o, ()))}
             gaps += _gaps(node, bank, levels | {"opening": used or levels["opening"]})
     if gaps:
@@ -108,10 +109,32 @@ class Writer:
     used: set[str] = field(default_factory=set)
     kinds: list[str] = field(default_factory=list)
     brief: bool = False  # choose among the shortest phrases
+    turn_in: int | None = None  # the conversation's place among those of its scenario; None once it is drawn again
 
     def below(self, n: int, slot: str) -> int:
-        """A number in 0..n-1 fixed by the conversation's key and the slot."""
-        return keyed(*self.key, slot) % n
+        """A number in 0..n-1 fixed by the conversation's key and the slot.
+
+        The first draft goes through the options in turn, from a start and by a stride that differ by scenario and
+        slot: conversations of a scenario then repeat each other less than independent draws would.
+        """
+        if self.turn_in is None:
+            return keyed(*self.key, slot) % n
+        seed, scenario_id, *_ = self.key
+        drawn = keyed(seed, scenario_id, slot)
+        return (drawn + self.turn_in * _stride(n, drawn >> 32)) % n
+
+    def vary(self, text: str, slot: str) -> str:
+        """The text with some of its expressions said in another way (bank `variants`)."""
+        variants = self.grammar["variants"]
+
+        def said(match: re.Match) -> str:
+            found = match[0]
+            lower = found not in variants
+            options = [found, *variants[found[:1].lower() + found[1:] if lower else found]]
+            chosen = options[keyed(*self.key, "vary", slot, match.start()) % len(options)]
+            return chosen[:1].upper() + chosen[1:] if lower else chosen
+
+        return _sayings(tuple(variants)).sub(said, text)
 
     def pick(self, options: list[str], slot: str) -> str:
         """One of the options, not yet used in this conversation where possible."""
@@ -134,6 +157,25 @@ class Writer:
 
         text = _SLOT.sub(fill, template)
         return capitalised(text) if template.startswith("{") else text
+
+
+@cache
+def _stride(n: int, drawn: int) -> int:
+    """A step that visits all of 0..n-1: one of the numbers without a factor in common with n."""
+    steps = [step for step in range(1, max(2, n)) if math.gcd(step, n) == 1]
+    return steps[drawn % len(steps)]
+
+
+@cache
+def _sayings(keys: tuple[str, ...]) -> re.Pattern:
+    """Matches any of the expressions as whole words, also at the beginning of a sentence; longest first.
+
+    Not after "a" or "an", which would no longer fit, and not before "of" (because of).
+    """
+    both = {form for key in keys for form in (key, key[:1].upper() + key[1:])}
+    return re.compile(
+        rf"(?<!\b[Aa]\s)(?<!\b[Aa]n\s)\b(?:{'|'.join(sorted(both, key=lambda k: (-len(k), k)))})\b(?! of\b)"
+    )
 
 
 # --- small text tools --------------------------------------------------------------------------------
@@ -209,9 +251,9 @@ def _bind(writer: Writer, turn: int, kind: str) -> None:
         "a_term": with_article(card.term, card),
         "name": name,
         "a_name": with_article(name, card),
-        "fault": _suited(writer, card.fault_reports, "fault"),
-        "dispute": _suited(writer, card.billing_disputes, "dispute"),
-        "change": _suited(writer, card.change_requests, "change"),
+        "fault": writer.vary(_suited(writer, card.fault_reports, "fault"), "fault"),
+        "dispute": writer.vary(_suited(writer, card.billing_disputes, "dispute"), "dispute"),
+        "change": writer.vary(_suited(writer, card.change_requests, "change"), "change"),
         "options": comparison.options,
         "advice": comparison.advice,
     }
@@ -266,7 +308,12 @@ def _content(writer: Writer, kind: str, turn: int, expert: bool) -> tuple[list[P
         return facts[:1], facts[1:3]
     answer = {"billing_dispute": card.billing_answer, "change": card.change_answer, "compare": writer.slots["advice"]}
     first, *rest = sentences(answer[kind])
-    return [("plain", first), *(("second", text) for text in rest)], background
+    said = [("plain", first), *(("second", text) for text in rest)]
+    if kind == "compare" or not rest:  # advice is told whole
+        return said, background
+    parts = [said, said, [*said[:1], *facts[:1]], [("plain", rest[0]), *facts[:1]]]
+    chosen = parts[writer.below(len(parts) - (kind == "change" or rest[0].split()[0] in _LEANING), f"parts{turn}")]
+    return chosen, [piece for piece in [*said[1:], *background] if piece not in chosen and piece[1] != chosen[0][1]]
 
 
 def _unsaid(writer: Writer, pieces: list[Piece], slot: str) -> list[Piece]:
@@ -300,8 +347,9 @@ def _render(writer: Writer, pieces: list[Piece], turn: int) -> list[str]:
     """Pieces as sentences: steps get connectors by their place and role, later facts a lead-in."""
     first = next((i for i, (role, _) in enumerate(pieces) if role in ("check", "fix")), -1)
     out = []
-    for i, (role, text) in enumerate(pieces):
-        writer.used.add(text)
+    for i, (role, said) in enumerate(pieces):
+        writer.used.add(said)
+        text = writer.vary(said, f"{turn}.{i}")
         if role in ("check", "fix"):
             later = "step_then" if role == "check" else "step_else"  # a check changes nothing, a fix may
             bank = later if i != first else "step_meanwhile" if i else "step_first"
@@ -369,14 +417,14 @@ def mood_and_opening(scenario: Scenario, number: int, axes: Axes) -> tuple[str, 
 
 def _drafted(writer: Writer, draft: Callable[[], str], limits: tuple[int, int], slot: str) -> str:
     """A text within the word limits: drawn again while it is outside, in the end with short phrases only."""
-    key, said = writer.key, writer.used
+    key, said, turn_in = writer.key, writer.used, writer.turn_in
     for retry in range(ATTEMPTS):
         writer.key, writer.used = (*key, slot, retry), set(said)
-        writer.brief = retry >= ATTEMPTS // 2
+        writer.brief, writer.turn_in = retry >= ATTEMPTS // 2, None if retry else turn_in
         text = tidy(draft())
         if limits[0] <= count_words(text) <= limits[1]:
             break
-    writer.key, writer.brief = key, False
+    writer.key, writer.brief, writer.turn_in = key, False, turn_in
     return text
 
 
@@ -403,6 +451,8 @@ def write(
     levels = {scenario.intent, scenario.situation, scenario.customer, scenario.category, mood, opening}
     key = (seed, scenario.scenario_id, number, attempt)
     writer = Writer(card, grammar or load_grammar(), key, frozenset(levels))
+    if not attempt:  # numbers of one mood are 5 apart and follow each other here
+        writer.turn_in = number // len(axes.moods) + number % len(axes.moods) * len(axes.openings)
     pairs = turn_pairs(scenario, number, axes)
     turns = [_turn(writer, scenario, turn) for turn in range(pairs)]
     roles = ("user", "assistant")

@@ -33,11 +33,17 @@ def answers(conversation):
     return [m["content"] for m in conversation["messages"] if m["role"] == "assistant"]
 
 
-@pytest.mark.parametrize("hash_seed", ["0", "4711"])
-def test_the_same_seed_gives_the_same_bytes_in_another_process(hash_seed):
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONHASHSEED": "0", "LC_ALL": "C", "TZ": "Asia/Tokyo"},
+        {"PYTHONHASHSEED": "4711", "LC_ALL": "tr_TR.UTF-8", "LANG": "de_DE.UTF-8", "PYTHONUTF8": "0"},
+    ],
+)
+def test_the_same_seed_gives_the_same_bytes_in_another_process_hash_seed_and_locale(environment):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT), "PATH": ""},
+        env=environment | {"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == corpus.content_hash(CONVERSATIONS)
@@ -88,12 +94,106 @@ def test_answers_have_35_to_75_words_and_questions_at_least_12():
     assert sum(length > 45 for length in questions) <= 0.01 * len(questions)
 
 
-def test_every_answer_states_a_next_step_and_every_first_answer_quotes_the_card():
+def plain(text, found={}):  # noqa: B006 - a cache
+    """The text in lower case with every way of saying the same (bank `variants`) turned into one of them."""
+    if not found:
+        groups = []
+        for key, others in synth.load_grammar()["variants"].items():
+            forms = {form.lower() for form in (key, *others)}
+            touching = [group for group in groups if group & forms]
+            groups = [group for group in groups if not group & forms] + [forms.union(*touching)]
+        found |= {form: min(group) for group in groups for form in group}
+        found[None] = re.compile(rf"\b(?:{'|'.join(sorted((f for f in found if f), key=len, reverse=True))})\b")
+    text = text.lower().rstrip(".")
+    return found[None].sub(lambda match: found[match[0]], text)
+
+
+def places(answer, texts):
+    """For each of the card's texts its place in the answer, None where it is not said."""
+    said = plain(answer)
+    found = [said.find(plain(text)[1:]) for text in texts]  # the first letter may be in lower case there
+    return [None if place < 0 else place for place in found]
+
+
+def test_every_answer_states_a_next_step_last():
     for conversation in CONVERSATIONS:
-        assert all("next step:" in answer.lower() for answer in answers(conversation))
-        texts = [text for _, text in BY_ID[conversation["term_id"]].agent_texts()]
-        parts = [sentence.rstrip(".")[1:] for text in texts for sentence in glossary.sentences(text)]
-        assert any(part in answers(conversation)[0] for part in parts)
+        for answer in answers(conversation):
+            *_, last = re.split(r"(?<=[.!?])\s", answer)
+            assert "next step:" in last.lower() and last.count(",") >= 1, answer
+
+
+def test_every_answer_says_something_that_stands_on_the_card():
+    for conversation in CONVERSATIONS:
+        card = BY_ID[conversation["term_id"]]
+        parts = [sentence for _, text in card.agent_texts() for sentence in glossary.sentences(text)]
+        for answer in answers(conversation):
+            assert any(place is not None for place in places(answer, parts)), answer
+
+
+def test_steps_stand_in_the_cards_order_checks_before_fixes():
+    several = 0
+    for conversation in CONVERSATIONS:
+        card = BY_ID[conversation["term_id"]]
+        for answer in answers(conversation):
+            found = [place for place in places(answer, [*card.diagnosis, *card.resolution]) if place is not None]
+            assert found == sorted(found), answer
+            several += len(found) > 1
+    assert several > 100
+
+
+def test_a_first_report_of_a_fault_gets_checks_and_a_repeated_one_a_fix_and_the_rule_for_escalation():
+    seen = Counter()
+    for conversation in CONVERSATIONS:
+        if conversation["intent"] != "fault":
+            continue
+        card, answer = BY_ID[conversation["term_id"]], answers(conversation)[0]
+        checks, fixes = (places(answer, part) for part in (card.diagnosis, card.resolution))
+        if conversation["situation"] == "first_contact":
+            assert sum(place is not None for place in checks) >= 2
+            assert conversation["customer"] == "expert" or checks[0] is not None
+        elif conversation["situation"] == "repeat_unresolved":
+            assert any(place is not None for place in fixes) and places(answer, [card.escalate_when])[0] is not None
+            assert all(place is None for place in checks)
+        else:
+            assert any(place is not None for place in checks) and any(place is not None for place in fixes)
+        seen[conversation["situation"]] += 1
+    assert len(seen) == 3
+
+
+def test_a_wrong_belief_that_the_customer_holds_is_corrected_in_the_answer():
+    held = 0
+    for conversation in CONVERSATIONS:
+        card, messages = BY_ID[conversation["term_id"]], conversation["messages"]
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            for wrong in card.wrong_beliefs:
+                if wrong.belief in question["content"]:
+                    held += 1
+                    assert places(answer["content"], [wrong.correction])[0] is not None, (question, answer)
+    assert held > 100
+
+
+def test_every_variant_is_another_way_to_say_a_key_that_occurs_and_holds_no_figure():
+    texts = " ".join(text for card in CARDS for _, text in card.agent_texts())
+    for key, others in synth.load_grammar()["variants"].items():
+        assert re.search(rf"\b{key}\b", texts, re.IGNORECASE), key
+        assert others and key not in others and not re.search(r"\d", "".join(others))
+
+
+def test_varying_keeps_figures_and_never_touches_because_of():
+    writer = synth.Writer(CARDS[0], synth.load_grammar(), (1, "x", 0, 0), frozenset())
+    said = {writer.vary("Because of rain it usually takes 10 ms, because it may.", str(i)) for i in range(60)}
+    assert len(said) > 10
+    assert all(text.startswith("Because of rain it ") and "10 ms" in text for text in said)
+
+
+def test_conversations_of_a_scenario_repeat_each_other_less_than_independent_draws_would():
+    for scenario in SLICE[:6]:
+        rows = [synth.write(BY_ID[scenario.term_id], scenario, number, AXES, 5) for number in range(20)]
+        writers = [synth.Writer(CARDS[0], {}, (5, scenario.scenario_id, n, 0), frozenset()) for n in range(20)]
+        for writer, number in zip(writers, range(20), strict=True):
+            writer.turn_in = number // 5 + number % 5 * 4
+        assert sorted(Counter(w.below(6, "slot") for w in writers).values()) == [3, 3, 3, 3, 4, 4]
+        assert len({row["messages"][0]["content"] for row in rows}) >= 19
 
 
 def test_nothing_is_left_unfilled_and_punctuation_is_clean():
@@ -111,7 +211,7 @@ def test_the_term_or_an_alias_is_named_in_every_conversation():
 
 def test_every_bank_resolves_for_every_combination_of_levels():
     grammar = synth.load_grammar()
-    banks = [name for name in grammar if name not in ("later_kinds", "jargon")]
+    banks = [name for name in grammar if name not in ("later_kinds", "jargon", "variants")]
     categories = {card.category for card in CARDS}
     per_turn = {"issue", "probe", "frame_later"}  # these need the kind of request
     for intent, situation, customer, mood, opening, category in product(
@@ -147,10 +247,10 @@ def test_a_novice_does_not_write_jargon_where_the_card_has_plain_words():
     marks = [mark.lower() for mark in synth.load_grammar()["jargon"]]
     for conversation in CONVERSATIONS:
         if (conversation["customer"], conversation["intent"]) == ("novice", "fault"):
-            reports = [text.lower() for text in BY_ID[conversation["term_id"]].fault_reports]
-            plain = [text for text in reports if not any(mark in text for mark in marks)]
-            first = conversation["messages"][0]["content"].lower()
-            assert not plain or any(text in first for text in plain)
+            reports = BY_ID[conversation["term_id"]].fault_reports
+            fitting = [text for text in reports if not any(mark in text.lower() for mark in marks)]
+            first = conversation["messages"][0]["content"]
+            assert not fitting or any(place is not None for place in places(first, fitting))
 
 
 @given(number=st.integers(0, 19), index=st.integers(0, len(GRID) - 1), seed=st.integers(0, 2**32))
