@@ -1,15 +1,17 @@
 """LoRA training: conversations to packed rows, answer-only loss at supervised positions, losses per conversation.
 
 The step computes what a padded, full-logits loop computes, without the waste: rows of whole conversations and no
-padding, attention within each conversation only, and logits only where a label stands.
+padding, attention within each conversation only, and logits only where a label stands. `fused` holds its arithmetic.
 """
 
 from __future__ import annotations
 
+import ctypes
 import html
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback
 
+from telco_nb import fused
 from telco_nb.model import chat_messages, end_token_id
 from telco_nb.record import device, write_json
 
@@ -32,6 +35,7 @@ TARGET_MODULES = {
 }
 IGNORED = -100
 SEGMENTED = "segmented_sdpa"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
 
 
 class TrainingError(RuntimeError):
@@ -193,6 +197,25 @@ def segmented_attention(
 AttentionInterface.register(SEGMENTED, segmented_attention)
 
 
+def prepare_step(model: Any) -> str:
+    """Let `model` compute packed rows, by the fused functions where they hold: "fused", else "plain".
+
+    To be called again when adapters were added. Plain is peft's own arithmetic: for DoRA, dropout, trained biases,
+    quantised weights, other architectures, and on a GPU.
+    """
+    causal_model(model).set_attn_implementation(SEGMENTED)
+    _keep_memory()
+    fused.unfuse(model)
+    return "fused" if fused.fuse(model) else "plain"
+
+
+def _keep_memory() -> None:
+    """Ask glibc to keep freed memory for the next step: fresh pages are zeroed by the kernel, a tenth of a CPU step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)
+
+
 def segment_lengths(position_ids: torch.Tensor) -> list[int]:
     """Lengths of the conversations in a row, from position ids (1, T) that restart at each one."""
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
@@ -205,10 +228,15 @@ def base_dtype(model: Any) -> torch.dtype:
 
 
 def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy (float32, nats) of each supervised position of a packed row, in order."""
+    """Cross-entropy (float32, nats) of each supervised position of a packed row, in order.
+
+    The model returns hidden states of the supervised positions; the frozen output head and the loss are one function.
+    """
     supervised = row["shift_labels"] != IGNORED
+    causal = causal_model(model)
     # Adapters are float32 whatever the base computes in: their updates are too small for bfloat16's 8 bits.
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=base_dtype(model) == torch.bfloat16):
+    mixed = base_dtype(model) == torch.bfloat16 and not fused.is_fused(model)
+    with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), fused.headless(causal):
         output = model(
             input_ids=row["input_ids"],
             position_ids=row["position_ids"],
@@ -216,8 +244,14 @@ def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
             logits_to_keep=supervised,
             use_cache=False,
         )
-    logits = output.logits.reshape(-1, output.logits.shape[-1]).float()
-    return F.cross_entropy(logits, row["shift_labels"][supervised], reduction="none")
+    hidden = output.logits.reshape(-1, output.logits.shape[-1])
+    return fused.HeadLoss.apply(hidden, causal.lm_head.weight, row["shift_labels"][supervised])
+
+
+def causal_model(model: Any) -> Any:
+    """The transformers model inside the wrappers of peft and of distributed training."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class PackedTrainer(Trainer):

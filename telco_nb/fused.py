@@ -1,0 +1,327 @@
+"""The LoRA step in few, large operations: projections, attention and output head with their backward written out.
+
+Autograd on top of transformers and peft computes the same, but spends most of a CPU step beside the matrix products: on
+casts, on normalisation in many passes, on the slow backward of CPU attention and on a (tokens x vocabulary) array that
+is written and read six times. `fuse` replaces the `forward` of single module objects, and nothing in transformers or
+peft itself; parameters, their names and what is saved stay as they are.
+
+Sources: LoRA, arXiv:2106.09685; RMSNorm, arXiv:1910.07467; rotary embedding, arXiv:2104.09864; that a cross-entropy can
+hand over its gradient chunk by chunk while it is computed, arXiv:2410.10989.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
+
+LONGEST_SEGMENT = 1024  # tokens; longer conversations would keep too large an attention matrix for the backward pass
+HEAD_CHUNK = 128  # positions whose logits are alive at one time; 128 x 49,152 floats fit into a processor's last cache
+
+
+# ---------------------------------------------------------------- frozen linear layers with adapters
+
+
+class AdaptedLinears(Function):
+    """y_i = x W_i' + s_i (x A_i') B_i' + bias_i for layers that share their input x (tokens, in).
+
+    The A_i are applied together. No gradient of a frozen W_i is computed, and adapters are cast to the type of x: they
+    are float32 whatever the base computes in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
+        layers = _fours(flat)
+        downs = [a for _, _, a, _ in layers if a is not None]
+        down = torch.cat(downs).to(x.dtype) if downs else None
+        narrow = x @ down.T if downs else None
+        outputs, position = [], 0
+        for (weight, bias, _, b), scale in zip(layers, scales, strict=True):
+            y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+            if b is not None:
+                y.addmm_(narrow[:, position : position + b.shape[1]], b.to(x.dtype).T, alpha=scale)
+                position += b.shape[1]
+            outputs.append(y)
+        ctx.scales = scales
+        ctx.save_for_backward(x if downs else None, narrow, down, *flat)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, narrow, down, *flat = ctx.saved_tensors
+        dx, d_narrow, position, flat_gradients = None, torch.empty_like(narrow) if narrow is not None else None, 0, []
+        for (weight, _, a, b), scale, dy in zip(_fours(flat), ctx.scales, gradients, strict=True):
+            if ctx.needs_input_grad[0]:
+                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+            db = None
+            if b is not None:
+                part = slice(position, position + b.shape[1])
+                d_narrow[:, part] = (dy @ b.to(dy.dtype)).mul_(scale)
+                db = (dy.T @ narrow[:, part]).to(b.dtype).mul_(scale)
+                position += b.shape[1]
+            flat_gradients.append([None, None, a, db])
+        if narrow is not None:
+            d_down, position = d_narrow.T @ x, 0
+            for gradient in flat_gradients:
+                if (a := gradient[2]) is not None:
+                    gradient[2] = d_down[position : position + len(a)].to(a.dtype)
+                    position += len(a)
+            if dx is not None:
+                dx.addmm_(d_narrow, down)
+        return dx, None, *[g for gradient in flat_gradients for g in gradient]
+
+
+def _fours(flat: Sequence[Any]) -> list[Sequence[Any]]:
+    """(weight, bias, A, B) of each layer, from all of them in a row."""
+    return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+
+
+def _parts(layer: nn.Module) -> tuple[tuple[Tensor | None, ...], float]:
+    """((weight, bias, A, B), scale) of a plain or an adapted linear layer."""
+    if isinstance(layer, nn.Linear):
+        return (layer.weight, layer.bias, None, None), 0.0
+    (name,) = layer.active_adapters
+    base = layer.base_layer
+    return (base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight), layer.scaling[name]
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """The outputs of linear layers of one input x (tokens, in)."""
+    parts = [_parts(layer) for layer in layers]
+    return AdaptedLinears.apply(x, tuple(s for _, s in parts), *[t for tensors, _ in parts for t in tensors])
+
+
+def _is_fusible(layer: nn.Module) -> bool:
+    """Frozen linear, or peft's plain LoRA on one: no DoRA, dropout, trained bias, quantised weight, merged adapter."""
+    from peft.tuners.lora import Linear
+
+    if type(layer) is nn.Linear:
+        return not any(p.requires_grad for p in layer.parameters())
+    return (
+        type(layer) is Linear
+        and type(layer.base_layer) is nn.Linear
+        and not any(p.requires_grad for p in layer.base_layer.parameters())
+        and len(layer.active_adapters) == 1
+        and not layer.lora_variant
+        and not layer.merged
+        and not layer.disable_adapters
+        and all(isinstance(d, nn.Identity) for d in layer.lora_dropout.values())
+        and all(b.bias is None for b in layer.lora_B.values())
+    )
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+class Norm(Function):
+    """RMSNorm with a frozen weight: w * x / rms(x), computed in float32, returned in the type of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(torch.float32, copy=True)
+        inverse = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        )
+        ctx.save_for_backward(x, weight, inverse)
+        return wide.mul_(inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        unit = x.to(torch.float32, copy=True).mul_(inverse)
+        d_unit = (dy * weight).float()
+        mean = torch.linalg.vecdot(d_unit, unit).unsqueeze(-1).div_(x.shape[-1])
+        return d_unit.sub_(unit.mul_(mean)).mul_(inverse).to(x.dtype), None, None
+
+
+# ---------------------------------------------------------------- attention
+
+
+@lru_cache(maxsize=128)
+def _causal(length: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, length * group, length): 0 where a query may look, else -inf; `group` query heads per key head."""
+    mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
+    return mask.repeat_interleave(group, 0)[None]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """Rotary embedding of x (key heads, tokens, group, width) into `out`; with -sin it is undone."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out
+
+
+class SegmentAttention(Function):
+    """Rotary embedding and causal attention within each segment; a key head's queries are stacked, no key repeated.
+
+    q (tokens, heads * width), k and v (tokens, key_heads * width); cos and sin (tokens, 1, width / 2).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, segments: list[int], width: int
+    ) -> Tensor:
+        tokens, heads = len(q), k.shape[1] // width
+        group, scale = q.shape[1] // k.shape[1], width**-0.5
+        q, k = (
+            _rotate(t.view(tokens, heads, -1, width).transpose(0, 1), cos, sin, t.new_empty(heads, tokens, n, width))
+            for t, n in ((q, group), (k, 1))
+        )
+        k, v = k.squeeze(2), v.view(tokens, heads, width).transpose(0, 1).contiguous()
+        out, shares = torch.empty_like(q), []
+        for qs, ks, vs, os in _split(segments, q, k, v, out):
+            mask = _causal(ks.shape[1], group, q.dtype, q.device)
+            share = torch.softmax(torch.baddbmm(mask, qs, ks.transpose(1, 2), alpha=scale), -1)
+            torch.bmm(share, vs, out=os)
+            shares.append(share)
+        ctx.segments, ctx.scale = segments, scale
+        ctx.save_for_backward(q, k, v, out, cos, sin, *shares)
+        return out.transpose(0, 1).reshape(tokens, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, cos, sin, *shares = ctx.saved_tensors
+        heads, tokens, group, width = q.shape
+        d_out = gradient.view(tokens, heads, group, width).transpose(0, 1).contiguous()
+        means = torch.linalg.vecdot(d_out.float(), out.float()).to(q.dtype)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        arrays = _split(ctx.segments, q, k, v, d_out, means.unsqueeze(-1), dq, dk, dv)
+        for (qs, ks, vs, d_os, ms, dqs, dks, dvs), share in zip(arrays, shares, strict=True):
+            torch.bmm(share.transpose(1, 2), d_os, out=dvs)
+            d_score = torch.bmm(d_os, vs.transpose(1, 2)).sub_(ms).mul_(share)
+            torch.bmm(d_score, ks, out=dqs)
+            torch.bmm(d_score.transpose(1, 2), qs, out=dks)
+        dq, dk = (
+            _rotate(t.mul_(ctx.scale), cos, -sin, t.new_empty(tokens, *shape).transpose(0, 1)).transpose(0, 1)
+            for t, shape in ((dq, (heads, group, width)), (dk.unsqueeze(2), (heads, 1, width)))
+        )
+        return dq.reshape(tokens, -1), dk.reshape(tokens, -1), dv.transpose(0, 1).reshape(tokens, -1), *[None] * 4
+
+
+def _split(segments: list[int], *arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Per segment, views of arrays (heads, tokens, ..., width) as (heads, tokens of the segment * group, width)."""
+    for pieces in zip(*[array.split(segments, 1) for array in arrays], strict=True):
+        yield tuple(piece.flatten(1, 2) if piece.dim() == 4 else piece for piece in pieces)
+
+
+# ---------------------------------------------------------------- output head
+
+
+class HeadLoss(Function):
+    """Cross-entropy (float32, nats) of each position of `hidden` (n, width) with a frozen head (vocabulary, width).
+
+    The gradient with respect to `hidden` is made in the same pass, chunk by chunk: logits are never kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses, slopes = [], []
+        for h, target in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
+            logits = torch.mm(h, weight.T).float()
+            highest = logits.amax(-1, keepdim=True)
+            wanted = logits.gather(1, target[:, None])
+            total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+            losses.append((total.log() + highest - wanted).squeeze(1))
+            if ctx.needs_input_grad[0]:
+                slopes.append(torch.mm(logits.to(h.dtype), weight).float().div_(total).sub_(weight[target]))
+        ctx.save_for_backward(torch.cat(slopes) if slopes else None)
+        ctx.dtype = hidden.dtype
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (slopes * gradient[:, None]).to(ctx.dtype), None, None
+
+
+@contextmanager
+def headless(causal: nn.Module) -> Iterator[None]:
+    """Within this context the model returns hidden states where it would return logits."""
+    head, causal.lm_head = causal.lm_head, nn.Identity()
+    try:
+        yield
+    finally:
+        causal.lm_head = head
+
+
+# ---------------------------------------------------------------- the modules of a decoder
+
+
+def _attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    segments: list[int] | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if segments is None or past_key_values is not None or max(segments) > LONGEST_SEGMENT:
+        return type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, segments=segments, **others
+        )
+    x = hidden_states[0]
+    q, k, v = project(x, module.q_proj, module.k_proj, module.v_proj)
+    half = module.head_dim // 2  # the second half of cos and sin repeats the first
+    cos, sin = (t[0, :, None, :half] for t in position_embeddings)
+    mixed = SegmentAttention.apply(q, k, v, cos, sin, segments, module.head_dim)
+    return project(mixed, module.o_proj)[0][None], None
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    gate, up = project(x.flatten(0, -2), module.gate_proj, module.up_proj)
+    return project(F.silu(gate) * up, module.down_proj)[0].view(x.shape)
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return Norm.apply(x, module.weight, module.variance_epsilon)
+
+
+def fuse(model: nn.Module) -> bool:
+    """Make the decoder layers of `model` compute with the functions above; False, and nothing done, if one cannot.
+
+    Llama and Qwen2 layers on a CPU, plain LoRA. A GPU keeps peft's layers: there, the waiting is elsewhere.
+    """
+    forwards = {}
+    for module in model.modules():
+        if isinstance(module, LlamaAttention | Qwen2Attention):
+            layers = (module.q_proj, module.k_proj, module.v_proj, module.o_proj)
+            plain = not module.attention_dropout and getattr(module, "sliding_window", None) is None
+            forwards[module] = partial(_attention, module) if plain and all(map(_is_fusible, layers)) else None
+        elif isinstance(module, LlamaMLP | Qwen2MLP):
+            layers = (module.gate_proj, module.up_proj, module.down_proj)
+            plain = isinstance(module.act_fn, nn.SiLU) or module.config.hidden_act == "silu"
+            forwards[module] = partial(_mlp, module) if plain and all(map(_is_fusible, layers)) else None
+        elif isinstance(module, LlamaRMSNorm | Qwen2RMSNorm):
+            forwards[module] = None if module.weight.requires_grad else partial(_norm, module)
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if not on_cpu or not forwards or None in forwards.values():
+        return False
+    for module, forward in forwards.items():
+        module.forward = forward
+    return True
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module its own `forward` back."""
+    for module in filter(_has_fused_forward, model.modules()):
+        del module.forward
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(map(_has_fused_forward, model.modules()))
+
+
+def _has_fused_forward(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func in (_attention, _mlp, _norm)
