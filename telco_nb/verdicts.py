@@ -156,12 +156,15 @@ def verdicts(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
     """
     answered = plan[plan["judgement_id"].isin(store.ok)].reset_index(drop=True)
     lines = [store.ok[identity] for identity in answered["judgement_id"]]
-    table = pd.DataFrame([{name: line.get(name) for name in _TABLE} for line in lines], columns=list(_TABLE))
-    table["flags"] = ["; ".join(flags) for flags in table["flags"]]
-    for name in ("flags", "analysis", "raw", "finish_reason", "request_id", "model_returned"):
-        table[name] = [None if text is None else printable(str(text)) for text in table[name]]
+    table = pd.DataFrame([_row(line) for line in lines], columns=list(_TABLE))
     joined = pd.concat([answered, table.astype(_TABLE)], axis=1)
     return _pairs(joined, lines) if "config_first" in joined else joined
+
+
+def _row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored line as a row of a table: texts of a model without what a table or a page cannot hold."""
+    row = {name: line.get(name) for name in _TABLE} | {"flags": "; ".join(line["flags"])}
+    return {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def ratings(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
