@@ -1,8 +1,7 @@
-"""What happens to generated conversations: filters with counters, balanced samples, diversity and leak checks."""
+"""What happens to generated conversations: sifting with counters, balanced samples, leak checks and gates, Parquet."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -15,13 +14,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from telco_nb import duplicates
+from telco_nb import diversity, duplicates
 from telco_nb.filters import FILTERS, Conversation, Reject, check
-from telco_nb.glossary import Card, words
+from telco_nb.glossary import Card
 from telco_nb.scenarios import AXES, keyed
 
 SIMILAR_MARGIN = 0.005  # refused this much earlier, because the weights shift a little when rows go
-DIVERSITY_SAMPLE = 2000  # distinct-n falls with the size of a corpus, so it is taken on a sample of fixed size
 SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations
 SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}  # of two duplicates the train row goes
 
@@ -240,25 +238,11 @@ def length_stats(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
     return stats
 
 
-def diversity(texts: list[str]) -> dict[str, float]:
-    """distinct-1/2/3 (share of different n-grams, Li et al. 2016) and gzip ratio (raw / compressed bytes)."""
-    result = {}
-    tokens = [words(text) for text in texts]
-    for n in (1, 2, 3):
-        grams = [gram for t in tokens for gram in zip(*(t[i:] for i in range(n)), strict=False)]
-        result[f"distinct_{n}"] = round(len(set(grams)) / max(1, len(grams)), 4)
-    raw = "\n".join(texts).encode()
-    result["gzip_ratio"] = round(len(raw) / len(gzip.compress(raw, compresslevel=6, mtime=0)), 3)
-    return result
-
-
 def diversity_table(conversations: list[Conversation], seed: int) -> pd.DataFrame:
-    """Diversity of first turns and of answers, on a seeded sample of at most DIVERSITY_SAMPLE conversations."""
-    ranked = sorted(conversations, key=lambda c: keyed(seed, "diversity", c["conversation_id"]))[:DIVERSITY_SAMPLE]
+    """Diversity of first turns and of answers, on a seeded sample of at most `diversity.SAMPLE` conversations."""
+    drawn = diversity.drawn(conversations, diversity.SAMPLE, seed)
     parts = {"customer, first turn": first_turn, "agent, first answer": first_answer}
-    return pd.DataFrame(
-        [{"text": name, "sample": len(ranked), **diversity([part(c) for c in ranked])} for name, part in parts.items()]
-    )
+    return diversity.table({name: [part(c) for c in drawn] for name, part in parts.items()})
 
 
 def leaks(conversations: list[Conversation]) -> dict[str, int]:

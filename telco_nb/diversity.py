@@ -38,7 +38,7 @@ def compression(texts: Sequence[str]) -> float:
 
 
 def bleu(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """BLEU-4 of a tokenised text against references, 0 to 1 (Papineni et al. 2002), unsmoothed, with brevity penalty."""
+    """BLEU-4 of a tokenised text against references, 0 to 1 (Papineni et al. 2002), no smoothing."""
     log_precision = 0.0
     for n in range(1, BLEU_ORDER + 1):
         own = Counter(_grams(candidate, n))
@@ -54,7 +54,7 @@ def bleu(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float
 
 
 def self_bleu(texts: Sequence[str]) -> float | None:
-    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), 0 to 1, lower is more varied; None for one text."""
+    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), 0 to 1, lower is more varied."""
     tokens = [words(text) for text in texts]
     if len(tokens) < 2:
         return None
