@@ -24,6 +24,7 @@ EPILOG = """
 - `./run_all.py`: the whole study, laptop profile
 - `./run_all.py --profile smoke --dry-run`: what would run, and why
 - `./run_all.py --configs 'c0*' --steps 01-04`: data, training and answers of the first nine configurations
+- `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
 
 **Exit codes**
@@ -32,6 +33,7 @@ EPILOG = """
 - 1: a step failed
 - 2: wrong parameters or usage
 - 3: this machine or the outputs folder cannot be used now
+- 4: refused for cost: nobody agreed to it, or the limit is reached; what was paid for is kept
 - 130: interrupted; the same command goes on
 """
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
@@ -71,6 +73,11 @@ def main(
         Path | None,
         typer.Option(metavar="DIR", help="Where results go. Default: outputs, or $TELCO_NB_OUTPUTS."),
     ] = None,
+    max_usd: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0.0, help="Never spend more than this on hosted models, in dollars."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the hosts that the plan names.")] = False,
     params_dir: Annotated[
         Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
     ] = params.PARAMS_DIR,
@@ -88,6 +95,8 @@ def main(
         json_file=json_file,
         outputs=outputs,
         params_dir=params_dir,
+        max_usd=max_usd,
+        yes=yes,
     )
     sys.exit(runner.run(options))
 

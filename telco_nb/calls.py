@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import __version__
-from telco_nb.prices import Budget, BudgetStop, Prices
+from telco_nb.prices import Budget, BudgetStop, Prices, cap_from_environment
 from telco_nb.providers import RECEIPT, ApiModel, Exchange, Outcome, Question
 
 
@@ -25,7 +25,7 @@ class CallsStopped(RuntimeError):
 
     def __init__(self, status: str, message: str):
         self.status = status
-        super().__init__(message)
+        super().__init__(f"BudgetStop: {message}" if status == "budget_stop" else message)
 
 
 # ---------------------------------------------------------------- the store
@@ -75,7 +75,7 @@ class AttemptStore:
             return
         self.attempts[identity] += 1
         self.statuses[status] += 1
-        self.spent_usd += attempt.get("usd") or attempt.get("usd_at_most") or 0.0
+        self.spent_usd += cost_of(attempt)
         if status == "ok":
             self.priced = self.priced and attempt.get("usd") is not None
             self.ok.setdefault(identity, attempt)
@@ -84,13 +84,33 @@ class AttemptStore:
         """Write attempts and wait until they are on disk."""
         if not attempts:
             return
-        lines = [json.dumps(a, ensure_ascii=False, allow_nan=False).encode() + b"\n" for a in attempts]
+        # In ASCII: no text of a model, whatever it holds, can break a line or its encoding.
+        lines = [json.dumps(a, allow_nan=False).encode("ascii") + b"\n" for a in attempts]
         with self.path.open("ab") as stream:
             stream.write(b"".join(lines))
             stream.flush()
             os.fsync(stream.fileno())
         for line in lines:
             self._take(line)
+
+
+def cost_of(attempt: Mapping[str, Any]) -> float:
+    """Dollars of an attempt; where its answer was lost, what it may have cost at most."""
+    return attempt.get("usd") or attempt.get("usd_at_most") or 0.0
+
+
+def spent_usd(root: Path) -> float:
+    """Dollars that all stores of a study have recorded so far, at most."""
+    total = 0.0
+    for path in sorted(root.glob("*/store/*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            total += cost_of(json.loads(line)) if _whole(line) else 0.0
+    return total
+
+
+def open_budget(root: Path) -> Budget:
+    """What may still be spent on the study in `root`: the cap of this run, less what its stores have recorded."""
+    return Budget(cap_from_environment(), spent_usd(root))
 
 
 def _whole(line: bytes) -> bool:

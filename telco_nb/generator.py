@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from telco_nb import calls, prices, synth
 from telco_nb.glossary import Card
-from telco_nb.providers import Question, Source
+from telco_nb.providers import ApiModel, Question, Source
 from telco_nb.scenarios import Axes, Scenario
 
 PROMPT_PATH = Path(__file__).parent / "data" / "generator_prompt.md"
@@ -224,6 +223,26 @@ def stored(planned: list[list[Call]], store: calls.AttemptStore, source: Source,
         yield from sorted(found, key=lambda c: c["conversation_id"])
 
 
+def open_session(values: Mapping[str, Any], source: Source, planned: list[list[Call]], root: Path) -> calls.Session:
+    """A session for the calls of a plan, with the store and the budget of the study in `root`."""
+    described = describe(planned, source, values["seed"])
+    price = prices.Prices(source, values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"])
+    return calls.Session(
+        ApiModel(source), calls.AttemptStore(store_path(root)), price, calls.open_budget(root),
+        max_in_flight=values["max_in_flight"], describe=lambda asked: described[asked.id],
+    )  # fmt: skip
+
+
+def store_path(root: Path) -> Path:
+    """Where the attempts of a study's generator are kept."""
+    return root / "shared" / "store" / "conversations.jsonl"
+
+
+def unanswered(planned: list[list[Call]], store: calls.AttemptStore, source: Source, seed: int) -> list[list[Call]]:
+    """What of a plan the store has no good answer for."""
+    return [[c for c in each if question(c, source, seed, []).id not in store.ok] for each in planned]
+
+
 def facts(planned: list[list[Call]], store: calls.AttemptStore, source: Source, seed: int) -> dict[str, Any]:
     """What the data set's card says of its generator."""
     ids = {question(call, source, seed, []).id for each in planned for call in each}
@@ -248,16 +267,18 @@ def _total(store: calls.AttemptStore, ids: set[str], name: str) -> int | None:
     return sum(counted) if counted else None
 
 
-def estimate(planned: list[list[Call]], price: prices.Prices, seed: int, words_per_turn_pair: float) -> pd.DataFrame:
-    """The cost of a plan: one row with low, mid and high dollars.
+def estimate(planned: list[list[Call]], price: prices.Prices, seed: int, words_per_turn_pair: float) -> prices.Estimate:
+    """The cost of a plan.
 
     Prompts are measured on every 50th scenario; answers by the mean words of a turn pair that the offline generator
     writes for the same plan (high: twice that; low: two thirds).
     """
     flat = [call for each in planned for call in each]
+    if not flat:
+        return prices.estimate(price, 0, 0.0, (0.0, 0.0, 0.0))
     sample = [question(call, price.source, seed, ["x" * 60] * 10) for call in flat[::50]]
     tokens_in = sum(len(q.system + q.prompt) for q in sample) / len(sample) / prices.BYTES_PER_TOKEN
     turns = sum(item.n_turns for call in flat for item in call.items) / len(flat)
     mid = turns * words_per_turn_pair * TOKENS_PER_WORD
     outs = tuple(min(price.source.max_tokens, share * mid) for share in (2 / 3, 1.0, 2.0))
-    return prices.estimate(price, "generator", len(flat), tokens_in, outs)  # type: ignore[arg-type]
+    return prices.estimate(price, len(flat), tokens_in, outs)  # type: ignore[arg-type]

@@ -46,7 +46,16 @@ class Parameters(BaseModel):
     # data
     glossary_path: str
     axes_path: str
-    generator: Literal["offline"]
+    generator: Literal["offline", "anthropic", "openai", "google", "openai-compatible"]
+    generator_model: str | None
+    generator_endpoint: str | None
+    generator_max_tokens: int = Field(ge=64)
+    generator_temperature: float | None = Field(ge=0, le=2)
+    generator_structured: Literal["native", "prompted"]
+    generator_timeout_s: float = Field(gt=0)
+    generator_input_usd_per_mtok: float | None = Field(ge=0)
+    generator_output_usd_per_mtok: float | None = Field(ge=0)
+    max_in_flight: int = Field(ge=1, le=200)
     seeds_per_scenario: int = Field(ge=1, le=20)
     train_conversations: int | None = Field(ge=1)
     val_conversations: int | None = Field(ge=1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
-
-import pandas as pd
 
 from telco_nb.providers import Question, Source
 
@@ -126,18 +125,55 @@ def cap_from_environment() -> float | None:
     return float(text) if text else None
 
 
-def estimate(
-    prices: Prices, name: str, calls: int, tokens_in: float, tokens_out: tuple[float, float, float]
-) -> pd.DataFrame:
-    """One row of a plan: calls, tokens, and low, mid and high dollars (None where no price is known).
+@dataclass(frozen=True)
+class Estimate:
+    """What a set of calls will come to; dollars are None where no price is known."""
 
-    `tokens_in` and the three `tokens_out` are means per call.
+    source: Source
+    calls: int
+    tokens_in: int
+    tokens_out: int
+    usd_low: float | None
+    usd_mid: float | None
+    usd_high: float | None
+    prices: str | None
+
+    def __str__(self) -> str:
+        where = f"{self.source.host}{' (this network)' if self.source.is_local else ''}"
+        usd = "no price is known"
+        if self.usd_mid is not None:
+            usd = f"${self.usd_mid:,.2f} (${self.usd_low:,.2f} to ${self.usd_high:,.2f}, {self.prices})"
+        return (
+            f"{self.calls:,} calls to {self.source.model} at {where}, {self.tokens_in:,} tokens in, "
+            f"{self.tokens_out:,} out: {usd}"
+        )
+
+
+def estimate(price: Prices, calls: int, tokens_in: float, tokens_out: tuple[float, float, float]) -> Estimate:
+    """`tokens_in` and the low, mid and high `tokens_out` are means per call."""
+    usd = [price.of_tokens(tokens_in, out) for out in tokens_out]
+    low, mid, high = (None if one is None else calls * one for one in usd)
+    return Estimate(
+        price.source, calls, round(calls * tokens_in), round(calls * tokens_out[1]), low, mid, high, price.table
+    )
+
+
+class CostRefused(RuntimeError):
+    """The estimate exceeds the cap, or nobody has agreed to it. Exit code 4."""
+
+
+def agree(estimates: Sequence[Estimate], max_usd: float | None, yes: bool, ask: Callable[[], bool] | None) -> None:
+    """Return if the calls may be made. Raises CostRefused with what to do if not.
+
+    A cap below the middle estimate is refused before anything is spent. Data leaves this network only if somebody has
+    said so: by --yes, or by answering `ask` (None: nobody is there to ask).
     """
-    usd = [prices.of_tokens(tokens_in, out) for out in tokens_out]
-    total = [None if one is None else calls * one for one in usd]
-    row = {
-        "name": name, "model": prices.source.model, "host": prices.source.host, "calls": calls,
-        "tokens_in": round(calls * tokens_in), "tokens_out": round(calls * tokens_out[1]),
-        "usd_low": total[0], "usd_mid": total[1], "usd_high": total[2], "prices": prices.table,
-    }  # fmt: skip
-    return pd.DataFrame([row])
+    waiting = [e for e in estimates if e.calls]
+    expected = sum(e.usd_mid or 0.0 for e in waiting)
+    if max_usd is not None and expected > max_usd:
+        raise CostRefused(
+            f"about ${expected:,.2f} are expected, and --max-usd allows ${max_usd:,.2f}. Raise it, or ask for less."
+        )
+    remote = sorted({e.source.host for e in waiting if not e.source.is_local})
+    if remote and not yes and not (ask and ask()):
+        raise CostRefused(f"nothing was sent. To send this to {', '.join(remote)}, add --yes; --max-usd sets a limit.")

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +43,7 @@ URLS = {
     "openai": "https://api.openai.com/v1",
     "google": "https://generativelanguage.googleapis.com",
 }
+SETTINGS = ("model", "endpoint", "max_tokens", "temperature", "structured", "timeout_s")  # of a Source
 # What only a provider can say of an answer; each is None where it said nothing.
 RECEIPT = (
     "model_returned", "request_id", "finish_reason", "tokens_in", "tokens_out", "tokens_cached", "tokens_cache_written",
@@ -112,6 +113,20 @@ class Source:
     def settings(self) -> dict[str, Any]:
         """What decides about an answer, for its identity."""
         return {"max_tokens": self.max_tokens, "temperature": self.temperature, "structured": self.structured}
+
+
+def source_from(values: Mapping[str, Any], prefix: str) -> Source | None:
+    """The source that parameters name (`generator_model`, `judge_model` and so on), or None for an offline kind.
+
+    Raises ProviderError for a missing model or an endpoint that cannot be used.
+    """
+    kind = values["generator" if prefix == "generator" else f"{prefix}_kind"]
+    if kind not in KEYS:
+        return None
+    given = {name: values[f"{prefix}_{name}"] for name in SETTINGS}
+    if not given["model"]:
+        raise ProviderError(f"{prefix}_model: a {kind} {prefix} needs a model id.")
+    return Source(kind, **given)
 
 
 @dataclass(frozen=True)

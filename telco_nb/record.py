@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -330,6 +330,24 @@ class Run:
         """Append to the step's log.txt: the place for what is too long for the notebook."""
         with (self.work / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(UTC):%H:%M:%S} {text}\n")
+
+    def progress(self, what: str, every_seconds: float = 30.0) -> Callable[[int, int], None]:
+        """A callback (done, total) that says how far a long piece of work is and how long it will take still.
+
+        By hand it prints, in a batch it writes to log.txt: every `every_seconds`, and at the end.
+        """
+        started = last = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < every_seconds and done < total:
+                return
+            last, minutes = now, (now - started) * (total - done) / done / 60
+            text = f"{done:,} of {total:,} {what}, about {minutes:.0f} min to go"
+            self.log(text) if self.batch else print(text, flush=True)
+
+        return tell
 
     def export(self, name: str, path: Path) -> None:
         """Also publish an output file of this step as `outputs/<profile>/<name>`."""

@@ -25,17 +25,18 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, params, record, schedule, steps
+from telco_nb import ROOT, doctor, executed, execution, params, prices, providers, record, schedule, steps
 from telco_nb.executed import Failure
 from telco_nb.nursery import Child, Nursery, is_useful
 from telco_nb.progress import State, clock, follow, make_console, status_table
 from telco_nb.schedule import UsageError
 from telco_nb.steps import Job
 
-OK, FAILED, USAGE, UNFIT, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
 POLL_SECONDS = 0.2
+ASKING = {"02_synth": "generator"}  # steps that may ask a hosted model, and the prefix of its parameters
 
 
 class UnfitError(RuntimeError):
@@ -57,6 +58,8 @@ class Options:
     json_file: Path | None = None
     outputs: Path | None = None
     params_dir: Path = params.PARAMS_DIR
+    max_usd: float | None = None
+    yes: bool = False
 
     def command(self) -> str:
         """The command that goes on where this run ends: done work is skipped, so no step need be named twice."""
@@ -66,6 +69,8 @@ class Options:
                 words += [f"--{name}", str(getattr(self, name))]
         if self.params_dir != params.PARAMS_DIR:
             words += ["--params", str(self.params_dir)]
+        if self.max_usd is not None:
+            words += ["--max-usd", f"{self.max_usd:g}"]
         return shlex.join(words)
 
 
@@ -91,6 +96,8 @@ def run(options: Options, console: Console | None = None) -> int:
         _run(options, console, outcome)
     except (params.ParameterError, UsageError) as error:
         outcome.exit_code, outcome.error = USAGE, str(error)
+    except prices.CostRefused as error:
+        outcome.exit_code, outcome.error = COST, str(error)
     except (UnfitError, record.RecordError) as error:
         outcome.exit_code, outcome.error = UNFIT, str(error)
     except OSError as error:  # a full disk, a folder that went away
@@ -108,6 +115,10 @@ def run(options: Options, console: Console | None = None) -> int:
 def _run(options: Options, console: Console, outcome: Outcome) -> None:
     if options.outputs:
         os.environ["TELCO_NB_OUTPUTS"] = str(options.outputs.expanduser().resolve())
+    if options.max_usd is not None:
+        os.environ[prices.MAX_USD_VARIABLE] = str(
+            options.max_usd
+        )  # for the kernels; not a parameter, as no result depends on it
     study = load(options)
     root = record.profile_root(study.profile)
     outcome.root = str(root)
@@ -122,11 +133,14 @@ def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, ou
         states = schedule.plan(chosen, root, forced)
         outcome.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
+        price(console, root, jobs, states)
         examine(console, root, states)
         return
     with lock(root) as lock_file:
         states = schedule.plan(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
+        estimates = price(console, root, jobs, states)
+        prices.agree(estimates, options.max_usd, options.yes, _agreed if sys.stdin.isatty() else None)
         examine(console, root, states)
         runner = Runner(states, root, options, console, lock_file)
         runner.go()
@@ -165,6 +179,33 @@ def examine(console: Console, root: Path, states: list[State]) -> None:
         raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
     for text in doctor.warnings(jobs):
         console.print(f"warning: {text}", markup=False, soft_wrap=True)
+
+
+def price(console: Console, root: Path, jobs: list[Job], states: list[State]) -> list[prices.Estimate]:
+    """Show which hosts will be asked, what is sent there and what it will cost; nothing if all stays here."""
+    estimates = []
+    for state in states:
+        source = hosted(state.job)
+        if source and state.decision != "skip":
+            from telco_nb import costs  # reads the glossary, with libraries that the runner does without
+
+            estimate, sent = costs.preview(state.job, source, jobs, root)
+            console.print(f"{state.job.id}: {estimate}. Sent there: {sent}.", markup=False, soft_wrap=True)
+            estimates.append(estimate)
+    return estimates
+
+
+def hosted(job: Job) -> providers.Source | None:
+    """The hosted model that a job asks, or None. Raises ParameterError for one that cannot be asked as described."""
+    prefix = ASKING.get(job.step)
+    try:
+        return providers.source_from(job.parameters, prefix) if prefix else None
+    except providers.ProviderError as error:
+        raise params.ParameterError(f"{job.id}: {error}") from None
+
+
+def _agreed() -> bool:
+    return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
 
 
 # ---------------------------------------------------------------- the lock
@@ -408,10 +449,13 @@ def _stop_child(child: subprocess.Popen[str] | Child) -> Any:
 
 
 def exit_code(states: list[State], stopped: bool) -> int:
-    """130 if a stop left work undone, 1 if something failed or was blocked by a failure, else 0."""
+    """130 if a stop left work undone, 4 if the budget ended it, 1 for any other failure, else 0."""
     statuses = {state.status for state in states}
     if stopped and statuses & {"interrupted", "waiting"}:
         return INTERRUPTED
+    failures = [str(state.failure) for state in states if state.failure]
+    if failures and all("BudgetStop" in failure for failure in failures):
+        return COST
     return FAILED if statuses & {"failed", "blocked"} else OK
 
 

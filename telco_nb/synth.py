@@ -506,4 +506,6 @@ def generate(
             yield _fresh(by_id[scenario.term_id], scenario, number, axes, seed, seen, grammar)
 
 
-GENERATORS = {"offline": generate}
+def facts() -> dict[str, Any]:
+    """What the data set's card says of this generator."""
+    return {"id": GENERATOR_ID, "model": None, "calls_planned": 0, "usd": 0.0}

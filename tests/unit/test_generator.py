@@ -146,10 +146,10 @@ def test_the_order_and_bytes_of_the_conversations_depend_on_the_answers_alone(tm
 def test_a_plan_has_its_price_before_anything_is_sent():
     planned = generator.plan(CARDS, GRID, AXES, 20)
     source = Source("google", "gemini-2.5-flash", max_tokens=4096)
-    row = generator.estimate(planned, prices.Prices(source), SEED, words_per_turn_pair=90).iloc[0]
-    assert row["calls"] == 6240 and row["host"] == "generativelanguage.googleapis.com"
-    assert 0 < row["usd_low"] < row["usd_mid"] < row["usd_high"]
-    by_hand = row["tokens_in"] * 0.30e-6 + row["tokens_out"] * 2.50e-6  # the listed prices of that model
-    assert row["usd_mid"] == pytest.approx(by_hand, rel=0.01)
-    unknown = generator.estimate(planned, prices.Prices(Source("google", "no-such-model")), SEED, 90).iloc[0]
-    assert unknown["usd_mid"] is None and unknown["prices"] is None
+    plan = generator.estimate(planned, prices.Prices(source), SEED, words_per_turn_pair=90)
+    assert plan.calls == 6240 and plan.source.host == "generativelanguage.googleapis.com"
+    assert 0 < plan.usd_low < plan.usd_mid < plan.usd_high
+    by_hand = plan.tokens_in * 0.30e-6 + plan.tokens_out * 2.50e-6  # the listed prices of that model
+    assert plan.usd_mid == pytest.approx(by_hand, rel=0.01)
+    unknown = generator.estimate(planned, prices.Prices(Source("google", "no-such-model")), SEED, 90)
+    assert unknown.usd_mid is None and unknown.prices is None and "no price is known" in str(unknown)
