@@ -44,7 +44,7 @@ class Vote(BaseModel):
     sha256_first: str = Field(pattern=r"^[0-9a-f]{64}$")
     sha256_second: str = Field(pattern=r"^[0-9a-f]{64}$")
     choice: Literal["first", "second", "tie", "both_bad", "skip", "undo"]
-    repeat: Literal[0, 1] = 0
+    repeat: int = Field(default=0, ge=0, le=1)
     control: str | None = None
     seconds: float | None = Field(default=None, ge=0)
     note: str | None = Field(default=None, max_length=2000)
