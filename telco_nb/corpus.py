@@ -245,6 +245,14 @@ def diversity_table(conversations: list[Conversation], seed: int) -> pd.DataFram
     return diversity.table({name: [part(c) for c in drawn] for name, part in parts.items()})
 
 
+def self_bleu_summary(cells: pd.DataFrame) -> dict[str, Any]:
+    """What the data set's card says of self-BLEU per cell: scenarios measured, mean by intent, null where undefined."""
+    columns = [f"self_bleu_{name}" for name in PARTS]
+    means = cells.groupby("intent")[columns].mean().round(4)
+    by_intent = {intent: {k: None if v != v else v for k, v in row.items()} for intent, row in means.iterrows()}
+    return {"scenarios_measured": len(cells), "mean_by_intent": by_intent}
+
+
 def leaks(conversations: list[Conversation]) -> dict[str, int]:
     """What splits share: scenario ids, exact and near-duplicate first turns and answers, similar exchanges: 0 each."""
     found = {"shared_scenarios": 0}

@@ -46,6 +46,7 @@ class Parameters(BaseModel):
     # data
     glossary_path: str
     axes_path: str
+    grammar_path: str
     generator: Literal["offline", "anthropic", "openai", "google", "openai-compatible"]
     generator_model: str | None
     generator_endpoint: str | None
