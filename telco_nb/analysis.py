@@ -50,6 +50,7 @@ class Judge:
     missing_p: float | None
     ranking: pd.DataFrame
     draws: pd.DataFrame
+    model: str | None = None
 
     @property
     def scores(self) -> pd.Series:
@@ -68,7 +69,7 @@ class Judge:
     @property
     def blocks(self) -> list[str]:
         """Why this judge's ranking may not carry a headline; empty if it may."""
-        found = []
+        found = ["judge " + self.name + " has ranked nothing"] if self.scores.empty else []
         if not self.gate_passed:
             what = ", ".join(self.failed_controls) or "no result"
             found.append(f"judge {self.name} failed its validity gate ({what})")
@@ -145,6 +146,7 @@ def read_judge(name: str, path: Callable[[str], Path]) -> Judge:
         missing_p=metrics.get("missingness_p"),
         ranking=pd.read_parquet(path("tables/ranking.parquet")).set_index("config"),
         draws=draws.pivot(index="draw", columns="config", values="score"),
+        model=metrics.get("judge_model"),
     )
 
 
@@ -406,6 +408,94 @@ def kappa(table: np.ndarray) -> float:
     share = table / table.sum()
     expected = share.sum(axis=1) @ share.sum(axis=0)
     return float((np.trace(share) - expected) / (1 - expected)) if expected < 1 else math.nan
+
+
+def krippendorff_alpha(ratings: pd.DataFrame, level: str, n_draws: int = 0, seed: int = 0) -> tuple[Interval, int]:
+    """Krippendorff's alpha of several raters with missing values, and the number of units that two or more have rated.
+
+    `ratings` has columns unit, cluster, rater, value (numbers; rows without a value are left out). `level` is nominal,
+    ordinal, interval or ratio. The interval draws clusters with replacement. NaN if nothing is shared or nothing
+    varies. (Krippendorff 2011, Computing Krippendorff's Alpha-Reliability.)
+    """
+    kept = ratings.dropna(subset=["value"])
+    kept = kept[kept.groupby("unit")["rater"].transform("size") > 1]
+    values, code = np.unique(kept["value"].to_numpy(float), return_inverse=True)
+    units, unit = np.unique(kept["unit"].to_numpy(str), return_inverse=True)
+    if not len(units):
+        return Interval(math.nan, math.nan, math.nan), 0
+    counts = np.zeros((len(units), len(values)))
+    np.add.at(counts, (unit, code), 1)
+    pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(len(values))
+    pairs /= (counts.sum(1) - 1)[:, None, None]
+    names, cluster = np.unique(kept.groupby("unit")["cluster"].first()[units].to_numpy(str), return_inverse=True)
+    per_cluster = np.zeros((len(names), len(values), len(values)))
+    np.add.at(per_cluster, cluster, pairs)
+    rng, n = np.random.default_rng(seed), len(names)
+    weights = rng.multinomial(n, np.full(n, 1 / n), n_draws)
+    draws = np.array([_alpha(table, values, level) for table in np.tensordot(weights, per_cluster, axes=1)])
+    return percentile_interval(_alpha(per_cluster.sum(0), values, level), draws), len(units)
+
+
+def _alpha(pairs: np.ndarray, values: np.ndarray, level: str) -> float:
+    """1 - observed / expected disagreement, from the coincidences of values."""
+    seen = pairs.sum(0)
+    low, high = np.minimum.outer(values, values), np.maximum.outer(values, values)
+    if level == "nominal":
+        distance = (low != high).astype(float)
+    elif level == "ordinal":  # all values in between count, the two ends by half
+        upto = np.cumsum(seen)
+        rank = upto - seen / 2
+        distance = (rank[:, None] - rank[None, :]) ** 2
+    elif level == "ratio":
+        distance = ((high - low) / np.where(high + low == 0, 1, high + low)) ** 2
+    elif level == "interval":
+        distance = (high - low) ** 2
+    else:
+        raise ValueError(f"level must be nominal, ordinal, interval or ratio, not {level!r}")
+    expected = (np.outer(seen, seen) * distance).sum() / max(seen.sum() - 1, 1)
+    return float(1 - (pairs * distance).sum() / expected) if expected > 0 else math.nan
+
+
+def own_answers(
+    kind: str | None, model: str | None, base_model: str | None, generator_model: str | None, configs: Sequence[str]
+) -> set[str]:
+    """Whose answers count as a judge's own: written by its own model, or (judge `reference`) its own yardstick."""
+    own = {"reference"} if kind == "reference" or (model and model == generator_model) else set()
+    return own | ({*configs, "untuned"} if model and model == base_model else set())
+
+
+def self_preference(
+    votes: pd.DataFrame, others: Sequence[pd.DataFrame], own: set[str], n_draws: int, seed: int
+) -> tuple[Interval, int]:
+    """How much more often a judge prefers its own answers than the other judges do, and over how many comparisons.
+
+    Over the pairs of one own and one foreign answer that this judge and at least one other have decided (`votes` and
+    `others` are judgements as in `cohen_kappa`): mean share for the own side, a tie as a half, minus the mean of the
+    other judges' shares on the same pair. The interval draws scenarios. NaN where there is nothing to compare.
+    """
+    mine, theirs = _own_shares(votes, own), pd.concat([_own_shares(v, own) for v in others]) if others else None
+    if theirs is None or mine.empty or theirs.empty:
+        return Interval(math.nan, math.nan, math.nan), 0
+    consensus = theirs.groupby(["prompt_id", "pair"])["share"].mean().rename("consensus").reset_index()
+    both = mine.merge(consensus, on=["prompt_id", "pair"])
+    if both.empty:
+        return Interval(math.nan, math.nan, math.nan), 0
+    both["gap"] = both["share"] - both["consensus"]
+    sums = both.groupby("scenario_id")["gap"].agg(["sum", "size"]).to_numpy(float)
+    weights = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), n_draws)
+    drawn = weights @ sums
+    return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1]), len(both)
+
+
+def _own_shares(votes: pd.DataFrame, own: set[str]) -> pd.DataFrame:
+    """Share (1, 0.5 for a tie, 0) of the own side in every first asking of an own against a foreign answer."""
+    asked = votes[votes["purpose"].isin(("ranking", "anchor"))]
+    first, second = asked["config_first"].isin(own), asked["config_second"].isin(own)
+    kept = asked[first != second]
+    share = np.where(kept["winner"] == "tie", 0.5, kept["winner"].isin(own).astype(float))
+    pair = ["|".join(sorted(p)) for p in zip(kept["config_first"], kept["config_second"], strict=True)]
+    found = kept[["prompt_id", "scenario_id"]].assign(pair=pair, share=share)
+    return found.groupby(["prompt_id", "scenario_id", "pair"], as_index=False)["share"].mean()
 
 
 # ---------------------------------------------------------------- main effects

@@ -18,6 +18,7 @@ import pandas as pd
 from telco_nb import analysis
 from telco_nb.analysis import Interval, Judge, Study
 
+RUBRIC = ("factual", "resolves", "on_policy", "tone", "concise")
 CHEAP = 0.25  # training is paid once: a saving of less than a quarter does not outweigh a better score
 
 TARGETS = {"qv": "query and value", "mlp": "MLP", "all": "attention and MLP"}
@@ -257,6 +258,8 @@ def _gains(study: Study, choice: Choice) -> list[Finding]:
     """The choice (or else the judge's best) against the untuned model, per judge that has placed it."""
     found = []
     for judge in study.judges:
+        if judge.scores.empty:
+            continue
         config = choice.config or str(judge.scores.idxmax())
         interval = _gain(judge, config)
         if interval is None:
@@ -412,6 +415,49 @@ def kappa_finding(a: Judge, b: Judge, kappa: Interval, n: int) -> Finding:
     text += f"[{kappa.low:.2f}, {kappa.high:.2f}] over {n:,} shared comparisons."
     blocks = [*a.blocks, *b.blocks]
     return Finding(id, text, *kappa, n, "blocked" if blocks else _excludes_zero(kappa), blocks)
+
+
+def rubric_findings(panel: Sequence[Judge], ratings: pd.DataFrame, n_draws: int, seed: int) -> list[Finding]:
+    """Agreement of all judges that rate (column `rater`) on each criterion of the rubric, by Krippendorff's alpha."""
+    criteria = [column for column in RUBRIC if column in ratings]
+    raters = [judge for judge in panel if (ratings["rater"] == judge.name).any()]
+    if len(raters) < 2:
+        reason = "fewer than two judges rate answers"
+        return [_cannot("alpha.rubric", "Whether judges rate answers alike is not known", reason, 0)]
+    unit = ratings["prompt_id"] + "|" + ratings["config"]
+    long = pd.DataFrame({"unit": unit, "cluster": ratings["scenario_id"], "rater": ratings["rater"]})
+    found = []
+    for name in criteria:
+        table = long.assign(value=ratings[name].astype(float))
+        rating = [judge for judge in raters if table.loc[table["rater"] == judge.name, "value"].notna().any()]
+        found.append(_alpha_finding(name, rating, *analysis.krippendorff_alpha(table, "ordinal", n_draws, seed)))
+    return found
+
+
+def _alpha_finding(criterion: str, judges: Sequence[Judge], alpha: Interval, n: int) -> Finding:
+    id = f"alpha.{criterion}"
+    if not n or not math.isfinite(alpha.value):
+        reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
+        return _cannot(id, f"Whether judges rate {criterion} alike is not known", reason, n)
+    text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
+    text += f"[{alpha.low:.2f}, {alpha.high:.2f}] (ordinal, {n:,} answers)."
+    return Finding(id, text, *alpha, n, _excludes_zero(alpha))
+
+
+def self_preference_finding(judge: Judge, own: set[str], gap: Interval, n: int) -> Finding:
+    """Whether a judge favours its own answers (`analysis.self_preference`)."""
+    id, whose = (
+        f"self_preference.{judge.name}",
+        name_list(sorted(own)) if len(own) < 4 else f"{len(own)} configurations",
+    )
+    if not n:
+        text = f"Whether {judge.label} favours its own answers ({whose}) is not known"
+        return _cannot(id, text, "no other judge has decided the same comparisons", n)
+    text = f"{judge.label} prefers its own answers ({whose}) {100 * gap.value:+.0f} points "
+    text += (
+        f"[{100 * gap.low:+.0f}, {100 * gap.high:+.0f}] more often than the other judges do, over {n:,} comparisons."
+    )
+    return Finding(id, text, *gap, n, _excludes_zero(gap))
 
 
 # ---------------------------------------------------------------- energy, noise, effects

@@ -39,8 +39,8 @@ class Job:
 _TRAINED = ("metrics.json", "tables/loss_curve.parquet", "tables/val_losses.parquet", "tables/energy.parquet")
 _ANSWERED = ("metrics.json", "tables/energy.parquet", "artefacts/answers.parquet")
 _JUDGED = (
-    "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "tables/ranking.parquet",
-    "tables/score_draws.parquet", "tables/pairs.parquet", "tables/agreement.parquet",
+    "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "artefacts/ratings.parquet",
+    "tables/ranking.parquet", "tables/score_draws.parquet", "tables/pairs.parquet", "tables/agreement.parquet",
 )  # fmt: skip
 
 READS: dict[str, tuple[Read, ...]] = {

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from telco_nb import ROOT, record
+from telco_nb import ROOT, judges, record
 from telco_nb.steps import Job
 
 SCRIPT = "<script>document.title='owned';fetch('https://example.com/x')</script><img src=x onerror=alert(1)>"
@@ -263,6 +263,9 @@ def write_judge(run: record.Run, rng: np.random.Generator, name: str, score: pd.
     agreement = pd.DataFrame([(m, v, v - 0.03, v + 0.03, 390) for m, v in metrics])
     run.table("agreement", agreement.set_axis(["metric", "value", "low", "high", "n"], axis=1))
     write_judgements(run, score)
+    ids = {"judgement_id": "x", "prompt_id": "p000", "scenario_id": "s000", "config": list(score.index)}
+    rated = {criterion: rng.integers(1, 6, len(score)) for criterion in judges.CRITERIA}
+    pd.DataFrame(ids | rated).to_parquet(run.artefact("ratings.parquet"))
     controls = [{"control": "corrupted reference", "value": 0.97 if passed else 0.6, "threshold": 0.95, "n": 40,
                  "passed": passed, "detail": ""}]  # fmt: skip
     run.artefact("validity.json").write_text(json.dumps({"judge": name, "passed": passed, "controls": controls}))

@@ -8,6 +8,7 @@ import json
 import math
 
 import fake_study
+import krippendorff
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -334,6 +335,103 @@ def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
     assert n == 100
     assert kappa.low < kappa.value < kappa.high
     assert math.isnan(analysis.cohen_kappa(a.iloc[:0], b, 10, 0)[0].value)
+
+
+# ---------------------------------------------------------------- agreement on ratings, and on one's own answers
+
+# Krippendorff (2011), Computing Krippendorff's Alpha-Reliability, section D: four observers, twelve units.
+KRIPPENDORFF = np.array(
+    [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, np.nan, np.nan, np.nan],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, np.nan, 3],
+        [np.nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, np.nan],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, np.nan],
+    ]
+)
+
+
+def long_ratings(matrix: np.ndarray, clusters: int = 100) -> pd.DataFrame:
+    rows = [(f"u{u:02d}", f"k{u % clusters}", f"r{r}", v) for r, line in enumerate(matrix) for u, v in enumerate(line)]
+    return pd.DataFrame(rows, columns=["unit", "cluster", "rater", "value"])
+
+
+@pytest.mark.parametrize(
+    ("level", "published"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849), ("ratio", 0.797)]
+)
+def test_alpha_of_krippendorffs_own_example(level, published):
+    alpha, n = analysis.krippendorff_alpha(long_ratings(KRIPPENDORFF), level)
+    assert alpha.value == pytest.approx(published, abs=5e-4) and n == 11
+    assert alpha.value == pytest.approx(krippendorff.alpha(KRIPPENDORFF, level_of_measurement=level), abs=1e-12)
+
+
+@pytest.mark.parametrize("level", ["nominal", "ordinal", "interval", "ratio"])
+def test_alpha_equals_the_package_on_ratings_with_holes(level):
+    rng = np.random.default_rng(8)
+    truth = rng.integers(1, 6, 60)
+    seen = np.clip(truth + rng.integers(-1, 2, (3, 60)), 1, 5).astype(float)
+    seen[rng.random(seen.shape) < 0.3] = np.nan
+    alpha, _ = analysis.krippendorff_alpha(long_ratings(seen, 20), level, 200, 1)
+    assert alpha.value == pytest.approx(krippendorff.alpha(seen, level_of_measurement=level), abs=1e-12)
+    assert alpha.low < alpha.value < alpha.high
+
+
+def test_alpha_of_nothing_shared_or_nothing_varying_is_missing():
+    alone = long_ratings(np.array([[1.0, np.nan], [np.nan, 2.0]]))
+    assert analysis.krippendorff_alpha(alone, "ordinal")[1] == 0
+    same, n = analysis.krippendorff_alpha(long_ratings(np.ones((2, 5))), "ordinal", 10)
+    assert n == 5 and math.isnan(same.value)
+
+
+def judgements(winners: list[str], purpose: str = "anchor") -> pd.DataFrame:
+    """One comparison of `mine` with `theirs` per prompt, and who won it."""
+    n = len(winners)
+    ids = {"prompt_id": [f"p{i}" for i in range(n)], "scenario_id": [f"s{i}" for i in range(n)], "purpose": purpose}
+    return pd.DataFrame(ids | {"config_first": "mine", "config_second": "theirs", "winner": winners})
+
+
+def test_self_preference_is_the_surplus_over_the_other_judges():
+    vain = judgements(["mine"] * 30 + ["theirs"] * 10)
+    other = judgements(["mine"] * 10 + ["tie"] * 20 + ["theirs"] * 10)
+    swapped = other.rename(columns={"config_first": "config_second", "config_second": "config_first"})
+    for others in ([other], [swapped], [other, other]):
+        gap, n = analysis.self_preference(vain, others, {"mine"}, 200, 0)
+        assert gap.value == pytest.approx(30 / 40 - 20 / 40) and n == 40
+        assert 0 < gap.low < gap.value < gap.high
+    assert analysis.self_preference(vain, [], {"mine"}, 50, 0)[1] == 0
+    assert analysis.self_preference(vain, [other], {"mine", "theirs"}, 50, 0)[1] == 0  # own against own says nothing
+
+
+def test_whose_answers_are_a_judges_own():
+    configs = ["c01", "c02"]
+    assert analysis.own_answers("checklist", None, "tiny", None, configs) == set()
+    assert analysis.own_answers("reference", "mini", "tiny", None, configs) == {"reference"}
+    assert analysis.own_answers("openai-compatible", "tiny", "tiny", None, configs) == {"c01", "c02", "untuned"}
+    assert analysis.own_answers("anthropic", "big", "tiny", "big", configs) == {"reference"}
+
+
+def test_ratings_of_two_judges_give_an_alpha_per_criterion_and_of_one_a_reason():
+    panel = [make_judge(pd.Series({"c01": 1.0, "c02": 0.0}), name=name) for name in ("one", "two")]
+    rng = np.random.default_rng(2)
+    ids = [{"prompt_id": f"p{i}", "scenario_id": f"s{i}", "config": "c01"} for i in range(40)]
+    base = pd.DataFrame(ids).assign(factual=rng.integers(1, 6, 40), tone=3)
+    both = pd.concat([base.assign(rater="one", tone=np.nan), base.assign(rater="two")])
+    found = {f.id: f for f in findings.rubric_findings(panel, both, 100, 0)}
+    assert found["alpha.factual"].value == pytest.approx(1)
+    assert found["alpha.tone"].verdict == "not estimable" and found["alpha.tone"].value is None
+    (alone,) = findings.rubric_findings(panel, base.assign(rater="one"), 100, 0)
+    assert "fewer than two judges" in alone.blocked_by[0]
+
+
+def test_a_judge_that_has_ranked_nothing_is_blocked_and_leaves_the_others_as_they_are():
+    planted = fake_study.truth(fake_study.design())["quality"]
+    silent = make_judge(planted * np.nan, name="silent", gate_passed=False, coverage=0.0)
+    study = make_study(16, [make_judge(planted), silent])
+    assert findings.choose(study).config == findings.choose(make_study()).config
+    found = {f.id: f for f in findings.all_findings(study)}
+    assert found["tau.silent"].value is None and "gain.silent" not in found
+    assert any("has ranked nothing" in block for block in silent.blocks)
+    table = analysis.results_table({"c01": {}}, {}, {}, [silent])
+    assert table[["silent_score", "silent_rank"]].isna().all().all()
 
 
 # ---------------------------------------------------------------- what may be said

@@ -89,7 +89,7 @@ def test_after_a_failed_gate_a_paid_judge_is_asked_nothing_more_unless_told_to(r
         assert metrics["best_config"] is None and metrics["coverage"] == 0
         assert "No ranking" in json.dumps(notebook) and "nan" not in metrics["headline_blocked_by"]
         judge = analysis.read_judge("checklist", lambda name: folder / "05_judge" / name)
-        assert judge.scores.empty and len(judge.blocks) == 2
+        assert judge.scores.empty and len(judge.blocks) == 3
 
 
 # ---------------------------------------------------------------- people
