@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -45,6 +45,7 @@ class AttemptStore:
         self.attempts: Counter[str] = Counter()
         self.statuses: Counter[str] = Counter()
         self.unreadable = 0
+        self.batches: dict[str, set[str]] = defaultdict(set)
         self.spent_usd, self.priced = 0.0, True  # priced: no good answer lacks a price
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -76,9 +77,14 @@ class AttemptStore:
         self.attempts[identity] += 1
         self.statuses[status] += 1
         self.spent_usd += cost_of(attempt)
+        self.batches[attempt.get("batch_id") or ""].add(identity)
         if status == "ok":
             self.priced = self.priced and attempt.get("usd") is not None
             self.ok.setdefault(identity, attempt)
+
+    def of_batch(self, batch_id: str) -> set[str]:
+        """Ids of the questions whose results of a batch are stored."""
+        return self.batches[batch_id]
 
     def append(self, attempts: Sequence[Mapping[str, Any]]) -> None:
         """Write attempts and wait until they are on disk."""
@@ -342,6 +348,7 @@ class Session:
             "price_table": self.prices.table,
             "usd": None,
             "usd_at_most": None,
+            "batch_id": None,
             "latency_s": round(seconds, 3),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "code_version": __version__,

@@ -223,10 +223,16 @@ def stored(planned: list[list[Call]], store: calls.AttemptStore, source: Source,
         yield from sorted(found, key=lambda c: c["conversation_id"])
 
 
-def open_session(values: Mapping[str, Any], source: Source, planned: list[list[Call]], root: Path) -> calls.Session:
-    """A session for the calls of a plan, with the store and the budget of the study in `root`."""
+def open_session(
+    values: Mapping[str, Any], source: Source, planned: list[list[Call]], root: Path, factor: float = 1.0
+) -> calls.Session:
+    """A session for the calls of a plan, with the store and the budget of the study in `root`.
+
+    `factor`: of the price, as batches are cheaper.
+    """
     described = describe(planned, source, values["seed"])
-    price = prices.Prices(source, values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"])
+    declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
+    price = prices.Prices(source, *declared, factor)
     return calls.Session(
         ApiModel(source), calls.AttemptStore(store_path(root)), price, calls.open_budget(root),
         max_in_flight=values["max_in_flight"], describe=lambda asked: described[asked.id],

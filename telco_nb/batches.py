@@ -1,0 +1,287 @@
+"""Batch mode: the same questions at half the price and up to a day later, in three commands that can be repeated.
+
+`submit` hands over what is not answered and not under way, `poll` says how far the provider is, `collect` puts what is
+done into the store of attempts. The study itself then finds its answers there and asks nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import TypeAdapter
+
+from telco_nb import generator, glossary, params, prices, record, scenarios
+from telco_nb.calls import Session
+from telco_nb.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
+
+if TYPE_CHECKING:
+    from pydantic_ai.models.batch import Batch, BatchRequest
+
+
+class BatchError(RuntimeError):
+    """A batch cannot be submitted or collected; the message says what to do."""
+
+
+@dataclass
+class Entry:
+    """One batch as the book knows it. Without a handle, nobody knows whether the provider has it."""
+
+    ids: list[str]
+    handle: Batch | None = None
+    collected: bool = False
+
+
+class Book:
+    """Append-only JSONL of batches: `submitting` before one is handed over, `submitted` with its handle, `collected`.
+
+    A batch that was being submitted when the process died may exist at the provider: it is never submitted again
+    unseen, as it would be paid twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries: list[Entry] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            self._take(json.loads(line))
+
+    def _take(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "submitting":
+                self.entries.append(Entry(event["ids"]))
+            case "submitted":
+                self.entries[event["entry"]].handle = _handles().validate_python(event["handle"])
+            case "collected":
+                self.entries[event["entry"]].collected = True
+            case "forgotten":
+                self.entries[event["entry"]] = Entry([], collected=True)
+
+    def note(self, event: str, **more: Any) -> None:
+        line = {"event": event, **more}
+        with self.path.open("a", encoding="ascii") as stream:
+            stream.write(json.dumps(line) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._take(line)
+
+    def open(self) -> Iterator[tuple[int, Entry]]:
+        return ((i, e) for i, e in enumerate(self.entries) if not e.collected)
+
+    @property
+    def under_way(self) -> set[str]:
+        return {identity for _, entry in self.open() for identity in entry.ids}
+
+    @property
+    def doubtful(self) -> list[int]:
+        return [i for i, entry in self.open() if entry.handle is None]
+
+
+def _handles() -> TypeAdapter:
+    from pydantic_ai.models.batch import Batch
+
+    return TypeAdapter(Batch)
+
+
+# ---------------------------------------------------------------- the three steps
+
+
+async def submit(session: Session, questions: Sequence[Question], book: Book) -> int:
+    """Hand over the questions that are neither answered nor under way; returns how many.
+
+    Raises BatchError for a batch of unknown fate or a model without batches, BudgetStop if the worst case of all
+    exceeds what may be spent.
+    """
+    limit = session.model.model.batch_max_requests
+    if limit is None:
+        raise BatchError(f"{session.model.source.kind}: no batches at this provider. Run the study itself instead.")
+    if book.doubtful:
+        raise BatchError(
+            f"{len(book.doubtful)} batches were being submitted when the process ended, and may exist at the provider. "
+            "Look there. If they do not, run `forget`; if they do, cancel them first."
+        )
+    waiting = [q for q in questions if q.id not in session.store.ok and q.id not in book.under_way]
+    worst = [session.prices.worst_case(q) for q in waiting]
+    reserved = session.budget.reserve(None if None in worst else sum(w or 0.0 for w in worst))
+    try:
+        for i in range(0, len(waiting), limit):
+            part = waiting[i : i + limit]
+            encoded = [await session.model.model.batch_encode(_request(session, q)) for q in part]
+            book.note("submitting", ids=[q.id for q in part])
+            handle = await session.model.model.batch_create(encoded)
+            book.note("submitted", entry=len(book.entries) - 1, handle=_handles().dump_python(handle, mode="json"))
+    finally:
+        session.budget.settle(reserved, 0.0)
+    return len(waiting)
+
+
+def _request(session: Session, question: Question) -> BatchRequest:
+    from pydantic_ai.models.batch import BatchRequest
+
+    structured = session.model.source.structured
+    return BatchRequest(
+        custom_id=question.id[:64],  # the longest id that all providers take: a sha256 fits
+        messages=messages(question, (), structured),
+        model_settings=session.model.settings(live=False),
+        model_request_parameters=request_parameters(question, structured),
+    )
+
+
+async def poll(session: Session, book: Book) -> list[str]:
+    """How far each open batch is, one line each."""
+    said = []
+    for i, entry in book.open():
+        if entry.handle is None:
+            said.append(f"batch {i}: unknown; it was being submitted when the process ended")
+            continue
+        now = await session.model.model.batch_status(entry.handle)
+        said.append(f"batch {i}: {now.status}, {now.request_count} requests, {now.id}")
+    return said
+
+
+async def collect(session: Session, questions: Sequence[Question], book: Book) -> dict[str, int]:
+    """Store the results of all batches that have ended; returns attempts by status. Repeating it changes nothing."""
+    by_id = {q.id[:64]: q for q in questions}
+    counts: dict[str, int] = {}
+    for i, entry in list(book.open()):
+        if entry.handle is None or (now := await session.model.model.batch_status(entry.handle)).status != "ended":
+            continue
+        stored = session.store.of_batch(now.id)
+        results = await session.model.model.batch_results(now)
+        fresh = [r for r in results if r.custom_id in by_id and by_id[r.custom_id].id not in stored]
+        lines = [_line(session, by_id[result.custom_id], result, now.id) for result in fresh]
+        session.store.append(lines)
+        book.note("collected", entry=i)
+        for line in lines:
+            counts[line["status"]] = counts.get(line["status"], 0) + 1
+    return counts
+
+
+def _line(session: Session, question: Question, result: Any, batch_id: str) -> dict[str, Any]:
+    from pydantic_ai.exceptions import AgentRunError
+
+    try:
+        response = session.model.model.batch_decode(result, _request(session, question))
+        outcome = read(response, question, {"batch": True})
+    except AgentRunError as error:
+        outcome = failure(error, session.model.source, {"batch": True})
+    usd = session.prices.usd(outcome.usage) if outcome.usage else None
+    return session.line(question, outcome, 0.0) | {"usd": usd, "batch_id": batch_id, "latency_s": None}
+
+
+# ---------------------------------------------------------------- command line
+
+
+def generator_batch(profile: str, params_dir: Path) -> tuple[Session, list[Question], list[Question], Path]:
+    """(session, all questions, those that can be asked now, path of the book) for a study's generator.
+
+    Of each scenario one call is asked at a time: the next is told how the answers before it begin.
+    """
+    study = params.load_study(profile, params_dir)
+    values = study.values("shared")
+    source = source_from(values, "generator")
+    if source is None:
+        raise ProviderError(f"profile {profile}: the generator is offline; there is nothing to submit.")
+    root = record.profile_root(profile)
+    cards = glossary.load(params.ROOT / values["glossary_path"])
+    axes = scenarios.load_axes(params.ROOT / values["axes_path"])
+    seed = values["seed"]
+    planned = generator.plan(cards, scenarios.build(cards, axes, seed), axes, values["seeds_per_scenario"])
+    session = generator.open_session(values, source, planned, root, factor=prices.BATCH_FACTOR)
+    every, now = [], []
+    for each in planned:
+        siblings: list[str] = []
+        asked = False
+        for call in each:
+            question = generator.question(call, source, seed, siblings)
+            every.append(question)
+            line = session.store.ok.get(question.id)
+            if line:
+                siblings += generator.first_lines(line["output"])
+            elif not asked:
+                now.append(question)
+                asked = True
+    return session, every, now, root / "shared" / "store" / "batches.jsonl"
+
+
+HELP = {"help_option_names": ["-h", "--help"]}
+EPILOG = """
+**Example**: four rounds, as each scenario is asked for four times, and later calls are told how earlier ones begin
+
+    export GOOGLE_API_KEY=...
+    python -m telco_nb.batches submit --profile paper --max-usd 30 --yes
+    python -m telco_nb.batches poll --profile paper
+    python -m telco_nb.batches collect --profile paper
+    ./run_all.py --profile paper
+"""
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
+
+
+@app.command(epilog=EPILOG)
+def main(
+    action: Annotated[str, typer.Argument(metavar="submit|poll|collect|forget")],
+    profile: Annotated[str, typer.Option("--profile", "-p", help="A profile whose generator is a hosted model.")],
+    params_dir: Annotated[Path, typer.Option("--params", metavar="DIR", show_default="params")] = params.PARAMS_DIR,
+    max_usd: Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")] = False,
+) -> None:
+    """Generate conversations in batches: half the price, up to a day later. Every command can be repeated."""
+    if max_usd is not None:
+        os.environ[prices.MAX_USD_VARIABLE] = str(max_usd)
+    try:
+        session, every, now, path = generator_batch(profile, params_dir)
+        _act(action, session, every, now, Book(path), max_usd, yes)
+    except (params.ParameterError, ProviderError, BatchError) as error:
+        print(f"batches: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (prices.CostRefused, prices.BudgetStop) as error:
+        print(f"batches: {error}", file=sys.stderr)
+        sys.exit(4)
+
+
+def _act(
+    action: str,
+    session: Session,
+    every: list[Question],
+    now: list[Question],
+    book: Book,
+    max_usd: float | None,
+    yes: bool,
+) -> None:
+    if action == "submit":
+        source = session.model.source
+        print(f"{len(now):,} requests to {source.model} at {source.host}; one at a time of each scenario.")
+        if not yes and not source.is_local:
+            raise prices.CostRefused(f"nothing was sent. To send this to {source.host}, add --yes.")
+        print(f"submitted: {_run(session, submit(session, now, book)):,}")
+    elif action == "poll":
+        print("\n".join(_run(session, poll(session, book))) or "no open batch")
+    elif action == "collect":
+        print(f"collected: {_run(session, collect(session, every, book)) or 'nothing yet'}")
+    elif action == "forget":
+        for i in book.doubtful:
+            book.note("forgotten", entry=i)
+        print("batches of unknown fate are forgotten; their questions can be submitted again")
+    else:
+        raise BatchError(f"{action}: submit, poll, collect or forget is needed.")
+
+
+def _run(session: Session, work: Awaitable[Any]) -> Any:
+    async def run() -> Any:
+        try:
+            return await work
+        finally:
+            await session.model.close()
+
+    return asyncio.run(run())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,173 @@
+"""Batch mode: submit, poll and collect can each be repeated, and nothing is paid twice or lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from provider_server import answer_body, error_body
+from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
+
+from telco_nb import batches, calls, prices
+from telco_nb.providers import ApiModel, Question, Source
+
+
+class AnthropicBatches:
+    """Message Batches over HTTP: create, status, results. `fates` gives the result type of a request by its id."""
+
+    def __init__(self):
+        self.created: dict[str, list[dict]] = {}
+        self.fates: dict[str, str] = {}
+        self.ended = False
+        self.refuse_create = False
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.path.startswith("/v1/messages/batches")
+                outer.created[f"msgbatch_{len(outer.created)}"] = body["requests"]
+                if outer.refuse_create:  # the provider has it, and the answer is lost
+                    self.close_connection = True
+                    return
+                self.reply(outer.job(f"msgbatch_{len(outer.created) - 1}"))
+
+            def do_GET(self) -> None:
+                batch = self.path.split("?")[0].split("/")[4]
+                if "/results" in self.path:
+                    self.reply(b"".join(json.dumps(r).encode() + b"\n" for r in outer.results(batch)))
+                else:
+                    self.reply(outer.job(batch))
+
+            def reply(self, payload: dict | bytes) -> None:
+                data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def job(self, batch: str) -> dict:
+        n = len(self.created[batch])
+        counts = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
+        counts |= {"succeeded": n} if self.ended else {"processing": n}
+        when = "2026-01-01T00:00:00Z"
+        return {
+            "id": batch, "type": "message_batch", "processing_status": "ended" if self.ended else "in_progress",
+            "request_counts": counts, "created_at": when, "expires_at": when, "ended_at": when if self.ended else None,
+            "archived_at": None, "cancel_initiated_at": None,
+            "results_url": f"{self.url}/v1/messages/batches/{batch}/results" if self.ended else None,
+        }  # fmt: skip
+
+    def results(self, batch: str):
+        for request in self.created[batch]:
+            fate = self.fates.get(request["custom_id"], "succeeded")
+            result: dict = {"type": fate}
+            if fate == "succeeded":
+                result["message"] = answer_body("anthropic", "claude-sonnet-4-5", GOOD)
+            elif fate == "unreadable":
+                result = {"type": "succeeded", "message": answer_body("anthropic", "claude-sonnet-4-5", "Sure!")}
+            elif fate == "errored":
+                result["error"] = error_body("anthropic", 500) | {"request_id": None}
+            yield {"custom_id": request["custom_id"], "result": result}
+
+
+@pytest.fixture
+def server():
+    found = AnthropicBatches()
+    yield found
+    found.http.shutdown()
+    found.http.server_close()
+
+
+QUESTIONS = [Question(f"{i:064x}", "You compare.", f"Which? ({i})", Verdict) for i in range(7)]
+
+
+def act(server, folder, step, *arguments, max_usd=None):
+    """One command in what might be a process of its own: everything is read from disk again."""
+    source = Source("anthropic", "claude-sonnet-4-5", server.url, max_tokens=50)
+    store = calls.AttemptStore(folder / "a.jsonl")
+    price = prices.Prices(source, factor=prices.BATCH_FACTOR)
+    session = calls.Session(ApiModel(source), store, price, prices.Budget(max_usd, store.spent_usd))
+    book = batches.Book(folder / "batches.jsonl")
+    return batches._run(session, step(session, *arguments, book))
+
+
+def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_once_at_half_price(server, tmp_path):
+    assert act(server, tmp_path, batches.submit, QUESTIONS) == 7
+    assert act(server, tmp_path, batches.submit, QUESTIONS) == 0
+    assert "in_progress" in act(server, tmp_path, batches.poll)[0]
+    assert act(server, tmp_path, batches.collect, QUESTIONS) == {}
+    server.ended = True
+    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 7}
+    assert act(server, tmp_path, batches.collect, QUESTIONS) == {}
+    assert act(server, tmp_path, batches.submit, QUESTIONS) == 0 and len(server.created) == 1
+    stored = lines(tmp_path / "a.jsonl")
+    assert [line["call_id"] for line in stored] == [q.id for q in QUESTIONS]
+    live = prices.Prices(Source("anthropic", "claude-sonnet-4-5")).of_tokens
+    assert live(100, 20) is not None and all(0 < line["usd"] < live(140, 20) for line in stored)
+    assert {line["batch_id"] for line in stored} == {"msgbatch_0"}
+
+
+def test_what_failed_in_a_batch_has_its_status_and_is_submitted_again(server, tmp_path):
+    fates = dict(zip([q.id for q in QUESTIONS], ["errored", "expired", "canceled", "unreadable"], strict=False))
+    server.fates, server.ended = fates, True
+    act(server, tmp_path, batches.submit, QUESTIONS)
+    counts = act(server, tmp_path, batches.collect, QUESTIONS)
+    assert counts["ok"] == 3 and counts["parse_error"] == 1 and sum(counts.values()) == 7
+    server.fates = {}
+    assert act(server, tmp_path, batches.submit, QUESTIONS) == 4
+    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 4}
+    assert len(calls.AttemptStore(tmp_path / "a.jsonl").ok) == 7
+
+
+def test_a_batch_of_unknown_fate_is_never_submitted_again_unseen(server, tmp_path):
+    server.refuse_create = True
+    with pytest.raises(Exception, match=r"."):
+        act(server, tmp_path, batches.submit, QUESTIONS)
+    server.refuse_create = False
+    assert len(server.created) == 1
+    with pytest.raises(batches.BatchError, match="may exist at the provider"):
+        act(server, tmp_path, batches.submit, QUESTIONS)
+    assert "unknown" in act(server, tmp_path, batches.poll)[0]
+    book = batches.Book(tmp_path / "batches.jsonl")
+    book.note("forgotten", entry=0)
+    assert act(server, tmp_path, batches.submit, QUESTIONS) == 7
+
+
+def test_a_collection_that_was_killed_half_way_goes_on_without_doubling_a_line(server, tmp_path):
+    server.ended = True
+    act(server, tmp_path, batches.submit, QUESTIONS)
+    act(server, tmp_path, batches.collect, QUESTIONS)
+    path, book = tmp_path / "a.jsonl", tmp_path / "batches.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    book.write_text("".join(book.read_text().splitlines(keepends=True)[:-1]))  # not noted as collected
+    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 4}
+    assert sorted(line["call_id"] for line in lines(path)) == [q.id for q in QUESTIONS]
+
+
+def test_a_batch_whose_worst_case_exceeds_the_budget_is_not_submitted(server, tmp_path):
+    with pytest.raises(prices.BudgetStop):
+        act(server, tmp_path, batches.submit, QUESTIONS, max_usd=0.001)
+    assert not server.created
+    assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=1.0) == 7
+
+
+def test_a_provider_without_batches_says_so():
+    source = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")
+    session = calls.Session(ApiModel(source), None, prices.Prices(source), prices.Budget(None))  # type: ignore[arg-type]
+    with pytest.raises(batches.BatchError, match="no batches"):
+        asyncio.run(batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]

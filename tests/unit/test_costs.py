@@ -1,0 +1,89 @@
+"""Nothing leaves the house and no dollar is spent without somebody having said so."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from telco_nb import ROOT, prices, runner
+from telco_nb.executed import Failure
+from telco_nb.prices import CostRefused, Estimate
+from telco_nb.providers import Source
+
+REMOTE = Source("google", "gemini-2.5-flash")
+LOCAL = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")
+
+
+def estimate(source: Source, usd: float | None = 10.0, calls: int = 100) -> Estimate:
+    return Estimate(source, calls, 1000, 1000, usd, usd, usd, "table")
+
+
+def test_data_goes_to_a_host_of_this_network_without_a_question_and_beyond_it_only_by_consent():
+    prices.agree([estimate(LOCAL, None)], None, yes=False, ask=None)
+    with pytest.raises(CostRefused, match=r"nothing was sent.*googleapis\.com.*--yes"):
+        prices.agree([estimate(REMOTE)], None, yes=False, ask=None)
+    with pytest.raises(CostRefused):
+        prices.agree([estimate(REMOTE)], None, yes=False, ask=lambda: False)
+    prices.agree([estimate(REMOTE)], None, yes=False, ask=lambda: True)
+    prices.agree([estimate(REMOTE)], None, yes=True, ask=None)
+
+
+def test_a_plan_that_is_expected_to_exceed_the_cap_is_refused_and_one_that_is_answered_already_is_not():
+    with pytest.raises(CostRefused, match=r"\$20.00 are expected.*\$15.00"):
+        prices.agree([estimate(REMOTE), estimate(REMOTE)], 15.0, yes=True, ask=None)
+    prices.agree([estimate(REMOTE, calls=0)], 0.0, yes=False, ask=None)
+
+
+def test_a_step_that_the_budget_ended_gives_exit_code_4_and_any_other_failure_1():
+    stopped = SimpleNamespace(status="failed", failure=Failure("error", "CallsStopped: BudgetStop: $1.00 of $1.00", 3))
+    broken = SimpleNamespace(status="failed", failure=Failure("error", "ValueError: no", 3))
+    blocked = SimpleNamespace(status="blocked", failure=None)
+    assert runner.exit_code([stopped, blocked], stopped=False) == 4
+    assert runner.exit_code([stopped, broken], stopped=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "said"),
+    [
+        (["generator: google", "generator_model: gemini-2.5-flash"], [], "--yes"),
+        (["generator: google", "generator_model: gemini-2.5-flash"], ["--yes", "--max-usd", "0.01"], "are expected"),
+    ],
+)
+def test_the_command_line_refuses_with_exit_code_4_and_shows_host_calls_and_dollars(lines, options, said, tmp_path):
+    done = run_all(lines, options, tmp_path)
+    assert done.returncode == 4 and said in done.stderr
+    assert "3,120 calls to gemini-2.5-flash at generativelanguage.googleapis.com" in done.stdout
+    assert "genai-prices" in done.stdout and "no customer data" in done.stdout
+    assert not list((tmp_path / "out").glob("*/*/*.ipynb"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["generator: google"], "generator_model"),
+        (["generator: openai-compatible", "generator_model: m"], "no endpoint"),
+        (
+            ["generator: openai-compatible", "generator_model: m", "generator_endpoint: http://u:p@127.0.0.1/v1"],
+            "secret",
+        ),
+        (["generator: gemini"], "generator"),
+    ],
+)
+def test_a_generator_that_cannot_be_asked_is_a_fault_of_the_parameters(lines, said, tmp_path):
+    done = run_all(lines, ["--dry-run"], tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "u:p" not in done.stderr
+
+
+def run_all(lines: list[str], options: list[str], tmp_path) -> subprocess.CompletedProcess:
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    with (tmp_path / "params" / "profiles" / "smoke.yaml").open("a") as stream:
+        stream.write("\n".join(["", *lines, ""]))
+    command = [sys.executable, "run_all.py", "--profile", "smoke", "--params", str(tmp_path / "params")]
+    command += ["--outputs", str(tmp_path / "out"), "--steps", "01-02", *options]
+    env = os.environ | {"GOOGLE_API_KEY": "none", "COLUMNS": "300"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
