@@ -53,6 +53,12 @@ class TestNotebook:
                 names = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
                 assert not names & {"input", "exec", "eval", "__import__"}
 
+    def test_interactive_cells_do_nothing_in_batch(self, path):
+        for cell in load(path)["cells"]:
+            if "interactive" in cell["metadata"].get("tags", []):
+                (only,) = ast.parse("".join(cell["source"])).body
+                assert isinstance(only, ast.If) and ast.unparse(only.test) == "not run.batch" and not only.orelse
+
     def test_no_more_than_two_code_cells_follow_each_other_without_prose(self, path):
         run = 0
         for cell in load(path)["cells"]:
