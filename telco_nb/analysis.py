@@ -51,6 +51,7 @@ class Judge:
     ranking: pd.DataFrame
     draws: pd.DataFrame
     model: str | None = None
+    controls: tuple[Mapping[str, Any], ...] = ()  # of the validity gate: control, value, rule, threshold, n, passed
 
     @property
     def scores(self) -> pd.Series:
@@ -147,7 +148,20 @@ def read_judge(name: str, path: Callable[[str], Path]) -> Judge:
         ranking=pd.read_parquet(path("tables/ranking.parquet")).set_index("config"),
         draws=draws.pivot(index="draw", columns="config", values="score"),
         model=metrics.get("judge_model"),
+        controls=tuple(validity.get("controls", [])),
     )
+
+
+def gate_table(judges: Sequence[Judge]) -> pd.DataFrame:
+    """One row per planted control: what is required, and each judge's value with passed or FAILED."""
+    rows: dict[str, dict[str, str]] = {}
+    for judge in judges:
+        for found in judge.controls:
+            required = f"{found.get('rule', '')} {found['threshold']:g}".strip()
+            row = rows.setdefault(found["control"], {"required": required})
+            value = "no verdict" if found["value"] is None else f"{found['value']:.3f} (n = {found['n']})"
+            row[judge.label] = f"{value} {'passed' if found['passed'] else 'FAILED'}"
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("control").reset_index()
 
 
 def repeats_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -422,6 +422,22 @@ def test_ratings_of_two_judges_give_an_alpha_per_criterion_and_of_one_a_reason()
     assert "fewer than two judges" in alone.blocked_by[0]
 
 
+def test_the_gate_is_shown_control_by_control_for_every_judge():
+    def control(name, value, passed):
+        return {"control": name, "value": value, "rule": ">=", "threshold": 0.95, "n": 40, "passed": passed}
+
+    score = pd.Series({"c01": 1.0, "c02": 0.0})
+    good = make_judge(score, controls=(control("truncated", 0.975, True), control("wrong_number", 1.0, True)))
+    bad = make_judge(
+        score, name="reference", controls=(control("wrong_number", 0.75, False), control("late", None, False))
+    )
+    table = analysis.gate_table([good, bad]).set_index("control")
+    assert table.loc["wrong_number", "reference (offline proxy)"] == "0.750 (n = 40) FAILED"
+    assert table.loc["truncated", "checklist (offline proxy)"] == "0.975 (n = 40) passed"
+    assert table.loc["late", "reference (offline proxy)"] == "no verdict FAILED"
+    assert pd.isna(table.loc["late", "checklist (offline proxy)"])
+
+
 def test_a_judge_that_has_ranked_nothing_is_blocked_and_leaves_the_others_as_they_are():
     planted = fake_study.truth(fake_study.design())["quality"]
     silent = make_judge(planted * np.nan, name="silent", gate_passed=False, coverage=0.0)
