@@ -2,7 +2,8 @@
 
 A number with 9 or more digits, or one that reads as a telephone number, is somebody's unless it lies in a range that
 a regulator reserved for fiction; the same holds for e-mail and network addresses. Names are found only where a
-pattern gives them away (a title, an introduction, a signature): a bare name in a sentence is not seen.
+pattern gives them away (a title, an introduction, a signature): a bare name in a sentence is not seen, nor is a
+telephone number of 8 digits or fewer without a prefix, except as North America writes it (555-1234).
 """
 
 from __future__ import annotations
