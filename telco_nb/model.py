@@ -100,16 +100,60 @@ def unpack(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def load(base_model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tuple[Any, Any]:
     """(model, tokenizer) on the best device of this machine; the model computes in `dtype`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(base_model)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
-    return model.to(device()), tokenizer
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    if quantization != "none":  # quantised weights cannot be moved afterwards
+        options |= {"quantization_config": quantized(quantization, dtype), "device_map": {"": device()}}
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    return (model if quantization != "none" else model.to(device())), tokenizer
+
+
+def quantized(quantization: str, dtype: torch.dtype) -> Any:
+    """How bitsandbytes stores the frozen weights: 8-bit integers, or 4-bit normal floats with quantised constants."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantization {quantization} needs bitsandbytes, which is not installed. Use none.")
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # 4 bits and a quantised constant per 64 weights
+
+
+def memory_estimate(
+    base_model: str, dtype: torch.dtype, quantization: str, trainable: int, row_tokens: int
+) -> dict[str, float]:
+    """Bytes that a training will need, from the model's configuration alone; nothing is loaded.
+
+    Adapters count 16 bytes a weight: value, gradient and two moments in float32. What a token leaves for the backward
+    pass is a count of the arrays that a layer keeps, about 14 of the hidden and 4 of the inner width: a guess to 30 %.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve(base_model), trust_remote_code=False)
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    kept = sum(p.numel() for p in shell.get_input_embeddings().parameters())
+    if not config.tie_word_embeddings:
+        kept *= 2  # embeddings and head are not quantised
+    body = sum(p.numel() for p in shell.parameters()) - kept
+    width = dtype.itemsize
+    layer = 14 * config.hidden_size + 4 * config.intermediate_size
+    return {
+        "weights": kept * width + body * (BYTES_PER_WEIGHT[quantization] or width),
+        "adapters": 16.0 * trainable,
+        "row": float(row_tokens * config.num_hidden_layers * layer * width),
+    }
 
 
 def quiet() -> None:
@@ -154,6 +198,16 @@ def chat_messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def end_token_id(tokenizer: Any) -> int:
+    """The token with which the model is to end its answers: the template's, if the model was trained to stop on it.
+
+    Base models come with a chat template whose end token they never saw (Qwen2.5: <|im_end|>), and LoRA leaves the
+    embeddings alone: such a model is trained to end, and stopped, on its own end of text.
+    """
+    end = turn_end_id(tokenizer)
+    return end if tokenizer.eos_token_id in (None, end) else tokenizer.eos_token_id
+
+
+def turn_end_id(tokenizer: Any) -> int:
     """The token that ends an assistant's turn, read off the chat template itself."""
     probe = chat_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     ids = tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
@@ -161,14 +215,15 @@ def end_token_id(tokenizer: Any) -> int:
     return special[-1] if special else tokenizer.eos_token_id
 
 
-def weights_checksum(model: Any) -> str:
+def weights_checksum(model: Any, biases: bool = True) -> str:
     """sha256 over every base weight's sum of absolute values: shows that training left the base model alone.
 
-    Adapter weights do not count, so the value is the same before LoRA is attached and after training.
+    Adapter weights do not count, so the value is the same before LoRA is attached and after training; nor do biases
+    that are trained (`biases` False).
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name and (biases or not name.endswith("bias")):
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             digest.update(f"{name} {weight.detach().float().abs().sum().item()!r}\n".encode())
     return digest.hexdigest()

@@ -66,7 +66,12 @@ class Parameters(BaseModel):
     target_modules: Literal["qv", "attention", "mlp", "all"]
     rank: int = Field(ge=1, le=1024)
     lora_alpha: int = Field(ge=1)
-    lora_dropout: float = Share
+    lora_dropout: float = Field(ge=0, lt=1)
+    rslora: bool
+    dora: bool
+    bias: Literal["none", "lora_only", "all"]
+    layers_to_transform: list[int] | None
+    quantization: Literal["none", "int8", "nf4"]
     # optimisation
     epochs: int = Field(ge=1)
     learning_rate: float = Field(gt=0, lt=1)
@@ -76,11 +81,14 @@ class Parameters(BaseModel):
     max_grad_norm: float = Field(gt=0)
     batch_tokens: int = Field(ge=64)
     max_length: int = Field(ge=32)
+    assistant_only_loss: bool
+    gradient_checkpointing: bool
     dtype: Literal["auto", "float32", "bfloat16"]
     checkpoint_seconds: float = Field(gt=0)
     # answering
     answer_max_tokens: int = Field(ge=8)
     answer_batch_size: int = Field(ge=1)
+    answer_temperature: float = Field(ge=0)
     # energy
     cpu_watts_per_core_low: float = Field(gt=0)
     cpu_watts_per_core: float = Field(gt=0)
@@ -88,9 +96,15 @@ class Parameters(BaseModel):
     idle_share: float = Share
     # judging
     judge: str
-    judge_kind: Literal["checklist", "reference", "human"]
+    judge_kind: Literal["checklist", "reference", "human", "anthropic", "openai", "google", "openai-compatible"]
     judge_model: str | None
     judge_endpoint: str | None
+    judge_max_tokens: int = Field(ge=64)
+    judge_temperature: float | None = Field(ge=0, le=2)
+    judge_structured: Literal["native", "prompted"]
+    judge_timeout_s: float = Field(gt=0)
+    judge_input_usd_per_mtok: float | None = Field(ge=0)
+    judge_output_usd_per_mtok: float | None = Field(ge=0)
     matchings_per_prompt: int = Field(ge=1)
     swap_share: float = Share
     retest_share: float = Share
@@ -136,6 +150,11 @@ LORA_KEYS = set(
         "rank",
         "lora_alpha",
         "lora_dropout",
+        "rslora",
+        "dora",
+        "bias",
+        "layers_to_transform",
+        "quantization",
         "epochs",
         "learning_rate",
         "lr_scheduler",
@@ -144,6 +163,8 @@ LORA_KEYS = set(
         "max_grad_norm",
         "batch_tokens",
         "max_length",
+        "assistant_only_loss",
+        "gradient_checkpointing",
         "dtype",
         "seed",
     ]
@@ -152,7 +173,7 @@ PROTOCOL_KEYS = {
     "matchings_per_prompt", "swap_share", "retest_share", "anchor_share", "lists_per_prompt", "rubric_share",
     "judge_after_failed_gate",
 }  # fmt: skip
-JUDGE_KEYS = {"judge", "judge_kind", "judge_model", "judge_endpoint"} | PROTOCOL_KEYS
+JUDGE_KEYS = {name for name in Parameters.model_fields if name.startswith("judge")} - {"judges"} | PROTOCOL_KEYS
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 

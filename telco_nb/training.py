@@ -23,8 +23,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback
 
+try:  # added to torch late, and FlashAttention builds only
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
 from telco_nb import fused
-from telco_nb.model import chat_messages, end_token_id
+from telco_nb.model import chat_messages, end_token_id, turn_end_id
 from telco_nb.record import device, write_json
 
 TARGET_MODULES = {
@@ -58,8 +63,16 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
 
-def encode(tokenizer: Any, messages: list[dict[str, str]], conversation_id: str, max_length: int) -> Example:
+def encode(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    conversation_id: str,
+    max_length: int,
+    assistant_only: bool = True,
+) -> Example:
     """Tokenise a conversation with the model's chat template; label the assistant's text and its end token.
+
+    With `assistant_only` False every token but the first is labelled.
 
     Raises TrainingError if the template does not extend turn by turn, or the conversation exceeds `max_length` tokens
     (cutting it would leave answers without an end).
@@ -67,12 +80,18 @@ def encode(tokenizer: Any, messages: list[dict[str, str]], conversation_id: str,
     chat = chat_messages(messages)
     ids = _render(tokenizer, chat)
     labels = [IGNORED] * len(ids)
-    end = end_token_id(tokenizer)
+    turn_end, end = turn_end_id(tokenizer), end_token_id(tokenizer)
+    ends: list[int] = []
     for position, message in enumerate(chat):
         if message["role"] == "assistant":
             start = len(_prefix(tokenizer, chat[:position], ids, conversation_id, generation=True))
-            stop = ids.index(end, start) + 1
+            stop = ids.index(turn_end, start) + 1
+            ends.append(stop - 1)
             labels[start:stop] = ids[start:stop]
+    for place in ends:  # after the template's prefixes were compared
+        ids[place] = labels[place] = end
+    if not assistant_only:
+        labels = [IGNORED, *ids[1:]]
     if len(ids) > max_length:
         raise TrainingError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
     return Example(conversation_id, ids, labels)
@@ -146,6 +165,15 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     }
 
 
+def check_base_loss(loss: float, low: float = 0.5, high: float = 8.0) -> None:
+    """Preflight: the untuned model's loss (nats per token) is plausible; the bounds are wide guesses."""
+    if not low < loss < high:
+        raise TrainingError(
+            f"the base model's validation loss is {loss:.2f} nats, not between {low} and {high}: "
+            "check base_model, its chat template and dtype."
+        )
+
+
 class PackedRows(torch.utils.data.Dataset):
     """Packed rows as a dataset: one row is one optimiser step."""
 
@@ -187,6 +215,8 @@ def segmented_attention(
     """
     if segments is None or attention_mask is not None:
         raise TrainingError("Packed attention needs segment lengths and no attention mask.")
+    if packed_kernel(query.device) == "varlen" and not dropout:
+        return _varlen(query, key, value, segments, scaling), None
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
         for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
@@ -194,7 +224,43 @@ def segmented_attention(
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
+def packed_kernel(device: torch.device) -> str:
+    """Which attention serves packed rows: "varlen" (torch's FlashAttention, CUDA from capability 8 on) or "loop"."""
+    usable = device.type == "cuda" and varlen_attn is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "varlen" if usable else "loop"
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[int], scaling: float | None
+) -> torch.Tensor:
+    """All segments in one call; tensors as in `segmented_attention`, result (1, T, heads, d)."""
+    bounds = torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32, device=query.device)
+    tokens_first = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
+    causal = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
+    return varlen_attn(*tokens_first, bounds, bounds, max(segments), max(segments), **causal)[None]
+
+
 AttentionInterface.register(SEGMENTED, segmented_attention)
+
+
+def with_adapters(base: Any, lora: Any, gradient_checkpointing: bool = False) -> Any:
+    """The base model with adapters as `lora` (peft's LoraConfig) says; what is trained is float32.
+
+    Raises TrainingError for a layer that the model has not: peft would silently leave it out.
+    """
+    from peft import get_peft_model
+
+    count = base.config.num_hidden_layers
+    if wrong := [i for i in lora.layers_to_transform or [] if not 0 <= i < count]:
+        raise TrainingError(f"layers_to_transform: {wrong} are not among this model's layers, 0 to {count - 1}.")
+    tuned = get_peft_model(base, lora)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        tuned.enable_input_require_grads()
+    return tuned
 
 
 def prepare_step(model: Any) -> str:
@@ -269,7 +335,8 @@ class PackedTrainer(Trainer):
         losses = token_losses(model, inputs)
         if num_items_in_batch is None:
             raise TrainingError("the Trainer did not count the supervised tokens of the accumulation window.")
-        return losses.sum() / num_items_in_batch
+        # The count is that of all processes, whose gradients are then averaged: so times their number.
+        return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
 
 def warm_up(model: Any, row: dict[str, torch.Tensor]) -> float:

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from telco_nb import answers, model
 
@@ -32,6 +33,59 @@ def test_batched_answers_equal_one_at_a_time_in_float32(real, prompts):
     alone = answers.answer(base, tokenizer, prompts, max_tokens=12, batch_size=1)
     assert together.answer.tolist() == alone.answer.tolist()
     assert together.prompt_id.tolist() == ["a", "b", "c"]
+
+
+def single(base, tokenizer, messages, **options) -> list[int]:
+    """transformers' own generate for one prompt."""
+    ids = tokenizer.apply_chat_template(
+        model.chat_messages(messages), add_generation_prompt=True, return_dict=False, return_tensors="pt"
+    )
+    end = model.end_token_id(tokenizer)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end, "pad_token_id": end} | options
+    return base.generate(input_ids=ids, **options)[0, ids.shape[1] :].tolist()
+
+
+def test_batched_answers_are_what_generate_writes_for_each_prompt_alone(real, prompts):
+    base, tokenizer = real
+    given = answers.answer(base, tokenizer, prompts, max_tokens=12, batch_size=3)
+    wanted = [tokenizer.decode(single(*real, m), skip_special_tokens=True).strip() for m in prompts.messages]
+    assert given.answer.tolist() == wanted
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+PROMPT_IDS = [[3, 4], [5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [2, 15, 16, 17]]
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged():
+    base = tiny()
+    free = answers.generate(base, PROMPT_IDS, end=-1, max_tokens=20)
+    end = free[0][4]  # a token that some rows write early and others late or never
+    cut = answers.generate(base, PROMPT_IDS, end=end, max_tokens=20)
+    assert cut == [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
+    assert len(set(map(len, cut))) > 1
+
+
+def test_a_sampled_answer_depends_on_the_seed_and_not_on_its_batch(real, prompts):
+    options = {"max_tokens": 6, "temperature": 0.8}
+    together = answers.answer(*real, prompts, batch_size=3, seed=1, **options)
+    alone = answers.answer(*real, prompts, batch_size=1, seed=1, **options)
+    other = answers.answer(*real, prompts, batch_size=3, seed=2, **options)
+    assert together.answer.tolist() == alone.answer.tolist() != other.answer.tolist()
+
+
+def test_answering_leaves_the_attention_function_as_it_was():
+    base = tiny()
+    before = base.config._attn_implementation
+    answers.generate(base, PROMPT_IDS, end=0, max_tokens=2)
+    assert base.config._attn_implementation == before
 
 
 def test_an_answer_cut_at_the_limit_is_marked_so(real, prompts):

@@ -1,0 +1,234 @@
+"""Every training option changes what it names, on tiny random models of the real architectures."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_fused import adapted, fake_examples, plain_step, relative, tiny
+from transformers import TrainingArguments
+
+from telco_nb import ROOT, answers, model, training
+from telco_nb.model import ModelError
+from telco_nb.training import TrainingError
+
+ALL = training.TARGET_MODULES["all"]
+
+
+def attached(kind: str = "qwen2", checkpointing: bool = False, **options):
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": ALL} | options
+    return training.with_adapters(tiny(kind), LoraConfig(**options), checkpointing)
+
+
+def trained(tuned, folder: Path, steps: int = 6) -> list[float]:
+    """Losses of a short training with the packed step."""
+    training.prepare_step(tuned)
+    rows = training.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
+    fixed = training.fixed_arguments() | {"save_strategy": "no"}
+    arguments = TrainingArguments(output_dir=folder, max_steps=steps, learning_rate=0.02, disable_tqdm=True, **fixed)
+    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+    trainer.train()
+    return [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
+
+
+OPTIONS = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.1},
+    "bias": {"bias": "all"},
+    "layers": {"layers_to_transform": [1]},
+    "checkpointing": {"checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_each_option_trains_and_its_adapter_gives_the_same_logits_again(options, tmp_path):
+    tuned = attached(**options)
+    losses = trained(tuned, tmp_path / "run")
+    assert losses[-1] < losses[0] - 0.05
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    training.fused.unfuse(tuned)
+    training.causal_model(tuned).set_attn_implementation("sdpa")
+    again = answers.with_adapter(tiny("qwen2"), tmp_path / "adapter", torch.float32)
+    ids = torch.tensor([[3, 5, 8, 13]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_named_layers_get_adapters_and_an_unknown_layer_is_refused():
+    names = [n for n, p in attached(layers_to_transform=[1]).named_parameters() if p.requires_grad]
+    assert names and all(".layers.1." in n for n in names)
+    with pytest.raises(TrainingError, match=r"layers_to_transform: \[2\] are not among this model's layers, 0 to 1"):
+        attached(layers_to_transform=[0, 2])
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    layers = [
+        attached(use_rslora=rslora).get_submodule("base_model.model.model.layers.0.mlp.up_proj") for rslora in (0, 1)
+    ]
+    assert [layer.scaling["default"] for layer in layers] == [8 / 4, 8 / 4**0.5]  # peft's default lora_alpha is 8
+
+
+def test_trained_biases_do_not_count_in_the_checksum_but_other_weights_do(tmp_path):
+    tuned = attached(bias="all")
+    before = {b: model.weights_checksum(tuned, biases=b) for b in (True, False)}
+    trained(tuned, tmp_path)
+    assert model.weights_checksum(tuned, biases=True) != before[True]
+    assert model.weights_checksum(tuned, biases=False) == before[False]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantised_weights_train_on_this_device(quantization, tmp_path):
+    model.quiet()
+    tiny("llama").save_pretrained(tmp_path / "base")
+    loaded, _ = _load_without_tokenizer(tmp_path / "base", quantization)
+    torch.manual_seed(1)
+    tuned = training.with_adapters(loaded, LoraConfig(r=4, target_modules=ALL))
+    losses = trained(tuned, tmp_path / "run")
+    assert training.prepare_step(tuned) == "plain"
+    assert losses[-1] < losses[0] - 0.05
+
+
+def _load_without_tokenizer(folder: Path, quantization: str):
+    from transformers import AutoModelForCausalLM
+
+    config = model.quantized(quantization, torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config, device_map={"": model.device()}
+    ), None
+
+
+def test_quantisation_without_its_library_is_refused_with_the_fix(monkeypatch):
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"needs bitsandbytes, which is not installed\. Use none"):
+        model.quantized("nf4", torch.float32)
+
+
+def test_the_memory_estimate_counts_the_weights_that_loading_makes(tmp_path):
+    base = tiny("qwen2")
+    base.save_pretrained(tmp_path)
+    estimate = model.memory_estimate(str(tmp_path), torch.float32, "none", trainable=1000, row_tokens=64)
+    assert estimate["weights"] == 4 * sum(p.numel() for p in base.parameters())
+    assert estimate["adapters"] == 16_000
+    assert model.memory_estimate(str(tmp_path), torch.float32, "nf4", 0, 64)["weights"] < estimate["weights"]
+
+
+# ---------------------------------------------------------------- labels and end tokens
+
+
+class BaseTokenizer:
+    """A base model's tokenizer: one id a word, a template that ends turns with 1, an end of text 2."""
+
+    eos_token_id, all_special_ids = 2, [1, 2]
+
+    def apply_chat_template(self, chat, tokenize=True, add_generation_prompt=False, return_dict=False, **_):
+        ids = [i for m in chat for i in (10 + len(m["role"]), *(20 + len(w) for w in m["content"].split()), 1)]
+        return [*ids, 10 + len("assistant")] if add_generation_prompt else ids
+
+
+CHAT = [{"role": "user", "content": "a bb"}, {"role": "assistant", "content": "ccc dddd"}]
+
+
+def test_a_base_model_learns_to_end_with_a_token_that_it_knows():
+    tokenizer = BaseTokenizer()
+    assert (model.turn_end_id(tokenizer), model.end_token_id(tokenizer)) == (1, 2)
+    example = training.encode(tokenizer, CHAT, "c", 99)
+    assert [x for x in example.labels if x != training.IGNORED] == [23, 24, 2]
+    assert example.input_ids[-1] == 2 and example.input_ids.count(1) == 2  # other turns end as the template says
+
+
+def test_without_assistant_only_loss_every_token_but_the_first_is_labelled():
+    example = training.encode(BaseTokenizer(), CHAT, "c", 99, assistant_only=False)
+    assert example.labels == [training.IGNORED, *example.input_ids[1:]]
+
+
+def test_an_implausible_base_loss_stops_before_training():
+    training.check_base_loss(3.9)
+    for loss in (11.0, 0.1, float("nan")):
+        with pytest.raises(TrainingError, match="check base_model, its chat template and dtype"):
+            training.check_base_loss(loss)
+
+
+# ---------------------------------------------------------------- attention by device, several processes
+
+
+def test_the_attention_for_packed_rows_is_chosen_by_device(monkeypatch):
+    assert training.packed_kernel(torch.device("cpu")) == "loop"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert training.packed_kernel(torch.device("cuda")) == "varlen"
+    monkeypatch.setattr(training, "varlen_attn", None)
+    assert training.packed_kernel(torch.device("cuda")) == "loop"
+
+
+def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
+    """The call, replayed by a reference with varlen_attn's contract; the kernel itself needs a GPU."""
+
+    def reference(q, k, v, bounds, _, longest, __, window_size, scale, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa and longest == max(bounds.diff())
+        parts = zip(*(t.transpose(0, 1)[None].split(bounds.diff().tolist(), 2) for t in (q, k, v)), strict=True)
+        made = [
+            torch.nn.functional.scaled_dot_product_attention(*p, is_causal=True, scale=scale, enable_gqa=True)
+            for p in parts
+        ]
+        return torch.cat(made, 2)[0].transpose(0, 1)
+
+    tuned = adapted("qwen2")
+    wanted = plain_step(tuned, fake_examples())
+    training.causal_model(tuned).set_attn_implementation(training.SEGMENTED)
+    monkeypatch.setattr(training, "varlen_attn", reference)
+    monkeypatch.setattr(training, "packed_kernel", lambda _: "varlen")
+    tuned.zero_grad()
+    training.token_losses(tuned, training.collate(fake_examples())).mean().backward()
+    found = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
+    assert relative(found, wanted[1]) < 1e-4
+
+
+WORKER = """
+import json, sys, torch
+sys.path.insert(0, "tests/unit")
+from pathlib import Path
+from test_options import attached
+from test_fused import fake_examples
+from transformers import TrainingArguments
+from telco_nb import training
+accumulate, folder = int(sys.argv[1]), Path(sys.argv[2])
+tuned = attached()
+training.prepare_step(tuned)
+rows = training.PackedRows(fake_examples((30, 22, 27, 25)), 32, 0)
+fixed = training.fixed_arguments() | {"save_strategy": "no"}
+arguments = TrainingArguments(output_dir=folder, max_steps=2, learning_rate=0.02, disable_tqdm=True, max_grad_norm=1.0,
+    per_device_train_batch_size=1, gradient_accumulation_steps=accumulate,
+    ddp_backend="gloo" if accumulate == 1 else None, **fixed)
+trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+trainer.train()
+if trainer.is_world_process_zero():
+    weights = [p.detach().double().sum().item() for p in tuned.parameters() if p.requires_grad]
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    (folder / "found.json").write_text(json.dumps(losses + weights))
+"""
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    """torchrun with gloo: two rows in two processes are one step, as two accumulated rows are in one process."""
+    found = {}
+    several = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        (folder / "worker.py").write_text(WORKER)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = [*several, port] if processes == 2 else []
+        command = [sys.executable, *launch, str(folder / "worker.py"), str(3 - processes), str(folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[processes] = [float(x) for x in json.loads((folder / "found.json").read_text())]
+    assert found[2] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
