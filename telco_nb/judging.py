@@ -276,7 +276,8 @@ def ask(
 def rule_verdict(case: Case) -> Verdict | None:
     """The verdict where no judge is needed: an empty or looping answer loses, two of them tie; else None.
 
-    In a list the judge is asked as long as two answers are sound; in a rubric such an answer gets the lowest rating.
+    In a list the judge is asked as long as two answers are sound; in a rubric such an answer gets the lowest rating,
+    and none for tone and concision: there is nothing to rate.
     """
     found = [judges.degenerate(answer) for answer in case.answers]
     lost = [seat for seat, what in zip(case.seats, found, strict=True) if what]
@@ -286,7 +287,8 @@ def rule_verdict(case: Case) -> Verdict | None:
     flags = tuple(f"{seat}:{what}" for seat, what in zip(case.seats, found, strict=True) if what)
     said = f"Empty or looping: {', '.join(lost)}."
     if case.form == "rubric":
-        return Verdict(analysis=said, flags=flags, scores=dict.fromkeys(judges.CRITERIA, 1))
+        lowest = {name: None if name in ("tone", "concise") else 1 for name in judges.CRITERIA}
+        return Verdict(analysis=said, flags=flags, scores=lowest)
     if case.form == "list":
         return Verdict(">".join([*sound, "=".join(lost)]), None, said, flags)
     return Verdict(sound[0], 2, said, flags) if sound else Verdict("tie", 0, said, flags)

@@ -1,5 +1,6 @@
 """Judges and protocol: a balanced plan, a store that forgets nothing, proxies that see what they claim to see."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -541,3 +542,65 @@ def test_habits_of_a_judge_that_always_takes_the_first_seat(study):
     habits = judging.habits(verdicts(plan, store)).mean(numeric_only=True)
     assert (habits["first_seat"], habits["tie"], habits["swap_consistent"]) == (1, 0, 0)
     assert habits["retest_consistent"] == 1
+
+
+# ---------------------------------------------------------------- lists and the rubric with the offline judges
+
+
+def group(cards, *answers, form="list"):
+    return Case(form, cards["volte"], "understand", (("user", "What is VoLTE?"),), "abc abc", answers)
+
+
+def test_the_checklist_orders_a_list_as_it_decides_the_pairs(cards, prompts, answers):
+    judge = proxies.ChecklistJudge("checklist")
+    for row in prompts.head(12).itertuples():
+        texts = [answers["c01", row.prompt_id], answers["c02", row.prompt_id], controls.CONSTANT_ANSWER]
+        shared = (cards[row.term_id], row.intent, (("user", row.messages[-1]["content"]),), "")
+        order = judge.judge(Case("list", *shared, tuple(texts))).verdict
+        place = {seat: i for i, tied in enumerate(order.split(">")) for seat in tied.split("=")}
+        for (i, a), (j, b) in itertools.combinations(enumerate("ABC"), 2):
+            pair = judge.judge(Case("pair", *shared, (texts[i], texts[j]))).verdict
+            if (
+                pair != "tie"
+            ):  # ties are no equivalence: in a list a tied answer must be tied with the best of its group
+                assert (place[a] < place[b]) == (pair == "A")
+
+
+def test_a_list_is_ordered_best_first_with_ties_by_the_distance_to_the_best_of_a_group():
+    def order(*scores):
+        return proxies.by_score(scores, 0.05, 0.25, "").verdict
+
+    assert order(0.2, 0.9, 0.5, 0.5) == "B>C=D>A"
+    assert order(0.50, 0.46, 0.42) == "A=B>C"  # a chain of small steps is not one long tie
+    assert order(0.1, 0.1, 0.1, 0.1) == "A=B=C=D"
+
+
+def test_the_checklist_rates_what_it_checks_and_leaves_the_rest_empty(cards):
+    def rated(text):
+        return proxies.ChecklistJudge("checklist").judge(group(cards, text, form="rubric")).scores
+
+    card = cards["volte"]
+    good, wrong = rated(f"{card.facts[0]} {card.facts[1]} Next step: tell me."), rated("It takes 417 ms. Tell me more.")
+    assert good["factual"] == 5 and good["resolves"] == 5
+    assert wrong["factual"] == 4 and wrong["resolves"] < 3
+    assert good["tone"] is None and good["concise"] is None  # no rule looks at these
+    assert rated(card.wrong_beliefs[0].belief)["factual"] <= 3
+
+
+def test_the_reference_judge_orders_lists_and_rates_nothing(cards, counting_embedder):
+    judge = proxies.ReferenceJudge("reference")
+    assert judge.judge(group(cards, "xyz", "abc", "abx abx")).verdict == "B>C>A"
+    assert "rubric" not in judge.forms
+
+
+def test_a_smaller_share_of_ratings_is_a_part_of_a_larger_one():
+    small, large = (judging.plan_ratings(bare_prompts(40), CONFIGS, share=s, seed=3) for s in (0.25, 0.5))
+    assert len(small) == 10 * 16 and set(small["prompt_id"]) < set(large["prompt_id"])
+    assert judging.plan_ratings(bare_prompts(40), CONFIGS, share=0.0, seed=3).empty
+
+
+def test_the_instructions_of_a_prompt_are_the_same_for_all_cases_of_a_form(cards):
+    """So that a provider can cache them; what differs stands behind."""
+    one, two = (judges.render(compare(cards, a=card, b="fine", card_id=card)) for card in ("volte", "lte"))
+    assert one.system == two.system and one.data != two.data
+    assert "Reply with one JSON object" in one.system and "<answer_a>" not in one.system

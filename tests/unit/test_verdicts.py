@@ -158,7 +158,8 @@ def test_in_a_list_empty_and_looping_answers_come_last_whatever_the_judge_says()
     assert settled.verdict == "A=C>B=D" and {"B:empty", "D:looping"} <= set(settled.flags)
     lost = judging.rule_verdict(Case("list", *(case.card, "understand", case.messages, ""), ("", "fine words", "")))
     assert lost.verdict == "B>A=C"
-    assert judging.rule_verdict(Case("rubric", case.card, "understand", case.messages, "", ("",))).scores["tone"] == 1
+    scores = judging.rule_verdict(Case("rubric", case.card, "understand", case.messages, "", ("",))).scores
+    assert scores["factual"] == 1 and scores["tone"] is None
 
 
 @pytest.mark.parametrize("change", [{"verdict": None}, {"verdict": "best"}, {"margin": 0}, {"margin": None}])
