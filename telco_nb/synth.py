@@ -451,7 +451,7 @@ def write(
     levels = {scenario.intent, scenario.situation, scenario.customer, scenario.category, mood, opening}
     key = (seed, scenario.scenario_id, number, attempt)
     writer = Writer(card, grammar or load_grammar(), key, frozenset(levels))
-    if not attempt:  # numbers of one mood are 5 apart and follow each other here
+    if not attempt and number < len(axes.moods) * len(axes.openings):  # numbers of one mood follow each other here
         writer.turn_in = number // len(axes.moods) + number % len(axes.moods) * len(axes.openings)
     pairs = turn_pairs(scenario, number, axes)
     turns = [_turn(writer, scenario, turn) for turn in range(pairs)]
