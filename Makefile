@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
 
-.PHONY: study test smoke lab reference lint lock clean
+.PHONY: study test smoke lab bench reference lint lock clean
 
 study: .venv/installed  ## the whole study on this machine; finished steps are skipped
 	$(BIN)/python run_all.py --profile $(PROFILE)
@@ -19,6 +19,10 @@ test: .venv/installed  ## unit tests, notebook rules, faults, browser, and a smo
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
 	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+
+bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, kills: about an hour
+	for name in train_step train_scaling answering fixed_cost kills; do \
+	  echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
 
 reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
 	$(BIN)/python -m telco_nb.reference

@@ -7,12 +7,14 @@ padding, attention within each conversation only, and logits only where a label 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import html
 import json
 import math
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback
 
 try:  # added to torch late, and FlashAttention builds only
@@ -184,6 +187,11 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """sha256 of the tokens and labels of all rows, in order."""
+        rows = [[(e.input_ids, e.labels) for e in row] for row in self.rows]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return collate(self.rows[index])
@@ -411,15 +419,17 @@ class Watch(TrainerCallback):
     resumed training counts every step that the final adapter contains exactly once.
     """
 
-    def __init__(self, meter: Any, checkpoint_seconds: float, log: Any = print):
+    def __init__(self, meter: Any, checkpoint_seconds: float, log: Any = print, fingerprint: str | None = None):
         self.meter, self.checkpoint_seconds, self.log = meter, checkpoint_seconds, log
+        self.fingerprint = fingerprint
         self.last_save = self.started = time.monotonic()
         self.resumed, self.first_step = False, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.meter.restore(json.loads((checkpoint / "meter.json").read_text()))
+            readings = json.loads((checkpoint / "meter.json").read_text())
+            self.meter.restore({key: value for key, value in readings.items() if key != "rows"})
             self.resumed, self.first_step = True, state.global_step
             self.log(f"resumed at step {state.global_step} of {state.max_steps}")
         self.last_save = self.started = time.monotonic()
@@ -438,7 +448,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(checkpoint / "meter.json", self.meter.readings())
+        write_json(checkpoint / "meter.json", self.meter.readings() | {"rows": self.fingerprint})
         self.last_save = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -457,13 +467,35 @@ class Watch(TrainerCallback):
         self.meter.stop()
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint; incomplete ones (killed while writing) are removed. None if there is none."""
+def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Any = print) -> str | None:
+    """The newest checkpoint that is whole and of these training rows; others are removed, and `log` says why.
+
+    None if there is none: then the training starts anew. `fingerprint` is that of the rows.
+    """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
-        # meter.json is written last, after the Trainer has finished its own files.
-        if (checkpoint / "meter.json").is_file():
+        if not (fault := _fault(checkpoint, fingerprint)):
             return str(checkpoint)
+        log(f"{checkpoint.name} is not used: {fault}")
         shutil.rmtree(checkpoint)
+    return None
+
+
+def _fault(checkpoint: Path, fingerprint: str | None) -> str | None:
+    """Why a checkpoint cannot be gone on from; None if it can."""
+    if not (checkpoint / "meter.json").is_file():  # written last, after the Trainer has finished its own files
+        return "it was being written when the training ended."
+    try:
+        found = json.loads((checkpoint / "meter.json").read_text())
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
+            list(weights.keys())
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            if zipfile.ZipFile(checkpoint / name).testzip():
+                return f"{name} is damaged."
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"a file is damaged ({type(error).__name__})."
+    if fingerprint is not None and found.get("rows") != fingerprint:
+        return "it was trained on other rows than there are now."
     return None
 
 

@@ -208,12 +208,12 @@ def train(folder, kill_at=None, learning_rate=1e-2):
         output_dir=folder, num_train_epochs=3, per_device_train_batch_size=1, learning_rate=learning_rate, seed=3,
         disable_tqdm=True, **training.fixed_arguments(),
     )  # fmt: skip
-    watch = training.Watch(FakeMeter(), checkpoint_seconds=1e9, log=lambda _: None)
+    watch = training.Watch(FakeMeter(), checkpoint_seconds=1e9, log=lambda _: None, fingerprint=rows.fingerprint())
     callbacks = [watch] + ([Kill(kill_at)] if kill_at else [])
     trainer = training.PackedTrainer(
         tuned, arguments, train_dataset=rows, data_collator=training.only_row, callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint()))
     return {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" in n}, trainer, watch, rows
 
 
@@ -229,12 +229,26 @@ def test_a_killed_training_resumes_to_the_same_adapter_bit_for_bit(tmp_path, kil
     assert curves[0] == curves[1]
 
 
-def test_a_checkpoint_that_was_being_written_is_thrown_away(tmp_path):
-    (tmp_path / "checkpoint-4").mkdir(parents=True)
-    (tmp_path / "checkpoint-4" / "meter.json").write_text("{}")
-    (tmp_path / "checkpoint-8").mkdir()
-    assert training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert not (tmp_path / "checkpoint-8").exists()
+@pytest.mark.parametrize("fault", ["unfinished", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(tmp_path, fault):
+    _, _, _, rows = train(tmp_path)
+    older, newer = sorted(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[-2:]
+    broken = newer / ("meter.json" if fault == "unfinished" else fault)
+    if fault == "unfinished":
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:-200] if fault != "trainer_state.json" else b"{")
+    said = []
+    assert training.last_checkpoint(tmp_path, rows.fingerprint(), said.append) == str(older)
+    assert not newer.exists() and len(said) == 1 and newer.name in said[0]
+
+
+def test_a_checkpoint_of_other_training_rows_is_not_gone_on_from(tmp_path):
+    train(tmp_path)
+    said = []
+    other = training.PackedRows(fake_examples(11), 48, 3)
+    assert training.last_checkpoint(tmp_path, other.fingerprint(), said.append) is None
+    assert said and all("trained on other rows" in line for line in said)
 
 
 def test_a_loss_that_is_no_number_stops_with_the_step_and_the_fix():

@@ -1,0 +1,63 @@
+"""How the packed step scales: real tokens per second against row size, rank and conversation length; fused and plain.
+
+`python bench/train_scaling.py [repeats]`; one row each, forward and backward, medians; the share is of the measured
+matmul peak.
+"""
+
+import statistics
+import sys
+import time
+
+import torch
+from peft import LoraConfig
+
+from telco_nb import fused, model, training
+from telco_nb.training import IGNORED, Example
+
+CASES = [  # tokens a row, tokens a conversation, rank
+    (512, 256, 16), (1024, 256, 16), (2048, 256, 16),
+    (1024, 128, 16), (1024, 512, 16), (1024, 1024, 16),
+    (1024, 256, 8), (1024, 256, 64),
+]  # fmt: skip
+
+
+def row(tokens: int, length: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """A row of random tokens, half of them labelled."""
+    ids = torch.randint(0, 49_000, (length,)).tolist()
+    example = Example("x", ids, [IGNORED] * (length // 2) + ids[length // 2 :])
+    return training.collate([example] * (tokens // length)), [length] * (tokens // length)
+
+
+def seconds(tuned, made: dict[str, torch.Tensor]) -> float:
+    start = time.perf_counter()
+    training.token_losses(tuned, made).mean().backward()
+    return time.perf_counter() - start
+
+
+def main(repeats: int) -> None:
+    model.quiet()
+    dtype, gflops = model.choose_dtype("auto")
+    peak = max(gflops.values())
+    base, _ = model.load(model.PACKAGED, dtype)
+    print(f"{dtype}, peak {peak:.0f} GFLOP/s")
+    print(" row  conversation  rank   fused tokens/s  share   plain tokens/s   fused / plain")
+    for tokens, length, rank in CASES:
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=training.TARGET_MODULES["all"])
+        tuned, (made, segments) = training.with_adapters(base, lora), row(tokens, length)
+        times: dict[str, list[float]] = {"fused": [], "plain": []}
+        for repeat in range(repeats + 1):  # the first one warms up
+            for kind in times:
+                training.prepare_step(tuned)
+                if kind == "plain":
+                    fused.unfuse(tuned)
+                took = seconds(tuned, made)
+                times[kind] += [took] if repeat else []
+        fast, slow = (statistics.median(t) for t in times.values())
+        share = training.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / peak
+        case = f"{tokens:4} {length:13} {rank:5}"
+        print(f"{case} {tokens / fast:16.0f} {share:6.0%} {tokens / slow:16.0f} {slow / fast:15.2f} x", flush=True)
+        base = tuned.unload()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if sys.argv[1:] else 5)
