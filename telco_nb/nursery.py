@@ -31,7 +31,8 @@ SWITCH = "TELCO_NB_WARM_KERNELS"  # 0: never, 1: always where possible, unset: i
 THREADED = ("numpy", "scipy.linalg", "pyarrow")
 LIBRARIES = (
     *THREADED, "pandas", "seaborn", "torch", "transformers.trainer", "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama", "peft", "IPython",
+    "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2", "peft", "peft.tuners.lora", "safetensors", "IPython",
     "ipykernel.ipkernel", "ipykernel.kernelapp", "jupyter_client", "papermill",
 )  # fmt: skip
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
