@@ -615,3 +615,17 @@ def test_06_runs_for_any_number_of_configurations_and_judges(tmp_path, monkeypat
     assert json.loads((root / "findings.json").read_text())
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
     assert {"loss_vs_quality", "rank_slopes", "judge_agreement", "energy_quality", "energy", "loss_curves"} <= figures
+
+
+def test_06_runs_with_a_judge_that_was_stopped_before_it_ranked_anything(tmp_path, monkeypatch):
+    root = fake_study.build_study(tmp_path, 5, ("checklist",), 1)
+    builder, planted = fake_study.Builder(tmp_path), fake_study.truth(fake_study.design(5))["quality"]
+    fake_study.add_judge(builder, np.random.default_rng(1), "silent", planted * np.nan, passed=False)
+    fake_study.run_analysis(root, 5, ("checklist", "silent"), 1, monkeypatch)
+    results = pd.read_csv(root / "results.csv")
+    assert results["silent_score"].isna().all() and (results["silent_gate"] == "failed").all()
+    assert results["checklist_score"].notna().all()
+    told = {row["id"]: row for row in json.loads((root / "findings.json").read_text())}
+    assert told["tau.silent"]["value"] is None and told["tau.checklist"]["value"] is not None
+    gate = pd.read_csv(root / "study" / "06_analysis" / "tables" / "gate.csv")
+    assert gate["silent"].str.contains("FAILED").all()
