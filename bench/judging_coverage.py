@@ -71,9 +71,8 @@ def coverage(name: str, studies: int, draws: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    studies, draws = (
-        (int(a) for a in [*sys.argv[1:], "200", "400"][:2]) if len(sys.argv) < 3 else map(int, sys.argv[1:])
-    )
+    given = [int(argument) for argument in sys.argv[1:]]
+    studies, draws = (*given, *(200, 400)[len(given) :])
     print(f"share of 95 % intervals that hold the truth; {studies} studies, {draws} draws, 16 configurations each")
     for name in DESIGNS:
         found = coverage(name, studies, draws)
