@@ -120,8 +120,8 @@ class Writer:
         if self.turn_in is None:
             return keyed(*self.key, slot) % n
         seed, scenario_id, *_ = self.key
-        drawn = keyed(seed, scenario_id, slot)
-        return (drawn + self.turn_in * _stride(n, drawn >> 32)) % n
+        drawn, strides = keyed(seed, scenario_id, slot), _strides(n)
+        return (drawn + self.turn_in * strides[(drawn >> 32) % len(strides)]) % n
 
     def vary(self, text: str, slot: str) -> str:
         """The text with some of its expressions said in another way (bank `variants`)."""
@@ -160,10 +160,9 @@ class Writer:
 
 
 @cache
-def _stride(n: int, drawn: int) -> int:
-    """A step that visits all of 0..n-1: one of the numbers without a factor in common with n."""
-    steps = [step for step in range(1, max(2, n)) if math.gcd(step, n) == 1]
-    return steps[drawn % len(steps)]
+def _strides(n: int) -> list[int]:
+    """The steps that visit all of 0..n-1: the numbers without a factor in common with n."""
+    return [step for step in range(1, max(2, n)) if math.gcd(step, n) == 1]
 
 
 @cache
@@ -306,6 +305,14 @@ def _content(writer: Writer, kind: str, turn: int, expert: bool) -> tuple[list[P
         return [("escalate", card.escalate_when)], steps[:1] + facts[:1]
     if kind == "practice":
         return facts[:1], facts[1:3]
+    return _prepared(writer, kind, turn, facts, background)
+
+
+def _prepared(
+    writer: Writer, kind: str, turn: int, facts: list[Piece], background: list[Piece]
+) -> tuple[list[Piece], list[Piece]]:
+    """(must say, may say) from the card's prepared answers: the whole, or a part of it with a fact instead."""
+    card = writer.card
     answer = {"billing_dispute": card.billing_answer, "change": card.change_answer, "compare": writer.slots["advice"]}
     first, *rest = sentences(answer[kind])
     said = [("plain", first), *(("second", text) for text in rest)]
