@@ -69,11 +69,13 @@ class AttemptStore:
 
     def _take(self, line: bytes) -> None:
         try:
-            attempt = json.loads(line)
-            identity, status = attempt[self.key], attempt["status"]
+            self._enter(json.loads(line))
         except (ValueError, KeyError, TypeError):
             self.unreadable += 1
-            return
+
+    def _enter(self, attempt: dict[str, Any]) -> None:
+        """Count an attempt. Raises KeyError, TypeError or ValueError for what is none, before it has any effect."""
+        identity, status = attempt[self.key], attempt["status"]
         self.attempts[identity] += 1
         self.statuses[status] += 1
         self.spent_usd += cost_of(attempt)
@@ -253,12 +255,14 @@ class Session:
         max_in_flight: int = 16,
         patience: Patience | None = None,
         describe: Callable[[Question], Mapping[str, Any]] = lambda question: {},
+        line: Callable[[Question, Outcome, float], dict[str, Any]] | None = None,
     ):
         self.model, self.store, self.prices, self.budget = model, store, prices, budget
         self.throttle = Throttle(max_in_flight)
         self.max_in_flight = max_in_flight
         self.patience = patience or Patience()
         self.describe = describe  # what else a line should say of its question
+        self.make_line = line or self.line  # or what a line should be altogether: (question, outcome, seconds)
         self.stopped: CallsStopped | None = None
         self.in_a_row = 0
 
@@ -299,7 +303,7 @@ class Session:
             usd = self.prices.usd(outcome.usage) if outcome.usage else None
             at_most = reserved if outcome.may_be_billed else None
             self.budget.settle(reserved, at_most or usd or 0.0)
-            line = self.line(question, outcome, time.perf_counter() - started)
+            line = self.make_line(question, outcome, time.perf_counter() - started)
             self.store.append([line | {"usd": usd, "usd_at_most": at_most}])
             return outcome
         finally:
@@ -312,7 +316,7 @@ class Session:
                 self.prices.worst_case(question, again) if self.budget.max_usd is not None else None
             )
         except BudgetStop as stop:
-            self.store.append([self.line(question, Outcome("budget_stop", error=str(stop)), 0.0)])
+            self.store.append([self.make_line(question, Outcome("budget_stop", error=str(stop)), 0.0)])
             self.stopped = CallsStopped("budget_stop", str(stop))
             raise self.stopped from None
 

@@ -6,33 +6,86 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from telco_nb import ROOT, calls, generator, glossary, prices, scenarios, synth
+import pandas as pd
+
+from telco_nb import ROOT, calls, generator, glossary, judges, judging, prices, scenarios, synth, verdicts
+from telco_nb.controls import CONTROL_PROMPTS, GATE
+from telco_nb.glossary import Card
 from telco_nb.providers import Source
+from telco_nb.scenarios import Axes, Scenario
 from telco_nb.steps import Job
 
-SENT = {"generator": "fact cards and scenario readings, no customer data"}
+SENT = {
+    "generator": "fact cards and scenario readings, no customer data",
+    "judge": "test conversations, fact cards and the answers of the trained models",
+}
 SAMPLED = 40  # conversations that the offline grammar writes, to measure their length
+VERDICT_TOKENS = (60.0, 130.0, 260.0)  # an analysis of at most 80 words and a line of JSON; a reasoning model says more
 
 
 def preview(job: Job, source: Source, plan: Sequence[Job], root: Path) -> tuple[prices.Estimate, str]:
     """(estimate of the calls that a job has still to make, what is sent in them). `plan`: all jobs of the study."""
-    return _generator(job, source, plan, root), SENT["generator"]
-
-
-def price_of(values: Mapping[str, Any], prefix: str, source: Source) -> prices.Prices:
-    return prices.Prices(source, values[f"{prefix}_input_usd_per_mtok"], values[f"{prefix}_output_usd_per_mtok"])
-
-
-def _generator(job: Job, source: Source, plan: Sequence[Job], root: Path) -> prices.Estimate:
-    values = job.parameters
-    cards = glossary.load(ROOT / next(j.parameters["glossary_path"] for j in plan if j.step == "01_glossary"))
+    values = {name: value for each in plan for name, value in each.parameters.items() if each.step < job.step}
+    values |= job.parameters
+    cards = glossary.load(ROOT / values["glossary_path"])
     axes = scenarios.load_axes(ROOT / values["axes_path"])
     grid = scenarios.build(cards, axes, values["seed"])
+    prefix = "generator" if job.step == "02_synth" else "judge"
+    declared = values[f"{prefix}_input_usd_per_mtok"], values[f"{prefix}_output_usd_per_mtok"]
+    price = prices.Prices(source, *declared)
+    estimate = _generator if prefix == "generator" else _judge
+    return estimate(values, cards, grid, axes, price, root), SENT[prefix]
+
+
+def _written(values: Mapping[str, Any], cards: list[Card], grid: list[Scenario], axes: Axes) -> list[dict[str, Any]]:
+    by_id = {card.id: card for card in cards}
+    some = grid[:: max(1, len(grid) // SAMPLED)]
+    return [synth.write(by_id[s.term_id], s, 0, axes, values["seed"]) for s in some]
+
+
+def _generator(
+    values: Mapping[str, Any], cards: list[Card], grid: list[Scenario], axes: Axes, price: prices.Prices, root: Path
+) -> prices.Estimate:
     planned = generator.plan(cards, grid, axes, values["seeds_per_scenario"])
     path = generator.store_path(root)
     if path.is_file():
-        planned = generator.unanswered(planned, calls.AttemptStore(path), source, values["seed"])
-    by_id = {card.id: card for card in cards}
-    some = [synth.write(by_id[s.term_id], s, 0, axes, values["seed"]) for s in grid[:: max(1, len(grid) // SAMPLED)]]
+        planned = generator.unanswered(planned, calls.AttemptStore(path), price.source, values["seed"])
+    some = _written(values, cards, grid, axes)
     words = sum(len(m["content"].split()) for c in some for m in c["messages"]) / sum(c["n_turns"] for c in some)
-    return generator.estimate(planned, price_of(values, "generator", source), values["seed"], words)
+    return generator.estimate(planned, price, values["seed"], words)
+
+
+def _judge(
+    values: Mapping[str, Any], cards: list[Card], grid: list[Scenario], axes: Axes, price: prices.Prices, root: Path
+) -> prices.Estimate:
+    """All questions of the protocol and the gate, less the verdicts that the store holds, at the length of a pair.
+
+    Answers are as long as those on disk, if there are some, else as the reference answers of the grammar.
+    """
+    held_out = [s.scenario_id for s in grid if s.split == "test"][: values["test_prompts"]]
+    prompts = pd.DataFrame({"prompt_id": held_out, "scenario_id": held_out, "term_id": held_out})
+    shares = {name: values[name] for name in ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")}
+    asked = len(judging.plan_comparisons(prompts, values["configs"], **shares, seed=values["seed"]))
+    asked += len(judging.plan_lists(prompts, values["configs"], lists_per_prompt=values["lists_per_prompt"], seed=0))
+    asked += len(judging.plan_ratings(prompts, values["configs"], share=values["rubric_share"], seed=0))
+    asked += len({kind.removesuffix("_ties") for kind in GATE}) * min(CONTROL_PROMPTS, len(held_out))
+    path = root / f"judge-{values['judge']}" / "store" / "verdicts.jsonl"
+    done = len(verdicts.VerdictStore(path).ok) if path.is_file() else 0
+    by_id, characters = {card.id: card for card in cards}, []
+    longer = _mean_answer(root)
+    for c in _written(values, cards, grid, axes):
+        reference = c["messages"][1]["content"]
+        answers = (reference, reference) if longer is None else ("x" * longer, "x" * longer)
+        case = judges.Case(
+            "pair", by_id[c["term_id"]], c["intent"], (("user", c["messages"][0]["content"]),), reference, answers
+        )
+        characters.append(len(judges.render(case).text))
+    tokens_in = sum(characters) / len(characters) / prices.BYTES_PER_TOKEN
+    return prices.estimate(price, max(0, asked - done), tokens_in, VERDICT_TOKENS)
+
+
+def _mean_answer(root: Path) -> int | None:
+    """Mean characters of the answers on disk, or None."""
+    files = sorted(root.glob("*/04_energy/artefacts/answers.parquet"))
+    texts = pd.concat([pd.read_parquet(f, columns=["answer"])["answer"] for f in files]) if files else None
+    return None if texts is None else round(texts.str.len().mean())

@@ -14,12 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from telco_nb import ROOT
 from telco_nb.glossary import Card
+from telco_nb.providers import KEYS
 
 Form = Literal["pair", "list", "rubric"]
 SEATS = ("A", "B", "C", "D")
@@ -108,7 +110,7 @@ def misfit(verdict: Verdict, case: Case) -> str | None:
 
 
 class JudgeError(RuntimeError):
-    """No verdict could be read; `status` is one of verdicts.STATUSES other than `ok`. Never a tie or a loss."""
+    """No verdict could be read; `status` is one of providers.STATUSES other than `ok`. Never a tie or a loss."""
 
     def __init__(self, status: str, message: str):
         self.status = status
@@ -137,17 +139,26 @@ class Judge(Protocol):
 
 @cache
 def kinds() -> dict[str, type]:
-    """The class of every kind of judge. Imported here because their modules import this one."""
+    """The class of every kind of judge that works offline. Imported here because their modules import this one."""
     from telco_nb import proxies, votes
 
     return {"checklist": proxies.ChecklistJudge, "reference": proxies.ReferenceJudge, "human": votes.HumanJudge}
 
 
-def open_judge(judge: str, judge_kind: str, judge_model: str | None, judge_endpoint: str | None) -> Judge:
-    """The judge that a parameter file describes. Raises ValueError for an unknown kind or a setting it cannot use."""
-    if judge_kind not in kinds():
-        raise ValueError(f"judge {judge!r}: unknown judge_kind {judge_kind!r}. Known: {', '.join(kinds())}.")
-    return kinds()[judge_kind](judge, judge_model, judge_endpoint)
+def open_judge(values: Mapping[str, Any], root: Path) -> Judge:
+    """The judge that parameters describe; `root` is the study's folder, where the budget is kept.
+
+    Raises ValueError for an unknown kind or a setting it cannot use.
+    """
+    kind = values["judge_kind"]
+    if kind in KEYS:
+        from telco_nb.jury import HostedJudge
+
+        return HostedJudge.from_parameters(values, root)
+    if kind not in kinds():
+        known = ", ".join([*kinds(), *KEYS])
+        raise ValueError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")
+    return kinds()[kind](values["judge"], values["judge_model"], values["judge_endpoint"])
 
 
 def label(judge: Judge) -> str:

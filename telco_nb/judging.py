@@ -28,6 +28,7 @@ import pandas as pd
 from telco_nb import __version__, judges, lists
 from telco_nb.glossary import Card
 from telco_nb.judges import Case, Form, Judge, JudgeError, Verdict
+from telco_nb.jury import HostedJudge
 from telco_nb.verdicts import FIT_PURPOSES, RECEIPT, VerdictStore
 
 PROTOCOLS: dict[Form, str] = {"pair": "pairwise-2", "list": "lists-1", "rubric": "rubric-1"}
@@ -258,8 +259,16 @@ def ask(
     store: VerdictStore,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Put the questions to the judge, one after the other, and store every attempt. Failed ones wait for a next run."""
-    judge.prepare([question.case for question in waiting if rule_verdict(question.case) is None])
+    """Put the questions to the judge and store every attempt. Failed ones wait for a next run.
+
+    A hosted judge is asked several at a time, within its limits and the budget. Raises CallsStopped where that ends.
+    """
+    open_questions = [question for question in waiting if rule_verdict(question.case) is None]
+    if isinstance(judge, HostedJudge):
+        store.append([_attempt(judge, question) for question in waiting if rule_verdict(question.case)])
+        judge.put(open_questions, store, settled_line, progress)
+        return
+    judge.prepare([question.case for question in open_questions])
     done: list[dict[str, Any]] = []
     try:
         for i, question in enumerate(waiting, 1):
@@ -322,6 +331,11 @@ def _attempt(judge: Judge, question: Question) -> dict[str, Any]:
     return attempt_line(judge, question, status, verdict, error=error, source=source, latency_s=seconds)
 
 
+def settled_line(judge: Judge, question: Question, status: str, verdict: Verdict | None, **more: Any) -> dict[str, Any]:
+    """As `attempt_line`, of a verdict as the judge gave it."""
+    return attempt_line(judge, question, status, settle(question.case, verdict) if verdict else None, **more)
+
+
 def attempt_line(
     judge: Judge,
     question: Question,
@@ -331,6 +345,7 @@ def attempt_line(
     error: str | None = None,
     source: str = "judge",
     latency_s: float | None = None,
+    attempt: int | None = None,
     when: str | None = None,
 ) -> dict[str, Any]:
     """The line of the store (verdicts.FIELDS and the plan's columns) for one attempt, however it ended."""
@@ -342,7 +357,7 @@ def attempt_line(
         "judge": judge.name,
         "judge_kind": judge.kind,
         **{name: value for name, value in question.row.items() if name != "judgement_id"},
-        "attempt": question.attempt,
+        "attempt": attempt or question.attempt,
         "status": status,
         "error": error,
         "source": source,

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,21 +20,16 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from telco_nb import providers
+from telco_nb.calls import AttemptStore
 from telco_nb.judges import CRITERIA, Verdict, printable
 
-STATUSES = (
-    "ok", "parse_error", "refusal", "truncated", "content_filter", "rate_limited", "timeout", "provider_error",
-    "budget_stop", "model_retired",
-)  # fmt: skip
 PARTS = ("controls", "lists", "rubric", "pairs")
 FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranking fit
 MIN_COVERAGE = 0.98
 MISSINGNESS_P = 0.01
 # What only a provider can say; None for an offline judge.
-RECEIPT = (
-    "model_returned", "request_id", "finish_reason", "parameters_sent", "tokens_in", "tokens_out", "tokens_cached",
-    "tokens_cache_written", "tokens_reasoning", "price_table", "usd",
-)  # fmt: skip
+RECEIPT = (*providers.RECEIPT, "price_table", "usd", "usd_at_most", "batch_id")
 # The fields of an attempt, whatever its form and its end; the plan's columns (who met whom, where, why) come on top.
 FIELDS = (
     "judgement_id", "protocol", "form", "judge", "judge_kind", "attempt", "status", "error", "source", "verdict",
@@ -45,73 +38,20 @@ FIELDS = (
 )  # fmt: skip
 
 
-class VerdictStore:
-    """Append-only JSONL. `ok` holds the first good verdict per judgement id, `attempts` counts the lines per id,
-    `statuses` the attempts by how they ended, `plans` the latest plan of each part.
-
-    A last line torn by a kill is cut off (its question is asked again); an unreadable line elsewhere is skipped and
-    counted in `unreadable`.
-    """
-
-    key = "judgement_id"
+class VerdictStore(AttemptStore):
+    """The attempts of one judge, by judgement id, and `plans`: the latest plan of each part."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.ok: dict[str, dict[str, Any]] = {}
-        self.attempts: Counter[str] = Counter()
-        self.statuses: Counter[str] = Counter()
         self.plans: dict[str, dict[str, Any]] = {}
-        self.unreadable = 0
-        self.spent_usd = 0.0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self._cut_torn_line()
-        with path.open("rb") as stream:
-            for line in stream:
-                self._take(line)
+        super().__init__(path, key="judgement_id")
 
-    def _cut_torn_line(self) -> None:
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end == len(data):
+    def _enter(self, read: dict[str, Any]) -> None:
+        if "plan" in read:
+            self.plans[read["plan"]] = read
             return
-        with self.path.open("r+b") as stream:
-            if _whole(data[end:]):  # only the line feed is missing: a verdict that may have cost money
-                stream.seek(0, os.SEEK_END)
-                stream.write(b"\n")
-            else:
-                stream.truncate(end)
-                self.unreadable += 1
-
-    def _take(self, line: bytes) -> None:
-        try:
-            read = json.loads(line)
-            if "plan" in read:
-                self.plans[read["plan"]] = read
-                return
-            identity, status = read[self.key], read["status"]
-            if status == "ok":  # a line that says ok without a verdict would else count as a tie
-                Verdict(read["verdict"], read["margin"], scores=read.get("scores"))
-        except (ValueError, KeyError, TypeError):
-            self.unreadable += 1
-            return
-        self.attempts[identity] += 1
-        self.statuses[status] += 1
-        self.spent_usd += read.get("usd") or 0.0
-        if status == "ok":
-            self.ok.setdefault(identity, read)
-
-    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write lines and wait until they are on disk."""
-        if not lines:
-            return
-        written = [json.dumps(line, allow_nan=False).encode("ascii") + b"\n" for line in lines]
-        with self.path.open("ab") as stream:
-            stream.write(b"".join(written))
-            stream.flush()
-            os.fsync(stream.fileno())
-        for line in written:
-            self._take(line)
+        if read["status"] == "ok":  # a line that says ok without a verdict would else count as a tie
+            Verdict(read["verdict"], read["margin"], scores=read.get("scores"))
+        super()._enter(read)
 
     def plan(self, part: str, plan: pd.DataFrame) -> None:
         """Note what is going to be asked in a part, unless the latest plan of the part says the same."""
@@ -131,13 +71,6 @@ def _listed(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return list(value)
     return value.item() if hasattr(value, "item") else value
-
-
-def _whole(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 _TABLE = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from provider_server import FAULTS, KINDS, Server
+from provider_server import FAULTS, KINDS, PRELOAD, Server
 from pydantic import BaseModel, ConfigDict
 
 from telco_nb import calls, prices, providers
@@ -372,7 +372,7 @@ def test_killed_at_random_moments_every_item_is_answered_once_and_none_is_paid_t
         return GOOD
 
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__, "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"])
+    processes.set_forkserver_preload(PRELOAD)
     with Server("openai-compatible", script) as server:
         rng = random.Random(7)
         for _ in range(kills):

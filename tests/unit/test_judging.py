@@ -413,8 +413,8 @@ def test_the_checklist_verdict_does_not_depend_on_the_seats(cards, prompts, answ
 def test_the_checklist_needs_neither_torch_nor_network():
     code = (
         "import sys; from telco_nb import judges, judging, ranking; "
-        "judges.open_judge('checklist', 'checklist', None, None); "
-        "judges.open_judge('reference', 'reference', None, None); print('torch' in sys.modules)"
+        "named = lambda kind: dict(judge=kind, judge_kind=kind, judge_model=None, judge_endpoint=None); "
+        "[judges.open_judge(named(kind), None) for kind in ('checklist', 'reference')]; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
@@ -460,16 +460,16 @@ def test_embedding_weights_that_are_not_the_published_ones_are_refused(monkeypat
         proxies.embedder_folder()
 
 
-def test_every_judge_file_opens_and_offline_judges_refuse_an_endpoint():
+def test_every_judge_file_opens_and_offline_judges_refuse_an_endpoint(tmp_path):
     study = params.load_study("smoke")
-    for name, values in study.judge_files.items():
-        if values["judge_kind"] in ("checklist", "reference"):
-            named = {key: values[key] for key in ("judge", "judge_kind", "judge_model", "judge_endpoint")}
-            assert judges.open_judge(**named).name == name
+    for name in study.judge_files:
+        judge = judges.open_judge(study.values(f"judge-{name}"), tmp_path)
+        assert judge.name == name and judge.is_proxy == judge.is_free == (name in ("checklist", "reference"))
+    values = study.values("judge-checklist")
     with pytest.raises(ValueError, match="judge_endpoint"):
-        judges.open_judge("x", "checklist", None, "https://example.com")
+        judges.open_judge(values | {"judge_endpoint": "https://example.com"}, tmp_path)
     with pytest.raises(ValueError, match="unknown judge_kind"):
-        judges.open_judge("x", "oracle", None, None)
+        judges.open_judge(values | {"judge_kind": "oracle"}, tmp_path)
 
 
 # ---------------------------------------------------------------- validity gate

@@ -1,0 +1,91 @@
+"""Language models as judges: the same cases and verdicts as any judge, asked through an API, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from telco_nb import calls, judges, prices, providers
+from telco_nb.judges import Case, Form, Verdict
+from telco_nb.providers import ApiModel, Outcome, Source
+
+if TYPE_CHECKING:
+    from telco_nb.judging import Question
+    from telco_nb.verdicts import VerdictStore
+
+
+class HostedJudge:
+    """A judge that is asked over HTTP: a provider's model, or one on a server of one's own."""
+
+    is_proxy = False
+    is_free = False
+    forms: tuple[Form, ...] = ("pair", "list", "rubric")
+    store_every = 1
+
+    def __init__(self, name: str, source: Source, price: prices.Prices, root: Path, max_in_flight: int):
+        self.name, self.kind, self.model = name, source.kind, source.model
+        self.source, self.price, self.root, self.max_in_flight = source, price, root, max_in_flight
+        self.parameters: dict[str, Any] = source.settings()  # not the address: a server that moved says the same
+        self.description = f"the language model {source.model}, asked at {source.host}"
+
+    @classmethod
+    def from_parameters(cls, values: Mapping[str, Any], root: Path) -> HostedJudge:
+        """The judge of a parameter file. Raises ProviderError if it cannot be asked as described."""
+        source = providers.source_from(values, "judge")
+        assert source is not None, f"{values['judge_kind']} is not a hosted kind"
+        price = prices.Prices(source, values["judge_input_usd_per_mtok"], values["judge_output_usd_per_mtok"])
+        return cls(values["judge"], source, price, root, values["max_in_flight"])
+
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Nothing to prepare: there are no batches here."""
+
+    def judge(self, case: Case) -> Verdict:
+        raise NotImplementedError("a hosted judge is asked through put(), which keeps to limits and budget")
+
+    def put(
+        self,
+        waiting: Sequence[Question],
+        store: VerdictStore,
+        line: Callable[..., dict[str, Any]],
+        progress: Callable[[int, int], None] | None = None,
+        patience: calls.Patience | None = None,
+    ) -> None:
+        """Ask all questions and store every attempt as `line(judge, question, status, verdict, ...)` describes it.
+
+        Raises CallsStopped if a wrong key, a retired model or the budget ends it; what was answered is stored.
+        """
+        by_id = {question.id: question for question in waiting}
+
+        def described(asked: providers.Question, outcome: Outcome, seconds: float) -> dict[str, Any]:
+            verdict = verdict_of(outcome)
+            more = {"error": outcome.error, "latency_s": seconds}
+            number = store.attempts[asked.id] + 1
+            made = line(self, by_id[asked.id], outcome.status, verdict, attempt=number, **more)
+            return made | receipt_of(outcome, self.price) | {"raw": outcome.raw}
+
+        session = calls.Session(
+            ApiModel(self.source), store, self.price, calls.open_budget(self.root), line=described,
+            max_in_flight=self.max_in_flight, patience=patience,
+        )  # fmt: skip
+        session.run([lambda q=q: session.ask(asked(q)) for q in waiting], progress)
+
+
+def asked(question: Question) -> providers.Question:
+    """A question of the plan as it goes to a provider."""
+    case, prompt = question.case, judges.render(question.case)
+    return providers.Question(
+        question.id, prompt.system, prompt.data, judges.REPLIES[case.form],
+        lambda reply: judges.misfit(reply.to_verdict(), case),
+    )  # fmt: skip
+
+
+def verdict_of(outcome: Outcome) -> Verdict | None:
+    """The verdict of a good reply; None for every other end."""
+    return outcome.output.to_verdict() if outcome.output else None  # type: ignore[attr-defined]
+
+
+def receipt_of(outcome: Outcome, price: prices.Prices) -> dict[str, Any]:
+    """The fields of a stored line that only the provider and the price table can tell."""
+    usd = price.usd(outcome.usage) if outcome.usage else None
+    return {**outcome.receipt, "price_table": price.table, "usd": usd}
