@@ -36,7 +36,7 @@ OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
 POLL_SECONDS = 0.2
-ASKING = {"02_synth": "generator", "05_judge": "judge"}  # steps that may ask a hosted model, and the prefix of its parameters
+ASKING = {"02_synth": "generator", "05_judge": "judge"}  # steps that may ask a hosted model: prefix of its parameters
 
 
 class UnfitError(RuntimeError):
