@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,11 +80,22 @@ def test_a_generator_that_cannot_be_asked_is_a_fault_of_the_parameters(lines, sa
     assert done.returncode == 2 and said in done.stderr and "u:p" not in done.stderr
 
 
-def run_all(lines: list[str], options: list[str], tmp_path) -> subprocess.CompletedProcess:
+def test_the_plan_prices_a_hosted_judge_from_the_protocol(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
+    done = run_all(["judges: [checklist, claude-sonnet-4-5]"], ["--dry-run"], tmp_path, steps="01-06")
+    assert done.returncode == 0 and "judge-claude-sonnet-4-5/05_judge" in done.stdout
+    # 8 prompts: 16 pairs of three configurations with a bye, 4 swapped, 1 retest, 12 with anchors; 8 lists, 6 ratings;
+    # 8 controls on 8 prompts
+    assert "calls to claude-sonnet-4-5 at api.anthropic.com" in done.stdout
+    calls = int(re.search(r"([\d,]+) calls to claude", done.stdout)[1])
+    assert calls == 16 + 4 + 1 + 12 + 8 + 6 + 64
+
+
+def run_all(lines: list[str], options: list[str], tmp_path, steps: str = "01-02") -> subprocess.CompletedProcess:
     shutil.copytree(ROOT / "params", tmp_path / "params")
     with (tmp_path / "params" / "profiles" / "smoke.yaml").open("a") as stream:
         stream.write("\n".join(["", *lines, ""]))
     command = [sys.executable, "run_all.py", "--profile", "smoke", "--params", str(tmp_path / "params")]
-    command += ["--outputs", str(tmp_path / "out"), "--steps", "01-02", *options]
+    command += ["--outputs", str(tmp_path / "out"), "--steps", steps, *options]
     env = os.environ | {"GOOGLE_API_KEY": "none", "COLUMNS": "300"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -1,0 +1,103 @@
+"""A real language model behind a real OpenAI-compatible server: `transformers serve` with the packaged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from telco_nb import ROOT, calls, controls, generator, glossary, judging, model, prices, scenarios, verdicts
+from telco_nb.jury import HostedJudge
+from telco_nb.providers import ApiModel, Source
+
+pytestmark = pytest.mark.study
+SEED = 1
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Base URL of the server and the name of its model; the server is stopped afterwards."""
+    folder = model.resolve(model.PACKAGED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = tmp_path_factory.mktemp("serve") / "log.txt"
+    log = path.open("w")
+    program = [str(Path(sys.executable).with_name("transformers")), "serve", folder]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(
+        [*program, "--port", str(port), "--device", "cpu"], env=env, stdout=log, stderr=subprocess.STDOUT
+    )
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                    break
+            except OSError:
+                assert server.poll() is None, path.read_text()[-2000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1", folder
+    finally:
+        server.terminate()
+        server.wait()
+        log.close()
+
+
+def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_made_up(served, tmp_path):
+    url, name = served
+    cards = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
+    axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
+    planned = generator.plan(cards, scenarios.build(cards, axes, SEED)[:1], axes, seeds_per_scenario=1)
+    source = Source("openai-compatible", name, url, max_tokens=64, structured="prompted", timeout_s=600.0)
+    session = calls.Session(
+        ApiModel(source), calls.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
+        prices.Budget(1.0), max_in_flight=1, patience=calls.Patience(limits={"parse_error": 2}),
+    )  # fmt: skip
+    session.run(generator.chains(planned, session, SEED))
+    facts = generator.facts(planned, session.store, source, SEED)
+    written = list(generator.stored(planned, session.store, source, SEED))
+    assert facts["calls_planned"] == 1 and sum(facts["attempts"].values()) == sum(session.store.attempts.values()) >= 1
+    # 135 million parameters do not write five turns of valid JSON; if they ever do, the conversations are there.
+    assert len(written) == facts["calls_answered"]
+    assert set(facts["attempts"]) <= {"ok", "parse_error", "truncated"}
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert all(line["raw"] and line["tokens_in"] > 100 and line["tokens_out"] > 0 for line in lines)
+    assert {line["model_asked"] for line in lines} == {name} and {line["usd"] for line in lines} == {0.0}
+
+
+def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_becomes_a_verdict(served, tmp_path):
+    url, name = served
+    cards = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
+    rows = [
+        {
+            "prompt_id": f"p{i}", "scenario_id": f"s{i}", "term_id": card.id, "intent": "understand",
+            "messages": [{"role": "user", "content": f"What does {card.term} mean for me?"}],
+            "reference": f"{card.definition} {card.facts[0]}",
+        }
+        for i, card in enumerate(list(cards.values())[:2])
+    ]  # fmt: skip
+    prompts = pd.DataFrame(rows)
+    given = {("c01", row["prompt_id"]): f"It has to do with {row['term_id']}." for row in rows}
+    given |= {("reference", row["prompt_id"]): row["reference"] for row in rows}
+    planted, texts = controls.planted_controls(prompts, given, cards, ["c01"], seed=1)
+    planted = planted.head(2)  # a processor reads 1,500 tokens in half a minute
+    source = Source("openai-compatible", name, url, max_tokens=32, structured="prompted", timeout_s=600.0)
+    judge = HostedJudge("small", source, prices.Prices(source, 0.0, 0.0), tmp_path, max_in_flight=1)
+    store = verdicts.VerdictStore(tmp_path / "v.jsonl")
+    cases = judging.cases(planted, prompts, given | texts, cards)
+    planted = judging.enrol(judge, planted, cases, store, "controls")
+    patience = calls.Patience(limits={"parse_error": 2})
+    judge.put(judging.questions(planted, cases, store), store, judging.settled_line, patience=patience)
+    judged = verdicts.verdicts(planted, store)
+    validity = controls.validity("small", judge.kind, judged)
+    assert not validity["passed"]
+    assert sum(store.attempts.values()) == sum(store.statuses.values()) >= len(planted)
+    assert len(judged) == store.statuses["ok"] and set(store.statuses) <= {"ok", "parse_error", "truncated"}
