@@ -120,8 +120,8 @@ def _cleaner() -> Any:
 
 
 def clean(markup: Any) -> Markup:
-    """HTML with everything outside the allow list shown as text. pandas' own style block is dropped first."""
+    """HTML with everything outside the allow list shown as text. pandas' own style blocks are dropped first."""
     if isinstance(markup, _Highlighted):
         return Markup(markup)
-    text = re.sub(r"<style scoped>\s*\.dataframe.*?</style>", "", str(markup), flags=re.S)
+    text = re.sub(r'<style(?: scoped| type="text/css")>[^<]*</style>', "", str(markup))
     return Markup(_cleaner().clean(text))

@@ -161,6 +161,13 @@ def test_outputs_pass_an_allow_list(markup):
     assert "javascript" not in "".join(str(tag.attrs) for tag in cleaned.find_all(True))
 
 
+def test_a_styled_table_shows_its_cells_and_no_style_text():
+    table = pd.DataFrame({"config": ["c01"], "value": [0.5]})
+    for markup in (table.style.hide(axis="index").format(precision=1).to_html(), table._repr_html_()):
+        text = BeautifulSoup(report_pages.clean(markup), "html.parser").get_text(" ", strip=True)
+        assert "c01" in text and "0.5" in text and "style" not in text
+
+
 # ---------------------------------------------------------------- failures are shown
 
 
