@@ -10,7 +10,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # For children that are killed: the server that forks them is one for the whole test run, and imports this once.
-PRELOAD = ["test_calls", "test_jury", "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"]
+PRELOAD = ["test_generator", "test_jury", "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"]
 KINDS = ("anthropic", "openai", "google", "openai-compatible")
 FAULTS = (
     "429", "429-after", "500", "529", "slow", "cut", "not-json", "half-json", "refusal", "filter", "length", "empty",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
-import random
 import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
-from provider_server import FAULTS, KINDS, PRELOAD, Server
+from provider_server import FAULTS, KINDS, Server
 from pydantic import BaseModel, ConfigDict
 
 from telco_nb import calls, prices, providers
@@ -355,48 +353,3 @@ def test_prices_are_those_of_an_independent_table():
     assert prices.Prices(Source("openai", "gpt-5.2")).usd(usage) == pytest.approx(1.75 + 1.4)
     assert prices.Prices(Source("openai", "gpt-5.2"), factor=0.5).usd(usage) == pytest.approx(1.575)
     assert prices.Prices(Source("openai", "no-such-model")).usd(usage) is None
-
-
-# ---------------------------------------------------------------- killed at any moment
-
-
-def test_killed_at_random_moments_every_item_is_answered_once_and_none_is_paid_twice_beyond_those_in_flight(tmp_path):
-    path, in_flight, n, kills = tmp_path / "a.jsonl", 4, 400, 20
-    served: Counter[str] = Counter()
-    lock = threading.Lock()
-
-    def script(body: dict, _: int) -> str:
-        with lock:
-            served[body["messages"][-1]["content"]] += 1
-        time.sleep(0.02)
-        return GOOD
-
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD)
-    with Server("openai-compatible", script) as server:
-        rng = random.Random(7)
-        for _ in range(kills):
-            begun = processes.Event()
-            child = processes.Process(target=ask_in_child, args=(server.url, path, n, in_flight, begun))
-            child.start()
-            begun.wait()
-            time.sleep(rng.uniform(0.0, 0.25))
-            child.kill()
-            child.join()
-        begun = processes.Event()
-        child = processes.Process(target=ask_in_child, args=(server.url, path, n, in_flight, begun))
-        child.start()
-        child.join()
-    assert child.exitcode == 0
-    good = Counter(line["call_id"] for line in lines(path) if line["status"] == "ok")
-    assert good == Counter({f"q{i}": 1 for i in range(n)})
-    assert sum(served.values()) <= n + kills * in_flight
-
-
-def ask_in_child(url: str, path: Path, n: int, in_flight: int, begun: Any) -> None:
-    own = source("openai-compatible", url)
-    asking = calls.Session(
-        ApiModel(own), calls.AttemptStore(path), prices.Prices(own), prices.Budget(None), max_in_flight=in_flight
-    )
-    begun.set()
-    asking.run([lambda i=i: asking.ask(question(i)) for i in range(n)])

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import random
 import re
+import threading
+import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
-from provider_server import Server
+from provider_server import PRELOAD, Server
 from test_calls import QUICK, keys  # noqa: F401
 
 from telco_nb import ROOT, calls, corpus, generator, glossary, prices, scenarios, synth
@@ -153,3 +159,58 @@ def test_a_plan_has_its_price_before_anything_is_sent():
     assert plan.usd_mid == pytest.approx(by_hand, rel=0.01)
     unknown = generator.estimate(planned, prices.Prices(Source("google", "no-such-model")), SEED, 90)
     assert unknown.usd_mid is None and unknown.prices is None and "no price is known" in str(unknown)
+
+
+# ---------------------------------------------------------------- killed at any moment
+
+
+def test_killed_at_20_random_moments_the_planned_set_is_written_and_nothing_is_paid_twice_beyond_what_was_in_flight(
+    tmp_path,
+):
+    path, in_flight, kills = tmp_path / "a.jsonl", 4, 20
+    served: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def script(body: dict, n: int) -> str:
+        prompt = body["messages"][-1]["content"]
+        with lock:
+            served[prompt.split("In this order:")[0]] += 1  # without what depends on earlier answers
+        time.sleep(0.02)
+        return good(body, n)
+
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    rng = random.Random(7)
+    with Server("openai-compatible", script) as server:
+        for kill in range(kills + 1):
+            begun = processes.Event()
+            child = processes.Process(target=generate_in_child, args=(server.url, path, in_flight, begun))
+            child.start()
+            begun.wait()
+            if kill < kills:
+                time.sleep(rng.uniform(0.0, 0.2))
+                child.kill()
+            child.join()
+    assert child.exitcode == 0
+    planned = few(30)
+    source = Source("openai-compatible", "own", "http://127.0.0.1:1/v1", max_tokens=4000)
+    written = list(generator.stored(planned, calls.AttemptStore(path), source, SEED))
+    assert Counter(c["conversation_id"] for c in written) == Counter(
+        f"{call.scenario.scenario_id}.{item.number:02d}" for each in planned for call in each for item in call.items
+    )
+    stored = Counter(
+        line["call_id"] for line in map(json.loads, path.read_text().splitlines()) if line["status"] == "ok"
+    )
+    assert set(stored.values()) == {1} and len(stored) == 120
+    assert set(served) and sum(served.values()) <= 120 + kills * in_flight
+
+
+def generate_in_child(url: str, path: Path, in_flight: int, begun: Any) -> None:
+    planned = few(30)
+    source = Source("openai-compatible", "own", url, max_tokens=4000)
+    asking = calls.Session(
+        ApiModel(source), calls.AttemptStore(path), prices.Prices(source), prices.Budget(None),
+        max_in_flight=in_flight, patience=QUICK,
+    )  # fmt: skip
+    begun.set()
+    asking.run(generator.chains(planned, asking, SEED))
