@@ -6,7 +6,6 @@ done into the store of attempts. The study itself then finds its answers there a
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ import typer
 from pydantic import TypeAdapter
 
 from telco_nb import generator, glossary, params, prices, record, scenarios
-from telco_nb.calls import Session
+from telco_nb.calls import Session, run_async
 from telco_nb.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
 
 if TYPE_CHECKING:
@@ -280,7 +279,7 @@ def _run(session: Session, work: Awaitable[Any]) -> Any:
         finally:
             await session.model.close()
 
-    return asyncio.run(run())
+    return run_async(run)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,36 @@ class Patience:
 # ---------------------------------------------------------------- asking
 
 
+def run_async(work: Callable[[], Awaitable[Any]], interrupt: Callable[[], float] | None = None) -> Any:
+    """The result of `work()` on an event loop of its own in a thread of its own (a notebook has one running).
+
+    On Ctrl-C `interrupt` is called, which may make the work end; it returns how many seconds to wait for that.
+    """
+    ended: list[tuple[Any, BaseException | None]] = []
+
+    async def run() -> Any:
+        return await work()
+
+    def target() -> None:
+        try:
+            ended.append((asyncio.run(run()), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=target, name="calls", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except KeyboardInterrupt:
+        thread.join(interrupt() if interrupt else 0)
+        raise
+    result, error = ended[0]
+    if error:
+        raise error
+    return result
+
+
 class Session:
     """Questions to one model with one store. `ask` answers from the store if it can, else by a request."""
 
@@ -388,22 +418,9 @@ class Session:
         (A notebook's kernel has a running loop already.) When one stops everything, requests under way are still waited
         for and stored, as they will be paid for. Raises CallsStopped then; a Ctrl-C stops in the same way.
         """
-        raised: list[BaseException] = []
 
-        def target() -> None:
-            try:
-                asyncio.run(self._run(chains, progress))
-            except BaseException as error:
-                raised.append(error)
-
-        thread = threading.Thread(target=target, name="calls", daemon=True)
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(0.2)
-        except KeyboardInterrupt:
+        def stop() -> float:
             self.stopped = CallsStopped("interrupted", "interrupted; the answers so far are stored")
-            thread.join(self.model.source.timeout_s)
-            raise
-        if raised:
-            raise raised[0]
+            return self.model.source.timeout_s
+
+        run_async(lambda: self._run(chains, progress), stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -170,4 +169,4 @@ def test_a_provider_without_batches_says_so():
     source = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")
     session = calls.Session(ApiModel(source), None, prices.Prices(source), prices.Budget(None))  # type: ignore[arg-type]
     with pytest.raises(batches.BatchError, match="no batches"):
-        asyncio.run(batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]
+        calls.run_async(lambda: batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]

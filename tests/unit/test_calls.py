@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -91,7 +90,7 @@ def test_every_fault_of_every_provider_ends_in_its_status_after_one_request(kind
             return outcome, len(server.requests)
 
     for fault, status in EXPECTED.items():
-        outcome, n_requests = asyncio.run(ask(fault))
+        outcome, n_requests = calls.run_async(lambda fault=fault: ask(fault))
         assert (fault, outcome.status) == (fault, SPECIAL.get((kind, fault), status))
         assert (fault, n_requests) == (fault, 1)  # the SDKs' own retries are off
         assert (fault, outcome.stop) == (fault, fault in STOPS)
@@ -108,7 +107,7 @@ def test_a_good_answer_comes_with_its_receipt_and_what_was_sent(kind):
             await model.close()
             return outcome, server.requests[0]
 
-    outcome, request = asyncio.run(ask())
+    outcome, request = calls.run_async(ask)
     receipt = outcome.receipt
     assert outcome.output == Verdict(verdict="A", margin=1)
     assert receipt["model_returned"].startswith(MODELS[kind] if kind != "google" else "gemini")
@@ -128,7 +127,7 @@ def test_a_parameter_that_the_model_does_not_take_is_not_on_record_as_sent():
             await model.close()
             return outcome, server.requests[0]
 
-    outcome, request = asyncio.run(ask())
+    outcome, request = calls.run_async(ask)
     assert outcome.status == "ok" and "temperature" not in request
     assert "temperature" not in outcome.receipt["parameters_sent"]
 
@@ -141,7 +140,7 @@ def test_a_prompted_schema_goes_into_the_prompt_for_servers_that_refuse_a_respon
             await model.close()
             return outcome, server.requests[0]
 
-    outcome, request = asyncio.run(ask())
+    outcome, request = calls.run_async(ask)
     assert outcome.status == "ok" and "response_format" not in request
     assert '"margin"' in request["messages"][0]["content"]
 
