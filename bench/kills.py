@@ -43,11 +43,11 @@ def train(folder: Path) -> None:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    watch = training.Watch(meter, CHECKPOINT_SECONDS, log=say, fingerprint=rows.fingerprint())
+    watch = training.Watch(meter, CHECKPOINT_SECONDS, rows, log=say)
     trainer = training.PackedTrainer(
         tuned, arguments, train_dataset=rows, data_collator=training.only_row, callbacks=[watch]
     )
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint(), say))
+    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint, say))
     digest = hashlib.sha256()
     for name, parameter in sorted(tuned.named_parameters()):
         if parameter.requires_grad:

@@ -61,7 +61,7 @@ def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
     tuned, tokenizer = load(dtype)
     training.prepare_step(tuned)
     examples = [training.encode(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
-    losses = training.conversation_losses(tuned, examples, batch_tokens)
+    losses = training.answer_losses(tuned, examples, batch_tokens)
     rows = training.PackedRows(examples, batch_tokens, 0)
     lengths = [[len(e.input_ids) for e in row] for row in rows.rows]
     for i in range(2):
@@ -156,7 +156,7 @@ def timed(trainer) -> float:
 
 
 def mean(losses: dict) -> float:
-    return sum(loss for loss, _ in losses.values()) / sum(n for _, n in losses.values())
+    return sum(loss.sum() for loss in losses.values()) / sum(map(len, losses.values()))
 
 
 def measure(kind: str) -> dict:

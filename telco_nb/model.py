@@ -31,7 +31,11 @@ PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
 
 
-class ModelError(RuntimeError):
+class PreflightError(RuntimeError):
+    """Found before any hour was spent: this cannot be trained here. The message says why and what to do."""
+
+
+class ModelError(PreflightError):
     """The base model cannot be used; the message says why and what to do."""
 
 
@@ -131,7 +135,7 @@ BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # 4 bits and a quan
 
 
 def memory_estimate(
-    base_model: str, dtype: torch.dtype, quantization: str, trainable: int, row_tokens: int
+    base_model: str, dtype: torch.dtype, quantization: str, target_modules: list[str], rank: int, row_tokens: int
 ) -> dict[str, float]:
     """Bytes that a training will need, from the model's configuration alone; nothing is loaded.
 
@@ -147,6 +151,8 @@ def memory_estimate(
     if not config.tie_word_embeddings:
         kept *= 2  # embeddings and head are not quantised
     body = sum(p.numel() for p in shell.parameters()) - kept
+    targets = [m for n, m in shell.named_modules() if n.rpartition(".")[2] in target_modules]
+    trainable = sum(rank * (m.in_features + m.out_features) for m in targets)
     width = dtype.itemsize
     layer = 14 * config.hidden_size + 4 * config.intermediate_size
     return {
@@ -154,6 +160,15 @@ def memory_estimate(
         "adapters": 16.0 * trainable,
         "row": float(row_tokens * config.num_hidden_layers * layer * width),
     }
+
+
+def free_memory() -> float:
+    """Bytes that the device, or this machine if there is none, can still give."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return float(psutil.virtual_memory().available)
 
 
 def quiet() -> None:

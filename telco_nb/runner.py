@@ -36,6 +36,7 @@ OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
 POLL_SECONDS = 0.2
+ENDS = {"BudgetStop": COST, "PreflightError": UNFIT, "ModelError": UNFIT}  # errors of a notebook: exit code of a run
 ASKING = {"02_synth": "generator", "05_judge": "judge"}  # steps that may ask a hosted model: prefix of its parameters
 
 
@@ -449,13 +450,14 @@ def _stop_child(child: subprocess.Popen[str] | Child) -> Any:
 
 
 def exit_code(states: list[State], stopped: bool) -> int:
-    """130 if a stop left work undone, 4 if the budget ended it, 1 for any other failure, else 0."""
+    """130 if a stop left work undone; if something failed, 3 or 4 if all failed so (see ENDS), else 1; else 0."""
     statuses = {state.status for state in states}
     if stopped and statuses & {"interrupted", "waiting"}:
         return INTERRUPTED
     failures = [str(state.failure) for state in states if state.failure]
-    if failures and all("BudgetStop" in failure for failure in failures):
-        return COST
+    codes = {next((code for name, code in ENDS.items() if name in failure), FAILED) for failure in failures}
+    if len(codes) == 1:
+        return codes.pop()
     return FAILED if statuses & {"failed", "blocked"} else OK
 
 

@@ -15,7 +15,10 @@ import shutil
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ except ImportError:
     varlen_attn = None
 
 from telco_nb import fused
-from telco_nb.model import chat_messages, end_token_id, turn_end_id
+from telco_nb.model import PreflightError, chat_messages, end_token_id, turn_end_id
 from telco_nb.record import device, write_json
 
 TARGET_MODULES = {
@@ -77,11 +80,12 @@ def encode(
 
     With `assistant_only` False every token but the first is labelled.
 
-    Raises TrainingError if the template does not extend turn by turn, or the conversation exceeds `max_length` tokens
-    (cutting it would leave answers without an end).
+    Raises PreflightError if the template does not extend turn by turn or its text does not survive the tokenizer, or
+    the conversation exceeds `max_length` tokens (cutting it would leave answers without an end).
     """
     chat = chat_messages(messages)
     ids = _render(tokenizer, chat)
+    _check_round_trip(tokenizer, chat, ids, conversation_id)
     labels = [IGNORED] * len(ids)
     turn_end, end = turn_end_id(tokenizer), end_token_id(tokenizer)
     ends: list[int] = []
@@ -96,7 +100,7 @@ def encode(
     if not assistant_only:
         labels = [IGNORED, *ids[1:]]
     if len(ids) > max_length:
-        raise TrainingError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
+        raise PreflightError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
     return Example(conversation_id, ids, labels)
 
 
@@ -107,18 +111,20 @@ def _render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False
 def _prefix(tokenizer: Any, chat: list[dict[str, str]], whole: list[int], name: str, generation: bool) -> list[int]:
     prefix = _render(tokenizer, chat, generation)
     if whole[: len(prefix)] != prefix:
-        raise TrainingError(f"{name}: the chat template rewrites earlier turns, so answers cannot be labelled exactly.")
+        raise PreflightError(
+            f"{name}: the chat template rewrites earlier turns, so answers cannot be labelled exactly."
+        )
     return prefix
 
 
-def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]]) -> None:
-    """Preflight: the labelled tokens decode to exactly the assistant's texts, each with its end token."""
-    end = tokenizer.decode([end_token_id(tokenizer)])
-    wanted = "".join(m["content"] + end for m in messages if m["role"] == "assistant")
-    found = tokenizer.decode([label for label in example.labels if label != IGNORED])
-    in_place = all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
-    if found != wanted or not in_place:
-        raise TrainingError(f"{example.conversation_id}: labels cover {found!r}, not the answers {wanted!r}.")
+def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int], name: str) -> None:
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    if (back := tokenizer.decode(ids)) != text:
+        place = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
+        raise PreflightError(
+            f"{name}: the tokenizer turns {text[place : place + 40]!r} into {back[place : place + 40]!r}, so the model "
+            "would not read what was written. Use another base_model, or keep such characters out of the data."
+        )
 
 
 def as_html(tokenizer: Any, example: Example) -> str:
@@ -168,26 +174,23 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     }
 
 
-def check_base_loss(loss: float, low: float = 0.5, high: float = 8.0) -> None:
-    """Preflight: the untuned model's loss (nats per token) is plausible; the bounds are wide guesses."""
-    if not low < loss < high:
-        raise TrainingError(
-            f"the base model's validation loss is {loss:.2f} nats, not between {low} and {high}: "
-            "check base_model, its chat template and dtype."
-        )
-
-
 class PackedRows(torch.utils.data.Dataset):
-    """Packed rows as a dataset: one row is one optimiser step."""
+    """Packed rows as a dataset: one row is one optimiser step, computed in parts of at most `micro_batch_tokens`.
 
-    def __init__(self, examples: list[Example], batch_tokens: int, seed: int):
+    The parts get smaller when memory runs out; `shrunk` then holds the sizes that were too large.
+    """
+
+    def __init__(self, examples: list[Example], batch_tokens: int, seed: int, micro_batch_tokens: int | None = None):
         self.rows = [[examples[i] for i in row] for row in pack(examples, batch_tokens, seed)]
         self.tokens = [sum(len(e.input_ids) for e in row) for row in self.rows]
         self.supervised = [sum(e.n_supervised for e in row) for row in self.rows]
+        self.micro_batch_tokens = micro_batch_tokens or batch_tokens
+        self.shrunk: list[int] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the tokens and labels of all rows, in order."""
         rows = [[(e.input_ids, e.labels) for e in row] for row in self.rows]
@@ -195,6 +198,16 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return collate(self.rows[index])
+
+
+def parts(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """A row cut between conversations into parts of at most `tokens` tokens, or of one conversation that is longer."""
+    cuts, stop = [0], 0
+    for length in segment_lengths(row["position_ids"]):
+        if stop > cuts[-1] and stop + length - cuts[-1] > tokens:
+            cuts.append(stop)
+        stop += length
+    return [{n: t[:, a:b] for n, t in row.items()} for a, b in pairwise([*cuts, stop])]
 
 
 def only_row(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -346,6 +359,58 @@ class PackedTrainer(Trainer):
         # The count is that of all processes, whose gradients are then averaged: so times their number.
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
+    def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Loss and gradient of one row, part by part. When memory runs out, its parts are halved and it begins anew."""
+        rows: PackedRows = self.train_dataset
+        before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}  # of earlier rows of a step
+        while True:
+            try:
+                return self._all_parts(model, parts(inputs, rows.micro_batch_tokens), num_items_in_batch)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside of the except block, as the error holds on to the arrays of the step.
+            self._shrink(rows, max(segment_lengths(inputs["position_ids"])))
+            for parameter in model.parameters():
+                parameter.grad = before[parameter].clone() if parameter in before else None
+
+    def _all_parts(self, model: Any, pieces: list[dict], num_items_in_batch: Any) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1  # several processes exchange gradients once a row
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                total += super().training_step(model, piece, num_items_in_batch)
+        return total
+
+    def _shrink(self, rows: PackedRows, longest: int) -> None:
+        tried = min(rows.micro_batch_tokens, max(rows.tokens))
+        alone = self.accelerator.num_processes == 1
+        if not alone or tried <= longest:
+            remedy = f"micro_batch_tokens to {tried // 2}" if tried > longest else "gradient_checkpointing to true"
+            raise TrainingError(f"memory ran out with {tried} tokens at once. Set {remedy}.")
+        rows.shrunk.append(tried)
+        rows.micro_batch_tokens = max(longest, tried // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way of saying "disk full"
+            half = folder / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(half, ignore_errors=True)
+            free = shutil.disk_usage(folder).free
+            raise TrainingError(
+                f"the checkpoint at step {self.state.global_step} could not be written to {folder} "
+                f"({free / 1e6:.0f} MB free): {error}. Make room and run again: it goes on from the checkpoint before."
+            ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or torch's allocator on a processor, had no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
 
 def warm_up(model: Any, row: dict[str, torch.Tensor]) -> float:
     """One forward and backward pass that changes no weight; returns the share of the cores it used, 0-1."""
@@ -365,6 +430,7 @@ def fixed_arguments() -> dict[str, Any]:
         "report_to": [],
         "logging_steps": 1,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # else a loss that is no number would be logged as 0
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "optim": "adamw_torch",
@@ -394,8 +460,11 @@ def loss_curve(log_history: list[dict[str, Any]], rows: PackedRows) -> pd.DataFr
     return frame.drop_duplicates("step", keep="last")
 
 
-def conversation_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, tuple[float, int]]:
-    """Summed loss (nats) and number of supervised tokens of each conversation, without gradient."""
+def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, np.ndarray]:
+    """Losses (nats, float64) of the supervised tokens of each conversation in order, without gradient.
+
+    The last one is that of the token which ends the last answer.
+    """
     result = {}
     model.eval()
     for row in pack(examples, batch_tokens, seed=0):
@@ -403,9 +472,7 @@ def conversation_losses(model: Any, examples: list[Example], batch_tokens: int) 
         batch = {name: tensor.to(model.device) for name, tensor in collate(chosen).items()}
         with torch.inference_mode():
             losses = token_losses(model, batch).double().cpu().split([e.n_supervised for e in chosen])
-        result |= {
-            e.conversation_id: (part.sum().item(), e.n_supervised) for e, part in zip(chosen, losses, strict=True)
-        }
+        result |= {e.conversation_id: part.numpy() for e, part in zip(chosen, losses, strict=True)}
     return result
 
 
@@ -419,17 +486,17 @@ class Watch(TrainerCallback):
     resumed training counts every step that the final adapter contains exactly once.
     """
 
-    def __init__(self, meter: Any, checkpoint_seconds: float, log: Any = print, fingerprint: str | None = None):
-        self.meter, self.checkpoint_seconds, self.log = meter, checkpoint_seconds, log
-        self.fingerprint = fingerprint
+    def __init__(self, meter: Any, checkpoint_seconds: float, rows: PackedRows, log: Any = print):
+        self.meter, self.checkpoint_seconds, self.rows, self.log = meter, checkpoint_seconds, rows, log
         self.last_save = self.started = time.monotonic()
         self.resumed, self.first_step = False, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            readings = json.loads((checkpoint / "meter.json").read_text())
-            self.meter.restore({key: value for key, value in readings.items() if key != "rows"})
+            saved = json.loads((checkpoint / "progress.json").read_text())
+            self.meter.restore(saved["meter"])
+            self.rows.micro_batch_tokens, self.rows.shrunk = saved["micro_batch_tokens"], saved["shrunk"]
             self.resumed, self.first_step = True, state.global_step
             self.log(f"resumed at step {state.global_step} of {state.max_steps}")
         self.last_save = self.started = time.monotonic()
@@ -448,17 +515,20 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(checkpoint / "meter.json", self.meter.readings() | {"rows": self.fingerprint})
+        sizes = {"micro_batch_tokens": self.rows.micro_batch_tokens, "shrunk": self.rows.shrunk}
+        saved = {"meter": self.meter.readings(), "rows": self.rows.fingerprint} | sizes
+        write_json(checkpoint / "progress.json", saved)
         self.last_save = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if "loss" not in (logs or {}):
             return
         loss = float(logs["loss"])
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {state.global_step}: the loss is {loss}. Lower this configuration's learning_rate."
-            )
+        for name, value in (("loss", loss), ("gradient's norm", float(logs.get("grad_norm", 0.0)))):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"step {state.global_step}: the {name} is {value}. Lower this configuration's learning_rate."
+                )
         done, left = state.global_step - self.first_step, state.max_steps - state.global_step
         eta = (time.monotonic() - self.started) / max(done, 1) * left
         self.log(f"step {state.global_step}/{state.max_steps} loss {loss:.4f} ETA {eta:.0f} s")
@@ -482,10 +552,10 @@ def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Any = pri
 
 def _fault(checkpoint: Path, fingerprint: str | None) -> str | None:
     """Why a checkpoint cannot be gone on from; None if it can."""
-    if not (checkpoint / "meter.json").is_file():  # written last, after the Trainer has finished its own files
+    if not (checkpoint / "progress.json").is_file():  # written last, after the Trainer has finished its own files
         return "it was being written when the training ended."
     try:
-        found = json.loads((checkpoint / "meter.json").read_text())
+        found = json.loads((checkpoint / "progress.json").read_text())
         json.loads((checkpoint / "trainer_state.json").read_text())
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
             list(weights.keys())

@@ -113,10 +113,10 @@ def test_quantisation_without_its_library_is_refused_with_the_fix(monkeypatch):
 def test_the_memory_estimate_counts_the_weights_that_loading_makes(tmp_path):
     base = tiny("qwen2")
     base.save_pretrained(tmp_path)
-    estimate = model.memory_estimate(str(tmp_path), torch.float32, "none", trainable=1000, row_tokens=64)
+    estimate = model.memory_estimate(str(tmp_path), torch.float32, "none", ALL, rank=4, row_tokens=64)
     assert estimate["weights"] == 4 * sum(p.numel() for p in base.parameters())
-    assert estimate["adapters"] == 16_000
-    assert model.memory_estimate(str(tmp_path), torch.float32, "nf4", 0, 64)["weights"] < estimate["weights"]
+    assert estimate["adapters"] == 16 * attached().get_nb_trainable_parameters()[0]
+    assert model.memory_estimate(str(tmp_path), torch.float32, "nf4", ALL, 4, 64)["weights"] < estimate["weights"]
 
 
 # ---------------------------------------------------------------- labels and end tokens
@@ -129,7 +129,11 @@ class BaseTokenizer:
 
     def apply_chat_template(self, chat, tokenize=True, add_generation_prompt=False, return_dict=False, **_):
         ids = [i for m in chat for i in (10 + len(m["role"]), *(20 + len(w) for w in m["content"].split()), 1)]
-        return [*ids, 10 + len("assistant")] if add_generation_prompt else ids
+        ids = [*ids, 10 + len("assistant")] if add_generation_prompt else ids
+        return ids if tokenize else self.decode(ids)
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
 
 
 CHAT = [{"role": "user", "content": "a bb"}, {"role": "assistant", "content": "ccc dddd"}]
@@ -146,13 +150,6 @@ def test_a_base_model_learns_to_end_with_a_token_that_it_knows():
 def test_without_assistant_only_loss_every_token_but_the_first_is_labelled():
     example = training.encode(BaseTokenizer(), CHAT, "c", 99, assistant_only=False)
     assert example.labels == [training.IGNORED, *example.input_ids[1:]]
-
-
-def test_an_implausible_base_loss_stops_before_training():
-    training.check_base_loss(3.9)
-    for loss in (11.0, 0.1, float("nan")):
-        with pytest.raises(TrainingError, match="check base_model, its chat template and dtype"):
-            training.check_base_loss(loss)
 
 
 # ---------------------------------------------------------------- attention by device, several processes

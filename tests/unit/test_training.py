@@ -1,6 +1,9 @@
 """The packed step computes what a plain loop computes, and a killed training loses nothing."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from telco_nb import model, training
+from telco_nb import ROOT, model, preflight, training
+from telco_nb.model import PreflightError
 from telco_nb.training import IGNORED, Example, TrainingError
 
 CHATS = [
@@ -65,17 +69,17 @@ def fake_examples(n: int = 12) -> list[Example]:
 
 def test_labels_cover_exactly_the_answers_and_their_end_tokens(real, examples):
     for example, chat in zip(examples, CHATS, strict=True):
-        training.check_labels(real[1], example, chat)
+        preflight.check_labels(real[1], example, chat)
 
 
 def test_a_shifted_label_mask_is_caught(real, examples):
     broken = Example("x", examples[0].input_ids, [IGNORED, *examples[0].labels[:-1]])
-    with pytest.raises(TrainingError, match="labels cover"):
-        training.check_labels(real[1], broken, CHATS[0])
+    with pytest.raises(PreflightError, match="labels cover"):
+        preflight.check_labels(real[1], broken, CHATS[0])
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_never_cut(real):
-    with pytest.raises(TrainingError, match=r"long has \d+ tokens, more than max_length 16"):
+    with pytest.raises(PreflightError, match=r"long has \d+ tokens, more than max_length 16"):
         training.encode(real[1], CHATS[1], "long", 16)
 
 
@@ -117,9 +121,9 @@ def test_the_packed_loss_equals_one_conversation_at_a_time_on_the_real_model(rea
     with torch.no_grad():
         plain = [plain_loss(base, e).item() for e in examples]
     base.set_attn_implementation(training.SEGMENTED)
-    packed = training.conversation_losses(base, examples, 4096)
-    assert [packed[e.conversation_id][0] for e in examples] == pytest.approx(plain, rel=1e-5)
-    assert [packed[e.conversation_id][1] for e in examples] == [e.n_supervised for e in examples]
+    packed = training.answer_losses(base, examples, 4096)
+    assert [packed[e.conversation_id].sum() for e in examples] == pytest.approx(plain, rel=1e-5)
+    assert [len(packed[e.conversation_id]) for e in examples] == [e.n_supervised for e in examples]
 
 
 def test_the_packed_gradient_equals_the_plain_one():
@@ -200,20 +204,20 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def train(folder, kill_at=None, learning_rate=1e-2):
+def train(folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, callback=None):
     torch.manual_seed(1)
     tuned = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    rows = training.PackedRows(fake_examples(), 48, 3)
+    rows = training.PackedRows(fake_examples(), 48, 3, micro_batch_tokens)
     arguments = TrainingArguments(
         output_dir=folder, num_train_epochs=3, per_device_train_batch_size=1, learning_rate=learning_rate, seed=3,
         disable_tqdm=True, **training.fixed_arguments(),
     )  # fmt: skip
-    watch = training.Watch(FakeMeter(), checkpoint_seconds=1e9, log=lambda _: None, fingerprint=rows.fingerprint())
-    callbacks = [watch] + ([Kill(kill_at)] if kill_at else [])
+    watch = training.Watch(FakeMeter(), 1e9, rows, log=lambda _: None)
+    callbacks = [watch] + ([Kill(kill_at)] if kill_at else []) + ([callback] if callback else [])
     trainer = training.PackedTrainer(
         tuned, arguments, train_dataset=rows, data_collator=training.only_row, callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint()))
+    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint))
     return {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" in n}, trainer, watch, rows
 
 
@@ -233,13 +237,13 @@ def test_a_killed_training_resumes_to_the_same_adapter_bit_for_bit(tmp_path, kil
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(tmp_path, fault):
     _, _, _, rows = train(tmp_path)
     older, newer = sorted(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))[-2:]
-    broken = newer / ("meter.json" if fault == "unfinished" else fault)
+    broken = newer / ("progress.json" if fault == "unfinished" else fault)
     if fault == "unfinished":
         broken.unlink()
     else:
         broken.write_bytes(broken.read_bytes()[:-200] if fault != "trainer_state.json" else b"{")
     said = []
-    assert training.last_checkpoint(tmp_path, rows.fingerprint(), said.append) == str(older)
+    assert training.last_checkpoint(tmp_path, rows.fingerprint, said.append) == str(older)
     assert not newer.exists() and len(said) == 1 and newer.name in said[0]
 
 
@@ -247,15 +251,92 @@ def test_a_checkpoint_of_other_training_rows_is_not_gone_on_from(tmp_path):
     train(tmp_path)
     said = []
     other = training.PackedRows(fake_examples(11), 48, 3)
-    assert training.last_checkpoint(tmp_path, other.fingerprint(), said.append) is None
+    assert training.last_checkpoint(tmp_path, other.fingerprint, said.append) is None
     assert said and all("trained on other rows" in line for line in said)
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step_and_the_fix():
-    watch = training.Watch(FakeMeter(), 1.0)
-    state = type("State", (), {"global_step": 7, "max_steps": 9})()
-    with pytest.raises(TrainingError, match=r"step 7: the loss is nan. Lower this configuration's learning_rate"):
-        watch.on_log(None, state, None, logs={"loss": float("nan")})
+def test_a_loss_that_is_no_number_stops_the_training_with_the_step_and_the_fix(tmp_path):
+    """At such a learning rate the second step's loss is no number; transformers would log it as 0 and go on."""
+    with pytest.raises(TrainingError, match=r"step 2: the .* is (nan|inf). Lower this configuration's learning_rate"):
+        train(tmp_path, learning_rate=1e30)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# ---------------------------------------------------------------- memory and disk
+
+
+def test_a_row_in_parts_has_the_loss_and_gradient_of_the_whole(tmp_path):
+    whole, trainer, _, rows = train(tmp_path / "whole")
+    halved, again, _, _ = train(tmp_path / "halved", micro_batch_tokens=20)
+    assert max(len(training.parts(row, 20)) for row in rows) >= 2
+    losses = [training.loss_curve(t.state.log_history, rows).train_loss.tolist() for t in (trainer, again)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert all(torch.allclose(whole[name], halved[name], atol=1e-4) for name in whole)
+
+
+def test_when_memory_runs_out_the_row_is_halved_and_the_training_is_the_same(tmp_path, monkeypatch):
+    wanted, _, _, rows = train(tmp_path / "wanted", micro_batch_tokens=24)
+    plain = training.token_losses
+
+    def scarce(model, row):
+        losses = plain(model, row)
+        if row["input_ids"].shape[1] > 30:  # behind the forward pass, as the backward pass would run out
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return losses
+
+    monkeypatch.setattr(training, "token_losses", scarce)
+    found, _, _, rows = train(tmp_path / "found")
+    assert rows.shrunk == [max(rows.tokens)] and rows.micro_batch_tokens == max(rows.tokens) // 2
+    assert all(torch.allclose(wanted[name], found[name], atol=1e-4) for name in wanted)
+    saved = json.loads(next(tmp_path.glob("found/checkpoint-*/progress.json")).read_text())
+    assert (saved["micro_batch_tokens"], saved["shrunk"]) == (rows.micro_batch_tokens, rows.shrunk)
+
+
+def test_the_message_of_torch_s_own_allocator_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    assert training.is_out_of_memory(caught.value) and not training.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_one_conversation_that_does_not_fit_ends_with_the_remedy(tmp_path, monkeypatch):
+    def full(model, row):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training, "token_losses", full)
+    with pytest.raises(
+        TrainingError, match=r"memory ran out with \d+ tokens at once. Set gradient_checkpointing to true"
+    ):
+        train(tmp_path)
+
+
+DISK_FULL = """
+import resource, signal, sys
+sys.path.insert(0, "tests/unit")
+from pathlib import Path
+from test_training import Kill, train
+from telco_nb.training import TrainingError
+folder = Path(sys.argv[1])
+class Full(Kill):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:  # from here on no file can grow beyond 2 kB
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    train(folder, callback=Full(7))
+except TrainingError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_with_the_folder_and_leaves_the_one_before(tmp_path):
+    command = [sys.executable, "-c", DISK_FULL, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "could not be written" in done.stdout and "Make room and run again" in done.stdout, done.stderr[-2000:]
+    (left,) = (tmp_path / "run").glob("checkpoint-*")
+    resumed, _, watch, _ = train(tmp_path / "run")
+    assert watch.resumed and watch.first_step == int(left.name.split("-")[1])
+    whole = train(tmp_path / "whole")[0]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 # ---------------------------------------------------------------- arithmetic and display
@@ -280,5 +361,5 @@ def test_a_conversation_shown_in_the_notebook_is_escaped(real):
 
 def test_readings_travel_with_the_checkpoint(tmp_path):
     train(tmp_path)
-    found = sorted(tmp_path.glob("checkpoint-*/meter.json"))
-    assert found and all(json.loads(p.read_text())["windows"] >= 1 for p in found)
+    found = sorted(tmp_path.glob("checkpoint-*/progress.json"))
+    assert found and all(json.loads(p.read_text())["meter"]["windows"] >= 1 for p in found)
