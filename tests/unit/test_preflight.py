@@ -1,0 +1,92 @@
+"""Each check of the preflight passes on what is right and stops, with the remedy, on what is wrong."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_options import CHAT, BaseTokenizer
+
+from telco_nb import model, preflight, runner, training
+from telco_nb.executed import Failure
+from telco_nb.model import PreflightError
+
+
+def test_an_implausible_base_loss_stops_before_training():
+    preflight.check_base_loss(3.9)
+    for loss in (11.0, 0.1, float("nan")):
+        with pytest.raises(PreflightError, match="check base_model, its chat template and dtype"):
+            preflight.check_base_loss(loss)
+
+
+def test_an_end_token_that_the_base_model_never_saw_stops_before_training():
+    """The packaged model knows its end token; with an untrained embedding of that token, it does not."""
+    model.quiet()
+    base, tokenizer = model.load(model.PACKAGED, torch.float32)
+    chat = [{"role": "user", "content": "What is a PUK?"}, {"role": "assistant", "content": "It unlocks a SIM card."}]
+    examples = [training.encode(tokenizer, chat, "c", 512)]
+    training.prepare_step(base)
+    preflight.check_end(training.answer_losses(base, examples, 512)["c"][-1], base.config.vocab_size)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        base.get_input_embeddings().weight[model.end_token_id(tokenizer)].normal_(0, 0.02)
+    loss = training.answer_losses(base, examples, 512)["c"][-1]
+    with pytest.raises(PreflightError, match="does not know this token, and its answers would run on"):
+        preflight.check_end(loss, base.config.vocab_size)
+
+
+class Lossy(BaseTokenizer):
+    def decode(self, ids):
+        return super().decode(ids)[:-4] + "gone"
+
+
+class Rewriting(BaseTokenizer):
+    """A template that drops what was said before, as templates of reasoning models do."""
+
+    def apply_chat_template(self, chat, **options):
+        return super().apply_chat_template(chat[-1:] if len(chat) > 2 else chat, **options)
+
+
+def test_a_tokenizer_that_loses_text_stops_before_training():
+    class Template(Lossy):
+        def apply_chat_template(self, chat, tokenize=True, **options):
+            made = super().apply_chat_template(chat, tokenize=True, **options)
+            return made if tokenize else BaseTokenizer.decode(self, made)
+
+    with pytest.raises(PreflightError, match="would not read what was written"):
+        training.encode(Template(), CHAT, "c", 99)
+
+
+def test_a_template_that_rewrites_earlier_turns_stops_before_training():
+    with pytest.raises(PreflightError, match="rewrites earlier turns"):
+        training.encode(Rewriting(), CHAT, "c", 99)
+
+
+NEEDED = {"weights": 4e9, "adapters": 1e9, "row": 8e9}
+
+
+@pytest.mark.parametrize(("free", "tokens"), [(20e9, 8192), (12.5e9, 5120), (10e9, 3072)])
+def test_as_many_tokens_are_computed_at_once_as_fit(free, tokens):
+    assert preflight.fitting_tokens(NEEDED, 8192, 1024, free) == pytest.approx(tokens, abs=1)
+
+
+def test_a_device_without_room_stops_before_loading():
+    with pytest.raises(
+        PreflightError, match=r"training needs about 6.0 GB for a conversation of 1024 tokens, and 5.0 GB"
+    ):
+        preflight.fitting_tokens(NEEDED, 8192, 1024, 5e9)
+
+
+def test_free_memory_is_what_this_machine_has_left():
+    free = model.free_memory()
+    kept = np.ones(1 << 28, dtype=np.uint8)
+    assert free / 1e9 > 0.3 and model.free_memory() < free - 0.5 * kept.nbytes
+
+
+@pytest.mark.parametrize("name", ["PreflightError", "ModelError"])
+def test_a_run_that_a_preflight_ended_has_exit_code_3(name):
+    unfit = SimpleNamespace(status="failed", failure=Failure("error", f"{name}: no room", 3))
+    other = SimpleNamespace(status="failed", failure=Failure("error", "ValueError: x", 3))
+    blocked = SimpleNamespace(status="blocked", failure=None)
+    assert runner.exit_code([unfit, blocked], stopped=False) == runner.UNFIT
+    assert runner.exit_code([unfit, other], stopped=False) == runner.FAILED
