@@ -25,6 +25,7 @@ EPILOG = """
 - `./run_all.py --profile smoke --dry-run`: what would run, and why
 - `./run_all.py --configs 'c0*' --steps 01-04`: data, training and answers of the first nine configurations
 - `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
+- `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
 
 **Exit codes**
@@ -78,6 +79,12 @@ def main(
         typer.Option(metavar="X", min=0.0, help="Never spend more than this on hosted models, in dollars."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the hosts that the plan names.")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="One configuration per GPU, as many at once: 0,1,2. Default: one after another."
+        ),
+    ] = None,
     params_dir: Annotated[
         Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
     ] = params.PARAMS_DIR,
@@ -97,6 +104,7 @@ def main(
         params_dir=params_dir,
         max_usd=max_usd,
         yes=yes,
+        gpus=tuple(filter(None, (gpus or "").split(","))),
     )
     sys.exit(runner.run(options))
 

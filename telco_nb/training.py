@@ -279,7 +279,7 @@ def with_adapters(base: Any, lora: Any, gradient_checkpointing: bool = False) ->
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         tuned.enable_input_require_grads()
     return tuned
 

@@ -44,7 +44,7 @@ def write_notebook(path: Path, *cells: str) -> None:
 def main() -> int:
     study = json.loads(Path(sys.argv[1]).read_text())
     given = json.loads(sys.argv[2])
-    options = runner.Options(**given | {"json_file": Path(given["json_file"])})
+    options = runner.Options(**given | {"json_file": Path(given["json_file"]), "gpus": tuple(given.get("gpus", ()))})
     record.NOTEBOOKS_DIR = Path(study["notebooks"])
     runner.load = lambda options: SimpleNamespace(profile="faults")
     runner.steps = SimpleNamespace(plan=lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]])
