@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from telco_nb import energy
+from telco_nb import energy, record
 
 WATTS = (2.0, 5.0, 12.0)
 
@@ -68,6 +68,18 @@ def test_a_rapl_counter_that_wraps_around_is_added_up_right(rapl):
     meter.total["window_s"] = 12.0
     row = meter.statement("train").set_index("component").loc["cpu"]
     assert (row.kind, row.source, row.gross_j) == ("measured", "rapl", pytest.approx(30.0))
+
+
+def test_a_counter_that_several_jobs_share_is_no_figure_of_one_of_them(rapl, monkeypatch):
+    monkeypatch.setenv(record.AT_ONCE_VARIABLE, "2")
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    rapl(995_000_000)
+    meter.stop()
+    meter.total["window_s"] = 60.0
+    row = meter.statement("train").set_index("component").loc["total"]
+    assert not row.valid and "the counter holds all 2 jobs" in row.invalid_reason
+    assert meter._watts(5.0, 1.0) == pytest.approx(meter.cores * 5.0 * (0.3 / 2 + 0.7))
 
 
 def test_an_unreadable_or_empty_rapl_counter_is_no_sensor(rapl):
