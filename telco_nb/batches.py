@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb import generator, glossary, params, prices, record, scenarios
+from telco_nb import generator, glossary, judging, jury, params, prices, record, runner, scenarios
 from telco_nb.calls import Session, run_async
+from telco_nb.protocol import Protocol, open_study
 from telco_nb.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
 
 if TYPE_CHECKING:
@@ -36,13 +39,15 @@ class Entry:
     ids: list[str]
     handle: Batch | None = None
     collected: bool = False
+    usd_at_most: float = 0.0
 
 
 class Book:
     """Append-only JSONL of batches: `submitting` before one is handed over, `submitted` with its handle, `collected`.
 
     A batch that was being submitted when the process died may exist at the provider: it is never submitted again
-    unseen, as it would be paid twice.
+    unseen, as it would be paid twice. `usd_at_most` is what a batch may cost, and is given back when its results are
+    stored with their own dollars: so calls.spent_usd counts a batch under way as spent.
     """
 
     def __init__(self, path: Path):
@@ -55,7 +60,7 @@ class Book:
     def _take(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "submitting":
-                self.entries.append(Entry(event["ids"]))
+                self.entries.append(Entry(event["ids"], usd_at_most=event.get("usd_at_most") or 0.0))
             case "submitted":
                 self.entries[event["entry"]].handle = _handles().validate_python(event["handle"])
             case "collected":
@@ -70,6 +75,10 @@ class Book:
             stream.flush()
             os.fsync(stream.fileno())
         self._take(line)
+
+    def close(self, i: int, event: str) -> None:
+        """Note that a batch is `collected` or `forgotten`."""
+        self.note(event, entry=i, usd_at_most=-self.entries[i].usd_at_most)
 
     def open(self) -> Iterator[tuple[int, Entry]]:
         return ((i, e) for i, e in enumerate(self.entries) if not e.collected)
@@ -107,17 +116,14 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
             "Look there. If they do not, run `forget`; if they do, cancel them first."
         )
     waiting = [q for q in questions if q.id not in session.store.ok and q.id not in book.under_way]
-    worst = [session.prices.worst_case(q) for q in waiting]
-    reserved = session.budget.reserve(None if None in worst else sum(w or 0.0 for w in worst))
-    try:
-        for i in range(0, len(waiting), limit):
-            part = waiting[i : i + limit]
-            encoded = [await session.model.model.batch_encode(_request(session, q)) for q in part]
-            book.note("submitting", ids=[q.id for q in part])
-            handle = await session.model.model.batch_create(encoded)
-            book.note("submitted", entry=len(book.entries) - 1, handle=_handles().dump_python(handle, mode="json"))
-    finally:
-        session.budget.settle(reserved, 0.0)
+    worst = {q.id: session.prices.worst_case(q) for q in waiting}
+    session.budget.reserve(None if None in worst.values() else sum(w or 0.0 for w in worst.values()))
+    for i in range(0, len(waiting), limit):
+        part = waiting[i : i + limit]
+        encoded = [await session.model.model.batch_encode(_request(session, q)) for q in part]
+        book.note("submitting", ids=[q.id for q in part], usd_at_most=sum(worst[q.id] or 0.0 for q in part))
+        handle = await session.model.model.batch_create(encoded)
+        book.note("submitted", entry=len(book.entries) - 1, handle=_handles().dump_python(handle, mode="json"))
     return len(waiting)
 
 
@@ -146,21 +152,25 @@ async def poll(session: Session, book: Book) -> list[str]:
 
 
 async def collect(session: Session, questions: Sequence[Question], book: Book) -> dict[str, int]:
-    """Store the results of all batches that have ended; returns attempts by status. Repeating it changes nothing."""
+    """Store the results of all batches that have ended; returns attempts by status. Repeating it changes nothing.
+
+    `questions`: all of the study. Results of others (the study has changed since) are counted as `not asked any more`.
+    """
     by_id = {q.id[:64]: q for q in questions}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for i, entry in list(book.open()):
         if entry.handle is None or (now := await session.model.model.batch_status(entry.handle)).status != "ended":
             continue
         stored = session.store.of_batch(now.id)
         results = await session.model.model.batch_results(now)
-        fresh = [r for r in results if r.custom_id in by_id and by_id[r.custom_id].id not in stored]
+        known = [r for r in results if r.custom_id in by_id]
+        fresh = [r for r in known if by_id[r.custom_id].id not in stored]
         lines = [_line(session, by_id[result.custom_id], result, now.id) for result in fresh]
         session.store.append(lines)
-        book.note("collected", entry=i)
-        for line in lines:
-            counts[line["status"]] = counts.get(line["status"], 0) + 1
-    return counts
+        book.close(i, "collected")
+        counts.update(line["status"] for line in lines)
+        counts["not asked any more"] += len(results) - len(known)
+    return dict(+counts)
 
 
 def _line(session: Session, question: Question, result: Any, batch_id: str) -> dict[str, Any]:
@@ -172,14 +182,25 @@ def _line(session: Session, question: Question, result: Any, batch_id: str) -> d
     except AgentRunError as error:
         outcome = failure(error, session.model.source, {"batch": True})
     usd = session.prices.usd(outcome.usage) if outcome.usage else None
-    return session.line(question, outcome, 0.0) | {"usd": usd, "batch_id": batch_id, "latency_s": None}
+    return session.make_line(question, outcome, 0.0) | {"usd": usd, "batch_id": batch_id, "latency_s": None}
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- what there is to ask
 
 
-def generator_batch(profile: str, params_dir: Path) -> tuple[Session, list[Question], list[Question], Path]:
-    """(session, all questions, those that can be asked now, path of the book) for a study's generator.
+@dataclass(frozen=True)
+class Work:
+    """What a study has for batches: `every` question, those that can be asked `now`, and a word on which these are."""
+
+    session: Session
+    every: list[Question]
+    now: list[Question]
+    book: Book
+    said: str
+
+
+def generator_work(profile: str, params_dir: Path) -> Work:
+    """The questions of a study's generator.
 
     Of each scenario one call is asked at a time: the next is told how the answers before it begin.
     """
@@ -207,18 +228,36 @@ def generator_batch(profile: str, params_dir: Path) -> tuple[Session, list[Quest
             elif not asked:
                 now.append(question)
                 asked = True
-    return session, every, now, root / "shared" / "store" / "batches.jsonl"
+    return Work(session, every, now, _book(generator.store_path(root)), "one at a time of each scenario")
+
+
+def judge_work(asked: Protocol) -> Work:
+    """The questions of a judge, the gate's first. Attempts are stored as 05_judge stores them."""
+    book = _book(asked.store.path)
+    now, said = asked.due(book.under_way)
+    session = asked.judge.session(asked.every, asked.store, judging.settled_line, factor=prices.BATCH_FACTOR)
+    return Work(session, [jury.asked(q) for q in asked.every], [jury.asked(q) for q in now], book, said)
+
+
+def _book(store: Path) -> Book:
+    return Book(store.with_name("batches.jsonl"))
+
+
+# ---------------------------------------------------------------- command line
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
 EPILOG = """
-**Example**: four rounds, as each scenario is asked for four times, and later calls are told how earlier ones begin
+**Examples**: conversations in four rounds, as each scenario is asked for four times, and later calls are told how
+earlier ones begin; then a judge in two rounds, its gate and, if it passes, all the rest
 
-    export GOOGLE_API_KEY=...
+    export GOOGLE_API_KEY=... ANTHROPIC_API_KEY=...
     python -m telco_nb.batches submit --profile paper --max-usd 30 --yes
     python -m telco_nb.batches poll --profile paper
     python -m telco_nb.batches collect --profile paper
-    ./run_all.py --profile paper
+    ./run_all.py --profile paper --steps 01-04
+    python -m telco_nb.batches submit --profile paper --judge claude-sonnet-4-5 --max-usd 60 --yes
+    python -m telco_nb.batches collect --profile paper --judge claude-sonnet-4-5
 """
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
 
@@ -226,47 +265,57 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_set
 @app.command(epilog=EPILOG)
 def main(
     action: Annotated[str, typer.Argument(metavar="submit|poll|collect|forget")],
-    profile: Annotated[str, typer.Option("--profile", "-p", help="A profile whose generator is a hosted model.")],
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")],
+    judge: Annotated[
+        str | None, typer.Option(help="A judge: a file of params/judges. Default: the profile's generator.")
+    ] = None,
     params_dir: Annotated[Path, typer.Option("--params", metavar="DIR", show_default="params")] = params.PARAMS_DIR,
     max_usd: Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")] = False,
 ) -> None:
-    """Generate conversations in batches: half the price, up to a day later. Every command can be repeated."""
+    """Generate conversations or judge answers in batches: half the price, up to a day later.
+
+    Every command can be repeated.
+    """
+    with ended_well("batches", max_usd), runner.lock(record.profile_root(profile)):
+        work = (
+            generator_work(profile, params_dir) if judge is None else judge_work(open_study(profile, judge, params_dir))
+        )
+        _act(action, work, yes)
+
+
+@contextmanager
+def ended_well(program: str, max_usd: float | None) -> Iterator[None]:
+    """A command under a cap in dollars; what a person can mend ends it with a message and run_all's exit code."""
     if max_usd is not None:
         os.environ[prices.MAX_USD_VARIABLE] = str(max_usd)
+    codes = {
+        runner.USAGE: (params.ParameterError, ProviderError, BatchError),
+        runner.UNFIT: (runner.UnfitError,),
+        runner.COST: (prices.CostRefused, prices.BudgetStop),
+    }
     try:
-        session, every, now, path = generator_batch(profile, params_dir)
-        _act(action, session, every, now, Book(path), max_usd, yes)
-    except (params.ParameterError, ProviderError, BatchError) as error:
-        print(f"batches: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (prices.CostRefused, prices.BudgetStop) as error:
-        print(f"batches: {error}", file=sys.stderr)
-        sys.exit(4)
+        yield
+    except tuple(error for errors in codes.values() for error in errors) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(next(code for code, errors in codes.items() if isinstance(error, errors)))
 
 
-def _act(
-    action: str,
-    session: Session,
-    every: list[Question],
-    now: list[Question],
-    book: Book,
-    max_usd: float | None,
-    yes: bool,
-) -> None:
+def _act(action: str, work: Work, yes: bool) -> None:
+    session, book = work.session, work.book
     if action == "submit":
         source = session.model.source
-        print(f"{len(now):,} requests to {source.model} at {source.host}; one at a time of each scenario.")
-        if not yes and not source.is_local:
+        print(f"{len(work.now):,} requests to {source.model} at {source.host}: {work.said}.")
+        if work.now and not yes and not source.is_local:
             raise prices.CostRefused(f"nothing was sent. To send this to {source.host}, add --yes.")
-        print(f"submitted: {_run(session, submit(session, now, book)):,}")
+        print(f"submitted: {_run(session, submit(session, work.now, book)):,}")
     elif action == "poll":
         print("\n".join(_run(session, poll(session, book))) or "no open batch")
     elif action == "collect":
-        print(f"collected: {_run(session, collect(session, every, book)) or 'nothing yet'}")
+        print(f"collected: {_run(session, collect(session, work.every, book)) or 'nothing yet'}")
     elif action == "forget":
         for i in book.doubtful:
-            book.note("forgotten", entry=i)
+            book.close(i, "forgotten")
         print("batches of unknown fate are forgotten; their questions can be submitted again")
     else:
         raise BatchError(f"{action}: submit, poll, collect or forget is needed.")

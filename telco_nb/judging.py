@@ -243,14 +243,18 @@ def enrol(judge: Judge, plan: pd.DataFrame, asked: Sequence[Case], store: Verdic
     return plan
 
 
-def questions(plan: pd.DataFrame, asked: Sequence[Case], store: VerdictStore) -> list[Question]:
-    """What the store does not answer yet, each question once. Stored verdicts are never asked for again."""
-    waiting: dict[str, Question] = {}
+def every_question(plan: pd.DataFrame, asked: Sequence[Case], store: VerdictStore) -> list[Question]:
+    """The questions of a plan with `judgement_id`, each once, whether the store answers them or not."""
+    found: dict[str, Question] = {}
     for row, case in zip(plan.to_dict("records"), asked, strict=True):
         identity = row["judgement_id"]
-        if identity not in store.ok:
-            waiting[identity] = Question(identity, row, case, store.attempts[identity] + 1)
-    return list(waiting.values())
+        found[identity] = Question(identity, row, case, store.attempts[identity] + 1)
+    return list(found.values())
+
+
+def questions(plan: pd.DataFrame, asked: Sequence[Case], store: VerdictStore) -> list[Question]:
+    """What the store does not answer yet, each question once. Stored verdicts are never asked for again."""
+    return [question for question in every_question(plan, asked, store) if question.id not in store.ok]
 
 
 def ask(
@@ -263,12 +267,10 @@ def ask(
 
     A hosted judge is asked several at a time, within its limits and the budget. Raises CallsStopped where that ends.
     """
-    open_questions = [question for question in waiting if rule_verdict(question.case) is None]
     if isinstance(judge, HostedJudge):
-        store.append([_attempt(judge, question) for question in waiting if rule_verdict(question.case)])
-        judge.put(open_questions, store, settled_line, progress)
+        judge.put(store_by_rule(judge, waiting, store), store, settled_line, progress)
         return
-    judge.prepare([question.case for question in open_questions])
+    judge.prepare([question.case for question in waiting if rule_verdict(question.case) is None])
     done: list[dict[str, Any]] = []
     try:
         for i, question in enumerate(waiting, 1):
@@ -280,6 +282,12 @@ def ask(
                 progress(i, len(waiting))
     finally:
         store.append(done)
+
+
+def store_by_rule(judge: Judge, waiting: Sequence[Question], store: VerdictStore) -> list[Question]:
+    """Store the verdicts that need no judge; returns the other questions."""
+    store.append([_attempt(judge, question) for question in waiting if rule_verdict(question.case)])
+    return [question for question in waiting if question.id not in store.ok]
 
 
 def rule_verdict(case: Case) -> Verdict | None:
