@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import judge_study
+import matplotlib
+import pandas as pd
 import pytest
 from provider_server import answer_body, error_body
 from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
 
-from telco_nb import batches, calls, prices
+from telco_nb import batches, calls, judges, prices, protocol, steps, verdicts
 from telco_nb.providers import ApiModel, Question, Source
+
+matplotlib.use("Agg")
 
 
 class AnthropicBatches:
-    """Message Batches over HTTP: create, status, results. `fates` gives the result type of a request by its id."""
+    """Message Batches over HTTP: create, status, results. `fates` gives the result type of a request by its id,
+    `answer` the text of its message by what was sent."""
 
-    def __init__(self):
+    def __init__(self, answer=lambda sent: GOOD):
+        self.answer = answer
         self.created: dict[str, list[dict]] = {}
         self.fates: dict[str, str] = {}
         self.ended = False
@@ -76,7 +85,7 @@ class AnthropicBatches:
             fate = self.fates.get(request["custom_id"], "succeeded")
             result: dict = {"type": fate}
             if fate == "succeeded":
-                result["message"] = answer_body("anthropic", "claude-sonnet-4-5", GOOD)
+                result["message"] = answer_body("anthropic", "claude-sonnet-4-5", self.answer(request["params"]))
             elif fate == "unreadable":
                 result = {"type": "succeeded", "message": answer_body("anthropic", "claude-sonnet-4-5", "Sure!")}
             elif fate == "errored":
@@ -170,3 +179,90 @@ def test_a_provider_without_batches_says_so():
     session = calls.Session(ApiModel(source), None, prices.Prices(source), prices.Budget(None))  # type: ignore[arg-type]
     with pytest.raises(batches.BatchError, match="no batches"):
         calls.run_async(lambda: batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- judges
+
+CONFIGS = ["c01", "c02", "c03"]
+
+
+def verdict_on(sent: dict, references: dict[str, str]) -> str:
+    """What a judge that passes its gate says: the reference to this customer's words wins, and all else is even."""
+    text = json.dumps(sent["messages"], ensure_ascii=False)
+    answers = [body.strip() for body in re.findall(r"<answer_\w>\\n(.*?)\\n</answer_\w>", text)]
+    said: dict = {"analysis": "x"}
+    if len(answers) == 1:
+        said |= dict.fromkeys(judges.CRITERIA, 4)
+    elif "`order`" in json.dumps(sent["system"]):
+        said |= {"order": [list(judges.SEATS[: len(answers)])], "flags": []}
+    else:
+        won = [seat for seat, answer in zip("AB", answers, strict=True) if references.get(answer, "?!") in text]
+        said |= {"verdict": won[0] if len(won) == 1 else "tie", "margin": len(won) % 2, "flags": []}
+    return json.dumps(said)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return judge_study.build(tmp_path_factory.mktemp("judged"), 6, CONFIGS)
+
+
+@pytest.fixture
+def judged(built, server, tmp_path):
+    """A study's folder, and the parameters of its judge in batches at the server."""
+    root = shutil.copytree(built, tmp_path / "smoke")
+    prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
+    references = {judges.neutralise(row.reference): row.messages[-1]["content"] for row in prompts.itertuples()}
+    server.answer, server.ended = lambda sent: verdict_on(sent, references), True
+    named = {"scope": "judge-jury", "judge": "jury", "judge_kind": "anthropic", "judge_model": "claude-sonnet-4-5"}
+    more = {"configs": CONFIGS, "judge_endpoint": server.url, "bootstrap_draws": 100, "rubric_share": 0.5}
+    return root, steps.declared("05_judge") | named | more
+
+
+def step(root, values, action, capsys) -> str:
+    """One command, as of a process of its own; what it printed."""
+    batches._act(action, batches.judge_work(protocol.open_protocol(values, root)), True)
+    return capsys.readouterr().out
+
+
+def test_a_judge_in_batches_is_asked_its_gate_first_then_all_the_rest_and_05_finds_its_verdicts(
+    judged, server, capsys, monkeypatch
+):
+    root, values = judged
+    assert "the gate first" in step(root, values, "submit", capsys)
+    assert "submitted: 0" in step(root, values, "submit", capsys)  # under way, and so is the gate
+    path = protocol.store_path(root, "jury")
+    gate = {request["custom_id"] for request in server.created["msgbatch_0"]}
+    asked = protocol.open_protocol(values, root)
+    assert gate == {question.id for question in asked.parts["controls"]}
+    under_way = calls.spent_usd(root)
+    step(root, values, "collect", capsys)
+    spent = verdicts.VerdictStore(path).spent_usd
+    assert calls.spent_usd(root) == pytest.approx(spent) and 0 < spent < under_way
+    assert "the gate passed" in step(root, values, "submit", capsys)
+    assert "ok" in step(root, values, "collect", capsys) and "submitted: 0" in step(root, values, "submit", capsys)
+    stored = lines(path)
+    assert {line["judgement_id"] for line in stored} == {question.id for question in asked.every}
+    assert all(set(verdicts.FIELDS) <= set(line) for line in stored) and len(server.created) == 2
+    live = prices.Prices(Source("anthropic", "claude-sonnet-4-5")).of_tokens(140, 20)
+    assert all(line["batch_id"] and 0 < line["usd"] < live / 2 and line["tokens_out"] == 20 for line in stored)
+    folder, _ = judge_study.run_judge(root, monkeypatch, **values)
+    metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())
+    assert metrics["gate_passed"] and metrics["coverage"] == 1.0 and len(server.created) == 2
+    assert [line for line in lines(path) if "plan" not in line] == stored  # nothing more was asked
+
+
+def test_nothing_more_is_submitted_for_a_judge_that_failed_its_gate_unless_told_to(judged, server, capsys):
+    root, values = judged
+    server.answer = lambda sent: json.dumps({"analysis": "x", "verdict": "A", "margin": 1, "flags": []})
+    step(root, values, "submit", capsys)
+    step(root, values, "collect", capsys)
+    said = step(root, values, "submit", capsys)
+    assert "the gate failed (wrong_term" in said and "submitted: 0" in said and len(server.created) == 1
+    step(root, values | {"judge_after_failed_gate": True}, "submit", capsys)
+    assert len(server.created) == 2
+
+
+def test_results_of_questions_that_the_study_no_longer_asks_are_counted_and_not_stored(server, tmp_path):
+    server.ended = True
+    act(server, tmp_path, batches.submit, QUESTIONS)
+    assert act(server, tmp_path, batches.collect, QUESTIONS[:5]) == {"ok": 5, "not asked any more": 2}
