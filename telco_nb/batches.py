@@ -6,7 +6,6 @@ done into the store of attempts. The study itself then finds its answers there a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ import typer
 from pydantic import TypeAdapter
 
 from telco_nb import generator, glossary, judging, jury, params, prices, record, runner, scenarios
+from telco_nb.book import Book, Entry, book_of
 from telco_nb.calls import Session, run_async
 from telco_nb.protocol import Protocol, open_study
 from telco_nb.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
@@ -30,72 +30,6 @@ if TYPE_CHECKING:
 
 class BatchError(RuntimeError):
     """A batch cannot be submitted or collected; the message says what to do."""
-
-
-@dataclass
-class Entry:
-    """One batch as the book knows it. Without a handle, nobody knows whether the provider has it."""
-
-    ids: list[str]
-    handle: Batch | None = None
-    collected: bool = False
-    usd_at_most: float = 0.0
-
-
-class Book:
-    """Append-only JSONL of batches: `submitting` before one is handed over, `submitted` with its handle, `collected`.
-
-    A batch that was being submitted when the process died may exist at the provider: it is never submitted again
-    unseen, as it would be paid twice. `usd_at_most` is what a batch may cost, and is given back when its results are
-    stored with their own dollars: so calls.spent_usd counts a batch under way as spent.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.entries: list[Entry] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            self._take(json.loads(line))
-
-    def _take(self, event: dict[str, Any]) -> None:
-        match event["event"]:
-            case "submitting":
-                self.entries.append(Entry(event["ids"], usd_at_most=event.get("usd_at_most") or 0.0))
-            case "submitted":
-                self.entries[event["entry"]].handle = _handles().validate_python(event["handle"])
-            case "collected":
-                self.entries[event["entry"]].collected = True
-            case "forgotten":
-                self.entries[event["entry"]] = Entry([], collected=True)
-
-    def note(self, event: str, **more: Any) -> None:
-        line = {"event": event, **more}
-        with self.path.open("a", encoding="ascii") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._take(line)
-
-    def close(self, i: int, event: str) -> None:
-        """Note that a batch is `collected` or `forgotten`."""
-        self.note(event, entry=i, usd_at_most=-self.entries[i].usd_at_most)
-
-    def open(self) -> Iterator[tuple[int, Entry]]:
-        return ((i, e) for i, e in enumerate(self.entries) if not e.collected)
-
-    @property
-    def under_way(self) -> set[str]:
-        return {identity for _, entry in self.open() for identity in entry.ids}
-
-    @property
-    def doubtful(self) -> list[int]:
-        return [i for i, entry in self.open() if entry.handle is None]
-
-
-def _handles() -> TypeAdapter:
-    from pydantic_ai.models.batch import Batch
-
-    return TypeAdapter(Batch)
 
 
 # ---------------------------------------------------------------- the three steps
@@ -123,8 +57,20 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
         encoded = [await session.model.model.batch_encode(_request(session, q)) for q in part]
         book.note("submitting", ids=[q.id for q in part], usd_at_most=sum(worst[q.id] or 0.0 for q in part))
         handle = await session.model.model.batch_create(encoded)
-        book.note("submitted", entry=len(book.entries) - 1, handle=_handles().dump_python(handle, mode="json"))
+        book.note("submitted", entry=len(book.entries) - 1, handle=handle_type().dump_python(handle, mode="json"))
     return len(waiting)
+
+
+def handle_type() -> TypeAdapter:
+    """What the book keeps of a batch, so that it can be asked for again."""
+    from pydantic_ai.models.batch import Batch
+
+    return TypeAdapter(Batch)
+
+
+async def _now(session: Session, entry: Entry) -> Batch:
+    """A batch as the provider has it now."""
+    return await session.model.model.batch_status(handle_type().validate_python(entry.handle))
 
 
 def _request(session: Session, question: Question) -> BatchRequest:
@@ -146,7 +92,7 @@ async def poll(session: Session, book: Book) -> list[str]:
         if entry.handle is None:
             said.append(f"batch {i}: unknown; it was being submitted when the process ended")
             continue
-        now = await session.model.model.batch_status(entry.handle)
+        now = await _now(session, entry)
         said.append(f"batch {i}: {now.status}, {now.request_count} requests, {now.id}")
     return said
 
@@ -159,7 +105,7 @@ async def collect(session: Session, questions: Sequence[Question], book: Book) -
     by_id = {q.id[:64]: q for q in questions}
     counts: Counter[str] = Counter()
     for i, entry in list(book.open()):
-        if entry.handle is None or (now := await session.model.model.batch_status(entry.handle)).status != "ended":
+        if entry.handle is None or (now := await _now(session, entry)).status != "ended":
             continue
         stored = session.store.of_batch(now.id)
         results = await session.model.model.batch_results(now)
@@ -167,7 +113,7 @@ async def collect(session: Session, questions: Sequence[Question], book: Book) -
         fresh = [r for r in known if by_id[r.custom_id].id not in stored]
         lines = [_line(session, by_id[result.custom_id], result, now.id) for result in fresh]
         session.store.append(lines)
-        book.close(i, "collected")
+        book.close(i, "collected", share=len(known) / max(1, len(results)))
         counts.update(line["status"] for line in lines)
         counts["not asked any more"] += len(results) - len(known)
     return dict(+counts)
@@ -228,19 +174,15 @@ def generator_work(profile: str, params_dir: Path) -> Work:
             elif not asked:
                 now.append(question)
                 asked = True
-    return Work(session, every, now, _book(generator.store_path(root)), "one at a time of each scenario")
+    return Work(session, every, now, book_of(generator.store_path(root)), "one at a time of each scenario")
 
 
 def judge_work(asked: Protocol) -> Work:
     """The questions of a judge, the gate's first. Attempts are stored as 05_judge stores them."""
-    book = _book(asked.store.path)
+    book = book_of(asked.store.path)
     now, said = asked.due(book.under_way)
     session = asked.judge.session(asked.every, asked.store, judging.settled_line, factor=prices.BATCH_FACTOR)
     return Work(session, [jury.asked(q) for q in asked.every], [jury.asked(q) for q in now], book, said)
-
-
-def _book(store: Path) -> Book:
-    return Book(store.with_name("batches.jsonl"))
 
 
 # ---------------------------------------------------------------- command line

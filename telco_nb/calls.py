@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import __version__
+from telco_nb.book import book_of
 from telco_nb.prices import Budget, BudgetStop, Prices, cap_from_environment
 from telco_nb.providers import RECEIPT, ApiModel, Exchange, Outcome, Question
 
@@ -295,6 +296,7 @@ class Session:
         self.make_line = line or self.line  # or what a line should be altogether: (question, outcome, seconds)
         self.stopped: CallsStopped | None = None
         self.in_a_row = 0
+        self.under_way = book_of(store.path).under_way
 
     async def ask(self, question: Question) -> dict[str, Any] | None:
         """The stored line of the good answer, or None if there is none after all patience.
@@ -303,6 +305,12 @@ class Session:
         """
         if question.id in self.store.ok:
             return self.store.ok[question.id]
+        if question.id in self.under_way:
+            raise CallsStopped(
+                "under_way",
+                f"{len(self.under_way)} questions are under way in a batch, and would be paid for twice. Run "
+                "`python -m telco_nb.batches collect` for this profile (and judge) first.",
+            )
         counts: Counter[str] = Counter()
         failed: list[Exchange] = []
         while True:

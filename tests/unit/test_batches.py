@@ -16,6 +16,7 @@ from provider_server import answer_body, error_body
 from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
 
 from telco_nb import batches, calls, judges, prices, protocol, steps, verdicts
+from telco_nb.book import Book
 from telco_nb.providers import ApiModel, Question, Source
 
 matplotlib.use("Agg")
@@ -110,7 +111,7 @@ def act(server, folder, step, *arguments, max_usd=None):
     store = calls.AttemptStore(folder / "a.jsonl")
     price = prices.Prices(source, factor=prices.BATCH_FACTOR)
     session = calls.Session(ApiModel(source), store, price, prices.Budget(max_usd, store.spent_usd))
-    book = batches.Book(folder / "batches.jsonl")
+    book = Book(folder / "batches.jsonl")
     return batches._run(session, step(session, *arguments, book))
 
 
@@ -151,8 +152,8 @@ def test_a_batch_of_unknown_fate_is_never_submitted_again_unseen(server, tmp_pat
     with pytest.raises(batches.BatchError, match="may exist at the provider"):
         act(server, tmp_path, batches.submit, QUESTIONS)
     assert "unknown" in act(server, tmp_path, batches.poll)[0]
-    book = batches.Book(tmp_path / "batches.jsonl")
-    book.note("forgotten", entry=0)
+    book = Book(tmp_path / "batches.jsonl")
+    book.close(0, "forgotten")
     assert act(server, tmp_path, batches.submit, QUESTIONS) == 7
 
 
@@ -174,9 +175,20 @@ def test_a_batch_whose_worst_case_exceeds_the_budget_is_not_submitted(server, tm
     assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=1.0) == 7
 
 
-def test_a_provider_without_batches_says_so():
+def test_what_is_under_way_in_a_batch_is_not_asked_live_as_well(server, tmp_path):
+    act(server, tmp_path, batches.submit, QUESTIONS[:1])
+    model = ApiModel(Source("anthropic", "claude-sonnet-4-5", server.url))
+    store = calls.AttemptStore(tmp_path / "a.jsonl")
+    session = calls.Session(model, store, prices.Prices(model.source), prices.Budget(None))
+    with pytest.raises(calls.CallsStopped, match="batches collect"):
+        session.run([lambda: session.ask(QUESTIONS[0])])
+    assert not store.attempts
+
+
+def test_a_provider_without_batches_says_so(tmp_path):
     source = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")
-    session = calls.Session(ApiModel(source), None, prices.Prices(source), prices.Budget(None))  # type: ignore[arg-type]
+    store = calls.AttemptStore(tmp_path / "a.jsonl")
+    session = calls.Session(ApiModel(source), store, prices.Prices(source), prices.Budget(None))
     with pytest.raises(batches.BatchError, match="no batches"):
         calls.run_async(lambda: batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]
 
