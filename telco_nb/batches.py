@@ -76,12 +76,12 @@ async def _now(session: Session, entry: Entry) -> Batch:
 def _request(session: Session, question: Question) -> BatchRequest:
     from pydantic_ai.models.batch import BatchRequest
 
-    structured = session.model.source.structured
+    source = session.model.source
     return BatchRequest(
         custom_id=question.id[:64],  # the longest id that all providers take: a sha256 fits
-        messages=messages(question, (), structured),
+        messages=messages(question, (), source),
         model_settings=session.model.settings(live=False),
-        model_request_parameters=request_parameters(question, structured),
+        model_request_parameters=request_parameters(question, source.structured),
     )
 
 

@@ -263,10 +263,20 @@ _DATA = "<!-- the data follow -->\n"
 
 
 class Prompt(NamedTuple):
-    """`system` is the same for all cases of a form (a provider can cache it), `data` differs from case to case."""
+    """`system` is the same for all cases of a form, `shared` (conversation, card) for all on one test prompt and card.
+
+    What comes first and is the same can be served from a provider's cache; only `own` differs from case to case. With
+    the shipped cards and 156 test prompts, system and shared part of a pair are 1,188 to 1,731 tokens of SmolLM2
+    (median 1,437; system 428, card 698 to 1,072), of a list as many, of a rating 1,055 to 1,598 (median 1,304).
+    """
 
     system: str
-    data: str
+    shared: str
+    own: str
+
+    @property
+    def data(self) -> str:
+        return self.shared + self.own
 
     @property
     def text(self) -> str:
@@ -291,8 +301,12 @@ def render(case: Case) -> Prompt:
     ]
     parts = {"conversation": neutralise(conversation), "card": card_text(case.card), "answers": "\n\n".join(answers)}
     system, data = prompt_template(case.form).split(_DATA)
-    # One pass, so that a placeholder quoted in an answer stays text.
-    return Prompt(system.strip() + "\n", re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], data).strip() + "\n")
+    shared, mark, own = data.partition("{{answers}}")
+
+    def filled(template: str) -> str:  # in one pass, so that a placeholder quoted in an answer stays text
+        return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+    return Prompt(system.strip() + "\n", filled(shared).lstrip(), filled(mark + own).rstrip() + "\n")
 
 
 def neutralise(text: str) -> str:

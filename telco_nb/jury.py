@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,8 @@ class HostedJudge:
         Raises CallsStopped if a wrong key, a retired model or the budget ends it; what was answered is stored.
         """
         session = self.session(waiting, store, line, patience=patience)
-        session.run([lambda q=q: session.ask(asked(q)) for q in waiting], progress)
+        in_turn = apart(waiting, 2 * self.max_in_flight)
+        session.run([lambda q=q: session.ask(asked(q)) for q in in_turn], progress)
 
     def session(
         self,
@@ -85,12 +87,26 @@ class HostedJudge:
         )  # fmt: skip
 
 
+def apart(waiting: Sequence[Question], distance: int) -> list[Question]:
+    """The questions in an order in which two on one test prompt are `distance` apart, where there are enough prompts.
+
+    What they share is in a provider's cache once the first of them is being answered, and stays there for minutes.
+    Those that are under way at once should therefore be on different prompts.
+    """
+    by_prompt: dict[str, list[Question]] = {}
+    for question in waiting:
+        by_prompt.setdefault(question.row["prompt_id"], []).append(question)
+    groups = list(by_prompt.values())
+    blocks = [itertools.zip_longest(*groups[i : i + distance]) for i in range(0, len(groups), distance)]
+    return [question for block in blocks for turn in block for question in turn if question is not None]
+
+
 def asked(question: Question) -> providers.Question:
     """A question of the plan as it goes to a provider."""
     case, prompt = question.case, judges.render(question.case)
     return providers.Question(
-        question.id, prompt.system, prompt.data, judges.REPLIES[case.form],
-        lambda reply: judges.misfit(reply.to_verdict(), case),
+        question.id, prompt.system, prompt.own, judges.REPLIES[case.form],
+        lambda reply: judges.misfit(reply.to_verdict(), case), prompt.shared,
     )  # fmt: skip
 
 

@@ -68,10 +68,11 @@ class Prices:
     def worst_case(self, question: Question, sent_again: int = 0) -> float | None:
         """An upper bound on one request: a token for every byte sent, and all the tokens that may come back.
 
+        A token that is written to a provider's cache costs a quarter more, which so many tokens have room for.
         `sent_again`: bytes of failed answers that go along in a re-ask.
         """
         schema = len(str(question.schema.model_json_schema()))
-        sent = len((question.system + question.prompt).encode()) + 2 * schema + sent_again + 500
+        sent = len(question.text.encode()) + 2 * schema + sent_again + 500
         return self.of_tokens(sent, self.source.max_tokens)
 
 

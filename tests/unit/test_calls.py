@@ -145,6 +145,24 @@ def test_a_prompted_schema_goes_into_the_prompt_for_servers_that_refuse_a_respon
     assert '"margin"' in request["messages"][0]["content"]
 
 
+@pytest.mark.parametrize(("model", "characters", "marked"), [
+    ("claude-sonnet-4-5", 4 * 1024, True), ("claude-sonnet-4-5", 4 * 1024 - 1, False),
+    ("claude-haiku-4-5", 4 * 2048 - 1, False), ("claude-haiku-4-5", 4 * 2048, True),
+])  # fmt: skip
+def test_a_beginning_is_marked_for_the_cache_only_if_it_is_long_enough_to_be_cached(model, characters, marked):
+    async def ask():
+        with Server("anthropic", lambda body, n: GOOD) as server:
+            asking = ApiModel(Source("anthropic", model, server.url))
+            shared = "x" * (characters - len("You compare."))
+            await asking.ask(Question("q", "You compare.", "Which is better?", Verdict, shared=shared))
+            await asking.close()
+            return server.requests[0]
+
+    said = calls.run_async(ask)["messages"][0]["content"]
+    texts = [part["text"] for part in said] if isinstance(said, list) else [said]
+    assert "".join(texts).endswith("xWhich is better?") and ('"cache_control"' in json.dumps(said)) == marked
+
+
 @pytest.mark.parametrize(
     "raw",
     ["", "   ", "null", "[]", '{"verdict":"A"}', '{"verdict":"C","margin":1}', '{"verdict":"A","margin":"1"}',

@@ -13,10 +13,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from provider_server import FAULTS, KINDS, PRELOAD, Server
+from provider_server import FAULTS, KINDS, PRELOAD, Server, answer_body
 from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
-from telco_nb import ROOT, calls, controls, glossary, judging, verdicts
+from telco_nb import ROOT, calls, controls, glossary, judging, jury, verdicts
 from telco_nb.jury import HostedJudge
 from telco_nb.prices import Prices
 from telco_nb.providers import Source
@@ -223,3 +223,53 @@ def test_a_wrong_key_stops_the_judge_and_says_what_to_set(tmp_path):
         with pytest.raises(calls.CallsStopped, match="ANTHROPIC_API_KEY"):
             put(hosted("anthropic", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl"), 4)
         assert len(server.requests) <= 8
+
+
+# ---------------------------------------------------------------- what a provider keeps in its cache
+
+
+def test_what_the_comparisons_on_a_prompt_share_is_marked_for_anthropic_and_its_cached_tokens_are_priced(tmp_path):
+    known: set[str] = set()
+
+    def script(body: dict, n: int) -> tuple[int, dict, dict]:
+        shared = body["messages"][0]["content"][0]["text"]
+        usage = {"input_tokens": 200, "output_tokens": 20}
+        usage |= {f"cache_{'read' if shared in known else 'creation'}_input_tokens": 1400}
+        known.add(shared)
+        return 200, {}, answer_body("anthropic", "claude-sonnet-4-5", PAIR) | {"usage": usage}
+
+    with Server("anthropic", script, good=PAIR) as server:
+        judge, store = hosted("anthropic", server.url, tmp_path, in_flight=1), VerdictStore(tmp_path / "v.jsonl")
+        judge.price = Prices(judge.source)
+        pairs = put(judge, store, 3)
+        parts = [request["messages"][0]["content"] for request in server.requests]
+    assert all(["cache_control" in part for part in said] == [True, False] for said in parts)
+    assert all("<answer_a>" not in said[0]["text"] and "<answer_a>" in said[1]["text"] for said in parts)
+    assert len({said[0]["text"] for said in parts}) == 3  # one for each prompt
+    judged = verdicts.verdicts(pairs, store).sort_values("usd")
+    assert judged["tokens_in"].eq(1600).all() and Counter(judged["tokens_cached"]) == {0: 3, 1400: len(pairs) - 3}
+    per_token = 3e-6  # dollars of the model's input tokens; a write to the cache costs 1.25 times that, a read a tenth
+    for cached, usd in zip((1400 * 0.1, 1400 * 1.25), (judged["usd"].iloc[0], judged["usd"].iloc[-1]), strict=True):
+        assert usd == pytest.approx((200 + cached) * per_token + 20 * 5 * per_token)
+
+
+def test_tokens_that_openai_cached_on_its_own_enter_the_store_and_the_dollars(tmp_path):
+    usage = {"prompt_tokens": 1600, "completion_tokens": 20, "total_tokens": 1620}
+    usage |= {"prompt_tokens_details": {"cached_tokens": 1408}}
+    with Server(
+        "openai", lambda body, n: (200, {}, answer_body("openai", "gpt-5.2", PAIR) | {"usage": usage})
+    ) as server:
+        judge, store = hosted("openai", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl")
+        judge.price = Prices(judge.source)
+        judged = verdicts.verdicts(put(judge, store, 1), store)
+        assert isinstance(server.requests[0]["messages"][-1]["content"], str)  # no mark: one text
+    assert judged["tokens_cached"].eq(1408).all()
+    assert (
+        judged["usd"].lt(judge.price.of_tokens(1600, 20)).all()
+        and judged["usd"].gt(judge.price.of_tokens(192, 20)).all()
+    )
+
+
+def test_questions_on_one_prompt_are_kept_apart_so_that_what_they_share_is_cached_when_the_next_is_asked():
+    rows = [judging.Question(f"{prompt}{i}", {"prompt_id": prompt}, None, 1) for prompt in "abc" for i in range(2)]
+    assert [question.id for question in jury.apart(rows, 2)] == ["a0", "b0", "a1", "b1", "c0", "c1"]

@@ -91,9 +91,9 @@ def test_no_answer_changes_the_shape_of_a_prompt(name, form):
     texts = [HOSTILE[name], "fine", "good", "well"][:seats]
     case = Case(form, CARDS["volte"], "understand", (("user", HOSTILE[name]),), "", tuple(texts))
     prompt = judges.render(case)
-    system, data = judges.render(Case(form, case.card, "understand", (("user", "hi"),), "", ("ok",) * seats))
+    system, *data = judges.render(Case(form, case.card, "understand", (("user", "hi"),), "", ("ok",) * seats))
     assert prompt.system == system
-    assert re.findall(r"</?\w+>", prompt.data) == re.findall(r"</?\w+>", data)
+    assert re.findall(r"</?\w+>", prompt.data) == re.findall(r"</?\w+>", "".join(data))
     assert all(c.isprintable() or c in "\n\t" for c in prompt.text)
     assert prompt.data.count("Escalate when") == 1  # a placeholder in an answer is not filled
     prompt.text.encode()
