@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from telco_nb import generator, glossary, judging, jury, params, prices, record, runner, scenarios
 from telco_nb.book import Book, Entry, book_of
-from telco_nb.calls import Session, run_async
+from telco_nb.calls import CallsStopped, Session, run_async
 from telco_nb.protocol import Protocol, open_study
 from telco_nb.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
 
@@ -231,16 +231,17 @@ def ended_well(program: str, max_usd: float | None) -> Iterator[None]:
     """A command under a cap in dollars; what a person can mend ends it with a message and run_all's exit code."""
     if max_usd is not None:
         os.environ[prices.MAX_USD_VARIABLE] = str(max_usd)
-    codes = {
-        runner.USAGE: (params.ParameterError, ProviderError, BatchError),
-        runner.UNFIT: (runner.UnfitError,),
-        runner.COST: (prices.CostRefused, prices.BudgetStop),
-    }
+    codes: dict[type[Exception], int] = {
+        params.ParameterError: runner.USAGE, ProviderError: runner.USAGE, BatchError: runner.USAGE,
+        runner.UnfitError: runner.UNFIT, prices.CostRefused: runner.COST, prices.BudgetStop: runner.COST,
+        CallsStopped: runner.FAILED,
+    }  # fmt: skip
     try:
         yield
-    except tuple(error for errors in codes.values() for error in errors) as error:
+    except tuple(codes) as error:
         print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(next(code for code, errors in codes.items() if isinstance(error, errors)))
+        spent = isinstance(error, CallsStopped) and error.status == "budget_stop"
+        sys.exit(runner.COST if spent else next(code for kind, code in codes.items() if isinstance(error, kind)))
 
 
 def _act(action: str, work: Work, yes: bool) -> None:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
-from telco_nb import ROOT, calls, generator, glossary, judges, judging, prices, scenarios, synth, verdicts
+from telco_nb import (
+    ROOT,
+    calls,
+    generator,
+    glossary,
+    judges,
+    judging,
+    jury,
+    prices,
+    protocol,
+    scenarios,
+    synth,
+    verdicts,
+)
 from telco_nb.controls import CONTROL_PROMPTS, GATE
 from telco_nb.glossary import Card
+from telco_nb.jury import HostedJudge
 from telco_nb.providers import Source
 from telco_nb.scenarios import Axes, Scenario
 from telco_nb.steps import Job
@@ -21,6 +38,7 @@ SENT = {
 }
 SAMPLED = 40  # conversations that the offline grammar writes, to measure their length
 VERDICT_TOKENS = (60.0, 130.0, 260.0)  # an analysis of at most 80 words and a line of JSON; a reasoning model says more
+MEASURED_FROM = 10  # questions with counted tokens from which on their lengths are taken for those of all
 
 
 def preview(job: Job, source: Source, plan: Sequence[Job], root: Path) -> tuple[prices.Estimate, str]:
@@ -50,6 +68,8 @@ def _generator(
     path = generator.store_path(root)
     if path.is_file():
         planned = generator.unanswered(planned, calls.AttemptStore(path), price.source, values["seed"])
+    if lengths := measured(path, price.source.model):
+        return prices.estimate(price, sum(map(len, planned)), *lengths)
     some = _written(values, cards, grid, axes)
     words = sum(len(m["content"].split()) for c in some for m in c["messages"]) / sum(c["n_turns"] for c in some)
     return generator.estimate(planned, price, values["seed"], words)
@@ -60,7 +80,7 @@ def _judge(
 ) -> prices.Estimate:
     """All questions of the protocol and the gate, less the verdicts that the store holds, at the length of a pair.
 
-    Answers are as long as those on disk, if there are some, else as the reference answers of the grammar.
+    Lengths are measured if the store can tell; else answers are as long as those on disk, or as the grammar's.
     """
     held_out = [s.scenario_id for s in grid if s.split == "test"][: values["test_prompts"]]
     prompts = pd.DataFrame({"prompt_id": held_out, "scenario_id": held_out, "term_id": held_out})
@@ -69,8 +89,10 @@ def _judge(
     asked += len(judging.plan_lists(prompts, values["configs"], lists_per_prompt=values["lists_per_prompt"], seed=0))
     asked += len(judging.plan_ratings(prompts, values["configs"], share=values["rubric_share"], seed=0))
     asked += len({kind.removesuffix("_ties") for kind in GATE}) * min(CONTROL_PROMPTS, len(held_out))
-    path = root / f"judge-{values['judge']}" / "store" / "verdicts.jsonl"
+    path = protocol.store_path(root, values["judge"])
     done = len(verdicts.VerdictStore(path).ok) if path.is_file() else 0
+    if lengths := measured(path, price.source.model):
+        return prices.estimate(price, max(0, asked - done), *lengths)
     by_id, characters = {card.id: card for card in cards}, []
     longer = _mean_answer(root)
     for c in _written(values, cards, grid, axes):
@@ -81,7 +103,39 @@ def _judge(
         )
         characters.append(len(judges.render(case).text))
     tokens_in = sum(characters) / len(characters) / prices.BYTES_PER_TOKEN
-    return prices.estimate(price, max(0, asked - done), tokens_in, VERDICT_TOKENS)
+    return prices.estimate(price, max(0, asked - done), (tokens_in, tokens_in, tokens_in), VERDICT_TOKENS)
+
+
+def of_questions(judge: HostedJudge, questions: Sequence[judging.Question], store: Path) -> prices.Estimate:
+    """The cost of asking these questions: at the lengths that the store has measured, else at their own."""
+    if lengths := measured(store, judge.source.model):
+        return prices.estimate(judge.price, len(questions), *lengths)
+    sent = sum(len(jury.asked(question).text) for question in questions) / max(1, len(questions))
+    tokens_in = sent / prices.BYTES_PER_TOKEN
+    return prices.estimate(judge.price, len(questions), (tokens_in, tokens_in, tokens_in), VERDICT_TOKENS)
+
+
+def measured(store: Path, model: str) -> tuple[prices.Ends, prices.Ends] | None:
+    """(tokens in, tokens out) of a question to this model as its attempts had them, re-asks included.
+
+    Low, mid and high: the mean and its 95 % interval over the questions. None if too few have been asked.
+    """
+    counts: dict[str, list[int]] = {}
+    for line in map(json.loads, store.read_bytes().splitlines() if store.is_file() else []):
+        if line.get("model_asked") == model and line.get("tokens_in") is not None:
+            total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
+            total[0] += line["tokens_in"]
+            total[1] += line["tokens_out"] or 0
+    if len(counts) < MEASURED_FROM:
+        return None
+    sent, back = zip(*counts.values(), strict=True)
+    return mean_with_interval(sent), mean_with_interval(back)
+
+
+def mean_with_interval(numbers: Sequence[float]) -> prices.Ends:
+    """Low, mid, high: the mean and its 95 % interval by t, not below 0."""
+    mean, half = float(np.mean(numbers)), float(stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers))
+    return max(0.0, mean - half), mean, mean + half
 
 
 def _mean_answer(root: Path) -> int | None:

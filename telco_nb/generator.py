@@ -281,10 +281,10 @@ def estimate(planned: list[list[Call]], price: prices.Prices, seed: int, words_p
     """
     flat = [call for each in planned for call in each]
     if not flat:
-        return prices.estimate(price, 0, 0.0, (0.0, 0.0, 0.0))
+        return prices.estimate(price, 0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     sample = [question(call, price.source, seed, ["x" * 60] * 10) for call in flat[::50]]
     tokens_in = sum(len(q.text) for q in sample) / len(sample) / prices.BYTES_PER_TOKEN
     turns = sum(item.n_turns for call in flat for item in call.items) / len(flat)
     mid = turns * words_per_turn_pair * TOKENS_PER_WORD
     outs = tuple(min(price.source.max_tokens, share * mid) for share in (2 / 3, 1.0, 2.0))
-    return prices.estimate(price, len(flat), tokens_in, outs)  # type: ignore[arg-type]
+    return prices.estimate(price, len(flat), (tokens_in, tokens_in, tokens_in), outs)  # type: ignore[arg-type]

@@ -150,13 +150,15 @@ class Estimate:
         )
 
 
-def estimate(price: Prices, calls: int, tokens_in: float, tokens_out: tuple[float, float, float]) -> Estimate:
-    """`tokens_in` and the low, mid and high `tokens_out` are means per call."""
-    usd = [price.of_tokens(tokens_in, out) for out in tokens_out]
+Ends = tuple[float, float, float]  # low, mid, high
+
+
+def estimate(price: Prices, calls: int, tokens_in: Ends, tokens_out: Ends) -> Estimate:
+    """Of `calls` calls with so many tokens each, on average; what a provider serves from its cache costs less."""
+    usd = [price.of_tokens(*tokens) for tokens in zip(tokens_in, tokens_out, strict=True)]
     low, mid, high = (None if one is None else calls * one for one in usd)
-    return Estimate(
-        price.source, calls, round(calls * tokens_in), round(calls * tokens_out[1]), low, mid, high, price.table
-    )
+    sent, back = round(calls * tokens_in[1]), round(calls * tokens_out[1])
+    return Estimate(price.source, calls, sent, back, low, mid, high, price.table)
 
 
 class CostRefused(RuntimeError):
