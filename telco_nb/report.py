@@ -149,9 +149,12 @@ def _alarms(study: Study) -> list[str]:
     if energy:
         alarms.append(f"Energy carries no headline: {'; '.join(energy)}.")
     failed = [judge for judge in study.judges if "failed" in set(study.results[f"{judge}_gate"])]
-    if failed:
-        who = f"The judge{'s' if len(failed) > 1 else ''} {name_list(failed)}"
-        alarms.append(f"{who} failed the validity gate: the ranking is shown but carries no headline.")
+    ranked = [judge for judge in failed if study.results[f"{judge}_rank"].notna().any()]
+    silent = [judge for judge in failed if judge not in ranked]
+    for judges, so in ((ranked, "the ranking is shown but carries no headline"), (silent, "it ranks nothing")):
+        if judges:
+            who = f"The judge{'s' if len(judges) > 1 else ''} {name_list(judges)}"
+            alarms.append(f"{who} failed the validity gate: {so}.")
     return alarms
 
 

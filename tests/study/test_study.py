@@ -12,6 +12,9 @@ import pytest
 
 from telco_nb import ROOT, params, steps
 
+sys.path.insert(0, str(ROOT / "tests" / "unit"))
+from provider_server import Server
+
 pytestmark = pytest.mark.study
 
 # Loaded by every Python process of the run: notes each attempt to reach anything but a local socket.
@@ -166,3 +169,26 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     scope = params.declared(step)["scope"]
     manifest = json.loads((place / "smoke" / scope / step / "manifest.json").read_text())
     assert manifest["executor"] == "jupyter" and manifest["status"] == "ok"
+
+
+def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_headline(study):
+    """A server in place of the model (`test_served` has a real one): it always takes the first seat."""
+    said = json.dumps({"analysis": "x", "verdict": "A", "margin": 1, "flags": []})
+    with Server("openai-compatible", lambda body, number: said) as server:
+        profile, judge = study.params / "profiles" / "smoke.yaml", study.params / "judges" / "own-server.yaml"
+        profile.write_text(f"{profile.read_text()}judges: [checklist, own-server]\n")
+        judge.write_text(judge.read_text().replace("http://127.0.0.1:8000/v1", server.url))
+        summary = study.run()  # exit code 0: a failed gate is a result
+        ran = {job for job, status in study.statuses(summary).items() if status == "done"}
+        assert ran == {"judge-own-server/05_judge", "study/06_analysis"}
+        folder = study.root / "judge-own-server"
+        lines = [json.loads(line) for line in (folder / "store" / "verdicts.jsonl").read_text().splitlines()]
+        assert {line["purpose"] for line in lines if "plan" not in line} == {"control"}
+        assert len(server.requests) == sum("plan" not in line for line in lines)
+    metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())
+    assert not metrics["gate_passed"] and "failed its gate" in metrics["headline_blocked_by"]
+    assert {(row["own-server_gate"], row["own-server_rank"]) for row in rows(study)} == {("failed", "")}
+    findings = json.loads((study.root / "findings.json").read_text())
+    assert not [f for f in findings if "own-server" in f["id"] and f["verdict"] == "supported"]
+    page = (study.root / "report" / "telco_report.html").read_text()
+    assert "own-server failed the validity gate: it ranks nothing" in page
