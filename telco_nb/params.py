@@ -80,6 +80,7 @@ class Parameters(BaseModel):
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
     batch_tokens: int = Field(ge=64)
+    micro_batch_tokens: int | None = Field(ge=32)
     max_length: int = Field(ge=32)
     assistant_only_loss: bool
     gradient_checkpointing: bool
@@ -162,6 +163,7 @@ LORA_KEYS = set(
         "weight_decay",
         "max_grad_norm",
         "batch_tokens",
+        "micro_batch_tokens",
         "max_length",
         "assistant_only_loss",
         "gradient_checkpointing",
