@@ -43,7 +43,8 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
     """
     limit = session.model.model.batch_max_requests
     if limit is None:
-        raise BatchError(f"{session.model.source.kind}: no batches at this provider. Run the study itself instead.")
+        kind = session.model.source.kind
+        raise BatchError(f"{kind}: no batches here, only with anthropic and google. Run the study itself instead.")
     if book.doubtful:
         raise BatchError(
             f"{len(book.doubtful)} batches were being submitted when the process ended, and may exist at the provider. "

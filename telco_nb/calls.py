@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,11 +110,14 @@ def cost_of(attempt: Mapping[str, Any]) -> float:
 
 def spent_usd(root: Path) -> float:
     """Dollars that all stores of a study have recorded so far, at most."""
-    total = 0.0
-    for path in sorted(root.glob("*/store/*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            total += cost_of(json.loads(line)) if _whole(line) else 0.0
-    return total
+    return sum(cost_of(line) for path in sorted(root.glob("*/store/*.jsonl")) for line in readable(path))
+
+
+def readable(store: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a store that can be read; none if there is no store."""
+    for line in store.read_bytes().splitlines() if store.is_file() else []:
+        if _whole(line):
+            yield json.loads(line)
 
 
 def open_budget(root: Path) -> Budget:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ def measured(store: Path, model: str) -> tuple[prices.Ends, prices.Ends] | None:
     Low, mid and high: the mean and its 95 % interval over the questions. None if too few have been asked.
     """
     counts: dict[str, list[int]] = {}
-    for line in map(json.loads, store.read_bytes().splitlines() if store.is_file() else []):
+    for line in calls.readable(store):
         if line.get("model_asked") == model and line.get("tokens_in") is not None:
             total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
             total[0] += line["tokens_in"]
