@@ -44,7 +44,7 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
     limit = session.model.model.batch_max_requests
     if limit is None:
         kind = session.model.source.kind
-        raise BatchError(f"{kind}: no batches here, only with anthropic and google. Run the study itself instead.")
+        raise BatchError(f"{kind}: no batches at this provider. Run the study itself instead.")
     if book.doubtful:
         raise BatchError(
             f"{len(book.doubtful)} batches were being submitted when the process ended, and may exist at the provider. "
@@ -161,7 +161,7 @@ def generator_work(profile: str, params_dir: Path) -> Work:
     axes = scenarios.load_axes(params.ROOT / values["axes_path"])
     seed = values["seed"]
     planned = generator.plan(cards, scenarios.build(cards, axes, seed), axes, values["seeds_per_scenario"])
-    session = generator.open_session(values, source, planned, root, factor=prices.BATCH_FACTOR)
+    session = generator.open_session(values, source, planned, root, batch=True)
     every, now = [], []
     for each in planned:
         siblings: list[str] = []
@@ -182,7 +182,7 @@ def judge_work(asked: Protocol) -> Work:
     """The questions of a judge, the gate's first. Attempts are stored as 05_judge stores them."""
     book = book_of(asked.store.path)
     now, said = asked.due(book.under_way)
-    session = asked.judge.session(asked.every, asked.store, judging.settled_line, factor=prices.BATCH_FACTOR)
+    session = asked.judge.session(asked.every, asked.store, judging.settled_line, batch=True)
     return Work(session, [jury.asked(q) for q in asked.every], [jury.asked(q) for q in now], book, said)
 
 

@@ -224,17 +224,17 @@ def stored(planned: list[list[Call]], store: calls.AttemptStore, source: Source,
 
 
 def open_session(
-    values: Mapping[str, Any], source: Source, planned: list[list[Call]], root: Path, factor: float = 1.0
+    values: Mapping[str, Any], source: Source, planned: list[list[Call]], root: Path, batch: bool = False
 ) -> calls.Session:
     """A session for the calls of a plan, with the store and the budget of the study in `root`.
 
-    `factor`: of the price, as batches are cheaper.
+    `batch`: they are handed over in batches, for less.
     """
     described = describe(planned, source, values["seed"])
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
-    price = prices.Prices(source, *declared, factor)
+    price = prices.Prices(source, *declared, prices.BATCH_FACTOR if batch else 1.0)
     return calls.Session(
-        ApiModel(source), calls.AttemptStore(store_path(root)), price, calls.open_budget(root),
+        ApiModel(source, batch), calls.AttemptStore(store_path(root)), price, calls.open_budget(root),
         max_in_flight=values["max_in_flight"], describe=lambda asked: described[asked.id],
     )  # fmt: skip
 

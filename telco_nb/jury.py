@@ -68,11 +68,11 @@ class HostedJudge:
         line: Callable[..., dict[str, Any]],
         *,
         patience: calls.Patience | None = None,
-        factor: float = 1.0,
+        batch: bool = False,
     ) -> calls.Session:
-        """A session for these questions, with lines as in `put`. `factor`: of the price, as batches are cheaper."""
+        """A session for these questions, with lines as in `put`. `batch`: they are handed over in batches, for less."""
         by_id = {question.id: question for question in questions}
-        price = replace(self.price, factor=factor)
+        price = replace(self.price, factor=prices.BATCH_FACTOR if batch else 1.0)
 
         def described(asked: providers.Question, outcome: Outcome, seconds: float) -> dict[str, Any]:
             verdict = verdict_of(outcome)
@@ -82,7 +82,7 @@ class HostedJudge:
             return made | receipt_of(outcome, price) | {"raw": outcome.raw}
 
         return calls.Session(
-            ApiModel(self.source), store, price, calls.open_budget(self.root), line=described,
+            ApiModel(self.source, batch), store, price, calls.open_budget(self.root), line=described,
             max_in_flight=self.max_in_flight, patience=patience,
         )  # fmt: skip
 

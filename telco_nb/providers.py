@@ -173,14 +173,17 @@ Exchange = tuple[str, str]  # (an answer that could not be read, what was wrong 
 
 
 class ApiModel:
-    """One model behind an API. `ask` sends exactly one HTTP request and never raises for what a provider does."""
+    """One model behind an API. `ask` sends exactly one HTTP request and never raises for what a provider does.
 
-    def __init__(self, source: Source):
+    `batch`: for questions that are handed over in a batch, which not every protocol of a provider takes.
+    """
+
+    def __init__(self, source: Source, batch: bool = False):
         self.source = source
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # settings that a model does not take; what was sent is in the record
             self.client = _client(source)
-            self.model = _open(source, self.client)
+            self.model = _open(source, self.client, batch)
 
     async def ask(self, question: Question, failed: Sequence[Exchange] = ()) -> Outcome:
         """Ask, or ask again after the `failed` answers with what was wrong with them."""
@@ -216,6 +219,8 @@ class ApiModel:
         wanted: dict[str, Any] = {"max_tokens": self.source.max_tokens, "cache": {"messages": False}}
         if self.source.temperature is not None:
             wanted["temperature"] = self.source.temperature
+        if self.source.kind == "openai" and not live:
+            wanted["openai_store"] = False  # the protocol that batches speak keeps answers for 30 days by default
         if live:
             wanted |= {"timeout": self.source.timeout_s, "request_timeout": self.source.timeout_s, "max_retries": 0}
         return ModelSettings(**wanted)
@@ -257,7 +262,7 @@ def _client(source: Source) -> Any:
     return httpx2.AsyncClient(timeout=source.timeout_s, event_hooks=hooks, follow_redirects=False, limits=limits)
 
 
-def _open(source: Source, client: Any) -> Model:
+def _open(source: Source, client: Any, batch: bool) -> Model:
     """The pydantic-ai model of a source, over the provider's SDK."""
     key = source.key()
     if source.kind == "anthropic":
@@ -271,14 +276,13 @@ def _open(source: Source, client: Any) -> Model:
         from pydantic_ai.providers.google import GoogleProvider
 
         return GoogleModel(source.model, provider=GoogleProvider(api_key=key, base_url=source.url, http_client=client))
-    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 
     if source.kind == "openai":
         from pydantic_ai.providers.openai import OpenAIProvider
 
-        return OpenAIChatModel(
-            source.model, provider=OpenAIProvider(api_key=key, base_url=source.url, http_client=client)
-        )
+        speaking = OpenAIResponsesModel if batch else OpenAIChatModel
+        return speaking(source.model, provider=OpenAIProvider(api_key=key, base_url=source.url, http_client=client))
     from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
     # The SDK wants some key even where the server wants none.

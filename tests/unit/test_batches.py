@@ -94,6 +94,70 @@ class AnthropicBatches:
             yield {"custom_id": request["custom_id"], "result": result}
 
 
+class OpenAIBatches:
+    """Files and batches of OpenAI over HTTP: all of the one batch is answered with GOOD but what is `refused`."""
+
+    def __init__(self):
+        self.requests: list[dict] = []
+        self.refused: set[str] = set()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/v1/files":
+                    lines = [line for line in body.splitlines() if line.startswith(b'{"custom_id"')]
+                    outer.requests += map(json.loads, lines)
+                    file = {"object": "file", "bytes": 1, "created_at": 1, "filename": "b", "purpose": "batch"}
+                    self.reply(json.dumps(file | {"id": "file-in", "status": "processed"}))
+                else:
+                    self.reply(json.dumps(outer.job()))
+
+            def do_GET(self) -> None:
+                if self.path.endswith("/content"):
+                    self.reply("".join(json.dumps(outer.result(r)) + "\n" for r in outer.requests))
+                else:
+                    self.reply(json.dumps(outer.job()))
+
+            def reply(self, text: str) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def job(self) -> dict:
+        n = len(self.requests)
+        return {
+            "id": "batch_1", "object": "batch", "endpoint": "/v1/responses", "input_file_id": "file-in",
+            "completion_window": "24h", "status": "completed", "created_at": 1, "output_file_id": "file-out",
+            "request_counts": {"total": n, "completed": n, "failed": 0},
+        }  # fmt: skip
+
+    def result(self, request: dict) -> dict:
+        part = {"type": "output_text", "text": GOOD, "annotations": []}
+        if request["custom_id"] in self.refused:
+            part = {"type": "refusal", "refusal": "I cannot help with that."}
+        said = {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": [part]}
+        usage = {"input_tokens": 140, "output_tokens": 20, "total_tokens": 160}
+        usage |= {"input_tokens_details": {"cached_tokens": 40}, "output_tokens_details": {"reasoning_tokens": 0}}
+        body = {
+            "id": "resp_1", "object": "response", "created_at": 1, "model": "gpt-5.2-2025-12-11", "output": [said],
+            "status": "completed", "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "usage": usage,
+        }  # fmt: skip
+        response = {"status_code": 200, "request_id": "r", "body": body}
+        return {"id": "b", "custom_id": request["custom_id"], "response": response, "error": None}
+
+
 @pytest.fixture
 def server():
     found = AnthropicBatches()
@@ -105,12 +169,15 @@ def server():
 QUESTIONS = [Question(f"{i:064x}", "You compare.", f"Which? ({i})", Verdict) for i in range(7)]
 
 
-def act(server, folder, step, *arguments, max_usd=None):
+ANTHROPIC, OPENAI = ("anthropic", "claude-sonnet-4-5"), ("openai", "gpt-5.2")
+
+
+def act(server, folder, step, *arguments, max_usd=None, of=ANTHROPIC):
     """One command in what might be a process of its own: everything is read from disk again."""
-    source = Source("anthropic", "claude-sonnet-4-5", server.url, max_tokens=50)
+    source = Source(*of, server.url, max_tokens=50)
     store = calls.AttemptStore(folder / "a.jsonl")
     price = prices.Prices(source, factor=prices.BATCH_FACTOR)
-    session = calls.Session(ApiModel(source), store, price, prices.Budget(max_usd, store.spent_usd))
+    session = calls.Session(ApiModel(source, batch=True), store, price, prices.Budget(max_usd, store.spent_usd))
     book = Book(folder / "batches.jsonl")
     return batches._run(session, step(session, *arguments, book))
 
@@ -173,6 +240,23 @@ def test_a_batch_whose_worst_case_exceeds_the_budget_is_not_submitted(server, tm
         act(server, tmp_path, batches.submit, QUESTIONS, max_usd=0.001)
     assert not server.created
     assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=1.0) == 7
+
+
+def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_no_answers(tmp_path):
+    server = OpenAIBatches()
+    server.refused = {QUESTIONS[0].id}
+    assert act(server, tmp_path, batches.submit, QUESTIONS, of=OPENAI) == 7
+    assert act(server, tmp_path, batches.collect, QUESTIONS, of=OPENAI) == {"ok": 6, "refusal": 1}
+    server.http.shutdown()
+    server.http.server_close()
+    sent = [request["body"] for request in server.requests]
+    assert all(body["store"] is False and "margin" in json.dumps(body["text"]["format"]) for body in sent)
+    good = lines(tmp_path / "a.jsonl")[1:]
+    half = prices.Prices(Source("openai", "gpt-5.2"), factor=0.5).of_tokens(140, 20)
+    assert all(line["output"] == json.loads(GOOD) and 0 < line["usd"] < half for line in good)
+    assert {(line["tokens_in"], line["tokens_cached"], line["finish_reason"]) for line in good} == {
+        (140, 40, "completed")
+    }
 
 
 def test_what_is_under_way_in_a_batch_is_not_asked_live_as_well(server, tmp_path):
