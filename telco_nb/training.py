@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback
+from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 try:  # added to torch late, and FlashAttention builds only
     from torch.nn.attention.varlen import varlen_attn
@@ -358,8 +358,10 @@ class PackedTrainer(Trainer):
     """The transformers Trainer with the packed step: the loss is summed over supervised tokens of the whole
     accumulation window and divided by their number."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
+    def __init__(self, model: Any, args: TrainingArguments, **options: Any):
+        # One process drives one GPU. Beside several, transformers would split a row, which is one sequence, among them.
+        args._n_gpu = min(1, args.n_gpu)
+        super().__init__(model, args, **options)
         self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through Watch
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
 

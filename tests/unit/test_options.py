@@ -186,6 +186,16 @@ def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
     assert relative(found, wanted[1]) < 1e-4
 
 
+def test_a_process_beside_several_gpus_uses_one(tmp_path):
+    arguments = TrainingArguments(output_dir=tmp_path, per_device_train_batch_size=1, **training.fixed_arguments())
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 4  # what transformers finds on such a machine
+    training.prepare_step(tuned := attached())
+    rows = training.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
+    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 1
+
+
 WORKER = """
 import json, sys, torch
 sys.path.insert(0, "tests/unit")
