@@ -23,17 +23,17 @@ def train(folder: Path) -> None:
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    from telco_nb import energy, model, training
+    from telco_nb import energy, model, packing, training
 
     model.quiet()
     base, tokenizer = model.load(model.PACKAGED, model.choose_dtype("bfloat16")[0])
     words = [("My router is slow. " * (1 + i % 3), f"Please restart router {i}.") for i in range(CHATS)]
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in words]
-    examples = [training.encode(tokenizer, chat, str(i), 256) for i, chat in enumerate(chats)]
+    examples = [packing.encode(tokenizer, chat, str(i), 256) for i, chat in enumerate(chats)]
     torch.manual_seed(1)
     tuned = training.with_adapters(base, LoraConfig(r=8, target_modules=training.TARGET_MODULES["all"]))
     training.prepare_step(tuned)
-    rows = training.PackedRows(examples, 128, 1)
+    rows = packing.PackedRows(examples, 128, 1)
     arguments = TrainingArguments(
         output_dir=folder, num_train_epochs=EPOCHS, per_device_train_batch_size=1, learning_rate=1e-3, seed=1,
         disable_tqdm=True, **training.fixed_arguments(),
@@ -45,7 +45,7 @@ def train(folder: Path) -> None:
 
     watch = training.Watch(meter, CHECKPOINT_SECONDS, rows, log=say)
     trainer = training.PackedTrainer(
-        tuned, arguments, train_dataset=rows, data_collator=training.only_row, callbacks=[watch]
+        tuned, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=[watch]
     )
     trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint, say))
     digest = hashlib.sha256()

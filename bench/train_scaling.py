@@ -11,8 +11,8 @@ import time
 import torch
 from peft import LoraConfig
 
-from telco_nb import fused, model, training
-from telco_nb.training import IGNORED, Example
+from telco_nb import fused, model, packing, training
+from telco_nb.packing import IGNORED, Example
 
 CASES = [  # tokens a row, tokens a conversation, rank
     (512, 256, 16), (1024, 256, 16), (2048, 256, 16),
@@ -25,7 +25,7 @@ def row(tokens: int, length: int) -> tuple[dict[str, torch.Tensor], list[int]]:
     """A row of random tokens, half of them labelled."""
     ids = torch.randint(0, 49_000, (length,)).tolist()
     example = Example("x", ids, [IGNORED] * (length // 2) + ids[length // 2 :])
-    return training.collate([example] * (tokens // length)), [length] * (tokens // length)
+    return packing.collate([example] * (tokens // length)), [length] * (tokens // length)
 
 
 def seconds(tuned, made: dict[str, torch.Tensor]) -> float:

@@ -184,19 +184,22 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(wanted: str, shape: tuple[int, int, int] = (1024, 576, 1536)) -> tuple[torch.dtype, dict[str, float]]:
+def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:
     """The number format to compute in, and the matmul speeds in GFLOP/s on which `auto` decided.
 
     bfloat16 is about twice as fast on processors with AVX512-BF16 or AMX, and far slower on others: so it is timed.
     """
-    gflops = {str(d).removeprefix("torch."): _matmul_gflops(shape, d) for d in (torch.float32, torch.bfloat16)}
+    gflops = {str(d).removeprefix("torch."): matmul_gflops(d) for d in (torch.float32, torch.bfloat16)}
     best = max(gflops, key=gflops.__getitem__) if wanted == "auto" else wanted
     return getattr(torch, best), gflops
 
 
-def _matmul_gflops(shape: tuple[int, int, int], dtype: torch.dtype, probe_seconds: float = 0.3) -> float:
-    """Best of the matmuls that fit into `probe_seconds`: a busy machine slows most of them, hardly all."""
-    m, k, n = shape
+def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.1) -> float:
+    """Best of the matmuls that fit into `probe_seconds`: a busy machine slows most of them, hardly all.
+
+    Asked before and after a training, the larger answer is its peak: one probe alone may fall into a busy moment.
+    """
+    m, k, n = 1024, 576, 1536
     a, b = torch.ones(m, k, dtype=dtype, device=device()), torch.ones(k, n, dtype=dtype, device=device())
     best, deadline = math.inf, time.perf_counter() + probe_seconds
     while time.perf_counter() < deadline or best == math.inf:

@@ -1,6 +1,6 @@
 """Preflight: what can be found out before any hour is spent. Each check raises PreflightError (exit code 3).
 
-`training.encode` checks the chat template while it tokenises: that turns extend each other, and that what was written
+`packing.encode` checks the chat template while it tokenises: that turns extend each other, and that what was written
 survives the tokenizer.
 """
 
@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from telco_nb.model import PreflightError, end_token_id
-from telco_nb.training import IGNORED, Example
+from telco_nb.packing import IGNORED, Example
 
 SPARE = 0.2  # share of the free memory left alone: the estimate of a row is a guess to 30 %, and halving is the net
 

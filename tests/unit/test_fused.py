@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from telco_nb import fused, model, training
-from telco_nb.training import IGNORED, Example
+from telco_nb import fused, model, packing, training
+from telco_nb.packing import IGNORED, Example
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -56,7 +56,7 @@ def plain_step(tuned, examples: list[Example]) -> tuple[float, dict[str, torch.T
 
 def packed_step(tuned, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
     tuned.zero_grad()
-    loss = training.token_losses(tuned, training.collate(examples)).mean()
+    loss = training.token_losses(tuned, packing.collate(examples)).mean()
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
 
@@ -84,7 +84,7 @@ def test_the_fused_step_is_exact_on_the_real_model_and_ragged_conversations():
     base, tokenizer = model.load(model.PACKAGED, torch.float32)
     questions = ["Why is my bill higher this month? " * n for n in (1, 9, 4)]
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": q[::-1]}] for q in questions]
-    examples = [training.encode(tokenizer, chat, f"c{i}", 512) for i, chat in enumerate(chats)]
+    examples = [packing.encode(tokenizer, chat, f"c{i}", 512) for i, chat in enumerate(chats)]
     torch.manual_seed(0)
     tuned = get_peft_model(base, LoraConfig(r=16, target_modules=training.TARGET_MODULES["all"]))
     for name, parameter in tuned.named_parameters():

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from test_fused import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
-from telco_nb import ROOT, answers, model, training
+from telco_nb import ROOT, answers, model, packing, training
 from telco_nb.model import ModelError
 from telco_nb.training import TrainingError
 
@@ -29,10 +29,10 @@ def attached(kind: str = "qwen2", checkpointing: bool = False, **options):
 def trained(tuned, folder: Path, steps: int = 6) -> list[float]:
     """Losses of a short training with the packed step."""
     training.prepare_step(tuned)
-    rows = training.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
+    rows = packing.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
     fixed = training.fixed_arguments() | {"save_strategy": "no"}
     arguments = TrainingArguments(output_dir=folder, max_steps=steps, learning_rate=0.02, disable_tqdm=True, **fixed)
-    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
     trainer.train()
     return [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
 
@@ -142,14 +142,14 @@ CHAT = [{"role": "user", "content": "a bb"}, {"role": "assistant", "content": "c
 def test_a_base_model_learns_to_end_with_a_token_that_it_knows():
     tokenizer = BaseTokenizer()
     assert (model.turn_end_id(tokenizer), model.end_token_id(tokenizer)) == (1, 2)
-    example = training.encode(tokenizer, CHAT, "c", 99)
-    assert [x for x in example.labels if x != training.IGNORED] == [23, 24, 2]
+    example = packing.encode(tokenizer, CHAT, "c", 99)
+    assert [x for x in example.labels if x != packing.IGNORED] == [23, 24, 2]
     assert example.input_ids[-1] == 2 and example.input_ids.count(1) == 2  # other turns end as the template says
 
 
 def test_without_assistant_only_loss_every_token_but_the_first_is_labelled():
-    example = training.encode(BaseTokenizer(), CHAT, "c", 99, assistant_only=False)
-    assert example.labels == [training.IGNORED, *example.input_ids[1:]]
+    example = packing.encode(BaseTokenizer(), CHAT, "c", 99, assistant_only=False)
+    assert example.labels == [packing.IGNORED, *example.input_ids[1:]]
 
 
 # ---------------------------------------------------------------- attention by device, several processes
@@ -181,9 +181,19 @@ def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
     monkeypatch.setattr(training, "varlen_attn", reference)
     monkeypatch.setattr(training, "packed_kernel", lambda _: "varlen")
     tuned.zero_grad()
-    training.token_losses(tuned, training.collate(fake_examples())).mean().backward()
+    training.token_losses(tuned, packing.collate(fake_examples())).mean().backward()
     found = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
     assert relative(found, wanted[1]) < 1e-4
+
+
+def test_a_process_beside_several_gpus_uses_one(tmp_path):
+    arguments = TrainingArguments(output_dir=tmp_path, per_device_train_batch_size=1, **training.fixed_arguments())
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 4  # what transformers finds on such a machine
+    training.prepare_step(tuned := attached())
+    rows = packing.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
+    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 1
 
 
 WORKER = """
@@ -193,16 +203,16 @@ from pathlib import Path
 from test_options import attached
 from test_fused import fake_examples
 from transformers import TrainingArguments
-from telco_nb import training
+from telco_nb import packing, training
 accumulate, folder = int(sys.argv[1]), Path(sys.argv[2])
 tuned = attached()
 training.prepare_step(tuned)
-rows = training.PackedRows(fake_examples((30, 22, 27, 25)), 32, 0)
+rows = packing.PackedRows(fake_examples((30, 22, 27, 25)), 32, 0)
 fixed = training.fixed_arguments() | {"save_strategy": "no"}
 arguments = TrainingArguments(output_dir=folder, max_steps=2, learning_rate=0.02, disable_tqdm=True, max_grad_norm=1.0,
     per_device_train_batch_size=1, gradient_accumulation_steps=accumulate,
     ddp_backend="gloo" if accumulate == 1 else None, **fixed)
-trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
 trainer.train()
 if trainer.is_world_process_zero():
     weights = [p.detach().double().sum().item() for p in tuned.parameters() if p.requires_grad]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_options import CHAT, BaseTokenizer
 
-from telco_nb import model, preflight, runner, training
+from telco_nb import model, packing, preflight, runner, training
 from telco_nb.executed import Failure
 from telco_nb.model import PreflightError
 
@@ -24,7 +24,7 @@ def test_an_end_token_that_the_base_model_never_saw_stops_before_training():
     model.quiet()
     base, tokenizer = model.load(model.PACKAGED, torch.float32)
     chat = [{"role": "user", "content": "What is a PUK?"}, {"role": "assistant", "content": "It unlocks a SIM card."}]
-    examples = [training.encode(tokenizer, chat, "c", 512)]
+    examples = [packing.encode(tokenizer, chat, "c", 512)]
     training.prepare_step(base)
     preflight.check_end(training.answer_losses(base, examples, 512)["c"][-1], base.config.vocab_size)
     with torch.no_grad():
@@ -54,12 +54,12 @@ def test_a_tokenizer_that_loses_text_stops_before_training():
             return made if tokenize else BaseTokenizer.decode(self, made)
 
     with pytest.raises(PreflightError, match="would not read what was written"):
-        training.encode(Template(), CHAT, "c", 99)
+        packing.encode(Template(), CHAT, "c", 99)
 
 
 def test_a_template_that_rewrites_earlier_turns_stops_before_training():
     with pytest.raises(PreflightError, match="rewrites earlier turns"):
-        training.encode(Rewriting(), CHAT, "c", 99)
+        packing.encode(Rewriting(), CHAT, "c", 99)
 
 
 NEEDED = {"weights": 4e9, "adapters": 1e9, "row": 8e9}

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from telco_nb import ROOT, model, preflight, training
+from telco_nb import ROOT, model, packing, preflight, training
 from telco_nb.model import PreflightError
-from telco_nb.training import IGNORED, Example, TrainingError
+from telco_nb.packing import IGNORED, Example
+from telco_nb.training import TrainingError
 
 CHATS = [
     [
@@ -41,7 +42,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def examples(real):
-    return [training.encode(real[1], chat, f"chat{i}", 512) for i, chat in enumerate(CHATS)]
+    return [packing.encode(real[1], chat, f"chat{i}", 512) for i, chat in enumerate(CHATS)]
 
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:
@@ -80,7 +81,7 @@ def test_a_shifted_label_mask_is_caught(real, examples):
 
 def test_a_conversation_that_is_too_long_is_refused_and_never_cut(real):
     with pytest.raises(PreflightError, match=r"long has \d+ tokens, more than max_length 16"):
-        training.encode(real[1], CHATS[1], "long", 16)
+        packing.encode(real[1], CHATS[1], "long", 16)
 
 
 def test_the_end_token_is_supervised_so_that_the_model_learns_to_stop(real, examples):
@@ -95,15 +96,15 @@ def test_the_end_token_is_supervised_so_that_the_model_learns_to_stop(real, exam
 @settings(max_examples=60, deadline=None)
 def test_packing_keeps_every_conversation_once_and_within_the_budget(lengths, batch_tokens, seed):
     made = [Example(str(i), [1] * n, [IGNORED] * n) for i, n in enumerate(lengths)]
-    rows = training.pack(made, batch_tokens, seed)
+    rows = packing.pack(made, batch_tokens, seed)
     assert sorted(i for row in rows for i in row) == list(range(len(made)))
     assert all(sum(lengths[i] for i in row) <= batch_tokens for row in rows)
-    assert rows == training.pack(made, batch_tokens, seed)
+    assert rows == packing.pack(made, batch_tokens, seed)
 
 
 def test_a_conversation_longer_than_the_budget_gets_its_own_row():
     made = [Example("a", [1] * 90, [IGNORED] * 90), Example("b", [1] * 10, [IGNORED] * 10)]
-    assert sorted(training.pack(made, 64, 0)) == [[0], [1]]
+    assert sorted(packing.pack(made, 64, 0)) == [[0], [1]]
 
 
 # ---------------------------------------------------------------- exactness
@@ -129,7 +130,7 @@ def test_the_packed_loss_equals_one_conversation_at_a_time_on_the_real_model(rea
 def test_the_packed_gradient_equals_the_plain_one():
     base, made = tiny(), fake_examples(6)
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    row = training.collate(made)
+    row = packing.collate(made)
     training.token_losses(tuned, row).sum().backward()
     packed = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
     tuned.zero_grad()
@@ -142,14 +143,14 @@ def test_the_packed_gradient_equals_the_plain_one():
 
 
 def test_packed_attention_refuses_a_mask():
-    row = training.collate(fake_examples(2))
+    row = packing.collate(fake_examples(2))
     with pytest.raises(TrainingError, match="no attention mask"):
         tiny()(input_ids=row["input_ids"], attention_mask=torch.ones_like(row["input_ids"]))
 
 
 def test_the_trainer_divides_by_the_supervised_tokens_of_the_whole_window(tmp_path):
     made = fake_examples(8)
-    rows = training.PackedRows(made, 64, 0)
+    rows = packing.PackedRows(made, 64, 0)
     tuned = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"]))
     with torch.no_grad():
         total = sum(training.token_losses(tuned, row).sum().item() for row in rows)
@@ -157,7 +158,7 @@ def test_the_trainer_divides_by_the_supervised_tokens_of_the_whole_window(tmp_pa
         output_dir=tmp_path, max_steps=1, gradient_accumulation_steps=len(rows), per_device_train_batch_size=1,
         learning_rate=1e-3, disable_tqdm=True, **(training.fixed_arguments() | {"save_strategy": "no"}),
     )  # fmt: skip
-    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=training.only_row)
+    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
     trainer.train()
     logged = next(float(e["loss"]) for e in trainer.state.log_history if "loss" in e)
     assert logged == pytest.approx(total / sum(rows.supervised), rel=1e-4)
@@ -207,7 +208,7 @@ class Kill(TrainerCallback):
 def train(folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, callback=None):
     torch.manual_seed(1)
     tuned = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    rows = training.PackedRows(fake_examples(), 48, 3, micro_batch_tokens)
+    rows = packing.PackedRows(fake_examples(), 48, 3, micro_batch_tokens)
     arguments = TrainingArguments(
         output_dir=folder, num_train_epochs=3, per_device_train_batch_size=1, learning_rate=learning_rate, seed=3,
         disable_tqdm=True, **training.fixed_arguments(),
@@ -215,7 +216,7 @@ def train(folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, cal
     watch = training.Watch(FakeMeter(), 1e9, rows, log=lambda _: None)
     callbacks = [watch] + ([Kill(kill_at)] if kill_at else []) + ([callback] if callback else [])
     trainer = training.PackedTrainer(
-        tuned, arguments, train_dataset=rows, data_collator=training.only_row, callbacks=callbacks
+        tuned, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=callbacks
     )
     trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint))
     return {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" in n}, trainer, watch, rows
@@ -250,7 +251,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(tmp_pat
 def test_a_checkpoint_of_other_training_rows_is_not_gone_on_from(tmp_path):
     train(tmp_path)
     said = []
-    other = training.PackedRows(fake_examples(11), 48, 3)
+    other = packing.PackedRows(fake_examples(11), 48, 3)
     assert training.last_checkpoint(tmp_path, other.fingerprint, said.append) is None
     assert said and all("trained on other rows" in line for line in said)
 
@@ -268,7 +269,7 @@ def test_a_loss_that_is_no_number_stops_the_training_with_the_step_and_the_fix(t
 def test_a_row_in_parts_has_the_loss_and_gradient_of_the_whole(tmp_path):
     whole, trainer, _, rows = train(tmp_path / "whole")
     halved, again, _, _ = train(tmp_path / "halved", micro_batch_tokens=20)
-    assert max(len(training.parts(row, 20)) for row in rows) >= 2
+    assert max(len(packing.parts(row, 20)) for row in rows) >= 2
     losses = [training.loss_curve(t.state.log_history, rows).train_loss.tolist() for t in (trainer, again)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert all(torch.allclose(whole[name], halved[name], atol=1e-4) for name in whole)
@@ -354,7 +355,7 @@ def test_step_flops_follow_the_weights():
 
 def test_a_conversation_shown_in_the_notebook_is_escaped(real):
     chat = [{"role": "user", "content": "<script>alert(1)</script>"}, {"role": "assistant", "content": "<i>no</i>"}]
-    shown = training.as_html(real[1], training.encode(real[1], chat, "x", 512))
+    shown = packing.as_html(real[1], packing.encode(real[1], chat, "x", 512))
     assert "<script" not in shown
     assert "<i>" not in shown
 
