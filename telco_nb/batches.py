@@ -36,10 +36,10 @@ class BatchError(RuntimeError):
 
 
 async def submit(session: Session, questions: Sequence[Question], book: Book) -> int:
-    """Hand over the questions that are neither answered nor under way; returns how many.
+    """Hand over the questions that are neither answered nor under way, as many as the cap allows; returns how many.
 
-    Raises BatchError for a batch of unknown fate or a model without batches, BudgetStop if the worst case of all
-    exceeds what may be spent.
+    Raises BatchError for a batch of unknown fate or a model without batches, BudgetStop if the worst case of the first
+    question exceeds what may be spent.
     """
     limit = session.model.model.batch_max_requests
     if limit is None:
@@ -52,7 +52,7 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
         )
     waiting = [q for q in questions if q.id not in session.store.ok and q.id not in book.under_way]
     worst = {q.id: session.prices.worst_case(q) for q in waiting}
-    session.budget.reserve(None if None in worst.values() else sum(w or 0.0 for w in worst.values()))
+    waiting = waiting[: _affordable(session.budget, list(worst.values()))]
     for i in range(0, len(waiting), limit):
         part = waiting[i : i + limit]
         encoded = [await session.model.model.batch_encode(_request(session, q)) for q in part]
@@ -60,6 +60,18 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
         handle = await session.model.model.batch_create(encoded)
         book.note("submitted", entry=len(book.entries) - 1, handle=handle_type().dump_python(handle, mode="json"))
     return len(waiting)
+
+
+def _affordable(budget: prices.Budget, worst: Sequence[float | None]) -> int:
+    """How many of these worst cases, in order, the budget can set aside at once. Raises BudgetStop if not even one."""
+    for n, usd in enumerate(worst):
+        try:
+            budget.reserve(usd)
+        except prices.BudgetStop:
+            if n == 0:
+                raise
+            return n
+    return len(worst)
 
 
 def handle_type() -> TypeAdapter:
@@ -252,7 +264,9 @@ def _act(action: str, work: Work, yes: bool) -> None:
         print(f"{len(work.now):,} requests to {source.model} at {source.host}: {work.said}.")
         if work.now and not yes and not source.is_local:
             raise prices.CostRefused(f"nothing was sent. To send this to {source.host}, add --yes.")
-        print(f"submitted: {_run(session, submit(session, work.now, book)):,}")
+        n = _run(session, submit(session, work.now, book))
+        rest = "" if n == len(work.now) else "; the others are under way, or have to wait for these under the cap"
+        print(f"submitted: {n:,}{rest}")
     elif action == "poll":
         print("\n".join(_run(session, poll(session, book))) or "no open batch")
     elif action == "collect":

@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Ask a hosted judge its first questions, and price all of them by the tokens that these took."""
     with ended_well("pilot", max_usd), runner.lock(record.profile_root(profile)):
-        asked = open_study(profile, judge, params_dir)
+        asked = open_study(profile, judge, params_dir, to_ask=True)
         print(f"asked {asked.judge.source.model} at {asked.judge.source.host}: {ask(asked, calls, max_usd, yes)}")
         print(report(asked))
 

@@ -67,10 +67,11 @@ def store_path(root: Path, judge: str) -> Path:
     return root / f"judge-{judge}" / "store" / "verdicts.jsonl"
 
 
-def open_study(profile: str, judge: str, params_dir: Path = params.PARAMS_DIR) -> Protocol:
+def open_study(profile: str, judge: str, params_dir: Path = params.PARAMS_DIR, *, to_ask: bool) -> Protocol:
     """The protocol of a judge of params/judges in a study whose answers are there.
 
-    Raises ParameterError if there is no such judge, or if the next run would make other answers than those on disk.
+    Raises ParameterError if there is no such judge, or if something is to be asked (`to_ask`) about answers that the
+    next run would make anew. What was asked about them before can be collected all the same.
     """
     study = params.load_study(profile, params_dir)
     if judge not in study.judge_files:
@@ -78,7 +79,7 @@ def open_study(profile: str, judge: str, params_dir: Path = params.PARAMS_DIR) -
     values = study.values(f"judge-{judge}")
     params.check(values, f"{params_dir / 'judges' / judge}.yaml (with base.yaml and profiles/{profile}.yaml)")
     root = record.profile_root(profile)
-    for job in steps.plan(study):
+    for job in steps.plan(study) if to_ask else []:
         if job.step < "05" and job.scope not in study.repeats and not (checked := record.check(job, root))[0]:
             raise ParameterError(
                 f"{job.id} has to run first ({checked[1]}), or the verdicts would be on other answers: "

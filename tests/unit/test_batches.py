@@ -235,11 +235,15 @@ def test_a_collection_that_was_killed_half_way_goes_on_without_doubling_a_line(s
     assert sorted(line["call_id"] for line in lines(path)) == [q.id for q in QUESTIONS]
 
 
-def test_a_batch_whose_worst_case_exceeds_the_budget_is_not_submitted(server, tmp_path):
+def test_no_more_is_submitted_than_the_budget_allows_in_the_worst_case(server, tmp_path):
     with pytest.raises(prices.BudgetStop):
         act(server, tmp_path, batches.submit, QUESTIONS, max_usd=0.001)
     assert not server.created
-    assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=1.0) == 7
+    worst = prices.Prices(Source(*ANTHROPIC, max_tokens=50), factor=0.5).worst_case(QUESTIONS[0])
+    assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=3.5 * worst) == 3  # as many as the cap allows
+    server.ended = True
+    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 3}
+    assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=1.0) == 4
 
 
 def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_no_answers(tmp_path):
