@@ -1,6 +1,6 @@
 """Real tokens per second of one LoRA step: ours against a padded transformers loop and against TRL's SFTTrainer.
 
-`python bench/train_step.py [repeats]`: the same 16 ragged conversations, SmolLM2-135M, rank 16 on all linear layers.
+`python bench/train_step.py [repeats]`: the same 48 ragged conversations, SmolLM2-135M, rank 16 on all linear layers.
 The competitors take turns, each time in a process of its own, so that no allocator or patch of one helps another. Every
 one trains the same tokens and reports the loss of the untrained adapter on all of them; these must agree. TRL runs with
 its defaults and with the best CPU settings found: bfloat16 weights, one conversation a batch (so no padding), no
@@ -19,7 +19,7 @@ import time
 
 from telco_nb import ROOT, glossary, scenarios, synth
 
-CONVERSATIONS, WARM, SEED, RANK, LEARNING_RATE = 16, 2, 20260605, 16, 1e-4
+CONVERSATIONS, WARM, SEED, RANK, LEARNING_RATE = 48, 2, 20260605, 16, 1e-4
 KINDS = ("ours bf16", "ours fp32", "padded loop fp32", "padded loop bf16", "TRL default", "TRL best")
 
 
