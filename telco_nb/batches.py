@@ -233,10 +233,8 @@ def main(
     Every command can be repeated.
     """
     with ended_well("batches", max_usd), runner.lock(record.profile_root(profile)):
-        work = (
-            generator_work(profile, params_dir) if judge is None else judge_work(open_study(profile, judge, params_dir))
-        )
-        _act(action, work, yes)
+        asked = open_study(profile, judge, params_dir, to_ask=action == "submit") if judge else None
+        _act(action, judge_work(asked) if asked else generator_work(profile, params_dir), yes)
 
 
 @contextmanager

@@ -85,7 +85,10 @@ def open_study(profile: str, judge: str, params_dir: Path = params.PARAMS_DIR, *
                 f"{job.id} has to run first ({checked[1]}), or the verdicts would be on other answers: "
                 f"./run_all.py --profile {profile} --steps 01-04"
             )
-    return open_protocol(values, root)
+    try:
+        return open_protocol(values, root)
+    except FileNotFoundError as missing:
+        raise ParameterError(f"{missing.filename}: not there. Nothing has been asked about this study.") from None
 
 
 def open_protocol(values: Mapping[str, Any], root: Path) -> Protocol:

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 from provider_server import answer_body, error_body
 from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
+from typer.testing import CliRunner
 
-from telco_nb import batches, calls, judges, prices, protocol, steps, verdicts
+from telco_nb import batches, calls, judges, pilot, prices, protocol, steps, verdicts
 from telco_nb.book import Book
 from telco_nb.providers import ApiModel, Question, Source
 
@@ -366,3 +367,22 @@ def test_results_of_questions_that_the_study_no_longer_asks_are_counted_and_not_
     server.ended = True
     act(server, tmp_path, batches.submit, QUESTIONS)
     assert act(server, tmp_path, batches.collect, QUESTIONS[:5]) == {"ok": 5, "not asked any more": 2}
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "said"),
+    [
+        (batches, ["submit", "--judge", "nobody"], "no nobody.yaml. Known: checklist"),
+        (batches, ["submit", "--judge", "claude-sonnet-4-5"], "has to run first"),
+        (batches, ["collect", "--judge", "claude-sonnet-4-5"], "Nothing has been asked"),
+        (batches, ["collect", "--judge", "checklist"], "is not asked over HTTP"),
+        (batches, ["poll"], "the generator is offline"),
+        (pilot, ["--judge", "claude-sonnet-4-5"], "has to run first"),
+    ],
+)
+def test_a_command_for_which_there_is_nothing_says_why_with_exit_code_2(
+    program, arguments, said, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path))
+    ended = CliRunner().invoke(program.app, [*arguments, "--profile", "smoke"])
+    assert ended.exit_code == 2 and said in ended.stderr
