@@ -87,8 +87,8 @@ def open_study(profile: str, judge: str, params_dir: Path = params.PARAMS_DIR, *
             )
     try:
         return open_protocol(values, root)
-    except FileNotFoundError as missing:
-        raise ParameterError(f"{missing.filename}: not there. Nothing has been asked about this study.") from None
+    except FileNotFoundError:
+        raise ParameterError(f"{root} holds no answers, so nothing can have been asked about them.") from None
 
 
 def open_protocol(values: Mapping[str, Any], root: Path) -> Protocol:

@@ -374,7 +374,7 @@ def test_results_of_questions_that_the_study_no_longer_asks_are_counted_and_not_
     [
         (batches, ["submit", "--judge", "nobody"], "no nobody.yaml. Known: checklist"),
         (batches, ["submit", "--judge", "claude-sonnet-4-5"], "has to run first"),
-        (batches, ["collect", "--judge", "claude-sonnet-4-5"], "Nothing has been asked"),
+        (batches, ["collect", "--judge", "claude-sonnet-4-5"], "holds no answers"),
         (batches, ["collect", "--judge", "checklist"], "is not asked over HTTP"),
         (batches, ["poll"], "the generator is offline"),
         (pilot, ["--judge", "claude-sonnet-4-5"], "has to run first"),
