@@ -210,7 +210,7 @@ def check(job: Job, root: Path) -> tuple[bool, str]:
     """Whether a job's record is current, and the reason in words."""
     manifest = read_manifest(root, job.scope, job.step)
     if manifest is None:
-        return False, "never finished"
+        return False, "no result yet"
     if manifest["executor"] != "papermill":
         return False, "was run by hand in Jupyter: there is no executed record"
     if not (root / job.scope / f"{job.step}.ipynb").is_file():

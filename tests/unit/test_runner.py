@@ -109,7 +109,7 @@ def test_a_left_out_step_without_a_result_is_refused_with_the_command(recorded):
 
 def test_expected_seconds_come_from_earlier_runs_per_epoch(recorded):
     recorded.finished["c01/03_train"] = {"seconds": 30.0, "parameters": {"epochs": 1}}
-    recorded.stale = {"c02/03_train": "never finished"}
+    recorded.stale = {"c02/03_train": "no result yet"}
     states = {s.job.id: s for s in schedule.plan(JOBS, Path("/nowhere"), set())}
     assert states["c02/03_train"].expected_seconds == 90 + schedule.OVERHEAD_SECONDS
     assert states["c01/04_energy"].expected_seconds is None
@@ -209,9 +209,9 @@ def rendered(*things, **options) -> str:
 
 
 def test_the_plan_shows_one_row_for_each_decision_step_and_reason(recorded):
-    recorded.stale = {"c01/03_train": "never finished", "c02/03_train": "never finished"}
+    recorded.stale = {"c01/03_train": "no result yet", "c02/03_train": "no result yet"}
     text = rendered(progress.plan_table(schedule.plan(JOBS, Path("/nowhere"), set())))
-    assert re.search(r"run +03_train +c01 c02 +never finished", text)
+    assert re.search(r"run +03_train +c01 c02 +no result yet", text)
 
 
 def test_a_tall_table_hides_finished_rows_first():
@@ -227,7 +227,7 @@ def test_a_tall_table_hides_finished_rows_first():
 def test_lines_tell_each_event_and_give_a_sign_of_life(monkeypatch):
     console = Console(file=io.StringIO(), width=110)
     state = State(
-        job("03_train", "c01"), "run", "never finished", status="running", started=time.monotonic(), cell=3, cells=9
+        job("03_train", "c01"), "run", "no result yet", status="running", started=time.monotonic(), cell=3, cells=9
     )
     lines = progress.Lines(console, [state])
     lines.changed(state)
@@ -237,7 +237,7 @@ def test_lines_tell_each_event_and_give_a_sign_of_life(monkeypatch):
     state.status, state.seconds, state.failure = "failed", 75.0, Failure("error", "ValueError: x", 4)
     lines.changed(state)
     started, beat, ended = console.file.getvalue().splitlines()
-    assert re.match(r"\d{4}-\d\d-\d\dT[\d:]{8} c01/03_train running: never finished$", started)
+    assert re.match(r"\d{4}-\d\d-\d\dT[\d:]{8} c01/03_train running: no result yet$", started)
     assert beat.endswith("c01/03_train running 0:00, cell 3 of 9")
     assert "failed in 1:15: error in a cell In [4]: ValueError: x (1 of 1; to go: nothing)" in ended
 
