@@ -20,7 +20,7 @@ lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
 	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
-bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, kills: about an hour
+bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, kills: about an hour and a half, most of it train_step
 	for name in train_step train_scaling answering fixed_cost kills; do \
 	  echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
 

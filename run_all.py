@@ -33,7 +33,7 @@ EPILOG = """
 - 0: all done or up to date
 - 1: a step failed
 - 2: wrong parameters or usage
-- 3: this machine or the outputs folder cannot be used now
+- 3: this machine, the outputs folder or the base model cannot be used as it is
 - 4: refused for cost: nobody agreed to it, or the limit is reached; what was paid for is kept
 - 130: interrupted; the same command goes on
 """

@@ -1,7 +1,7 @@
 """How the packed step scales: real tokens per second against row size, rank and conversation length; fused and plain.
 
-`python bench/train_scaling.py [repeats]`; one row each, forward and backward, medians; the share is of the measured
-matmul peak.
+`python bench/train_scaling.py [repeats] [float32 | bfloat16]`; one row each, forward and backward, medians. The share
+is of the measured matmul peak.
 """
 
 import statistics
@@ -34,10 +34,10 @@ def seconds(tuned, made: dict[str, torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def main(repeats: int) -> None:
+def main(repeats: int = 5, wanted: str = "auto") -> None:
     model.quiet()
-    dtype, gflops = model.choose_dtype("auto")
-    peak = max(gflops.values())
+    dtype, gflops = model.choose_dtype(wanted)
+    peak = gflops[str(dtype).removeprefix("torch.")]
     base, _ = model.load(model.PACKAGED, dtype)
     print(f"{dtype}, peak {peak:.0f} GFLOP/s")
     print(" row  conversation  rank   fused tokens/s  share   plain tokens/s   fused / plain")
@@ -60,4 +60,4 @@ def main(repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 5)
+    main(*map(int, sys.argv[1:2]), *sys.argv[2:])

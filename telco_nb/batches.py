@@ -53,10 +53,13 @@ async def submit(session: Session, questions: Sequence[Question], book: Book) ->
     waiting = [q for q in questions if q.id not in session.store.ok and q.id not in book.under_way]
     worst = {q.id: session.prices.worst_case(q) for q in waiting}
     waiting = waiting[: _affordable(session.budget, list(worst.values()))]
+    unknown = None in worst.values()  # then there is no cap: it would have refused
     for i in range(0, len(waiting), limit):
         part = waiting[i : i + limit]
         encoded = [await session.model.model.batch_encode(_request(session, q)) for q in part]
-        book.note("submitting", ids=[q.id for q in part], usd_at_most=sum(worst[q.id] or 0.0 for q in part))
+        book.note(
+            "submitting", ids=[q.id for q in part], usd_at_most=None if unknown else sum(worst[q.id] for q in part)
+        )
         handle = await session.model.model.batch_create(encoded)
         book.note("submitted", entry=len(book.entries) - 1, handle=handle_type().dump_python(handle, mode="json"))
     return len(waiting)

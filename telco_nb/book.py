@@ -17,7 +17,7 @@ class Entry:
     ids: list[str]
     handle: dict[str, Any] | None = None
     collected: bool = False
-    usd_at_most: float = 0.0
+    usd_at_most: float | None = None  # None: no price is known
 
 
 class Book:
@@ -38,7 +38,7 @@ class Book:
     def _take(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "submitting":
-                self.entries.append(Entry(event["ids"], usd_at_most=event.get("usd_at_most") or 0.0))
+                self.entries.append(Entry(event["ids"], usd_at_most=event["usd_at_most"]))
             case "submitted":
                 self.entries[event["entry"]].handle = event["handle"]
             case "collected":
@@ -56,7 +56,8 @@ class Book:
 
     def close(self, i: int, event: str, share: float = 1.0) -> None:
         """Note that a batch is `collected` or `forgotten`, and give back a share of what it may cost."""
-        self.note(event, entry=i, usd_at_most=-share * self.entries[i].usd_at_most)
+        at_most = self.entries[i].usd_at_most
+        self.note(event, entry=i, usd_at_most=None if at_most is None else -share * at_most)
 
     def open(self) -> Iterator[tuple[int, Entry]]:
         return ((i, e) for i, e in enumerate(self.entries) if not e.collected)

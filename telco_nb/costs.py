@@ -121,10 +121,11 @@ def measured(store: Path, model: str) -> tuple[prices.Ends, prices.Ends] | None:
     """
     counts: dict[str, list[int]] = {}
     for line in calls.readable(store):
-        if line.get("model_asked") == model and line.get("tokens_in") is not None:
+        counted = line.get("tokens_in") is not None and line.get("tokens_out") is not None
+        if counted and line.get("model_asked") == model:
             total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
             total[0] += line["tokens_in"]
-            total[1] += line["tokens_out"] or 0
+            total[1] += line["tokens_out"]
     if len(counts) < MEASURED_FROM:
         return None
     sent, back = zip(*counts.values(), strict=True)

@@ -27,7 +27,8 @@ def problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -> lis
         if importlib.util.find_spec(name) is None
     ]
     found += _disk(root)
-    if missing := [gpu for gpu in gpus if gpu not in {name for row in _nvidia_smi("index,uuid") for name in row}]:
+    known = {name for row in _nvidia_smi("index,uuid") for name in row} if gpus else set()
+    if missing := [gpu for gpu in gpus if gpu not in known]:
         found.append(f"--gpus names {', '.join(missing)}, which nvidia-smi does not list. Name the indices it lists.")
     for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
         found += _model(model)

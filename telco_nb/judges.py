@@ -118,7 +118,7 @@ class JudgeError(RuntimeError):
 
 
 class Judge(Protocol):
-    """The interface. `parameters` holds all that can change a verdict; it is part of every judgement's id."""
+    """Who judges. `parameters` holds all that can change a verdict; it is part of every judgement's id."""
 
     name: str
     kind: str
@@ -128,7 +128,12 @@ class Judge(Protocol):
     description: str
     forms: tuple[Form, ...]  # what it can be asked
     parameters: dict[str, Any]
-    store_every: int  # verdicts to lose at most when killed; 1 for judges that cost money
+
+
+class LocalJudge(Judge, Protocol):
+    """A judge that is asked one case after the other; a hosted one is asked many at a time (jury.HostedJudge.put)."""
+
+    store_every: int  # verdicts to lose at most when killed
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Called once with all cases to come, so that work can be done in batches."""

@@ -263,7 +263,7 @@ def ask(
     store: VerdictStore,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Put the questions to the judge and store every attempt. Failed ones wait for a next run.
+    """Put the questions to the judge, hosted or local, and store every attempt. Failed ones wait for a next run.
 
     A hosted judge is asked several at a time, within its limits and the budget. Raises CallsStopped where that ends.
     """

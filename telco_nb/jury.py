@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from telco_nb import calls, judges, prices, providers
-from telco_nb.judges import Case, Form, Verdict
+from telco_nb.judges import Form, Verdict
 from telco_nb.providers import ApiModel, Outcome, Source
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ class HostedJudge:
     is_proxy = False
     is_free = False
     forms: tuple[Form, ...] = ("pair", "list", "rubric")
-    store_every = 1
 
     def __init__(self, name: str, source: Source, price: prices.Prices, root: Path, max_in_flight: int):
         self.name, self.kind, self.model = name, source.kind, source.model
@@ -38,12 +37,6 @@ class HostedJudge:
         assert source is not None, f"{values['judge_kind']} is not a hosted kind"
         price = prices.Prices(source, values["judge_input_usd_per_mtok"], values["judge_output_usd_per_mtok"])
         return cls(values["judge"], source, price, root, values["max_in_flight"])
-
-    def prepare(self, cases: Sequence[Case]) -> None:
-        """Nothing to prepare: there are no batches here."""
-
-    def judge(self, case: Case) -> Verdict:
-        raise NotImplementedError("a hosted judge is asked through put(), which keeps to limits and budget")
 
     def put(
         self,

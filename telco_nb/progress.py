@@ -56,14 +56,20 @@ class State:
 
 
 def remaining_text(states: Iterable[State]) -> str:
-    """How long the rest takes, from the expected seconds of what may still run; honest about what is unknown."""
+    """How long the rest takes, from the expected seconds of what may still run; honest about what is unknown.
+
+    If several run at once now, so will the rest.
+    """
+    states = [*states]
+    at_once = max(1, sum(s.status == "running" for s in states))
     todo = [s for s in states if not s.ended and s.decision != "skip"]
     known = [max(s.expected_seconds - s.elapsed, 0) for s in todo if s.expected_seconds is not None]
     if not todo:
         return "nothing"
     if not known:
         return "unknown, as there is no earlier run"
-    text = f"{sum(known) / 60:.0f} min" if sum(known) >= 60 else "1 min"
+    seconds = sum(known) / at_once
+    text = f"{seconds / 60:.0f} min" if seconds >= 60 else "1 min"
     return f"about {text}" if len(known) == len(todo) else f"more than {text}"
 
 

@@ -206,7 +206,7 @@ class PackedTrainer(Trainer):
         while True:
             try:
                 return self._all_parts(model, parts(inputs, rows.micro_batch_tokens), num_items_in_batch)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
             # Outside of the except block, as the error holds on to the arrays of the step.
@@ -226,8 +226,9 @@ class PackedTrainer(Trainer):
         tried = min(rows.micro_batch_tokens, max(rows.tokens))
         alone = self.accelerator.num_processes == 1
         if not alone or tried <= longest:
-            remedy = f"micro_batch_tokens to {tried // 2}" if tried > longest else "gradient_checkpointing to true"
-            raise TrainingError(f"memory ran out with {tried} tokens at once. Set {remedy}.")
+            less = "set gradient_checkpointing to true or quantization to nf4, or use shorter conversations"
+            remedy = f"set micro_batch_tokens to {tried // 2}" if tried > longest else less
+            raise TrainingError(f"memory ran out with {tried} tokens at once: {remedy}.")
         rows.shrunk.append(tried)
         rows.micro_batch_tokens = max(longest, tried // 2)
         if torch.cuda.is_available():

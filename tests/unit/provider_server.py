@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 # For children that are killed: the server that forks them is one for the whole test run, and imports this once.
 PRELOAD = ["test_generator", "test_jury", "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"]
@@ -155,3 +158,21 @@ class Server:
             case "half-json" | "wrong-schema" | "empty":
                 return 200, {}, answer_body(kind, model, texts[said])
         return 200, {}, answer_body(kind, model, str(said))
+
+
+def killed_at_random(work: Callable[..., None], arguments: tuple[Any, ...], kills: int, seed: int) -> None:
+    """Run `work(*arguments, begun)` in a process that is killed at a random moment after it set `begun`, `kills` times;
+    then once more to its end."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOAD)
+    rng = random.Random(seed)
+    for kill in range(kills + 1):
+        begun = processes.Event()
+        child = processes.Process(target=work, args=(*arguments, begun))
+        child.start()
+        begun.wait()
+        if kill < kills:
+            time.sleep(rng.uniform(0.0, 0.2))
+            child.kill()
+        child.join()
+    assert child.exitcode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import random
 import re
 import threading
 import time
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from provider_server import PRELOAD, Server
+from provider_server import Server, killed_at_random
 from test_calls import QUICK, keys  # noqa: F401
 
 from telco_nb import ROOT, calls, corpus, generator, glossary, prices, scenarios, synth
@@ -178,20 +176,8 @@ def test_killed_at_20_random_moments_the_planned_set_is_written_and_nothing_is_p
         time.sleep(0.02)
         return good(body, n)
 
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD)
-    rng = random.Random(7)
     with Server("openai-compatible", script) as server:
-        for kill in range(kills + 1):
-            begun = processes.Event()
-            child = processes.Process(target=generate_in_child, args=(server.url, path, in_flight, begun))
-            child.start()
-            begun.wait()
-            if kill < kills:
-                time.sleep(rng.uniform(0.0, 0.2))
-                child.kill()
-            child.join()
-    assert child.exitcode == 0
+        killed_at_random(generate_in_child, (server.url, path, in_flight), kills, seed=7)
     planned = few(30)
     source = Source("openai-compatible", "own", "http://127.0.0.1:1/v1", max_tokens=4000)
     written = list(generator.stored(planned, calls.AttemptStore(path), source, SEED))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import random
 import threading
 import time
 from collections import Counter
@@ -13,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from provider_server import FAULTS, KINDS, PRELOAD, Server, answer_body
+from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
 from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
 from telco_nb import ROOT, calls, controls, glossary, judging, jury, verdicts
@@ -189,20 +187,8 @@ def test_killed_at_20_random_moments_every_verdict_is_there_once(tmp_path):
         time.sleep(0.03)
         return PAIR
 
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD)
-    rng = random.Random(3)
     with Server("openai-compatible", script, good=PAIR) as server:
-        for kill in range(kills + 1):
-            begun = processes.Event()
-            child = processes.Process(target=judge_in_child, args=(server.url, tmp_path, n, in_flight, begun))
-            child.start()
-            begun.wait()
-            if kill < kills:
-                time.sleep(rng.uniform(0.0, 0.2))
-                child.kill()
-            child.join()
-    assert child.exitcode == 0
+        killed_at_random(judge_in_child, (server.url, tmp_path, n, in_flight), kills, seed=3)
     store = VerdictStore(tmp_path / "v.jsonl")
     pairs = store.planned("pairs")
     assert set(store.ok) == set(pairs["judgement_id"]) and len(pairs) == len(plan(n)[0])

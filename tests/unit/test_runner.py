@@ -1,5 +1,6 @@
 """The plan, the choices and the words of the runner. What it does with real kernels is in tests/faults."""
 
+import dataclasses
 import io
 import json
 import os
@@ -122,6 +123,8 @@ def test_remaining_time_says_what_it_does_not_know():
     assert progress.remaining_text([known, unknown]) == "more than 10 min"
     assert progress.remaining_text([unknown]) == "unknown, as there is no earlier run"
     assert progress.remaining_text([skipped]) == "nothing"
+    two = [dataclasses.replace(known, status="running") for _ in range(2)]
+    assert progress.remaining_text(two) == "about 10 min"
 
 
 # ---------------------------------------------------------------- the end

@@ -305,7 +305,7 @@ def test_one_conversation_that_does_not_fit_ends_with_the_remedy(tmp_path, monke
 
     monkeypatch.setattr(training, "token_losses", full)
     with pytest.raises(
-        TrainingError, match=r"memory ran out with \d+ tokens at once. Set gradient_checkpointing to true"
+        TrainingError, match=r"memory ran out with \d+ tokens at once: set gradient_checkpointing to true"
     ):
         train(tmp_path)
 
