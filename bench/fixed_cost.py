@@ -1,6 +1,8 @@
-"""Seconds from the start of a job to its first cell, the imports of 03_train included: fresh kernels against forked.
+"""What a configuration costs beyond its training, its evaluation and its answering.
 
-`python bench/fixed_cost.py [repeats]`; both kinds take turns, so that a busy machine is busy for both.
+`python bench/fixed_cost.py [repeats]`. First a job with the imports of 03_train, by fresh kernels and by forked ones in
+turns, so that a busy machine is busy for both. Then 03_train and 04_energy of three configurations of the laptop study:
+the time of their jobs less the training and answering windows, the checkpoints and the two evaluations.
 """
 
 import json
@@ -94,6 +96,38 @@ def measure(run) -> dict:
     return {**found, "first": found["first"] - start, "ready": found["ready"] - start, "whole": whole, "warm": warm}
 
 
+def in_the_study(configs: list[str], repeats: int) -> None:
+    """Print the fixed seconds of configurations of the laptop study, medians over the repeats."""
+    with tempfile.TemporaryDirectory(prefix="fixed-cost-") as folder:
+        command = [sys.executable, "run_all.py", "--outputs", folder, "--configs", ",".join(configs)]
+        summary = Path(folder, "summary.json")
+        seconds: dict[str, list[float]] = {}
+        for repeat in range(repeats):
+            again = ["--force", "c*/03", "--force", "c*/04"] if repeat else []
+            steps = ["--steps", "01-04", "--json", str(summary)]
+            subprocess.run([*command, *steps, *again], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            jobs = {job["id"]: job["seconds"] for job in json.loads(summary.read_text())["jobs"]}
+            for config in configs:
+                parts = beyond_work(Path(folder, "laptop", config), jobs)
+                for name, value in parts.items():
+                    seconds.setdefault(f"{config} {name}", []).append(value)
+    for name, values in seconds.items():
+        print(f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})")
+
+
+def beyond_work(folder: Path, jobs: dict[str, float]) -> dict[str, float]:
+    """Seconds of a configuration's two jobs without the work itself."""
+    found = {}
+    for step, window in (("03_train", "train_seconds"), ("04_energy", "answer_seconds")):
+        metrics = json.loads((folder / step / "metrics.json").read_text())
+        worked = metrics[window] + metrics.get("checkpoint_seconds_total", 0.0)
+        for cell in json.loads((folder / f"{step}.ipynb").read_text())["cells"]:
+            if "answer_losses(" in "".join(cell["source"]):
+                worked += cell["metadata"]["papermill"]["duration"]
+        found[step] = jobs[f"{folder.name}/{step}"] - worked
+    return found | {"both": sum(found.values())}
+
+
 def main(repeats: int = 5) -> None:
     start = time.monotonic()
     source = nursery.Nursery(os.environ | execution.common_environment({}))
@@ -117,6 +151,8 @@ def main(repeats: int = 5) -> None:
     for name in ("first", "ready", "whole"):
         print(f"{name}: {results['fresh'][name] / results['forked'][name]:.1f} times faster")
     print("bit-identical results:", results["fresh"]["bits"] == results["forked"]["bits"])
+    print("beyond training, evaluation and answering:")
+    in_the_study(["c01", "c06", "c16"], repeats)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,9 @@ class _Carbontracker:
                 components="gpu,cpu" if gpu else "cpu",
                 sim_cpu=device()["cpu"], sim_cpu_tdp=cpu_watts, sim_cpu_util=1.0,
             )  # fmt: skip
-            time.sleep(0.1)  # its thread prints once while it starts
+            until = time.monotonic() + 0.1
+            while "simulated CPU" not in self._silence.getvalue() and time.monotonic() < until:
+                time.sleep(0.002)  # its thread prints that once while it starts
         self._thread = self._tracker.tracker
 
     def start(self) -> None:

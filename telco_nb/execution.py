@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import re
 import resource
 import shutil
@@ -29,6 +30,7 @@ from telco_nb.executed import Failure, keep_failed, keep_good, read_running, run
 
 START_SECONDS = 120  # a busy machine may need a while to start a kernel
 POLL_SECONDS = 0.3
+RECONNECT_MS = 5  # how often our sockets look for the kernel's, which come later; ZeroMQ's own 100 ms add up
 MAX_SOCKET_PATH = 104  # bytes; macOS has the shortest limit
 SOCKET_NAME = 24  # /tnb-xxxxxxxx/k-ipc-5 and the terminating zero
 
@@ -219,7 +221,7 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
 
     The kernel is `warm` (a nursery.Kernel) if that is given and can be had, else a process of its own.
     """
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.provisioning import LocalProvisioner
 
@@ -237,17 +239,38 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
             self.process, self.pid, self.pgid, self.cwd = warm, warm.pid, warm.pid, folder
             return self.connection_info
 
+    class Client(AsyncKernelClient):
+        async def wait_for_ready(self, timeout: float = START_SECONDS) -> None:
+            # As its parent's, which then waits 200 ms more for messages that nobody would read.
+            until = time.monotonic() + timeout
+            while time.monotonic() < until and await self.is_alive():
+                self.kernel_info()
+                with contextlib.suppress(queue.Empty):
+                    reply = await self.get_shell_msg(timeout=1)
+                    await self.get_iopub_msg(timeout=0.2)  # nothing comes while that socket is not connected
+                    self._handle_kernel_info_reply(reply)
+                    return
+            raise RuntimeError(f"the kernel did not answer within {timeout:.0f} s")
+
     class Manager(AsyncKernelManager):
         def __init__(self, **options: Any):
             # The sockets are made beside the connection file: k-ipc-1 to k-ipc-5.
             place = {"transport": "ipc", "connection_file": str(runtime / "k.json")}
-            super().__init__(kernel_spec_manager=ThisInterpreter(), **place, **options)
-            self.context.rcvhwm = 0  # as in telco_nb.kernel: no limit on waiting messages, none lost
+            super().__init__(kernel_spec_manager=ThisInterpreter(), client_factory=Client, **place, **options)
             self.provisioner = Provisioner(kernel_id="", kernel_spec=self.kernel_spec, parent=self)
 
         async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
             await super()._async_launch_kernel(kernel_cmd, **options)
             on_kernel(self.provisioner.process)
+
+        def client(self, **options: Any) -> Any:
+            client = super().client(**options)
+            client.context.rcvhwm = 0  # as in telco_nb.kernel: no limit on waiting messages, none lost
+            client.context.reconnect_ivl = RECONNECT_MS
+            return client
+
+        async def _async_wait(self, pollinterval: float = 0.005) -> None:  # for the end of a killed kernel
+            await super()._async_wait(pollinterval)
 
     return Manager
 

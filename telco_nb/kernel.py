@@ -13,6 +13,9 @@ from typing import Any
 from ipykernel.kernelapp import IPKernelApp
 
 POLL_SECONDS = 0.3
+# Until a client listens, which looks for our sockets every 5 ms (telco_nb.execution). If it missed what we say to its
+# first request, it would wait for 200 ms and ask again.
+LISTEN_SECONDS = 0.02
 
 
 class BatchKernel(IPKernelApp):
@@ -23,6 +26,10 @@ class BatchKernel(IPKernelApp):
         # message that says it has finished. 0 means no limit.
         context.sndhwm = 0
         super().init_iopub(context)
+
+    def start(self) -> None:
+        time.sleep(LISTEN_SECONDS)
+        super().start()
 
     def init_poller(self) -> None:
         threading.Thread(target=_die_with, args=(self.parent_handle,), daemon=True, name="die-with-parent").start()

@@ -28,6 +28,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 PACKAGED = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BFLOAT16 = "bfloat16"  # folder of the copy
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
 
 
@@ -81,7 +82,10 @@ def resolve(base_model: str) -> str:
 
 
 def unpack(gguf: Path, folder: Path) -> Path:
-    """Dequantise a GGUF file to a float32 safetensors folder, whole or not at all."""
+    """Dequantise a GGUF file to a float32 safetensors folder, whole or not at all.
+
+    A bfloat16 copy lies in it: to map a file takes a quarter of the time of casting every weight anew at each load.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +98,7 @@ def unpack(gguf: Path, folder: Path) -> Path:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(temporary, safe_serialization=True)
+        model.to(torch.bfloat16).save_pretrained(temporary / BFLOAT16, safe_serialization=True)
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
         record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
         (temporary / "source.json").write_text(json.dumps(record))
@@ -115,7 +120,9 @@ def load(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tup
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if quantization != "none":  # quantised weights cannot be moved afterwards
         options |= {"quantization_config": quantized(quantization, dtype), "device_map": {"": device()}}
-    model = AutoModelForCausalLM.from_pretrained(source, **options)
+    copy = Path(source, BFLOAT16)
+    weights = copy if dtype == torch.bfloat16 and copy.is_dir() else source
+    model = AutoModelForCausalLM.from_pretrained(weights, **options)
     return (model if quantization != "none" else model.to(device())), tokenizer
 
 
@@ -194,7 +201,7 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:
     return getattr(torch, best), gflops
 
 
-def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.1) -> float:
+def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.05) -> float:
     """Best of the matmuls that fit into `probe_seconds`: a busy machine slows most of them, hardly all.
 
     Asked before and after a training, the larger answer is its peak: one probe alone may fall into a busy moment.
@@ -234,14 +241,17 @@ def turn_end_id(tokenizer: Any) -> int:
 
 
 def weights_checksum(model: Any, biases: bool = True) -> str:
-    """sha256 over every base weight's sum of absolute values: shows that training left the base model alone.
+    """sha256 over every base weight's bits, added up as integers: shows that training left the base model alone.
 
     Adapter weights do not count, so the value is the same before LoRA is attached and after training; nor do biases
-    that are trained (`biases` False).
+    that are trained (`biases` False). Nothing is copied: sums of floats took half a second after a training, for the
+    fresh memory of their copies.
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if "lora_" not in name and (biases or not name.endswith("bias")):
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            digest.update(f"{name} {weight.detach().float().abs().sum().item()!r}\n".encode())
+            bits = weight.detach().reshape(-1).view(torch.uint8)
+            words = bits.view(torch.int64) if bits.numel() % 8 == 0 and bits.data_ptr() % 8 == 0 else bits
+            digest.update(f"{name} {words.sum().item()}\n".encode())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import select
@@ -34,7 +35,10 @@ LIBRARIES = (
     *THREADED, "pandas", "seaborn", "torch", "transformers.trainer", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2", "peft", "peft.tuners.lora", "safetensors", "IPython",
-    "ipykernel.ipkernel", "ipykernel.kernelapp", "jupyter_client", "papermill",
+    "ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.debugger", "jupyter_client", "papermill", "pydantic.types",
+    "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
+    "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
+    "pandas.io.formats.html", "tornado.platform.asyncio",
 )  # fmt: skip
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
 START_SECONDS = 120.0
@@ -152,6 +156,7 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         importlib.import_module(library)
         if _threads() > threads and library not in THREADED:
             return 1
+    _draw()
     fresh.added = {k: v for k, v in os.environ.items() if k not in fresh.environment and k != "MPLBACKEND"}
     gc.freeze()  # the libraries' million objects stay shared after a fork, and no collection walks through them again
     send(channel, {"ready": True})
@@ -172,6 +177,16 @@ class Fresh:
     def __init__(self) -> None:
         self.environment, self.path = dict(os.environ), sys.path[1:]
         self.added: dict[str, str] = {}
+
+
+def _draw() -> None:
+    """A figure for nobody: the first one loads fonts and image formats."""
+    if "matplotlib" in sys.modules:
+        from matplotlib import pyplot
+
+        figure, _ = pyplot.subplots()
+        figure.savefig(io.BytesIO())
+        pyplot.close(figure)
 
 
 def _threads() -> int:

@@ -188,6 +188,7 @@ class PackedTrainer(Trainer):
         args._n_gpu = min(1, args.n_gpu)
         super().__init__(model, args, **options)
         self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through Watch
+        self.saving_seconds = 0.0  # writing checkpoints
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
 
     def compute_loss(
@@ -235,7 +236,7 @@ class PackedTrainer(Trainer):
             torch.cuda.empty_cache()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
+        folder, start = Path(self.args.output_dir), time.monotonic()
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way of saying "disk full"
@@ -246,6 +247,7 @@ class PackedTrainer(Trainer):
                 f"the checkpoint at step {self.state.global_step} could not be written to {folder} "
                 f"({free / 1e6:.0f} MB free): {error}. Make room and run again: it goes on from the checkpoint before."
             ) from error
+        self.saving_seconds += time.monotonic() - start
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -353,6 +355,10 @@ class Watch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.pause()  # a checkpoint follows
+        if (
+            state.global_step >= state.max_steps
+        ):  # the adapter itself does, and no more than checkpoint_seconds can be lost
+            control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

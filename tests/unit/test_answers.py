@@ -1,5 +1,7 @@
 """Answers: batching changes nothing, and a model that does not stop is not hidden."""
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -91,6 +93,14 @@ def test_answering_leaves_the_attention_function_as_it_was():
 def test_an_answer_cut_at_the_limit_is_marked_so(real, prompts):
     given = answers.answer(*real, prompts.tail(1), max_tokens=3, batch_size=1)
     assert given.finish_reason.tolist() == ["length"] and given.n_tokens.tolist() == [3]
+
+
+def test_the_bfloat16_copy_is_the_float32_weights_cast(real):
+    folder = Path(model.resolve(model.PACKAGED))
+    assert (folder / model.BFLOAT16 / "model.safetensors").is_file()
+    found, wanted = model.load(model.PACKAGED, torch.bfloat16)[0].state_dict(), real[0].state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name].to(torch.bfloat16)) for name in wanted)
 
 
 def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from test_fused import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
@@ -59,6 +59,18 @@ def test_each_option_trains_and_its_adapter_gives_the_same_logits_again(options,
     ids = torch.tensor([[3, 5, 8, 13]])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
+def test_an_adapter_is_merged_bit_for_bit_as_peft_does_it(options, tmp_path):
+    made = attached(init_lora_weights=False, **options)
+    training.fused.unfuse(made)
+    made.save_pretrained(tmp_path)
+    wanted = PeftModel.from_pretrained(tiny("qwen2"), str(tmp_path)).merge_and_unload().to(torch.bfloat16).state_dict()
+    found = answers.with_adapter(tiny("qwen2"), tmp_path, torch.bfloat16).state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert not all(torch.equal(tiny("qwen2").to(torch.bfloat16).state_dict()[name], found[name]) for name in wanted)
 
 
 def test_only_the_named_layers_get_adapters_and_an_unknown_layer_is_refused():

@@ -170,7 +170,8 @@ def test_the_base_checksum_ignores_the_adapter_and_sees_a_changed_weight():
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
     assert model.weights_checksum(tuned) == before
     with torch.no_grad():
-        base.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+        weight = base.model.layers[0].mlp.up_proj.weight
+        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))  # the least change there is
     assert model.weights_checksum(tuned) != before
 
 
