@@ -20,9 +20,11 @@ lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
 	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
-bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, kills: about an hour and a half, most of it train_step
-	for name in train_step train_scaling answering fixed_cost kills; do \
-	  echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
+REPEATS ?= 5
+bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, 20 kills: an hour and a half; REPEATS=1: half an hour
+	for what in "train_step $(REPEATS)" "train_scaling $(REPEATS)" "train_scaling $(REPEATS) float32" \
+	  "answering $(REPEATS)" "fixed_cost $(REPEATS)" kills; do \
+	  set -- $$what; name=$$1; shift; echo "== bench/$$name.py $$*"; $(BIN)/python bench/$$name.py $$* || exit 1; done
 
 reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
 	$(BIN)/python -m telco_nb.reference

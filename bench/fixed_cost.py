@@ -1,7 +1,7 @@
 """What a configuration costs beyond its training, its evaluation and its answering.
 
 `python bench/fixed_cost.py [repeats]`. First a job with the imports of 03_train, by fresh kernels and by forked ones in
-turns, so that a busy machine is busy for both. Then 03_train and 04_energy of three configurations of the laptop study:
+turns, so that a busy machine is busy for both. Then 03_train and 04_energy of two configurations of the laptop study:
 the time of their jobs less the training and answering windows, the checkpoints and the two evaluations.
 """
 
@@ -103,7 +103,7 @@ def in_the_study(configs: list[str], repeats: int) -> None:
         summary = Path(folder, "summary.json")
         seconds: dict[str, list[float]] = {}
         for repeat in range(repeats):
-            again = ["--force", "c*/03", "--force", "c*/04"] if repeat else []
+            again = ["--force", "03", "--force", "04"] if repeat else []
             steps = ["--steps", "01-04", "--json", str(summary)]
             subprocess.run([*command, *steps, *again], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             jobs = {job["id"]: job["seconds"] for job in json.loads(summary.read_text())["jobs"]}
@@ -152,7 +152,7 @@ def main(repeats: int = 5) -> None:
         print(f"{name}: {results['fresh'][name] / results['forked'][name]:.1f} times faster")
     print("bit-identical results:", results["fresh"]["bits"] == results["forked"]["bits"])
     print("beyond training, evaluation and answering:")
-    in_the_study(["c01", "c06", "c16"], repeats)
+    in_the_study(["c01", "c16"], repeats)
 
 
 if __name__ == "__main__":

@@ -355,9 +355,7 @@ class Watch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.pause()  # a checkpoint follows
-        if (
-            state.global_step >= state.max_steps
-        ):  # the adapter itself does, and no more than checkpoint_seconds can be lost
+        if state.global_step >= state.max_steps:  # the adapter does, and at most checkpoint_seconds can be lost
             control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
