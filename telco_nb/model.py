@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import math
 import os
 import shutil
@@ -21,9 +20,6 @@ from typing import Any
 import torch
 
 from telco_nb import ROOT
-
-# On import, bitsandbytes asks for an optional package that 4-bit weights on a CPU would use; none are used here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PACKAGED = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
