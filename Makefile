@@ -21,7 +21,7 @@ lab: .venv/installed  ## JupyterLab on the notebooks
 	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 REPEATS ?= 5
-bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, 20 kills: an hour and a half; REPEATS=1: half an hour
+bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, 20 kills; with REPEATS=1 in half an hour
 	for what in "train_step $(REPEATS)" "train_scaling $(REPEATS)" "train_scaling $(REPEATS) float32" \
 	  "answering $(REPEATS)" "fixed_cost $(REPEATS)" kills; do \
 	  set -- $$what; name=$$1; shift; echo "== bench/$$name.py $$*"; $(BIN)/python bench/$$name.py $$* || exit 1; done

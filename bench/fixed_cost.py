@@ -44,6 +44,7 @@ for _ in range(20):
     loss.backward(); optimizer.step(); optimizer.zero_grad()
 bits = [w.detach().sum().item().hex() for w in layer.parameters()] + [loss.item().hex()]
 """
+WORK = {"03_train": ("train_seconds", "checkpoint_seconds_total"), "04_energy": ("answer_seconds",)}
 SAVE = """
 Path(os.environ["TELCO_NB_JOB"]).with_name("result.json").write_text(
     json.dumps({"first": first, "ready": ready, "gflops": gflops, "threads": torch.get_num_threads(), "bits": bits}))
@@ -118,9 +119,9 @@ def in_the_study(configs: list[str], repeats: int) -> None:
 def beyond_work(folder: Path, jobs: dict[str, float]) -> dict[str, float]:
     """Seconds of a configuration's two jobs without the work itself."""
     found = {}
-    for step, window in (("03_train", "train_seconds"), ("04_energy", "answer_seconds")):
+    for step, work in WORK.items():
         metrics = json.loads((folder / step / "metrics.json").read_text())
-        worked = metrics[window] + metrics.get("checkpoint_seconds_total", 0.0)
+        worked = sum(metrics[name] for name in work)
         for cell in json.loads((folder / f"{step}.ipynb").read_text())["cells"]:
             if "answer_losses(" in "".join(cell["source"]):
                 worked += cell["metadata"]["papermill"]["duration"]

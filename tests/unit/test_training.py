@@ -257,6 +257,12 @@ def test_a_checkpoint_of_other_training_rows_is_not_gone_on_from(tmp_path):
     assert said and all("trained on other rows" in line for line in said)
 
 
+def test_every_epoch_but_the_last_leaves_a_checkpoint_as_the_adapter_follows(tmp_path):
+    _, trainer, _, _ = train(tmp_path)
+    steps = sorted(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*"))
+    assert steps == [trainer.state.max_steps // 3, trainer.state.max_steps // 3 * 2]
+
+
 def test_a_loss_that_is_no_number_stops_the_training_with_the_step_and_the_fix(tmp_path):
     """At such a learning rate the second step's loss is no number; transformers would log it as 0 and go on."""
     with pytest.raises(TrainingError, match=r"step 2: the .* is (nan|inf). Lower this configuration's learning_rate"):
