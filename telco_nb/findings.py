@@ -176,7 +176,8 @@ def _reason(study: Study, candidates: list[str], cheap: list[str], comparable: b
     judges = judges_text(study.passed)
     if len(candidates) == 1:
         return f"it is the only configuration at the top with {judges}"
-    text = f"{len(candidates)} of {len(study.results)} configurations are tied at the top with {judges}"
+    who = f"{len(candidates)} of {len(study.results)} configurations ({', '.join(candidates)})"
+    text = f"{who} are tied at the top with {judges}"
     if not comparable:
         return f"{text}, and it has the highest mean score (energies cannot be compared)"
     if len(cheap) == 1:
