@@ -459,6 +459,7 @@ def test_the_choice_is_cheap_among_the_tied_and_best_among_the_cheap():
     study = make_study(4, [make_judge(score)], train_energy_wh=energy)
     choice = findings.choose(study)
     assert set(choice.candidates) == {"c01", "c02", "c03"}
+    assert "3 of 4 configurations (c03, c02, c01) are tied" in choice.reason
     assert choice.config == "c02"  # c03 scores higher but takes four times the energy; c01 is no real saving
 
 
