@@ -44,14 +44,14 @@ def main(repeats: int = 5, wanted: str = "auto") -> None:
         tuned, (made, segments) = training.with_adapters(base, lora), row(tokens, length)
         times: dict[str, list[float]] = {"fused": [], "plain": []}
         peaks: list[float] = []
-        for repeat in range(repeats + 1):  # the first one warms up
+        for _ in range(repeats):
             for kind in times:
                 training.prepare_step(tuned)
                 if kind == "plain":
                     fused.unfuse(tuned)
+                seconds(tuned, made)  # as in a training, each follows one of its kind, which leaves it its memory
                 peaks.append(model.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
-                took = seconds(tuned, made)
-                times[kind] += [took] if repeat else []
+                times[kind].append(seconds(tuned, made))
         fast, slow = (statistics.median(t) for t in times.values())
         share = training.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / max(peaks)
         case, best = f"{tokens:4} {length:13} {rank:5} {tokens / fast:16.0f}", max(peaks)

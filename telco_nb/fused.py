@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
 LONGEST_SEGMENT = 1024  # tokens; longer conversations would keep too large an attention matrix for the backward pass
-HEAD_CHUNK = 128  # positions whose logits are alive at one time; 128 x 49,152 floats fit into a processor's last cache
+QUERY_BLOCK = 128  # tokens whose queries are taken at a time
+HEAD_CHUNK = 256  # positions whose logits are alive at one time: more are hardly faster
 
 
 # ---------------------------------------------------------------- frozen linear layers with adapters
@@ -145,11 +146,11 @@ class Norm(Function):
 # ---------------------------------------------------------------- attention
 
 
-@lru_cache(maxsize=128)
-def _causal(length: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, length * group, length): 0 where a query may look, else -inf; `group` query heads per key head."""
-    mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
-    return mask.repeat_interleave(group, 0)[None]
+@lru_cache(maxsize=8)
+def _causal(group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(block * group, block): 0 where a query may look, else -inf; `group` query heads per key head."""
+    mask = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=dtype, device=device).triu_(1)
+    return mask.repeat_interleave(group, 0)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
@@ -164,7 +165,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 class SegmentAttention(Function):
     """Rotary embedding and causal attention within each segment; a key head's queries are stacked, no key repeated.
 
-    q (tokens, heads * width), k and v (tokens, key_heads * width); cos and sin (tokens, 1, width / 2).
+    q (tokens, heads * width), k and v (tokens, key_heads * width); cos and sin (tokens, 1, width / 2). Queries are
+    taken in blocks that see the keys up to their own end only: half the work of a long segment, and arrays that stay
+    in a cache and are small enough for malloc to keep (it gives back what is above 32 MiB, and fresh pages are slow).
     """
 
     @staticmethod
@@ -174,44 +177,47 @@ class SegmentAttention(Function):
         tokens, heads = len(q), k.shape[1] // width
         group, scale = q.shape[1] // k.shape[1], width**-0.5
         q, k = (
-            _rotate(t.view(tokens, heads, -1, width).transpose(0, 1), cos, sin, t.new_empty(heads, tokens, n, width))
-            for t, n in ((q, group), (k, 1))
+            _rotate(t.view(tokens, heads, -1, width).transpose(0, 1), c, s, t.new_empty(heads, tokens, n, width))
+            for t, c, s, n in ((q, cos * scale, sin * scale, group), (k, cos, sin, 1))
         )
-        k, v = k.squeeze(2), v.view(tokens, heads, width).transpose(0, 1).contiguous()
-        out, shares = torch.empty_like(q), []
-        for qs, ks, vs, os in _split(segments, q, k, v, out):
-            mask = _causal(ks.shape[1], group, q.dtype, q.device)
-            share = torch.softmax(torch.baddbmm(mask, qs, ks.transpose(1, 2), alpha=scale), -1)
-            torch.bmm(share, vs, out=os)
-            shares.append(share)
-        ctx.segments, ctx.scale = segments, scale
+        q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.view(tokens, heads, width).transpose(0, 1).contiguous()
+        mask, out, shares = _causal(group, q.dtype, q.device), torch.empty_like(q), []
+        for queries, keys, new in _blocks(segments, group):
+            score = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
+            score[..., -new:].add_(mask[: new * group, :new])
+            shares.append(torch.softmax(score, -1))
+            torch.bmm(shares[-1], v[:, keys], out=out[:, queries])
+        ctx.segments, ctx.group, ctx.scale = segments, group, scale
         ctx.save_for_backward(q, k, v, out, cos, sin, *shares)
-        return out.transpose(0, 1).reshape(tokens, -1)
+        return out.view(heads, tokens, -1).transpose(0, 1).reshape(tokens, -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         q, k, v, out, cos, sin, *shares = ctx.saved_tensors
-        heads, tokens, group, width = q.shape
-        d_out = gradient.view(tokens, heads, group, width).transpose(0, 1).contiguous()
-        means = torch.linalg.vecdot(d_out.float(), out.float()).to(q.dtype)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        arrays = _split(ctx.segments, q, k, v, d_out, means.unsqueeze(-1), dq, dk, dv)
-        for (qs, ks, vs, d_os, ms, dqs, dks, dvs), share in zip(arrays, shares, strict=True):
-            torch.bmm(share.transpose(1, 2), d_os, out=dvs)
-            d_score = torch.bmm(d_os, vs.transpose(1, 2)).sub_(ms).mul_(share)
-            torch.bmm(d_score, ks, out=dqs)
-            torch.bmm(d_score.transpose(1, 2), qs, out=dks)
+        heads, tokens, width = k.shape
+        d_out = gradient.view(tokens, heads, -1).transpose(0, 1).reshape(q.shape)
+        means = torch.linalg.vecdot(d_out.float(), out.float()).to(q.dtype).unsqueeze(-1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys, _), share in zip(_blocks(ctx.segments, ctx.group), shares, strict=True):
+            dv[:, keys].baddbmm_(share.transpose(1, 2), d_out[:, queries])
+            d_score = torch.bmm(d_out[:, queries], v[:, keys].transpose(1, 2)).sub_(means[:, queries]).mul_(share)
+            torch.bmm(d_score, k[:, keys], out=dq[:, queries])
+            dk[:, keys].baddbmm_(d_score.transpose(1, 2), q[:, queries])
         dq, dk = (
-            _rotate(t.mul_(ctx.scale), cos, -sin, t.new_empty(tokens, *shape).transpose(0, 1)).transpose(0, 1)
-            for t, shape in ((dq, (heads, group, width)), (dk.unsqueeze(2), (heads, 1, width)))
+            _rotate(t.view(heads, tokens, -1, width), c, s, t.new_empty(tokens, heads, n, width).transpose(0, 1))
+            for t, c, s, n in ((dq, cos * ctx.scale, -sin * ctx.scale, ctx.group), (dk, cos, -sin, 1))
         )
-        return dq.reshape(tokens, -1), dk.reshape(tokens, -1), dv.transpose(0, 1).reshape(tokens, -1), *[None] * 4
+        return *[t.transpose(0, 1).reshape(tokens, -1) for t in (dq, dk, dv)], *[None] * 4
 
 
-def _split(segments: list[int], *arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Per segment, views of arrays (heads, tokens, ..., width) as (heads, tokens of the segment * group, width)."""
-    for pieces in zip(*[array.split(segments, 1) for array in arrays], strict=True):
-        yield tuple(piece.flatten(1, 2) if piece.dim() == 4 else piece for piece in pieces)
+def _blocks(segments: list[int], group: int) -> Iterator[tuple[slice, slice, int]]:
+    """(stacked queries, keys, tokens) of each block of queries, whose keys end where it does itself."""
+    start = 0
+    for length in segments:
+        for first in range(start, start + length, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, start + length)
+            yield slice(first * group, last * group), slice(start, last), last - first
+        start += length
 
 
 # ---------------------------------------------------------------- output head
@@ -226,14 +232,17 @@ class HeadLoss(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses, slopes = [], []
+        room = hidden.new_empty(min(len(hidden), HEAD_CHUNK), len(weight))  # for every chunk: fresh pages are slow
+        wide = torch.empty_like(room, dtype=torch.float32) if room.dtype != torch.float32 else room
         for h, target in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
-            logits = torch.mm(h, weight.T).float()
+            narrow, logits = room[: len(h)], wide[: len(h)]
+            logits.copy_(torch.mm(h, weight.T, out=narrow))
             highest = logits.amax(-1, keepdim=True)
             wanted = logits.gather(1, target[:, None])
             total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
             losses.append((total.log() + highest - wanted).squeeze(1))
             if ctx.needs_input_grad[0]:
-                slopes.append(torch.mm(logits.to(h.dtype), weight).float().div_(total).sub_(weight[target]))
+                slopes.append(torch.mm(narrow.copy_(logits), weight).float().div_(total).sub_(weight[target]))
         ctx.save_for_backward(torch.cat(slopes) if slopes else None)
         ctx.dtype = hidden.dtype
         return torch.cat(losses)

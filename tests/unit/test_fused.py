@@ -79,6 +79,20 @@ def test_the_fused_step_has_the_loss_and_gradient_of_the_plain_one(kind, targets
     assert wanted[1] and relative(found[1], wanted[1]) < 1e-4
 
 
+@pytest.mark.parametrize("block", [1, 4, 16, 17])
+def test_blocks_of_queries_and_chunks_of_the_head_change_nothing(block, monkeypatch):
+    tuned, examples = adapted(), fake_examples((9, 17, 5, 3, 16, 40))
+    wanted = plain_step(tuned, examples)
+    monkeypatch.setattr(fused, "QUERY_BLOCK", block)
+    monkeypatch.setattr(fused, "HEAD_CHUNK", block)
+    fused._causal.cache_clear()
+    assert training.prepare_step(tuned) == "fused"
+    found = packed_step(tuned, examples)
+    fused._causal.cache_clear()
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert relative(found[1], wanted[1]) < 1e-4
+
+
 def test_the_fused_step_is_exact_on_the_real_model_and_ragged_conversations():
     model.quiet()
     base, tokenizer = model.load(model.PACKAGED, torch.float32)
