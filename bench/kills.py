@@ -38,7 +38,7 @@ def train(folder: Path) -> None:
         output_dir=folder, num_train_epochs=EPOCHS, per_device_train_batch_size=1, learning_rate=1e-3, seed=1,
         disable_tqdm=True, **training.fixed_arguments(),
     )  # fmt: skip
-    meter = energy.Meter((2.0, 5.0, 12.0), 0.3, expected_utilisation=1.0)
+    meter = energy.Meter((2.0, 5.0, 12.0), 0.3)
 
     def say(text: str) -> None:
         print(text, flush=True)

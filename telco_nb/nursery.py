@@ -2,8 +2,9 @@
 
 The runner starts `python -m telco_nb.nursery FD LIBRARY...` once and asks it for a process per job over the socket FD.
 The new process (as `python -m telco_nb.execution`) has already forked its kernel (as `python -m telco_nb.kernel`),
-which waits to be told its command, environment, folder and log. Nothing of telco_nb but this module is imported before
-the forks, so that every job reads the sources of its own time. Whatever does not fit gets an ordinary process.
+which waits to be told its command, environment, folder and log. The modules of telco_nb are imported before the forks,
+too, and the packaged model is loaded; a nursery whose sources have changed since is replaced (`is_outdated`). Whatever
+does not fit gets an ordinary process.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LIBRARIES = (
     "ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.debugger", "jupyter_client", "papermill", "pydantic.types",
     "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
     "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
-    "pandas.io.formats.html", "tornado.platform.asyncio",
+    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.execution", "telco_nb.kernel", "telco_nb.model",
+    "telco_nb.training", "telco_nb.answers", "telco_nb.preflight",
 )  # fmt: skip
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
 START_SECONDS = 120.0
@@ -70,10 +72,17 @@ def is_useful(jobs: int) -> bool:
     return possible and wish != "0" and (jobs > 1 or wish == "1")
 
 
+def sources() -> dict[str, tuple[int, int]]:
+    """When each module of telco_nb was last changed (ns), and its size."""
+    states = {path.name: path.stat() for path in Path(__file__).parent.glob("*.py")}
+    return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
+
+
 class Nursery:
     """The process that has imported everything, as the runner sees it. `environment` is that of the kernels to come."""
 
     def __init__(self, environment: dict[str, str]):
+        self.sources = sources()
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.settimeout(START_SECONDS)
         nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -83,6 +92,10 @@ class Nursery:
                 command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
             )
         self.ready = False
+
+    def is_outdated(self) -> bool:
+        """Whether a source has changed since this began: then what it imported may not be what a job is to run."""
+        return sources() != self.sources
 
     def fork(self, job_file: Path, log: IO[bytes], lock: IO[str], patient: Callable[[], bool]) -> Child | None:
         """The process of a job, or None if there is none to be had: then start an ordinary one.
@@ -156,9 +169,10 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         importlib.import_module(library)
         if _threads() > threads and library not in THREADED:
             return 1
-    _draw()
+    _rehearse()
     fresh.added = {k: v for k, v in os.environ.items() if k not in fresh.environment and k != "MPLBACKEND"}
-    gc.freeze()  # the libraries' million objects stay shared after a fork, and no collection walks through them again
+    if not _load_model():
+        return 1
     send(channel, {"ready": True})
     while order := receive(channel):
         me = os.getpid()
@@ -168,6 +182,8 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         for file in order[1]:
             os.close(file)
         send(channel, {"exit_code": _wait_for(pid, channel)})
+        if not _load_model():
+            return 1
     os._exit(0)
 
 
@@ -179,14 +195,27 @@ class Fresh:
         self.added: dict[str, str] = {}
 
 
-def _draw() -> None:
-    """A figure for nobody: the first one loads fonts and image formats."""
+def _rehearse() -> None:
+    """A figure and a notebook for nobody: the first ones load fonts and image formats, and compile a schema."""
     if "matplotlib" in sys.modules:
         from matplotlib import pyplot
 
         figure, _ = pyplot.subplots()
         figure.savefig(io.BytesIO())
         pyplot.close(figure)
+    if "nbformat" in sys.modules:
+        import nbformat
+
+        nbformat.validate(nbformat.v4.new_notebook())
+
+
+def _load_model() -> bool:
+    """The packaged model, once a job has unpacked it; False if that has left a thread, with which no fork is safe."""
+    threads = _threads()
+    if "telco_nb.model" in sys.modules:
+        sys.modules["telco_nb.model"].preload()
+    gc.freeze()  # the libraries' million objects stay shared after a fork, and no collection walks through them again
+    return _threads() <= threads
 
 
 def _threads() -> int:

@@ -182,7 +182,12 @@ def _modules(code: str) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _imported(source: str) -> Iterator[str]:
+@cache
+def _imported(source: str) -> tuple[str, ...]:
+    return tuple(_imports(source))
+
+
+def _imports(source: str) -> Iterator[str]:
     # Magics are not Python: they cannot import a module of ours in a way that we would miss.
     plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
     for node in ast.walk(ast.parse(plain)):
@@ -315,7 +320,9 @@ class Run:
 
         folder = self.work / "figures"
         folder.mkdir(exist_ok=True)
-        fig.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        # "tight" would draw the figure once more to find the same box, unless a layout moves its parts while drawing.
+        box = "tight" if fig.get_layout_engine() else fig.get_tightbbox().padded(0.1)
+        fig.savefig(folder / f"{name}.png", dpi=110, bbox_inches=box, metadata={"Software": None})
         plt.close(fig)
         if data is not None:
             data.to_csv(folder / f"{name}.csv", index=False)

@@ -374,6 +374,9 @@ class Runner:
 
     def fork(self, job_file: Path, errors: IO[bytes]) -> Child | None:
         """The process of a job from the nursery, which is started for the first; None if this cannot be."""
+        if self.nursery and self.nursery.is_outdated():
+            self.nursery.close()
+            self.nursery = None
         if self.nursery is None and is_useful(sum(state.decision != "skip" for state in self.states)):
             self.nursery = Nursery(os.environ | execution.common_environment({}))
         return self.nursery and self.nursery.fork(job_file, errors, self.lock_file, self._wait_on)

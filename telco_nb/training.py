@@ -31,7 +31,7 @@ except ImportError:
 
 from telco_nb import fused
 from telco_nb.packing import IGNORED, Example, PackedRows, collate, pack, parts, segment_lengths
-from telco_nb.record import device, write_json
+from telco_nb.record import write_json
 
 TARGET_MODULES = {
     "qv": ["q_proj", "v_proj"],
@@ -253,16 +253,6 @@ class PackedTrainer(Trainer):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or torch's allocator on a processor, had no more memory to give."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def warm_up(model: Any, row: dict[str, torch.Tensor]) -> float:
-    """One forward and backward pass that changes no weight; returns the share of the cores it used, 0-1."""
-    model.train()
-    wall, cpu = time.perf_counter(), time.process_time()
-    token_losses(model, {name: tensor.to(model.device) for name, tensor in row.items()}).mean().backward()
-    model.zero_grad(set_to_none=True)
-    used = (time.process_time() - cpu) / (time.perf_counter() - wall) / device()["cores"]
-    return min(1.0, used)
 
 
 def fixed_arguments() -> dict[str, Any]:
