@@ -18,20 +18,29 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AttentionInterface
 
-from telco_nb.model import chat_messages, end_token_id
+from telco_nb.model import chat_messages, end_token_id, mapped
 
 KEPT = "kept_keys"  # name of the attention function below
 DROP_SHARE = 0.8  # rows leave the batch when no more than this share of it still writes; a guess, any value is exact
 
 
-def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype) -> Any:
-    """The model that would be deployed: LoRA merged into the (float32) base weights, then cast to `dtype`."""
+def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_model: str | None = None) -> Any:
+    """The model that would be deployed: LoRA merged into the (float32) base weights, then cast to `dtype`.
+
+    If there is a file of `base_model` in `dtype`, matrices that no adapter has changed are mapped from it: to cast
+    them again would write all of them into fresh memory.
+    """
     if adapter is not None:
         tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
         for layer in tuned.modules():
             if isinstance(layer, BaseTunerLayer):
                 _merge(layer, dtype)
         model = tuned.unload()
+    cast = mapped(base_model, dtype) if base_model and dtype != torch.float32 else None
+    for name, weight in cast.named_parameters() if cast else ():
+        own = model.get_parameter(name)
+        if own.dtype != dtype and own.dim() > 1:  # a bias may have been trained along
+            own.data = weight.data.to(own.device)
     return model.to(dtype).eval()
 
 

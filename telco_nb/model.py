@@ -25,6 +25,7 @@ PACKAGED = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BFLOAT16 = "bfloat16"  # folder of the copy
+UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # where the weights of each format lie in an unpacked folder
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
 
 
@@ -117,21 +118,35 @@ def unpack(gguf: Path, folder: Path) -> Path:
 
 def load(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tuple[Any, Any]:
     """(model, tokenizer) on the best device of this machine; the model computes in `dtype`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = resolve(base_model)
-    tokenizer = _preloaded.pop(source, None) or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = _preloaded.pop(f"{source} tokenizer", None)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
-    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    if quantization != "none":  # quantised weights cannot be moved afterwards
-        options |= {"quantization_config": quantized(quantization, dtype), "device_map": {"": device()}}
-    copy = Path(source, BFLOAT16)
-    weights = str(copy) if dtype == torch.bfloat16 and copy.is_dir() else source
-    if quantization != "none":
-        return AutoModelForCausalLM.from_pretrained(weights, **options), tokenizer
-    model = _preloaded.pop((weights, dtype), None) or AutoModelForCausalLM.from_pretrained(weights, **options)
-    return model.to(device()), tokenizer
+    if quantization == "none":
+        return (mapped(base_model, dtype) or _weights(source, dtype)).to(device()), tokenizer
+    # Quantised weights cannot be moved afterwards.
+    options = {"quantization_config": quantized(quantization, dtype), "device_map": {"": device()}}
+    return _weights(source, dtype, **options), tokenizer
+
+
+def mapped(base_model: str, dtype: torch.dtype) -> Any | None:
+    """The model on the processor with its weights mapped from a file of this format; None if there is no such file."""
+    folder = Path(resolve(base_model))
+    if not _is_unpacked(folder) or dtype not in UNPACKED:
+        return None
+    weights = str(folder / UNPACKED[dtype])
+    return _preloaded.pop(weights, None) or _weights(weights, dtype)
+
+
+def _weights(source: str, dtype: torch.dtype, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+    )
 
 
 _preloaded: dict[Any, Any] = {}  # what `load` takes first, each once: its caller may change it
@@ -142,16 +157,15 @@ def preload() -> None:
 
     Its weights are mapped from files, so that this costs no memory. No thread may be started here.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = packaged_folder()
     if _preloaded or not _is_unpacked(folder):
         return
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    for weights, dtype in ((str(folder), torch.float32), (str(folder / BFLOAT16), torch.bfloat16)):
-        options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-        _preloaded[weights, dtype] = AutoModelForCausalLM.from_pretrained(weights, **options)
-    _preloaded[str(folder)] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for dtype, place in UNPACKED.items():
+        _preloaded[str(folder / place)] = _weights(str(folder / place), dtype)
+    _preloaded[f"{folder} tokenizer"] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 
 

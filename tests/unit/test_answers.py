@@ -1,5 +1,6 @@
 """Answers: batching changes nothing, and a model that does not stop is not hidden."""
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -126,6 +127,32 @@ def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-3, atol=2e-3)
     assert [p.name for p in tmp_path.glob("adapter_model*")] == ["adapter_model.safetensors"]
+
+
+def test_what_no_adapter_has_changed_is_mapped_from_the_copy_and_nothing_else(real, tmp_path):
+    tuned = get_peft_model(
+        model.load(model.PACKAGED, torch.float32)[0],
+        LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False),
+    )
+    tuned.save_pretrained(tmp_path)
+    for adapter in (tmp_path, None):
+        plain = answers.with_adapter(model.load(model.PACKAGED, torch.float32)[0], adapter, torch.bfloat16)
+        found = answers.with_adapter(
+            model.load(model.PACKAGED, torch.float32)[0], adapter, torch.bfloat16, model.PACKAGED
+        )
+        wanted = plain.state_dict()
+        assert found.state_dict().keys() == wanted.keys()
+        assert all(torch.equal(weight, wanted[name]) for name, weight in found.state_dict().items())
+
+
+def test_a_preloaded_model_is_handed_out_once_as_its_user_may_change_it(real, monkeypatch):
+    monkeypatch.setattr(model, "_preloaded", {})
+    model.preload()
+    first, second = (model.load(model.PACKAGED, torch.float32) for _ in range(2))
+    assert not {*map(str, model._preloaded)} & {str(model.packaged_folder())}
+    assert first[0] is not second[0] and first[1] is not second[1]
+    assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
+    assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 def test_batches_hold_every_prompt_once_shortest_first():
