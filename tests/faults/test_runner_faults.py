@@ -418,6 +418,19 @@ def test_a_dead_nursery_fails_its_job_and_the_next_runs_without(warm_study):
     assert not about(warm_study)["warm"]
 
 
+def test_a_nursery_is_replaced_when_a_source_has_changed(warm_study):
+    who = "import psutil; about['nursery'] = psutil.Process(os.getppid()).ppid()\n"
+    noted = ABOUT.replace("pathlib.Path(os.environ", who + "pathlib.Path(os.environ")
+    touch = "import os, telco_nb, pathlib; os.utime(pathlib.Path(telco_nb.__file__).with_name('book.py'))"
+    warm_study.add("01_a", noted + touch, FINISH)
+    warm_study.add("02_b", noted.replace("about.json", "about_2.json"), FINISH)
+    warm_study.add("03_c", noted.replace("about.json", "about_3.json"), FINISH)
+    assert warm_study.run()[0] == 0
+    found = [json.loads((warm_study.root / "s" / f"about{n}.json").read_text()) for n in ("", "_2", "_3")]
+    assert all(f["warm"] for f in found)
+    assert found[0]["nursery"] != found[1]["nursery"] == found[2]["nursery"]
+
+
 def test_a_nursery_that_cannot_import_is_done_without(warm_study):
     warm_study.libraries = ["no_such_library"]
     warm_study.add("01_a", ABOUT, FINISH)
