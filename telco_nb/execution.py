@@ -281,7 +281,7 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
                 self.kernel_info()
                 with contextlib.suppress(queue.Empty):
                     reply = await self.get_shell_msg(timeout=1)
-                    await self.get_iopub_msg(timeout=0.2)  # nothing comes while that socket is not connected
+                    await self.get_iopub_msg(timeout=0.05)  # nothing comes while that socket is not connected
                     self._handle_kernel_info_reply(reply)
                     return
             raise RuntimeError(f"the kernel did not answer within {timeout:.0f} s")

@@ -14,8 +14,8 @@ from ipykernel.kernelapp import IPKernelApp
 
 POLL_SECONDS = 0.3
 # Until a client listens, which looks for our sockets every 5 ms (telco_nb.execution). If it missed what we say to its
-# first request, it would wait for 200 ms and ask again.
-LISTEN_SECONDS = 0.02
+# first request, it would wait for 50 ms and ask again.
+LISTEN_SECONDS = 0.01
 
 
 class BatchKernel(IPKernelApp):

@@ -40,7 +40,8 @@ LIBRARIES = (
     "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
     "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
     "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.execution", "telco_nb.kernel", "telco_nb.model",
-    "telco_nb.training", "telco_nb.answers", "telco_nb.preflight",
+    "telco_nb.training", "telco_nb.answers", "telco_nb.preflight", "IPython.core.debugger", "IPython.core.oinspect",
+    "IPython.core.logger",
 )  # fmt: skip
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
 START_SECONDS = 120.0
@@ -196,7 +197,7 @@ class Fresh:
 
 
 def _rehearse() -> None:
-    """A figure and a notebook for nobody: the first ones load fonts and image formats, and compile a schema."""
+    """What takes longest for the first time: fonts and image formats, the schema of notebooks, versions of packages."""
     if "matplotlib" in sys.modules:
         from matplotlib import pyplot
 
@@ -207,6 +208,8 @@ def _rehearse() -> None:
         import nbformat
 
         nbformat.validate(nbformat.v4.new_notebook())
+    if "telco_nb.record" in sys.modules:
+        sys.modules["telco_nb.record"].versions()
 
 
 def _load_model() -> bool:
