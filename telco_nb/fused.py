@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
 LONGEST_SEGMENT = 1024  # tokens; longer conversations would keep too large an attention matrix for the backward pass
-QUERY_BLOCK = 128  # tokens whose queries are taken at a time
+QUERY_BLOCK = 128  # tokens whose queries are taken at a time in float32; twice as many in 16 bits
 HEAD_CHUNK = 256  # positions whose logits are alive at one time: more are hardly faster
 
 
@@ -147,9 +147,9 @@ class Norm(Function):
 
 
 @lru_cache(maxsize=8)
-def _causal(group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _causal(block: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(block * group, block): 0 where a query may look, else -inf; `group` query heads per key head."""
-    mask = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=dtype, device=device).triu_(1)
+    mask = torch.full((block, block), -torch.inf, dtype=dtype, device=device).triu_(1)
     return mask.repeat_interleave(group, 0)
 
 
@@ -181,13 +181,14 @@ class SegmentAttention(Function):
             for t, c, s, n in ((q, cos * scale, sin * scale, group), (k, cos, sin, 1))
         )
         q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.view(tokens, heads, width).transpose(0, 1).contiguous()
-        mask, out, shares = _causal(group, q.dtype, q.device), torch.empty_like(q), []
-        for queries, keys, new in _blocks(segments, group):
+        block = QUERY_BLOCK * torch.float32.itemsize // q.element_size()
+        mask, out, shares = _causal(block, group, q.dtype, q.device), torch.empty_like(q), []
+        for queries, keys, new in _blocks(segments, block, group):
             score = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
             score[..., -new:].add_(mask[: new * group, :new])
             shares.append(torch.softmax(score, -1))
             torch.bmm(shares[-1], v[:, keys], out=out[:, queries])
-        ctx.segments, ctx.group, ctx.scale = segments, group, scale
+        ctx.segments, ctx.block, ctx.group, ctx.scale = segments, block, group, scale
         ctx.save_for_backward(q, k, v, out, cos, sin, *shares)
         return out.view(heads, tokens, -1).transpose(0, 1).reshape(tokens, -1)
 
@@ -197,12 +198,14 @@ class SegmentAttention(Function):
         heads, tokens, width = k.shape
         d_out = gradient.view(tokens, heads, -1).transpose(0, 1).reshape(q.shape)
         means = torch.linalg.vecdot(d_out.float(), out.float()).to(q.dtype).unsqueeze(-1)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (queries, keys, _), share in zip(_blocks(ctx.segments, ctx.group), shares, strict=True):
-            dv[:, keys].baddbmm_(share.transpose(1, 2), d_out[:, queries])
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        blocks, written = zip([*_blocks(ctx.segments, ctx.block, ctx.group)][::-1], shares[::-1], strict=True), tokens
+        for (queries, keys, _), share in blocks:  # from the last on, as a segment's last block sees all of its keys
             d_score = torch.bmm(d_out[:, queries], v[:, keys].transpose(1, 2)).sub_(means[:, queries]).mul_(share)
             torch.bmm(d_score, k[:, keys], out=dq[:, queries])
-            dk[:, keys].baddbmm_(d_score.transpose(1, 2), q[:, queries])
+            _add_up(dv[:, keys], share.transpose(1, 2), d_out[:, queries], first=keys.start < written)
+            _add_up(dk[:, keys], d_score.transpose(1, 2), q[:, queries], first=keys.start < written)
+            written = keys.start
         dq, dk = (
             _rotate(t.view(heads, tokens, -1, width), c, s, t.new_empty(tokens, heads, n, width).transpose(0, 1))
             for t, c, s, n in ((dq, cos * ctx.scale, -sin * ctx.scale, ctx.group), (dk, cos, -sin, 1))
@@ -210,12 +213,17 @@ class SegmentAttention(Function):
         return *[t.transpose(0, 1).reshape(tokens, -1) for t in (dq, dk, dv)], *[None] * 4
 
 
-def _blocks(segments: list[int], group: int) -> Iterator[tuple[slice, slice, int]]:
+def _add_up(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """Write the first product into `total`, add the others to it."""
+    torch.bmm(left, right, out=total) if first else total.baddbmm_(left, right)
+
+
+def _blocks(segments: list[int], block: int, group: int) -> Iterator[tuple[slice, slice, int]]:
     """(stacked queries, keys, tokens) of each block of queries, whose keys end where it does itself."""
     start = 0
     for length in segments:
-        for first in range(start, start + length, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, start + length)
+        for first in range(start, start + length, block):
+            last = min(first + block, start + length)
             yield slice(first * group, last * group), slice(start, last), last - first
         start += length
 

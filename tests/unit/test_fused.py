@@ -85,10 +85,8 @@ def test_blocks_of_queries_and_chunks_of_the_head_change_nothing(block, monkeypa
     wanted = plain_step(tuned, examples)
     monkeypatch.setattr(fused, "QUERY_BLOCK", block)
     monkeypatch.setattr(fused, "HEAD_CHUNK", block)
-    fused._causal.cache_clear()
     assert training.prepare_step(tuned) == "fused"
     found = packed_step(tuned, examples)
-    fused._causal.cache_clear()
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     assert relative(found[1], wanted[1]) < 1e-4
 
