@@ -49,7 +49,7 @@ def main(repeats: int = 5, wanted: str = "auto") -> None:
                 training.prepare_step(tuned)
                 if kind == "plain":
                     fused.unfuse(tuned)
-                seconds(tuned, made)  # as in a training, each follows one of its kind, which leaves it its memory
+                seconds(tuned, made)  # as in a training, each follows one of its kind
                 peaks.append(model.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
                 times[kind].append(seconds(tuned, made))
         fast, slow = (statistics.median(t) for t in times.values())

@@ -146,9 +146,9 @@ class Meter:
             "device": self._device(),
         }
         frame = pd.DataFrame([common | row for row in (*rows, total)])
-        tracked = (
-            self.total["tracker_gpu_j"] + self._watts(self.watts[1], self.utilisation) * self.total["tracker_cpu_s"]
-        )
+        # carbontracker's seconds at our own watts, measured or not: so only a different window makes a difference.
+        share = self.total["tracker_cpu_s"] / self.total["window_s"] if self.total["window_s"] else math.nan
+        tracked = rows[0]["gross_j"] * share + self.total["tracker_gpu_j"]
         frame["carbontracker_j"] = [None, None, tracked]
         ratio = tracked / total["gross_j"] if total["gross_j"] else math.nan
         frame["carbontracker_pue_removed_ratio"] = [None, None, ratio]

@@ -166,8 +166,7 @@ class SegmentAttention(Function):
     """Rotary embedding and causal attention within each segment; a key head's queries are stacked, no key repeated.
 
     q (tokens, heads * width), k and v (tokens, key_heads * width); cos and sin (tokens, 1, width / 2). Queries are
-    taken in blocks that see the keys up to their own end only: half the work of a long segment, and arrays that stay
-    in a cache and are small enough for malloc to keep (it gives back what is above 32 MiB, and fresh pages are slow).
+    taken in blocks that see the keys up to their own end only: nearly half the work and memory of a long segment.
     """
 
     @staticmethod
@@ -240,7 +239,7 @@ class HeadLoss(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses, slopes = [], []
-        room = hidden.new_empty(min(len(hidden), HEAD_CHUNK), len(weight))  # for every chunk: fresh pages are slow
+        room = hidden.new_empty(min(len(hidden), HEAD_CHUNK), len(weight))  # for every chunk: fresh arrays took longer
         wide = torch.empty_like(room, dtype=torch.float32) if room.dtype != torch.float32 else room
         for h, target in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
             narrow, logits = room[: len(h)], wide[: len(h)]

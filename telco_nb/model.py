@@ -149,7 +149,7 @@ def _weights(source: str, dtype: torch.dtype, **options: Any) -> Any:
     )
 
 
-_preloaded: dict[Any, Any] = {}  # what `load` takes first, each once: its caller may change it
+_preloaded: dict[str, Any] = {}  # what `load` takes first, each once: its caller may change it
 
 
 def preload() -> None:

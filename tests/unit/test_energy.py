@@ -82,6 +82,17 @@ def test_a_counter_that_several_jobs_share_is_no_figure_of_one_of_them(rapl, mon
     assert meter._watts(5.0, 1.0) == pytest.approx(meter.cores * 5.0 * (0.3 / 2 + 0.7))
 
 
+def test_a_measured_processor_over_the_same_window_is_no_reason_for_a_warning(rapl):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    busy(1.5)
+    rapl(20_000_000)  # 30 J: far from what the declared watts would say of this window
+    meter.stop()
+    statement = meter.statement("train")
+    assert statement.set_index("component").loc["total", "gross_j"] == pytest.approx(30.0)
+    assert "apart" not in energy.compared(statement)
+
+
 def test_an_unreadable_or_empty_rapl_counter_is_no_sensor(rapl):
     rapl(0)
     assert energy.rapl_domains() == []
