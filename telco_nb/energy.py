@@ -25,6 +25,10 @@ SHORTEST_WINDOW_S = {"nvml_energy_counter": 20.0, "rapl": 10.0, "cpu_time_model"
 SENSOR_ACCURACY = 0.05  # of NVML counters on data-centre cards, as published; taken for RAPL too, a guess
 FAR_APART = 0.05  # ratio to carbontracker's figure from which on a reader is warned
 WEAKEST_LAST = ("measured", "external", "allocated", "estimated", "none")
+SHOWN = [  # columns of a statement that its reader sees in the notebook; the table on disk has all
+    "component", "kind", "source", "gross_j", "low_j", "high_j", "window_s", "carbontracker_j", "valid",
+    "invalid_reason",
+]  # fmt: skip
 
 
 def rapl_domains() -> list[Path]:
