@@ -82,7 +82,9 @@ def main(
     gpus: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="One configuration per GPU, as many at once: 0,1,2. Default: one after another."
+            metavar="LIST",
+            help="As many configurations at once as there are GPUs here (0,1,2), divided by the parameter processes. "
+            "Default: one after another.",
         ),
     ] = None,
     params_dir: Annotated[

@@ -64,7 +64,7 @@ class Meter:
         self.watts, self.idle_share = watts, idle_share
         self.cores, self.at_once = device()["cores"], int(os.environ.get(AT_ONCE_VARIABLE, "1"))
         self.rapl, self.gpu = rapl_domains(), nvml_handle()
-        self.tracker = _Carbontracker(self.gpu is not None)
+        self.tracker = _Carbontracker(self.gpu)
         self.total = dict.fromkeys(("window_s", "cpu_s", "rapl_j", "gpu_j", "tracker_cpu_s", "tracker_gpu_j"), 0.0)
         self.n_windows = 0
         self._mark: dict[str, Any] | None = None
@@ -235,17 +235,19 @@ class _Carbontracker:
     check of the windows, not as a second opinion on the watts.
     """
 
-    def __init__(self, gpu: bool):
+    def __init__(self, gpu: Any | None):
+        from carbontracker.components.gpu.nvidia import NvidiaGPU
         from carbontracker.emissions.intensity.intensity import IntensityService
         from carbontracker.tracker import CarbonTracker
 
         # The constructor would ask a web service where this machine stands; there is no option against it.
         IntensityService._fetch_geo_location = lambda _: None
+        NvidiaGPU._get_handles = lambda _: [gpu]  # it would read all cards of this machine
         self._silence = io.StringIO()
         with contextlib.redirect_stdout(self._silence), contextlib.redirect_stderr(self._silence):
             self._tracker = CarbonTracker(
                 epochs=1_000_000, epochs_before_pred=0, monitor_epochs=-1, interpretable=False, verbose=0,
-                components="gpu,cpu" if gpu else "cpu",
+                components="cpu" if gpu is None else "gpu,cpu",
                 sim_cpu=device()["cpu"], sim_cpu_tdp=1.0, sim_cpu_util=1.0,
             )  # fmt: skip
             until = time.monotonic() + 0.1

@@ -212,13 +212,13 @@ def memory_estimate(
     }
 
 
-def free_memory() -> float:
-    """Bytes that the device, or this machine if there is none, can still give."""
+def free_memory(processes: int = 1) -> float:
+    """Bytes that the device, or this machine if there is none, can still give to each of so many processes."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
     import psutil
 
-    return float(psutil.virtual_memory().available)
+    return psutil.virtual_memory().available / processes
 
 
 def quiet() -> None:

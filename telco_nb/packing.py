@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -145,7 +145,8 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
 class PackedRows(torch.utils.data.Dataset):
     """Packed rows as a dataset: one row is one optimiser step, computed in parts of at most `micro_batch_tokens`.
 
-    The parts get smaller when memory runs out; `shrunk` then holds the sizes that were too large.
+    The parts get smaller when memory runs out; `shrunk` then holds the sizes that were too large. `share` says which
+    of how many processes this one is: each gets its own conversations of every row.
     """
 
     def __init__(self, examples: list[Example], batch_tokens: int, seed: int, micro_batch_tokens: int | None = None):
@@ -154,6 +155,7 @@ class PackedRows(torch.utils.data.Dataset):
         self.supervised = [sum(e.n_supervised for e in row) for row in self.rows]
         self.micro_batch_tokens = micro_batch_tokens or batch_tokens
         self.shrunk: list[int] = []
+        self.share = (0, 1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -165,7 +167,22 @@ class PackedRows(torch.utils.data.Dataset):
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return collate(self.rows[index])
+        return collate(share_of(self.rows[index], *self.share))
+
+
+def share_of(row: list[Example], process: int, processes: int) -> list[Example]:
+    """The conversations of a row that one process computes: the longest first, each to whoever has fewest tokens.
+
+    Where a row has too few, a process gets the shortest without its labels: every process must take part in each
+    exchange of gradients, and this adds nothing to them.
+    """
+    tokens, owners = [0] * processes, {}
+    for i in sorted(range(len(row)), key=lambda i: -len(row[i].input_ids)):
+        owners[i] = tokens.index(min(tokens))
+        tokens[owners[i]] += len(row[i].input_ids)
+    shortest = min(row, key=lambda example: len(example.input_ids))
+    unlabelled = replace(shortest, labels=[IGNORED] * len(shortest.labels))
+    return [example for i, example in enumerate(row) if owners[i] == process] or [unlabelled]
 
 
 def parts(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:

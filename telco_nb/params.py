@@ -84,6 +84,7 @@ class Parameters(BaseModel):
     max_length: int = Field(ge=32)
     assistant_only_loss: bool
     gradient_checkpointing: bool
+    processes: int = Field(ge=1, le=64)
     dtype: Literal["auto", "float32", "bfloat16"]
     checkpoint_seconds: float = Field(gt=0)
     # answering

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from telco_nb.model import PreflightError, end_token_id
 from telco_nb.packing import IGNORED, Example
+from telco_nb.record import device
 
 SPARE = 0.2  # share of the free memory left alone: the estimate of a row is a guess to 30 %, and halving is the net
 
@@ -44,6 +47,17 @@ def check_end(loss: float, vocabulary: int) -> None:
             f"the end token costs the base model {loss:.1f} nats, a blind guess {math.log(vocabulary):.1f}: it does "
             "not know this token, and its answers would run on. Use a base_model whose tokenizer ends texts with a "
             "token that it was trained on."
+        )
+
+
+def check_processes(processes: int) -> None:
+    """There is a GPU for each process of a training or, where there is none, a core."""
+    gpus = torch.cuda.device_count()
+    units, name = (gpus, "GPU") if gpus else (device()["cores"], "core")
+    if processes > units:
+        raise PreflightError(
+            f"processes is {processes}, and this notebook may use {units} {name}{'s' * (units > 1)}: one is needed for "
+            f"each. Lower processes{', or name more with --gpus' if gpus else ''}."
         )
 
 

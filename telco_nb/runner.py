@@ -133,6 +133,7 @@ def _run(options: Options, console: Console, outcome: Outcome) -> None:
 def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, outcome: Outcome) -> None:
     """Plan, run, report and summarise `jobs`; `outcome` receives what came of it."""
     chosen = schedule.choose_steps(jobs, options.steps)
+    lanes = lane_gpus(options.gpus, chosen)
     forced = schedule.choose_forced(chosen, options.force)
     if options.dry_run:
         states = schedule.plan(chosen, root, forced)
@@ -147,7 +148,7 @@ def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, ou
         estimates = price(console, root, jobs, states)
         prices.agree(estimates, options.max_usd, options.yes, _agreed if sys.stdin.isatty() else None)
         examine(console, root, states, options.gpus)
-        runner = Runner(states, root, options, console, lock_file)
+        runner = Runner(states, root, options, console, lock_file, lanes)
         runner.go()
         outcome.jobs = [_summary(state, root) for state in states]
         outcome.exit_code = exit_code(states, stopped=runner.stops > 0)
@@ -256,14 +257,22 @@ def _try_lock(stream: IO[str]) -> bool:
 
 class Runner:
     """Runs the jobs of a plan. One after another, each with the whole machine, so that its energy is its own; or, with
-    `--gpus`, as many at once as GPUs are named, each with one of them."""
+    `--gpus`, several at once, each with its own (see `lane_gpus`)."""
 
-    def __init__(self, states: list[State], root: Path, options: Options, console: Console, lock_file: IO[str]):
+    def __init__(
+        self,
+        states: list[State],
+        root: Path,
+        options: Options,
+        console: Console,
+        lock_file: IO[str],
+        lanes: list[str | None],
+    ):
         self.states, self.root, self.options, self.console, self.lock_file = states, root, options, console, lock_file
         self.by_id = {state.job.id: state for state in states}
         self.stops = 0  # how often we were asked to stop
         self.nursery: Nursery | None = None
-        self.lanes = [Lane(self, gpu) for gpu in options.gpus or (None,)]
+        self.lanes = [Lane(self, gpus) for gpus in lanes]
 
     def go(self) -> None:
         """Run what is to be run. Afterwards every state has ended, but for those that a stop left waiting."""
@@ -386,11 +395,24 @@ class Runner:
         return not self.stops
 
 
-class Lane:
-    """One job at a time in a process of its own, with one GPU of several (`gpu`) or with the whole machine (None)."""
+def lane_gpus(gpus: tuple[str, ...], jobs: list[Job]) -> list[str | None]:
+    """The GPUs of each lane, as CUDA_VISIBLE_DEVICES: as many as processes share a training. Without any, one lane.
 
-    def __init__(self, runner: Runner, gpu: str | None):
-        self.runner, self.gpu = runner, gpu
+    Raises UsageError if they do not come out even.
+    """
+    if not gpus:
+        return [None]
+    size = max(job.parameters.get("processes", 1) for job in jobs)
+    if len(gpus) % size:
+        raise UsageError(f"--gpus names {len(gpus)} GPUs, and processes is {size}: name a multiple of {size}.")
+    return [",".join(gpus[i : i + size]) for i in range(0, len(gpus), size)]
+
+
+class Lane:
+    """One job at a time in a process of its own, with its own GPUs of several or with the whole machine (None)."""
+
+    def __init__(self, runner: Runner, gpus: str | None):
+        self.runner, self.gpus = runner, gpus
         self.child: subprocess.Popen[str] | Child | None = None
         self.kernel_pid: int | None = None
         self.runtime: str | None = None  # the child's temporary folder
@@ -402,7 +424,7 @@ class Lane:
             return Failure("not started", "its inputs are not there")
         log = executed.running_log(self.runner.root, state.job.scope, state.job.step)
         with log.open("wb") as errors:
-            forked = self.runner.fork(job_file, errors) if self.gpu is None else None
+            forked = self.runner.fork(job_file, errors) if self.gpus is None else None
             self.child = forked or self._start(job_file, errors)
         try:
             ended, failure = self._attend(state)
@@ -412,11 +434,11 @@ class Lane:
         return failure if ended else self._bury(state)
 
     def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
-        several = {"CUDA_VISIBLE_DEVICES": str(self.gpu), record.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
+        several = {"CUDA_VISIBLE_DEVICES": str(self.gpus), record.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
         return subprocess.Popen(
             [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())],
             cwd=ROOT,
-            env=os.environ | (several if self.gpu is not None else {}),
+            env=os.environ | (several if self.gpus is not None else {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -41,6 +41,7 @@ TARGET_MODULES = {
 }
 SEGMENTED = "segmented_sdpa"
 ROW_MULTIPLE = 16  # tokens; bfloat16 matmuls of 1,007 rows ran at 640 GFLOP/s, of 1,008 at 800 (oneDNN, AVX512-BF16)
+OF_EACH_PROCESS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # a meter's readings that are its own process's only
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
 
 
@@ -188,8 +189,17 @@ class PackedTrainer(Trainer):
         args._n_gpu = min(1, args.n_gpu)
         super().__init__(model, args, **options)
         self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through Watch
+        self.train_dataset.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.saving_seconds = 0.0  # writing checkpoints
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self.accelerator.num_processes > 1:
+            # accelerate would deal the rows out, so that more processes were fewer and larger steps. Here each sees all
+            # rows and computes its share of them: its part of the batches is made that of one process alone.
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
 
     def compute_loss(
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -271,6 +281,7 @@ def fixed_arguments() -> dict[str, Any]:
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,  # every adapter weight takes part in every step
     }
 
 
@@ -316,7 +327,8 @@ class Watch(TrainerCallback):
     """Meters the steps, logs them, saves every `checkpoint_seconds`, and stops on a loss that is no number.
 
     The meter is paused while a checkpoint is written, and its readings travel with the checkpoint: so the energy of a
-    resumed training counts every step that the final adapter contains exactly once.
+    resumed training counts every step that the final adapter contains exactly once. With several processes the first
+    one's readings become those of all, and its clock decides on checkpoints.
     """
 
     def __init__(self, meter: Any, checkpoint_seconds: float, rows: PackedRows, log: Any = print):
@@ -328,7 +340,8 @@ class Watch(TrainerCallback):
         if state.global_step:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             saved = json.loads((checkpoint / "progress.json").read_text())
-            self.meter.restore(saved["meter"])
+            if state.is_world_process_zero:
+                self.meter.restore(saved["meter"])
             self.rows.micro_batch_tokens, self.rows.shrunk = saved["micro_batch_tokens"], saved["shrunk"]
             self.resumed, self.first_step = True, state.global_step
             self.log(f"resumed at step {state.global_step} of {state.max_steps}")
@@ -338,7 +351,7 @@ class Watch(TrainerCallback):
         self.meter.start()  # does nothing while the window is open
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if time.monotonic() - self.last_save > self.checkpoint_seconds:
+        if first_says(time.monotonic() - self.last_save > self.checkpoint_seconds):
             control.should_save = True
         if control.should_save:
             self.meter.pause()
@@ -351,8 +364,9 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {"micro_batch_tokens": self.rows.micro_batch_tokens, "shrunk": self.rows.shrunk}
-        saved = {"meter": self.meter.readings(), "rows": self.rows.fingerprint} | sizes
-        write_json(checkpoint / "progress.json", saved)
+        saved = {"meter": readings_of_all(self.meter), "rows": self.rows.fingerprint} | sizes
+        if state.is_world_process_zero:  # by now every process has written its part of the checkpoint
+            write_json(checkpoint / "progress.json", saved)
         self.last_save = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -370,6 +384,28 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.stop()
+        readings = readings_of_all(self.meter)
+        if state.is_world_process_zero:
+            self.meter.restore(readings)
+
+
+def readings_of_all(meter: Any) -> dict[str, float]:
+    """Readings of all processes of a training as one: the first one's clock, everybody's processor time and GPUs."""
+    own = meter.readings()
+    if not torch.distributed.is_initialized():
+        return own
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return found[0] | {name: sum(one[name] for one in found) for name in OF_EACH_PROCESS}
+
+
+def first_says(answer: bool) -> bool:
+    """The first process's answer, in all processes of a training."""
+    if not torch.distributed.is_initialized():
+        return answer
+    told = [answer]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Any = print) -> str | None:
@@ -394,7 +430,8 @@ def _fault(checkpoint: Path, fingerprint: str | None) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text())
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
             list(weights.keys())
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]  # one a process
+        for name in ("optimizer.pt", "scheduler.pt", *states):
             if zipfile.ZipFile(checkpoint / name).testzip():
                 return f"{name} is damaged."
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:

@@ -171,6 +171,22 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     assert manifest["executor"] == "jupyter" and manifest["status"] == "ok"
 
 
+def test_a_configuration_that_two_processes_train_learns_what_one_does(study, tmp_path):
+    both = Study(tmp_path)
+    shutil.copytree(study.outputs, both.outputs)
+    profile = both.params / "profiles" / "smoke.yaml"
+    profile.write_text(f"{profile.read_text()}processes: 2\n")
+    summary = both.run("--configs", "c07", "--steps", "03", "--explain")
+    assert both.statuses(summary) == {"c07/03_train": "done"}
+    one, two = (json.loads((s.root / "c07" / "03_train" / "metrics.json").read_text()) for s in (study, both))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["optimizer_steps"] == two["optimizer_steps"] and one["train_tokens"] == two["train_tokens"]
+    assert one["val_loss_before"] == two["val_loss_before"]
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-2) and two["val_loss"] < one["val_loss_before"]
+    assert two["train_energy_wh"] > 0
+    assert not [p for p in both.root.rglob(".companion*")]
+
+
 def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_headline(study):
     """A server in place of the model (`test_served` has a real one): it always takes the first seat."""
     said = json.dumps({"analysis": "x", "verdict": "A", "margin": 1, "flags": []})

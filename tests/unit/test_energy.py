@@ -177,3 +177,23 @@ def test_a_reader_is_warned_where_carbontracker_saw_another_window():
     meter.tracker.close()
     assert statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"] == pytest.approx(0.9)
     assert "**They are more than 5% apart**" in energy.compared(statement)
+
+
+def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
+    from carbontracker.components.gpu import nvidia
+
+    card = object()
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(nvidia.pynvml, name, lambda: None)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetCount", lambda: 4)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetName", lambda handle: "Test GPU")
+    asked = []
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetPowerUsage", lambda handle: asked.append(handle) or 300_000)
+    tracker = energy._Carbontracker(card)
+    tracker.start()
+    time.sleep(0.3)
+    _, joules = tracker.pause()
+    tracker.close()
+    assert asked and {*asked} == {card}
+    assert joules == pytest.approx(300 * 0.3, rel=0.5)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, nursery, params, progress, record, runner, schedule
+from telco_nb import ROOT, doctor, executed, execution, nursery, params, progress, record, runner, schedule, steps
 from telco_nb.executed import Failure
 from telco_nb.progress import State
 from telco_nb.steps import Job
@@ -392,3 +392,18 @@ def test_help_shows_examples_and_exit_codes():
 def test_any_python_will_do_to_start_with():
     bare = subprocess.run([sys._base_executable, "-S", ROOT / "run_all.py", "--help"], capture_output=True, text=True)
     assert "Exit codes" in bare.stdout
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+def jobs_with(*processes: int) -> list[steps.Job]:
+    return [steps.Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
+
+
+def test_gpus_are_dealt_out_to_lanes_by_the_processes_of_a_training():
+    assert runner.lane_gpus((), jobs_with(2)) == [None]
+    assert runner.lane_gpus(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
+    assert runner.lane_gpus(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
+    with pytest.raises(runner.UsageError, match="--gpus names 3 GPUs, and processes is 2: name a multiple of 2"):
+        runner.lane_gpus(("0", "1", "2"), jobs_with(2))

@@ -371,3 +371,18 @@ def test_readings_travel_with_the_checkpoint(tmp_path):
     train(tmp_path)
     found = sorted(tmp_path.glob("checkpoint-*/progress.json"))
     assert found and all(json.loads(p.read_text())["meter"]["windows"] >= 1 for p in found)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(3, 60), min_size=1, max_size=12), processes=st.integers(1, 5))
+def test_processes_share_a_row_out_evenly_and_nothing_is_lost_or_done_twice(lengths, processes):
+    row = [Example(f"e{i}", [1] * n, [IGNORED, *[1] * (n - 1)]) for i, n in enumerate(lengths)]
+    shares = [packing.share_of(row, process, processes) for process in range(processes)]
+    learned = [example.conversation_id for share in shares for example in share if example.n_supervised]
+    assert sorted(learned) == sorted(example.conversation_id for example in row)
+    assert packing.share_of(row, 0, 1) == row
+    tokens = [sum(len(e.input_ids) for e in share if e.n_supervised) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths)
+    assert all(
+        share and sum(e.n_supervised for e in share) in (0, sum(len(e.labels) - 1 for e in share)) for share in shares
+    )

@@ -1,0 +1,158 @@
+"""A training that several processes share is the training of one, and leaves nothing behind when one of them dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from test_fused import fake_examples
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from telco_nb import ROOT, companions, model, packing, preflight, training
+from telco_nb.model import PreflightError
+from telco_nb.training import TrainingError
+
+SCRIPT = """
+import sys
+sys.path.insert(0, "tests/unit")
+from pathlib import Path
+from test_companions import order_of, train
+train(order_of(Path(sys.argv[1]), Path(sys.argv[2]), epochs=20), 2, Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny random Qwen2, of the architecture of the paper's model, with a real tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = AutoTokenizer.from_pretrained(model.resolve(model.PACKAGED))
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def order_of(base: Path, work: Path, epochs: int = 4) -> companions.Order:
+    """Rows of four, three and one conversations (so that one process of two has nothing to learn from the last)."""
+    work.mkdir(exist_ok=True)
+    rows = packing.PackedRows(fake_examples((9, 12, 14, 17, 20, 23, 40, 62)), 64, 0)
+    assert sorted(map(len, rows.rows))[0] == 1
+    lora = LoraConfig(r=4, target_modules=training.TARGET_MODULES["all"], task_type="CAUSAL_LM")
+    arguments = {"output_dir": work / ".checkpoints", "num_train_epochs": epochs, "learning_rate": 0.02}
+    arguments |= {"per_device_train_batch_size": 1, "disable_tqdm": True, **training.fixed_arguments()}
+    checkpoint = training.last_checkpoint(work / ".checkpoints", rows.fingerprint)
+    watts = (2.0, 5.0, 12.0)
+    return companions.Order(
+        str(base), torch.float32, "none", lora, False, rows, arguments, checkpoint, 60.0, watts, 0.3
+    )
+
+
+def train(order: companions.Order, processes: int, work: Path, *callbacks) -> dict:
+    """As 03_train does it; the adapter is saved in `work`."""
+    from transformers import TrainingArguments
+
+    from telco_nb import energy
+
+    loaded, _ = model.load(order.base_model, order.dtype)
+    torch.manual_seed(1)
+    tuned = training.with_adapters(loaded, order.lora)
+    training.prepare_step(tuned)
+    meter = energy.Meter(order.watts, order.idle_share)
+    watch = training.Watch(meter, order.checkpoint_seconds, order.rows, log=print)
+    with companions.together(processes, order, work):
+        trainer = training.PackedTrainer(
+            tuned, TrainingArguments(**order.arguments), train_dataset=order.rows,
+            data_collator=packing.only_row, callbacks=[watch, *callbacks],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=order.checkpoint)
+    tuned.save_pretrained(work / "adapter")
+    losses = [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
+    return {"losses": losses, "weights": weights(work), "meter": meter.readings(), "resumed": watch.resumed}
+
+
+def weights(work: Path) -> dict[str, torch.Tensor]:
+    return load_file(work / "adapter" / "adapter_model.safetensors")
+
+
+def others() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "telco_nb.companions" in " ".join(p.cmdline())]
+
+
+def test_two_processes_take_the_same_steps_as_one(base, tmp_path):
+    alone = train(order_of(base, tmp_path / "1"), 1, tmp_path / "1")
+    both = train(order_of(base, tmp_path / "2"), 2, tmp_path / "2")
+    again = train(order_of(base, tmp_path / "3"), 1, tmp_path / "3")
+    assert both["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert len(both["losses"]) == 4 * len(order_of(base, tmp_path / "1").rows)
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(both["weights"][name], weight, rtol=1e-2, atol=1e-4)
+    assert all(torch.equal(weight, again["weights"][name]) for name, weight in alone["weights"].items())
+    assert all(weight.abs().max() > 0.01 for name, weight in both["weights"].items() if "lora_B" in name)  # 0 at first
+    assert not others() and "WORLD_SIZE" not in os.environ
+    seconds = both["meter"]["window_s"]
+    assert seconds < both["meter"]["cpu_s"] < 2 * seconds * len(os.sched_getaffinity(0))
+
+
+class Killer(training.TrainerCallback):
+    """Ends a companion in the middle of the training."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2:
+            others()[0].kill()
+
+
+def test_the_death_of_a_companion_is_named_and_leaves_nobody_behind(base, tmp_path):
+    with pytest.raises(TrainingError, match="process 2 of this training ended with code -9"):
+        train(order_of(base, tmp_path), 2, tmp_path, Killer())
+    assert not others() and not torch.distributed.is_initialized()
+
+
+def test_a_companion_that_cannot_start_says_why(base, tmp_path):
+    order = replace(order_of(base, tmp_path), base_model="gone.gguf")
+    expected = pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: .*there is no file")
+    with expected, companions.together(2, order, tmp_path):
+        raise AssertionError("it was not waited for")
+
+
+def test_a_shared_training_killed_at_once_goes_on_bit_for_bit(base, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(base, whole).communicate()
+    killed = run(base, cut)
+    while not any(cut.glob(".checkpoints/*/progress.json")):
+        assert killed.poll() is None
+        time.sleep(0.002)
+    family = psutil.Process(killed.pid).children(recursive=True)
+    killed.send_signal(signal.SIGKILL)
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not (cut / "adapter").exists()
+    text, _ = run(base, cut).communicate()
+    assert "resumed at step" in text
+    assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
+    saved = [json.loads(p.read_text()) for p in cut.glob(".checkpoints/*/progress.json")]
+    assert saved and all(one["meter"]["cpu_s"] > one["meter"]["window_s"] for one in saved)
+
+
+def run(base: Path, work: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, str(base), str(work)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_more_processes_than_there_are_cores_or_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(preflight, "device", lambda: {"cores": 2})
+    preflight.check_processes(2)
+    with pytest.raises(PreflightError, match="processes is 3, and this notebook may use 2 cores"):
+        preflight.check_processes(3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(PreflightError, match=r"may use 1 GPU: one is needed for each\. .* name more with --gpus"):
+        preflight.check_processes(2)
