@@ -6,6 +6,7 @@ copied at every token, no key is repeated for grouped queries, and rows that hav
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 from telco_nb.model import chat_messages, end_token_id, mapped
@@ -31,11 +32,11 @@ def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mode
     them again would write all of them into fresh memory.
     """
     if adapter is not None:
-        tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
-        for layer in tuned.modules():
-            if isinstance(layer, BaseTunerLayer):
-                _merge(layer, dtype)
-        model = tuned.unload()
+        config = LoraConfig.from_pretrained(str(adapter))
+        if config.use_dora or config.bias != "none":
+            model = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True).merge_and_unload()
+        else:
+            _merge(model, adapter, config, dtype)
     cast = mapped(base_model, dtype) if base_model and dtype != torch.float32 else None
     for name, weight in cast.named_parameters() if cast else ():
         own = model.get_parameter(name)
@@ -45,13 +46,15 @@ def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mode
 
 
 @torch.no_grad()
-def _merge(layer: Any, dtype: torch.dtype) -> None:
-    """Merge one layer's adapter and cast it. To write into the weights as loaded, which are a file's private mapping,
-    would copy them page by page: four times as slow as one copy first."""
-    base = layer.get_base_layer()
-    base.weight.data = base.weight.data.clone()
-    layer.merge()
-    base.to(dtype)
+def _merge(model: Any, adapter: Path, config: LoraConfig, dtype: torch.dtype) -> None:
+    """What peft's merge does to the weights, to the last bit, in half the time: it would first make a layer of its own
+    around each of ours, and write into the pages of the file that the base weights are mapped from."""
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    weights = load_file(adapter / "adapter_model.safetensors", device=str(model.device))
+    for name in filter(lambda name: name.endswith(".lora_A.weight"), weights):
+        layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+        update = (weights[name.replace("lora_A", "lora_B")] @ weights[name]).mul_(scaling)
+        layer.weight.data = update.add_(layer.weight).to(dtype)
 
 
 def batches(prompts: list[list[int]], size: int) -> list[list[int]]:

@@ -61,7 +61,7 @@ def test_each_option_trains_and_its_adapter_gives_the_same_logits_again(options,
         torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"bias": "all"}], ids=str)
 def test_an_adapter_is_merged_bit_for_bit_as_peft_does_it(options, tmp_path):
     made = attached(init_lora_weights=False, **options)
     training.fused.unfuse(made)
