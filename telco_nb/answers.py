@@ -34,9 +34,9 @@ def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mode
     if adapter is not None:
         config = LoraConfig.from_pretrained(str(adapter))
         if config.use_dora or config.bias != "none":
-            model = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True).merge_and_unload()
-        else:
-            _merge(model, adapter, config, dtype)
+            tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+            return tuned.merge_and_unload().to(dtype).eval()
+        _merge(model, adapter, config, dtype)
     cast = mapped(base_model, dtype) if base_model and dtype != torch.float32 else None
     for name, weight in cast.named_parameters() if cast else ():
         own = model.get_parameter(name)

@@ -2,7 +2,9 @@
 
 The notebook's kernel is the first of them; the others, its companions, are `python -m telco_nb.companions`. All of them
 go through the same rows, each computes its share of a row's conversations, and torch's DistributedDataParallel, inside
-the transformers Trainer, adds the gradients up. So a step is the same step, whatever the number of processes.
+the transformers Trainer, adds the gradients up. So a step is the same step, whatever the number of processes, but for
+the order of sums and, with lora_dropout, for what is dropped: each process draws by itself. A training that was killed
+goes on bit for bit with two processes on a processor; with more, sums may be in another order then.
 """
 
 from __future__ import annotations
@@ -10,27 +12,36 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import socket
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers import TrainingArguments
 
 from telco_nb import ROOT, energy, model, training
 from telco_nb.packing import PackedRows, only_row
+from telco_nb.record import device
 from telco_nb.training import TrainingError
 
 START_SECONDS = 600.0  # for a companion to load its model
-GRACE_SECONDS = 30.0  # for an exchange of gradients to notice that the other side is gone
+GRACE_SECONDS = 120.0  # for this process to notice that another is gone, a guess: rows of large models take a while
+END_SECONDS = 10.0  # for a process whose connection has broken to be gone
 POLL_SECONDS = 0.2
 READY = "ready"
+# An interrupt in Jupyter reaches the kernel's whole process group: what it means is the notebook's to decide.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from telco_nb import companions; companions.main()"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Order:
 
 
 @contextlib.contextmanager
-def together(processes: int, order: Order, work: Path) -> Iterator[None]:
+def together(processes: int, order: Order, work: Path, log: Callable[[str], None]) -> Iterator[None]:
     """While this is open, a Trainer made here trains with `processes - 1` companions; with one process nothing changes.
 
     What companions say goes to `.companion-<n>.log` in `work`. Raises TrainingError if one of them dies.
@@ -62,46 +73,45 @@ def together(processes: int, order: Order, work: Path) -> Iterator[None]:
     if processes == 1:
         yield
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = [_Companion(order, rank, processes, port, work) for rank in range(1, processes)]
-    over, finished = threading.Event(), False
+    if torch.distributed.is_initialized():
+        raise TrainingError("the processes of a training that failed are still connected: restart the kernel.")
+    meeting = Path(tempfile.mkdtemp(prefix="tnb-")) / "store"
+    group: list[_Companion] = []
+    over = threading.Event()
     try:
+        for rank in range(1, processes):
+            group.append(_Companion(order, rank, processes, meeting, work))
         for companion in group:
             companion.wait_until_ready()
-        threading.Thread(target=_watch_over, args=(group, over), daemon=True).start()
-        with _as_first_of(processes, port):
-            try:
-                yield
-            except RuntimeError as error:
-                _blame(group, error)
-                raise
-        finished = True
+        threading.Thread(target=_watch_over, args=(group, over, log), daemon=True).start()
+        with _as_first_of(processes, meeting, group):
+            yield
     finally:
         over.set()
         for companion in group:
-            companion.end(patient=finished)
+            companion.end()
+        order.rows.share = (0, 1)
+        shutil.rmtree(meeting.parent, ignore_errors=True)
 
 
 class _Companion:
     """A process that trains along, as the notebook sees it. It ends when its standard input is closed."""
 
-    def __init__(self, order: Order, rank: int, processes: int, port: int, work: Path):
+    def __init__(self, order: Order, rank: int, processes: int, meeting: Path, work: Path):
         self.rank, self.log = rank, work / f".companion-{rank}.log"
-        environment = os.environ | group_environment(rank, processes, port)
+        environment = os.environ | group_environment(rank, processes)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "telco_nb.companions"],
+                [sys.executable, "-c", COMMAND, str(meeting)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=ROOT,
             )  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):
+        self.ready = threading.Event()
+        threading.Thread(target=self._talk, args=(order,), daemon=True).start()
+
+    def _talk(self, order: Order) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it takes the order when it has imported everything
             pickle.dump(order, self.process.stdin)
             self.process.stdin.flush()
-        self.ready = threading.Event()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
         for line in self.process.stdout:
             if line.strip() == READY.encode():
                 self.ready.set()
@@ -112,54 +122,75 @@ class _Companion:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise TrainingError(self.last_words())
 
+    @property
+    def has_died(self) -> bool:
+        return self.process.poll() not in (None, 0)
+
     def last_words(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = f": {lines[-1][:300]}" if lines else ""
-        return f"process {self.rank + 1} of this training ended with code {self.process.poll()}{said}"
+        code = self.process.poll()
+        what = "is not ready in time" if code is None else f"ended with code {code}"
+        return f"process {self.rank + 1} of this training {what}{said}"
 
-    def end(self, patient: bool) -> None:
-        """Kill it; with `patient`, let it end by itself first."""
-        if patient:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_SECONDS)
+    def end(self, patience_seconds: float = 0.0) -> None:
+        """Let it end by itself for so long, then kill it. Its log stays if it did not end well."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience_seconds)
         self.process.kill()
         if self.process.wait() == 0:
-            self.log.unlink()
-        with contextlib.suppress(BrokenPipeError):
+            self.log.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
             self.process.stdin.close()
 
 
-def group_environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """The variables by which torch's processes find each other, and each one's share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
+def group_environment(rank: int, processes: int) -> dict[str, str]:
+    """What accelerate asks of the environment, each process's share of the cores, and no network outside of this
+    machine (they meet in a file)."""
+    inside = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo") if sys.platform == "linux" else {}
+    return inside | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        "OMP_NUM_THREADS": str(max(1, device()["cores"] // processes)),
     }
 
 
 @contextlib.contextmanager
-def _as_first_of(processes: int, port: int) -> Iterator[None]:
+def _as_first_of(processes: int, meeting: Path, group: list[_Companion]) -> Iterator[None]:
     """This process as the first of a group; afterwards it is alone again, with all its cores."""
-    variables, threads = group_environment(0, processes, port), torch.get_num_threads()
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
-    _forget_group()
+    before, threads = dict(os.environ), torch.get_num_threads()
     try:
+        os.environ.update(group_environment(0, processes))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        _join(0, processes, meeting)
         yield
+        torch.distributed.destroy_process_group()
+        for companion in group:
+            companion.end(END_SECONDS)
+    except RuntimeError as error:
+        _blame(group, error)
+        raise
     finally:
-        if torch.distributed.is_initialized():
+        for companion in group:  # before this process leaves: it would wait for those that still compute
+            companion.end()
+        # NCCL may wait for ever for those that are gone; then the next training asks for a new kernel.
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
-        _forget_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
         torch.set_num_threads(threads)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        _forget_group()
+
+
+def _join(rank: int, processes: int, meeting: Path) -> None:
+    """Enter the group; returns when all are there. accelerate uses a group that it finds."""
+    _forget_group()
+    store = torch.distributed.FileStore(str(meeting), processes)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
 
 
 def _forget_group() -> None:
@@ -169,22 +200,27 @@ def _forget_group() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _watch_over(group: list[_Companion], over: threading.Event) -> None:
-    """End this process if a companion has died and the exchange of gradients waits for it for ever, as NCCL's may."""
+def _watch_over(group: list[_Companion], over: threading.Event, log: Callable[[str], None]) -> None:
+    """End this process if a companion has died and it waits for that one for ever, as it may with NCCL."""
     while not over.wait(POLL_SECONDS):
         for companion in group:
-            if companion.process.poll() not in (None, 0) and not over.wait(GRACE_SECONDS):
-                print(companion.last_words(), file=sys.__stderr__, flush=True)
+            if companion.has_died and not over.wait(GRACE_SECONDS):
+                text = companion.last_words()
+                log(text)
+                # In a kernel, what is written to descriptor 2 goes through a thread that would not be in time.
+                os.write(getattr(sys.stderr, "_original_stdstream_copy", 2), f"{text}\n".encode())
                 os._exit(1)
 
 
 def _blame(group: list[_Companion], error: RuntimeError) -> None:
-    """Raise TrainingError if `error` comes from a companion's death."""
-    if isinstance(error, TrainingError):
+    """Raise TrainingError if `error` comes from a companion's death, be it met while a checkpoint is written."""
+    if isinstance(error, TrainingError) and error.__cause__ is None:
         return
-    time.sleep(1.0)  # the connection may have broken before the process was gone
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline and not any(companion.has_died for companion in group):
+        time.sleep(POLL_SECONDS)  # its connection breaks before it is gone
     for companion in group:
-        if companion.process.poll() not in (None, 0):
+        if companion.has_died:
             raise TrainingError(companion.last_words()) from error
 
 
@@ -192,20 +228,29 @@ def _blame(group: list[_Companion], error: RuntimeError) -> None:
 
 
 def main() -> None:
-    """Build what the notebook has built, and train along."""
-    order: Order = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    """Train along; the last line on standard error says why not. `sys.argv[1]` names the file to meet in."""
+    try:
+        order: Order = pickle.load(sys.stdin.buffer)
+        threading.Thread(target=_end_with_input, daemon=True).start()
+        _train_along(order, Path(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # to take torch down as Python does at its end would take seconds
+
+
+def _train_along(order: Order, meeting: Path) -> None:
+    """Build what the notebook has built, and train."""
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(rank)
     model.quiet()
     base, _ = model.load(order.base_model, order.dtype, order.quantization)
-    training.prepare_step(base)
     tuned = training.with_adapters(base, order.lora, order.gradient_checkpointing)
     training.prepare_step(tuned)
+    meter = energy.Meter(order.watts, order.idle_share)
+    watch = training.Watch(meter, order.checkpoint_seconds, order.rows, log=lambda _: None)
     print(READY, flush=True)
-    watch = training.Watch(
-        energy.Meter(order.watts, order.idle_share), order.checkpoint_seconds, order.rows, log=lambda _: None
-    )
+    _join(rank, processes, meeting)
     arguments = TrainingArguments(**order.arguments | {"disable_tqdm": True})
     trainer = training.PackedTrainer(
         tuned, arguments, train_dataset=order.rows, data_collator=only_row, callbacks=[watch]
@@ -219,7 +264,3 @@ def _end_with_input() -> None:
     while os.read(0, 1):
         pass
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

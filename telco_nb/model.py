@@ -231,7 +231,8 @@ def quiet() -> None:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # With its number, as one of several processes has a GPU of its own, and quantised weights go where they are told.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:

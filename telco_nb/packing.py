@@ -160,6 +160,11 @@ class PackedRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def largest(self) -> int:
+        """Tokens of this process's largest share of a row."""
+        return max(sum(len(e.input_ids) for e in share_of(row, *self.share)) for row in self.rows)
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the tokens and labels of all rows, in order."""

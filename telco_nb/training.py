@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 try:  # added to torch late, and FlashAttention builds only
@@ -187,11 +188,22 @@ class PackedTrainer(Trainer):
     def __init__(self, model: Any, args: TrainingArguments, **options: Any):
         # One process drives one GPU. Beside several, transformers would split a row, which is one sequence, among them.
         args._n_gpu = min(1, args.n_gpu)
+        vars(model).pop("_is_accelerate_prepared", None)  # by a training before: several processes must wrap it anew
         super().__init__(model, args, **options)
         self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through Watch
         self.train_dataset.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.saving_seconds = 0.0  # writing checkpoints
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            if isinstance(
+                self.model_wrapped, DistributedDataParallel
+            ):  # or a next training would exchange with this one
+                self.model_wrapped._remove_autograd_hooks()
+                self.model_wrapped = self.model
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
@@ -234,7 +246,7 @@ class PackedTrainer(Trainer):
         return total
 
     def _shrink(self, rows: PackedRows, longest: int) -> None:
-        tried = min(rows.micro_batch_tokens, max(rows.tokens))
+        tried = min(rows.micro_batch_tokens, rows.largest)
         alone = self.accelerator.num_processes == 1
         if not alone or tried <= longest:
             less = "set gradient_checkpointing to true or quantization to nf4, or use shorter conversations"

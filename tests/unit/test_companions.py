@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_fused import fake_examples
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
-from telco_nb import ROOT, companions, model, packing, preflight, training
+from telco_nb import ROOT, companions, energy, model, packing, preflight, training
 from telco_nb.model import PreflightError
 from telco_nb.training import TrainingError
 
@@ -26,8 +26,11 @@ import sys
 sys.path.insert(0, "tests/unit")
 from pathlib import Path
 from test_companions import order_of, train
-train(order_of(Path(sys.argv[1]), Path(sys.argv[2]), epochs=20), 2, Path(sys.argv[2]))
+train(order_of(Path(sys.argv[1]), Path(sys.argv[2]), epochs=8), 2, Path(sys.argv[2]))
 """
+
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot serve two processes")
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +61,34 @@ def order_of(base: Path, work: Path, epochs: int = 4) -> companions.Order:
     )
 
 
-def train(order: companions.Order, processes: int, work: Path, *callbacks) -> dict:
-    """As 03_train does it; the adapter is saved in `work`."""
-    from transformers import TrainingArguments
-
-    from telco_nb import energy
-
+def tuned_model(order: companions.Order):
     loaded, _ = model.load(order.base_model, order.dtype)
     torch.manual_seed(1)
     tuned = training.with_adapters(loaded, order.lora)
     training.prepare_step(tuned)
+    return tuned
+
+
+def fit(tuned, order: companions.Order, processes: int, work: Path, *callbacks) -> tuple:
+    """The training cell of 03_train."""
     meter = energy.Meter(order.watts, order.idle_share)
     watch = training.Watch(meter, order.checkpoint_seconds, order.rows, log=print)
-    with companions.together(processes, order, work):
+    with companions.together(processes, order, work, print):
         trainer = training.PackedTrainer(
             tuned, TrainingArguments(**order.arguments), train_dataset=order.rows,
             data_collator=packing.only_row, callbacks=[watch, *callbacks],
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=order.checkpoint)
+    return trainer, meter.readings()
+
+
+def train(order: companions.Order, processes: int, work: Path, *callbacks) -> dict:
+    """A whole training; the adapter is saved in `work`."""
+    tuned = tuned_model(order)
+    trainer, readings = fit(tuned, order, processes, work, *callbacks)
     tuned.save_pretrained(work / "adapter")
     losses = [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
-    return {"losses": losses, "weights": weights(work), "meter": meter.readings(), "resumed": watch.resumed}
+    return {"losses": losses, "weights": weights(work), "meter": readings}
 
 
 def weights(work: Path) -> dict[str, torch.Tensor]:
@@ -86,7 +96,7 @@ def weights(work: Path) -> dict[str, torch.Tensor]:
 
 
 def others() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "telco_nb.companions" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if "companions.main()" in " ".join(p.cmdline())]
 
 
 def test_two_processes_take_the_same_steps_as_one(base, tmp_path):
@@ -100,8 +110,30 @@ def test_two_processes_take_the_same_steps_as_one(base, tmp_path):
     assert all(torch.equal(weight, again["weights"][name]) for name, weight in alone["weights"].items())
     assert all(weight.abs().max() > 0.01 for name, weight in both["weights"].items() if "lora_B" in name)  # 0 at first
     assert not others() and "WORLD_SIZE" not in os.environ
-    seconds = both["meter"]["window_s"]
-    assert seconds < both["meter"]["cpu_s"] < 2 * seconds * len(os.sched_getaffinity(0))
+
+
+def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypatch):
+    own = {"window_s": 10.0, "cpu_s": 3.0, "rapl_j": 7.0, "gpu_j": 100.0, "tracker_cpu_s": 10.0, "tracker_gpu_j": 90.0}
+    other = {
+        "window_s": 11.0,
+        "cpu_s": 4.0,
+        "rapl_j": 8.0,
+        "gpu_j": 200.0,
+        "tracker_cpu_s": 11.0,
+        "tracker_gpu_j": 80.0,
+    }
+    meter = energy.Meter((2.0, 5.0, 12.0), 0.3)
+    meter.restore(own | {"n_windows": 2})
+    assert training.readings_of_all(meter) == own | {"n_windows": 2}
+
+    def gather(found: list, mine: dict) -> None:
+        found[:] = [mine, other | {"n_windows": 2}]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    sums = {"cpu_s": 7.0, "gpu_j": 300.0, "tracker_gpu_j": 170.0}
+    assert training.readings_of_all(meter) == own | {"n_windows": 2} | sums
 
 
 class Killer(training.TrainerCallback):
@@ -118,16 +150,57 @@ def test_the_death_of_a_companion_is_named_and_leaves_nobody_behind(base, tmp_pa
     assert not others() and not torch.distributed.is_initialized()
 
 
+class BadThere(packing.PackedRows):
+    """Rows that cannot be read in another process than this one, but for the first."""
+
+    def __init__(self, rows: packing.PackedRows):
+        vars(self).update(vars(rows), home=os.getpid())
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if os.getpid() != self.home and index != 0:
+            raise ValueError("a bad row")
+        return super().__getitem__(index)
+
+
+def test_what_a_companion_raises_is_named(base, tmp_path, monkeypatch):
+    order = order_of(base, tmp_path)
+    order = replace(order, rows=BadThere(order.rows))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the companion finds this class
+    with pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: ValueError: a bad row"):
+        fit(tuned_model(order), order, 2, tmp_path)
+    assert not others() and "RANK" not in os.environ
+
+
+def test_after_an_interrupt_the_training_cell_can_be_run_again(base, tmp_path, monkeypatch):
+    order, calls, plain = order_of(base, tmp_path), [], training.token_losses
+
+    def interrupted(*given):
+        losses = plain(*given)
+        calls.append(1)
+        if len(calls) == 6:  # behind the forward pass: the exchange of gradients is still to come
+            raise KeyboardInterrupt
+        return losses
+
+    tuned = tuned_model(order)
+    monkeypatch.setattr(training, "token_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it the objects of the failed call, as in IPython
+        fit(tuned, order, 2, tmp_path)
+    assert not others() and not torch.distributed.is_initialized() and order.rows.share == (0, 1)
+    for processes in (2, 1, 2):
+        assert fit(tuned, order, processes, tmp_path)[0].state.global_step == 16
+    assert kept.tb
+
+
 def test_a_companion_that_cannot_start_says_why(base, tmp_path):
     order = replace(order_of(base, tmp_path), base_model="gone.gguf")
     expected = pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: .*there is no file")
-    with expected, companions.together(2, order, tmp_path):
+    with expected, companions.together(2, order, tmp_path, print):
         raise AssertionError("it was not waited for")
 
 
 def test_a_shared_training_killed_at_once_goes_on_bit_for_bit(base, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run(base, whole).communicate()
+    train(order_of(base, whole, epochs=8), 2, whole)
     killed = run(base, cut)
     while not any(cut.glob(".checkpoints/*/progress.json")):
         assert killed.poll() is None
@@ -140,7 +213,7 @@ def test_a_shared_training_killed_at_once_goes_on_bit_for_bit(base, tmp_path):
     assert "resumed at step" in text
     assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
     saved = [json.loads(p.read_text()) for p in cut.glob(".checkpoints/*/progress.json")]
-    assert saved and all(one["meter"]["cpu_s"] > one["meter"]["window_s"] for one in saved)
+    assert saved and all(one["meter"]["cpu_s"] > 0 for one in saved)
 
 
 def run(base: Path, work: Path) -> subprocess.Popen:
@@ -149,6 +222,7 @@ def run(base: Path, work: Path) -> subprocess.Popen:
 
 
 def test_more_processes_than_there_are_cores_or_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(preflight, "device", lambda: {"cores": 2})
     preflight.check_processes(2)
     with pytest.raises(PreflightError, match="processes is 3, and this notebook may use 2 cores"):
