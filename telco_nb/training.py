@@ -70,7 +70,7 @@ def segmented_attention(
     """
     if segments is None or attention_mask is not None:
         raise TrainingError("Packed attention needs segment lengths and no attention mask.")
-    if packed_kernel(query.device) == "varlen" and not dropout:
+    if packed_kernel(query.device, query.dtype) == "varlen" and not dropout:
         return _varlen(query, key, value, segments, scaling), None
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
@@ -79,9 +79,11 @@ def segmented_attention(
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
-def packed_kernel(device: torch.device) -> str:
-    """Which attention serves packed rows: "varlen" (torch's FlashAttention, CUDA from capability 8 on) or "loop"."""
-    usable = device.type == "cuda" and varlen_attn is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def packed_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """Which attention serves packed rows: "varlen" (torch's FlashAttention: CUDA from capability 8 on, 16 bits) or
+    "loop"."""
+    usable = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None
+    usable = usable and torch.cuda.get_device_capability(device) >= (8, 0)
     return "varlen" if usable else "loop"
 
 

@@ -167,12 +167,17 @@ def test_without_assistant_only_loss_every_token_but_the_first_is_labelled():
 # ---------------------------------------------------------------- attention by device, several processes
 
 
-def test_the_attention_for_packed_rows_is_chosen_by_device(monkeypatch):
-    assert training.packed_kernel(torch.device("cpu")) == "loop"
+def test_the_attention_for_packed_rows_is_chosen_by_device_and_format(monkeypatch):
+    cpu, gpu, short = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    assert training.packed_kernel(cpu, short) == "loop"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert training.packed_kernel(torch.device("cuda")) == "varlen"
+    assert training.packed_kernel(gpu, short) == "varlen"
+    assert training.packed_kernel(gpu, torch.float32) == "loop"  # FlashAttention takes 16 bits only
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert training.packed_kernel(gpu, short) == "loop"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(training, "varlen_attn", None)
-    assert training.packed_kernel(torch.device("cuda")) == "loop"
+    assert training.packed_kernel(gpu, short) == "loop"
 
 
 def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
@@ -191,7 +196,7 @@ def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
     wanted = plain_step(tuned, fake_examples())
     training.causal_model(tuned).set_attn_implementation(training.SEGMENTED)
     monkeypatch.setattr(training, "varlen_attn", reference)
-    monkeypatch.setattr(training, "packed_kernel", lambda _: "varlen")
+    monkeypatch.setattr(training, "packed_kernel", lambda *_: "varlen")
     tuned.zero_grad()
     training.token_losses(tuned, packing.collate(fake_examples())).mean().backward()
     found = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
