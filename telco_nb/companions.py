@@ -1,7 +1,7 @@
 """One training by several processes, each with a GPU of its own or a part of the processor's cores.
 
-The notebook's kernel is the first of them; the others, its companions, are `python -m telco_nb.companions`. All of them
-go through the same rows, each computes its share of a row's conversations, and torch's DistributedDataParallel, inside
+The notebook's kernel is the first of them and starts the others, its companions, which run `main`. All of them go
+through the same rows, each computes its share of a row's conversations, and torch's DistributedDataParallel, inside
 the transformers Trainer, adds the gradients up. So a step is the same step, whatever the number of processes, but for
 the order of sums and, with lora_dropout, for what is dropped: each process draws by itself. A training that was killed
 goes on bit for bit with two processes on a processor; with more, sums may be in another order then.
@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 
 from telco_nb import ROOT, energy, model, training
 from telco_nb.packing import PackedRows, only_row
-from telco_nb.record import device
+from telco_nb.record import device, die_with_parent
 from telco_nb.training import TrainingError
 
 START_SECONDS = 600.0  # for a companion to load its model
@@ -95,11 +95,11 @@ def together(processes: int, order: Order, work: Path, log: Callable[[str], None
 
 
 class _Companion:
-    """A process that trains along, as the notebook sees it. It ends when its standard input is closed."""
+    """A process that trains along, as the notebook sees it."""
 
     def __init__(self, order: Order, rank: int, processes: int, meeting: Path, work: Path):
         self.rank, self.log = rank, work / f".companion-{rank}.log"
-        environment = os.environ | group_environment(rank, processes)
+        environment = os.environ | _group_environment(rank, processes)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", COMMAND, str(meeting)],
@@ -111,7 +111,7 @@ class _Companion:
     def _talk(self, order: Order) -> None:
         with contextlib.suppress(BrokenPipeError):  # it takes the order when it has imported everything
             pickle.dump(order, self.process.stdin)
-            self.process.stdin.flush()
+            self.process.stdin.close()
         for line in self.process.stdout:
             if line.strip() == READY.encode():
                 self.ready.set()
@@ -140,11 +140,9 @@ class _Companion:
         self.process.kill()
         if self.process.wait() == 0:
             self.log.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
 
 
-def group_environment(rank: int, processes: int) -> dict[str, str]:
+def _group_environment(rank: int, processes: int) -> dict[str, str]:
     """What accelerate asks of the environment, each process's share of the cores, and no network outside of this
     machine (they meet in a file)."""
     inside = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo") if sys.platform == "linux" else {}
@@ -162,7 +160,7 @@ def _as_first_of(processes: int, meeting: Path, group: list[_Companion]) -> Iter
     """This process as the first of a group; afterwards it is alone again, with all its cores."""
     before, threads = dict(os.environ), torch.get_num_threads()
     try:
-        os.environ.update(group_environment(0, processes))
+        os.environ.update(_group_environment(0, processes))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         _join(0, processes, meeting)
         yield
@@ -231,7 +229,7 @@ def main() -> None:
     """Train along; the last line on standard error says why not. `sys.argv[1]` names the file to meet in."""
     try:
         order: Order = pickle.load(sys.stdin.buffer)
-        threading.Thread(target=_end_with_input, daemon=True).start()
+        die_with_parent()
         _train_along(order, Path(sys.argv[1]))
     except BaseException:
         traceback.print_exc()
@@ -257,10 +255,3 @@ def _train_along(order: Order, meeting: Path) -> None:
     )
     trainer.train(resume_from_checkpoint=order.checkpoint)
     torch.distributed.destroy_process_group()
-
-
-def _end_with_input() -> None:
-    """The notebook's process is gone, or wants no more."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)

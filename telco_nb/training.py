@@ -201,9 +201,8 @@ class PackedTrainer(Trainer):
         try:
             return super().train(*arguments, **options)
         finally:
-            if isinstance(
-                self.model_wrapped, DistributedDataParallel
-            ):  # or a next training would exchange with this one
+            if isinstance(self.model_wrapped, DistributedDataParallel):
+                # Else a next training of these weights would exchange gradients with this one's group, too.
                 self.model_wrapped._remove_autograd_hooks()
                 self.model_wrapped = self.model
 

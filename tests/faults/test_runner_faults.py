@@ -499,6 +499,25 @@ pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("found.json").write_text(json
     assert seen["0"] == seen["1"]
 
 
+LAST_WORDS = """
+import threading
+from types import SimpleNamespace
+from telco_nb import companions
+companions.GRACE_SECONDS = 0.1
+gone = SimpleNamespace(has_died=True, last_words=lambda: "process 2 of this training ended with code -9")
+companions._watch_over([gone], threading.Event(), lambda text: None)
+"""
+
+
+def test_a_kernel_that_gives_up_on_a_dead_companion_leaves_the_reason_in_the_log(tmp_path):
+    study = Study(tmp_path)
+    study.add("train", LAST_WORDS, FINISH)
+    code, _ = study.run()
+    assert code == 1 and study.failure("train")["reason"] == "it ended with exit code 1"
+    log = (study.root / "s" / "train.failed.log").read_text()
+    assert "process 2 of this training ended with code -9" in log
+
+
 # ---------------------------------------------------------------- one configuration per GPU
 
 MEETING = """
