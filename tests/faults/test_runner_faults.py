@@ -512,7 +512,7 @@ companions._watch_over([gone], threading.Event(), lambda text: None)
 def test_a_kernel_that_gives_up_on_a_dead_companion_leaves_the_reason_in_the_log(tmp_path):
     study = Study(tmp_path)
     study.add("train", LAST_WORDS, FINISH)
-    code, _ = study.run()
+    code, _ = study.run("env", "-u", "PYTEST_CURRENT_TEST")  # with it, ipykernel would leave the streams alone
     assert code == 1 and study.failure("train")["reason"] == "it ended with exit code 1"
     log = (study.root / "s" / "train.failed.log").read_text()
     assert "process 2 of this training ended with code -9" in log

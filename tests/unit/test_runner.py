@@ -16,7 +16,20 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, nursery, params, progress, record, runner, schedule, steps
+from telco_nb import (
+    ROOT,
+    doctor,
+    executed,
+    execution,
+    lanes,
+    nursery,
+    params,
+    progress,
+    record,
+    runner,
+    schedule,
+    steps,
+)
 from telco_nb.executed import Failure
 from telco_nb.progress import State
 from telco_nb.steps import Job
@@ -189,8 +202,8 @@ def test_an_outputs_folder_that_cannot_be_made_is_unfit(tmp_path):
 def test_stopping_escalates_with_time_and_with_each_request(monkeypatch):
     sent = []
     monkeypatch.setattr(os, "killpg", lambda pid, number: sent.append(number))
-    monkeypatch.setattr(runner, "INTERRUPT_SECONDS", 0.05)
-    stopping = runner._stop_child(SimpleNamespace(pid=1))
+    monkeypatch.setattr(lanes, "INTERRUPT_SECONDS", 0.05)
+    stopping = lanes._stop_child(SimpleNamespace(pid=1))
     stopping.send(1)
     stopping.send(1)
     assert sent == [signal.SIGINT]
@@ -402,8 +415,8 @@ def jobs_with(*processes: int) -> list[steps.Job]:
 
 
 def test_gpus_are_dealt_out_to_lanes_by_the_processes_of_a_training():
-    assert runner.lane_gpus((), jobs_with(2)) == [None]
-    assert runner.lane_gpus(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
-    assert runner.lane_gpus(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
-    with pytest.raises(runner.UsageError, match="--gpus names 3 GPUs, and processes is 2: name a multiple of 2"):
-        runner.lane_gpus(("0", "1", "2"), jobs_with(2))
+    assert lanes.lane_gpus((), jobs_with(2)) == [None]
+    assert lanes.lane_gpus(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
+    assert lanes.lane_gpus(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
+    with pytest.raises(schedule.UsageError, match="--gpus names 3 GPUs, and processes is 2: name a multiple of 2"):
+        lanes.lane_gpus(("0", "1", "2"), jobs_with(2))
