@@ -6,7 +6,6 @@ step's folder. So a folder with a manifest is a finished step, whatever died in 
 
 from __future__ import annotations
 
-import ast
 import fnmatch
 import hashlib
 import html
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -29,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from telco_nb import ROOT, params, steps
+from telco_nb import ROOT, imports, params, steps
 from telco_nb.params import NOTEBOOKS_DIR, ParameterError
 from telco_nb.steps import Job
 
@@ -166,37 +165,17 @@ def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
 
 def _modules(code: str) -> dict[str, str]:
     """Hashes of the project's modules that a source imports, followed through, and of the data files they name."""
-    found: dict[str, str] = {}
-    waiting = [code]
-    while waiting:
-        for name in _imported(waiting.pop()):
-            path = ROOT / "telco_nb" / f"{name}.py"
-            if f"telco_nb/{name}.py" not in found and path.is_file():
-                text = path.read_text(encoding="utf-8")
-                found[f"telco_nb/{name}.py"] = hashlib.sha256(text.encode()).hexdigest()
-                waiting.append(text)
-    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in found)
+    texts = imports.all_files(code, ROOT)
+    found = {path.relative_to(ROOT).as_posix(): _text_sha256(text) for path, text in texts.items()}
+    sources = "".join(texts.values())
     for path in sorted((ROOT / "telco_nb" / "data").glob("*")):
         if path.is_file() and path.name in sources:
             found[f"telco_nb/data/{path.name}"] = sha256(path)
     return dict(sorted(found.items()))
 
 
-@cache
-def _imported(source: str) -> tuple[str, ...]:
-    return tuple(_imports(source))
-
-
-def _imports(source: str) -> Iterator[str]:
-    # Magics are not Python: they cannot import a module of ours in a way that we would miss.
-    plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
-    for node in ast.walk(ast.parse(plain)):
-        if isinstance(node, ast.ImportFrom) and node.module == "telco_nb":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("telco_nb."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("telco_nb."))
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

@@ -1,0 +1,69 @@
+"""Reads which of the project's modules a Python source imports.
+
+Content keys follow these imports, and a test holds the order of the rooms with them. Only text is read: nothing is
+imported or run.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from telco_nb import ROOT
+
+PACKAGE = "telco_nb"
+
+
+def imported_files(source: str, root: Path = ROOT) -> list[Path]:
+    """The files of the project that a source imports directly, each once; imports inside functions count too.
+
+    `from telco_nb.judge.store import VerdictStore` gives `telco_nb/__init__.py`, `telco_nb/judge/__init__.py` and
+    `telco_nb/judge/store.py`, below `root`: all that Python runs for it.
+    Raises ValueError for a relative import, which this reader does not follow.
+    """
+    return list(dict.fromkeys(path for name in _imported_names(source) for path in _module_files(name, root)))
+
+
+def all_files(source: str, root: Path = ROOT) -> dict[Path, str]:
+    """The text of every file of the project that a source imports, directly or through others."""
+    texts: dict[Path, str] = {}
+    waiting = [source]
+    while waiting:
+        for path in imported_files(waiting.pop(), root):
+            if path not in texts:
+                texts[path] = path.read_text(encoding="utf-8")
+                waiting.append(texts[path])
+    return texts
+
+
+@cache
+def _imported_names(source: str) -> tuple[str, ...]:
+    # Magics are not Python; none of them imports a module of the project.
+    plain = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
+    return tuple(name for node in ast.walk(ast.parse(plain)) for name in _names(node))
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """Dotted names that an import statement may mean: of modules, or of something inside a module."""
+    if isinstance(node, ast.ImportFrom):
+        if node.level:
+            raise ValueError(f"line {node.lineno}: write a relative import as `from {PACKAGE}...`")
+        found = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    yield from (name for name in found if name.partition(".")[0] == PACKAGE)
+
+
+def _module_files(name: str, root: Path) -> Iterator[Path]:
+    folder = root
+    for part in name.split("."):
+        if (folder / part / "__init__.py").is_file():
+            folder = folder / part
+            yield folder / "__init__.py"
+        else:
+            if (folder / f"{part}.py").is_file():
+                yield folder / f"{part}.py"
+            return

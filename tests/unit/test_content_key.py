@@ -1,0 +1,78 @@
+"""Content keys: which change of the code outdates which step."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from telco_nb import ROOT, imports
+
+KEY_PARTS = """
+import json, sys
+from telco_nb import record
+print(json.dumps({step: record._modules(record.notebook_code(step)) for step in sys.argv[1:]}))
+"""
+
+
+def module_hashes(project: Path, *steps: str) -> dict[str, dict[str, str]]:
+    """Hashes of the modules in the content keys of some steps, as the code of a copy of the project computes them."""
+    import json
+
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    command = [sys.executable, "-c", KEY_PARTS, *steps]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name in ("telco_nb", "notebooks", "params"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def outdated(project: Path, changed: str) -> set[str]:
+    """The steps among 03_train and 05_judge whose keys change with a file."""
+    before = module_hashes(project, "03_train", "05_judge")
+    with (project / changed).open("a") as stream:
+        stream.write("\n# changed\n")
+    after = module_hashes(project, "03_train", "05_judge")
+    return {step for step in after if after[step] != before[step]}
+
+
+def test_changing_the_store_of_verdicts_outdates_05_and_not_03(project):
+    assert outdated(project, "telco_nb/verdicts.py") == {"05_judge"}
+
+
+def test_changing_the_training_step_outdates_03_and_not_05(project):
+    assert outdated(project, "telco_nb/training.py") == {"03_train"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from telco_nb.room import desk",
+        "from telco_nb.room.desk import lamp",
+        "from telco_nb.room.desk import *",
+        "import telco_nb.room.desk",
+        "import telco_nb.room.desk as table",
+        "def late():\n    from telco_nb.room import desk",
+        "if TYPE_CHECKING:\n    from telco_nb.room.desk import lamp",
+    ],
+)
+def test_every_way_to_import_a_module_of_a_room_is_followed(line, tmp_path):
+    desk = tmp_path / "telco_nb" / "room" / "desk.py"
+    desk.parent.mkdir(parents=True)
+    for path in (desk, desk.with_name("__init__.py"), desk.parents[1] / "__init__.py"):
+        path.write_text("")
+    (desk.parents[1] / "hall.py").write_text(f"{line}\n")
+    found = {path.relative_to(tmp_path).as_posix() for path in imports.all_files("from telco_nb import hall", tmp_path)}
+    assert found == {"telco_nb/__init__.py", "telco_nb/hall.py", "telco_nb/room/__init__.py", "telco_nb/room/desk.py"}
+
+
+def test_a_relative_import_is_refused_since_it_would_drop_out_of_the_key():
+    with pytest.raises(ValueError, match="line 1: write a relative import"):
+        imports.all_files("from . import desk")
