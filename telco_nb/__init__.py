@@ -3,7 +3,9 @@
 import logging
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+PACKAGE_DIR = Path(__file__).resolve().parent
+ROOT = PACKAGE_DIR.parent
+DATA_DIR = PACKAGE_DIR / "data"
 __version__ = "0.1.0"
 
 # On import, bitsandbytes asks for an optional package that 4-bit weights on a CPU would use; none are used here.

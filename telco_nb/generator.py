@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from telco_nb import calls, prices, synth
+from telco_nb import DATA_DIR, calls, prices, synth
 from telco_nb.glossary import Card
 from telco_nb.providers import ApiModel, Question, Source
 from telco_nb.scenarios import Axes, Scenario
 
-PROMPT_PATH = Path(__file__).parent / "data" / "generator_prompt.md"
+PROMPT_PATH = DATA_DIR / "generator_prompt.md"
 GENERATOR_ID = "llm-1"
 ITEMS_PER_CALL = 5
 OPENINGS = {

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from telco_nb import ROOT
+from telco_nb import PACKAGE_DIR, ROOT
 
 SWITCH = "TELCO_NB_WARM_KERNELS"  # 0: never, 1: always where possible, unset: if more than one job is to run
 # The first three start threads that end before a fork and start anew after it. No other may start any: a thread of
@@ -75,7 +75,7 @@ def is_useful(jobs: int) -> bool:
 
 def sources() -> dict[str, tuple[int, int]]:
     """When each module of telco_nb was last changed (ns), and its size."""
-    states = {path.name: path.stat() for path in Path(__file__).parent.glob("*.py")}
+    states = {str(path): path.stat() for path in PACKAGE_DIR.rglob("*.py")}
     return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
 
 

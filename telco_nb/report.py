@@ -21,14 +21,14 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from telco_nb import report_cards
+from telco_nb import DATA_DIR, report_cards
 from telco_nb.findings import PAPER, describe, name_list, percent
 from telco_nb.report_cards import GUESSED, ordinal
 from telco_nb.report_files import Cell, Page, Study, duration, read_study, tolerant
 from telco_nb.report_pages import notebook_body
 from telco_nb.steps import STEPS
 
-DATA = Path(__file__).parent / "data"
+DATA = DATA_DIR
 QUESTION = (
     "Which LoRA configuration should answer telecom customers, at what energy, and can validation loss alone pick it?"
 )

@@ -14,10 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from telco_nb import DATA_DIR
 from telco_nb.glossary import Card, figures_in, read_yaml, sentences
 from telco_nb.scenarios import AXES, Axes, Scenario, keyed
 
-GRAMMAR_PATH = Path(__file__).parent / "data" / "grammar.yaml"
+GRAMMAR_PATH = DATA_DIR / "grammar.yaml"
 GENERATOR_ID = "offline-grammar-2"
 USER_WORDS = (12, 45)  # aimed at; a turn outside is drawn again
 ANSWER_WORDS = (35, 75)
