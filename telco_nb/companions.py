@@ -30,7 +30,7 @@ from transformers import TrainingArguments
 
 from telco_nb import ROOT, energy, model, training
 from telco_nb.packing import PackedRows, only_row
-from telco_nb.record import device, die_with_parent
+from telco_nb.study.record import device, die_with_parent
 from telco_nb.training import TrainingError
 
 START_SECONDS = 600.0  # for a companion to load its model

@@ -29,7 +29,7 @@ from telco_nb.glossary import Card
 from telco_nb.jury import HostedJudge
 from telco_nb.providers import Source
 from telco_nb.scenarios import Axes, Scenario
-from telco_nb.steps import Job
+from telco_nb.study.steps import Job
 
 SENT = {
     "generator": "fact cards and scenario readings, no customer data",

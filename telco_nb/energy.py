@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.record import AT_ONCE_VARIABLE, device
+from telco_nb.study.record import AT_ONCE_VARIABLE, device
 
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600.0

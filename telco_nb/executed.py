@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from telco_nb import ROOT, record
+from telco_nb import ROOT
+from telco_nb.study import record
 
 LONG_LINES, HEAD_LINES, TAIL_LINES = 100, 40, 20
 LONG_CHARACTERS = 20_000

@@ -26,8 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from telco_nb import ROOT, record
+from telco_nb import ROOT
 from telco_nb.executed import Failure, keep_failed, keep_good, read_running, running_log, running_notebook, runs
+from telco_nb.study import record
 
 START_SECONDS = 120  # a busy machine may need a while to start a kernel
 END_SECONDS = 5.0  # for a killed kernel to be gone

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from telco_nb import ROOT, executed, record
+from telco_nb import ROOT, executed
 from telco_nb.executed import Failure
 from telco_nb.nursery import Child
 from telco_nb.progress import State
 from telco_nb.schedule import UsageError
-from telco_nb.steps import Job
+from telco_nb.study import record
+from telco_nb.study.steps import Job
 
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
 POLL_SECONDS = 0.2

@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from telco_nb import costs, judging, params, prices, record, runner
+from telco_nb import costs, judging, prices, runner
 from telco_nb.batches import HELP, ended_well
 from telco_nb.book import book_of
 from telco_nb.judging import Question
 from telco_nb.protocol import Protocol, open_study
+from telco_nb.study import params, record
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.record import profile_root, read_manifest, write_bytes
+from telco_nb.study.record import profile_root, read_manifest, write_bytes
 
 REFERENCE = ROOT / "outputs" / "reference"
 README = ROOT / "README.md"

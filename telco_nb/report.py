@@ -26,7 +26,7 @@ from telco_nb.findings import PAPER, describe, name_list, percent
 from telco_nb.report_cards import GUESSED, ordinal
 from telco_nb.report_files import Cell, Page, Study, duration, read_study, tolerant
 from telco_nb.report_pages import notebook_body
-from telco_nb.steps import STEPS
+from telco_nb.study.steps import STEPS
 
 DATA = DATA_DIR
 QUESTION = (

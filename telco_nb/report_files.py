@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb import record
 from telco_nb.analysis import PROXY_KINDS
-from telco_nb.steps import STEPS
+from telco_nb.study import record
+from telco_nb.study.steps import STEPS
 
 
 @dataclass(frozen=True)

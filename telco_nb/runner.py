@@ -22,12 +22,13 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, params, prices, providers, record, schedule, steps
+from telco_nb import ROOT, doctor, executed, execution, prices, providers, schedule
 from telco_nb.lanes import Lane, lane_gpus
 from telco_nb.nursery import Child, Nursery, is_useful
 from telco_nb.progress import State, clock, follow, make_console, status_table
 from telco_nb.schedule import UsageError
-from telco_nb.steps import Job
+from telco_nb.study import params, record, steps
+from telco_nb.study.steps import Job
 
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from telco_nb import params, record
 from telco_nb.progress import State, plan_table, remaining_text
-from telco_nb.steps import Job
+from telco_nb.study import params, record
+from telco_nb.study.steps import Job
 
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which no manifest counts; fresh ones take seconds more
 

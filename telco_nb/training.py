@@ -32,7 +32,7 @@ except ImportError:
 
 from telco_nb import fused
 from telco_nb.packing import IGNORED, Example, PackedRows, collate, pack, parts, segment_lengths
-from telco_nb.record import write_json
+from telco_nb.study.record import write_json
 
 TARGET_MODULES = {
     "qv": ["q_proj", "v_proj"],

@@ -11,15 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import telco_nb
-from telco_nb import nursery, record, runner
-from telco_nb.steps import Job
+from telco_nb import nursery, runner
+from telco_nb.study import record
+from telco_nb.study.steps import Job
 
 # The last cell of a good notebook: what run.finish does, without the real notebooks' imports.
 FINISH = """
 import json, os
 from pathlib import Path
 from telco_nb import record
-from telco_nb.steps import Job
+from telco_nb.study.steps import Job
 job = json.loads(Path(os.environ["TELCO_NB_JOB"]).read_text())
 made = Job(job["step"], job["scope"], job["parameters"], ())
 run = record.Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from telco_nb import params, steps
+from telco_nb.study import params, steps
 
 NOTEBOOKS = sorted(params.NOTEBOOKS_DIR.glob("*.ipynb"))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from telco_nb import ROOT, params, steps
+from telco_nb import ROOT
+from telco_nb.study import params, steps
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 from provider_server import Server

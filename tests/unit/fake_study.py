@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from telco_nb import ROOT, judges, record
-from telco_nb.steps import Job
+from telco_nb import ROOT, judges
+from telco_nb.study import record
+from telco_nb.study.steps import Job
 
 SCRIPT = "<script>document.title='owned';fetch('https://example.com/x')</script><img src=x onerror=alert(1)>"
 PNG = base64.b64encode(
@@ -289,7 +290,7 @@ def write_judgements(run: record.Run, score: pd.Series) -> None:
 
 def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> dict[str, Any]:
     """The job that a runner hands to 06 (see record.open_run), for a tree of `build_study`."""
-    from telco_nb import steps
+    from telco_nb.study import steps
 
     configs = list(design(n).index)
     values = {

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from telco_nb import ROOT, imports
+from telco_nb import ROOT
+from telco_nb.study import imports
 
 KEY_PARTS = """
 import json, sys

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from telco_nb import energy, record
+from telco_nb import energy
+from telco_nb.study import record
 
 WATTS = (2.0, 5.0, 12.0)
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, controls, glossary, judges, judging, params, proxies, scenarios, synth
+from telco_nb import ROOT, controls, glossary, judges, judging, proxies, scenarios, synth
 from telco_nb.judges import Case, JudgeError, Verdict
+from telco_nb.study import params
 from telco_nb.verdicts import VerdictStore, coverage_block, verdicts
 
 SHARES = {"matchings_per_prompt": 2, "swap_share": 0.25, "retest_share": 0.05, "anchor_share": 0.2, "seed": 1}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from telco_nb import params, steps
-from telco_nb.params import ParameterError, load_study
+from telco_nb.study import params, steps
+from telco_nb.study.params import ParameterError, load_study
 
 
 @pytest.fixture

@@ -16,23 +16,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from telco_nb import (
-    ROOT,
-    doctor,
-    executed,
-    execution,
-    lanes,
-    nursery,
-    params,
-    progress,
-    record,
-    runner,
-    schedule,
-    steps,
-)
+from telco_nb import ROOT, doctor, executed, execution, lanes, nursery, progress, runner, schedule
 from telco_nb.executed import Failure
 from telco_nb.progress import State
-from telco_nb.steps import Job
+from telco_nb.study import params, record, steps
+from telco_nb.study.steps import Job
 
 
 def job(step: str, scope: str, *depends: str, **parameters) -> Job:

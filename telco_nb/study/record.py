@@ -28,9 +28,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from telco_nb import ROOT, imports, params, steps
-from telco_nb.params import NOTEBOOKS_DIR, ParameterError
-from telco_nb.steps import Job
+from telco_nb import ROOT
+from telco_nb.study import imports, params, steps
+from telco_nb.study.params import NOTEBOOKS_DIR, ParameterError
+from telco_nb.study.steps import Job
 
 SCHEMA_VERSION = 1
 JOB_VARIABLE = "TELCO_NB_JOB"
@@ -257,12 +258,14 @@ class Run:
     def input(self, step: str, name: str, scope: str | None = None) -> Path:
         """Path of an input file or folder, verified against its producer's manifest and entered in the record.
 
-        Raises RecordError if the read is not declared in telco_nb/steps.py, not there, or altered.
+        Raises RecordError if the read is not declared in telco_nb/study/steps.py, not there, or altered.
         """
         declared = [s for st, s, pattern in self.job.inputs if st == step and _covers(pattern, name)]
         scope = scope or (self.job.scope if self.job.scope in declared else "shared")
         if scope not in declared:
-            raise RecordError(f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/steps.py does not declare.")
+            raise RecordError(
+                f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/study/steps.py does not declare."
+            )
         manifest = read_manifest(self.root, scope, step)
         if manifest is None:
             raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from telco_nb.params import ParameterError, Study, declared
+from telco_nb.study.params import ParameterError, Study, declared
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def make_job(step: str, values: dict[str, Any]) -> Job:
     if unknown:
         raise ParameterError(
             f"notebooks/{step}.ipynb declares {', '.join(unknown)}, which no parameter file gives. "
-            "Add it to telco_nb/params.py and params/base.yaml, or remove it from the notebook."
+            "Add it to telco_nb/study/params.py and params/base.yaml, or remove it from the notebook."
         )
     return Job(step, values["scope"], {name: values[name] for name in names}, inputs_of(step, values))
 
