@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from telco_nb import ROOT, calls, generator
+from telco_nb import ROOT, generator
+from telco_nb.hosted import calls
 from telco_nb.verdicts import VerdictStore
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))  # the servers and the studies are those of the tests

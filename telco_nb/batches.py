@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb import generator, glossary, judging, jury, prices, runner, scenarios
-from telco_nb.book import Book, Entry, book_of
-from telco_nb.calls import CallsStopped, Session, run_async
+from telco_nb import generator, glossary, judging, jury, runner, scenarios
+from telco_nb.hosted import prices
+from telco_nb.hosted.book import Book, Entry, book_of
+from telco_nb.hosted.calls import CallsStopped, Session, run_async
+from telco_nb.hosted.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
 from telco_nb.protocol import Protocol, open_study
-from telco_nb.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
 from telco_nb.study import params, record
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from telco_nb import DATA_DIR, calls, prices, synth
+from telco_nb import DATA_DIR, synth
 from telco_nb.glossary import Card
-from telco_nb.providers import ApiModel, Question, Source
+from telco_nb.hosted import calls, prices
+from telco_nb.hosted.providers import ApiModel, Question, Source
 from telco_nb.scenarios import Axes, Scenario
 
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from telco_nb import ROOT
 from telco_nb.glossary import Card
-from telco_nb.providers import KEYS
+from telco_nb.hosted.providers import KEYS
 
 Form = Literal["pair", "list", "rubric"]
 SEATS = ("A", "B", "C", "D")

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telco_nb import calls, judges, prices, providers
+from telco_nb import judges
+from telco_nb.hosted import calls, prices, providers
+from telco_nb.hosted.providers import ApiModel, Outcome, Source
 from telco_nb.judges import Form, Verdict
-from telco_nb.providers import ApiModel, Outcome, Source
 
 if TYPE_CHECKING:
     from telco_nb.judging import Question

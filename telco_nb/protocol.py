@@ -15,9 +15,9 @@ import pandas as pd
 
 from telco_nb import controls, glossary, judges, judging, verdicts
 from telco_nb.glossary import Card
+from telco_nb.hosted.providers import ProviderError
 from telco_nb.judging import Question
 from telco_nb.jury import HostedJudge
-from telco_nb.providers import ProviderError
 from telco_nb.study import params, record, steps
 from telco_nb.study.params import ParameterError
 from telco_nb.verdicts import VerdictStore

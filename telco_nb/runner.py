@@ -22,7 +22,8 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, prices, providers, schedule
+from telco_nb import ROOT, doctor, executed, execution, schedule
+from telco_nb.hosted import prices, providers
 from telco_nb.lanes import Lane, lane_gpus
 from telco_nb.nursery import Child, Nursery, is_useful
 from telco_nb.progress import State, clock, follow, make_console, status_table

@@ -20,8 +20,8 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from telco_nb import providers
-from telco_nb.calls import AttemptStore
+from telco_nb.hosted import providers
+from telco_nb.hosted.calls import AttemptStore
 from telco_nb.judges import CRITERIA, Verdict, printable
 
 PARTS = ("controls", "lists", "rubric", "pairs")

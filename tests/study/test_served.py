@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from telco_nb import ROOT, calls, controls, generator, glossary, judging, model, prices, scenarios, verdicts
+from telco_nb import ROOT, controls, generator, glossary, judging, model, scenarios, verdicts
+from telco_nb.hosted import calls, prices
+from telco_nb.hosted.providers import ApiModel, Source
 from telco_nb.jury import HostedJudge
-from telco_nb.providers import ApiModel, Source
 
 pytestmark = pytest.mark.study
 SEED = 1

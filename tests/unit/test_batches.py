@@ -16,9 +16,10 @@ from provider_server import answer_body, error_body
 from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
 from typer.testing import CliRunner
 
-from telco_nb import batches, calls, judges, pilot, prices, protocol, verdicts
-from telco_nb.book import Book
-from telco_nb.providers import ApiModel, Question, Source
+from telco_nb import batches, judges, pilot, protocol, verdicts
+from telco_nb.hosted import calls, prices
+from telco_nb.hosted.book import Book
+from telco_nb.hosted.providers import ApiModel, Question, Source
 from telco_nb.study import steps
 
 matplotlib.use("Agg")

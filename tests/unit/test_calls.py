@@ -14,8 +14,8 @@ import pytest
 from provider_server import FAULTS, KINDS, Server
 from pydantic import BaseModel, ConfigDict
 
-from telco_nb import calls, prices, providers
-from telco_nb.providers import ApiModel, ProviderError, Question, Source
+from telco_nb.hosted import calls, prices, providers
+from telco_nb.hosted.providers import ApiModel, ProviderError, Question, Source
 
 MODELS = {
     "anthropic": "claude-sonnet-4-5", "openai": "gpt-5.2", "google": "gemini-2.5-flash", "openai-compatible": "own",

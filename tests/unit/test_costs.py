@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from telco_nb import ROOT, prices, runner
+from telco_nb import ROOT, runner
 from telco_nb.executed import Failure
-from telco_nb.prices import CostRefused, Estimate
-from telco_nb.providers import Source
+from telco_nb.hosted import prices
+from telco_nb.hosted.prices import CostRefused, Estimate
+from telco_nb.hosted.providers import Source
 
 REMOTE = Source("google", "gemini-2.5-flash")
 LOCAL = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")

@@ -14,8 +14,9 @@ import pytest
 from provider_server import Server, killed_at_random
 from test_calls import QUICK, keys  # noqa: F401
 
-from telco_nb import ROOT, calls, corpus, generator, glossary, prices, scenarios, synth
-from telco_nb.providers import ApiModel, Source
+from telco_nb import ROOT, corpus, generator, glossary, scenarios, synth
+from telco_nb.hosted import calls, prices
+from telco_nb.hosted.providers import ApiModel, Source
 
 SEED = 7
 CARDS = glossary.load(ROOT / "telco_nb/data/glossary.yaml")

@@ -14,10 +14,11 @@ import pytest
 from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
 from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
-from telco_nb import ROOT, calls, controls, glossary, judging, jury, verdicts
+from telco_nb import ROOT, controls, glossary, judging, jury, verdicts
+from telco_nb.hosted import calls
+from telco_nb.hosted.prices import Prices
+from telco_nb.hosted.providers import Source
 from telco_nb.jury import HostedJudge
-from telco_nb.prices import Prices
-from telco_nb.providers import Source
 from telco_nb.verdicts import VerdictStore
 
 CARDS = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}

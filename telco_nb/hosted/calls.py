@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import __version__
-from telco_nb.book import book_of
-from telco_nb.prices import Budget, BudgetStop, Prices, cap_from_environment
-from telco_nb.providers import RECEIPT, ApiModel, Exchange, Outcome, Question
+from telco_nb.hosted.book import book_of
+from telco_nb.hosted.prices import Budget, BudgetStop, Prices, cap_from_environment
+from telco_nb.hosted.providers import RECEIPT, ApiModel, Exchange, Outcome, Question
 
 
 class CallsStopped(RuntimeError):

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from telco_nb.providers import Question, Source
+from telco_nb.hosted.providers import Question, Source
 
 MAX_USD_VARIABLE = "TELCO_NB_MAX_USD"
 # Batches cost half the price at all three providers, as they published it when this was written (November 2026).

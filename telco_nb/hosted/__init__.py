@@ -1,0 +1,1 @@
+"""Models behind an API: requests, attempts on disk, prices and budget. Imports no other room."""
