@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from telco_nb import ROOT, corpus, glossary, scenarios, synth
+from telco_nb import ROOT
+from telco_nb.corpus import corpus, glossary, scenarios, synth
 from telco_nb.study import record
 
 SEED = 20260605

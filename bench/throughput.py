@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from telco_nb import ROOT, generator
+from telco_nb import ROOT
+from telco_nb.corpus import generator
 from telco_nb.hosted import calls
 from telco_nb.verdicts import VerdictStore
 

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 
-from telco_nb import ROOT, glossary, scenarios, synth
+from telco_nb import ROOT
+from telco_nb.corpus import glossary, scenarios, synth
 
 CONVERSATIONS, WARM, SEED, RANK, LEARNING_RATE = 48, 2, 20260605, 16, 1e-4
 KINDS = ("ours bf16", "ours fp32", "padded loop fp32", "padded loop bf16", "TRL default", "TRL best")

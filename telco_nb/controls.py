@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb import glossary, judges
-from telco_nb.glossary import Card
+from telco_nb import judges
+from telco_nb.corpus import glossary
+from telco_nb.corpus.glossary import Card
 from telco_nb.judging import PLAN_COLUMNS, pair_row
 from telco_nb.proxies import names_pattern, sentences
 

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from telco_nb import ROOT, generator, glossary, judges, judging, jury, protocol, scenarios, synth, verdicts
+from telco_nb import ROOT, judges, judging, jury, protocol, verdicts
 from telco_nb.controls import CONTROL_PROMPTS, GATE
-from telco_nb.glossary import Card
+from telco_nb.corpus import generator, glossary, scenarios, synth
+from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.providers import Source
 from telco_nb.jury import HostedJudge
-from telco_nb.scenarios import Axes, Scenario
 from telco_nb.study.steps import Job
 
 SENT = {

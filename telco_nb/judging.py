@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from telco_nb import __version__, judges, lists
-from telco_nb.glossary import Card
+from telco_nb.corpus.glossary import Card
 from telco_nb.judges import Case, Form, Judge, JudgeError, Verdict
 from telco_nb.jury import HostedJudge
 from telco_nb.verdicts import FIT_PURPOSES, RECEIPT, VerdictStore

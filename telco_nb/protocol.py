@@ -13,8 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb import controls, glossary, judges, judging, verdicts
-from telco_nb.glossary import Card
+from telco_nb import controls, judges, judging, verdicts
+from telco_nb.corpus import glossary
+from telco_nb.corpus.glossary import Card
 from telco_nb.hosted.providers import ProviderError
 from telco_nb.judging import Question
 from telco_nb.jury import HostedJudge

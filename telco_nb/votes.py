@@ -20,8 +20,9 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb import controls, glossary, judging
-from telco_nb.glossary import Card
+from telco_nb import controls, judging
+from telco_nb.corpus import glossary
+from telco_nb.corpus.glossary import Card
 from telco_nb.judges import Case, JudgeError, Verdict, printable, refuse_remote
 from telco_nb.study import params
 from telco_nb.verdicts import VerdictStore

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from telco_nb import ROOT, controls, generator, glossary, judging, model, scenarios, verdicts
+from telco_nb import ROOT, controls, judging, model, verdicts
+from telco_nb.corpus import generator, glossary, scenarios
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.providers import ApiModel, Source
 from telco_nb.jury import HostedJudge

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, corpus, duplicates, filters, glossary, scenarios, synth
+from telco_nb import ROOT
+from telco_nb.corpus import corpus, duplicates, filters, glossary, scenarios, synth
 
 CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
 AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")

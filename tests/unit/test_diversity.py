@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from telco_nb import diversity
+from telco_nb.corpus import diversity
 
 A, B, C = "the line is down again", "the line is down today", "my bill is too high"
 

@@ -14,7 +14,8 @@ import pytest
 from provider_server import Server, killed_at_random
 from test_calls import QUICK, keys  # noqa: F401
 
-from telco_nb import ROOT, corpus, generator, glossary, scenarios, synth
+from telco_nb import ROOT
+from telco_nb.corpus import corpus, generator, glossary, scenarios, synth
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.providers import ApiModel, Source
 

@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, glossary
+from telco_nb import ROOT
+from telco_nb.corpus import glossary
 
 PATH = ROOT / "telco_nb" / "data" / "glossary.yaml"
 CARDS = glossary.load(PATH)

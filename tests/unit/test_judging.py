@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, controls, glossary, judges, judging, proxies, scenarios, synth
+from telco_nb import ROOT, controls, judges, judging, proxies
+from telco_nb.corpus import glossary, scenarios, synth
 from telco_nb.judges import Case, JudgeError, Verdict
 from telco_nb.study import params
 from telco_nb.verdicts import VerdictStore, coverage_block, verdicts

@@ -14,7 +14,8 @@ import pytest
 from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
 from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
-from telco_nb import ROOT, controls, glossary, judging, jury, verdicts
+from telco_nb import ROOT, controls, judging, jury, verdicts
+from telco_nb.corpus import glossary
 from telco_nb.hosted import calls
 from telco_nb.hosted.prices import Prices
 from telco_nb.hosted.providers import Source

@@ -8,7 +8,8 @@ import phonenumbers
 import pytest
 from phonenumbers import PhoneNumberFormat, PhoneNumberType
 
-from telco_nb import ROOT, glossary, privacy, scenarios, synth
+from telco_nb import ROOT
+from telco_nb.corpus import glossary, privacy, scenarios, synth
 
 CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
 AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from telco_nb import ROOT, glossary, readability
+from telco_nb import ROOT
+from telco_nb.corpus import glossary, readability
 
 CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
 

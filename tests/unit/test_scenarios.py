@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, glossary, scenarios
+from telco_nb import ROOT
+from telco_nb.corpus import glossary, scenarios
 
 AXES_PATH = ROOT / "telco_nb" / "data" / "axes.yaml"
 CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")

@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, corpus, filters, glossary, scenarios, synth
+from telco_nb import ROOT
+from telco_nb.corpus import corpus, filters, glossary, scenarios, synth
 
 CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
 BY_ID = {card.id: card for card in CARDS}

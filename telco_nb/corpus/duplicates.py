@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from telco_nb.glossary import words
+from telco_nb.corpus.glossary import words
 
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 5-shingles
 SHINGLE = 5

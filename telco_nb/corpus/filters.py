@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from telco_nb import privacy
-from telco_nb.glossary import Card, unknown_figures
-from telco_nb.scenarios import SPLITS
+from telco_nb.corpus import privacy
+from telco_nb.corpus.glossary import Card, unknown_figures
+from telco_nb.corpus.scenarios import SPLITS
 
 CONVERSATION_KEYS = (
     "conversation_id", "scenario_id", "term_id", "intent", "situation", "customer", "mood", "opening", "n_turns",

@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from telco_nb.glossary import Card, sentences
+from telco_nb.corpus.glossary import Card, sentences
 
 _VOWELS = re.compile(r"[aeiouy]+")
 _SILENT = re.compile(r"(?:[^laeiouy]es?|[^aeiouytd]ed)$")  # bite, takes, asked; but table, glasses, started

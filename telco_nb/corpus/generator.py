@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from telco_nb import DATA_DIR, synth
-from telco_nb.glossary import Card
+from telco_nb import DATA_DIR
+from telco_nb.corpus import synth
+from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.providers import ApiModel, Question, Source
-from telco_nb.scenarios import Axes, Scenario
 
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"
 GENERATOR_ID = "llm-1"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.glossary import words
-from telco_nb.scenarios import AXES, keyed
+from telco_nb.corpus.glossary import words
+from telco_nb.corpus.scenarios import AXES, keyed
 
 SAMPLE = 2000  # distinct-n and compression depend on how much text is measured, so they are taken on as many texts
 CELL_TEXTS = 20  # self-BLEU of a cell: at most as many of its texts, drawn by keyed hash

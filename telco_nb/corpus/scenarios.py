@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb.glossary import Card, Text, first_sentence, read_yaml
+from telco_nb.corpus.glossary import Card, Text, first_sentence, read_yaml
 
 SPLITS = ("train", "val", "test")
 AXES = ("intent", "situation", "customer")

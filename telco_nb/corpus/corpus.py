@@ -14,10 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from telco_nb import diversity, duplicates
-from telco_nb.filters import FILTERS, Conversation, Reject, check
-from telco_nb.glossary import Card
-from telco_nb.scenarios import AXES, keyed
+from telco_nb.corpus import diversity, duplicates
+from telco_nb.corpus.filters import FILTERS, Conversation, Reject, check
+from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.scenarios import AXES, keyed
 
 SIMILAR_MARGIN = 0.005  # refused this much earlier, because the weights shift a little when rows go
 SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations

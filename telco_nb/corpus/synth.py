@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import DATA_DIR
-from telco_nb.glossary import Card, figures_in, read_yaml, sentences
-from telco_nb.scenarios import AXES, Axes, Scenario, keyed
+from telco_nb.corpus.glossary import Card, figures_in, read_yaml, sentences
+from telco_nb.corpus.scenarios import AXES, Axes, Scenario, keyed
 
 GRAMMAR_PATH = DATA_DIR / "grammar.yaml"
 GENERATOR_ID = "offline-grammar-2"
