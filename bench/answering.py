@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from telco_nb import answers, model
+from telco_nb.lora import answers, model
 
 PROMPTS, NEW_TOKENS, SINGLES = 40, 40, 3
 

@@ -23,7 +23,7 @@ def train(folder: Path) -> None:
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    from telco_nb import energy, model, packing, training
+    from telco_nb.lora import energy, model, packing, training
 
     model.quiet()
     base, tokenizer = model.load(model.PACKAGED, model.choose_dtype("bfloat16")[0])

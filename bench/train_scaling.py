@@ -11,8 +11,8 @@ import time
 import torch
 from peft import LoraConfig
 
-from telco_nb import fused, model, packing, training
-from telco_nb.packing import IGNORED, Example
+from telco_nb.lora import fused, model, packing, training
+from telco_nb.lora.packing import IGNORED, Example
 
 CASES = [  # tokens a row, tokens a conversation, rank
     (512, 256, 16), (1024, 256, 16), (2048, 256, 16),

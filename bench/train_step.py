@@ -38,7 +38,7 @@ def load(dtype: str):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from telco_nb import model, training
+    from telco_nb.lora import model, training
 
     model.quiet()
     base, tokenizer = model.load(model.PACKAGED, getattr(torch, dtype))
@@ -57,7 +57,7 @@ def arguments(folder: str, **options) -> dict:
 def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
     from transformers import TrainingArguments
 
-    from telco_nb import packing, training
+    from telco_nb.lora import packing, training
 
     tuned, tokenizer = load(dtype)
     training.prepare_step(tuned)
@@ -82,7 +82,7 @@ def padded(chats: list, dtype: str, size: int = 4) -> dict:
     """The loop of a tutorial: batches padded on the right, logits at every position, transformers' own loss."""
     import torch
 
-    from telco_nb import packing
+    from telco_nb.lora import packing
 
     tuned, tokenizer = load(dtype)
     examples = [packing.encode(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
@@ -119,7 +119,7 @@ def trl(chats: list, dtype: str, size: int, **options) -> dict:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from telco_nb import packing
+    from telco_nb.lora import packing
 
     tuned, tokenizer = load(dtype)
     examples = [packing.encode(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
@@ -169,7 +169,7 @@ def measure(kind: str) -> dict:
 
     chats = conversations(CONVERSATIONS)
     dtype = "bfloat16" if kind.split()[-1] in ("bf16", "default", "best") else "float32"
-    from telco_nb import model
+    from telco_nb.lora import model
 
     peak = model.choose_dtype("auto")[1][dtype]
     if kind.startswith("ours"):

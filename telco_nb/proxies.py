@@ -390,7 +390,7 @@ def load_embedder(batch_size: int = 32) -> tuple[Callable[[list[str]], np.ndarra
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from telco_nb import model
+    from telco_nb.lora import model
 
     model.quiet()
     from sentence_transformers import SentenceTransformer

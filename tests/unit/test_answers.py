@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from telco_nb import answers, model
+from telco_nb.lora import answers, model
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from test_fused import fake_examples
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
-from telco_nb import ROOT, companions, energy, model, packing, preflight, training
-from telco_nb.model import PreflightError
-from telco_nb.training import TrainingError
+from telco_nb import ROOT
+from telco_nb.lora import companions, energy, model, packing, preflight, training
+from telco_nb.lora.model import PreflightError
+from telco_nb.lora.training import TrainingError
 
 SCRIPT = """
 import sys

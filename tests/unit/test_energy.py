@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from telco_nb import energy
+from telco_nb.lora import energy
 from telco_nb.study import record
 
 WATTS = (2.0, 5.0, 12.0)

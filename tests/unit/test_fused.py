@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from telco_nb import fused, model, packing, training
-from telco_nb.packing import IGNORED, Example
+from telco_nb.lora import fused, model, packing, training
+from telco_nb.lora.packing import IGNORED, Example
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,9 +13,10 @@ from peft import LoraConfig, PeftModel
 from test_fused import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
-from telco_nb import ROOT, answers, model, packing, training
-from telco_nb.model import ModelError
-from telco_nb.training import TrainingError
+from telco_nb import ROOT
+from telco_nb.lora import answers, model, packing, training
+from telco_nb.lora.model import ModelError
+from telco_nb.lora.training import TrainingError
 
 ALL = training.TARGET_MODULES["all"]
 

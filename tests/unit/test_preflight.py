@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_options import CHAT, BaseTokenizer
 
-from telco_nb import model, packing, preflight, runner, training
+from telco_nb import runner
 from telco_nb.executed import Failure
-from telco_nb.model import PreflightError
+from telco_nb.lora import model, packing, preflight, training
+from telco_nb.lora.model import PreflightError
 
 
 def test_an_implausible_base_loss_stops_before_training():

@@ -339,7 +339,7 @@ def test_the_doctor_names_every_missing_piece(tmp_path, monkeypatch):
 
 
 def test_the_doctor_knows_the_packaged_model_by_its_name():
-    source = (ROOT / "telco_nb" / "model.py").read_text()
+    source = (ROOT / "telco_nb" / "lora" / "model.py").read_text()
     assert f'PACKAGED = "{doctor.PACKAGED_MODEL}"' in source
 
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from telco_nb import ROOT, model, packing, preflight, training
-from telco_nb.model import PreflightError
-from telco_nb.packing import IGNORED, Example
-from telco_nb.training import TrainingError
+from telco_nb import ROOT
+from telco_nb.lora import model, packing, preflight, training
+from telco_nb.lora.model import PreflightError
+from telco_nb.lora.packing import IGNORED, Example
+from telco_nb.lora.training import TrainingError
 
 CHATS = [
     [
@@ -322,7 +323,7 @@ import resource, signal, sys
 sys.path.insert(0, "tests/unit")
 from pathlib import Path
 from test_training import Kill, train
-from telco_nb.training import TrainingError
+from telco_nb.lora.training import TrainingError
 folder = Path(sys.argv[1])
 class Full(Kill):
     def on_step_end(self, args, state, control, **_):

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
-from telco_nb.model import chat_messages, end_token_id, mapped
+from telco_nb.lora.model import chat_messages, end_token_id, mapped
 
 KEPT = "kept_keys"  # name of the attention function below
 DROP_SHARE = 0.8  # rows leave the batch when no more than this share of it still writes; a guess, any value is exact

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from telco_nb.model import PreflightError, end_token_id
-from telco_nb.packing import IGNORED, Example
+from telco_nb.lora.model import PreflightError, end_token_id
+from telco_nb.lora.packing import IGNORED, Example
 from telco_nb.study.record import device
 
 SPARE = 0.2  # share of the free memory left alone: the estimate of a row is a guess to 30 %, and halving is the net

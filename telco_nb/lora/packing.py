@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from telco_nb.model import PreflightError, chat_messages, end_token_id, turn_end_id
+from telco_nb.lora.model import PreflightError, chat_messages, end_token_id, turn_end_id
 
 IGNORED = -100  # the label of a token that is not learned, as in transformers
 

@@ -28,10 +28,11 @@ import torch
 import torch.distributed
 from transformers import TrainingArguments
 
-from telco_nb import ROOT, energy, model, training
-from telco_nb.packing import PackedRows, only_row
+from telco_nb import ROOT
+from telco_nb.lora import energy, model, training
+from telco_nb.lora.packing import PackedRows, only_row
+from telco_nb.lora.training import TrainingError
 from telco_nb.study.record import device, die_with_parent
-from telco_nb.training import TrainingError
 
 START_SECONDS = 600.0  # for a companion to load its model
 GRACE_SECONDS = 120.0  # for this process to notice that another is gone, a guess: rows of large models take a while

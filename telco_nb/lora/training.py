@@ -30,8 +30,8 @@ try:  # added to torch late, and FlashAttention builds only
 except ImportError:
     varlen_attn = None
 
-from telco_nb import fused
-from telco_nb.packing import IGNORED, Example, PackedRows, collate, pack, parts, segment_lengths
+from telco_nb.lora import fused
+from telco_nb.lora.packing import IGNORED, Example, PackedRows, collate, pack, parts, segment_lengths
 from telco_nb.study.record import write_json
 
 TARGET_MODULES = {
