@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pandas as pd
 
-from telco_nb import judging, ranking
+from telco_nb.judge import judging, ranking
 
 DESIGNS = {  # prompts, prompts per term, SD of term effects, SD of scenario effects
     "paper: 156 prompts, 52 terms": (156, 3, 0.3, 0.4),

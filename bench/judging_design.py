@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from telco_nb import judging, lists, ranking
+from telco_nb.judge import judging, lists, ranking
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 17)]
 PROMPTS = 156

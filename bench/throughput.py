@@ -14,7 +14,7 @@ from pathlib import Path
 from telco_nb import ROOT
 from telco_nb.corpus import generator
 from telco_nb.hosted import calls
-from telco_nb.verdicts import VerdictStore
+from telco_nb.judge.verdicts import VerdictStore
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))  # the servers and the studies are those of the tests
 import test_calls

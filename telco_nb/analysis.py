@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from telco_nb.ranking import tied_top
+from telco_nb.judge.ranking import tied_top
 
 FACTORS = ("target_modules", "rank", "epochs", "learning_rate")
 TARGET_ORDER = ("qv", "attention", "mlp", "all")  # by number of adapted layers

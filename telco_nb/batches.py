@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb import judging, jury, runner
+from telco_nb import runner
 from telco_nb.corpus import generator, glossary, scenarios
 from telco_nb.hosted import prices
 from telco_nb.hosted.book import Book, Entry, book_of
 from telco_nb.hosted.calls import CallsStopped, Session, run_async
 from telco_nb.hosted.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
-from telco_nb.protocol import Protocol, open_study
+from telco_nb.judge import judging, jury
+from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
 
 if TYPE_CHECKING:

@@ -10,14 +10,15 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from telco_nb import ROOT, judges, judging, jury, protocol, verdicts
-from telco_nb.controls import CONTROL_PROMPTS, GATE
+from telco_nb import ROOT
 from telco_nb.corpus import generator, glossary, scenarios, synth
 from telco_nb.corpus.glossary import Card
 from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.providers import Source
-from telco_nb.jury import HostedJudge
+from telco_nb.judge import judges, judging, jury, protocol, verdicts
+from telco_nb.judge.controls import CONTROL_PROMPTS, GATE
+from telco_nb.judge.jury import HostedJudge
 from telco_nb.study.steps import Job
 
 SENT = {

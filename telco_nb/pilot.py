@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
-from telco_nb import costs, judging, runner
+from telco_nb import costs, runner
 from telco_nb.batches import HELP, ended_well
 from telco_nb.hosted import prices
 from telco_nb.hosted.book import book_of
-from telco_nb.judging import Question
-from telco_nb.protocol import Protocol, open_study
+from telco_nb.judge import judging
+from telco_nb.judge.judging import Question
+from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)

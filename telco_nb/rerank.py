@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb import controls, judging, ranking, verdicts
-from telco_nb.verdicts import VerdictStore
+from telco_nb.judge import controls, judging, ranking, verdicts
+from telco_nb.judge.verdicts import VerdictStore
 
 DRAWS, SEED = 2000, 20260605
 

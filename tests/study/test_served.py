@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from telco_nb import ROOT, controls, judging, verdicts
+from telco_nb import ROOT
 from telco_nb.corpus import generator, glossary, scenarios
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.providers import ApiModel, Source
-from telco_nb.jury import HostedJudge
+from telco_nb.judge import controls, judging, verdicts
+from telco_nb.judge.jury import HostedJudge
 from telco_nb.lora import model
 
 pytestmark = pytest.mark.study

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from telco_nb import ROOT, judges
+from telco_nb import ROOT
+from telco_nb.judge import judges
 from telco_nb.study import record
 from telco_nb.study.steps import Job
 

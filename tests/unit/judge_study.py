@@ -15,8 +15,9 @@ import pandas as pd
 from fake_study import Builder
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from telco_nb import ROOT, controls, judging
+from telco_nb import ROOT
 from telco_nb.corpus import glossary, scenarios, synth
+from telco_nb.judge import controls, judging
 from telco_nb.study import record, steps
 
 SCRIPT = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"

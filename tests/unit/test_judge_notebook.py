@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 from judge_study import CARDS, HOSTILE
 
-from telco_nb import analysis, controls, judges, judging, proxies, rerank, votes
-from telco_nb.judges import Verdict
+from telco_nb import analysis, rerank
+from telco_nb.judge import controls, judges, judging, proxies, votes
+from telco_nb.judge.judges import Verdict
+from telco_nb.judge.verdicts import VerdictStore
 from telco_nb.report_files import Page
 from telco_nb.report_pages import notebook_body
 from telco_nb.study import params
-from telco_nb.verdicts import VerdictStore
 
 matplotlib.use("Agg")
 CONFIGS = ["c01", "c02", "c03"]

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telco_nb import ROOT, controls, judges, judging, proxies
+from telco_nb import ROOT
 from telco_nb.corpus import glossary, scenarios, synth
-from telco_nb.judges import Case, JudgeError, Verdict
+from telco_nb.judge import controls, judges, judging, proxies
+from telco_nb.judge.judges import Case, JudgeError, Verdict
+from telco_nb.judge.verdicts import VerdictStore, coverage_block, verdicts
 from telco_nb.study import params
-from telco_nb.verdicts import VerdictStore, coverage_block, verdicts
 
 SHARES = {"matchings_per_prompt": 2, "swap_share": 0.25, "retest_share": 0.05, "anchor_share": 0.2, "seed": 1}
 CONFIGS = [f"c{i:02d}" for i in range(1, 17)]

@@ -14,13 +14,14 @@ import pytest
 from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
 from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
-from telco_nb import ROOT, controls, judging, jury, verdicts
+from telco_nb import ROOT
 from telco_nb.corpus import glossary
 from telco_nb.hosted import calls
 from telco_nb.hosted.prices import Prices
 from telco_nb.hosted.providers import Source
-from telco_nb.jury import HostedJudge
-from telco_nb.verdicts import VerdictStore
+from telco_nb.judge import controls, judging, jury, verdicts
+from telco_nb.judge.jury import HostedJudge
+from telco_nb.judge.verdicts import VerdictStore
 
 CARDS = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
 CONFIGS = ["c01", "c02", "c03", "c04"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from telco_nb import judging, lists, ranking
+from telco_nb.judge import judging, lists, ranking
 
 
 def prompts(n, per_term=1):

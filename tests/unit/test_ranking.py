@@ -8,7 +8,7 @@ import pytest
 import statsmodels.api as sm
 from statsmodels.tools.numdiff import approx_hess
 
-from telco_nb import ranking
+from telco_nb.judge import ranking
 
 
 def simulate(

@@ -9,9 +9,10 @@ import pytest
 from judge_study import CARDS, HOSTILE
 from pydantic import ValidationError
 
-from telco_nb import judges, judging, proxies, ranking, rerank, verdicts
-from telco_nb.judges import Case, JudgeError, Verdict
-from telco_nb.verdicts import VerdictStore
+from telco_nb import rerank
+from telco_nb.judge import judges, judging, proxies, ranking, verdicts
+from telco_nb.judge.judges import Case, JudgeError, Verdict
+from telco_nb.judge.verdicts import VerdictStore
 
 CONFIGS = ["c01", "c02", "c03"]
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb import controls, judges, judging, verdicts
 from telco_nb.corpus import glossary
 from telco_nb.corpus.glossary import Card
 from telco_nb.hosted.providers import ProviderError
-from telco_nb.judging import Question
-from telco_nb.jury import HostedJudge
+from telco_nb.judge import controls, judges, judging, verdicts
+from telco_nb.judge.judging import Question
+from telco_nb.judge.jury import HostedJudge
+from telco_nb.judge.verdicts import VerdictStore
 from telco_nb.study import params, record, steps
 from telco_nb.study.params import ParameterError
-from telco_nb.verdicts import VerdictStore
 
 
 @dataclass(frozen=True)

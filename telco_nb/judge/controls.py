@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb import judges
 from telco_nb.corpus import glossary
 from telco_nb.corpus.glossary import Card
-from telco_nb.judging import PLAN_COLUMNS, pair_row
-from telco_nb.proxies import names_pattern, sentences
+from telco_nb.judge import judges
+from telco_nb.judge.judging import PLAN_COLUMNS, pair_row
+from telco_nb.judge.proxies import names_pattern, sentences
 
 CONTROL_PROMPTS = 40
 CONSTANT_ANSWER = (

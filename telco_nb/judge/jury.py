@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telco_nb import judges
 from telco_nb.hosted import calls, prices, providers
 from telco_nb.hosted.providers import ApiModel, Outcome, Source
-from telco_nb.judges import Form, Verdict
+from telco_nb.judge import judges
+from telco_nb.judge.judges import Form, Verdict
 
 if TYPE_CHECKING:
-    from telco_nb.judging import Question
-    from telco_nb.verdicts import VerdictStore
+    from telco_nb.judge.judging import Question
+    from telco_nb.judge.verdicts import VerdictStore
 
 
 class HostedJudge:

@@ -145,7 +145,7 @@ class LocalJudge(Judge, Protocol):
 @cache
 def kinds() -> dict[str, type]:
     """The class of every kind of judge that works offline. Imported here because their modules import this one."""
-    from telco_nb import proxies, votes
+    from telco_nb.judge import proxies, votes
 
     return {"checklist": proxies.ChecklistJudge, "reference": proxies.ReferenceJudge, "human": votes.HumanJudge}
 
@@ -157,7 +157,7 @@ def open_judge(values: Mapping[str, Any], root: Path) -> Judge:
     """
     kind = values["judge_kind"]
     if kind in KEYS:
-        from telco_nb.jury import HostedJudge
+        from telco_nb.judge.jury import HostedJudge
 
         return HostedJudge.from_parameters(values, root)
     if kind not in kinds():

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb import __version__, judges, lists
+from telco_nb import __version__
 from telco_nb.corpus.glossary import Card
-from telco_nb.judges import Case, Form, Judge, JudgeError, Verdict
-from telco_nb.jury import HostedJudge
-from telco_nb.verdicts import FIT_PURPOSES, RECEIPT, VerdictStore
+from telco_nb.judge import judges, lists
+from telco_nb.judge.judges import Case, Form, Judge, JudgeError, Verdict
+from telco_nb.judge.jury import HostedJudge
+from telco_nb.judge.verdicts import FIT_PURPOSES, RECEIPT, VerdictStore
 
 PROTOCOLS: dict[Form, str] = {"pair": "pairwise-2", "list": "lists-1", "rubric": "rubric-1"}
 ANCHORS = ("untuned", "reference")

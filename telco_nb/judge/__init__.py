@@ -1,0 +1,1 @@
+"""Notebook 05: judges, protocol, gate, store of verdicts, ranking."""
