@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from telco_nb import DATA_DIR, report_cards
-from telco_nb.findings import PAPER, describe, name_list, percent
+from telco_nb.analysis.findings import PAPER, describe, name_list, percent
 from telco_nb.report_cards import GUESSED, ordinal
 from telco_nb.report_files import Cell, Page, Study, duration, read_study, tolerant
 from telco_nb.report_pages import notebook_body

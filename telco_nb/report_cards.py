@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.findings import describe, energy_text
+from telco_nb.analysis.findings import describe, energy_text
 from telco_nb.report_files import Study, read_json, tolerant
 from telco_nb.study.steps import STEPS
 

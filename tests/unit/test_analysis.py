@@ -17,8 +17,8 @@ import statsmodels.formula.api as smf
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
-from telco_nb import analysis, charts, findings
-from telco_nb.analysis import Interval, Judge, Study
+from telco_nb.analysis import analysis, charts, findings
+from telco_nb.analysis.analysis import Interval, Judge, Study
 from telco_nb.judge import ranking
 
 matplotlib.use("Agg")

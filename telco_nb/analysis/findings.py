@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb import analysis
-from telco_nb.analysis import Interval, Judge, Study
+from telco_nb.analysis import analysis
+from telco_nb.analysis.analysis import Interval, Judge, Study
 
 RUBRIC = ("factual", "resolves", "on_policy", "tone", "concise")
 CHEAP = 0.25  # training is paid once: a saving of less than a quarter does not outweigh a better score
