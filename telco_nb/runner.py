@@ -425,7 +425,7 @@ def _summary(state: State, root: Path) -> dict[str, Any]:
 def _make_report(console: Console, root: Path, states: list[State], outcome: Outcome) -> None:
     """Build the report if anything that it shows has changed. A failure is reported and makes the run a failure."""
     try:
-        from telco_nb import report
+        from telco_nb.report import report
 
         outcome.report = str(root / "report" / "telco_report.html")
         key_file, key = root / "report" / ".key", report_key(root)

@@ -12,7 +12,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from telco_nb import ROOT, report
+from telco_nb import ROOT
+from telco_nb.report import report
 from telco_nb.study import record
 
 N, JUDGES, REPEATS = 16, ("checklist", "reference"), 2

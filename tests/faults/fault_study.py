@@ -49,7 +49,7 @@ def main() -> int:
     record.NOTEBOOKS_DIR = Path(study["notebooks"])
     runner.load = lambda options: SimpleNamespace(profile="faults")
     runner.steps = SimpleNamespace(plan=lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]])
-    telco_nb.report = SimpleNamespace(build=write_report)
+    telco_nb.report.report = SimpleNamespace(build=write_report)
     nursery.LIBRARIES = study["libraries"] or nursery.LIBRARIES
     os.environ["TELCO_NB_OUTPUTS"] = study["outputs"]
     return runner.run(options)

@@ -15,8 +15,8 @@ from telco_nb.analysis import analysis
 from telco_nb.judge import controls, judges, judging, proxies, votes
 from telco_nb.judge.judges import Verdict
 from telco_nb.judge.verdicts import VerdictStore
-from telco_nb.report_files import Page
-from telco_nb.report_pages import notebook_body
+from telco_nb.report.report_files import Page
+from telco_nb.report.report_pages import notebook_body
 from telco_nb.study import params
 
 matplotlib.use("Agg")

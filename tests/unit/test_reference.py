@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from telco_nb import reference
+from telco_nb.report import reference
 
 published = pytest.mark.skipif(not (reference.REFERENCE / "results.csv").is_file(), reason="nothing is published yet")
 

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from telco_nb import report, report_cards, report_pages
-from telco_nb.report_files import duration
+from telco_nb.report import report, report_cards, report_pages
+from telco_nb.report.report_files import duration
 
 matplotlib.use("Agg")
 N, JUDGES, REPEATS = 4, ("checklist", "reference"), 1

@@ -21,11 +21,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from telco_nb import DATA_DIR, report_cards
+from telco_nb import DATA_DIR
 from telco_nb.analysis.findings import PAPER, describe, name_list, percent
-from telco_nb.report_cards import GUESSED, ordinal
-from telco_nb.report_files import Cell, Page, Study, duration, read_study, tolerant
-from telco_nb.report_pages import notebook_body
+from telco_nb.report import report_cards
+from telco_nb.report.report_cards import GUESSED, ordinal
+from telco_nb.report.report_files import Cell, Page, Study, duration, read_study, tolerant
+from telco_nb.report.report_pages import notebook_body
 from telco_nb.study.steps import STEPS
 
 DATA = DATA_DIR

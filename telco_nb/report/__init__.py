@@ -1,0 +1,1 @@
+"""The report: one page, linked pages, and the published run."""
