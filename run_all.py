@@ -9,7 +9,7 @@ from typing import Annotated
 try:
     import typer
 
-    from telco_nb import runner
+    from telco_nb.engine import runner
     from telco_nb.study import params
 except ModuleNotFoundError as missing:  # started with another Python than the one that was set up: use that one
     ours = Path(__file__).resolve().parent / ".venv" / "bin" / "python"

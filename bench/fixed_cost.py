@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from telco_nb import ROOT, execution, nursery
+from telco_nb import ROOT
+from telco_nb.engine import execution, nursery
 
 NOTEBOOK = """
 from telco_nb import energy, model, record, training  # isort: skip
@@ -69,7 +70,7 @@ def write_job(folder: Path) -> Path:
 
 def fresh(job: Path) -> list[dict]:
     """Run a job as a process of its own; returns its events."""
-    command = [sys.executable, "-m", "telco_nb.execution", str(job), str(os.getpid())]
+    command = [sys.executable, "-m", "telco_nb.engine.execution", str(job), str(os.getpid())]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb import runner
 from telco_nb.corpus import generator, glossary, scenarios
+from telco_nb.engine import runner
 from telco_nb.hosted import prices
 from telco_nb.hosted.book import Book, Entry, book_of
 from telco_nb.hosted.calls import CallsStopped, Session, run_async

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import telco_nb
-from telco_nb import nursery, runner
+from telco_nb.engine import nursery, runner
 from telco_nb.study import record
 from telco_nb.study.steps import Job
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from fault_study import FINISH, write_notebook
 
-from telco_nb.nursery import THREADED
+from telco_nb.engine.nursery import THREADED
 
 DRIVER = Path(__file__).with_name("fault_study.py")
 LIBRARIES = [*THREADED, "ipykernel.ipkernel", "ipykernel.kernelapp", "papermill"]  # all that these notebooks need
@@ -89,7 +89,7 @@ def _temporary_folder(process: psutil.Process) -> str | None:
 def job_process(runner: subprocess.Popen) -> psutil.Process:
     """The process that runs the notebook: below the runner, or below the nursery where there is one."""
     (child,) = psutil.Process(runner.pid).children()
-    if "telco_nb.nursery" in child.cmdline():
+    if "telco_nb.engine.nursery" in child.cmdline():
         (child,) = child.children()
     return child
 
@@ -353,7 +353,7 @@ ABOUT = """
 import json, os, pathlib, sys
 about = {"pid": os.getpid(), "environment": dict(os.environ), "path": sys.path, "folder": os.getcwd()}
 about |= {"stdin": os.readlink("/proc/self/fd/0"), "leads": os.getpgrp() == os.getsid(0) == os.getpid()}
-about |= {"hash": hash("a word"), "warm": "telco_nb.nursery" in pathlib.Path("/proc/self/cmdline").read_text()}
+about |= {"hash": hash("a word"), "warm": "telco_nb.engine.nursery" in pathlib.Path("/proc/self/cmdline").read_text()}
 about |= {"modules": [name for name in sys.modules if name.startswith("telco_nb")]}
 about |= {"files": sorted({os.readlink(f"/proc/self/fd/{i}").split(":")[0] for i in (1, 2)})}
 pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("about.json").write_text(json.dumps(about))
@@ -389,7 +389,7 @@ def test_a_forked_kernel_finds_what_a_fresh_one_finds(warm_study):
         assert found["leads"]
     assert seen["0"].pop("warm") is False
     assert seen["1"].pop("warm") is True
-    assert {*seen["1"].pop("modules")} - {*seen["0"].pop("modules")} == {"telco_nb.kernel"}, "else __main__"
+    assert {*seen["1"].pop("modules")} - {*seen["0"].pop("modules")} == {"telco_nb.engine.kernel"}, "else __main__"
     assert seen["0"].pop("stdin").startswith("pipe:")
     assert seen["1"].pop("stdin") == "/dev/null"
     assert seen["1"] == seen["0"]

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from telco_nb import ROOT, runner
-from telco_nb.executed import Failure
+from telco_nb import ROOT
+from telco_nb.engine import runner
+from telco_nb.engine.executed import Failure
 from telco_nb.hosted import prices
 from telco_nb.hosted.prices import CostRefused, Estimate
 from telco_nb.hosted.providers import Source

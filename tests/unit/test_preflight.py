@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_options import CHAT, BaseTokenizer
 
-from telco_nb import runner
-from telco_nb.executed import Failure
+from telco_nb.engine import runner
+from telco_nb.engine.executed import Failure
 from telco_nb.lora import model, packing, preflight, training
 from telco_nb.lora.model import PreflightError
 

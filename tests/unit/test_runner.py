@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, lanes, nursery, progress, runner, schedule
-from telco_nb.executed import Failure
-from telco_nb.progress import State
+from telco_nb import ROOT
+from telco_nb.engine import doctor, executed, execution, lanes, nursery, progress, runner, schedule
+from telco_nb.engine.executed import Failure
+from telco_nb.engine.progress import State
 from telco_nb.study import params, record, steps
 from telco_nb.study.steps import Job
 

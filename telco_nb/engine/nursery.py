@@ -1,7 +1,7 @@
 """Processes that need not import the heavy libraries: forked from one that has imported them, the nursery.
 
-The runner starts `python -m telco_nb.nursery FD LIBRARY...` once and asks it for a process per job over the socket FD.
-The new process (as `python -m telco_nb.execution`) has already forked its kernel (as `python -m telco_nb.kernel`),
+The runner starts `python -m telco_nb.engine.nursery FD LIBRARY...` once and asks it for a process per job over the socket FD.
+The new process (as `python -m telco_nb.engine.execution`) has already forked its kernel (as `python -m telco_nb.engine.kernel`),
 which waits to be told its command, environment, folder and log. The modules of telco_nb are imported before the forks,
 too, and the packaged model is loaded; a nursery whose sources have changed since is replaced (`is_outdated`). Whatever
 does not fit gets an ordinary process.
@@ -39,7 +39,7 @@ LIBRARIES = (
     "ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.debugger", "jupyter_client", "papermill", "pydantic.types",
     "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
     "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
-    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.execution", "telco_nb.kernel", "telco_nb.lora.model",
+    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.execution", "telco_nb.engine.kernel", "telco_nb.lora.model",
     "telco_nb.lora.training", "telco_nb.lora.answers", "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect",
     "IPython.core.logger",
 )  # fmt: skip
@@ -87,7 +87,7 @@ class Nursery:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.settimeout(START_SECONDS)
         nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        command = [sys.executable, "-m", "telco_nb.nursery", str(theirs.fileno()), *LIBRARIES]
+        command = [sys.executable, "-m", "telco_nb.engine.nursery", str(theirs.fileno()), *LIBRARIES]
         with theirs:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
@@ -238,7 +238,7 @@ def _wait_for(pid: int, channel: socket.socket) -> int:
 
 
 def _be_job(order: dict[str, Any], files: list[int], parent: int, channel: socket.socket, fresh: Fresh) -> int:
-    """What `python -m telco_nb.execution` does, with a kernel at hand."""
+    """What `python -m telco_nb.engine.execution` does, with a kernel at hand."""
     os.setsid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -258,7 +258,7 @@ def _be_job(order: dict[str, Any], files: list[int], parent: int, channel: socke
     send(channel, {"pid": os.getpid()})
     channel.close()
     importlib.invalidate_caches()
-    from telco_nb import execution
+    from telco_nb.engine import execution
 
     code = execution.main(order["job"], parent, Kernel(pid, ours, fresh.environment))
     sys.stdout.flush()
@@ -266,7 +266,7 @@ def _be_job(order: dict[str, Any], files: list[int], parent: int, channel: socke
 
 
 def _be_kernel(orders: socket.socket, fresh: Fresh) -> int:
-    """What `python -m telco_nb.kernel` does, once told to; nothing if nobody does."""
+    """What `python -m telco_nb.engine.kernel` does, once told to; nothing if nobody does."""
     os.setsid()
     if "numpy" in sys.modules:  # random reseeds itself in a fork, and torch starts from a constant
         sys.modules["numpy"].random.seed()
@@ -283,7 +283,7 @@ def _be_kernel(orders: socket.socket, fresh: Fresh) -> int:
     os.chdir(order[0]["folder"])
     sys.path[:] = [str(Path.cwd()), *fresh.path]
     importlib.invalidate_caches()
-    from telco_nb import kernel
+    from telco_nb.engine import kernel
 
     sys.argv[:] = [kernel.__file__, *order[0]["arguments"]]
     kernel.main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from telco_nb.progress import State, plan_table, remaining_text
+from telco_nb.engine.progress import State, plan_table, remaining_text
 from telco_nb.study import params, record
 from telco_nb.study.steps import Job
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.execution import is_hub_id
+from telco_nb.engine.execution import is_hub_id
 from telco_nb.study.steps import Job
 
 PACKAGED_MODEL = "smollm2-135m-instruct"  # telco_nb.lora.model, which the runner does not import: it needs torch

@@ -1,4 +1,4 @@
-"""One notebook, executed in a process of its own: `python -m telco_nb.execution job.json [parent pid]`.
+"""One notebook, executed in a process of its own: `python -m telco_nb.engine.execution job.json [parent pid]`.
 
 The runner starts this process, reads its events (one JSON object a line on standard output) and believes nothing but
 the manifest. A run counts as a success only if papermill reached the end *and* the work folder holds a manifest with
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import ROOT
-from telco_nb.executed import Failure, keep_failed, keep_good, read_running, running_log, running_notebook, runs
+from telco_nb.engine.executed import Failure, keep_failed, keep_good, read_running, running_log, running_notebook, runs
 from telco_nb.study import record
 
 START_SECONDS = 120  # a busy machine may need a while to start a kernel
@@ -259,7 +259,7 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
     class ThisInterpreter(KernelSpecManager):
         # A kernel called python3 in the user's folder may belong to another environment: never look there.
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            command = [sys.executable, "-m", "telco_nb.kernel", "-f", "{connection_file}"]
+            command = [sys.executable, "-m", "telco_nb.engine.kernel", "-f", "{connection_file}"]
             return KernelSpec(argv=command, display_name="Python 3", language="python")
 
     class Provisioner(LocalProvisioner):
@@ -300,7 +300,7 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
 
         def client(self, **options: Any) -> Any:
             client = super().client(**options)
-            client.context.rcvhwm = 0  # as in telco_nb.kernel: no limit on waiting messages, none lost
+            client.context.rcvhwm = 0  # as in telco_nb.engine.kernel: no limit on waiting messages, none lost
             client.context.reconnect_ivl = RECONNECT_MS
             return client
 

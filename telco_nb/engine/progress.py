@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from telco_nb.executed import Failure
+from telco_nb.engine.executed import Failure
 from telco_nb.study.steps import STEPS, Job
 
 HEARTBEAT_SECONDS = 60.0

@@ -22,12 +22,13 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT, doctor, executed, execution, schedule
+from telco_nb import ROOT
+from telco_nb.engine import doctor, executed, execution, schedule
+from telco_nb.engine.lanes import Lane, lane_gpus
+from telco_nb.engine.nursery import Child, Nursery, is_useful
+from telco_nb.engine.progress import State, clock, follow, make_console, status_table
+from telco_nb.engine.schedule import UsageError
 from telco_nb.hosted import prices, providers
-from telco_nb.lanes import Lane, lane_gpus
-from telco_nb.nursery import Child, Nursery, is_useful
-from telco_nb.progress import State, clock, follow, make_console, status_table
-from telco_nb.schedule import UsageError
 from telco_nb.study import params, record, steps
 from telco_nb.study.steps import Job
 

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from telco_nb import ROOT, executed
-from telco_nb.executed import Failure
-from telco_nb.nursery import Child
-from telco_nb.progress import State
-from telco_nb.schedule import UsageError
+from telco_nb import ROOT
+from telco_nb.engine import executed
+from telco_nb.engine.executed import Failure
+from telco_nb.engine.nursery import Child
+from telco_nb.engine.progress import State
+from telco_nb.engine.schedule import UsageError
 from telco_nb.study import record
 from telco_nb.study.steps import Job
 
@@ -69,7 +70,7 @@ class Lane:
     def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
         several = {"CUDA_VISIBLE_DEVICES": str(self.gpus), record.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
         return subprocess.Popen(
-            [sys.executable, "-m", "telco_nb.execution", str(job_file), str(os.getpid())],
+            [sys.executable, "-m", "telco_nb.engine.execution", str(job_file), str(os.getpid())],
             cwd=ROOT,
             env=os.environ | (several if self.gpus is not None else {}),
             stdin=subprocess.DEVNULL,
