@@ -191,7 +191,7 @@ def price(console: Console, root: Path, jobs: list[Job], states: list[State]) ->
     for state in states:
         source = hosted(state.job)
         if source and state.decision != "skip":
-            from telco_nb import costs  # reads the glossary, with libraries that the runner does without
+            from telco_nb.commands import costs  # reads the glossary, with libraries that the runner does without
 
             estimate, sent = costs.preview(state.job, source, jobs, root)
             console.print(f"{state.job.id}: {estimate}. Sent there: {sent}.", markup=False, soft_wrap=True)

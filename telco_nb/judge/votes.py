@@ -2,7 +2,7 @@
 
 `python -m telco_nb.judge.votes outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes
 to `judge-human-ann/store/verdicts.jsonl`. One line of a votes file is one JSON object, see `Vote`. Either all of a file
-is good, or nothing of it is imported. `python -m telco_nb.rerank outputs/laptop/judge-human-ann` then ranks them; a
+is good, or nothing of it is imported. `python -m telco_nb.commands.rerank outputs/laptop/judge-human-ann` then ranks them; a
 file `params/judges/human-ann.yaml` with `judge_kind: human` makes the person a judge of the study.
 
 A person's plan is what was shown: a question that was skipped counts as not judged. Planted controls count only if the
@@ -287,7 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for path in given.files:
             name, new = import_file(given.root, path)
-            print(f"{path}: {new} new votes of {name}. Rank them: python -m telco_nb.rerank {given.root}/judge-{name}")
+            print(
+                f"{path}: {new} new votes of {name}. Rank them: python -m telco_nb.commands.rerank {given.root}/judge-{name}"
+            )
     except (VotesError, OSError, params.ParameterError) as error:
         print(f"votes: {error}", file=sys.stderr)
         return 1

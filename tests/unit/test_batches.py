@@ -16,7 +16,7 @@ from provider_server import answer_body, error_body
 from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
 from typer.testing import CliRunner
 
-from telco_nb import batches, pilot
+from telco_nb.commands import batches, pilot
 from telco_nb.hosted import calls, prices
 from telco_nb.hosted.book import Book
 from telco_nb.hosted.providers import ApiModel, Question, Source

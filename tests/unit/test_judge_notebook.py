@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from judge_study import CARDS, HOSTILE
 
-from telco_nb import rerank
 from telco_nb.analysis import analysis
+from telco_nb.commands import rerank
 from telco_nb.judge import controls, judges, judging, proxies, votes
 from telco_nb.judge.judges import Verdict
 from telco_nb.judge.verdicts import VerdictStore

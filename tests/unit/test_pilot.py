@@ -11,7 +11,7 @@ import pytest
 from provider_server import Server, answer_body
 from test_calls import keys  # noqa: F401
 
-from telco_nb import costs, pilot
+from telco_nb.commands import costs, pilot
 from telco_nb.hosted import prices
 from telco_nb.judge import protocol
 from telco_nb.study import params, steps

@@ -9,7 +9,7 @@ import pytest
 from judge_study import CARDS, HOSTILE
 from pydantic import ValidationError
 
-from telco_nb import rerank
+from telco_nb.commands import rerank
 from telco_nb.judge import judges, judging, proxies, ranking, verdicts
 from telco_nb.judge.judges import Case, JudgeError, Verdict
 from telco_nb.judge.verdicts import VerdictStore

@@ -214,12 +214,12 @@ EPILOG = """
 earlier ones begin; then a judge in two rounds, its gate and, if it passes, all the rest
 
     export GOOGLE_API_KEY=... ANTHROPIC_API_KEY=...
-    python -m telco_nb.batches submit --profile paper --max-usd 30 --yes
-    python -m telco_nb.batches poll --profile paper
-    python -m telco_nb.batches collect --profile paper
+    python -m telco_nb.commands.batches submit --profile paper --max-usd 30 --yes
+    python -m telco_nb.commands.batches poll --profile paper
+    python -m telco_nb.commands.batches collect --profile paper
     ./run_all.py --profile paper --steps 01-04
-    python -m telco_nb.batches submit --profile paper --judge claude-sonnet-4-5 --max-usd 60 --yes
-    python -m telco_nb.batches collect --profile paper --judge claude-sonnet-4-5
+    python -m telco_nb.commands.batches submit --profile paper --judge claude-sonnet-4-5 --max-usd 60 --yes
+    python -m telco_nb.commands.batches collect --profile paper --judge claude-sonnet-4-5
 """
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
 

@@ -1,6 +1,6 @@
 """The ranking again, from the stored verdicts alone: nothing is asked, nothing is written.
 
-`python -m telco_nb.rerank outputs/laptop/judge-checklist [--draws 2000] [--seed 20260605]` reads
+`python -m telco_nb.commands.rerank outputs/laptop/judge-checklist [--draws 2000] [--seed 20260605]` reads
 `store/verdicts.jsonl` and prints the gate, the coverage, the ranking and what forbids a headline. Draws and seed are by
 default those of the step that ran last; then the ranking is equal to its table.
 """
@@ -98,7 +98,9 @@ def report(found: Reranked, store: VerdictStore) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m telco_nb.rerank", description="Rank from the stored verdicts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m telco_nb.commands.rerank", description="Rank from the stored verdicts."
+    )
     parser.add_argument("folder", type=Path, help="the folder of a judge, as outputs/laptop/judge-checklist")
     parser.add_argument("--draws", type=int, help="resamples behind the intervals")
     parser.add_argument("--seed", type=int, help="of the resampling")

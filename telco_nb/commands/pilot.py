@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from telco_nb import costs
-from telco_nb.batches import HELP, ended_well
+from telco_nb.commands import costs
+from telco_nb.commands.batches import HELP, ended_well
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
 from telco_nb.hosted.book import book_of

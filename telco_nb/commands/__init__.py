@@ -1,0 +1,1 @@
+"""Side commands: estimate, pilot, batch, rerank."""
