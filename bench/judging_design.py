@@ -1,11 +1,11 @@
 """What a call to a judge buys, design against design, and how long the statistics take.
 
 `python bench/judging_design.py [studies]` prints (1) Kendall's tau of the ranking with the planted truth at several
-numbers of calls, for the sparse round robin, all pairs on few prompts, a common opponent, and lists of four; (2)
-seconds of fit and bootstrap for 16 and 200 configurations, and of the whole study (2 judges, 2,000 draws).
+numbers of calls, for the sparse round robin, all pairs on few prompts, and a common opponent; (2) seconds of fit and
+bootstrap for 16 and 200 configurations, and of the whole study (2 judges, 2,000 draws).
 
 A simulated judge: 16 configurations with abilities of SD 0.5, effects of prompts on every configuration of SD 0.4, a
-first-seat term of 0.3, a tie term of -0.7; in a list it chooses by the same abilities, without ties or seats.
+first-seat term of 0.3, a tie term of -0.7.
 """
 
 import sys
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from telco_nb.judge import judging, lists, ranking
+from telco_nb.judge import judging, ranking
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 17)]
 PROMPTS = 156
@@ -69,19 +69,6 @@ def common(opponent: str, calls: int) -> tuple[int, Score]:
     return len(plan), score
 
 
-def lists_of_four(per_prompt: int) -> tuple[int, Score]:
-    plan = judging.plan_lists(prompts(), CONFIGS, lists_per_prompt=per_prompt, seed=1)
-    members = np.array([[CONFIGS.index(c) for c in row] for row in plan["configs"]])
-    prompt = plan["prompt_id"].str[1:].astype(int).to_numpy()
-
-    def score(here: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        noisy = here[prompt[:, None], members] + rng.gumbel(size=members.shape)
-        ordered = np.take_along_axis(members, np.argsort(-noisy, axis=1), axis=1)
-        return lists.fit([[[CONFIGS[i]] for i in row] for row in ordered], CONFIGS).abilities
-
-    return len(plan), score
-
-
 def designs() -> dict[str, list[tuple[int, Score]]]:
     budgets = (1200, 2400, 4800)
     return {
@@ -89,7 +76,6 @@ def designs() -> dict[str, list[tuple[int, Score]]]:
         "all pairs, few prompts": [all_pairs(n) for n in (10, 20, 40)],
         "common opponent, of middle ability": [common("c08", n) for n in budgets],
         "common opponent, the untuned model": [common("untuned", n) for n in budgets],
-        "lists of four (Plackett-Luce)": [lists_of_four(m) for m in (1, 2, 4)],
     }
 
 

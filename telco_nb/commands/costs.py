@@ -75,7 +75,6 @@ def _judge(
     prompts = pd.DataFrame({"prompt_id": held_out, "scenario_id": held_out, "term_id": held_out})
     shares = {name: values[name] for name in ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")}
     asked = len(judging.plan_comparisons(prompts, values["configs"], **shares, seed=values["seed"]))
-    asked += len(judging.plan_lists(prompts, values["configs"], lists_per_prompt=values["lists_per_prompt"], seed=0))
     asked += len(judging.plan_ratings(prompts, values["configs"], share=values["rubric_share"], seed=0))
     asked += len({kind.removesuffix("_ties") for kind in GATE}) * min(CONTROL_PROMPTS, len(held_out))
     path = protocol.store_path(root, values["judge"])

@@ -1,7 +1,7 @@
 """Judges: a case goes in, a verdict comes out.
 
-A case is what a judge may know: the customer's conversation, the fact card, and one, two or up to four answers by seat.
-Its form says what is asked: `pair` (which of two is better), `list` (order up to four), `rubric` (rate one answer).
+A case is what a judge may know: the customer's conversation, the fact card, and one or two answers by seat. Its
+form says what is asked: `pair` (which of two is better) or `rubric` (rate one answer).
 Every judge has the same small interface, so another kind is one more line in `kinds`.
 
 Answers are model output: untrusted text. It is only ever compared, quoted inside neutralised delimiters, or hashed.
@@ -23,8 +23,8 @@ from telco_nb import ROOT
 from telco_nb.corpus.glossary import Card
 from telco_nb.hosted.providers import KEYS
 
-Form = Literal["pair", "list", "rubric"]
-SEATS = ("A", "B", "C", "D")
+Form = Literal["pair", "rubric"]
+SEATS = ("A", "B")
 # The rubric, 1 (bad) to 5 (good) each: a view of its own, outside the ranking.
 CRITERIA = {
     "factual": "agrees with the fact card; no wrong fact, figure or belief",
@@ -44,7 +44,7 @@ MOST_CHARACTERS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a judge may know. Configurations have no name here; `answers` are by seat: A, B, C, D."""
+    """What a judge may know. Configurations have no name here; `answers` are by seat: A, B."""
 
     form: Form
     card: Card
@@ -54,9 +54,9 @@ class Case:
     answers: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        fitting = {"pair": (2,), "list": (2, 3, 4), "rubric": (1,)}[self.form]
-        if len(self.answers) not in fitting:
-            raise ValueError(f"a {self.form} holds {' or '.join(map(str, fitting))} answers, not {len(self.answers)}")
+        fitting = {"pair": 2, "rubric": 1}[self.form]
+        if len(self.answers) != fitting:
+            raise ValueError(f"a {self.form} holds {fitting} answers, not {len(self.answers)}")
 
     @property
     def seats(self) -> tuple[str, ...]:
@@ -67,8 +67,8 @@ class Case:
 class Verdict:
     """A judge's decision. `receipt` holds what a provider returned (ids, tokens, cost), by field of the store.
 
-    `verdict` is A, B or tie for a pair, all seats best first for a list (`C>A=D>B`), None for a rubric; `margin` goes
-    with a pair, `scores` (criterion: 1 to 5, None where the judge cannot tell) with a rubric.
+    `verdict` is A, B or tie for a pair, None for a rubric; `margin` goes with a pair, `scores` (criterion: 1 to 5, None
+    where the judge cannot tell) with a rubric.
     Raises ValueError for what is no verdict of any form.
     """
 
@@ -94,19 +94,12 @@ class Verdict:
             return "rubric"
         if self.verdict in ("A", "B", "tie"):
             return "pair"
-        seats = sorted(re.split("[>=]", self.verdict or ""))
-        if len(seats) < 2 or tuple(seats) != SEATS[: len(seats)]:
-            raise ValueError(f"{self.verdict!r} is no verdict")
-        return "list"
+        raise ValueError(f"{self.verdict!r} is no verdict")
 
 
 def misfit(verdict: Verdict, case: Case) -> str | None:
-    """Why a verdict does not answer its case, or None: another form, or not all seats of a list."""
-    if verdict.form != case.form:
-        return f"a {verdict.form} verdict answers no {case.form}"
-    if case.form == "list" and len(re.split("[>=]", verdict.verdict or "")) != len(case.answers):
-        return f"{verdict.verdict!r} does not order {len(case.answers)} answers"
-    return None
+    """Why a verdict does not answer its case, or None: it is of another form."""
+    return None if verdict.form == case.form else f"a {verdict.form} verdict answers no {case.form}"
 
 
 class JudgeError(RuntimeError):
@@ -208,29 +201,6 @@ class PairReply(Reply):
         return Verdict(self.verdict, self.margin, self.analysis, tuple(self.flags))
 
 
-class ListReply(Reply):
-    """The reply to a list: groups of seats, best first; answers of one group are equally good."""
-
-    order: list[list[Literal["A", "B", "C", "D"]]]
-    flags: list[str]
-
-    @model_validator(mode="after")
-    def _each_seat_once(self) -> ListReply:
-        seats = sorted(seat for group in self.order for seat in group)
-        if len(seats) < 2 or tuple(seats) != SEATS[: len(seats)]:
-            raise ValueError(f"order must hold every answer once, got {self.order}")
-        return self
-
-    @field_validator("flags")
-    @classmethod
-    def _known(cls, flags: list[str]) -> list[str]:
-        return known_flags(flags)
-
-    def to_verdict(self) -> Verdict:
-        order = ">".join("=".join(sorted(group)) for group in self.order if group)
-        return Verdict(order, None, self.analysis, tuple(self.flags))
-
-
 class RubricReply(Reply):
     """The reply to a rubric."""
 
@@ -244,26 +214,18 @@ class RubricReply(Reply):
         return Verdict(analysis=self.analysis, scores={name: getattr(self, name) for name in CRITERIA})
 
 
-REPLIES: dict[Form, type[PairReply | ListReply | RubricReply]] = {
-    "pair": PairReply,
-    "list": ListReply,
-    "rubric": RubricReply,
-}
+REPLIES: dict[Form, type[PairReply | RubricReply]] = {"pair": PairReply, "rubric": RubricReply}
 
 
 def known_flags(flags: Sequence[str]) -> list[str]:
     """Flags as `seat:flag`; what is none of ours becomes `other`, so that no free text enters a table."""
-    known = [re.fullmatch(rf"[A-D]:(?:{'|'.join(FLAGS)})", flag) for flag in flags]
+    known = [re.fullmatch(rf"[AB]:(?:{'|'.join(FLAGS)})", flag) for flag in flags]
     return list(dict.fromkeys(flag if match else "other" for flag, match in zip(flags, known, strict=True)))
 
 
 # ---------------------------------------------------------------- the prompt
 
-TEMPLATES: dict[Form, str] = {
-    "pair": "judge_prompt.md",
-    "list": "judge_list_prompt.md",
-    "rubric": "judge_rubric_prompt.md",
-}
+TEMPLATES: dict[Form, str] = {"pair": "judge_prompt.md", "rubric": "judge_rubric_prompt.md"}
 _DATA = "<!-- the data follow -->\n"
 
 
@@ -272,7 +234,7 @@ class Prompt(NamedTuple):
 
     What comes first and is the same can be served from a provider's cache; only `own` differs from case to case. With
     the shipped cards and 156 test prompts, system and shared part of a pair are 1,188 to 1,731 tokens of SmolLM2
-    (median 1,437; system 428, card 698 to 1,072), of a list as many, of a rating 1,055 to 1,598 (median 1,304).
+    (median 1,437; system 428, card 698 to 1,072), of a rating 1,055 to 1,598 (median 1,304).
     """
 
     system: str

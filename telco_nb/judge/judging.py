@@ -4,7 +4,7 @@ A plan is a DataFrame, one row per question to a judge. All have purpose, prompt
 ba: the planned seats, or exchanged) and repeat (0, or 1 for a retest); and by form
 
 - pairs (purpose ranking | swap | retest | anchor | control): config_first, config_second;
-- lists (purpose list) and rubric (purpose rubric): configs, the configurations by seat.
+- rubric (purpose rubric): configs, which holds the one configuration.
 
 `enrol` gives every row its judgement id and notes the plan in the store, `questions` holds what the store does not
 answer yet, `ask` puts them to the judge, `verdicts.verdicts` reads the result.
@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,17 +26,17 @@ import pandas as pd
 
 from telco_nb import __version__
 from telco_nb.corpus.glossary import Card
-from telco_nb.judge import judges, lists
+from telco_nb.judge import judges
 from telco_nb.judge.judges import Case, Form, Judge, JudgeError, Verdict
 from telco_nb.judge.jury import HostedJudge
 from telco_nb.judge.verdicts import FIT_PURPOSES, RECEIPT, VerdictStore
 
-PROTOCOLS: dict[Form, str] = {"pair": "pairwise-2", "list": "lists-1", "rubric": "rubric-1"}
+PROTOCOLS: dict[Form, str] = {"pair": "pairwise-2", "rubric": "rubric-1"}
 ANCHORS = ("untuned", "reference")
 ANCHOR_OPPONENTS = 4  # configurations that each anchor meets on an anchor prompt
 SHARED_COLUMNS = ["purpose", "prompt_id", "scenario_id", "term_id"]
 PLAN_COLUMNS = [*SHARED_COLUMNS, "config_first", "config_second", "order", "repeat"]
-GROUP_COLUMNS = [*SHARED_COLUMNS, "configs", "order", "repeat"]
+RATING_COLUMNS = [*SHARED_COLUMNS, "configs", "order", "repeat"]
 
 
 # ---------------------------------------------------------------- the plan
@@ -136,23 +135,6 @@ def _anchor_rows(keys: list[dict], configs: list[str], rng: np.random.Generator)
     return rows
 
 
-def plan_lists(prompts: pd.DataFrame, configs: Sequence[str], *, lists_per_prompt: int, seed: int) -> pd.DataFrame:
-    """The cheap preview as a plan: each prompt gets `lists_per_prompt` rounds in which every configuration stands in
-    one list of up to four (`lists.rounds`). Seats are balanced per configuration. Raises ValueError as above.
-    """
-    _check_design(prompts, configs)
-    rng = np.random.default_rng(seed)
-    rounds = lists.rounds(len(configs), seed)
-    seated = np.zeros((len(configs), len(judges.SEATS)))
-    rows = []
-    for k, key in enumerate(_shuffled(prompts, rng)):
-        for r in range(lists_per_prompt * k, lists_per_prompt * (k + 1)):
-            for block in rounds[r % len(rounds)]:
-                members = lists.seat(block, seated, rng)
-                rows.append(_group_row(key, "list", [configs[i] for i in members]))
-    return pd.DataFrame(rows, columns=GROUP_COLUMNS)
-
-
 def plan_ratings(prompts: pd.DataFrame, configs: Sequence[str], *, share: float, seed: int) -> pd.DataFrame:
     """The rubric as a plan: every configuration's answer on a seeded share of the prompts, one question each.
 
@@ -161,18 +143,15 @@ def plan_ratings(prompts: pd.DataFrame, configs: Sequence[str], *, share: float,
     _check_design(prompts, configs)
     keys = _shuffled(prompts, np.random.default_rng(seed))
     keys = keys[: max(1, round(share * len(keys))) if share > 0 else 0]
-    rows = [_group_row(key, "rubric", [config]) for key in keys for config in configs]
-    return pd.DataFrame(rows, columns=GROUP_COLUMNS)
+    fixed = {"purpose": "rubric", "order": "ab", "repeat": 0}
+    rows = [{**key, **fixed, "configs": [config]} for key in keys for config in configs]
+    return pd.DataFrame(rows, columns=RATING_COLUMNS)
 
 
 def _shuffled(prompts: pd.DataFrame, rng: np.random.Generator) -> list[dict]:
     """The prompts' ids in a seeded order, so that a design does not line up with the terms."""
     keys = prompts.sort_values("prompt_id")[SHARED_COLUMNS[1:]].to_dict("records")
     return [keys[i] for i in rng.permutation(len(keys))]
-
-
-def _group_row(key: Mapping[str, str], purpose: str, configs: Sequence[str]) -> dict[str, Any]:
-    return {**key, "purpose": purpose, "configs": list(configs), "order": "ab", "repeat": 0}
 
 
 # ---------------------------------------------------------------- what is asked
@@ -219,7 +198,7 @@ def seated(row: Mapping[str, Any]) -> list[str]:
 
 
 def form_of(row: Mapping[str, Any]) -> Form:
-    return {"list": "list", "rubric": "rubric"}.get(row["purpose"], "pair")  # type: ignore[return-value]
+    return "rubric" if row["purpose"] == "rubric" else "pair"
 
 
 def judgement_id(judge: Judge, case: Case, order: str, repeat: int) -> str:
@@ -294,38 +273,26 @@ def store_by_rule(judge: Judge, waiting: Sequence[Question], store: VerdictStore
 def rule_verdict(case: Case) -> Verdict | None:
     """The verdict where no judge is needed: an empty or looping answer loses, two of them tie; else None.
 
-    In a list the judge is asked as long as two answers are sound; in a rubric such an answer gets the lowest rating,
-    and none for tone and concision: there is nothing to rate.
+    In a rubric such an answer gets the lowest rating, and none for tone and concision: there is nothing to rate.
     """
     found = [judges.degenerate(answer) for answer in case.answers]
     lost = [seat for seat, what in zip(case.seats, found, strict=True) if what]
     sound = [seat for seat in case.seats if seat not in lost]
-    if not lost or len(sound) > 1:
+    if not lost:
         return None
     flags = tuple(f"{seat}:{what}" for seat, what in zip(case.seats, found, strict=True) if what)
     said = f"Empty or looping: {', '.join(lost)}."
     if case.form == "rubric":
         lowest = {name: None if name in ("tone", "concise") else 1 for name in judges.CRITERIA}
         return Verdict(analysis=said, flags=flags, scores=lowest)
-    if case.form == "list":
-        return Verdict(">".join([*sound, "=".join(lost)]), None, said, flags)
     return Verdict(sound[0], 2, said, flags) if sound else Verdict("tie", 0, said, flags)
 
 
 def settle(case: Case, verdict: Verdict) -> Verdict:
-    """The verdict as it counts: it must answer the case, and in a list empty and looping answers come last, tied.
-
-    Raises JudgeError (parse_error) for a verdict of another form, or one that leaves a seat out.
-    """
+    """The verdict, which must answer its case. Raises JudgeError (parse_error) for a verdict of another form."""
     if wrong := judges.misfit(verdict, case):
         raise JudgeError("parse_error", wrong)
-    found = {seat: judges.degenerate(answer) for seat, answer in zip(case.seats, case.answers, strict=True)}
-    lost = [seat for seat, what in found.items() if what]
-    if case.form != "list" or not lost:
-        return verdict
-    groups = [[seat for seat in group.split("=") if seat not in lost] for group in str(verdict.verdict).split(">")]
-    order = ">".join(["=".join(group) for group in groups if group] + ["=".join(lost)])
-    return replace(verdict, verdict=order, flags=(*verdict.flags, *(f"{seat}:{found[seat]}" for seat in lost)))
+    return verdict
 
 
 def _attempt(judge: Judge, question: Question) -> dict[str, Any]:
@@ -391,15 +358,6 @@ def attempt_line(
 def text_sha256(text: str) -> str:
     """Hash of a text, whatever it holds (half a surrogate pair has no UTF-8)."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def list_orders(judged: pd.DataFrame) -> list[list[list[str]]]:
-    """Judged lists as groups of configurations, best first."""
-    orders = []
-    for row in judged.itertuples():
-        by_seat = dict(zip(judges.SEATS, row.configs, strict=False))
-        orders.append([[by_seat[seat] for seat in group.split("=")] for group in re.split(">", row.verdict)])
-    return orders
 
 
 # ---------------------------------------------------------------- habits of a judge

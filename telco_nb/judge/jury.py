@@ -23,7 +23,7 @@ class HostedJudge:
 
     is_proxy = False
     is_free = False
-    forms: tuple[Form, ...] = ("pair", "list", "rubric")
+    forms: tuple[Form, ...] = ("pair", "rubric")
 
     def __init__(self, name: str, source: Source, price: prices.Prices, root: Path, max_in_flight: int):
         self.name, self.kind, self.model = name, source.kind, source.model

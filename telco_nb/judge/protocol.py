@@ -132,7 +132,6 @@ def _plans(
     shares = {name: values[name] for name in ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")}
     plans = {
         "controls": gate,
-        "lists": judging.plan_lists(prompts, configs, lists_per_prompt=values["lists_per_prompt"], seed=seed),
         "pairs": judging.plan_comparisons(prompts, configs, **shares, seed=seed),
         "rubric": judging.plan_ratings(prompts, configs, share=values["rubric_share"], seed=seed),
     }

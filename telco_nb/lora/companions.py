@@ -40,9 +40,7 @@ END_SECONDS = 10.0  # for a process whose connection has broken to be gone
 POLL_SECONDS = 0.2
 READY = "ready"
 # An interrupt in Jupyter reaches the kernel's whole process group: what it means is the notebook's to decide.
-COMMAND = (
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from telco_nb import companions; companions.main()"
-)
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from telco_nb.lora import companions; companions.main()"
 
 
 @dataclass(frozen=True)

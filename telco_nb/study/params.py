@@ -111,7 +111,6 @@ class Parameters(BaseModel):
     swap_share: float = Share
     retest_share: float = Share
     anchor_share: float = Share
-    lists_per_prompt: int = Field(ge=0)
     rubric_share: float = Share
     judge_after_failed_gate: bool
     bootstrap_draws: int = Field(ge=100)
@@ -173,8 +172,7 @@ LORA_KEYS = set(
     ]
 )
 PROTOCOL_KEYS = {
-    "matchings_per_prompt", "swap_share", "retest_share", "anchor_share", "lists_per_prompt", "rubric_share",
-    "judge_after_failed_gate",
+    "matchings_per_prompt", "swap_share", "retest_share", "anchor_share", "rubric_share", "judge_after_failed_gate",
 }  # fmt: skip
 JUDGE_KEYS = {name for name in Parameters.model_fields if name.startswith("judge")} - {"judges"} | PROTOCOL_KEYS
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file

@@ -297,8 +297,6 @@ def verdict_on(sent: dict, references: dict[str, str]) -> str:
     said: dict = {"analysis": "x"}
     if len(answers) == 1:
         said |= dict.fromkeys(judges.CRITERIA, 4)
-    elif "`order`" in json.dumps(sent["system"]):
-        said |= {"order": [list(judges.SEATS[: len(answers)])], "flags": []}
     else:
         won = [seat for seat, answer in zip("AB", answers, strict=True) if references.get(answer, "?!") in text]
         said |= {"verdict": won[0] if len(won) == 1 else "tie", "margin": len(won) % 2, "flags": []}

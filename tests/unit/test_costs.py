@@ -86,11 +86,11 @@ def test_the_plan_prices_a_hosted_judge_from_the_protocol(tmp_path, monkeypatch)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
     done = run_all(["judges: [checklist, claude-sonnet-4-5]"], ["--dry-run"], tmp_path, steps="01-06")
     assert done.returncode == 0 and "judge-claude-sonnet-4-5/05_judge" in done.stdout
-    # 8 prompts: 16 pairs of three configurations with a bye, 4 swapped, 1 retest, 12 with anchors; 8 lists, 6 ratings;
+    # 8 prompts: 16 pairs of three configurations with a bye, 4 swapped, 1 retest, 12 with anchors; 6 ratings;
     # 8 controls on 8 prompts
     assert "calls to claude-sonnet-4-5 at api.anthropic.com" in done.stdout
     calls = int(re.search(r"([\d,]+) calls to claude", done.stdout)[1])
-    assert calls == 16 + 4 + 1 + 12 + 8 + 6 + 64
+    assert calls == 16 + 4 + 1 + 12 + 6 + 64
 
 
 def run_all(lines: list[str], options: list[str], tmp_path, steps: str = "01-02") -> subprocess.CompletedProcess:

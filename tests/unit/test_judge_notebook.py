@@ -48,7 +48,7 @@ def test_05_ranks_with_hostile_answers_and_nothing_of_them_runs_on_its_page(root
     pd.testing.assert_frame_equal(found.ranking, ranked.drop(columns="mean_words"), check_dtype=False)
     metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())
     assert (metrics["headline_blocked_by"] or None) == ("; ".join(found.blocks) or None)
-    assert metrics["n_lists"] == len(HOSTILE) and metrics["n_ratings"] == 3 * len(HOSTILE)
+    assert metrics["n_ratings"] == 3 * len(HOSTILE)
     raw = json.dumps(notebook)
     assert "<script>document" not in raw and "<img src=x" not in raw  # shown as text: escaped before any page is made
     path = tmp_path / "05_judge.ipynb"
@@ -61,7 +61,7 @@ class Paid:
     """A judge that costs money and always takes the first seat: it fails its gate."""
 
     kind, model, is_proxy, is_free, description, store_every = "paid", "m", False, False, "a paid judge", 1
-    forms = ("pair", "list", "rubric")
+    forms = ("pair", "rubric")
     asked = 0
 
     def __init__(self, name, model=None, endpoint=None):

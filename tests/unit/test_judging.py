@@ -1,6 +1,5 @@
 """Judges and protocol: a balanced plan, a store that forgets nothing, proxies that see what they claim to see."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -62,7 +61,7 @@ class StubJudge:
     """A judge that decides by a function of the two answers, or fails."""
 
     name, kind, model, is_proxy, is_free, description, store_every = "stub", "stub", None, False, False, "a stub", 1
-    forms = ("pair", "list", "rubric")
+    forms = ("pair", "rubric")
 
     def __init__(self, decide):
         self.decide, self.asked, self.parameters = decide, 0, {"temperature": 0}
@@ -547,40 +546,13 @@ def test_habits_of_a_judge_that_always_takes_the_first_seat(study):
     assert habits["retest_consistent"] == 1
 
 
-# ---------------------------------------------------------------- lists and the rubric with the offline judges
-
-
-def group(cards, *answers, form="list"):
-    return Case(form, cards["volte"], "understand", (("user", "What is VoLTE?"),), "abc abc", answers)
-
-
-def test_the_checklist_orders_a_list_as_it_decides_the_pairs(cards, prompts, answers):
-    judge = proxies.ChecklistJudge("checklist")
-    for row in prompts.head(12).itertuples():
-        texts = [answers["c01", row.prompt_id], answers["c02", row.prompt_id], controls.CONSTANT_ANSWER]
-        shared = (cards[row.term_id], row.intent, (("user", row.messages[-1]["content"]),), "")
-        order = judge.judge(Case("list", *shared, tuple(texts))).verdict
-        place = {seat: i for i, tied in enumerate(order.split(">")) for seat in tied.split("=")}
-        for (i, a), (j, b) in itertools.combinations(enumerate("ABC"), 2):
-            pair = judge.judge(Case("pair", *shared, (texts[i], texts[j]))).verdict
-            if (
-                pair != "tie"
-            ):  # ties are no equivalence: in a list a tied answer must be tied with the best of its group
-                assert (place[a] < place[b]) == (pair == "A")
-
-
-def test_a_list_is_ordered_best_first_with_ties_by_the_distance_to_the_best_of_a_group():
-    def order(*scores):
-        return proxies.by_score(scores, 0.05, 0.25, "").verdict
-
-    assert order(0.2, 0.9, 0.5, 0.5) == "B>C=D>A"
-    assert order(0.50, 0.46, 0.42) == "A=B>C"  # a chain of small steps is not one long tie
-    assert order(0.1, 0.1, 0.1, 0.1) == "A=B=C=D"
+# ---------------------------------------------------------------- the rubric with the offline judges
 
 
 def test_the_checklist_rates_what_it_checks_and_leaves_the_rest_empty(cards):
     def rated(text):
-        return proxies.ChecklistJudge("checklist").judge(group(cards, text, form="rubric")).scores
+        case = Case("rubric", cards["volte"], "understand", (("user", "What is VoLTE?"),), "", (text,))
+        return proxies.ChecklistJudge("checklist").judge(case).scores
 
     card = cards["volte"]
     good, wrong = rated(f"{card.facts[0]} {card.facts[1]} Next step: tell me."), rated("It takes 417 ms. Tell me more.")
@@ -590,10 +562,8 @@ def test_the_checklist_rates_what_it_checks_and_leaves_the_rest_empty(cards):
     assert rated(card.wrong_beliefs[0].belief)["factual"] <= 3
 
 
-def test_the_reference_judge_orders_lists_and_rates_nothing(cards, counting_embedder):
-    judge = proxies.ReferenceJudge("reference")
-    assert judge.judge(group(cards, "xyz", "abc", "abx abx")).verdict == "B>C>A"
-    assert "rubric" not in judge.forms
+def test_the_reference_judge_rates_nothing():
+    assert "rubric" not in proxies.ReferenceJudge("reference").forms
 
 
 def test_a_smaller_share_of_ratings_is_a_part_of_a_larger_one():

@@ -26,12 +26,7 @@ from telco_nb.judge.verdicts import VerdictStore
 CARDS = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
 CONFIGS = ["c01", "c02", "c03", "c04"]
 PAIR = json.dumps({"analysis": "A says more.", "verdict": "A", "margin": 1, "flags": []})
-REPLIES = {
-    "Order": json.dumps({"analysis": "x", "order": [["B"], ["A", "C"], ["D"]], "flags": []}),
-    "Rate": json.dumps(
-        {"analysis": "x", "factual": 4, "resolves": 3, "on_policy": 5, "tone": 4, "concise": 2}
-    ),
-}  # fmt: skip
+RATING = json.dumps({"analysis": "x", "factual": 4, "resolves": 3, "on_policy": 5, "tone": 4, "concise": 2})
 
 
 def prompts(n: int) -> pd.DataFrame:
@@ -124,25 +119,24 @@ def test_a_resumed_judge_is_asked_only_what_it_has_not_answered(tmp_path):
     assert set(store.ok) == set(pairs["judgement_id"])
 
 
-def test_lists_and_ratings_are_read_into_the_same_store(tmp_path):
+def test_pairs_and_ratings_are_read_into_the_same_store(tmp_path):
     shown = prompts(3)
     given = {(c, p): f"Answer of {c} to {p}, number {i}." for i, c in enumerate(CONFIGS) for p in shown["prompt_id"]}
 
     def script(body: dict, n: int) -> str:
-        system = body["messages"][0]["content"].lower()
-        return next(reply for word, reply in REPLIES.items() if word.lower() in system)
+        return RATING if "rate" in body["messages"][0]["content"].lower().split() else PAIR
 
+    shares = dict.fromkeys(("swap_share", "retest_share", "anchor_share"), 0.0)
     with Server("openai", script, good=PAIR) as server:
         judge, store = hosted("openai", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl")
         for part, made in (
-            ("lists", judging.plan_lists(shown, CONFIGS, lists_per_prompt=1, seed=1)),
+            ("pairs", judging.plan_comparisons(shown, CONFIGS, matchings_per_prompt=1, **shares, seed=1)),
             ("rubric", judging.plan_ratings(shown, CONFIGS, share=1.0, seed=1)),
         ):
             cases = judging.cases(made, shown, given, CARDS)
             made = judging.enrol(judge, made, cases, store, part)
             judging.ask(judge, judging.questions(made, cases, store), store)
-    orders = verdicts.verdicts(store.planned("lists"), store)["verdict"]
-    assert set(orders) == {"B>A=C>D"}
+    assert set(verdicts.verdicts(store.planned("pairs"), store)["verdict"]) == {"A"}
     assert verdicts.ratings(store.planned("rubric"), store)["on_policy"].eq(5).all()
 
 

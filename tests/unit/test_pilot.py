@@ -34,7 +34,7 @@ def served(tmp_path):
         root = judge_study.build(tmp_path / "outputs", 6, CONFIGS)
         named = {"scope": "judge-own", "judge": "own", "judge_kind": "openai-compatible", "judge_model": "own"}
         more = {"configs": CONFIGS, "judge_endpoint": server.url, "bootstrap_draws": 100, "rubric_share": 0.0}
-        priced = {"judge_input_usd_per_mtok": 1.0, "judge_output_usd_per_mtok": 2.0, "lists_per_prompt": 0}
+        priced = {"judge_input_usd_per_mtok": 1.0, "judge_output_usd_per_mtok": 2.0}
         yield root, steps.declared("05_judge") | named | more | priced, server
 
 

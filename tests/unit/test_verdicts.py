@@ -26,7 +26,7 @@ class Echo:
     """The worst judge: all that it says is what the answers say."""
 
     name, kind, model, is_proxy, is_free, description, store_every = "echo", "echo", "m", False, True, "an echo", 1
-    forms = ("pair", "list", "rubric")
+    forms = ("pair", "rubric")
 
     def __init__(self):
         self.parameters = {}
@@ -37,8 +37,6 @@ class Echo:
     def judge(self, case):
         said = "\n".join(case.answers)
         receipt = {"request_id": said, "finish_reason": said}
-        if case.form == "list":
-            return Verdict(">".join(case.seats), None, said, raw=said, receipt=receipt)
         if case.form == "rubric":
             return Verdict(analysis=said, scores=dict.fromkeys(judges.CRITERIA, 3), raw=said, receipt=receipt)
         return Verdict("A", 1, said, (said,), raw=said, receipt=receipt)
@@ -61,11 +59,10 @@ def hostile(prompts):
 
 def plans(prompts, configs=CONFIGS):
     pairs = judge_study.pair_plan(prompts, configs, matchings_per_prompt=3)
-    groups = judging.plan_lists(prompts, configs, lists_per_prompt=1, seed=1)
-    return {"pairs": pairs, "lists": groups, "rubric": judging.plan_ratings(prompts, configs, share=1.0, seed=1)}
+    return {"pairs": pairs, "rubric": judging.plan_ratings(prompts, configs, share=1.0, seed=1)}
 
 
-@pytest.mark.parametrize("part", ["pairs", "lists", "rubric"])
+@pytest.mark.parametrize("part", ["pairs", "rubric"])
 def test_no_answer_breaks_a_line_of_the_store_or_a_table(part, prompts, hostile, tmp_path):
     plan = plans(prompts)[part]
     store = VerdictStore(tmp_path / "verdicts.jsonl")
@@ -86,10 +83,10 @@ def test_no_answer_breaks_a_line_of_the_store_or_a_table(part, prompts, hostile,
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
-@pytest.mark.parametrize("form", ["pair", "list", "rubric"])
+@pytest.mark.parametrize("form", ["pair", "rubric"])
 def test_no_answer_changes_the_shape_of_a_prompt(name, form):
-    seats = {"pair": 2, "list": 4, "rubric": 1}[form]
-    texts = [HOSTILE[name], "fine", "good", "well"][:seats]
+    seats = {"pair": 2, "rubric": 1}[form]
+    texts = [HOSTILE[name], "fine"][:seats]
     case = Case(form, CARDS["volte"], "understand", (("user", HOSTILE[name]),), "", tuple(texts))
     prompt = judges.render(case)
     system, *data = judges.render(Case(form, case.card, "understand", (("user", "hi"),), "", ("ok",) * seats))
@@ -118,13 +115,6 @@ def test_a_reply_is_a_verdict_only_if_all_of_it_is():
     for wrong in ({"margin": 0}, {"verdict": "C"}, {"verdict": "tie"}, {"winner": "A"}, {"margin": 3}, {"margin": "x"}):
         with pytest.raises(ValidationError):
             judges.PairReply.model_validate(good | wrong)
-    order = {"analysis": "x", "flags": []}
-    assert (
-        judges.ListReply.model_validate(order | {"order": [["C"], ["D", "A"], ["B"]]}).to_verdict().verdict == "C>A=D>B"
-    )
-    for wrong in ([["A"]], [["A"], ["A", "B"]], [["B"], ["C"]], []):
-        with pytest.raises(ValidationError):
-            judges.ListReply.model_validate(order | {"order": wrong})
     rating = dict.fromkeys(judges.CRITERIA, 4) | {"analysis": "x"}
     assert judges.RubricReply.model_validate(rating).to_verdict().scores["tone"] == 4
     for wrong in ({"tone": 0}, {"tone": 6}, {"tone": None}):
@@ -136,30 +126,21 @@ def test_a_reply_is_a_verdict_only_if_all_of_it_is():
 @pytest.mark.parametrize(
     ("form", "verdict"),
     [
-        ("pair", Verdict("A>B")),
-        ("list", Verdict("A", 1)),
-        ("list", Verdict("A>B>C")),
         ("rubric", Verdict("tie", 0)),
         ("pair", Verdict(scores=dict.fromkeys(judges.CRITERIA, 5))),
     ],
 )
 def test_a_verdict_of_another_form_is_a_parse_error_and_no_verdict(form, verdict):
-    case = Case(
-        form, CARDS["volte"], "understand", (("user", "?"),), "", ("good answer",) * {"pair": 2, "list": 4}.get(form, 1)
-    )
+    answers = ("good answer",) * {"pair": 2, "rubric": 1}[form]
+    case = Case(form, CARDS["volte"], "understand", (("user", "?"),), "", answers)
     with pytest.raises(JudgeError) as error:
         judging.settle(case, verdict)
     assert error.value.status == "parse_error"
 
 
-def test_in_a_list_empty_and_looping_answers_come_last_whatever_the_judge_says():
-    answers = ("a good answer", "", "another answer", "go on " * 9)
-    case = Case("list", CARDS["volte"], "understand", (("user", "?"),), "", answers)
-    settled = judging.settle(case, Verdict("B>D>A=C"))
-    assert settled.verdict == "A=C>B=D" and {"B:empty", "D:looping"} <= set(settled.flags)
-    lost = judging.rule_verdict(Case("list", *(case.card, "understand", case.messages, ""), ("", "fine words", "")))
-    assert lost.verdict == "B>A=C"
-    scores = judging.rule_verdict(Case("rubric", case.card, "understand", case.messages, "", ("",))).scores
+def test_an_empty_answer_gets_the_lowest_rating_by_rule_and_none_where_there_is_nothing_to_rate():
+    case = Case("rubric", CARDS["volte"], "understand", (("user", "?"),), "", ("",))
+    scores = judging.rule_verdict(case).scores
     assert scores["factual"] == 1 and scores["tone"] is None
 
 
