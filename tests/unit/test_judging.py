@@ -414,7 +414,7 @@ def test_the_checklist_verdict_does_not_depend_on_the_seats(cards, prompts, answ
 
 def test_the_checklist_needs_neither_torch_nor_network():
     code = (
-        "import sys; from telco_nb import judges, judging, ranking; "
+        "import sys; from telco_nb.judge import judges, judging, ranking; "
         "named = lambda kind: dict(judge=kind, judge_kind=kind, judge_model=None, judge_endpoint=None); "
         "[judges.open_judge(named(kind), None) for kind in ('checklist', 'reference')]; print('torch' in sys.modules)"
     )
