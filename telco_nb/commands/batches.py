@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import TypeAdapter
 
+from telco_nb import ROOT
 from telco_nb.corpus import generator, glossary, scenarios
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
@@ -176,8 +177,8 @@ def generator_work(profile: str, params_dir: Path) -> Work:
     if source is None:
         raise ProviderError(f"profile {profile}: the generator is offline; there is nothing to submit.")
     root = record.profile_root(profile)
-    cards = glossary.load(params.ROOT / values["glossary_path"])
-    axes = scenarios.load_axes(params.ROOT / values["axes_path"])
+    cards = glossary.load(ROOT / values["glossary_path"])
+    axes = scenarios.load_axes(ROOT / values["axes_path"])
     seed = values["seed"]
     planned = generator.plan(cards, scenarios.build(cards, axes, seed), axes, values["seeds_per_scenario"])
     session = generator.open_session(values, source, planned, root, batch=True)

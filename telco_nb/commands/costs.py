@@ -19,7 +19,7 @@ from telco_nb.hosted.providers import Source
 from telco_nb.judge import judges, judging, jury, protocol, verdicts
 from telco_nb.judge.controls import CONTROL_PROMPTS, GATE
 from telco_nb.judge.jury import HostedJudge
-from telco_nb.study.steps import Job
+from telco_nb.study.plan import Job
 
 SENT = {
     "generator": "fact cards and scenario readings, no customer data",

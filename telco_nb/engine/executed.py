@@ -82,7 +82,7 @@ def keep_good(root: Path, scope: str, step: str) -> None:
     """Publish: first the executed notebook, then the step's folder, so that no new folder has an old notebook."""
     notebook = _cleaned(read_running(root, scope, step), root, scope, step)
     record.write_bytes(good_notebook(root, scope, step), _to_bytes(notebook))
-    record.publish(root, scope, step)
+    record.publish_step(root, scope, step)
     for leftover in (running_notebook, running_log, failed_notebook, failed_log):
         leftover(root, scope, step).unlink(missing_ok=True)
 

@@ -22,8 +22,8 @@ from telco_nb.engine.executed import Failure
 from telco_nb.engine.nursery import Child
 from telco_nb.engine.progress import State
 from telco_nb.engine.schedule import UsageError
-from telco_nb.study import record
-from telco_nb.study.steps import Job
+from telco_nb.study import machine
+from telco_nb.study.plan import Job
 
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
 POLL_SECONDS = 0.2
@@ -68,7 +68,7 @@ class Lane:
         return failure if ended else self._bury(state)
 
     def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
-        several = {"CUDA_VISIBLE_DEVICES": str(self.gpus), record.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
+        several = {"CUDA_VISIBLE_DEVICES": str(self.gpus), machine.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
         return subprocess.Popen(
             [sys.executable, "-m", "telco_nb.engine.execution", str(job_file), str(os.getpid())],
             cwd=ROOT,

@@ -208,8 +208,8 @@ def _rehearse() -> None:
         import nbformat
 
         nbformat.validate(nbformat.v4.new_notebook())
-    if "telco_nb.study.record" in sys.modules:
-        sys.modules["telco_nb.study.record"].versions()
+    if "telco_nb.study.content_key" in sys.modules:
+        sys.modules["telco_nb.study.content_key"].versions()
 
 
 def _load_model() -> bool:

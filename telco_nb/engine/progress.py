@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from telco_nb.engine.executed import Failure
-from telco_nb.study.steps import STEPS, Job
+from telco_nb.study.plan import STEPS, Job
 
 HEARTBEAT_SECONDS = 60.0
 REDRAW_SECONDS = 0.5

@@ -29,8 +29,9 @@ from telco_nb.engine.nursery import Child, Nursery, is_useful
 from telco_nb.engine.progress import State, clock, follow, make_console, status_table
 from telco_nb.engine.schedule import UsageError
 from telco_nb.hosted import prices, providers
-from telco_nb.study import params, record, steps
-from telco_nb.study.steps import Job
+from telco_nb.study import params, record
+from telco_nb.study.content_key import content_key, is_current
+from telco_nb.study.plan import Job, plan_jobs, unused_parameters
 
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
@@ -125,7 +126,7 @@ def _run(options: Options, console: Console, outcome: Outcome) -> None:
     study = load(options)
     root = record.profile_root(study.profile)
     outcome.root = str(root)
-    run_jobs(steps.plan(study), root, options, console, outcome)
+    run_jobs(plan_jobs(study), root, options, console, outcome)
 
 
 def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, outcome: Outcome) -> None:
@@ -158,13 +159,13 @@ def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, ou
 # ---------------------------------------------------------------- may it start?
 
 
-def load(options: Options) -> params.Study:
+def load(options: Options) -> params.StudyParams:
     """The study that the options describe. Raises ParameterError for any fault in the files or the notebooks."""
     study = params.load_study(options.profile, options.params_dir)
     if options.configs is not None:
         chosen = schedule.choose_configs(options.configs, study)
         study = params.load_study(options.profile, options.params_dir, chosen)
-    unused = steps.unused_parameters(study)
+    unused = unused_parameters(study)
     if unused:
         raise params.ParameterError(
             f"{options.params_dir}: no notebook declares {', '.join(unused)}. Remove the key, or declare it in the "
@@ -341,7 +342,7 @@ class Runner:
 
     def _current(self, state: State) -> bool:
         """Decide again, now that everything before it has run: the inputs may have come out the same."""
-        current, reason = record.check(state.job, self.root)
+        current, reason = is_current(state.job, self.root)
         state.reason = "inputs unchanged" if current else reason
         return current
 
@@ -361,7 +362,7 @@ class Runner:
     def write_job(self, state: State) -> Path | None:
         """The job as the child and its kernel read it; None if an input is missing."""
         job = state.job
-        key, parts = record.content_key(job, self.root)
+        key, parts = content_key(job, self.root)
         if key is None:
             return None
         if state.reason == "forced":
@@ -371,8 +372,8 @@ class Runner:
             "key": key,
             "key_parts": parts,
             "root": str(self.root),
-            "work": str(record.prepare(job, self.root, key)),
-            "notebook": str(record.NOTEBOOKS_DIR / f"{job.step}.ipynb"),
+            "work": str(record.prepare_work_dir(job, self.root, key)),
+            "notebook": str(params.NOTEBOOKS_DIR / f"{job.step}.ipynb"),
             "timeout_seconds": None if minutes is None else round(60 * minutes),
         }
         path = self.root / job.scope / f".{job.step}.job.json"

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from telco_nb.engine.progress import State, plan_table, remaining_text
 from telco_nb.study import params, record
-from telco_nb.study.steps import Job
+from telco_nb.study.content_key import content_key, describe_difference, is_current
+from telco_nb.study.plan import Job
 
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which no manifest counts; fresh ones take seconds more
 
@@ -22,7 +23,7 @@ class UsageError(ValueError):
 # ---------------------------------------------------------------- what to run
 
 
-def choose_configs(text: str, study: params.Study) -> list[str]:
+def choose_configs(text: str, study: params.StudyParams) -> list[str]:
     """`c01,c05` or `c0*`: names may be any known configuration, patterns choose among those of the profile."""
     chosen = set()
     for word in _words(text):
@@ -104,7 +105,7 @@ def plan(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
 def _decide(job: Job, root: Path, forced: set[str], before: list[State]) -> State:
     if job.id in forced:
         return State(job, "run", "forced")
-    current, reason = record.check(job, root)
+    current, reason = is_current(job, root)
     if not current:
         return State(job, "run", reason)
     if any(state.decision != "skip" for state in before):
@@ -143,14 +144,14 @@ def show_plan(console: Console, root: Path, states: list[State], explain: bool) 
 
 def explanation(state: State, root: Path) -> list[str]:
     """Every difference between a job's record and now, and what its content key is made of."""
-    key, parts = record.content_key(state.job, root)
+    key, parts = content_key(state.job, root)
     manifest = record.read_manifest(root, state.job.scope, state.job.step)
     lines = [
         f"{state.job.id}: {state.decision} ({state.reason})",
         f"  content key {key or 'unknown until its inputs exist'}",
     ]
     if manifest and key and manifest["key"] != key:
-        changes = record.difference(manifest["key_parts"], parts, limit=10_000)
+        changes = describe_difference(manifest["key_parts"], parts, limit=10_000)
         lines.append(f"  changed: {changes}")
     lines.append(f"  parameters: {', '.join(f'{k}={v!r}' for k, v in parts['parameters'].items())}")
     for part in ("inputs", "modules"):

@@ -20,8 +20,10 @@ from telco_nb.judge import controls, judges, judging, verdicts
 from telco_nb.judge.judging import Question
 from telco_nb.judge.jury import HostedJudge
 from telco_nb.judge.verdicts import VerdictStore
-from telco_nb.study import params, record, steps
+from telco_nb.study import params, record
+from telco_nb.study.content_key import is_current
 from telco_nb.study.params import ParameterError
+from telco_nb.study.plan import UNTUNED, plan_jobs
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ def open_study(profile: str, judge: str, params_dir: Path = params.PARAMS_DIR, *
     if judge not in study.judge_files:
         raise ParameterError(f"{params_dir / 'judges'}: no {judge}.yaml. Known: {', '.join(study.judge_files)}.")
     values = study.values(f"judge-{judge}")
-    params.check(values, f"{params_dir / 'judges' / judge}.yaml (with base.yaml and profiles/{profile}.yaml)")
+    params.validate(values, f"{params_dir / 'judges' / judge}.yaml (with base.yaml and profiles/{profile}.yaml)")
     root = record.profile_root(profile)
-    for job in steps.plan(study) if to_ask else []:
-        if job.step < "05" and job.scope not in study.repeats and not (checked := record.check(job, root))[0]:
+    for job in plan_jobs(study) if to_ask else []:
+        if job.step < "05" and job.scope not in study.repeats and not (checked := is_current(job, root))[0]:
             raise ParameterError(
                 f"{job.id} has to run first ({checked[1]}), or the verdicts would be on other answers: "
                 f"./run_all.py --profile {profile} --steps 01-04"
@@ -116,7 +118,7 @@ def read(root: Path, configs: Iterable[str]) -> tuple[pd.DataFrame, dict[tuple[s
     shared = root / "shared"
     prompts = pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet")
     answers = {("reference", row.prompt_id): row.reference for row in prompts.itertuples()}
-    for config in (*configs, steps.UNTUNED):
+    for config in (*configs, UNTUNED):
         given = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
         answers |= {(config, row.prompt_id): row.answer for row in given.itertuples()}
     cards = glossary.load(shared / "01_glossary" / "artefacts" / "glossary.json")

@@ -32,7 +32,7 @@ from telco_nb import ROOT
 from telco_nb.lora import energy, model, training
 from telco_nb.lora.packing import PackedRows, only_row
 from telco_nb.lora.training import TrainingError
-from telco_nb.study.record import device, die_with_parent
+from telco_nb.study.machine import device_facts, die_with_parent
 
 START_SECONDS = 600.0  # for a companion to load its model
 GRACE_SECONDS = 120.0  # for this process to notice that another is gone, a guess: rows of large models take a while
@@ -150,7 +150,7 @@ def _group_environment(rank: int, processes: int) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "OMP_NUM_THREADS": str(max(1, device()["cores"] // processes)),
+        "OMP_NUM_THREADS": str(max(1, device_facts()["cores"] // processes)),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.study.record import AT_ONCE_VARIABLE, device
+from telco_nb.study.machine import AT_ONCE_VARIABLE, device_facts
 
 RAPL = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600.0
@@ -62,7 +62,7 @@ class Meter:
 
     def __init__(self, watts: tuple[float, float, float], idle_share: float):
         self.watts, self.idle_share = watts, idle_share
-        self.cores, self.at_once = device()["cores"], int(os.environ.get(AT_ONCE_VARIABLE, "1"))
+        self.cores, self.at_once = device_facts()["cores"], int(os.environ.get(AT_ONCE_VARIABLE, "1"))
         self.rapl, self.gpu = rapl_domains(), nvml_handle()
         self.tracker = _Carbontracker(self.gpu)
         self.total = dict.fromkeys(("window_s", "cpu_s", "rapl_j", "gpu_j", "tracker_cpu_s", "tracker_gpu_j"), 0.0)
@@ -160,7 +160,7 @@ class Meter:
 
     def _device(self) -> str:
         if self.gpu is None:
-            return device()["cpu"]
+            return device_facts()["cpu"]
         import pynvml
 
         return pynvml.nvmlDeviceGetName(self.gpu)
@@ -248,7 +248,7 @@ class _Carbontracker:
             self._tracker = CarbonTracker(
                 epochs=1_000_000, epochs_before_pred=0, monitor_epochs=-1, interpretable=False, verbose=0,
                 components="cpu" if gpu is None else "gpu,cpu",
-                sim_cpu=device()["cpu"], sim_cpu_tdp=1.0, sim_cpu_util=1.0,
+                sim_cpu=device_facts()["cpu"], sim_cpu_tdp=1.0, sim_cpu_util=1.0,
             )  # fmt: skip
             until = time.monotonic() + 0.1
             while "simulated CPU" not in self._silence.getvalue() and time.monotonic() < until:

@@ -13,7 +13,7 @@ import torch
 
 from telco_nb.lora.model import PreflightError, end_token_id
 from telco_nb.lora.packing import IGNORED, Example
-from telco_nb.study.record import device
+from telco_nb.study.machine import device_facts
 
 SPARE = 0.2  # share of the free memory left alone: the estimate of a row is a guess to 30 %, and halving is the net
 
@@ -53,7 +53,7 @@ def check_end(loss: float, vocabulary: int) -> None:
 def check_processes(processes: int) -> None:
     """There is a GPU for each process of a training or, where there is none, a core."""
     gpus = torch.cuda.device_count()
-    units, name = (gpus, "GPU") if gpus else (device()["cores"], "core")
+    units, name = (gpus, "GPU") if gpus else (device_facts()["cores"], "core")
     if processes > units:
         raise PreflightError(
             f"processes is {processes}, and this notebook may use {units} {name}{'s' * (units > 1)}: one is needed for "

@@ -27,7 +27,7 @@ from telco_nb.report import report_cards
 from telco_nb.report.report_cards import GUESSED, ordinal
 from telco_nb.report.report_files import Cell, Page, Study, duration, read_study, tolerant
 from telco_nb.report.report_pages import notebook_body
-from telco_nb.study.steps import STEPS
+from telco_nb.study.plan import STEPS
 
 DATA = DATA_DIR
 QUESTION = (

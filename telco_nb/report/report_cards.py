@@ -14,7 +14,7 @@ import pandas as pd
 
 from telco_nb.analysis.findings import describe, energy_text
 from telco_nb.report.report_files import Study, read_json, tolerant
-from telco_nb.study.steps import STEPS
+from telco_nb.study.plan import STEPS
 
 FIGURE_BYTES = 3_500_000  # of base64; figures beyond this are left to the pages
 ANSWER_CHARACTERS = 700

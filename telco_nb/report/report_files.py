@@ -15,7 +15,7 @@ import pandas as pd
 
 from telco_nb.analysis.analysis import PROXY_KINDS
 from telco_nb.study import record
-from telco_nb.study.steps import STEPS
+from telco_nb.study.plan import STEPS
 
 
 @dataclass(frozen=True)

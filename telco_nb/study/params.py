@@ -117,7 +117,7 @@ class Parameters(BaseModel):
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyParams:
     """The resolved files of one profile: `base` for all steps, one override per configuration and per judge."""
 
     profile: str
@@ -178,17 +178,17 @@ JUDGE_KEYS = {name for name in Parameters.model_fields if name.startswith("judge
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 
-def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[str] | None = None) -> Study:
+def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[str] | None = None) -> StudyParams:
     """Read and check every parameter file of a profile.
 
     Raises ParameterError for an unknown key, a wrong type, a YAML trap, a missing file, a missing value or two
     configurations that are the same.
     """
-    base = _read(params_dir / "base.yaml", set(Parameters.model_fields) - RUNNER_KEYS)
+    base = _read_file(params_dir / "base.yaml", set(Parameters.model_fields) - RUNNER_KEYS)
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
-    base |= _read(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
-    lora = {p.stem: _read(p, LORA_KEYS) for p in sorted((params_dir / "lora").glob("*.yaml"))}
-    judges = {p.stem: _read(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
+    base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
+    lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / "lora").glob("*.yaml"))}
+    judges = {p.stem: _read_file(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
     for key, known, folder in (
         ("configs", lora, "lora"),
         ("repeat_configs", lora, "lora"),
@@ -200,23 +200,23 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
                     f"{profile_file}: {key}: there is no {params_dir / folder / name}.yaml. "
                     f"Known: {', '.join(known) or 'none'}."
                 )
-    study = Study(profile, base, lora, judges, list(configs or base.get("configs", [])))
+    study = StudyParams(profile, base, lora, judges, list(configs or base.get("configs", [])))
     _refuse_duplicates(study, params_dir)
     _check_all(study, params_dir)
     return study
 
 
-def _check_all(study: Study, params_dir: Path) -> None:
+def _check_all(study: StudyParams, params_dir: Path) -> None:
     scopes = {"shared": "base.yaml"} | {c: f"lora/{c}.yaml" for c in study.lora}
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base.get("judges", [])}
     for scope, name in scopes.items():
-        check(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
+        validate(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
     for judge in study.base["judges"]:
         if study.judge_files[judge].get("judge") != judge:
             raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
 
 
-def _refuse_duplicates(study: Study, params_dir: Path) -> None:
+def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
     for key in ("configs", "judges", "repeat_configs", "repeat_seeds"):
         values = study.configs if key == "configs" else study.base.get(key, [])
         doubled = sorted({str(v) for v in values if values.count(v) > 1})
@@ -233,7 +233,7 @@ def _refuse_duplicates(study: Study, params_dir: Path) -> None:
         seen[text] = config
 
 
-def check(values: dict[str, Any], where: str) -> Parameters:
+def validate(values: dict[str, Any], where: str) -> Parameters:
     """Validate a whole set of values. Raises ParameterError naming `where`, the key and what is expected."""
     try:
         checked = Parameters.model_validate(values)
@@ -255,7 +255,7 @@ def _fix(error: dict[str, Any]) -> str:
     return f"{error['msg']}, got {error['input']!r}. Correct the value."
 
 
-def _read(path: Path, allowed: set[str]) -> dict[str, Any]:
+def _read_file(path: Path, allowed: set[str]) -> dict[str, Any]:
     """One flat YAML mapping, with PyYAML's silent traps refused."""
     if not path.is_file():
         folder = path.parent

@@ -30,7 +30,7 @@ def execute_06(root: Path) -> None:
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]}))
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute(env={**os.environ, record.JOB_VARIABLE: str(job_file)})
-    record.publish(root, "study", "06_analysis")
+    record.publish_step(root, "study", "06_analysis")
     nbformat.write(notebook, root / "study" / "06_analysis.ipynb")
 
 

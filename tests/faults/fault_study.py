@@ -12,18 +12,18 @@ from types import SimpleNamespace
 
 import telco_nb
 from telco_nb.engine import nursery, runner
-from telco_nb.study import record
-from telco_nb.study.steps import Job
+from telco_nb.study import params
+from telco_nb.study.plan import Job
 
 # The last cell of a good notebook: what run.finish does, without the real notebooks' imports.
 FINISH = """
 import json, os
 from pathlib import Path
-from telco_nb import record
-from telco_nb.study.steps import Job
+from telco_nb.notebook import Run
+from telco_nb.study.plan import Job
 job = json.loads(Path(os.environ["TELCO_NB_JOB"]).read_text())
 made = Job(job["step"], job["scope"], job["parameters"], ())
-run = record.Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
+run = Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
 run.artefact("value.txt").write_text(str(value))
 run.finish("done")
 """
@@ -46,9 +46,9 @@ def main() -> int:
     study = json.loads(Path(sys.argv[1]).read_text())
     given = json.loads(sys.argv[2])
     options = runner.Options(**given | {"json_file": Path(given["json_file"]), "gpus": tuple(given.get("gpus", ()))})
-    record.NOTEBOOKS_DIR = Path(study["notebooks"])
+    params.NOTEBOOKS_DIR = Path(study["notebooks"])
     runner.load = lambda options: SimpleNamespace(profile="faults")
-    runner.steps = SimpleNamespace(plan=lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]])
+    runner.plan_jobs = lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]]
     telco_nb.report.report = SimpleNamespace(build=write_report)
     nursery.LIBRARIES = study["libraries"] or nursery.LIBRARIES
     os.environ["TELCO_NB_OUTPUTS"] = study["outputs"]

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from telco_nb.study import params, steps
+from telco_nb.study import params
+from telco_nb.study.plan import STEPS
 
 NOTEBOOKS = sorted(params.NOTEBOOKS_DIR.glob("*.ipynb"))
 
@@ -15,7 +16,7 @@ def load(path):
 
 
 def test_there_are_exactly_the_six_notebooks_of_the_plan():
-    assert [p.stem for p in NOTEBOOKS] == list(steps.STEPS)
+    assert [p.stem for p in NOTEBOOKS] == list(STEPS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from telco_nb import ROOT
-from telco_nb.study import params, steps
+from telco_nb.study import params
+from telco_nb.study.plan import STEPS
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 from provider_server import Server
@@ -157,7 +158,7 @@ def test_a_changed_parameter_runs_again_exactly_what_depends_on_it(study):
     assert "learning_rate 0.002 -> 0.001" in reasons["c01/03_train"]
 
 
-@pytest.mark.parametrize("step", list(steps.STEPS))
+@pytest.mark.parametrize("step", list(STEPS))
 def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_path_factory):
     """As "Run All" does in JupyterLab: no job, no injected parameters; a later batch runs it again for the record."""
     place = study.outputs.parent / "by-hand"

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from telco_nb import ROOT
+from telco_nb import ROOT, notebook
 from telco_nb.judge import judges
+from telco_nb.notebook import Run
 from telco_nb.study import record
-from telco_nb.study.steps import Job
+from telco_nb.study.plan import Job
 
 SCRIPT = "<script>document.title='owned';fetch('https://example.com/x')</script><img src=x onerror=alert(1)>"
 PNG = base64.b64encode(
@@ -66,14 +67,14 @@ class Builder:
     def __init__(self, root: Path, profile: str = "laptop"):
         self.root, self.profile = root / profile, profile
 
-    def open(self, step: str, scope: str, parameters: dict[str, Any] | None = None, inputs: tuple = ()) -> record.Run:
+    def open(self, step: str, scope: str, parameters: dict[str, Any] | None = None, inputs: tuple = ()) -> Run:
         values = {"profile": self.profile, "scope": scope, **(parameters or {})}
         job = Job(step, scope, values, inputs)
-        return record.Run(job, self.root, record.prepare(job, self.root, "0" * 64), "0" * 64, {}, batch=True)
+        return Run(job, self.root, record.prepare_work_dir(job, self.root, "0" * 64), "0" * 64, {}, batch=True)
 
-    def close(self, run: record.Run, headline: str) -> None:
+    def close(self, run: Run, headline: str) -> None:
         run.finish(headline)
-        record.publish(self.root, run.job.scope, run.job.step)
+        record.publish_step(self.root, run.job.scope, run.job.step)
         notebook = self.root / run.job.scope / f"{run.job.step}.ipynb"
         nbformat.write(executed_notebook(run.job.step, run.job.scope, headline), notebook)
 
@@ -239,7 +240,7 @@ def add_judge(builder: Builder, rng: np.random.Generator, name: str, quality: pd
     builder.close(run, f"{name} has judged.")
 
 
-def write_judge(run: record.Run, rng: np.random.Generator, name: str, score: pd.Series, passed: bool = True) -> None:
+def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series, passed: bool = True) -> None:
     """Tables and artefacts of 05 for one judge whose scores are given."""
     score = score - score.mean()
     everyone = pd.concat([score, pd.Series({"untuned": score.min() - 1, "reference": score.max() + 1})])
@@ -275,7 +276,7 @@ def write_judge(run: record.Run, rng: np.random.Generator, name: str, score: pd.
                swap_consistency=0.9, tie_share=0.14, missingness_p=None)  # fmt: skip
 
 
-def write_judgements(run: record.Run, score: pd.Series) -> None:
+def write_judgements(run: Run, score: pd.Series) -> None:
     """Verdicts on a fixed plan, so that two judges share their comparisons; the higher score wins if clearly higher."""
     plan = np.random.default_rng(5)
     rows = []
@@ -291,7 +292,7 @@ def write_judgements(run: record.Run, score: pd.Series) -> None:
 
 def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> dict[str, Any]:
     """The job that a runner hands to 06 (see record.open_run), for a tree of `build_study`."""
-    from telco_nb.study import steps
+    from telco_nb.study.plan import inputs_of
 
     configs = list(design(n).index)
     values = {
@@ -303,8 +304,8 @@ def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> d
         "bootstrap_draws": 400,
         "seed": 20260605,
     }
-    job = Job("06_analysis", "study", values, steps.inputs_of("06_analysis", values))
-    work = record.prepare(job, root, "0" * 64)
+    job = Job("06_analysis", "study", values, inputs_of("06_analysis", values))
+    work = record.prepare_work_dir(job, root, "0" * 64)
     return {"step": job.step, "scope": job.scope, "parameters": values, "inputs": job.inputs, "root": str(root),
             "work": str(work), "key": "0" * 64, "key_parts": {}}  # fmt: skip
 
@@ -317,14 +318,14 @@ def run_analysis(root: Path, n: int, judges: tuple[str, ...], repeats: int, monk
     job_file = root / "job.json"
     job_file.write_text(json.dumps(job))
     monkeypatch.setenv(record.JOB_VARIABLE, str(job_file))
-    monkeypatch.setattr(record, "die_with_parent", lambda: None)
+    monkeypatch.setattr(notebook, "die_with_parent", lambda: None)
     names: dict[str, Any] = {"display": display, "__name__": "notebook"}
     for cell in nbformat.read(ROOT / "notebooks" / "06_analysis.ipynb", as_version=4).cells:
         if cell.cell_type == "code":
             exec(cell.source, names)
             if "parameters" in cell.metadata.get("tags", []):
                 names |= job["parameters"]
-    record.publish(root, "study", "06_analysis")
+    record.publish_step(root, "study", "06_analysis")
     notebook = executed_notebook("06_analysis", "study", "analysed")
     for path in sorted((root / "study" / "06_analysis" / "figures").glob("*.png")):
         data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": "<Image>"}

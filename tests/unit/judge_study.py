@@ -15,10 +15,12 @@ import pandas as pd
 from fake_study import Builder
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from telco_nb import ROOT
+from telco_nb import ROOT, notebook
 from telco_nb.corpus import glossary, scenarios, synth
 from telco_nb.judge import controls, judging
-from telco_nb.study import record, steps
+from telco_nb.notebook import _Markup
+from telco_nb.study import record
+from telco_nb.study.plan import declared, make_job
 
 SCRIPT = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 HOSTILE = {
@@ -84,17 +86,17 @@ def build(root: Path, n_prompts: int, configs: list[str], hostile: dict[str, str
 
 def run_judge(root: Path, monkeypatch: Any, **values: Any) -> tuple[Path, nbformat.NotebookNode]:
     """Run the cells of 05 here, without a kernel; returns the judge's folder and the executed notebook."""
-    given = steps.declared("05_judge") | values
-    job = steps.make_job("05_judge", given)
-    work = record.prepare(job, root, "0" * 64)
+    given = declared("05_judge") | values
+    job = make_job("05_judge", given)
+    work = record.prepare_work_dir(job, root, "0" * 64)
     job_file = root / "job.json"
     told = {"step": job.step, "scope": job.scope, "parameters": job.parameters, "inputs": job.inputs}
     told |= {"root": str(root), "work": str(work), "key": "0" * 64, "key_parts": {}}
     job_file.write_text(json.dumps(told))
     monkeypatch.setenv(record.JOB_VARIABLE, str(job_file))
-    monkeypatch.setattr(record, "die_with_parent", lambda: None)
+    monkeypatch.setattr(notebook, "die_with_parent", lambda: None)
     shown: list[Any] = []
-    monkeypatch.setattr(record, "say", lambda text: shown.append(record._Markup(text)))
+    monkeypatch.setattr(notebook, "markdown", lambda text: shown.append(_Markup(text)))
     names: dict[str, Any] = {"display": shown.append, "__name__": "notebook"}
     cells = []
     for cell in nbformat.read(ROOT / "notebooks" / "05_judge.ipynb", as_version=4).cells:
@@ -103,7 +105,7 @@ def run_judge(root: Path, monkeypatch: Any, **values: Any) -> tuple[Path, nbform
             shown.extend(filter(lambda x: x is not None, [_run(cell.source, names)]))
             cells.append(new_code_cell(cell.source, metadata=cell.metadata, outputs=list(map(_output, shown))))
             names |= job.parameters if "parameters" in cell.metadata.get("tags", []) else {}
-    record.publish(root, job.scope, "05_judge")
+    record.publish_step(root, job.scope, "05_judge")
     return root / job.scope, new_notebook(cells=cells)
 
 

@@ -21,7 +21,7 @@ from telco_nb.hosted import calls, prices
 from telco_nb.hosted.book import Book
 from telco_nb.hosted.providers import ApiModel, Question, Source
 from telco_nb.judge import judges, protocol, verdicts
-from telco_nb.study import steps
+from telco_nb.study.plan import declared
 
 matplotlib.use("Agg")
 
@@ -317,7 +317,7 @@ def judged(built, server, tmp_path):
     server.answer, server.ended = lambda sent: verdict_on(sent, references), True
     named = {"scope": "judge-jury", "judge": "jury", "judge_kind": "anthropic", "judge_model": "claude-sonnet-4-5"}
     more = {"configs": CONFIGS, "judge_endpoint": server.url, "bootstrap_draws": 100, "rubric_share": 0.5}
-    return root, steps.declared("05_judge") | named | more
+    return root, declared("05_judge") | named | more
 
 
 def step(root, values, action, capsys) -> str:

@@ -13,8 +13,8 @@ from telco_nb.study import imports
 
 KEY_PARTS = """
 import json, sys
-from telco_nb import record
-print(json.dumps({step: record._modules(record.notebook_code(step)) for step in sys.argv[1:]}))
+from telco_nb.study.content_key import module_hashes, notebook_code
+print(json.dumps({step: module_hashes(notebook_code(step)) for step in sys.argv[1:]}))
 """
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from telco_nb.lora import energy
-from telco_nb.study import record
+from telco_nb.study import machine
 
 WATTS = (2.0, 5.0, 12.0)
 
@@ -72,7 +72,7 @@ def test_a_rapl_counter_that_wraps_around_is_added_up_right(rapl):
 
 
 def test_a_counter_that_several_jobs_share_is_no_figure_of_one_of_them(rapl, monkeypatch):
-    monkeypatch.setenv(record.AT_ONCE_VARIABLE, "2")
+    monkeypatch.setenv(machine.AT_ONCE_VARIABLE, "2")
     meter = energy.Meter(WATTS, 0.3)
     meter.start()
     rapl(995_000_000)

@@ -222,7 +222,7 @@ def test_one_bad_row_stops_the_import_and_is_named(study, lines, tmp_path, capsy
 
 
 def test_a_person_without_votes_cannot_be_run_and_the_fix_is_named(study, monkeypatch):
-    with pytest.raises(votes.VotesError, match=r"python -m telco_nb\.votes"):
+    with pytest.raises(votes.VotesError, match=r"python -m telco_nb\.judge\.votes"):
         human(study, monkeypatch)
 
 

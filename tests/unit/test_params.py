@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from telco_nb.study import params, steps
+from telco_nb.study import params
 from telco_nb.study.params import ParameterError, load_study
+from telco_nb.study.plan import plan_jobs, unused_parameters
 
 
 @pytest.fixture
@@ -117,13 +118,13 @@ def test_a_whole_number_is_accepted_where_a_float_is_meant(folder):
 
 def test_every_given_parameter_is_declared_by_a_notebook_and_the_other_way_round():
     study = load_study("laptop")
-    assert steps.unused_parameters(study) == []
-    assert len(steps.plan(study)) == 3 + 2 * 16 + len(study.repeats) + 2 + 1
+    assert unused_parameters(study) == []
+    assert len(plan_jobs(study)) == 3 + 2 * 16 + len(study.repeats) + 2 + 1
 
 
 def test_the_notebooks_defaults_are_the_smoke_values():
     study = load_study("smoke")
-    for job in steps.plan(study):
+    for job in plan_jobs(study):
         if job.scope in ("shared", "c01", "judge-checklist", "study"):
             assert params.declared(job.step) == job.parameters, job.id
 

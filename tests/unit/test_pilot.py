@@ -14,7 +14,8 @@ from test_calls import keys  # noqa: F401
 from telco_nb.commands import costs, pilot
 from telco_nb.hosted import prices
 from telco_nb.judge import protocol
-from telco_nb.study import params, steps
+from telco_nb.study import params
+from telco_nb.study.plan import declared, make_job, plan_jobs
 
 matplotlib.use("Agg")
 CONFIGS = ["c01", "c02", "c03"]
@@ -35,7 +36,7 @@ def served(tmp_path):
         named = {"scope": "judge-own", "judge": "own", "judge_kind": "openai-compatible", "judge_model": "own"}
         more = {"configs": CONFIGS, "judge_endpoint": server.url, "bootstrap_draws": 100, "rubric_share": 0.0}
         priced = {"judge_input_usd_per_mtok": 1.0, "judge_output_usd_per_mtok": 2.0}
-        yield root, steps.declared("05_judge") | named | more | priced, server
+        yield root, declared("05_judge") | named | more | priced, server
 
 
 def test_twenty_calls_price_the_whole_plan_and_05_asks_only_the_others(served, monkeypatch):
@@ -60,8 +61,8 @@ def test_twenty_calls_price_the_whole_plan_and_05_asks_only_the_others(served, m
 
 def test_the_plan_of_a_run_counts_with_the_measured_lengths(served):
     root, values, _ = served
-    plan = steps.plan(params.load_study("smoke"))
-    job = steps.make_job("05_judge", values)
+    plan = plan_jobs(params.load_study("smoke"))
+    job = make_job("05_judge", values)
     source = protocol.judges.open_judge(values, root).source
     assumed, _ = costs.preview(job, source, plan, root)
     pilot.ask(protocol.open_protocol(values, root), 20)

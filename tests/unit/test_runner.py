@@ -20,8 +20,8 @@ from telco_nb import ROOT
 from telco_nb.engine import doctor, executed, execution, lanes, nursery, progress, runner, schedule
 from telco_nb.engine.executed import Failure
 from telco_nb.engine.progress import State
-from telco_nb.study import params, record, steps
-from telco_nb.study.steps import Job
+from telco_nb.study import params, record
+from telco_nb.study.plan import Job
 
 
 def job(step: str, scope: str, *depends: str, **parameters) -> Job:
@@ -44,7 +44,9 @@ JOBS = [  # as in the real plan, the untuned model answers before anything is tr
 def recorded(monkeypatch):
     """A world without files: `stale` maps job ids to reasons, `finished` to manifests."""
     world = SimpleNamespace(stale={}, finished={})
-    monkeypatch.setattr(record, "check", lambda j, root: (j.id not in world.stale, world.stale.get(j.id, "up to date")))
+    monkeypatch.setattr(
+        schedule, "is_current", lambda j, root: (j.id not in world.stale, world.stale.get(j.id, "up to date"))
+    )
     monkeypatch.setattr(record, "read_manifest", lambda root, scope, step: world.finished.get(f"{scope}/{step}"))
     return world
 
@@ -93,7 +95,7 @@ def test_forcing_what_is_not_there_is_refused(word):
 
 def test_configurations_are_chosen_by_name_or_pattern_in_their_order():
     lora = {f"c{n:02}": {} for n in range(1, 13)}
-    study = params.Study("p", {}, lora, {}, ["c01", "c02", "c10"])
+    study = params.StudyParams("p", {}, lora, {}, ["c01", "c02", "c10"])
     assert schedule.choose_configs("c10, c01", study) == ["c01", "c10"]
     assert schedule.choose_configs("c0*", study) == ["c01", "c02"], "a pattern stays within the profile"
     assert schedule.choose_configs("c12", study) == ["c12"], "a name need not"
@@ -399,8 +401,8 @@ def test_any_python_will_do_to_start_with():
 # ---------------------------------------------------------------- GPUs
 
 
-def jobs_with(*processes: int) -> list[steps.Job]:
-    return [steps.Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
+def jobs_with(*processes: int) -> list[Job]:
+    return [Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
 
 
 def test_gpus_are_dealt_out_to_lanes_by_the_processes_of_a_training():

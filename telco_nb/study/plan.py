@@ -1,11 +1,11 @@
-"""The plan of a study: which notebook runs in which scope, and what it reads from whom."""
+"""The plan of a study: which notebook runs in which scope, and what it reads from which other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from telco_nb.study.params import ParameterError, Study, declared
+from telco_nb.study.params import ParameterError, StudyParams, declared
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def make_job(step: str, values: dict[str, Any]) -> Job:
     return Job(step, values["scope"], {name: values[name] for name in names}, inputs_of(step, values))
 
 
-def plan(study: Study) -> list[Job]:
+def plan_jobs(study: StudyParams) -> list[Job]:
     """All jobs of a study in the order in which they run."""
     scopes = [("01_glossary", "shared"), ("02_synth", "shared"), ("04_energy", UNTUNED)]
     for config in study.configs:
@@ -111,7 +111,7 @@ def plan(study: Study) -> list[Job]:
     return [make_job(step, study.values(scope)) for step, scope in scopes]
 
 
-def unused_parameters(study: Study) -> list[str]:
+def unused_parameters(study: StudyParams) -> list[str]:
     """Keys of the parameter files that no notebook declares and the plan itself does not use."""
     used = {"repeat_configs", "repeat_seeds"} | {name for step in STEPS for name in declared(step)}
     given = set(study.base).union(*study.lora.values(), *study.judge_files.values())

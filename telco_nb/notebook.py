@@ -1,0 +1,277 @@
+"""What every notebook calls: `open_run`, the open `Run`, generated prose, and one style for figures."""
+
+from __future__ import annotations
+
+import fnmatch
+import html
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from telco_nb.study import params
+from telco_nb.study.content_key import content_key, versions
+from telco_nb.study.machine import device_facts, die_with_parent, git_state, peak_memory_bytes
+from telco_nb.study.params import ParameterError
+from telco_nb.study.plan import UNTUNED, Job, inputs_of
+from telco_nb.study.record import (
+    JOB_VARIABLE,
+    SCHEMA_VERSION,
+    RecordError,
+    prepare_work_dir,
+    profile_root,
+    publish_step,
+    read_manifest,
+    sha256,
+    step_dir,
+    write_json,
+)
+
+
+class Run:
+    """One execution of one notebook. Made by `open_run`; notebooks read and write through it."""
+
+    def __init__(self, job: Job, root: Path, work: Path, key: str | None, key_parts: dict[str, Any], batch: bool):
+        self.job, self.root, self.work, self.key, self.key_parts = job, root, work, key, key_parts
+        self.batch = batch
+        self.params = SimpleNamespace(**job.parameters)
+        self.started = time.time()
+        self._inputs: dict[str, dict[str, Any]] = {}
+        self._metrics: dict[str, Any] = {}
+        self._exports: dict[str, str] = {}
+
+    def input(self, step: str, name: str, scope: str | None = None) -> Path:
+        """Path of an input file or folder, verified against its producer's manifest and entered in the record.
+
+        Raises RecordError if the read is not declared in telco_nb/study/steps.py, not there, or altered.
+        """
+        declared = [s for st, s, pattern in self.job.inputs if st == step and _covers(pattern, name)]
+        scope = scope or (self.job.scope if self.job.scope in declared else "shared")
+        if scope not in declared:
+            raise RecordError(
+                f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/study/steps.py does not declare."
+            )
+        manifest = read_manifest(self.root, scope, step)
+        if manifest is None:
+            raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")
+        found = [o for o in manifest["outputs"] if o["path"] == name or o["path"].startswith(f"{name}/")]
+        if not found:
+            raise RecordError(f"{scope}/{step} did not write {name}. Run it again: {_command(self.job, step, scope)}")
+        folder = step_dir(self.root, scope, step)
+        for output in found:
+            path = folder / output["path"]
+            if not path.is_file() or sha256(path) != output["sha256"]:
+                raise RecordError(f"{path} is missing or altered. Run {_command(self.job, step, scope)}")
+            relative = f"{scope}/{step}/{output['path']}"
+            self._inputs[relative] = {"path": relative, "sha256": output["sha256"], "bytes": output["bytes"]}
+        return folder / name
+
+    def artefact(self, name: str) -> Path:
+        """Path to write to, below the step's `artefacts` folder."""
+        path = self.work / "artefacts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def table(self, name: str, frame: Any) -> Any:
+        """Save a DataFrame as Parquet and CSV below `tables`; returns it."""
+        folder = self.work / "tables"
+        folder.mkdir(exist_ok=True)
+        frame.to_parquet(folder / f"{name}.parquet", index=False)
+        frame.to_csv(folder / f"{name}.csv", index=False)
+        return frame
+
+    def figure(self, name: str, fig: Any, data: Any = None, alt: str = "") -> Any:
+        """Save a matplotlib figure as PNG (and its data as CSV) below `figures`; returns an image to display."""
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+
+        folder = self.work / "figures"
+        folder.mkdir(exist_ok=True)
+        # "tight" would draw the figure once more to find the same box, unless a layout moves its parts while drawing.
+        box = "tight" if fig.get_layout_engine() else fig.get_tightbbox().padded(0.1)
+        fig.savefig(folder / f"{name}.png", dpi=110, bbox_inches=box, metadata={"Software": None})
+        plt.close(fig)
+        if data is not None:
+            data.to_csv(folder / f"{name}.csv", index=False)
+        return Image(filename=str(folder / f"{name}.png"), alt=alt or name.replace("_", " "))
+
+    def metric(self, **values: float | int | str | bool | None) -> None:
+        """Add flat metrics; numpy scalars become Python numbers, NaN becomes null."""
+        for name, value in values.items():
+            value = value.item() if hasattr(value, "item") else value
+            self._metrics[name] = None if isinstance(value, float) and value != value else value
+
+    def log(self, text: str) -> None:
+        """Append to the step's log.txt: the place for what is too long for the notebook."""
+        with (self.work / "log.txt").open("a", encoding="utf-8") as stream:
+            stream.write(f"{datetime.now(UTC):%H:%M:%S} {text}\n")
+
+    def progress(self, what: str, every_seconds: float = 30.0) -> Callable[[int, int], None]:
+        """A callback (done, total) that says how far a long piece of work is and how long it will take still.
+
+        By hand it prints, in a batch it writes to log.txt: every `every_seconds`, and at the end.
+        """
+        started = last = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < every_seconds and done < total:
+                return
+            last, minutes = now, (now - started) * (total - done) / done / 60
+            text = f"{done:,} of {total:,} {what}, about {minutes:.0f} min to go"
+            self.log(text) if self.batch else print(text, flush=True)
+
+        return tell
+
+    def export(self, name: str, path: Path) -> None:
+        """Also publish an output file of this step as `outputs/<profile>/<name>`."""
+        self._exports[name] = path.relative_to(self.work).as_posix()
+
+    def finish(self, headline: str) -> Any:
+        """Write metrics and, last, the manifest; returns the headline as a box to display."""
+        from IPython.display import HTML
+
+        write_json(self.work / "metrics.json", self._metrics)
+        write_json(self.work / "manifest.json", self._manifest(headline))
+        # Checkpoints are of no use any more, large, and pickled: they are not part of the record.
+        shutil.rmtree(self.work / ".checkpoints", ignore_errors=True)
+        if not self.batch:
+            publish_step(self.root, self.job.scope, self.job.step)
+        return HTML(
+            '<div class="headline" style="border-left:4px solid #0072b2;padding:.6em 1em;font-size:1.1em">'
+            f"{html.escape(headline)}</div>"
+        )
+
+    def _manifest(self, headline: str) -> dict[str, Any]:
+        outputs = [
+            {"path": p.relative_to(self.work).as_posix(), "sha256": sha256(p), "bytes": p.stat().st_size}
+            for p in sorted(self.work.rglob("*"))
+            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(self.work).parts)
+            and p.name not in ("manifest.json", "log.txt", "job.json")
+        ]  # fmt: skip
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "step": self.job.step,
+            "scope": self.job.scope,
+            "key": self.key,
+            "key_parts": self.key_parts,
+            "executor": "papermill" if self.batch else "jupyter",
+            "status": "ok",
+            "error": None,
+            "headline": headline,
+            "parameters": self.job.parameters,
+            "inputs": list(self._inputs.values()),
+            "outputs": outputs,
+            "exports": self._exports,
+            "environment": versions() | git_state(),
+            "device": device_facts(),
+            "started_at": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self.started, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+
+def open_run(step: str, namespace: dict[str, Any]) -> Run:
+    """Start the record of a notebook: validate its parameters, seed, prepare the work folder, show the provenance.
+
+    `namespace` is the notebook's `globals()`. In a batch the runner has made the job; by hand, in JupyterLab, the
+    job is made here from the values in the parameters cell, and results land in the same place.
+    """
+    names = params.declared(step)
+    missing = [name for name in names if name not in namespace]
+    if missing:
+        raise ParameterError(f"{step}: run the parameters cell first; not set: {', '.join(missing)}")
+    given = {name: namespace[name] for name in names}
+    job_file = os.environ.get(JOB_VARIABLE)
+    if job_file:
+        run = _batch_run(step, given, json.loads(Path(job_file).read_text(encoding="utf-8")))
+    else:
+        run = _hand_run(step, given)
+    random.seed(run.params.__dict__.get("seed", 0))
+    set_figure_style()
+    _show_provenance(run, names)
+    return run
+
+
+def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
+    if job["step"] != step or job["parameters"] != given:
+        raise RecordError(f"{step}: papermill's parameters are not those of the job {job['scope']}/{job['step']}.")
+    die_with_parent()
+    inputs = tuple(tuple(item) for item in job["inputs"])
+    made = Job(step, job["scope"], given, inputs)
+    return Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
+
+
+def _hand_run(step: str, given: dict[str, Any]) -> Run:
+    study = params.load_study(given["profile"])
+    params.validate(study.values("shared") | given, f"notebooks/{step}.ipynb, parameters cell")
+    job = Job(step, given["scope"], given, inputs_of(step, given))
+    root = profile_root(given["profile"])
+    key, parts = content_key(job, root)
+    if key is None:
+        waiting = [d for d in job.depends if read_manifest(root, *d.split("/")) is None]
+        todo = "; ".join(_command(job, *d.split("/")[::-1]) for d in waiting[:1])
+        raise RecordError(f"{job.id} needs {', '.join(waiting)} first. Run: {todo}")
+    return Run(job, root, prepare_work_dir(job, root, key), key, parts, batch=False)
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) or pattern.startswith(f"{name}/")
+
+
+def _command(job: Job, step: str, scope: str) -> str:
+    configs = f" --configs {scope}" if step[:2] in ("03", "04") and scope != UNTUNED else ""
+    return f"./run_all.py --profile {job.parameters['profile']}{configs} --steps {step[:2]}"
+
+
+def _show_provenance(run: Run, defaults: dict[str, Any]) -> None:
+    from IPython.display import display
+
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{_bold(value, value != defaults[name])}</td></tr>"
+        for name, value in run.job.parameters.items()
+    )
+    git = git_state()
+    facts = {
+        "scope": run.job.scope,
+        "content key": (run.key or "")[:12],
+        "code": f"{(git['git_commit'] or 'no git')[:10]}{' + uncommitted changes' if git['git_dirty'] else ''}",
+        "device": f"{device_facts()['cpu']}, {device_facts()['cores']} cores",
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("python", "torch", "transformers")),
+    }
+    rows += "".join(f"<tr><td><i>{k}</i></td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
+    display(_Markup(f'<table class="provenance">{rows}</table>'))
+
+
+def _bold(value: Any, changed: bool) -> str:
+    text = html.escape(str(value))
+    return f"<b>{text}</b>" if changed else text
+
+
+class _Markup:
+    def __init__(self, text: str):
+        self.text = text
+
+    def _repr_html_(self) -> str:
+        return self.text
+
+
+def markdown(text: str) -> None:
+    """Display generated prose (Markdown) in a notebook."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(text))
+
+
+def set_figure_style() -> None:
+    """One look for all figures: white grid, colours safe for colour-blind readers."""
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", palette="colorblind", rc={"figure.figsize": (7, 4), "figure.dpi": 100})

