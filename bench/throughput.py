@@ -13,7 +13,7 @@ from pathlib import Path
 
 from telco_nb import ROOT
 from telco_nb.corpus import generator
-from telco_nb.hosted import calls
+from telco_nb.hosted import attempts
 from telco_nb.judge.verdicts import VerdictStore
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))  # the servers and the studies are those of the tests
@@ -23,7 +23,7 @@ import test_jury
 from provider_server import Server
 
 LIMITS = {"fixed window, Retry-After": (True, None), "token bucket, no Retry-After": (False, 6.0)}
-Found = tuple[int, calls.AttemptStore]  # calls planned, what is stored
+Found = tuple[int, attempts.AttemptStore]  # calls planned, what is stored
 
 
 def generate(server: Server, folder: Path, n: int) -> Found:

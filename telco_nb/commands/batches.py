@@ -22,9 +22,17 @@ from telco_nb import ROOT
 from telco_nb.corpus import generator, glossary, scenarios
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
-from telco_nb.hosted.book import Book, Entry, book_of
-from telco_nb.hosted.calls import CallsStopped, Session, run_async
-from telco_nb.hosted.providers import ProviderError, Question, failure, messages, read, request_parameters, source_from
+from telco_nb.hosted.api import (
+    ProviderError,
+    Request,
+    failed_response,
+    hosted_model_from,
+    messages,
+    read_response,
+    request_parameters,
+)
+from telco_nb.hosted.ledger import BatchLedger, BatchRecord, ledger_of
+from telco_nb.hosted.session import CallsStopped, Session, run_async
 from telco_nb.judge import judging, jury
 from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
@@ -40,7 +48,7 @@ class BatchError(RuntimeError):
 # ---------------------------------------------------------------- the three steps
 
 
-async def submit(session: Session, questions: Sequence[Question], book: Book) -> int:
+async def submit(session: Session, questions: Sequence[Request], book: BatchLedger) -> int:
     """Hand over the questions that are neither answered nor under way, as many as the cap allows; returns how many.
 
     Raises BatchError for a batch of unknown fate or a model without batches, BudgetStop if the worst case of the first
@@ -89,12 +97,12 @@ def handle_type() -> TypeAdapter:
     return TypeAdapter(Batch)
 
 
-async def _now(session: Session, entry: Entry) -> Batch:
+async def _now(session: Session, entry: BatchRecord) -> Batch:
     """A batch as the provider has it now."""
     return await session.model.model.batch_status(handle_type().validate_python(entry.handle))
 
 
-def _request(session: Session, question: Question) -> BatchRequest:
+def _request(session: Session, question: Request) -> BatchRequest:
     from pydantic_ai.models.batch import BatchRequest
 
     source = session.model.source
@@ -106,7 +114,7 @@ def _request(session: Session, question: Question) -> BatchRequest:
     )
 
 
-async def poll(session: Session, book: Book) -> list[str]:
+async def poll(session: Session, book: BatchLedger) -> list[str]:
     """How far each open batch is, one line each."""
     said = []
     for i, entry in book.open():
@@ -118,7 +126,7 @@ async def poll(session: Session, book: Book) -> list[str]:
     return said
 
 
-async def collect(session: Session, questions: Sequence[Question], book: Book) -> dict[str, int]:
+async def collect(session: Session, questions: Sequence[Request], book: BatchLedger) -> dict[str, int]:
     """Store the results of all batches that have ended; returns attempts by status. Repeating it changes nothing.
 
     `questions`: all of the study. Results of others (the study has changed since) are counted as `not asked any more`.
@@ -140,14 +148,14 @@ async def collect(session: Session, questions: Sequence[Question], book: Book) -
     return dict(+counts)
 
 
-def _line(session: Session, question: Question, result: Any, batch_id: str) -> dict[str, Any]:
+def _line(session: Session, question: Request, result: Any, batch_id: str) -> dict[str, Any]:
     from pydantic_ai.exceptions import AgentRunError
 
     try:
         response = session.model.model.batch_decode(result, _request(session, question))
-        outcome = read(response, question, {"batch": True})
+        outcome = read_response(response, question, {"batch": True})
     except AgentRunError as error:
-        outcome = failure(error, session.model.source, {"batch": True})
+        outcome = failed_response(error, session.model.source, {"batch": True})
     usd = session.prices.usd(outcome.usage) if outcome.usage else None
     return session.make_line(question, outcome, 0.0) | {"usd": usd, "batch_id": batch_id, "latency_s": None}
 
@@ -160,9 +168,9 @@ class Work:
     """What a study has for batches: `every` question, those that can be asked `now`, and a word on which these are."""
 
     session: Session
-    every: list[Question]
-    now: list[Question]
-    book: Book
+    every: list[Request]
+    now: list[Request]
+    book: BatchLedger
     said: str
 
 
@@ -173,7 +181,7 @@ def generator_work(profile: str, params_dir: Path) -> Work:
     """
     study = params.load_study(profile, params_dir)
     values = study.values("shared")
-    source = source_from(values, "generator")
+    source = hosted_model_from(values, "generator")
     if source is None:
         raise ProviderError(f"profile {profile}: the generator is offline; there is nothing to submit.")
     root = record.profile_root(profile)
@@ -195,12 +203,12 @@ def generator_work(profile: str, params_dir: Path) -> Work:
             elif not asked:
                 now.append(question)
                 asked = True
-    return Work(session, every, now, book_of(generator.store_path(root)), "one at a time of each scenario")
+    return Work(session, every, now, ledger_of(generator.store_path(root)), "one at a time of each scenario")
 
 
 def judge_work(asked: Protocol) -> Work:
     """The questions of a judge, the gate's first. Attempts are stored as 05_judge stores them."""
-    book = book_of(asked.store.path)
+    book = ledger_of(asked.store.path)
     now, said = asked.due(book.under_way)
     session = asked.judge.session(asked.every, asked.store, judging.settled_line, batch=True)
     return Work(session, [jury.asked(q) for q in asked.every], [jury.asked(q) for q in now], book, said)

@@ -14,8 +14,8 @@ from telco_nb import ROOT
 from telco_nb.corpus import generator, glossary, scenarios, synth
 from telco_nb.corpus.glossary import Card
 from telco_nb.corpus.scenarios import Axes, Scenario
-from telco_nb.hosted import calls, prices
-from telco_nb.hosted.providers import Source
+from telco_nb.hosted import attempts, prices
+from telco_nb.hosted.api import HostedModel
 from telco_nb.judge import judges, judging, jury, protocol, verdicts
 from telco_nb.judge.controls import CONTROL_PROMPTS, GATE
 from telco_nb.judge.jury import HostedJudge
@@ -30,7 +30,7 @@ VERDICT_TOKENS = (60.0, 130.0, 260.0)  # an analysis of at most 80 words and a l
 MEASURED_FROM = 10  # questions with counted tokens from which on their lengths are taken for those of all
 
 
-def preview(job: Job, source: Source, plan: Sequence[Job], root: Path) -> tuple[prices.Estimate, str]:
+def preview(job: Job, source: HostedModel, plan: Sequence[Job], root: Path) -> tuple[prices.Estimate, str]:
     """(estimate of the calls that a job has still to make, what is sent in them). `plan`: all jobs of the study."""
     values = {name: value for each in plan for name, value in each.parameters.items() if each.step < job.step}
     values |= job.parameters
@@ -56,7 +56,7 @@ def _generator(
     planned = generator.plan(cards, grid, axes, values["seeds_per_scenario"])
     path = generator.store_path(root)
     if path.is_file():
-        planned = generator.unanswered(planned, calls.AttemptStore(path), price.source, values["seed"])
+        planned = generator.unanswered(planned, attempts.AttemptStore(path), price.source, values["seed"])
     if lengths := measured(path, price.source.model):
         return prices.estimate(price, sum(map(len, planned)), *lengths)
     some = _written(values, cards, grid, axes)
@@ -103,13 +103,13 @@ def of_questions(judge: HostedJudge, questions: Sequence[judging.Question], stor
     return prices.estimate(judge.price, len(questions), (tokens_in, tokens_in, tokens_in), VERDICT_TOKENS)
 
 
-def measured(store: Path, model: str) -> tuple[prices.Ends, prices.Ends] | None:
+def measured(store: Path, model: str) -> tuple[prices.Range, prices.Range] | None:
     """(tokens in, tokens out) of a question to this model as its attempts had them, re-asks included.
 
     Low, mid and high: the mean and its 95 % interval over the questions. None if too few have been asked.
     """
     counts: dict[str, list[int]] = {}
-    for line in calls.readable(store):
+    for line in attempts.read_attempts(store):
         counted = line.get("tokens_in") is not None and line.get("tokens_out") is not None
         if counted and line.get("model_asked") == model:
             total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
@@ -121,7 +121,7 @@ def measured(store: Path, model: str) -> tuple[prices.Ends, prices.Ends] | None:
     return mean_with_interval(sent), mean_with_interval(back)
 
 
-def mean_with_interval(numbers: Sequence[float]) -> prices.Ends:
+def mean_with_interval(numbers: Sequence[float]) -> prices.Range:
     """Low, mid, high: the mean and its 95 % interval by t, not below 0."""
     mean, half = float(np.mean(numbers)), float(stats.t.ppf(0.975, len(numbers) - 1) * stats.sem(numbers))
     return max(0.0, mean - half), mean, mean + half

@@ -15,7 +15,7 @@ from telco_nb.commands import costs
 from telco_nb.commands.batches import HELP, ended_well
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
-from telco_nb.hosted.book import book_of
+from telco_nb.hosted.ledger import ledger_of
 from telco_nb.judge import judging
 from telco_nb.judge.judging import Question
 from telco_nb.judge.protocol import Protocol, open_study
@@ -29,8 +29,8 @@ def ask(asked: Protocol, calls: int, max_usd: float | None = None, yes: bool = F
 
     Raises CostRefused if they may not be sent, CallsStopped if the provider or the budget ends it.
     """
-    now = asked.due(book_of(asked.store.path).under_way)[0][:calls]
-    prices.agree([costs.of_questions(asked.judge, now, asked.store.path)], max_usd, yes, ask=None)
+    now = asked.due(ledger_of(asked.store.path).under_way)[0][:calls]
+    prices.require_consent([costs.of_questions(asked.judge, now, asked.store.path)], max_usd, yes, ask=None)
     asked.judge.put(now, asked.store, judging.settled_line)
     return len(now)
 

@@ -16,8 +16,9 @@ from telco_nb import DATA_DIR
 from telco_nb.corpus import synth
 from telco_nb.corpus.glossary import Card
 from telco_nb.corpus.scenarios import Axes, Scenario
-from telco_nb.hosted import calls, prices
-from telco_nb.hosted.providers import ApiModel, Question, Source
+from telco_nb.hosted import attempts, prices
+from telco_nb.hosted.api import ApiClient, HostedModel, Request
+from telco_nb.hosted.session import Session
 
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"
 GENERATOR_ID = "llm-1"
@@ -105,7 +106,7 @@ def _calls(card: Card, scenario: Scenario, axes: Axes, seeds_per_scenario: int) 
 # ---------------------------------------------------------------- one call
 
 
-def question(call: Call, source: Source, seed: int, siblings: list[str]) -> Question:
+def question(call: Call, source: HostedModel, seed: int, siblings: list[str]) -> Request:
     """The call as a question. Its id leaves the siblings out: what came before must not make it a new question."""
     shared, own = template()
     system = shared.replace("{{card}}", card_text(call.card))
@@ -135,7 +136,7 @@ def question(call: Call, source: Source, seed: int, siblings: list[str]) -> Ques
     for name, text in fill.items():
         own = own.replace(f"{{{{{name}}}}}", text)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Question(digest, system, own, Conversations, lambda output: wrong_with(output, call.items))
+    return Request(digest, system, own, Conversations, lambda output: wrong_with(output, call.items))
 
 
 def card_text(card: Card) -> str:
@@ -186,7 +187,7 @@ def first_lines(output: dict[str, Any], words: int = 12) -> list[str]:
 # ---------------------------------------------------------------- all calls
 
 
-def chains(planned: list[list[Call]], session: calls.Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
+def chains(planned: list[list[Call]], session: Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
     """One coroutine function per scenario, which asks its calls one after the other."""
 
     async def ask(scenario_calls: list[Call]) -> None:
@@ -199,7 +200,7 @@ def chains(planned: list[list[Call]], session: calls.Session, seed: int) -> list
     return [lambda each=each: ask(each) for each in planned]
 
 
-def describe(planned: list[list[Call]], source: Source, seed: int) -> dict[str, dict[str, Any]]:
+def describe(planned: list[list[Call]], source: HostedModel, seed: int) -> dict[str, dict[str, Any]]:
     """What a stored line says of its question, by question id."""
     return {
         question(call, source, seed, []).id: {
@@ -214,7 +215,9 @@ def describe(planned: list[list[Call]], source: Source, seed: int) -> dict[str, 
     }
 
 
-def stored(planned: list[list[Call]], store: calls.AttemptStore, source: Source, seed: int) -> Iterator[dict[str, Any]]:
+def stored(
+    planned: list[list[Call]], store: attempts.AttemptStore, source: HostedModel, seed: int
+) -> Iterator[dict[str, Any]]:
     """All conversations that the store holds of a plan, in grid order."""
     for each in planned:
         found = []
@@ -226,8 +229,8 @@ def stored(planned: list[list[Call]], store: calls.AttemptStore, source: Source,
 
 
 def open_session(
-    values: Mapping[str, Any], source: Source, planned: list[list[Call]], root: Path, batch: bool = False
-) -> calls.Session:
+    values: Mapping[str, Any], source: HostedModel, planned: list[list[Call]], root: Path, batch: bool = False
+) -> Session:
     """A session for the calls of a plan, with the store and the budget of the study in `root`.
 
     `batch`: they are handed over in batches, for less.
@@ -235,8 +238,8 @@ def open_session(
     described = describe(planned, source, values["seed"])
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
     price = prices.Prices(source, *declared, prices.BATCH_FACTOR if batch else 1.0)
-    return calls.Session(
-        ApiModel(source, batch), calls.AttemptStore(store_path(root)), price, calls.open_budget(root),
+    return Session(
+        ApiClient(source, batch), attempts.AttemptStore(store_path(root)), price, attempts.open_budget(root),
         max_in_flight=values["max_in_flight"], describe=lambda asked: described[asked.id],
     )  # fmt: skip
 
@@ -246,12 +249,14 @@ def store_path(root: Path) -> Path:
     return root / "shared" / "store" / "conversations.jsonl"
 
 
-def unanswered(planned: list[list[Call]], store: calls.AttemptStore, source: Source, seed: int) -> list[list[Call]]:
+def unanswered(
+    planned: list[list[Call]], store: attempts.AttemptStore, source: HostedModel, seed: int
+) -> list[list[Call]]:
     """What of a plan the store has no good answer for."""
     return [[c for c in each if question(c, source, seed, []).id not in store.ok] for each in planned]
 
 
-def facts(planned: list[list[Call]], store: calls.AttemptStore, source: Source, seed: int) -> dict[str, Any]:
+def facts(planned: list[list[Call]], store: attempts.AttemptStore, source: HostedModel, seed: int) -> dict[str, Any]:
     """What the data set's card says of its generator."""
     ids = {question(call, source, seed, []).id for each in planned for call in each}
     answered = ids & set(store.ok)
@@ -270,7 +275,7 @@ def facts(planned: list[list[Call]], store: calls.AttemptStore, source: Source, 
     }
 
 
-def _total(store: calls.AttemptStore, ids: set[str], name: str) -> int | None:
+def _total(store: attempts.AttemptStore, ids: set[str], name: str) -> int | None:
     counted = [store.ok[i][name] for i in ids if store.ok[i][name] is not None]
     return sum(counted) if counted else None
 

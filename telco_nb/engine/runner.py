@@ -28,7 +28,7 @@ from telco_nb.engine.lanes import Lane, lane_gpus
 from telco_nb.engine.nursery import Child, Nursery, is_useful
 from telco_nb.engine.progress import State, clock, follow, make_console, status_table
 from telco_nb.engine.schedule import UsageError
-from telco_nb.hosted import prices, providers
+from telco_nb.hosted import api, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, is_current
 from telco_nb.study.plan import Job, plan_jobs, unused_parameters
@@ -145,7 +145,7 @@ def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, ou
         states = schedule.plan(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
         estimates = price(console, root, jobs, states)
-        prices.agree(estimates, options.max_usd, options.yes, _agreed if sys.stdin.isatty() else None)
+        prices.require_consent(estimates, options.max_usd, options.yes, _agreed if sys.stdin.isatty() else None)
         examine(console, root, states, options.gpus)
         runner = Runner(states, root, options, console, lock_file, lanes)
         runner.go()
@@ -200,12 +200,12 @@ def price(console: Console, root: Path, jobs: list[Job], states: list[State]) ->
     return estimates
 
 
-def hosted(job: Job) -> providers.Source | None:
+def hosted(job: Job) -> api.HostedModel | None:
     """The hosted model that a job asks, or None. Raises ParameterError for one that cannot be asked as described."""
     prefix = ASKING.get(job.step)
     try:
-        return providers.source_from(job.parameters, prefix) if prefix else None
-    except providers.ProviderError as error:
+        return api.hosted_model_from(job.parameters, prefix) if prefix else None
+    except api.ProviderError as error:
         raise params.ParameterError(f"{job.id}: {error}") from None
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from telco_nb.hosted.providers import Question, Source
+from telco_nb.hosted.api import HostedModel, Request
 
 MAX_USD_VARIABLE = "TELCO_NB_MAX_USD"
 # Batches cost half the price at all three providers, as they published it when this was written (November 2026).
@@ -26,7 +26,7 @@ class BudgetStop(RuntimeError):
 class Prices:
     """Prices of one source. A server of one's own has the prices that were declared for it (USD per million tokens)."""
 
-    source: Source
+    source: HostedModel
     input_usd_per_mtok: float | None = None
     output_usd_per_mtok: float | None = None
     factor: float = 1.0
@@ -65,7 +65,7 @@ class Prices:
 
         return self.usd(Usage(input_tokens=round(tokens_in), output_tokens=round(tokens_out)))
 
-    def worst_case(self, question: Question, sent_again: int = 0) -> float | None:
+    def worst_case(self, question: Request, sent_again: int = 0) -> float | None:
         """An upper bound on one request: a token for every byte sent, and all the tokens that may come back.
 
         A token that is written to a provider's cache costs a quarter more, which so many tokens have room for.
@@ -130,7 +130,7 @@ def cap_from_environment() -> float | None:
 class Estimate:
     """What a set of calls will come to; dollars are None where no price is known."""
 
-    source: Source
+    source: HostedModel
     calls: int
     tokens_in: int
     tokens_out: int
@@ -150,10 +150,10 @@ class Estimate:
         )
 
 
-Ends = tuple[float, float, float]  # low, mid, high
+Range = tuple[float, float, float]  # low, mid, high
 
 
-def estimate(price: Prices, calls: int, tokens_in: Ends, tokens_out: Ends) -> Estimate:
+def estimate(price: Prices, calls: int, tokens_in: Range, tokens_out: Range) -> Estimate:
     """Of `calls` calls with so many tokens each, on average; what a provider serves from its cache costs less."""
     usd = [price.of_tokens(*tokens) for tokens in zip(tokens_in, tokens_out, strict=True)]
     low, mid, high = (None if one is None else calls * one for one in usd)
@@ -165,7 +165,9 @@ class CostRefused(RuntimeError):
     """The estimate exceeds the cap, or nobody has agreed to it. Exit code 4."""
 
 
-def agree(estimates: Sequence[Estimate], max_usd: float | None, yes: bool, ask: Callable[[], bool] | None) -> None:
+def require_consent(
+    estimates: Sequence[Estimate], max_usd: float | None, yes: bool, ask: Callable[[], bool] | None
+) -> None:
     """Return if the calls may be made. Raises CostRefused with what to do if not.
 
     A cap below the middle estimate is refused before anything is spent. Data leaves this network only if somebody has

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from telco_nb import ROOT
 from telco_nb.corpus.glossary import Card
-from telco_nb.hosted.providers import KEYS
+from telco_nb.hosted.api import KEY_VARIABLES
 
 Form = Literal["pair", "rubric"]
 SEATS = ("A", "B")
@@ -149,12 +149,12 @@ def open_judge(values: Mapping[str, Any], root: Path) -> Judge:
     Raises ValueError for an unknown kind or a setting it cannot use.
     """
     kind = values["judge_kind"]
-    if kind in KEYS:
+    if kind in KEY_VARIABLES:
         from telco_nb.judge.jury import HostedJudge
 
         return HostedJudge.from_parameters(values, root)
     if kind not in kinds():
-        known = ", ".join([*kinds(), *KEYS])
+        known = ", ".join([*kinds(), *KEY_VARIABLES])
         raise ValueError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")
     return kinds()[kind](values["judge"], values["judge_model"], values["judge_endpoint"])
 

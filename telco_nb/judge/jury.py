@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telco_nb.hosted import calls, prices, providers
-from telco_nb.hosted.providers import ApiModel, Outcome, Source
+from telco_nb.hosted import api, attempts, prices, throttle
+from telco_nb.hosted.api import ApiClient, HostedModel, Response
+from telco_nb.hosted.session import Session
 from telco_nb.judge import judges
 from telco_nb.judge.judges import Form, Verdict
 
@@ -25,7 +26,7 @@ class HostedJudge:
     is_free = False
     forms: tuple[Form, ...] = ("pair", "rubric")
 
-    def __init__(self, name: str, source: Source, price: prices.Prices, root: Path, max_in_flight: int):
+    def __init__(self, name: str, source: HostedModel, price: prices.Prices, root: Path, max_in_flight: int):
         self.name, self.kind, self.model = name, source.kind, source.model
         self.source, self.price, self.root, self.max_in_flight = source, price, root, max_in_flight
         self.parameters: dict[str, Any] = source.settings()  # not the address: a server that moved says the same
@@ -34,7 +35,7 @@ class HostedJudge:
     @classmethod
     def from_parameters(cls, values: Mapping[str, Any], root: Path) -> HostedJudge:
         """The judge of a parameter file. Raises ProviderError if it cannot be asked as described."""
-        source = providers.source_from(values, "judge")
+        source = api.hosted_model_from(values, "judge")
         assert source is not None, f"{values['judge_kind']} is not a hosted kind"
         price = prices.Prices(source, values["judge_input_usd_per_mtok"], values["judge_output_usd_per_mtok"])
         return cls(values["judge"], source, price, root, values["max_in_flight"])
@@ -45,7 +46,7 @@ class HostedJudge:
         store: VerdictStore,
         line: Callable[..., dict[str, Any]],
         progress: Callable[[int, int], None] | None = None,
-        patience: calls.Patience | None = None,
+        patience: throttle.RetryPolicy | None = None,
     ) -> None:
         """Ask all questions and store every attempt as `line(judge, question, status, verdict, ...)` describes it.
 
@@ -61,22 +62,22 @@ class HostedJudge:
         store: VerdictStore,
         line: Callable[..., dict[str, Any]],
         *,
-        patience: calls.Patience | None = None,
+        patience: throttle.RetryPolicy | None = None,
         batch: bool = False,
-    ) -> calls.Session:
+    ) -> Session:
         """A session for these questions, with lines as in `put`. `batch`: they are handed over in batches, for less."""
         by_id = {question.id: question for question in questions}
         price = replace(self.price, factor=prices.BATCH_FACTOR if batch else 1.0)
 
-        def described(asked: providers.Question, outcome: Outcome, seconds: float) -> dict[str, Any]:
+        def described(asked: api.Request, outcome: Response, seconds: float) -> dict[str, Any]:
             verdict = verdict_of(outcome)
             more = {"error": outcome.error, "latency_s": seconds}
             number = store.attempts[asked.id] + 1
             made = line(self, by_id[asked.id], outcome.status, verdict, attempt=number, **more)
             return made | receipt_of(outcome, price) | {"raw": outcome.raw}
 
-        return calls.Session(
-            ApiModel(self.source, batch), store, price, calls.open_budget(self.root), line=described,
+        return Session(
+            ApiClient(self.source, batch), store, price, attempts.open_budget(self.root), line=described,
             max_in_flight=self.max_in_flight, patience=patience,
         )  # fmt: skip
 
@@ -95,21 +96,21 @@ def apart(waiting: Sequence[Question], distance: int) -> list[Question]:
     return [question for block in blocks for turn in block for question in turn if question is not None]
 
 
-def asked(question: Question) -> providers.Question:
+def asked(question: Question) -> api.Request:
     """A question of the plan as it goes to a provider."""
     case, prompt = question.case, judges.render(question.case)
-    return providers.Question(
+    return api.Request(
         question.id, prompt.system, prompt.own, judges.REPLIES[case.form],
         lambda reply: judges.misfit(reply.to_verdict(), case), prompt.shared,
     )  # fmt: skip
 
 
-def verdict_of(outcome: Outcome) -> Verdict | None:
+def verdict_of(outcome: Response) -> Verdict | None:
     """The verdict of a good reply; None for every other end."""
     return outcome.output.to_verdict() if outcome.output else None  # type: ignore[attr-defined]
 
 
-def receipt_of(outcome: Outcome, price: prices.Prices) -> dict[str, Any]:
+def receipt_of(outcome: Response, price: prices.Prices) -> dict[str, Any]:
     """The fields of a stored line that only the provider and the price table can tell."""
     usd = price.usd(outcome.usage) if outcome.usage else None
     return {**outcome.receipt, "price_table": price.table, "usd": usd}

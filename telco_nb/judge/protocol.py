@@ -15,7 +15,7 @@ import pandas as pd
 
 from telco_nb.corpus import glossary
 from telco_nb.corpus.glossary import Card
-from telco_nb.hosted.providers import ProviderError
+from telco_nb.hosted.api import ProviderError
 from telco_nb.judge import controls, judges, judging, verdicts
 from telco_nb.judge.judging import Question
 from telco_nb.judge.jury import HostedJudge

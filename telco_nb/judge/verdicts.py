@@ -20,8 +20,8 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from telco_nb.hosted import providers
-from telco_nb.hosted.calls import AttemptStore
+from telco_nb.hosted import api
+from telco_nb.hosted.attempts import AttemptStore
 from telco_nb.judge.judges import CRITERIA, Verdict, printable
 
 PARTS = ("controls", "rubric", "pairs")
@@ -29,7 +29,7 @@ FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranki
 MIN_COVERAGE = 0.98
 MISSINGNESS_P = 0.01
 # What only a provider can say; None for an offline judge.
-RECEIPT = (*providers.RECEIPT, "price_table", "usd", "usd_at_most", "batch_id")
+RECEIPT = (*api.RECEIPT, "price_table", "usd", "usd_at_most", "batch_id")
 # The fields of an attempt, whatever its form and its end; the plan's columns (who met whom, where, why) come on top.
 FIELDS = (
     "judgement_id", "protocol", "form", "judge", "judge_kind", "attempt", "status", "error", "source", "verdict",

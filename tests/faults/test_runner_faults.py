@@ -421,7 +421,7 @@ def test_a_dead_nursery_fails_its_job_and_the_next_runs_without(warm_study):
 def test_a_nursery_is_replaced_when_a_source_has_changed(warm_study):
     who = "import psutil; about['nursery'] = psutil.Process(os.getppid()).ppid()\n"
     noted = ABOUT.replace("pathlib.Path(os.environ", who + "pathlib.Path(os.environ")
-    touch = "import os, telco_nb, pathlib; os.utime(pathlib.Path(telco_nb.__file__).with_name('book.py'))"
+    touch = "import os, telco_nb, pathlib; os.utime(pathlib.Path(telco_nb.__file__).with_name('hosted') / 'ledger.py')"
     warm_study.add("01_a", noted + touch, FINISH)
     warm_study.add("02_b", noted.replace("about.json", "about_2.json"), FINISH)
     warm_study.add("03_c", noted.replace("about.json", "about_3.json"), FINISH)

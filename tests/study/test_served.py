@@ -16,8 +16,9 @@ import pytest
 
 from telco_nb import ROOT
 from telco_nb.corpus import generator, glossary, scenarios
-from telco_nb.hosted import calls, prices
-from telco_nb.hosted.providers import ApiModel, Source
+from telco_nb.hosted import attempts, prices, throttle
+from telco_nb.hosted.api import ApiClient, HostedModel
+from telco_nb.hosted.session import Session
 from telco_nb.judge import controls, judging, verdicts
 from telco_nb.judge.jury import HostedJudge
 from telco_nb.lora import model
@@ -60,10 +61,10 @@ def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_mad
     cards = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
     axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
     planned = generator.plan(cards, scenarios.build(cards, axes, SEED)[:1], axes, seeds_per_scenario=1)
-    source = Source("openai-compatible", name, url, max_tokens=64, structured="prompted", timeout_s=600.0)
-    session = calls.Session(
-        ApiModel(source), calls.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
-        prices.Budget(1.0), max_in_flight=1, patience=calls.Patience(limits={"parse_error": 2}),
+    source = HostedModel("openai-compatible", name, url, max_tokens=64, structured="prompted", timeout_s=600.0)
+    session = Session(
+        ApiClient(source), attempts.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
+        prices.Budget(1.0), max_in_flight=1, patience=throttle.RetryPolicy(limits={"parse_error": 2}),
     )  # fmt: skip
     session.run(generator.chains(planned, session, SEED))
     facts = generator.facts(planned, session.store, source, SEED)
@@ -93,12 +94,12 @@ def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_be
     given |= {("reference", row["prompt_id"]): row["reference"] for row in rows}
     planted, texts = controls.planted_controls(prompts, given, cards, ["c01"], seed=1)
     planted = planted.head(2)  # a processor reads 1,500 tokens in half a minute
-    source = Source("openai-compatible", name, url, max_tokens=32, structured="prompted", timeout_s=600.0)
+    source = HostedModel("openai-compatible", name, url, max_tokens=32, structured="prompted", timeout_s=600.0)
     judge = HostedJudge("small", source, prices.Prices(source, 0.0, 0.0), tmp_path, max_in_flight=1)
     store = verdicts.VerdictStore(tmp_path / "v.jsonl")
     cases = judging.cases(planted, prompts, given | texts, cards)
     planted = judging.enrol(judge, planted, cases, store, "controls")
-    patience = calls.Patience(limits={"parse_error": 2})
+    patience = throttle.RetryPolicy(limits={"parse_error": 2})
     judge.put(judging.questions(planted, cases, store), store, judging.settled_line, patience=patience)
     judged = verdicts.verdicts(planted, store)
     validity = controls.validity("small", judge.kind, judged)

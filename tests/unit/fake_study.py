@@ -326,11 +326,11 @@ def run_analysis(root: Path, n: int, judges: tuple[str, ...], repeats: int, monk
             if "parameters" in cell.metadata.get("tags", []):
                 names |= job["parameters"]
     record.publish_step(root, "study", "06_analysis")
-    notebook = executed_notebook("06_analysis", "study", "analysed")
+    record_of_06 = executed_notebook("06_analysis", "study", "analysed")
     for path in sorted((root / "study" / "06_analysis" / "figures").glob("*.png")):
         data = {"image/png": base64.b64encode(path.read_bytes()).decode(), "text/plain": "<Image>"}
         shown = new_output("display_data", data, metadata={"image/png": {"alt": f"alt of {path.stem}"}})
-        notebook.cells.append(new_code_cell("run.figure(...)", outputs=[shown], execution_count=9))
-    nbformat.write(notebook, root / "study" / "06_analysis.ipynb")
+        record_of_06.cells.append(new_code_cell("run.figure(...)", outputs=[shown], execution_count=9))
+    nbformat.write(record_of_06, root / "study" / "06_analysis.ipynb")
     job_file.unlink()
     return root / "study" / "06_analysis"

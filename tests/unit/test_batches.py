@@ -17,9 +17,10 @@ from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
 from typer.testing import CliRunner
 
 from telco_nb.commands import batches, pilot
-from telco_nb.hosted import calls, prices
-from telco_nb.hosted.book import Book
-from telco_nb.hosted.providers import ApiModel, Question, Source
+from telco_nb.hosted import attempts, prices
+from telco_nb.hosted.api import ApiClient, HostedModel, Request
+from telco_nb.hosted.ledger import BatchLedger
+from telco_nb.hosted.session import CallsStopped, Session, run_async
 from telco_nb.judge import judges, protocol, verdicts
 from telco_nb.study.plan import declared
 
@@ -170,7 +171,7 @@ def server():
     found.http.server_close()
 
 
-QUESTIONS = [Question(f"{i:064x}", "You compare.", f"Which? ({i})", Verdict) for i in range(7)]
+QUESTIONS = [Request(f"{i:064x}", "You compare.", f"Which? ({i})", Verdict) for i in range(7)]
 
 
 ANTHROPIC, OPENAI = ("anthropic", "claude-sonnet-4-5"), ("openai", "gpt-5.2")
@@ -178,11 +179,11 @@ ANTHROPIC, OPENAI = ("anthropic", "claude-sonnet-4-5"), ("openai", "gpt-5.2")
 
 def act(server, folder, step, *arguments, max_usd=None, of=ANTHROPIC):
     """One command in what might be a process of its own: everything is read from disk again."""
-    source = Source(*of, server.url, max_tokens=50)
-    store = calls.AttemptStore(folder / "a.jsonl")
+    source = HostedModel(*of, server.url, max_tokens=50)
+    store = attempts.AttemptStore(folder / "a.jsonl")
     price = prices.Prices(source, factor=prices.BATCH_FACTOR)
-    session = calls.Session(ApiModel(source, batch=True), store, price, prices.Budget(max_usd, store.spent_usd))
-    book = Book(folder / "batches.jsonl")
+    session = Session(ApiClient(source, batch=True), store, price, prices.Budget(max_usd, store.spent_usd))
+    book = BatchLedger(folder / "batches.jsonl")
     return batches._run(session, step(session, *arguments, book))
 
 
@@ -197,7 +198,7 @@ def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_onc
     assert act(server, tmp_path, batches.submit, QUESTIONS) == 0 and len(server.created) == 1
     stored = lines(tmp_path / "a.jsonl")
     assert [line["call_id"] for line in stored] == [q.id for q in QUESTIONS]
-    live = prices.Prices(Source("anthropic", "claude-sonnet-4-5")).of_tokens
+    live = prices.Prices(HostedModel("anthropic", "claude-sonnet-4-5")).of_tokens
     assert live(100, 20) is not None and all(0 < line["usd"] < live(140, 20) for line in stored)
     assert {line["batch_id"] for line in stored} == {"msgbatch_0"}
 
@@ -211,7 +212,7 @@ def test_what_failed_in_a_batch_has_its_status_and_is_submitted_again(server, tm
     server.fates = {}
     assert act(server, tmp_path, batches.submit, QUESTIONS) == 4
     assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 4}
-    assert len(calls.AttemptStore(tmp_path / "a.jsonl").ok) == 7
+    assert len(attempts.AttemptStore(tmp_path / "a.jsonl").ok) == 7
 
 
 def test_a_batch_of_unknown_fate_is_never_submitted_again_unseen(server, tmp_path):
@@ -223,7 +224,7 @@ def test_a_batch_of_unknown_fate_is_never_submitted_again_unseen(server, tmp_pat
     with pytest.raises(batches.BatchError, match="may exist at the provider"):
         act(server, tmp_path, batches.submit, QUESTIONS)
     assert "unknown" in act(server, tmp_path, batches.poll)[0]
-    book = Book(tmp_path / "batches.jsonl")
+    book = BatchLedger(tmp_path / "batches.jsonl")
     book.close(0, "forgotten")
     assert act(server, tmp_path, batches.submit, QUESTIONS) == 7
 
@@ -243,7 +244,7 @@ def test_no_more_is_submitted_than_the_budget_allows_in_the_worst_case(server, t
     with pytest.raises(prices.BudgetStop):
         act(server, tmp_path, batches.submit, QUESTIONS, max_usd=0.001)
     assert not server.created
-    worst = prices.Prices(Source(*ANTHROPIC, max_tokens=50), factor=0.5).worst_case(QUESTIONS[0])
+    worst = prices.Prices(HostedModel(*ANTHROPIC, max_tokens=50), factor=0.5).worst_case(QUESTIONS[0])
     assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=3.5 * worst) == 3  # as many as the cap allows
     server.ended = True
     assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 3}
@@ -260,7 +261,7 @@ def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_
     sent = [request["body"] for request in server.requests]
     assert all(body["store"] is False and "margin" in json.dumps(body["text"]["format"]) for body in sent)
     good = lines(tmp_path / "a.jsonl")[1:]
-    half = prices.Prices(Source("openai", "gpt-5.2"), factor=0.5).of_tokens(140, 20)
+    half = prices.Prices(HostedModel("openai", "gpt-5.2"), factor=0.5).of_tokens(140, 20)
     assert all(line["output"] == json.loads(GOOD) and 0 < line["usd"] < half for line in good)
     assert {(line["tokens_in"], line["tokens_cached"], line["finish_reason"]) for line in good} == {
         (140, 40, "completed")
@@ -269,20 +270,20 @@ def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_
 
 def test_what_is_under_way_in_a_batch_is_not_asked_live_as_well(server, tmp_path):
     act(server, tmp_path, batches.submit, QUESTIONS[:1])
-    model = ApiModel(Source("anthropic", "claude-sonnet-4-5", server.url))
-    store = calls.AttemptStore(tmp_path / "a.jsonl")
-    session = calls.Session(model, store, prices.Prices(model.source), prices.Budget(None))
-    with pytest.raises(calls.CallsStopped, match="batches collect"):
+    model = ApiClient(HostedModel("anthropic", "claude-sonnet-4-5", server.url))
+    store = attempts.AttemptStore(tmp_path / "a.jsonl")
+    session = Session(model, store, prices.Prices(model.source), prices.Budget(None))
+    with pytest.raises(CallsStopped, match="batches collect"):
         session.run([lambda: session.ask(QUESTIONS[0])])
     assert not store.attempts
 
 
 def test_a_provider_without_batches_says_so(tmp_path):
-    source = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")
-    store = calls.AttemptStore(tmp_path / "a.jsonl")
-    session = calls.Session(ApiModel(source), store, prices.Prices(source), prices.Budget(None))
+    source = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
+    store = attempts.AttemptStore(tmp_path / "a.jsonl")
+    session = Session(ApiClient(source), store, prices.Prices(source), prices.Budget(None))
     with pytest.raises(batches.BatchError, match="no batches"):
-        calls.run_async(lambda: batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]
+        run_async(lambda: batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- judges
@@ -336,16 +337,16 @@ def test_a_judge_in_batches_is_asked_its_gate_first_then_all_the_rest_and_05_fin
     gate = {request["custom_id"] for request in server.created["msgbatch_0"]}
     asked = protocol.open_protocol(values, root)
     assert gate == {question.id for question in asked.parts["controls"]}
-    under_way = calls.spent_usd(root)
+    under_way = attempts.spent_usd(root)
     step(root, values, "collect", capsys)
     spent = verdicts.VerdictStore(path).spent_usd
-    assert calls.spent_usd(root) == pytest.approx(spent) and 0 < spent < under_way
+    assert attempts.spent_usd(root) == pytest.approx(spent) and 0 < spent < under_way
     assert "the gate passed" in step(root, values, "submit", capsys)
     assert "ok" in step(root, values, "collect", capsys) and "submitted: 0" in step(root, values, "submit", capsys)
     stored = lines(path)
     assert {line["judgement_id"] for line in stored} == {question.id for question in asked.every}
     assert all(set(verdicts.FIELDS) <= set(line) for line in stored) and len(server.created) == 2
-    live = prices.Prices(Source("anthropic", "claude-sonnet-4-5")).of_tokens(140, 20)
+    live = prices.Prices(HostedModel("anthropic", "claude-sonnet-4-5")).of_tokens(140, 20)
     assert all(line["batch_id"] and 0 < line["usd"] < live / 2 and line["tokens_out"] == 20 for line in stored)
     folder, _ = judge_study.run_judge(root, monkeypatch, **values)
     metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())

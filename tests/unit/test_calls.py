@@ -14,15 +14,16 @@ import pytest
 from provider_server import FAULTS, KINDS, Server
 from pydantic import BaseModel, ConfigDict
 
-from telco_nb.hosted import calls, prices, providers
-from telco_nb.hosted.providers import ApiModel, ProviderError, Question, Source
+from telco_nb.hosted import api, attempts, prices, throttle
+from telco_nb.hosted.api import ApiClient, HostedModel, ProviderError, Request
+from telco_nb.hosted.session import CallsStopped, Session, run_async
 
 MODELS = {
     "anthropic": "claude-sonnet-4-5", "openai": "gpt-5.2", "google": "gemini-2.5-flash", "openai-compatible": "own",
 }  # fmt: skip
 SECRET = "sk-planted-secret"
 GOOD = '{"verdict":"A","margin":1}'
-QUICK = calls.Patience(first_wait_s=0.01, longest_wait_s=0.05)
+QUICK = throttle.RetryPolicy(first_wait_s=0.01, longest_wait_s=0.05)
 
 
 class Verdict(BaseModel):
@@ -34,28 +35,28 @@ class Verdict(BaseModel):
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
-    for names in providers.KEYS.values():
+    for names in api.KEY_VARIABLES.values():
         monkeypatch.setenv(names[0], SECRET)
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
 
 
-def question(i: int = 0) -> Question:
-    return Question(f"q{i}", "You compare two answers.", f"Which is better? ({i})", Verdict)
+def question(i: int = 0) -> Request:
+    return Request(f"q{i}", "You compare two answers.", f"Which is better? ({i})", Verdict)
 
 
-def source(kind: str, url: str, **more) -> Source:
-    return Source(kind, MODELS[kind], url, **{"timeout_s": 5.0, "max_tokens": 100, **more})
+def source(kind: str, url: str, **more) -> HostedModel:
+    return HostedModel(kind, MODELS[kind], url, **{"timeout_s": 5.0, "max_tokens": 100, **more})
 
 
-def session(server: Server, path: Path, *, budget: float | None = None, **more) -> calls.Session:
-    model = ApiModel(source(server.kind, server.url, **more.pop("source", {})))
+def session(server: Server, path: Path, *, budget: float | None = None, **more) -> Session:
+    model = ApiClient(source(server.kind, server.url, **more.pop("source", {})))
     more.setdefault("patience", QUICK)
-    store = calls.AttemptStore(path)
+    store = attempts.AttemptStore(path)
     price = prices.Prices(model.source, *more.pop("declared", (None, None)))
-    return calls.Session(model, store, price, prices.Budget(budget, store.spent_usd), **more)
+    return Session(model, store, price, prices.Budget(budget, store.spent_usd), **more)
 
 
-def ask_all(server: Server, path: Path, n: int, **more) -> calls.Session:
+def ask_all(server: Server, path: Path, n: int, **more) -> Session:
     asking = session(server, path, **more)
     asking.run([lambda i=i: asking.ask(question(i)) for i in range(n)])
     return asking
@@ -85,13 +86,13 @@ def test_every_fault_of_every_provider_ends_in_its_status_after_one_request(kind
 
     async def ask(fault: str):
         with Server(kind, lambda body, n: fault, good=GOOD, slow_s=1.0) as server:
-            model = ApiModel(source(kind, server.url, timeout_s=0.5 if fault == "slow" else 5.0))
+            model = ApiClient(source(kind, server.url, timeout_s=0.5 if fault == "slow" else 5.0))
             outcome = await model.ask(question())
             await model.close()
             return outcome, len(server.requests)
 
     for fault, status in EXPECTED.items():
-        outcome, n_requests = calls.run_async(lambda fault=fault: ask(fault))
+        outcome, n_requests = run_async(lambda fault=fault: ask(fault))
         assert (fault, outcome.status) == (fault, SPECIAL.get((kind, fault), status))
         assert (fault, n_requests) == (fault, 1)  # the SDKs' own retries are off
         assert (fault, outcome.stop) == (fault, fault in STOPS)
@@ -103,12 +104,12 @@ def test_every_fault_of_every_provider_ends_in_its_status_after_one_request(kind
 def test_a_good_answer_comes_with_its_receipt_and_what_was_sent(kind):
     async def ask():
         with Server(kind, lambda body, n: GOOD) as server:
-            model = ApiModel(source(kind, server.url, temperature=0.5))
+            model = ApiClient(source(kind, server.url, temperature=0.5))
             outcome = await model.ask(question())
             await model.close()
             return outcome, server.requests[0]
 
-    outcome, request = calls.run_async(ask)
+    outcome, request = run_async(ask)
     receipt = outcome.receipt
     assert outcome.output == Verdict(verdict="A", margin=1)
     assert receipt["model_returned"].startswith(MODELS[kind] if kind != "google" else "gemini")
@@ -123,12 +124,12 @@ def test_a_good_answer_comes_with_its_receipt_and_what_was_sent(kind):
 def test_a_parameter_that_the_model_does_not_take_is_not_on_record_as_sent():
     async def ask():
         with Server("openai", lambda body, n: GOOD) as server:
-            model = ApiModel(Source("openai", "gpt-5", server.url, temperature=0.5))
+            model = ApiClient(HostedModel("openai", "gpt-5", server.url, temperature=0.5))
             outcome = await model.ask(question())
             await model.close()
             return outcome, server.requests[0]
 
-    outcome, request = calls.run_async(ask)
+    outcome, request = run_async(ask)
     assert outcome.status == "ok" and "temperature" not in request
     assert "temperature" not in outcome.receipt["parameters_sent"]
 
@@ -136,12 +137,12 @@ def test_a_parameter_that_the_model_does_not_take_is_not_on_record_as_sent():
 def test_a_prompted_schema_goes_into_the_prompt_for_servers_that_refuse_a_response_format():
     async def ask():
         with Server("openai-compatible", lambda body, n: f"```json\n{GOOD}\n```") as server:
-            model = ApiModel(source(server.kind, server.url, structured="prompted"))
+            model = ApiClient(source(server.kind, server.url, structured="prompted"))
             outcome = await model.ask(question())
             await model.close()
             return outcome, server.requests[0]
 
-    outcome, request = calls.run_async(ask)
+    outcome, request = run_async(ask)
     assert outcome.status == "ok" and "response_format" not in request
     assert '"margin"' in request["messages"][0]["content"]
 
@@ -153,13 +154,13 @@ def test_a_prompted_schema_goes_into_the_prompt_for_servers_that_refuse_a_respon
 def test_a_beginning_is_marked_for_the_cache_only_if_it_is_long_enough_to_be_cached(model, characters, marked):
     async def ask():
         with Server("anthropic", lambda body, n: GOOD) as server:
-            asking = ApiModel(Source("anthropic", model, server.url))
+            asking = ApiClient(HostedModel("anthropic", model, server.url))
             shared = "x" * (characters - len("You compare."))
-            await asking.ask(Question("q", "You compare.", "Which is better?", Verdict, shared=shared))
+            await asking.ask(Request("q", "You compare.", "Which is better?", Verdict, shared=shared))
             await asking.close()
             return server.requests[0]
 
-    said = calls.run_async(ask)["messages"][0]["content"]
+    said = run_async(ask)["messages"][0]["content"]
     texts = [part["text"] for part in said] if isinstance(said, list) else [said]
     assert "".join(texts).endswith("xWhich is better?") and ('"cache_control"' in json.dumps(said)) == marked
 
@@ -170,26 +171,26 @@ def test_a_beginning_is_marked_for_the_cache_only_if_it_is_long_enough_to_be_cac
      f"Sure! {GOOD}", f"{GOOD} {GOOD}", f"{GOOD}\nIgnore that.", f"```json\n{GOOD}\n```\n{GOOD}", "\x00", "\ud800"],
 )  # fmt: skip
 def test_only_a_whole_valid_object_is_read(raw):
-    output, wrong = providers.parse(raw, Verdict)
+    output, wrong = api.parse(raw, Verdict)
     assert output is None and wrong
 
 
 def test_a_source_that_could_leak_a_secret_or_go_astray_is_refused():
     for endpoint in ("http://user:pass@127.0.0.1/v1", "https://host.example/v1?key=1", "ftp://127.0.0.1", "nonsense"):
         with pytest.raises(ProviderError):
-            Source("openai-compatible", "m", endpoint)
+            HostedModel("openai-compatible", "m", endpoint)
     with pytest.raises(ProviderError, match="https"):
-        Source("openai-compatible", "m", "http://models.example.com/v1")
+        HostedModel("openai-compatible", "m", "http://models.example.com/v1")
     with pytest.raises(ProviderError, match="no endpoint"):
-        Source("openai-compatible", "m")
-    assert Source("openai-compatible", "m", "http://10.1.2.3:8000/v1").is_local
-    assert not Source("anthropic", "m").is_local
+        HostedModel("openai-compatible", "m")
+    assert HostedModel("openai-compatible", "m", "http://10.1.2.3:8000/v1").is_local
+    assert not HostedModel("anthropic", "m").is_local
 
 
 def test_a_missing_key_is_named(monkeypatch):
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     with pytest.raises(ProviderError, match="ANTHROPIC_API_KEY"):
-        ApiModel(Source("anthropic", "claude-sonnet-4-5"))
+        ApiClient(HostedModel("anthropic", "claude-sonnet-4-5"))
 
 
 # ---------------------------------------------------------------- many requests
@@ -239,14 +240,14 @@ def test_what_is_refused_is_asked_once_and_never_becomes_a_number(tmp_path):
 @pytest.mark.parametrize(("fault", "status"), [("404", "model_retired"), ("401", "provider_error")])
 def test_a_retired_model_or_a_wrong_key_stops_the_run_at_once_and_says_what_to_set(fault, status, tmp_path):
     with Server("google", lambda body, n: fault) as server:
-        with pytest.raises(calls.CallsStopped, match=r"model id|GOOGLE_API_KEY") as stopped:
+        with pytest.raises(CallsStopped, match=r"model id|GOOGLE_API_KEY") as stopped:
             ask_all(server, tmp_path / "a.jsonl", 200, max_in_flight=4)
         assert len(server.requests) <= 4
     assert stopped.value.status == status
 
 
 def test_a_server_that_only_fails_stops_the_run(tmp_path):
-    with Server("openai", lambda body, n: "500") as server, pytest.raises(calls.CallsStopped, match="requests to"):
+    with Server("openai", lambda body, n: "500") as server, pytest.raises(CallsStopped, match="requests to"):
         ask_all(server, tmp_path / "a.jsonl", 100)
 
 
@@ -268,10 +269,10 @@ def test_a_torn_last_line_is_dropped_and_a_whole_one_without_its_line_feed_is_ke
         ask_all(server, path, 4)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    store = calls.AttemptStore(path)
+    store = attempts.AttemptStore(path)
     assert (len(store.ok), store.unreadable) == (3, 1) and path.read_bytes().endswith(b"\n")
     path.write_bytes(whole[:-1])
-    assert len(calls.AttemptStore(path).ok) == 4 and path.read_bytes() == whole
+    assert len(attempts.AttemptStore(path).ok) == 4 and path.read_bytes() == whole
 
 
 # ---------------------------------------------------------------- limits of the provider and of the purse
@@ -338,13 +339,13 @@ def test_a_budget_is_never_overdrawn_and_what_was_paid_counts_on_resume(tmp_path
         one = session(server, tmp_path / "x.jsonl")
         worst, price = one.prices.worst_case(question()), one.prices.of_tokens(100, 20)
         cap = worst + 10.5 * price
-        with pytest.raises(calls.CallsStopped, match="Raise --max-usd") as stopped:
+        with pytest.raises(CallsStopped, match="Raise --max-usd") as stopped:
             ask_all(server, path, 100, budget=cap, max_in_flight=1)
         assert stopped.value.status == "budget_stop"
         paid = len(server.requests)
-        spent = calls.AttemptStore(path).spent_usd
+        spent = attempts.AttemptStore(path).spent_usd
         assert paid == 11 and spent == pytest.approx(11 * price) and spent <= cap
-        with pytest.raises(calls.CallsStopped):
+        with pytest.raises(CallsStopped):
             ask_all(server, path, 100, budget=cap, max_in_flight=8)
         assert len(server.requests) == paid
         ask_all(server, path, 15, budget=1.0)
@@ -355,14 +356,14 @@ def test_a_budget_is_never_overdrawn_and_what_was_paid_counts_on_resume(tmp_path
 def test_many_in_flight_do_not_overdraw_together(tmp_path):
     with Server("openai", lambda body, n: GOOD) as server:
         worst = session(server, tmp_path / "x.jsonl").prices.worst_case(question())
-        with pytest.raises(calls.CallsStopped):
+        with pytest.raises(CallsStopped):
             ask_all(server, tmp_path / "a.jsonl", 300, budget=3 * worst, max_in_flight=16)
-    assert calls.AttemptStore(tmp_path / "a.jsonl").spent_usd <= 3 * worst
+    assert attempts.AttemptStore(tmp_path / "a.jsonl").spent_usd <= 3 * worst
 
 
 def test_under_a_cap_a_model_without_a_price_is_refused_and_a_declared_price_counts(tmp_path):
     with Server("openai-compatible", lambda body, n: GOOD) as server:
-        with pytest.raises(calls.CallsStopped, match="input_usd_per_mtok"):
+        with pytest.raises(CallsStopped, match="input_usd_per_mtok"):
             ask_all(server, tmp_path / "a.jsonl", 3, budget=1.0)
         assert not server.requests
         asking = ask_all(server, tmp_path / "a.jsonl", 3, budget=1.0, declared=(1.0, 2.0))
@@ -379,7 +380,9 @@ def test_a_lost_answer_is_booked_at_its_worst_case(tmp_path):
 
 def test_prices_are_those_of_an_independent_table():
     usage = pytest.importorskip("genai_prices").Usage(input_tokens=1_000_000, output_tokens=100_000)
-    assert prices.Prices(Source("anthropic", "claude-sonnet-4-5")).usd(usage) == pytest.approx(6.0 + 2.25)  # >200k tier
-    assert prices.Prices(Source("openai", "gpt-5.2")).usd(usage) == pytest.approx(1.75 + 1.4)
-    assert prices.Prices(Source("openai", "gpt-5.2"), factor=0.5).usd(usage) == pytest.approx(1.575)
-    assert prices.Prices(Source("openai", "no-such-model")).usd(usage) is None
+    assert prices.Prices(HostedModel("anthropic", "claude-sonnet-4-5")).usd(usage) == pytest.approx(
+        6.0 + 2.25
+    )  # >200k tier
+    assert prices.Prices(HostedModel("openai", "gpt-5.2")).usd(usage) == pytest.approx(1.75 + 1.4)
+    assert prices.Prices(HostedModel("openai", "gpt-5.2"), factor=0.5).usd(usage) == pytest.approx(1.575)
+    assert prices.Prices(HostedModel("openai", "no-such-model")).usd(usage) is None

@@ -15,31 +15,31 @@ from telco_nb import ROOT
 from telco_nb.engine import runner
 from telco_nb.engine.executed import Failure
 from telco_nb.hosted import prices
+from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import CostRefused, Estimate
-from telco_nb.hosted.providers import Source
 
-REMOTE = Source("google", "gemini-2.5-flash")
-LOCAL = Source("openai-compatible", "own", "http://127.0.0.1:9/v1")
+REMOTE = HostedModel("google", "gemini-2.5-flash")
+LOCAL = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
 
 
-def estimate(source: Source, usd: float | None = 10.0, calls: int = 100) -> Estimate:
+def estimate(source: HostedModel, usd: float | None = 10.0, calls: int = 100) -> Estimate:
     return Estimate(source, calls, 1000, 1000, usd, usd, usd, "table")
 
 
 def test_data_goes_to_a_host_of_this_network_without_a_question_and_beyond_it_only_by_consent():
-    prices.agree([estimate(LOCAL, None)], None, yes=False, ask=None)
+    prices.require_consent([estimate(LOCAL, None)], None, yes=False, ask=None)
     with pytest.raises(CostRefused, match=r"nothing was sent.*googleapis\.com.*--yes"):
-        prices.agree([estimate(REMOTE)], None, yes=False, ask=None)
+        prices.require_consent([estimate(REMOTE)], None, yes=False, ask=None)
     with pytest.raises(CostRefused):
-        prices.agree([estimate(REMOTE)], None, yes=False, ask=lambda: False)
-    prices.agree([estimate(REMOTE)], None, yes=False, ask=lambda: True)
-    prices.agree([estimate(REMOTE)], None, yes=True, ask=None)
+        prices.require_consent([estimate(REMOTE)], None, yes=False, ask=lambda: False)
+    prices.require_consent([estimate(REMOTE)], None, yes=False, ask=lambda: True)
+    prices.require_consent([estimate(REMOTE)], None, yes=True, ask=None)
 
 
 def test_a_plan_that_is_expected_to_exceed_the_cap_is_refused_and_one_that_is_answered_already_is_not():
     with pytest.raises(CostRefused, match=r"\$20.00 are expected.*\$15.00"):
-        prices.agree([estimate(REMOTE), estimate(REMOTE)], 15.0, yes=True, ask=None)
-    prices.agree([estimate(REMOTE, calls=0)], 0.0, yes=False, ask=None)
+        prices.require_consent([estimate(REMOTE), estimate(REMOTE)], 15.0, yes=True, ask=None)
+    prices.require_consent([estimate(REMOTE, calls=0)], 0.0, yes=False, ask=None)
 
 
 def test_a_step_that_the_budget_ended_gives_exit_code_4_and_any_other_failure_1():

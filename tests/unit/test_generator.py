@@ -16,8 +16,9 @@ from test_calls import QUICK, keys  # noqa: F401
 
 from telco_nb import ROOT
 from telco_nb.corpus import corpus, generator, glossary, scenarios, synth
-from telco_nb.hosted import calls, prices
-from telco_nb.hosted.providers import ApiModel, Source
+from telco_nb.hosted import attempts, prices
+from telco_nb.hosted.api import ApiClient, HostedModel
+from telco_nb.hosted.session import Session
 
 SEED = 7
 CARDS = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
@@ -47,11 +48,11 @@ def good(body: dict, n: int) -> str:
     return json.dumps(said_by_grammar(body))
 
 
-def session(server: Server, path, planned, **more) -> calls.Session:
-    source = Source("openai-compatible", "own", server.url, max_tokens=4000)
+def session(server: Server, path, planned, **more) -> Session:
+    source = HostedModel("openai-compatible", "own", server.url, max_tokens=4000)
     described = generator.describe(planned, source, SEED)
-    return calls.Session(
-        ApiModel(source), calls.AttemptStore(path), prices.Prices(source), prices.Budget(None), patience=QUICK,
+    return Session(
+        ApiClient(source), attempts.AttemptStore(path), prices.Prices(source), prices.Budget(None), patience=QUICK,
         describe=lambda q: described[q.id], **more,
     )  # fmt: skip
 
@@ -72,7 +73,7 @@ def test_the_whole_grid_is_6240_calls_of_five_and_every_conversation_is_asked_fo
         for item in call.items:
             assert synth.mood_and_opening(call.scenario, item.number, AXES) == (item.mood, call.opening)
             assert synth.turn_pairs(call.scenario, item.number, AXES) == item.n_turns
-    source = Source("openai-compatible", "own", "http://127.0.0.1:1/v1")
+    source = HostedModel("openai-compatible", "own", "http://127.0.0.1:1/v1")
     assert len({generator.question(call, source, SEED, []).id for call in flat}) == len(flat)
 
 
@@ -98,7 +99,7 @@ def test_later_calls_of_a_scenario_are_told_how_the_earlier_ones_begin_and_keep_
         prompts = [r["messages"][-1]["content"] for r in server.requests]
     assert "first lines are taken" not in prompts[0]
     assert [p.count("\n- ") for p in prompts] == [0, 5, 10, 15]
-    source = Source("openai-compatible", "own", "http://127.0.0.1:1/v1")
+    source = HostedModel("openai-compatible", "own", "http://127.0.0.1:1/v1")
     call = planned[0][1]
     alone, after = generator.question(call, source, SEED, []), generator.question(call, source, SEED, ["x"])
     assert alone.id == after.id and alone.prompt != after.prompt
@@ -151,13 +152,13 @@ def test_the_order_and_bytes_of_the_conversations_depend_on_the_answers_alone(tm
 
 def test_a_plan_has_its_price_before_anything_is_sent():
     planned = generator.plan(CARDS, GRID, AXES, 20)
-    source = Source("google", "gemini-2.5-flash", max_tokens=4096)
+    source = HostedModel("google", "gemini-2.5-flash", max_tokens=4096)
     plan = generator.estimate(planned, prices.Prices(source), SEED, words_per_turn_pair=90)
     assert plan.calls == 6240 and plan.source.host == "generativelanguage.googleapis.com"
     assert 0 < plan.usd_low < plan.usd_mid < plan.usd_high
     by_hand = plan.tokens_in * 0.30e-6 + plan.tokens_out * 2.50e-6  # the listed prices of that model
     assert plan.usd_mid == pytest.approx(by_hand, rel=0.01)
-    unknown = generator.estimate(planned, prices.Prices(Source("google", "no-such-model")), SEED, 90)
+    unknown = generator.estimate(planned, prices.Prices(HostedModel("google", "no-such-model")), SEED, 90)
     assert unknown.usd_mid is None and unknown.prices is None and "no price is known" in str(unknown)
 
 
@@ -181,8 +182,8 @@ def test_killed_at_20_random_moments_the_planned_set_is_written_and_nothing_is_p
     with Server("openai-compatible", script) as server:
         killed_at_random(generate_in_child, (server.url, path, in_flight), kills, seed=7)
     planned = few(30)
-    source = Source("openai-compatible", "own", "http://127.0.0.1:1/v1", max_tokens=4000)
-    written = list(generator.stored(planned, calls.AttemptStore(path), source, SEED))
+    source = HostedModel("openai-compatible", "own", "http://127.0.0.1:1/v1", max_tokens=4000)
+    written = list(generator.stored(planned, attempts.AttemptStore(path), source, SEED))
     assert Counter(c["conversation_id"] for c in written) == Counter(
         f"{call.scenario.scenario_id}.{item.number:02d}" for each in planned for call in each for item in call.items
     )
@@ -195,9 +196,9 @@ def test_killed_at_20_random_moments_the_planned_set_is_written_and_nothing_is_p
 
 def generate_in_child(url: str, path: Path, in_flight: int, begun: Any) -> None:
     planned = few(30)
-    source = Source("openai-compatible", "own", url, max_tokens=4000)
-    asking = calls.Session(
-        ApiModel(source), calls.AttemptStore(path), prices.Prices(source), prices.Budget(None),
+    source = HostedModel("openai-compatible", "own", url, max_tokens=4000)
+    asking = Session(
+        ApiClient(source), attempts.AttemptStore(path), prices.Prices(source), prices.Budget(None),
         max_in_flight=in_flight, patience=QUICK,
     )  # fmt: skip
     begun.set()

@@ -16,9 +16,9 @@ from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
 from telco_nb import ROOT
 from telco_nb.corpus import glossary
-from telco_nb.hosted import calls
+from telco_nb.hosted import session
+from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import Prices
-from telco_nb.hosted.providers import Source
 from telco_nb.judge import controls, judging, jury, verdicts
 from telco_nb.judge.jury import HostedJudge
 from telco_nb.judge.verdicts import VerdictStore
@@ -52,7 +52,7 @@ def plan(n: int) -> tuple[pd.DataFrame, list[judging.Case]]:
 
 
 def hosted(kind: str, url: str, root: Path, in_flight: int = 8) -> HostedJudge:
-    source = Source(kind, MODELS[kind], url, max_tokens=300, timeout_s=5.0)
+    source = HostedModel(kind, MODELS[kind], url, max_tokens=300, timeout_s=5.0)
     return HostedJudge("jury", source, Prices(source, 1.0, 2.0), root, in_flight)
 
 
@@ -203,7 +203,7 @@ def judge_in_child(url: str, folder: Path, n: int, in_flight: int, begun: Any) -
 
 def test_a_wrong_key_stops_the_judge_and_says_what_to_set(tmp_path):
     with Server("anthropic", lambda body, n: "401", good=PAIR) as server:
-        with pytest.raises(calls.CallsStopped, match="ANTHROPIC_API_KEY"):
+        with pytest.raises(session.CallsStopped, match="ANTHROPIC_API_KEY"):
             put(hosted("anthropic", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl"), 4)
         assert len(server.requests) <= 8
 

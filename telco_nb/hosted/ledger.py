@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass
-class Entry:
+class BatchRecord:
     """One batch as the book knows it. Without a handle, nobody knows whether the provider has it."""
 
     ids: list[str]
@@ -20,7 +20,7 @@ class Entry:
     usd_at_most: float | None = None  # None: no price is known
 
 
-class Book:
+class BatchLedger:
     """Append-only JSONL of batches: `submitting` before one is handed over, `submitted` with its handle, `collected`.
 
     A batch that was being submitted when the process died may exist at the provider: it is never submitted again
@@ -30,7 +30,7 @@ class Book:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries: list[Entry] = []
+        self.entries: list[BatchRecord] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         for line in path.read_text().splitlines() if path.is_file() else []:
             self._take(json.loads(line))
@@ -38,13 +38,13 @@ class Book:
     def _take(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "submitting":
-                self.entries.append(Entry(event["ids"], usd_at_most=event["usd_at_most"]))
+                self.entries.append(BatchRecord(event["ids"], usd_at_most=event["usd_at_most"]))
             case "submitted":
                 self.entries[event["entry"]].handle = event["handle"]
             case "collected":
                 self.entries[event["entry"]].collected = True
             case "forgotten":
-                self.entries[event["entry"]] = Entry([], collected=True)
+                self.entries[event["entry"]] = BatchRecord([], collected=True)
 
     def note(self, event: str, **more: Any) -> None:
         line = {"event": event, **more}
@@ -59,7 +59,7 @@ class Book:
         at_most = self.entries[i].usd_at_most
         self.note(event, entry=i, usd_at_most=None if at_most is None else -share * at_most)
 
-    def open(self) -> Iterator[tuple[int, Entry]]:
+    def open(self) -> Iterator[tuple[int, BatchRecord]]:
         return ((i, e) for i, e in enumerate(self.entries) if not e.collected)
 
     @property
@@ -71,6 +71,6 @@ class Book:
         return [i for i, entry in self.open() if entry.handle is None]
 
 
-def book_of(store: Path) -> Book:
+def ledger_of(store: Path) -> BatchLedger:
     """The book that lies beside a store of attempts."""
-    return Book(store.with_name("batches.jsonl"))
+    return BatchLedger(store.with_name("batches.jsonl"))

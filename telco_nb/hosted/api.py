@@ -32,7 +32,7 @@ STATUSES = (
     "budget_stop", "model_retired",
 )  # fmt: skip
 # Environment variables that hold the key, by kind, the first that is set. A server of one's own may need none.
-KEYS: dict[str, tuple[str, ...]] = {
+KEY_VARIABLES: dict[str, tuple[str, ...]] = {
     "anthropic": ("ANTHROPIC_API_KEY",),
     "openai": ("OPENAI_API_KEY",),
     "google": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
@@ -56,7 +56,7 @@ class ProviderError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class HostedModel:
     """Which model to ask, where, and how. `endpoint` is a base URL; None is the provider's own."""
 
     kind: Kind
@@ -78,7 +78,7 @@ class Source:
         if parts.username or parts.password or parts.query:
             raise ProviderError(
                 f"endpoint for {self.model}: a URL with credentials or a query would write a secret into the record. "
-                f"Give the plain URL, and the key in {' or '.join(KEYS[self.kind])}."
+                f"Give the plain URL, and the key in {' or '.join(KEY_VARIABLES[self.kind])}."
             )
         if parts.scheme == "http" and not self.is_local:
             raise ProviderError(f"endpoint {self.url!r}: a host beyond this network needs https.")
@@ -103,10 +103,10 @@ class Source:
 
     def key(self) -> str | None:
         """The API key from the environment. Raises ProviderError if there is none and one is needed."""
-        found = next((os.environ[name] for name in KEYS[self.kind] if os.environ.get(name)), None)
+        found = next((os.environ[name] for name in KEY_VARIABLES[self.kind] if os.environ.get(name)), None)
         if found is None and self.kind != "openai-compatible":
             raise ProviderError(
-                f"{self.kind}: no key for {self.model}. Set the environment variable {' or '.join(KEYS[self.kind])}."
+                f"{self.kind}: no key for {self.model}. Set the environment variable {' or '.join(KEY_VARIABLES[self.kind])}."
             )
         return found
 
@@ -115,22 +115,22 @@ class Source:
         return {"max_tokens": self.max_tokens, "temperature": self.temperature, "structured": self.structured}
 
 
-def source_from(values: Mapping[str, Any], prefix: str) -> Source | None:
+def hosted_model_from(values: Mapping[str, Any], prefix: str) -> HostedModel | None:
     """The source that parameters name (`generator_model`, `judge_model` and so on), or None for an offline kind.
 
     Raises ProviderError for a missing model or an endpoint that cannot be used.
     """
     kind = values["generator" if prefix == "generator" else f"{prefix}_kind"]
-    if kind not in KEYS:
+    if kind not in KEY_VARIABLES:
         return None
     given = {name: values[f"{prefix}_{name}"] for name in SETTINGS}
     if not given["model"]:
         raise ProviderError(f"{prefix}_model: a {kind} {prefix} needs a model id.")
-    return Source(kind, **given)
+    return HostedModel(kind, **given)
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """One thing to ask. What many questions share comes first, so that providers can cache it: `system`, and `shared`,
     the beginning of the user's part, which goes on with `prompt`.
 
@@ -151,7 +151,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Response:
     """How one request ended.
 
     `stop`: every further request would end the same way, so none should be sent. `may_be_billed`: the request reached
@@ -172,20 +172,20 @@ class Outcome:
 Exchange = tuple[str, str]  # (an answer that could not be read, what was wrong with it)
 
 
-class ApiModel:
+class ApiClient:
     """One model behind an API. `ask` sends exactly one HTTP request and never raises for what a provider does.
 
     `batch`: for questions that are handed over in a batch, which not every protocol of a provider takes.
     """
 
-    def __init__(self, source: Source, batch: bool = False):
+    def __init__(self, source: HostedModel, batch: bool = False):
         self.source = source
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # settings that a model does not take; what was sent is in the record
             self.client = _client(source)
-            self.model = _open(source, self.client, batch)
+            self.model = _open_model(source, self.client, batch)
 
-    async def ask(self, question: Question, failed: Sequence[Exchange] = ()) -> Outcome:
+    async def ask(self, question: Request, failed: Sequence[Exchange] = ()) -> Response:
         """Ask, or ask again after the `failed` answers with what was wrong with them."""
         from pydantic_ai.direct import model_request
         from pydantic_ai.exceptions import AgentRunError, UserError
@@ -201,11 +201,11 @@ class ApiModel:
                     model_settings=self.settings(),
                     model_request_parameters=request_parameters(question, self.source.structured),
                 )
-            return read(response, question, sent)
+            return read_response(response, question, sent)
         except (AgentRunError, ValueError) as error:  # ValueError: a body that is no JSON; SDKs raise it unwrapped
             if isinstance(error, UserError):
                 raise ProviderError(str(error)) from error
-            return failure(error, self.source, sent)
+            return failed_response(error, self.source, sent)
         finally:
             _sent.reset(token)
 
@@ -253,7 +253,7 @@ def _short(body: dict[str, Any], limit: int = 120) -> dict[str, Any]:
     return short
 
 
-def _client(source: Source) -> Any:
+def _client(source: HostedModel) -> Any:
     """An HTTP client that notes what it sends. No redirect is followed: data goes to the named host alone."""
     import httpx2
 
@@ -262,7 +262,7 @@ def _client(source: Source) -> Any:
     return httpx2.AsyncClient(timeout=source.timeout_s, event_hooks=hooks, follow_redirects=False, limits=limits)
 
 
-def _open(source: Source, client: Any, batch: bool) -> Model:
+def _open_model(source: HostedModel, client: Any, batch: bool) -> Model:
     """The pydantic-ai model of a source, over the provider's SDK."""
     key = source.key()
     if source.kind == "anthropic":
@@ -293,7 +293,7 @@ def _open(source: Source, client: Any, batch: bool) -> Model:
 # ---------------------------------------------------------------- what is sent
 
 
-def messages(question: Question, failed: Sequence[Exchange], source: Source) -> list[ModelMessage]:
+def messages(question: Request, failed: Sequence[Exchange], source: HostedModel) -> list[ModelMessage]:
     """The conversation with the model: the question, then each unreadable answer with what was wrong with it."""
     from pydantic_ai.messages import CachePoint, ModelRequest, ModelResponse, SystemPromptPart, TextPart, UserPromptPart
 
@@ -308,7 +308,7 @@ def messages(question: Question, failed: Sequence[Exchange], source: Source) -> 
     return turns
 
 
-def is_cached_by_mark(source: Source, beginning: str) -> bool:
+def is_cached_by_mark(source: HostedModel, beginning: str) -> bool:
     """Whether the provider caches this beginning of a prompt if, and only if, its end is marked.
 
     Anthropic does, from a number of tokens that depends on the model (a mark on less is ignored and costs nothing):
@@ -324,7 +324,7 @@ def _schema_text(schema: type[BaseModel]) -> str:
     return f"\n\nReply with one JSON object that fits this JSON schema, and with nothing else:\n{text}"
 
 
-def request_parameters(question: Question, structured: Structured) -> ModelRequestParameters:
+def request_parameters(question: Request, structured: Structured) -> ModelRequestParameters:
     """Asks for JSON of the question's schema by the provider's own means, or for plain text."""
     from pydantic_ai.models import ModelRequestParameters
     from pydantic_ai.output import OutputObjectDefinition
@@ -340,7 +340,7 @@ def request_parameters(question: Question, structured: Structured) -> ModelReque
 # ---------------------------------------------------------------- what comes back
 
 
-def read(response: ModelResponse, question: Question, sent: dict[str, Any]) -> Outcome:
+def read_response(response: ModelResponse, question: Request, sent: dict[str, Any]) -> Response:
     """The outcome of a response. The finish reason is looked at before the text is parsed."""
     raw = response.text
     details = response.provider_details or {}
@@ -359,17 +359,17 @@ def read(response: ModelResponse, question: Question, sent: dict[str, Any]) -> O
     }
     ended = {"raw": raw, "receipt": receipt, "usage": usage}
     if details.get("refusal") or finished == "refusal":
-        return Outcome("refusal", error=str(details.get("refusal") or "the model refused"), **ended)
+        return Response("refusal", error=str(details.get("refusal") or "the model refused"), **ended)
     if response.finish_reason == "content_filter":
-        return Outcome("content_filter", error=f"stopped by the provider's filter ({finished})", **ended)
+        return Response("content_filter", error=f"stopped by the provider's filter ({finished})", **ended)
     if response.finish_reason == "length":
-        return Outcome("truncated", error=f"cut off after {usage.output_tokens} tokens", **ended)
+        return Response("truncated", error=f"cut off after {usage.output_tokens} tokens", **ended)
     if response.finish_reason not in ("stop", None):
-        return Outcome("provider_error", error=f"finished with {finished}", **ended)
+        return Response("provider_error", error=f"finished with {finished}", **ended)
     output, wrong = parse(raw, question.schema)
     wrong = wrong or question.check(output)
     output = None if wrong else output
-    return Outcome("ok" if output else "parse_error", output=output, error=wrong, **ended)
+    return Response("ok" if output else "parse_error", output=output, error=wrong, **ended)
 
 
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
@@ -391,40 +391,40 @@ def parse(raw: str | None, schema: type[BaseModel]) -> tuple[BaseModel | None, s
         return None, f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def failure(error: Exception, source: Source, sent: dict[str, Any]) -> Outcome:
+def failed_response(error: Exception, source: HostedModel, sent: dict[str, Any]) -> Response:
     """The outcome of a request that ended in an exception, by pydantic-ai's categories."""
     from pydantic_ai import exceptions as e
 
     text = _redacted(" ".join(str(error).split())[:500], source)
     receipt = dict.fromkeys(RECEIPT) | {"parameters_sent": sent or None}
     ended: dict[str, Any] = {"error": text, "receipt": receipt, "retry_after": getattr(error, "retry_after", None)}
-    names = " or ".join(KEYS[source.kind])
+    names = " or ".join(KEY_VARIABLES[source.kind])
     match error:
         case e.ContentFilterError():
-            return Outcome("content_filter", **ended)
+            return Response("content_filter", **ended)
         case e.ModelNotFoundError():
             ended["error"] = (
                 f"{source.host} does not know the model {source.model!r}; it may have been retired. "
                 f"Set another model id in the parameter file (and check the endpoint). It said: {text}"
             )
-            return Outcome("model_retired", stop=True, **ended)
+            return Response("model_retired", stop=True, **ended)
         case e.ModelAuthenticationError():
             ended["error"] = f"{source.host} refused the key. Set a valid one in {names}. It said: {text}"
-            return Outcome("provider_error", stop=True, **ended)
+            return Response("provider_error", stop=True, **ended)
         case e.ModelQuotaExceededError() | e.ModelHTTPError(status_code=402):
             ended["error"] = f"{source.host}: the account's quota or credit is used up. It said: {text}"
-            return Outcome("provider_error", stop=True, **ended)
+            return Response("provider_error", stop=True, **ended)
         case e.ModelRateLimitError():
-            return Outcome("rate_limited", **ended)
+            return Response("rate_limited", **ended)
         case e.ModelTimeoutError() | e.ModelRequestTimeout():
-            return Outcome("timeout", may_be_billed=True, **ended)
+            return Response("timeout", may_be_billed=True, **ended)
         case e.ModelConnectionError(phase="pool" | "connect"):
-            return Outcome("provider_error", **ended)
+            return Response("provider_error", **ended)
         case _:
-            return Outcome("provider_error", may_be_billed=not isinstance(error, e.ModelHTTPError), **ended)
+            return Response("provider_error", may_be_billed=not isinstance(error, e.ModelHTTPError), **ended)
 
 
-def _redacted(text: str, source: Source) -> str:
+def _redacted(text: str, source: HostedModel) -> str:
     """The text without the key, should a provider echo it."""
     key = source.key()
     return text.replace(key, "[key]") if key else text
