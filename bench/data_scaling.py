@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.corpus import corpus, glossary, scenarios, synth
+from telco_nb.corpus import dataset, scenarios, variants
+from telco_nb.corpus.cards import load_cards
 from telco_nb.study import record
 
 SEED = 20260605
@@ -30,16 +31,16 @@ def measure(seeds: int, folder: Path) -> dict:
         marks.append((time.perf_counter(), time.process_time()))
         return tuple(round(b - a, 2) for a, b in zip(marks[-2], marks[-1], strict=True))
 
-    cards = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
+    cards = load_cards(ROOT / "telco_nb/data/glossary.yaml")
     axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    grid = scenarios.build(cards, axes, SEED)
-    rows = list(synth.generate(cards, grid, axes, seeds, SEED))
+    grid = scenarios.build_scenarios(cards, axes, SEED)
+    rows = list(variants.generate_conversations(cards, grid, axes, seeds, SEED))
     stages = {"generate": lap()}
-    kept, _, refused = corpus.sift(rows, cards)
+    kept, _, refused = dataset.apply_filters(rows, cards)
     stages["filter"] = lap()
-    passed = bool(corpus.gates(kept, corpus.leaks(kept))["passed"].all())
+    passed = bool(dataset.leak_gates(kept, dataset.count_leaks(kept))["passed"].all())
     stages["check"] = lap()
-    corpus.write_parquet(kept, folder / "conversations.parquet")
+    dataset.write_parquet(kept, folder / "conversations.parquet")
     stages["write"] = lap()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / (1024 if sys.platform == "darwin" else 1)
     return {

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.corpus import generator
+from telco_nb.corpus import llm_writer
 from telco_nb.hosted import attempts
 from telco_nb.judge.verdicts import VerdictStore
 
@@ -29,7 +29,7 @@ Found = tuple[int, attempts.AttemptStore]  # calls planned, what is stored
 def generate(server: Server, folder: Path, n: int) -> Found:
     planned = test_generator.few(-(-n // 4))
     session = test_generator.session(server, folder / "a.jsonl", planned)
-    session.run(generator.chains(planned, session, test_generator.SEED))
+    session.run(llm_writer.call_chains(planned, session, test_generator.SEED))
     return sum(map(len, planned)), session.store
 
 

@@ -18,7 +18,8 @@ import tempfile
 import time
 
 from telco_nb import ROOT
-from telco_nb.corpus import glossary, scenarios, synth
+from telco_nb.corpus import scenarios, variants
+from telco_nb.corpus.cards import load_cards
 
 CONVERSATIONS, WARM, SEED, RANK, LEARNING_RATE = 48, 2, 20260605, 16, 1e-4
 KINDS = ("ours bf16", "ours fp32", "padded loop fp32", "padded loop bf16", "TRL default", "TRL best")
@@ -26,11 +27,11 @@ KINDS = ("ours bf16", "ours fp32", "padded loop fp32", "padded loop bf16", "TRL 
 
 def conversations(count: int) -> list[list[dict[str, str]]]:
     """Ragged conversations of the study's own grammar."""
-    cards = glossary.load("telco_nb/data/glossary.yaml")
+    cards = load_cards("telco_nb/data/glossary.yaml")
     axes = scenarios.load_axes("telco_nb/data/axes.yaml")
-    built = scenarios.build(cards, axes, SEED)
+    built = scenarios.build_scenarios(cards, axes, SEED)
     step = len(built) // count
-    found = list(synth.generate(cards, built, axes, 1, SEED))[:: max(1, step)]
+    found = list(variants.generate_conversations(cards, built, axes, 1, SEED))[:: max(1, step)]
     return [row["messages"] for row in found[:count]]
 
 

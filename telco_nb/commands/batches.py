@@ -19,7 +19,8 @@ import typer
 from pydantic import TypeAdapter
 
 from telco_nb import ROOT
-from telco_nb.corpus import generator, glossary, scenarios
+from telco_nb.corpus import llm_writer, scenarios
+from telco_nb.corpus.cards import load_cards
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
 from telco_nb.hosted.api import (
@@ -185,25 +186,27 @@ def generator_work(profile: str, params_dir: Path) -> Work:
     if source is None:
         raise ProviderError(f"profile {profile}: the generator is offline; there is nothing to submit.")
     root = record.profile_root(profile)
-    cards = glossary.load(ROOT / values["glossary_path"])
+    cards = load_cards(ROOT / values["glossary_path"])
     axes = scenarios.load_axes(ROOT / values["axes_path"])
     seed = values["seed"]
-    planned = generator.plan(cards, scenarios.build(cards, axes, seed), axes, values["seeds_per_scenario"])
-    session = generator.open_session(values, source, planned, root, batch=True)
+    planned = llm_writer.plan_calls(
+        cards, scenarios.build_scenarios(cards, axes, seed), axes, values["seeds_per_scenario"]
+    )
+    session = llm_writer.open_session(values, source, planned, root, batch=True)
     every, now = [], []
     for each in planned:
         siblings: list[str] = []
         asked = False
         for call in each:
-            question = generator.question(call, source, seed, siblings)
+            question = llm_writer.request_for(call, source, seed, siblings)
             every.append(question)
             line = session.store.ok.get(question.id)
             if line:
-                siblings += generator.first_lines(line["output"])
+                siblings += llm_writer.first_lines(line["output"])
             elif not asked:
                 now.append(question)
                 asked = True
-    return Work(session, every, now, ledger_of(generator.store_path(root)), "one at a time of each scenario")
+    return Work(session, every, now, ledger_of(llm_writer.store_path(root)), "one at a time of each scenario")
 
 
 def judge_work(asked: Protocol) -> Work:

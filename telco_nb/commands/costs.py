@@ -11,8 +11,8 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb import ROOT
-from telco_nb.corpus import generator, glossary, scenarios, synth
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus import llm_writer, scenarios, variants
+from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import HostedModel
@@ -34,9 +34,9 @@ def preview(job: Job, source: HostedModel, plan: Sequence[Job], root: Path) -> t
     """(estimate of the calls that a job has still to make, what is sent in them). `plan`: all jobs of the study."""
     values = {name: value for each in plan for name, value in each.parameters.items() if each.step < job.step}
     values |= job.parameters
-    cards = glossary.load(ROOT / values["glossary_path"])
+    cards = load_cards(ROOT / values["glossary_path"])
     axes = scenarios.load_axes(ROOT / values["axes_path"])
-    grid = scenarios.build(cards, axes, values["seed"])
+    grid = scenarios.build_scenarios(cards, axes, values["seed"])
     prefix = "generator" if job.step == "02_synth" else "judge"
     declared = values[f"{prefix}_input_usd_per_mtok"], values[f"{prefix}_output_usd_per_mtok"]
     price = prices.Prices(source, *declared)
@@ -47,21 +47,21 @@ def preview(job: Job, source: HostedModel, plan: Sequence[Job], root: Path) -> t
 def _written(values: Mapping[str, Any], cards: list[Card], grid: list[Scenario], axes: Axes) -> list[dict[str, Any]]:
     by_id = {card.id: card for card in cards}
     some = grid[:: max(1, len(grid) // SAMPLED)]
-    return [synth.write(by_id[s.term_id], s, 0, axes, values["seed"]) for s in some]
+    return [variants.write_conversation(by_id[s.term_id], s, 0, axes, values["seed"]) for s in some]
 
 
 def _generator(
     values: Mapping[str, Any], cards: list[Card], grid: list[Scenario], axes: Axes, price: prices.Prices, root: Path
 ) -> prices.Estimate:
-    planned = generator.plan(cards, grid, axes, values["seeds_per_scenario"])
-    path = generator.store_path(root)
+    planned = llm_writer.plan_calls(cards, grid, axes, values["seeds_per_scenario"])
+    path = llm_writer.store_path(root)
     if path.is_file():
-        planned = generator.unanswered(planned, attempts.AttemptStore(path), price.source, values["seed"])
+        planned = llm_writer.unanswered_calls(planned, attempts.AttemptStore(path), price.source, values["seed"])
     if lengths := measured(path, price.source.model):
         return prices.estimate(price, sum(map(len, planned)), *lengths)
     some = _written(values, cards, grid, axes)
     words = sum(len(m["content"].split()) for c in some for m in c["messages"]) / sum(c["n_turns"] for c in some)
-    return generator.estimate(planned, price, values["seed"], words)
+    return llm_writer.estimate_cost(planned, price, values["seed"], words)
 
 
 def _judge(

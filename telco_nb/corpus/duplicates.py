@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from telco_nb.corpus.glossary import words
+from telco_nb.corpus.text_measures import words
 
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 5-shingles
 SHINGLE = 5
@@ -23,14 +23,14 @@ ROUNDING = 1e-4  # single precision proposes pairs this much below the threshold
 Pair = tuple[int, int, float]
 
 
-def normalised(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Lower-cased words with single spaces: what counts as the same text."""
     return " ".join(words(text))
 
 
-def digest(text: str) -> str:
+def text_hash(text: str) -> str:
     """sha256 of the normalised text."""
-    return hashlib.sha256(normalised(text).encode()).hexdigest()
+    return hashlib.sha256(normalise_text(text).encode()).hexdigest()
 
 
 # --- near-duplicates ---------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> 
     return sorted((int(j), int(i), float(value)) for block in blocks for i, j, value in zip(*block, strict=True))
 
 
-def yielding(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> dict[int, tuple[int, float]]:
+def near_duplicates_to_drop(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> dict[int, tuple[int, float]]:
     """{position: (earlier position, Jaccard)} of texts that must go so that no near-duplicates stay.
 
     Earlier texts have the higher claim; a text yields only to one that stays.
@@ -133,7 +133,7 @@ def yielding(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> dict[in
 # --- similar exchanges across splits -----------------------------------------------------------------
 
 
-def similar(texts: Sequence[str], group: Sequence[str], claim: Sequence[int], threshold: float) -> list[Pair]:
+def similar_pairs(texts: Sequence[str], group: Sequence[str], claim: Sequence[int], threshold: float) -> list[Pair]:
     """Pairs (i, j, cosine) of texts of one group with TF-IDF cosine >= threshold and claim[i] < claim[j].
 
     Texts of different groups are not compared. Within a group all pairs of different claim are multiplied as dense

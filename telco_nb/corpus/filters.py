@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from telco_nb.corpus import privacy
-from telco_nb.corpus.glossary import Card, unknown_figures
+from telco_nb.corpus import personal_data
+from telco_nb.corpus.cards import Card, unknown_figures
 from telco_nb.corpus.scenarios import SPLITS
 
 CONVERSATION_KEYS = (
@@ -103,7 +103,7 @@ def _roles(c: Conversation, card: Card) -> str | None:
     return None if roles == expected else " ".join(roles)[:200]
 
 
-def mentions(text: str, card: Card) -> bool:
+def mentions_term(text: str, card: Card) -> bool:
     """Whether the term or one of its aliases stands in the text as a whole word, in any case."""
     return _names(tuple(card.names)).search(text) is not None
 
@@ -114,10 +114,10 @@ def _names(names: tuple[str, ...]) -> re.Pattern:
 
 
 def _term(c: Conversation, card: Card) -> str | None:
-    return None if mentions(" ".join(m["content"] for m in c["messages"]), card) else f"none of {card.names}"
+    return None if mentions_term(" ".join(m["content"] for m in c["messages"]), card) else f"none of {card.names}"
 
 
-def english(text: str) -> bool:
+def is_english(text: str) -> bool:
     """Whether a message is English, or too short to tell; jargon is given the benefit of the doubt.
 
     English function words settle nearly all messages; the rest are classified by py3langid.
@@ -139,7 +139,7 @@ def _identifier() -> Any:
 
 
 def _language(c: Conversation, card: Card) -> str | None:
-    return next((m["content"][:80] for m in c["messages"] if not english(m["content"])), None)
+    return next((m["content"][:80] for m in c["messages"] if not is_english(m["content"])), None)
 
 
 def _length(c: Conversation, card: Card) -> str | None:
@@ -147,7 +147,7 @@ def _length(c: Conversation, card: Card) -> str | None:
     return None if TOTAL_WORDS[0] <= total <= TOTAL_WORDS[1] else f"{total} words"
 
 
-def repetition(text: str) -> float:
+def repeated_ngram_share(text: str) -> float:
     """Share of a text's word 4-grams that repeat an earlier one (0 to 1), after Rae et al. 2021 (Gopher)."""
     tokens = text.lower().split()
     grams = list(zip(*(tokens[i:] for i in range(LOOP_SHINGLE)), strict=False))
@@ -155,7 +155,7 @@ def repetition(text: str) -> float:
 
 
 def _loop(c: Conversation, card: Card) -> str | None:
-    worst = max(repetition(m["content"]) for m in c["messages"])
+    worst = max(repeated_ngram_share(m["content"]) for m in c["messages"])
     return f"{worst:.2f} of the {LOOP_SHINGLE}-grams repeat" if worst > LOOP_SHARE else None
 
 
@@ -177,7 +177,7 @@ def _figures(c: Conversation, card: Card) -> str | None:
 
 def _personal(c: Conversation, card: Card) -> str | None:
     """The kind only: a reject file must not keep what it was refused for in plain sight of its reason."""
-    found = [kind for m in c["messages"] for kind, _ in privacy.find(m["content"])]
+    found = [kind for m in c["messages"] for kind, _ in personal_data.find_personal_data(m["content"])]
     return ", ".join(dict.fromkeys(found)) or None
 
 
@@ -195,7 +195,7 @@ FILTERS: dict[str, Callable[[Conversation, Card], str | None]] = {
 }
 
 
-def check(conversation: Any, card: Card | None) -> Reject | None:
+def reject_reason(conversation: Any, card: Card | None) -> Reject | None:
     """(reason, detail) of the first filter that refuses the conversation, or None.
 
     `card` is the card of its term, None if there is none (refused by `schema`).

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb.corpus.glossary import Card, Text, first_sentence, read_yaml
+from telco_nb.corpus.cards import Card, Text, read_yaml
+from telco_nb.corpus.text_measures import first_sentence
 
 SPLITS = ("train", "val", "test")
 AXES = ("intent", "situation", "customer")
@@ -88,7 +89,7 @@ def load_axes(path: Path | str) -> Axes:
     return axes
 
 
-def keyed(*parts: Any) -> int:
+def stable_hash(*parts: Any) -> int:
     """A 64-bit number from the text of `parts`: the only source of chance in the data, the same everywhere.
 
     Python's own hash() differs between processes, and random.choice between versions.
@@ -125,7 +126,7 @@ def reading(card: Card, intent: Level, situation: Level, customer: Level, positi
         raise ValueError(f"axes: {where}: cannot fill {error} in {text!r:.80}; known: {', '.join(slots)}") from None
 
 
-def build(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
+def build_scenarios(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
     """All scenarios with their split, in glossary order.
 
     Raises AssertionError if the factorial is not exact, and ValueError if the grid is too small to be split.
@@ -146,7 +147,7 @@ def build(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
         for position, cell in enumerate(cells)
     ]
     assert_factorial(scenarios, cards, axes)
-    splits = split(scenarios, seed)
+    splits = split_scenarios(scenarios, seed)
     _assert_splittable(scenarios, splits, axes)
     return [Scenario(**{**s.__dict__, "split": splits[s.scenario_id]}) for s in scenarios]
 
@@ -180,7 +181,7 @@ def _assert_splittable(scenarios: list[Scenario], splits: dict[str, str], axes: 
                 )
 
 
-def split(scenarios: list[Scenario], seed: int) -> dict[str, str]:
+def split_scenarios(scenarios: list[Scenario], seed: int) -> dict[str, str]:
     """Split by scenario id: a tenth of the cells to validation, a tenth to test, the rest to train.
 
     Every term gives as many cells as another, or one more. Terms are visited in a seeded order; each held-out cell is
@@ -192,7 +193,7 @@ def split(scenarios: list[Scenario], seed: int) -> dict[str, str]:
         by_term.setdefault(scenario.term_id, []).append(scenario)
     result = {scenario.scenario_id: "train" for scenario in scenarios}
     seen: dict[str, Counter] = {"val": Counter(), "test": Counter()}
-    order = sorted(by_term, key=lambda term: keyed(seed, "split", term))
+    order = sorted(by_term, key=lambda term: stable_hash(seed, "split", term))
     each, extra = divmod(round(HELD_OUT_SHARE * len(scenarios)), len(order))  # the first `extra` terms give one more
     for place, term_id in enumerate(order):
         free = list(by_term[term_id])
@@ -216,11 +217,11 @@ def _crowding(s: Scenario, here: Counter, seen: Counter, seed: int) -> tuple:
     intent, situation, customer, pair, cell = _levels(s)
     return (
         here[situation] + here[intent], seen[pair], seen[intent], seen[situation], seen[customer], seen[cell],
-        keyed(seed, "split", s.scenario_id),
+        stable_hash(seed, "split", s.scenario_id),
     )  # fmt: skip
 
 
-def table(scenarios: list[Scenario]) -> pd.DataFrame:
+def scenarios_table(scenarios: list[Scenario]) -> pd.DataFrame:
     """One row per scenario, as written to scenarios.parquet."""
     columns = ["scenario_id", "term_id", "category", *AXES, "reading", "split"]
     return pd.DataFrame([s.__dict__ for s in scenarios], columns=columns)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb.corpus import glossary
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.cards import Card, figures_in, unknown_figures
 from telco_nb.judge import judges
 from telco_nb.judge.judging import PLAN_COLUMNS, pair_row
 from telco_nb.judge.proxies import names_pattern, sentences
@@ -123,12 +122,12 @@ def wrong_term(text: str, card: Card, other: Card) -> str | None:
 def wrong_number(text: str, card: Card) -> str | None:
     """`text` with a figure made wrong, or with a wrong figure of the card put in; None if neither can be done."""
     parts = sentences(text)
-    tried = [_misnumber(text, number, card) for number, _ in glossary.figures_in(text)]
+    tried = [_misnumber(text, number, card) for number, _ in figures_in(text)]
     for figure in card.figures:
-        for number, _ in glossary.figures_in(figure.text):
+        for number, _ in figures_in(figure.text):
             claim = f"The value to expect is {_misnumber(figure.text, number, card)}: {figure.meaning}."
             tried.append(" ".join([*parts[:-1], claim, parts[-1]]))
-    return next((changed for changed in tried if glossary.unknown_figures(changed, card)), None)
+    return next((changed for changed in tried if unknown_figures(changed, card)), None)
 
 
 def _misnumber(text: str, number: str, card: Card) -> str:

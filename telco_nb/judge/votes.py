@@ -20,8 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb.corpus import glossary
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.judge import controls, judging
 from telco_nb.judge.judges import Case, JudgeError, Verdict, printable, refuse_remote
 from telco_nb.judge.verdicts import VerdictStore
@@ -265,7 +264,7 @@ def import_file(root: Path, path: Path) -> tuple[str, int]:
         raise VotesError(f"{path}: no vote stands in this file. Nothing was imported.")
     study = params.load_study(root.name)
     prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
-    cards = {card.id: card for card in glossary.load(root / "shared" / "01_glossary" / "artefacts" / "glossary.json")}
+    cards = {card.id: card for card in load_cards(root / "shared" / "01_glossary" / "artefacts" / "glossary.json")}
     tables = [root / scope / "04_energy" / "artefacts" / "answers.parquet" for scope in (*study.configs, "untuned")]
     given = pd.concat([pd.read_parquet(table) for table in tables if table.is_file()])
     answers = {(row.config, row.prompt_id): row.answer for row in given.itertuples()}

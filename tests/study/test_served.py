@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from telco_nb import ROOT
-from telco_nb.corpus import generator, glossary, scenarios
+from telco_nb.corpus import llm_writer, scenarios
+from telco_nb.corpus.cards import load_cards
 from telco_nb.hosted import attempts, prices, throttle
 from telco_nb.hosted.api import ApiClient, HostedModel
 from telco_nb.hosted.session import Session
@@ -58,17 +59,17 @@ def served(tmp_path_factory):
 
 def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_made_up(served, tmp_path):
     url, name = served
-    cards = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
+    cards = load_cards(ROOT / "telco_nb/data/glossary.yaml")
     axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    planned = generator.plan(cards, scenarios.build(cards, axes, SEED)[:1], axes, seeds_per_scenario=1)
+    planned = llm_writer.plan_calls(cards, scenarios.build_scenarios(cards, axes, SEED)[:1], axes, seeds_per_scenario=1)
     source = HostedModel("openai-compatible", name, url, max_tokens=64, structured="prompted", timeout_s=600.0)
     session = Session(
         ApiClient(source), attempts.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
         prices.Budget(1.0), max_in_flight=1, patience=throttle.RetryPolicy(limits={"parse_error": 2}),
     )  # fmt: skip
-    session.run(generator.chains(planned, session, SEED))
-    facts = generator.facts(planned, session.store, source, SEED)
-    written = list(generator.stored(planned, session.store, source, SEED))
+    session.run(llm_writer.call_chains(planned, session, SEED))
+    facts = llm_writer.generator_facts(planned, session.store, source, SEED)
+    written = list(llm_writer.stored_conversations(planned, session.store, source, SEED))
     assert facts["calls_planned"] == 1 and sum(facts["attempts"].values()) == sum(session.store.attempts.values()) >= 1
     # 135 million parameters do not write five turns of valid JSON; if they ever do, the conversations are there.
     assert len(written) == facts["calls_answered"]
@@ -80,7 +81,7 @@ def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_mad
 
 def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_becomes_a_verdict(served, tmp_path):
     url, name = served
-    cards = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
+    cards = {card.id: card for card in load_cards(ROOT / "telco_nb/data/glossary.yaml")}
     rows = [
         {
             "prompt_id": f"p{i}", "scenario_id": f"s{i}", "term_id": card.id, "intent": "understand",

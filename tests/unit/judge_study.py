@@ -16,7 +16,7 @@ from fake_study import Builder
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
-from telco_nb.corpus import glossary, scenarios, synth
+from telco_nb.corpus import cards, scenarios, variants
 from telco_nb.judge import controls, judging
 from telco_nb.notebook import _Markup
 from telco_nb.study import record
@@ -35,16 +35,16 @@ HOSTILE = {
     "100 kB": "Restart the phone and wait. " + " ".join(f"word{i}" for i in range(12_000)),
     "not a number": "NaN Infinity -Infinity null",
 }
-CARDS = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
+CARDS = {card.id: card for card in cards.load_cards(ROOT / "telco_nb/data/glossary.yaml")}
 
 
 def make_prompts(n: int) -> pd.DataFrame:
     """One test prompt for each of the first n terms, written by the project's own generator."""
     axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    held_out = [s for s in scenarios.build(list(CARDS.values()), axes, 7) if s.split == "test"]
+    held_out = [s for s in scenarios.build_scenarios(list(CARDS.values()), axes, 7) if s.split == "test"]
     rows = []
     for scenario in list({s.term_id: s for s in held_out}.values())[:n]:
-        messages = synth.write(CARDS[scenario.term_id], scenario, 0, axes, 7)["messages"]
+        messages = variants.write_conversation(CARDS[scenario.term_id], scenario, 0, axes, 7)["messages"]
         ids = {"prompt_id": f"p-{scenario.scenario_id}", "scenario_id": scenario.scenario_id}
         rest = {"term_id": scenario.term_id, "intent": scenario.intent, "messages": messages[:-1]}
         rows.append(ids | rest | {"reference": messages[-1]["content"]})

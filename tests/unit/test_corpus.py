@@ -11,25 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import corpus, duplicates, filters, glossary, scenarios, synth
+from telco_nb.corpus import cards, dataset, duplicates, filters, scenarios, variants
 
-CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+CARDS = cards.load_cards(ROOT / "telco_nb" / "data" / "glossary.yaml")
 AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
 TERMS = CARDS[::6]
-GRID = scenarios.build(TERMS, AXES, seed=20260605)
-ASKED = list(synth.generate(TERMS, GRID, AXES, 6, seed=5))
-KEPT, REJECTS, REFUSED = corpus.sift(ASKED, TERMS)
+GRID = scenarios.build_scenarios(TERMS, AXES, seed=20260605)
+ASKED = list(variants.generate_conversations(TERMS, GRID, AXES, 6, seed=5))
+KEPT, REJECTS, REFUSED = dataset.apply_filters(ASKED, TERMS)
 
 
 def test_counters_add_up_and_name_every_filter():
     assert sum(REFUSED.values()) == len(REJECTS) == len(ASKED) - len(KEPT)
-    assert tuple(REFUSED) == corpus.REASONS and set(filters.FILTERS) < set(REFUSED)
+    assert tuple(REFUSED) == dataset.REASONS and set(filters.FILTERS) < set(REFUSED)
     assert len(KEPT) > 0.9 * len(ASKED)
 
 
 def test_every_reject_keeps_its_reason_and_the_row_itself():
     by_id = {c["conversation_id"]: c for c in ASKED}
-    assert len(REJECTS) and set(REJECTS["reason"]) <= set(corpus.REASONS)
+    assert len(REJECTS) and set(REJECTS["reason"]) <= set(dataset.REASONS)
     for row in REJECTS.itertuples():
         assert json.loads(row.conversation) == by_id[row.conversation_id] and row.detail
 
@@ -38,7 +38,7 @@ def test_of_two_duplicates_the_training_row_goes():
     test_row = next(c for c in KEPT if c["split"] == "test")
     twin = copy.deepcopy(next(c for c in KEPT if c["split"] == "train" and c["term_id"] == test_row["term_id"]))
     twin["messages"][0]["content"] = test_row["messages"][0]["content"].upper()
-    kept, rejects, refused = corpus.sift([twin, test_row], TERMS)
+    kept, rejects, refused = dataset.apply_filters([twin, test_row], TERMS)
     assert kept == [test_row] and refused["exact_duplicate_first_turn"] == 1
     assert rejects.iloc[0]["detail"] == test_row["conversation_id"]
 
@@ -50,27 +50,27 @@ def test_two_exchanges_with_the_same_words_in_two_splits_lose_the_training_row()
     for message in twin["messages"]:
         message["content"] = " ".join(reversed(message["content"].split()))  # no shingle in common
     others = [c for c in KEPT if c["term_id"] == test_row["term_id"] and c is not test_row]
-    kept, _, refused = corpus.sift([*others, test_row, twin], TERMS)
+    kept, _, refused = dataset.apply_filters([*others, test_row, twin], TERMS)
     assert refused["similar_across_splits"] >= 1
     assert "twin" not in {c["conversation_id"] for c in kept} and test_row in kept
 
 
 def test_nothing_is_shared_between_splits():
-    found = corpus.leaks(KEPT)
+    found = dataset.count_leaks(KEPT)
     assert set(found.values()) == {0} and len(found) == 6
-    assert corpus.gates(KEPT, found)["passed"].all()
+    assert dataset.leak_gates(KEPT, found)["passed"].all()
 
 
 def test_a_leak_is_found_and_fails_its_gate():
     test_row = next(c for c in KEPT if c["split"] == "test")
-    found = corpus.leaks([*KEPT, test_row | {"split": "train"}])
+    found = dataset.count_leaks([*KEPT, test_row | {"split": "train"}])
     assert min(found[name] for name in ("shared_scenarios", "exact_first_turn", "near_answer", "similar_exchange")) > 0
-    assert not corpus.gates(KEPT, found)["passed"].all()
+    assert not dataset.leak_gates(KEPT, found)["passed"].all()
 
 
 def test_a_split_without_one_intent_fails_its_gate():
     rows = [c for c in KEPT if c["split"] != "val" or c["intent"] != "fault"]
-    gates = corpus.gates(rows, {}).set_index("gate")
+    gates = dataset.leak_gates(rows, {}).set_index("gate")
     assert gates.loc["levels or terms absent from a split", "value"] >= 1
 
 
@@ -105,12 +105,12 @@ def test_who_yields_is_what_going_through_the_texts_one_by_one_gives(texts, thre
             expected[i] = near[0]
         else:
             stay.append(i)
-    assert {i: j for i, (j, _) in duplicates.yielding(texts, threshold).items()} == expected
+    assert {i: j for i, (j, _) in duplicates.near_duplicates_to_drop(texts, threshold).items()} == expected
 
 
 @pytest.mark.parametrize("n", [9, 20, 45, 90])
 def test_a_sample_is_balanced_over_terms_and_intents(n):
-    rows = corpus.sample(KEPT, "train", n, seed=1)
+    rows = dataset.sample_split(KEPT, "train", n, seed=1)
     assert len({row["conversation_id"] for row in rows}) == n
     for key, levels in (("term_id", len(TERMS)), ("intent", 5)):
         counts = Counter(row[key] for row in rows)
@@ -118,18 +118,18 @@ def test_a_sample_is_balanced_over_terms_and_intents(n):
 
 
 def test_a_larger_sample_contains_the_smaller_one():
-    assert corpus.sample(KEPT, "val", 30, seed=1)[:12] == corpus.sample(KEPT, "val", 12, seed=1)
+    assert dataset.sample_split(KEPT, "val", 30, seed=1)[:12] == dataset.sample_split(KEPT, "val", 12, seed=1)
 
 
 def test_null_means_the_whole_split_and_too_many_is_refused():
-    whole = corpus.sample(KEPT, "val", None, seed=1)
+    whole = dataset.sample_split(KEPT, "val", None, seed=1)
     assert whole == [c for c in KEPT if c["split"] == "val"]
     with pytest.raises(ValueError, match="which has"):
-        corpus.sample(KEPT, "val", len(whole) + 1, seed=1)
+        dataset.sample_split(KEPT, "val", len(whole) + 1, seed=1)
 
 
 def test_there_is_one_prompt_per_test_scenario_with_the_given_answer_as_reference():
-    prompts = corpus.test_prompts(KEPT, None, seed=1)
+    prompts = dataset.test_prompts(KEPT, None, seed=1)
     assert Counter(p["scenario_id"] for p in prompts) == Counter(s.scenario_id for s in GRID if s.split == "test")
     by_id = {c["conversation_id"]: c for c in KEPT}
     for prompt in prompts:
@@ -140,17 +140,17 @@ def test_there_is_one_prompt_per_test_scenario_with_the_given_answer_as_referenc
 
 
 def test_fewer_prompts_are_a_balanced_part_of_all():
-    some = corpus.test_prompts(KEPT, 10, seed=1)
-    every = {p["prompt_id"] for p in corpus.test_prompts(KEPT, None, seed=1)}
+    some = dataset.test_prompts(KEPT, 10, seed=1)
+    every = {p["prompt_id"] for p in dataset.test_prompts(KEPT, None, seed=1)}
     assert {p["prompt_id"] for p in some} < every
     assert max(Counter(p["intent"] for p in some).values()) <= 3
 
 
 def test_parquet_gives_back_the_rows_with_messages_as_structs(tmp_path):
     rows = KEPT[:5]
-    corpus.write_parquet(rows, tmp_path / "rows.parquet")
-    assert corpus.read_parquet(tmp_path / "rows.parquet") == rows
-    corpus.write_parquet(rows, tmp_path / "again.parquet")
+    dataset.write_parquet(rows, tmp_path / "rows.parquet")
+    assert dataset.read_parquet(tmp_path / "rows.parquet") == rows
+    dataset.write_parquet(rows, tmp_path / "again.parquet")
     assert (tmp_path / "rows.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
 
 
@@ -160,7 +160,7 @@ def test_anybody_can_load_the_parquet_files_with_datasets(tmp_path, monkeypatch)
 
     splits = {name: [c for c in KEPT if c["split"] == name] for name in ("train", "val", "test")}
     for name, rows in splits.items():
-        corpus.write_parquet(rows, tmp_path / f"{name}.parquet")
+        dataset.write_parquet(rows, tmp_path / f"{name}.parquet")
     files = {name: str(tmp_path / f"{name}.parquet") for name in splits}
     loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
     assert {name: loaded[name].to_list() for name in splits} == splits

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import corpus, filters, glossary, scenarios, synth
+from telco_nb.corpus import cards, dataset, filters, scenarios, variants
 
-CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+CARDS = cards.load_cards(ROOT / "telco_nb" / "data" / "glossary.yaml")
 AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
-GRID = scenarios.build(CARDS, AXES, seed=20260605)
-SOUND = list(synth.generate(CARDS, GRID[::97], AXES, 3, seed=5))
+GRID = scenarios.build_scenarios(CARDS, AXES, seed=20260605)
+SOUND = list(variants.generate_conversations(CARDS, GRID[::97], AXES, 3, seed=5))
 BY_ID = {card.id: card for card in CARDS}
 CARD = BY_ID[SOUND[0]["term_id"]]
 
@@ -28,7 +28,7 @@ def agent(text):
 def refused(change):
     conversation = copy.deepcopy(SOUND[0])
     change(conversation)
-    return filters.check(conversation, CARD)
+    return filters.reject_reason(conversation, CARD)
 
 
 NAMED = f"I have a question about {CARD.term} and how it works for me. "
@@ -73,9 +73,9 @@ def test_a_damaged_conversation_is_refused_for_its_reason(reason, change):
 def test_sound_conversations_pass_with_and_without_a_normal_finish():
     for conversation in SOUND:
         card = BY_ID[conversation["term_id"]]
-        assert filters.check(conversation, card) is None
+        assert filters.reject_reason(conversation, card) is None
         for finish in ("stop", "STOP", "end"):
-            assert filters.check(conversation | {"finish_reason": finish}, card) is None
+            assert filters.reject_reason(conversation | {"finish_reason": finish}, card) is None
 
 
 def test_what_a_customer_types_badly_is_still_english():
@@ -85,7 +85,7 @@ def test_what_a_customer_types_badly_is_still_english():
         "Port forwarding behind CGNAT: possible?", "APN MMS PUK PIN IMEI ok", "pls hlp wifi dead agn!!",
         "DHCP lease fails, PPPoE up, DNS timeout, NXDOMAIN everywhere.", "Roaming in Spain: data add-on 5 GB?",
     ]:  # fmt: skip
-        assert filters.english(text), text
+        assert filters.is_english(text), text
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ def test_what_a_customer_types_badly_is_still_english():
     ],
 )  # fmt: skip
 def test_other_languages_are_not_english(text):
-    assert not filters.english(text)
+    assert not filters.is_english(text)
 
 
 def test_no_offline_message_and_no_card_is_taken_for_another_language():
     texts = [m["content"] for c in SOUND for m in c["messages"]]
     texts += [text for card in CARDS for _, text in card.agent_texts()]
-    assert [text for text in texts if not filters.english(text)] == []
+    assert [text for text in texts if not filters.is_english(text)] == []
 
 
 junk = st.recursive(
@@ -120,14 +120,14 @@ fields = st.sampled_from([*filters.CONVERSATION_KEYS, "finish_reason"])
 @given(row=junk)
 @settings(max_examples=100, deadline=None)
 def test_any_row_is_refused_by_schema_and_never_raises(row):
-    _, rejects, counts = corpus.sift([row], CARDS)
+    _, rejects, counts = dataset.apply_filters([row], CARDS)
     assert counts["schema"] == 1 and rejects.iloc[0]["conversation"]
 
 
 @given(field=fields, value=junk)
 @settings(max_examples=300, deadline=None)
 def test_one_field_of_any_content_never_raises(field, value):
-    kept, rejects, _ = corpus.sift([SOUND[0] | {field: value}], CARDS)
+    kept, rejects, _ = dataset.apply_filters([SOUND[0] | {field: value}], CARDS)
     assert len(kept) + len(rejects) == 1
 
 
@@ -135,11 +135,11 @@ def test_one_field_of_any_content_never_raises(field, value):
 @settings(max_examples=100, deadline=None)
 def test_a_message_of_any_content_never_raises(content, role):
     row = SOUND[0] | {"messages": [{"role": role, "content": content}, *SOUND[0]["messages"][1:]]}
-    kept, rejects, _ = corpus.sift([row], CARDS)
+    kept, rejects, _ = dataset.apply_filters([row], CARDS)
     assert len(kept) + len(rejects) == 1
 
 
 def test_a_loop_is_measured_by_repeated_four_word_sequences():
-    assert filters.repetition("one two three four five") == 0
-    assert filters.repetition("a b c d a b c d") == pytest.approx(1 - 4 / 5)
-    assert filters.repetition("well " * 10) == pytest.approx(1 - 1 / 7)
+    assert filters.repeated_ngram_share("one two three four five") == 0
+    assert filters.repeated_ngram_share("a b c d a b c d") == pytest.approx(1 - 4 / 5)
+    assert filters.repeated_ngram_share("well " * 10) == pytest.approx(1 - 1 / 7)

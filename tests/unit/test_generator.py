@@ -15,19 +15,19 @@ from provider_server import Server, killed_at_random
 from test_calls import QUICK, keys  # noqa: F401
 
 from telco_nb import ROOT
-from telco_nb.corpus import corpus, generator, glossary, scenarios, synth
+from telco_nb.corpus import cards, dataset, llm_writer, scenarios, variants
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel
 from telco_nb.hosted.session import Session
 
 SEED = 7
-CARDS = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
+CARDS = cards.load_cards(ROOT / "telco_nb/data/glossary.yaml")
 AXES = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-GRID = scenarios.build(CARDS, AXES, SEED)
+GRID = scenarios.build_scenarios(CARDS, AXES, SEED)
 
 
-def few(n: int = 4, seeds: int = 20) -> list[list[generator.Call]]:
-    return generator.plan(CARDS, GRID[:: len(GRID) // n][:n], AXES, seeds)
+def few(n: int = 4, seeds: int = 20) -> list[list[llm_writer.WriterCall]]:
+    return llm_writer.plan_calls(CARDS, GRID[:: len(GRID) // n][:n], AXES, seeds)
 
 
 def said_by_grammar(body: dict) -> dict:
@@ -38,8 +38,10 @@ def said_by_grammar(body: dict) -> dict:
     card = next(c for c in CARDS if c.id == scenario.term_id)
     found = []
     for mood, messages in re.findall(r"mood `(\w+)`, (\d) messages", prompt):
-        number = next(n for n in range(500) if synth.turn_pairs(scenario, n, AXES) * 2 == int(messages))
-        written = synth.write(card, scenario, number, AXES, SEED, attempt=len(found) + prompt.count("\n- "))
+        number = next(n for n in range(500) if variants.turn_pairs(scenario, n, AXES) * 2 == int(messages))
+        written = variants.write_conversation(
+            card, scenario, number, AXES, SEED, attempt=len(found) + prompt.count("\n- ")
+        )
         found.append({"mood": mood, "messages": written["messages"]})
     return {"conversations": found}
 
@@ -50,7 +52,7 @@ def good(body: dict, n: int) -> str:
 
 def session(server: Server, path, planned, **more) -> Session:
     source = HostedModel("openai-compatible", "own", server.url, max_tokens=4000)
-    described = generator.describe(planned, source, SEED)
+    described = llm_writer.describe_calls(planned, source, SEED)
     return Session(
         ApiClient(source), attempts.AttemptStore(path), prices.Prices(source), prices.Budget(None), patience=QUICK,
         describe=lambda q: described[q.id], **more,
@@ -59,22 +61,22 @@ def session(server: Server, path, planned, **more) -> Session:
 
 def generate(server: Server, path, planned, **more) -> list[dict]:
     asking = session(server, path, planned, **more)
-    asking.run(generator.chains(planned, asking, SEED))
-    return list(generator.stored(planned, asking.store, asking.model.source, SEED))
+    asking.run(llm_writer.call_chains(planned, asking, SEED))
+    return list(llm_writer.stored_conversations(planned, asking.store, asking.model.source, SEED))
 
 
 def test_the_whole_grid_is_6240_calls_of_five_and_every_conversation_is_asked_for_once():
-    planned = generator.plan(CARDS, GRID, AXES, 20)
+    planned = llm_writer.plan_calls(CARDS, GRID, AXES, 20)
     flat = [call for each in planned for call in each]
     assert len(flat) == 6240 and {len(call.items) for call in flat} == {5}
     wanted = Counter((call.scenario.scenario_id, item.number) for call in flat for item in call.items)
     assert len(wanted) == 31_200 and set(wanted.values()) == {1}
     for call in flat[::97]:
         for item in call.items:
-            assert synth.mood_and_opening(call.scenario, item.number, AXES) == (item.mood, call.opening)
-            assert synth.turn_pairs(call.scenario, item.number, AXES) == item.n_turns
+            assert variants.mood_and_opening(call.scenario, item.number, AXES) == (item.mood, call.opening)
+            assert variants.turn_pairs(call.scenario, item.number, AXES) == item.n_turns
     source = HostedModel("openai-compatible", "own", "http://127.0.0.1:1/v1")
-    assert len({generator.question(call, source, SEED, []).id for call in flat}) == len(flat)
+    assert len({llm_writer.request_for(call, source, SEED, []).id for call in flat}) == len(flat)
 
 
 def test_what_a_good_model_writes_passes_the_same_filters_and_keeps_its_labels(tmp_path):
@@ -82,12 +84,12 @@ def test_what_a_good_model_writes_passes_the_same_filters_and_keeps_its_labels(t
     with Server("openai-compatible", good) as server:
         written = generate(server, tmp_path / "a.jsonl", planned)
     assert len(written) == 80 and len({c["conversation_id"] for c in written}) == 80
-    kept, _, _ = corpus.sift(written, CARDS)
+    kept, _, _ = dataset.apply_filters(written, CARDS)
     assert len(kept) > 60
     by_id = {f"{s.scenario_id}.{n:02d}": (s, n) for s in GRID for n in range(20)}
     for conversation in written:
         scenario, number = by_id[conversation["conversation_id"]]
-        assert (conversation["mood"], conversation["opening"]) == synth.mood_and_opening(scenario, number, AXES)
+        assert (conversation["mood"], conversation["opening"]) == variants.mood_and_opening(scenario, number, AXES)
         assert len(conversation["messages"]) == 2 * conversation["n_turns"]
         assert conversation["split"] == scenario.split
 
@@ -101,7 +103,7 @@ def test_later_calls_of_a_scenario_are_told_how_the_earlier_ones_begin_and_keep_
     assert [p.count("\n- ") for p in prompts] == [0, 5, 10, 15]
     source = HostedModel("openai-compatible", "own", "http://127.0.0.1:1/v1")
     call = planned[0][1]
-    alone, after = generator.question(call, source, SEED, []), generator.question(call, source, SEED, ["x"])
+    alone, after = llm_writer.request_for(call, source, SEED, []), llm_writer.request_for(call, source, SEED, ["x"])
     assert alone.id == after.id and alone.prompt != after.prompt
 
 
@@ -134,8 +136,8 @@ def test_the_facts_tell_planned_from_answered_and_an_unpriced_model_has_no_price
     planned = few(2)
     with Server("openai-compatible", lambda body, n: "refusal" if n % 2 else good(body, n)) as server:
         asking = session(server, tmp_path / "a.jsonl", planned, max_in_flight=1)
-        asking.run(generator.chains(planned, asking, SEED))
-        facts = generator.facts(planned, asking.store, asking.model.source, SEED)
+        asking.run(llm_writer.call_chains(planned, asking, SEED))
+        facts = llm_writer.generator_facts(planned, asking.store, asking.model.source, SEED)
     assert (facts["calls_planned"], facts["calls_answered"]) == (8, 4)
     assert facts["attempts"] == {"ok": 4, "refusal": 4} and facts["usd"] is None
     assert facts["models_returned"] == ["own-2025-12-11"]
@@ -151,14 +153,14 @@ def test_the_order_and_bytes_of_the_conversations_depend_on_the_answers_alone(tm
 
 
 def test_a_plan_has_its_price_before_anything_is_sent():
-    planned = generator.plan(CARDS, GRID, AXES, 20)
+    planned = llm_writer.plan_calls(CARDS, GRID, AXES, 20)
     source = HostedModel("google", "gemini-2.5-flash", max_tokens=4096)
-    plan = generator.estimate(planned, prices.Prices(source), SEED, words_per_turn_pair=90)
+    plan = llm_writer.estimate_cost(planned, prices.Prices(source), SEED, words_per_turn_pair=90)
     assert plan.calls == 6240 and plan.source.host == "generativelanguage.googleapis.com"
     assert 0 < plan.usd_low < plan.usd_mid < plan.usd_high
     by_hand = plan.tokens_in * 0.30e-6 + plan.tokens_out * 2.50e-6  # the listed prices of that model
     assert plan.usd_mid == pytest.approx(by_hand, rel=0.01)
-    unknown = generator.estimate(planned, prices.Prices(HostedModel("google", "no-such-model")), SEED, 90)
+    unknown = llm_writer.estimate_cost(planned, prices.Prices(HostedModel("google", "no-such-model")), SEED, 90)
     assert unknown.usd_mid is None and unknown.prices is None and "no price is known" in str(unknown)
 
 
@@ -183,7 +185,7 @@ def test_killed_at_20_random_moments_the_planned_set_is_written_and_nothing_is_p
         killed_at_random(generate_in_child, (server.url, path, in_flight), kills, seed=7)
     planned = few(30)
     source = HostedModel("openai-compatible", "own", "http://127.0.0.1:1/v1", max_tokens=4000)
-    written = list(generator.stored(planned, attempts.AttemptStore(path), source, SEED))
+    written = list(llm_writer.stored_conversations(planned, attempts.AttemptStore(path), source, SEED))
     assert Counter(c["conversation_id"] for c in written) == Counter(
         f"{call.scenario.scenario_id}.{item.number:02d}" for each in planned for call in each for item in call.items
     )
@@ -202,4 +204,4 @@ def generate_in_child(url: str, path: Path, in_flight: int, begun: Any) -> None:
         max_in_flight=in_flight, patience=QUICK,
     )  # fmt: skip
     begun.set()
-    asking.run(generator.chains(planned, asking, SEED))
+    asking.run(llm_writer.call_chains(planned, asking, SEED))

@@ -9,10 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import glossary
+from telco_nb.corpus.cards import (
+    Card,
+    GlossaryError,
+    figures_in,
+    load_cards,
+    overlaps,
+    parse_cards,
+    unknown_figures,
+    write_cards,
+    write_csv,
+)
 
 PATH = ROOT / "telco_nb" / "data" / "glossary.yaml"
-CARDS = glossary.load(PATH)
+CARDS = load_cards(PATH)
 
 
 @pytest.fixture
@@ -33,8 +43,8 @@ def test_every_card_offers_at_least_one_figure_and_four_facts():
 
 
 def test_the_validated_json_loads_back_to_the_same_cards(tmp_path):
-    glossary.dump(CARDS, tmp_path / "glossary.json")
-    assert glossary.load(tmp_path / "glossary.json") == CARDS
+    write_cards(CARDS, tmp_path / "glossary.json")
+    assert load_cards(tmp_path / "glossary.json") == CARDS
 
 
 @pytest.mark.parametrize(
@@ -50,49 +60,49 @@ def test_the_validated_json_loads_back_to_the_same_cards(tmp_path):
 def test_a_faulty_card_is_refused_naming_card_and_field(raw, field, value):
     name = raw[1]["id"] if field != "id" else "Not Snake"
     raw[1][field] = value
-    with pytest.raises(glossary.GlossaryError) as error:
-        glossary.parse(raw)
+    with pytest.raises(GlossaryError) as error:
+        parse_cards(raw)
     assert name in str(error.value) and field in str(error.value)
 
 
 def test_a_missing_and_an_unknown_field_are_both_named(raw):
     del raw[0]["escalate_when"]
     raw[0]["colour"] = "blue"
-    with pytest.raises(glossary.GlossaryError) as error:
-        glossary.parse(raw)
+    with pytest.raises(GlossaryError) as error:
+        parse_cards(raw)
     assert {field for _, field, _ in error.value.faults} == {"escalate_when", "colour"}
 
 
 def test_every_fault_of_a_file_is_reported_at_once(raw):
     raw[0]["facts"], raw[1]["resolution"] = [], []
-    with pytest.raises(glossary.GlossaryError) as error:
-        glossary.parse(raw)
+    with pytest.raises(GlossaryError) as error:
+        parse_cards(raw)
     assert {card for card, _, _ in error.value.faults} == {raw[0]["id"], raw[1]["id"]}
 
 
 def test_a_figure_that_is_not_listed_is_refused_where_it_stands(raw):
     raw[0]["facts"][2] += " It takes 1234 ms."
-    with pytest.raises(glossary.GlossaryError, match=r"facts\[2\].*1234 ms"):
-        glossary.parse(raw)
+    with pytest.raises(GlossaryError, match=r"facts\[2\].*1234 ms"):
+        parse_cards(raw)
 
 
 def test_two_cards_with_one_id_are_refused(raw):
     raw[1]["id"] = raw[0]["id"]
-    with pytest.raises(glossary.GlossaryError, match="used by 2 cards"):
-        glossary.parse(raw)
+    with pytest.raises(GlossaryError, match="used by 2 cards"):
+        parse_cards(raw)
 
 
 def test_an_alias_that_names_another_card_is_refused_in_any_case(raw):
     raw[1]["aliases"].append(raw[0]["term"].upper())
-    with pytest.raises(glossary.GlossaryError, match="already names card"):
-        glossary.parse(raw)
+    with pytest.raises(GlossaryError, match="already names card"):
+        parse_cards(raw)
 
 
 def test_a_yaml_key_given_twice_is_refused_with_its_line(tmp_path):
     path = tmp_path / "double.yaml"
     path.write_text("- id: a\n  term: x\n  id: b\n")
     with pytest.raises(ValueError, match=r"double\.yaml.*'id' given 2 times") as error:
-        glossary.load(path)
+        load_cards(path)
     assert "line" in str(error.value)
 
 
@@ -100,8 +110,8 @@ def test_a_yaml_key_given_twice_is_refused_with_its_line(tmp_path):
 def test_a_file_that_is_not_a_list_of_cards_is_refused(tmp_path, content):
     path = tmp_path / "odd.yaml"
     path.write_text(content)
-    with pytest.raises(glossary.GlossaryError):
-        glossary.load(path)
+    with pytest.raises(GlossaryError):
+        load_cards(path)
 
 
 @pytest.mark.parametrize(
@@ -116,18 +126,18 @@ def test_a_file_that_is_not_a_list_of_cards_is_refused(tmp_path, content):
     ],
 )
 def test_figures_are_numbers_with_units_and_names_are_not_figures(text, expected):
-    assert glossary.figures_in(text) == expected
+    assert figures_in(text) == expected
 
 
 def test_the_right_number_with_the_wrong_unit_is_unknown():
     card = next(card for card in CARDS if ("20", "MHz") in card.allowed_figures and card.id == "lte")
-    assert glossary.unknown_figures("It is 20 MHz wide.", card) == []
-    assert glossary.unknown_figures("It is 20 GB wide.", card) == ["20 GB"]
+    assert unknown_figures("It is 20 MHz wide.", card) == []
+    assert unknown_figures("It is 20 GB wide.", card) == ["20 GB"]
 
 
 @given(number=st.integers(0, 10**6), unit=st.sampled_from(["ms", "GB", "%", "days", ""]), card=st.sampled_from(CARDS))
 def test_a_figure_is_allowed_only_if_the_card_lists_its_number(number, unit, card):
-    unknown = glossary.unknown_figures(f"about {number} {unit}".strip(), card)
+    unknown = unknown_figures(f"about {number} {unit}".strip(), card)
     if str(number) not in {listed for listed, _ in card.allowed_figures}:
         assert unknown
     if (str(number), None) in card.allowed_figures:
@@ -150,8 +160,8 @@ def test_the_shipped_file_is_plain_yaml_without_traps():
 
 
 def test_the_most_similar_cards_come_first_and_a_copy_tops_the_list(raw):
-    twin = glossary.Card.model_validate({**raw[0], "id": "twin", "term": "twin"})
-    top = glossary.overlaps([*CARDS[:5], twin], top=3)
+    twin = Card.model_validate({**raw[0], "id": "twin", "term": "twin"})
+    top = overlaps([*CARDS[:5], twin], top=3)
     assert set(top.iloc[0][["term_a", "term_b"]]) == {raw[0]["id"], "twin"} and top["jaccard"].iloc[0] == 1
     assert top["jaccard"].is_monotonic_decreasing
 
@@ -173,8 +183,8 @@ def faults_of(table, tmp_path, **options):
     with path.open("w", encoding=options.pop("encoding", "utf-8"), newline="") as stream:
         csv.writer(stream, **options).writerows(table)
     try:
-        glossary.load(path)
-    except glossary.GlossaryError as error:
+        load_cards(path)
+    except GlossaryError as error:
         return str(error)
     return ""
 
@@ -185,12 +195,12 @@ def cell(table, row, column):
 
 
 def test_all_52_cards_survive_the_way_through_a_table(tmp_path):
-    glossary.write_csv(CARDS, tmp_path / "cards.csv")
-    assert glossary.load(tmp_path / "cards.csv") == CARDS
+    write_csv(CARDS, tmp_path / "cards.csv")
+    assert load_cards(tmp_path / "cards.csv") == CARDS
 
 
 def test_a_table_of_another_domain_loads_with_its_own_categories():
-    cards = glossary.load(TABLE)
+    cards = load_cards(TABLE)
     assert {card.category for card in cards} == {"claims", "perils", "pricing"}
     assert cards[0].wrong_beliefs[0].belief == "The excess is paid once a year." and cards[0].source is None
     assert cards[2].figures[1].text == "2 claims in 3 years"
@@ -256,14 +266,14 @@ def test_an_empty_table_a_wrong_encoding_and_another_ending_are_refused(table, t
     assert "expected a non-empty list of cards" in faults_of(table[:1], tmp_path)
     (tmp_path / "latin.csv").write_bytes("id,term\nx,Übertragung".encode("latin-1"))
     with pytest.raises(ValueError, match="save it as UTF-8"):
-        glossary.load(tmp_path / "latin.csv")
+        load_cards(tmp_path / "latin.csv")
     (tmp_path / "cards.xlsx").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"\.yaml, \.csv or \.json"):
-        glossary.load(tmp_path / "cards.xlsx")
+        load_cards(tmp_path / "cards.xlsx")
 
 
 def test_a_text_with_a_separator_is_kept_out_of_tables(tmp_path):
     card = CARDS[0].model_copy(update={"facts": [*CARDS[0].facts[:3], "Choose a|b."]})
     with pytest.raises(ValueError, match="keep it in YAML"):
-        glossary.write_csv([card], tmp_path / "cards.csv")
+        write_csv([card], tmp_path / "cards.csv")
     assert not (tmp_path / "cards.csv").exists()

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import glossary, scenarios, synth
+from telco_nb.corpus import scenarios, variants
+from telco_nb.corpus.cards import load_cards, unknown_figures
 from telco_nb.judge import controls, judges, judging, proxies
 from telco_nb.judge.judges import Case, JudgeError, Verdict
 from telco_nb.judge.verdicts import VerdictStore, coverage_block, verdicts
@@ -24,17 +25,17 @@ CONFIGS = [f"c{i:02d}" for i in range(1, 17)]
 
 @pytest.fixture(scope="module")
 def cards():
-    return {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
+    return {card.id: card for card in load_cards(ROOT / "telco_nb/data/glossary.yaml")}
 
 
 @pytest.fixture(scope="module")
 def prompts(cards):
     """One test prompt per term, written by the project's own generator."""
     axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    held_out = [s for s in scenarios.build(list(cards.values()), axes, 7) if s.split == "test"]
+    held_out = [s for s in scenarios.build_scenarios(list(cards.values()), axes, 7) if s.split == "test"]
     rows = []
     for scenario in {s.term_id: s for s in held_out}.values():
-        messages = synth.write(cards[scenario.term_id], scenario, 0, axes, 7)["messages"]
+        messages = variants.write_conversation(cards[scenario.term_id], scenario, 0, axes, 7)["messages"]
         ids = {"prompt_id": f"p-{scenario.scenario_id}", "scenario_id": scenario.scenario_id}
         rest = {"term_id": scenario.term_id, "intent": scenario.intent, "messages": messages[:-1]}
         rows.append(ids | rest | {"reference": messages[-1]["content"]})
@@ -525,7 +526,7 @@ def test_planted_corruptions_are_what_they_say(prompts, cards):
     for row in prompts.itertuples():
         card, text = cards[row.term_id], row.reference
         wrong = controls.wrong_number(text, card)
-        assert glossary.unknown_figures(wrong, card) and not glossary.unknown_figures(text, card)
+        assert unknown_figures(wrong, card) and not unknown_figures(text, card)
         padded = controls.pad(text)
         assert len(padded.split()) >= 1.6 * len(text.split())
         assert all(sentence in padded for sentence in proxies.sentences(text))

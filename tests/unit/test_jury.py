@@ -15,7 +15,7 @@ from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
 from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
 from telco_nb import ROOT
-from telco_nb.corpus import glossary
+from telco_nb.corpus import cards
 from telco_nb.hosted import session
 from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import Prices
@@ -23,7 +23,7 @@ from telco_nb.judge import controls, judging, jury, verdicts
 from telco_nb.judge.jury import HostedJudge
 from telco_nb.judge.verdicts import VerdictStore
 
-CARDS = {card.id: card for card in glossary.load(ROOT / "telco_nb/data/glossary.yaml")}
+CARDS = {card.id: card for card in cards.load_cards(ROOT / "telco_nb/data/glossary.yaml")}
 CONFIGS = ["c01", "c02", "c03", "c04"]
 PAIR = json.dumps({"analysis": "A says more.", "verdict": "A", "margin": 1, "flags": []})
 RATING = json.dumps({"analysis": "x", "factual": 4, "resolves": 3, "on_policy": 5, "tone": 4, "concise": 2})

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import glossary, scenarios
+from telco_nb.corpus import scenarios
+from telco_nb.corpus.cards import load_cards
 
 AXES_PATH = ROOT / "telco_nb" / "data" / "axes.yaml"
-CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+CARDS = load_cards(ROOT / "telco_nb" / "data" / "glossary.yaml")
 AXES = scenarios.load_axes(AXES_PATH)
-GRID = scenarios.build(CARDS, AXES, seed=20260605)
+GRID = scenarios.build_scenarios(CARDS, AXES, seed=20260605)
 
 
 def test_the_grid_is_the_full_factorial_of_1560_scenarios():
@@ -30,7 +31,7 @@ def test_every_level_of_an_axis_is_met_equally_often(axis, each):
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 12))
 @settings(max_examples=15, deadline=None)
 def test_every_term_gives_24_3_3_cells_for_any_seed(seed, n):
-    splits = scenarios.split([s for s in GRID if s.term_id in {c.id for c in CARDS[:n]}], seed)
+    splits = scenarios.split_scenarios([s for s in GRID if s.term_id in {c.id for c in CARDS[:n]}], seed)
     per_term = Counter((scenario_id.split(".")[0], name) for scenario_id, name in splits.items())
     assert {count for (_, name), count in per_term.items() if name == "train"} == {24}
     assert {count for (_, name), count in per_term.items() if name != "train"} == {3}
@@ -39,7 +40,7 @@ def test_every_term_gives_24_3_3_cells_for_any_seed(seed, n):
 @pytest.mark.parametrize("name", ["val", "test"])
 @pytest.mark.parametrize("seed", [0, 1, 20260605])
 def test_held_out_cells_are_balanced_over_intents_situations_and_customers(name, seed):
-    held = [s for s in scenarios.build(CARDS, AXES, seed) if s.split == name]
+    held = [s for s in scenarios.build_scenarios(CARDS, AXES, seed) if s.split == name]
     for axis, spread in (("situation", 0), ("customer", 2), ("intent", 2)):
         counts = Counter(getattr(s, axis) for s in held)
         assert set(counts) == set(AXES.ids(axis))
@@ -56,8 +57,8 @@ def test_a_terms_held_out_cells_differ_in_intent_and_situation():
 
 
 def test_another_seed_gives_another_split_and_the_same_seed_the_same():
-    assert scenarios.build(CARDS, AXES, 20260605) == GRID
-    assert [s.split for s in scenarios.build(CARDS, AXES, 7)] != [s.split for s in GRID]
+    assert scenarios.build_scenarios(CARDS, AXES, 20260605) == GRID
+    assert [s.split for s in scenarios.build_scenarios(CARDS, AXES, 7)] != [s.split for s in GRID]
 
 
 def test_every_cell_has_its_own_reading_with_nothing_left_to_fill():
@@ -78,7 +79,7 @@ def test_own_axes_give_their_own_exact_grid(tmp_path):
     raw["axes"]["situation"] = raw["axes"]["situation"][:2]
     path = tmp_path / "axes.yaml"
     path.write_text(yaml.safe_dump(raw))
-    grid = scenarios.build(CARDS[:3], scenarios.load_axes(path), seed=1)
+    grid = scenarios.build_scenarios(CARDS[:3], scenarios.load_axes(path), seed=1)
     assert len(grid) == 3 * 5 * 2 * 2
     assert Counter(s.split for s in grid) == {"train": 48, "val": 6, "test": 6}
 
@@ -104,7 +105,7 @@ def test_faulty_axes_are_refused_naming_file_and_key(tmp_path, change, message):
 
 def test_keyed_numbers_never_change():
     """Pinned: a change here would silently change every data set."""
-    assert scenarios.keyed(1, "a") == 15462742709960270297
+    assert scenarios.stable_hash(1, "a") == 15462742709960270297
 
 
 def smaller(tmp_path, **levels):
@@ -119,7 +120,7 @@ def smaller(tmp_path, **levels):
 
 @pytest.mark.parametrize(("intent", "situation", "cards"), [(3, 2, 4), (4, 3, 7), (5, 3, 2), (2, 3, 25)])
 def test_a_small_grid_holds_out_a_tenth_within_two_points_and_every_term(tmp_path, intent, situation, cards):
-    grid = scenarios.build(CARDS[:cards], smaller(tmp_path, intent=intent, situation=situation), seed=3)
+    grid = scenarios.build_scenarios(CARDS[:cards], smaller(tmp_path, intent=intent, situation=situation), seed=3)
     counts = Counter(s.split for s in grid)
     assert len(grid) == cards * intent * situation * 2
     for name in ("val", "test"):
@@ -129,9 +130,9 @@ def test_a_small_grid_holds_out_a_tenth_within_two_points_and_every_term(tmp_pat
 
 def test_a_grid_too_small_to_split_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="6 cells a term; at least 10"):
-        scenarios.build(CARDS, smaller(tmp_path, intent=3, situation=1), seed=1)
+        scenarios.build_scenarios(CARDS, smaller(tmp_path, intent=3, situation=1), seed=1)
     with pytest.raises(ValueError, match=r"3 val scenarios do not meet every intent \(absent:.*Add cards"):
-        scenarios.build(CARDS[:1], AXES, seed=1)
+        scenarios.build_scenarios(CARDS[:1], AXES, seed=1)
 
 
 def test_wording_with_an_unknown_slot_is_refused_naming_its_levels(tmp_path):
@@ -140,4 +141,4 @@ def test_wording_with_an_unknown_slot_is_refused_naming_its_levels(tmp_path):
     path = tmp_path / "axes.yaml"
     path.write_text(yaml.safe_dump(raw))
     with pytest.raises(ValueError, match=r"levels fault, first_contact, novice: cannot fill 'colour'"):
-        scenarios.build(CARDS[:4], scenarios.load_axes(path), seed=1)
+        scenarios.build_scenarios(CARDS[:4], scenarios.load_axes(path), seed=1)

@@ -13,20 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import corpus, filters, glossary, scenarios, synth
+from telco_nb.corpus import dataset, filters, scenarios, text_measures, variants
+from telco_nb.corpus.cards import load_cards, unknown_figures
 
-CARDS = glossary.load(ROOT / "telco_nb" / "data" / "glossary.yaml")
+CARDS = load_cards(ROOT / "telco_nb" / "data" / "glossary.yaml")
 BY_ID = {card.id: card for card in CARDS}
 AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
-GRID = scenarios.build(CARDS, AXES, seed=20260605)
+GRID = scenarios.build_scenarios(CARDS, AXES, seed=20260605)
 SLICE = GRID[::41]  # 39 scenarios that meet every level of every axis
-CONVERSATIONS = list(synth.generate(CARDS, SLICE, AXES, 20, seed=5))
+CONVERSATIONS = list(variants.generate_conversations(CARDS, SLICE, AXES, 20, seed=5))
 SCRIPT = """
-from telco_nb import ROOT, corpus, glossary, scenarios, synth
-cards = glossary.load(ROOT / "telco_nb/data/glossary.yaml")
+from telco_nb import ROOT
+from telco_nb.corpus import cards, dataset, scenarios, variants
+loaded = cards.load_cards(ROOT / "telco_nb/data/glossary.yaml")
 axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-grid = scenarios.build(cards, axes, seed=20260605)[::41]
-print(corpus.content_hash(synth.generate(cards, grid, axes, 20, seed=5)))
+grid = scenarios.build_scenarios(loaded, axes, seed=20260605)[::41]
+print(dataset.content_hash(variants.generate_conversations(loaded, grid, axes, 20, seed=5)))
 """
 
 
@@ -47,28 +49,28 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process_hash_seed_and_loc
         env=environment | {"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.strip() == corpus.content_hash(CONVERSATIONS)
+    assert done.stdout.strip() == dataset.content_hash(CONVERSATIONS)
 
 
 def test_another_seed_gives_other_texts():
-    other = list(synth.generate(CARDS, SLICE, AXES, 20, seed=6))
+    other = list(variants.generate_conversations(CARDS, SLICE, AXES, 20, seed=6))
     same = sum(a["messages"] == b["messages"] for a, b in zip(CONVERSATIONS, other, strict=True))
     assert same < 0.01 * len(other)
 
 
 def test_a_scenario_does_not_depend_on_which_others_are_generated():
-    alone = list(synth.generate(CARDS, SLICE[7:8], AXES, 20, seed=5))
+    alone = list(variants.generate_conversations(CARDS, SLICE[7:8], AXES, 20, seed=5))
     assert alone == CONVERSATIONS[7 * 20 : 8 * 20]
 
 
 def test_twenty_seeds_give_every_mood_with_every_opening_once():
     for scenario in SLICE:
-        pairs = [synth.mood_and_opening(scenario, number, AXES) for number in range(20)]
+        pairs = [variants.mood_and_opening(scenario, number, AXES) for number in range(20)]
         assert sorted(pairs) == sorted(product(AXES.moods, AXES.openings))
 
 
 def test_turn_pairs_follow_the_fixed_table():
-    counts = Counter(synth.turn_pairs(s, n, AXES) for s in GRID for n in range(20))
+    counts = Counter(variants.turn_pairs(s, n, AXES) for s in GRID for n in range(20))
     for pairs in (1, 2, 3):
         share = AXES.turn_table.count(pairs) / len(AXES.turn_table)
         assert abs(counts[pairs] / counts.total() - share) < 0.01
@@ -83,7 +85,7 @@ def test_roles_alternate_and_the_agent_has_the_last_word():
 def test_every_figure_in_an_answer_is_in_its_card():
     for conversation in CONVERSATIONS:
         for answer in answers(conversation):
-            assert glossary.unknown_figures(answer, BY_ID[conversation["term_id"]]) == []
+            assert unknown_figures(answer, BY_ID[conversation["term_id"]]) == []
 
 
 def test_answers_have_35_to_75_words_and_questions_at_least_12():
@@ -99,7 +101,7 @@ def plain(text, found={}):  # noqa: B006 - a cache
     """The text in lower case with every way of saying the same (bank `variants`) turned into one of them."""
     if not found:
         groups = []
-        for key, others in synth.load_grammar()["variants"].items():
+        for key, others in variants.load_grammar()["variants"].items():
             forms = {form.lower() for form in (key, *others)}
             touching = [group for group in groups if group & forms]
             groups = [group for group in groups if not group & forms] + [forms.union(*touching)]
@@ -126,7 +128,7 @@ def test_every_answer_states_a_next_step_last():
 def test_every_answer_says_something_that_stands_on_the_card():
     for conversation in CONVERSATIONS:
         card = BY_ID[conversation["term_id"]]
-        parts = [sentence for _, text in card.agent_texts() for sentence in glossary.sentences(text)]
+        parts = [sentence for _, text in card.agent_texts() for sentence in text_measures.sentences(text)]
         for answer in answers(conversation):
             assert any(place is not None for place in places(answer, parts)), answer
 
@@ -175,13 +177,13 @@ def test_a_wrong_belief_that_the_customer_holds_is_corrected_in_the_answer():
 
 def test_every_variant_is_another_way_to_say_a_key_that_occurs_and_holds_no_figure():
     texts = " ".join(text for card in CARDS for _, text in card.agent_texts())
-    for key, others in synth.load_grammar()["variants"].items():
+    for key, others in variants.load_grammar()["variants"].items():
         assert re.search(rf"\b{key}\b", texts, re.IGNORECASE), key
         assert others and key not in others and not re.search(r"\d", "".join(others))
 
 
 def test_varying_keeps_figures_and_never_touches_because_of():
-    writer = synth.Writer(CARDS[0], synth.load_grammar(), (1, "x", 0, 0), frozenset())
+    writer = variants.Writer(CARDS[0], variants.load_grammar(), (1, "x", 0, 0), frozenset())
     said = {writer.vary("Because of rain it usually takes 10 ms, because it may.", str(i)) for i in range(60)}
     assert len(said) > 10
     assert all(text.startswith("Because of rain it ") and "10 ms" in text for text in said)
@@ -189,8 +191,8 @@ def test_varying_keeps_figures_and_never_touches_because_of():
 
 def test_conversations_of_a_scenario_repeat_each_other_less_than_independent_draws_would():
     for scenario in SLICE[:6]:
-        rows = [synth.write(BY_ID[scenario.term_id], scenario, number, AXES, 5) for number in range(20)]
-        writers = [synth.Writer(CARDS[0], {}, (5, scenario.scenario_id, n, 0), frozenset()) for n in range(20)]
+        rows = [variants.write_conversation(BY_ID[scenario.term_id], scenario, number, AXES, 5) for number in range(20)]
+        writers = [variants.Writer(CARDS[0], {}, (5, scenario.scenario_id, n, 0), frozenset()) for n in range(20)]
         for writer, number in zip(writers, range(20), strict=True):
             writer.turn_in = number // 5 + number % 5 * 4
         assert sorted(Counter(w.below(6, "slot") for w in writers).values()) == [3, 3, 3, 3, 4, 4]
@@ -207,11 +209,11 @@ def test_nothing_is_left_unfilled_and_punctuation_is_clean():
 def test_the_term_or_an_alias_is_named_in_every_conversation():
     for conversation in CONVERSATIONS:
         text = " ".join(m["content"] for m in conversation["messages"])
-        assert filters.mentions(text, BY_ID[conversation["term_id"]])
+        assert filters.mentions_term(text, BY_ID[conversation["term_id"]])
 
 
 def test_every_bank_resolves_for_every_combination_of_levels():
-    grammar = synth.load_grammar()
+    grammar = variants.load_grammar()
     banks = [name for name in grammar if name not in ("later_kinds", "jargon", "variants")]
     categories = {card.category for card in CARDS}
     per_turn = {"issue", "probe", "frame_later"}  # these need the kind of request
@@ -223,16 +225,18 @@ def test_every_bank_resolves_for_every_combination_of_levels():
             if bank == "lead" and opening not in ("question", "complaint"):
                 continue  # the other two openings have their own first sentence
             if bank not in per_turn:
-                assert synth.resolve(grammar, bank, levels, kind="x")
+                assert variants.resolve(grammar, bank, levels, kind="x")
         for kind in grammar["later_kinds"][intent]:
-            assert synth.resolve(grammar, "probe", levels, kind) and synth.resolve(grammar, "frame_later", levels, kind)
+            assert variants.resolve(grammar, "probe", levels, kind) and variants.resolve(
+                grammar, "frame_later", levels, kind
+            )
 
 
 def test_every_slot_of_every_phrase_is_a_bank_or_a_slot_of_the_writer():
-    grammar = synth.load_grammar()
+    grammar = variants.load_grammar()
     from_card = {"term", "a_term", "name", "a_name", "belief", "fault", "dispute", "change", "options", "figure"}
     from_answer = {"step", "fact", "text", "escalate_when"}
-    for bank, phrase in synth.phrases(grammar):
+    for bank, phrase in variants.all_phrases(grammar):
         for slot in re.findall(r"\{(\w+)\}", phrase):
             assert slot in grammar or slot in from_card | from_answer, (bank, slot)
 
@@ -241,11 +245,11 @@ def test_a_phrase_with_a_digit_is_refused_naming_its_bank(tmp_path):
     path = tmp_path / "grammar.yaml"
     path.write_text('lead:\n  calm: ["within 24 hours"]\n')
     with pytest.raises(ValueError, match=r"lead\.calm"):
-        synth.load_grammar(path)
+        variants.load_grammar(path)
 
 
 def test_a_novice_does_not_write_jargon_where_the_card_has_plain_words():
-    marks = [mark.lower() for mark in synth.load_grammar()["jargon"]]
+    marks = [mark.lower() for mark in variants.load_grammar()["jargon"]]
     for conversation in CONVERSATIONS:
         if (conversation["customer"], conversation["intent"]) == ("novice", "fault"):
             reports = BY_ID[conversation["term_id"]].fault_reports
@@ -259,7 +263,7 @@ def test_a_novice_does_not_write_jargon_where_the_card_has_plain_words():
 def test_any_seed_and_scenario_gives_a_conversation_that_passes_all_filters(number, index, seed):
     scenario = GRID[index]
     card = BY_ID[scenario.term_id]
-    assert filters.check(synth.write(card, scenario, number, AXES, seed), card) is None
+    assert filters.reject_reason(variants.write_conversation(card, scenario, number, AXES, seed), card) is None
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,7 @@ def test_any_seed_and_scenario_gives_a_conversation_that_passes_all_filters(numb
     ],
 )  # fmt: skip
 def test_names_get_the_article_that_the_definition_uses(term_id, name, expected):
-    assert synth.with_article(name, BY_ID[term_id]) == expected
+    assert variants.with_article(name, BY_ID[term_id]) == expected
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_levels_without_phrases_are_refused_naming_bank_and_level(tmp_path, chan
     path.write_text(yaml.safe_dump(raw))
     axes = scenarios.load_axes(path)
     with pytest.raises(ValueError, match="the grammar lacks phrases") as error:
-        next(synth.generate(CARDS, scenarios.build(CARDS, axes, 1), axes, 1, seed=1))
+        next(variants.generate_conversations(CARDS, scenarios.build_scenarios(CARDS, axes, 1), axes, 1, seed=1))
     assert all(gap in str(error.value) for gap in gaps), error.value
 
 
@@ -303,7 +307,7 @@ LEVEL = {"id": "returns", "label": "returns", "wording": "sends {term} back"}
 def test_a_grammar_of_ones_own_serves_levels_of_ones_own(tmp_path):
     raw = yaml.safe_load((ROOT / "telco_nb" / "data" / "axes.yaml").read_text())
     raw["moods"] = ["calm", "sad"]
-    grammar = yaml.safe_load(synth.GRAMMAR_PATH.read_text())
+    grammar = yaml.safe_load(variants.GRAMMAR_PATH.read_text())
     for bank in (*grammar["lead"].values(), grammar["lead_short"], grammar["paste"], grammar["thanks"]):
         bank["sad"] = ["I am sad. “{snippet}”" if bank is grammar["paste"] else "I am so sad."]
     for bank in grammar["acknowledge"].values():
@@ -311,8 +315,8 @@ def test_a_grammar_of_ones_own_serves_levels_of_ones_own(tmp_path):
     (tmp_path / "axes.yaml").write_text(yaml.safe_dump(raw))
     (tmp_path / "grammar.yaml").write_text(yaml.safe_dump(grammar))
     axes = scenarios.load_axes(tmp_path / "axes.yaml")
-    grid = scenarios.build(CARDS[:4], axes, 1)
-    rows = list(synth.generate(CARDS, grid, axes, 2, seed=1, grammar_path=tmp_path / "grammar.yaml"))
+    grid = scenarios.build_scenarios(CARDS[:4], axes, 1)
+    rows = list(variants.generate_conversations(CARDS, grid, axes, 2, seed=1, grammar_path=tmp_path / "grammar.yaml"))
     sad = [row for row in rows if row["mood"] == "sad"]
     assert sad and any("I am so sad." in row["messages"][0]["content"] for row in sad)
 
@@ -320,11 +324,14 @@ def test_a_grammar_of_ones_own_serves_levels_of_ones_own(tmp_path):
 def test_another_domains_glossary_gives_its_own_gated_study():
     """From the table to samples, as 01_glossary and 02_synth go: nothing in the code is about telecom."""
     folder = ROOT / "tests" / "unit" / "data"
-    cards, axes = glossary.load(folder / "home_insurance.csv"), scenarios.load_axes(folder / "home_insurance_axes.yaml")
-    grid = scenarios.build(cards, axes, seed=1)
-    asked = list(synth.generate(cards, grid, axes, 8, seed=1))
-    kept, _, _ = corpus.sift(asked, cards)
+    cards, axes = load_cards(folder / "home_insurance.csv"), scenarios.load_axes(folder / "home_insurance_axes.yaml")
+    grid = scenarios.build_scenarios(cards, axes, seed=1)
+    asked = list(variants.generate_conversations(cards, grid, axes, 8, seed=1))
+    kept, _, _ = dataset.apply_filters(asked, cards)
     assert len(grid) == 4 * 12 and len(asked) == 384 and len(kept) > 0.9 * len(asked)
-    assert corpus.gates(kept, corpus.leaks(kept))["passed"].all()
-    assert len(corpus.sample(kept, "train", 12, seed=1)) == 12 and len(corpus.test_prompts(kept, None, seed=1)) == 5
+    assert dataset.leak_gates(kept, dataset.count_leaks(kept))["passed"].all()
+    assert (
+        len(dataset.sample_split(kept, "train", 12, seed=1)) == 12
+        and len(dataset.test_prompts(kept, None, seed=1)) == 5
+    )
     assert not re.search(r"\b(?:SIM|network|router|broadband|phone number)\b", json.dumps(kept))

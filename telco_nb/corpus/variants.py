@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import DATA_DIR
-from telco_nb.corpus.glossary import Card, figures_in, read_yaml, sentences
-from telco_nb.corpus.scenarios import AXES, Axes, Scenario, keyed
+from telco_nb.corpus.cards import Card, figures_in, read_yaml
+from telco_nb.corpus.scenarios import AXES, Axes, Scenario, stable_hash
+from telco_nb.corpus.text_measures import sentences
 
 GRAMMAR_PATH = DATA_DIR / "grammar.yaml"
 GENERATOR_ID = "offline-grammar-2"
@@ -36,17 +37,17 @@ _UNDERSTAND = ("meaning", "meaning", "belief", "belief", "figure")
 def load_grammar(path: Path = GRAMMAR_PATH) -> dict[str, Any]:
     """The phrase banks. Raises ValueError if a phrase holds a digit: figures may come from the card alone."""
     grammar = read_yaml(path)
-    for bank, phrase in phrases(grammar):
+    for bank, phrase in all_phrases(grammar):
         if re.search(r"\d", phrase):
             raise ValueError(f"{path.name}: {bank}: a digit in {phrase!r}")
     return grammar
 
 
-def phrases(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def all_phrases(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """(bank path, phrase) of everything in a grammar."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield from phrases(value, f"{name}.{key}" if name else key)
+            yield from all_phrases(value, f"{name}.{key}" if name else key)
     else:
         for phrase in node:
             yield name, phrase
@@ -119,9 +120,9 @@ class Writer:
         slot: conversations of a scenario then repeat each other less than independent draws would.
         """
         if self.turn_in is None:
-            return keyed(*self.key, slot) % n
+            return stable_hash(*self.key, slot) % n
         seed, scenario_id, *_ = self.key
-        drawn, strides = keyed(seed, scenario_id, slot), _strides(n)
+        drawn, strides = stable_hash(seed, scenario_id, slot), _strides(n)
         return (drawn + self.turn_in * strides[(drawn >> 32) % len(strides)]) % n
 
     def vary(self, text: str, slot: str) -> str:
@@ -132,7 +133,7 @@ class Writer:
             found = match[0]
             lower = found not in variants
             options = [found, *variants[found[:1].lower() + found[1:] if lower else found]]
-            chosen = options[keyed(*self.key, "vary", slot, match.start()) % len(options)]
+            chosen = options[stable_hash(*self.key, "vary", slot, match.start()) % len(options)]
             return chosen[:1].upper() + chosen[1:] if lower else chosen
 
         return _sayings(tuple(variants)).sub(said, text)
@@ -411,7 +412,7 @@ def _answer(writer: Writer, kind: str, turn: int, expert: bool) -> str:
 
 def turn_pairs(scenario: Scenario, number: int, axes: Axes) -> int:
     """Turn pairs of a conversation: a fixed table, looked up by hash of scenario and seed number."""
-    return axes.turn_table[keyed("turns", scenario.scenario_id, number) % len(axes.turn_table)]
+    return axes.turn_table[stable_hash("turns", scenario.scenario_id, number) % len(axes.turn_table)]
 
 
 def mood_and_opening(scenario: Scenario, number: int, axes: Axes) -> tuple[str, str]:
@@ -419,7 +420,7 @@ def mood_and_opening(scenario: Scenario, number: int, axes: Axes) -> tuple[str, 
 
     With 5 moods and 4 openings any 20 numbers in a row give every pair once (5 and 4 share no factor).
     """
-    start = keyed("start", scenario.scenario_id) % (len(axes.moods) * len(axes.openings))
+    start = stable_hash("start", scenario.scenario_id) % (len(axes.moods) * len(axes.openings))
     return axes.moods[(start + number) % len(axes.moods)], axes.openings[(start + number) % len(axes.openings)]
 
 
@@ -445,7 +446,7 @@ def _turn(writer: Writer, scenario: Scenario, turn: int) -> tuple[str, str]:
     return question, _drafted(writer, lambda: _answer(writer, kind, turn, expert), ANSWER_WORDS, f"answer{turn}")
 
 
-def write(
+def write_conversation(
     card: Card,
     scenario: Scenario,
     number: int,
@@ -485,7 +486,7 @@ def _fresh(
 ) -> dict[str, Any]:
     """A conversation whose first turn and first answer this scenario has not had; else the last one tried."""
     for attempt in range(ATTEMPTS):
-        conversation = write(card, scenario, number, axes, seed, attempt, grammar)
+        conversation = write_conversation(card, scenario, number, axes, seed, attempt, grammar)
         first = [message["content"] for message in conversation["messages"][:2]]
         if not seen.intersection(first):
             break
@@ -493,7 +494,7 @@ def _fresh(
     return conversation
 
 
-def generate(
+def generate_conversations(
     cards: list[Card],
     scenarios: list[Scenario],
     axes: Axes,
@@ -514,6 +515,6 @@ def generate(
             yield _fresh(by_id[scenario.term_id], scenario, number, axes, seed, seen, grammar)
 
 
-def facts() -> dict[str, Any]:
+def generator_facts() -> dict[str, Any]:
     """What the data set's card says of this generator."""
     return {"id": GENERATOR_ID, "model": None, "calls_planned": 0, "usd": 0.0}

@@ -66,7 +66,7 @@ _SECRET_SIGNS = ("pin", "puk", "pass", "code", "otp", "cvv", "cvc")
 _DIGIT = re.compile(r"\d")
 
 
-def luhn(digits: str) -> bool:
+def luhn_is_valid(digits: str) -> bool:
     """Whether the last digit checks the others (ISO/IEC 7812-1): payment cards, IMEI, ICCID."""
     total = 0
     for place, digit in enumerate(reversed(digits)):
@@ -75,7 +75,7 @@ def luhn(digits: str) -> bool:
     return total % 10 == 0
 
 
-def iban(text: str) -> bool:
+def iban_is_valid(text: str) -> bool:
     """Whether the mod-97 check of an IBAN holds (ISO 13616)."""
     compact = re.sub(r"\s", "", text).upper()
     if not 15 <= len(compact) <= 34:
@@ -91,7 +91,7 @@ def _national(raw: str) -> tuple[str, str]:
     return british, international
 
 
-def reserved_number(raw: str) -> bool:
+def is_reserved_number(raw: str) -> bool:
     """Whether a telephone number lies in a range kept for fiction: 555-01xx, or Ofcom's numbers for drama."""
     british, american = _national(raw)
     return bool(_UK_DRAMA.match(british) or _NANP_FICTION.match(american))
@@ -101,16 +101,16 @@ def _number_kind(raw: str) -> str | None:
     """What a run of digits is, most specific first; None if it is short, reserved, or no one's."""
     digits = re.sub(r"\D", "", raw)
     plus = "+" in raw or digits.startswith("00")
-    if len(digits) < (7 if plus else MIN_DIGITS) or reserved_number(raw):
+    if len(digits) < (7 if plus else MIN_DIGITS) or is_reserved_number(raw):
         return None
     bounds = _RANGE.fullmatch(raw)
     if len(set(digits)) == 1 or (bounds and int(bounds[1]) < int(bounds[2])):
         return None  # 000000000 is nobody's
     if len(digits) in (19, 20) and digits.startswith("89"):
         return "iccid"
-    if len(digits) == 15 and luhn(digits):
+    if len(digits) == 15 and luhn_is_valid(digits):
         return "imei"
-    if len(digits) in _CARD_LENGTHS and luhn(digits):
+    if len(digits) in _CARD_LENGTHS and luhn_is_valid(digits):
         return "payment_card"
     for region in REGIONS:
         try:
@@ -147,12 +147,12 @@ def _numbers(text: str) -> Iterator[Finding]:
         if _routed(match[0]):
             yield "ip_address", match[0]
     text = _IPV4.sub(" ; ", text)  # so that an allowed address is not read as a number
-    yield from (("iban", match[0]) for match in _IBAN.finditer(text) if iban(match[0]))
+    yield from (("iban", match[0]) for match in _IBAN.finditer(text) if iban_is_valid(match[0]))
     for match in _DIGITS.finditer(text):
         kind = _number_kind(match[0])
         if kind:
             yield kind, match[0]
-    yield from (("telephone", match[0]) for match in _LOCAL_US.finditer(text) if not reserved_number(match[0]))
+    yield from (("telephone", match[0]) for match in _LOCAL_US.finditer(text) if not is_reserved_number(match[0]))
 
 
 def _with_colons(text: str) -> Iterator[Finding]:
@@ -164,7 +164,7 @@ def _with_colons(text: str) -> Iterator[Finding]:
             yield "ip_address", match[0]
 
 
-def find(text: str) -> list[Finding]:
+def find_personal_data(text: str) -> list[Finding]:
     """Every (kind, text) of personal data in `text`, allowed examples left out; one thing may show as two kinds."""
     found: list[Finding] = []  # the cheap tests in front spare the patterns: most texts hold none of their signs
     if any(sign in text for sign in _NAME_SIGNS):

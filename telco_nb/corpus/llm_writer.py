@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from telco_nb import DATA_DIR
-from telco_nb.corpus import synth
-from telco_nb.corpus.glossary import Card
+from telco_nb.corpus import variants
+from telco_nb.corpus.cards import Card
 from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request
@@ -55,7 +55,7 @@ class Conversations(BaseModel):
 
 
 @dataclass(frozen=True)
-class Item:
+class WriterItem:
     """One conversation that is wanted: its seed number within the scenario, mood and turn pairs."""
 
     number: int
@@ -64,17 +64,17 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Call:
+class WriterCall:
     """The items of one scenario that share an opening, at most ITEMS_PER_CALL."""
 
     scenario: Scenario
     card: Card
     opening: str
-    items: tuple[Item, ...]
+    items: tuple[WriterItem, ...]
 
 
 @cache
-def template() -> tuple[str, str]:
+def prompt_template() -> tuple[str, str]:
     """(shared part, part of one call) of the prompt file."""
     shared, own = PROMPT_PATH.read_text(encoding="utf-8").split("\n---\n")
     return shared, own
@@ -84,20 +84,22 @@ def prompt_sha256() -> str:
     return hashlib.sha256(PROMPT_PATH.read_bytes()).hexdigest()
 
 
-def plan(cards: list[Card], scenarios: list[Scenario], axes: Axes, seeds_per_scenario: int) -> list[list[Call]]:
+def plan_calls(
+    cards: list[Card], scenarios: list[Scenario], axes: Axes, seeds_per_scenario: int
+) -> list[list[WriterCall]]:
     """The calls of each scenario, in the order in which they are sent: later ones are told how earlier ones begin."""
     by_id = {card.id: card for card in cards}
     return [_calls(by_id[scenario.term_id], scenario, axes, seeds_per_scenario) for scenario in scenarios]
 
 
-def _calls(card: Card, scenario: Scenario, axes: Axes, seeds_per_scenario: int) -> list[Call]:
-    by_opening: dict[str, list[Item]] = {}
+def _calls(card: Card, scenario: Scenario, axes: Axes, seeds_per_scenario: int) -> list[WriterCall]:
+    by_opening: dict[str, list[WriterItem]] = {}
     for number in range(seeds_per_scenario):
-        mood, opening = synth.mood_and_opening(scenario, number, axes)
-        item = Item(number, mood, synth.turn_pairs(scenario, number, axes))
+        mood, opening = variants.mood_and_opening(scenario, number, axes)
+        item = WriterItem(number, mood, variants.turn_pairs(scenario, number, axes))
         by_opening.setdefault(opening, []).append(item)
     return [
-        Call(scenario, card, opening, tuple(items[i : i + ITEMS_PER_CALL]))
+        WriterCall(scenario, card, opening, tuple(items[i : i + ITEMS_PER_CALL]))
         for opening, items in by_opening.items()
         for i in range(0, len(items), ITEMS_PER_CALL)
     ]
@@ -106,9 +108,9 @@ def _calls(card: Card, scenario: Scenario, axes: Axes, seeds_per_scenario: int) 
 # ---------------------------------------------------------------- one call
 
 
-def question(call: Call, source: HostedModel, seed: int, siblings: list[str]) -> Request:
+def request_for(call: WriterCall, source: HostedModel, seed: int, siblings: list[str]) -> Request:
     """The call as a question. Its id leaves the siblings out: what came before must not make it a new question."""
-    shared, own = template()
+    shared, own = prompt_template()
     system = shared.replace("{{card}}", card_text(call.card))
     wanted = "\n".join(
         f"{i}. mood `{item.mood}`, {2 * item.n_turns} messages ({item.n_turns} of each side)"
@@ -136,7 +138,7 @@ def question(call: Call, source: HostedModel, seed: int, siblings: list[str]) ->
     for name, text in fill.items():
         own = own.replace(f"{{{{{name}}}}}", text)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Request(digest, system, own, Conversations, lambda output: wrong_with(output, call.items))
+    return Request(digest, system, own, Conversations, lambda output: output_fault(output, call.items))
 
 
 def card_text(card: Card) -> str:
@@ -146,7 +148,7 @@ def card_text(card: Card) -> str:
     return yaml.safe_dump(card.model_dump(), sort_keys=False, allow_unicode=True, width=110).strip()
 
 
-def wrong_with(output: Conversations, items: tuple[Item, ...]) -> str | None:
+def output_fault(output: Conversations, items: tuple[WriterItem, ...]) -> str | None:
     """What is wrong with an answer that fits the schema: number of conversations, moods, turns, roles."""
     if len(output.conversations) != len(items):
         return f"{len(output.conversations)} conversations, {len(items)} were asked for"
@@ -158,7 +160,7 @@ def wrong_with(output: Conversations, items: tuple[Item, ...]) -> str | None:
     return None
 
 
-def conversations(call: Call, output: dict[str, Any], finish_reason: str | None) -> Iterator[dict[str, Any]]:
+def conversations(call: WriterCall, output: dict[str, Any], finish_reason: str | None) -> Iterator[dict[str, Any]]:
     """What a stored answer holds, with the keys of conversations.parquet."""
     scenario = call.scenario
     for item, found in zip(call.items, output["conversations"], strict=True):
@@ -187,23 +189,23 @@ def first_lines(output: dict[str, Any], words: int = 12) -> list[str]:
 # ---------------------------------------------------------------- all calls
 
 
-def chains(planned: list[list[Call]], session: Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
+def call_chains(planned: list[list[WriterCall]], session: Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
     """One coroutine function per scenario, which asks its calls one after the other."""
 
-    async def ask(scenario_calls: list[Call]) -> None:
+    async def ask(scenario_calls: list[WriterCall]) -> None:
         siblings: list[str] = []
         for call in scenario_calls:
-            line = await session.ask(question(call, session.model.source, seed, siblings))
+            line = await session.ask(request_for(call, session.model.source, seed, siblings))
             if line:
                 siblings += first_lines(line["output"])
 
     return [lambda each=each: ask(each) for each in planned]
 
 
-def describe(planned: list[list[Call]], source: HostedModel, seed: int) -> dict[str, dict[str, Any]]:
+def describe_calls(planned: list[list[WriterCall]], source: HostedModel, seed: int) -> dict[str, dict[str, Any]]:
     """What a stored line says of its question, by question id."""
     return {
-        question(call, source, seed, []).id: {
+        request_for(call, source, seed, []).id: {
             "generator": GENERATOR_ID,
             "prompt_sha256": prompt_sha256(),
             "scenario_id": call.scenario.scenario_id,
@@ -215,27 +217,27 @@ def describe(planned: list[list[Call]], source: HostedModel, seed: int) -> dict[
     }
 
 
-def stored(
-    planned: list[list[Call]], store: attempts.AttemptStore, source: HostedModel, seed: int
+def stored_conversations(
+    planned: list[list[WriterCall]], store: attempts.AttemptStore, source: HostedModel, seed: int
 ) -> Iterator[dict[str, Any]]:
     """All conversations that the store holds of a plan, in grid order."""
     for each in planned:
         found = []
         for call in each:
-            line = store.ok.get(question(call, source, seed, []).id)
+            line = store.ok.get(request_for(call, source, seed, []).id)
             if line:
                 found += conversations(call, line["output"], line["finish_reason"])
         yield from sorted(found, key=lambda c: c["conversation_id"])
 
 
 def open_session(
-    values: Mapping[str, Any], source: HostedModel, planned: list[list[Call]], root: Path, batch: bool = False
+    values: Mapping[str, Any], source: HostedModel, planned: list[list[WriterCall]], root: Path, batch: bool = False
 ) -> Session:
     """A session for the calls of a plan, with the store and the budget of the study in `root`.
 
     `batch`: they are handed over in batches, for less.
     """
-    described = describe(planned, source, values["seed"])
+    described = describe_calls(planned, source, values["seed"])
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
     price = prices.Prices(source, *declared, prices.BATCH_FACTOR if batch else 1.0)
     return Session(
@@ -249,16 +251,18 @@ def store_path(root: Path) -> Path:
     return root / "shared" / "store" / "conversations.jsonl"
 
 
-def unanswered(
-    planned: list[list[Call]], store: attempts.AttemptStore, source: HostedModel, seed: int
-) -> list[list[Call]]:
+def unanswered_calls(
+    planned: list[list[WriterCall]], store: attempts.AttemptStore, source: HostedModel, seed: int
+) -> list[list[WriterCall]]:
     """What of a plan the store has no good answer for."""
-    return [[c for c in each if question(c, source, seed, []).id not in store.ok] for each in planned]
+    return [[c for c in each if request_for(c, source, seed, []).id not in store.ok] for each in planned]
 
 
-def facts(planned: list[list[Call]], store: attempts.AttemptStore, source: HostedModel, seed: int) -> dict[str, Any]:
+def generator_facts(
+    planned: list[list[WriterCall]], store: attempts.AttemptStore, source: HostedModel, seed: int
+) -> dict[str, Any]:
     """What the data set's card says of its generator."""
-    ids = {question(call, source, seed, []).id for each in planned for call in each}
+    ids = {request_for(call, source, seed, []).id for each in planned for call in each}
     answered = ids & set(store.ok)
     return {
         "id": GENERATOR_ID,
@@ -280,7 +284,9 @@ def _total(store: attempts.AttemptStore, ids: set[str], name: str) -> int | None
     return sum(counted) if counted else None
 
 
-def estimate(planned: list[list[Call]], price: prices.Prices, seed: int, words_per_turn_pair: float) -> prices.Estimate:
+def estimate_cost(
+    planned: list[list[WriterCall]], price: prices.Prices, seed: int, words_per_turn_pair: float
+) -> prices.Estimate:
     """The cost of a plan.
 
     Prompts are measured on every 50th scenario; answers by the mean words of a turn pair that the offline generator
@@ -289,7 +295,7 @@ def estimate(planned: list[list[Call]], price: prices.Prices, seed: int, words_p
     flat = [call for each in planned for call in each]
     if not flat:
         return prices.estimate(price, 0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
-    sample = [question(call, price.source, seed, ["x" * 60] * 10) for call in flat[::50]]
+    sample = [request_for(call, price.source, seed, ["x" * 60] * 10) for call in flat[::50]]
     tokens_in = sum(len(q.text) for q in sample) / len(sample) / prices.BYTES_PER_TOKEN
     turns = sum(item.n_turns for call in flat for item in call.items) / len(flat)
     mid = turns * words_per_turn_pair * TOKENS_PER_WORD

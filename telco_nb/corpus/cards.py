@@ -1,4 +1,4 @@
-"""The glossary: one card per telecom term, the ground truth of generation, filtering and judging."""
+"""The cards: one per telecom term, the ground truth of generation, filtering and judging; read from YAML or CSV."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from telco_nb.corpus.text_measures import flesch_reading_ease, sentences, words
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
 CardId = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
@@ -118,8 +120,6 @@ class Card(_Strict):
             yield f"comparisons[{i}].advice", comparison.advice
 
 
-# --- figures -----------------------------------------------------------------------------------------
-
 # Digits inside a name are not a figure: 5G, IPv6, WPA3, n78, H.264, 802.11ax, Wi-Fi 6.
 _NAMES = re.compile(
     r"\b[2-6]G\b|\bWi-?Fi \d\w?\b|\b802\.\d+\w*|\b[A-Za-z][A-Za-z]*[.\-]?\d+[A-Za-z]*(?:\.\d+)?\b", re.I
@@ -172,9 +172,6 @@ def unknown_figures(text: str, card: Card) -> list[str]:
         if not known:
             unknown.append(f"{number} {unit}" if unit else number)
     return unknown
-
-
-# --- loading -----------------------------------------------------------------------------------------
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -235,7 +232,7 @@ def _unlisted_figures(position: int, card: Card) -> list[Located]:
     ]
 
 
-def parse(
+def parse_cards(
     raw_cards: Any, path: Path | str = "glossary", rows: list[int] | None = None, faults: Iterable[Located] = ()
 ) -> list[Card]:
     """Validate a list of raw cards. Raises GlossaryError with every fault, naming card id and field.
@@ -262,7 +259,7 @@ def _name_of(raw: Any, position: int) -> str:
     return name if isinstance(name, str) and name else f"number {position + 1}"
 
 
-def load(path: Path | str) -> list[Card]:
+def load_cards(path: Path | str) -> list[Card]:
     """Cards of a glossary in YAML, in CSV, or in the validated JSON that 01_glossary writes.
 
     Raises GlossaryError (faulty cards), ValueError (not YAML, CSV or JSON) or FileNotFoundError.
@@ -270,20 +267,18 @@ def load(path: Path | str) -> list[Card]:
     path = Path(path)
     if path.suffix == ".csv":
         raw, rows, faults = read_csv(path)
-        return parse(raw, path, rows, faults)
+        return parse_cards(raw, path, rows, faults)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(
             f"{path.name}: a glossary is a .yaml, .csv or .json file, not {path.suffix or 'without ending'}"
         )
     if path.suffix != ".json":
-        return parse(read_yaml(path), path)
+        return parse_cards(read_yaml(path), path)
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")), path)
+        return parse_cards(json.loads(path.read_text(encoding="utf-8")), path)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
-
-# --- tables ------------------------------------------------------------------------------------------
 
 # One row a card, one column a field. Lists stand in one cell with ITEM between their items; an item of these three
 # columns has two parts with PART between them.
@@ -371,33 +366,13 @@ def write_csv(cards: list[Card], path: Path | str) -> None:
         writer.writerows(rows)
 
 
-# --- validated cards ---------------------------------------------------------------------------------
-
-
-def dump(cards: list[Card], path: Path | str) -> None:
+def write_cards(cards: list[Card], path: Path | str) -> None:
     """Write cards as the JSON list that later steps read (same order, UTF-8, one trailing newline)."""
     text = json.dumps([card.model_dump() for card in cards], ensure_ascii=False, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-# --- views -------------------------------------------------------------------------------------------
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words; hyphens, dots and apostrophes inside a word are kept (eSIM, Wi-Fi, Mbit/s)."""
-    return re.findall(r"[a-z0-9]+(?:['’\-./][a-z0-9]+)*", text.lower())
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of a card text, split where a full stop, ? or ! is followed by a space and a capital or digit."""
-    return re.split(r"(?<=[.?!])\s+(?=[A-Z0-9“\"]|e[A-Z])", text.strip())
-
-
-def first_sentence(text: str) -> str:
-    return sentences(text)[0]
-
-
-def table(cards: list[Card]) -> pd.DataFrame:
+def cards_table(cards: list[Card]) -> pd.DataFrame:
     """One row per card: names, counts of its parts, and words an answer can draw on."""
     rows = [
         {
@@ -434,3 +409,19 @@ def overlaps(cards: list[Card], top: int = 10, shingle: int = 3) -> pd.DataFrame
     ]
     pairs_df = pd.DataFrame(pairs, columns=["term_a", "term_b", "jaccard"])
     return pairs_df.sort_values(["jaccard", "term_a", "term_b"], ascending=[False, True, True]).head(top)
+
+
+def readability_table(cards: list[Card]) -> pd.DataFrame:
+    """One row per card: term_id, category, reading ease of all that an agent may say, words per sentence."""
+    rows = []
+    for card in cards:
+        text = " ".join(text if text.endswith((".", "?", "!")) else f"{text}." for _, text in card.agent_texts())
+        rows.append(
+            {
+                "term_id": card.id,
+                "category": card.category,
+                "reading_ease": round(flesch_reading_ease(text), 1),
+                "words_per_sentence": round(len(text.split()) / len(sentences(text)), 1),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,11 +1,11 @@
-"""What happens to generated conversations: sifting with counters, balanced samples, leak checks and gates, Parquet."""
+"""The data set: which conversations are kept, how they are split, and what its card says of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from telco_nb.corpus import diversity, duplicates
-from telco_nb.corpus.filters import FILTERS, Conversation, Reject, check
-from telco_nb.corpus.glossary import Card
-from telco_nb.corpus.scenarios import AXES, keyed
+from telco_nb.corpus import duplicates, text_measures
+from telco_nb.corpus.cards import Card
+from telco_nb.corpus.filters import FILTERS, Conversation, Reject, reject_reason
+from telco_nb.corpus.scenarios import AXES, stable_hash
+from telco_nb.corpus.text_measures import CELL_TEXTS, self_bleu
 
 SIMILAR_MARGIN = 0.005  # refused this much earlier, because the weights shift a little when rows go
 SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations
@@ -49,11 +50,11 @@ def _duplicates(kept: list[Conversation], name: str) -> dict[int, Reject]:
     first: dict[str, int] = {}
     dropped: dict[int, Reject] = {}
     for i in order:
-        owner = first.setdefault(duplicates.digest(part(kept[i])), i)
+        owner = first.setdefault(duplicates.text_hash(part(kept[i])), i)
         if owner != i:
             dropped[i] = (f"exact_duplicate_{name}", kept[owner]["conversation_id"])
     rows = [i for i in order if i not in dropped]
-    for later, (earlier, jaccard) in duplicates.yielding([part(kept[i]) for i in rows]).items():
+    for later, (earlier, jaccard) in duplicates.near_duplicates_to_drop([part(kept[i]) for i in rows]).items():
         detail = f"{kept[rows[earlier]]['conversation_id']} ({jaccard:.2f})"
         dropped[rows[later]] = (f"near_duplicate_{name}", detail)
     return dropped
@@ -70,7 +71,7 @@ def similar_across_splits(
     if not rows:
         return []
     claim = [SPLIT_PRIORITY[row["split"]] for row in rows]
-    return duplicates.similar([exchange(row) for row in rows], [row["term_id"] for row in rows], claim, threshold)
+    return duplicates.similar_pairs([exchange(row) for row in rows], [row["term_id"] for row in rows], claim, threshold)
 
 
 def _similar(kept: list[Conversation]) -> dict[int, Reject]:
@@ -88,7 +89,9 @@ REASONS = (
 )
 
 
-def sift(conversations: Iterable[Any], cards: list[Card]) -> tuple[list[Conversation], pd.DataFrame, dict[str, int]]:
+def apply_filters(
+    conversations: Iterable[Any], cards: list[Card]
+) -> tuple[list[Conversation], pd.DataFrame, dict[str, int]]:
     """Apply all filters, first those on one conversation, then those that compare conversations.
 
     Rows may come from a language model: whatever their shape, a bad one is refused and never raises. Returns the kept
@@ -98,14 +101,14 @@ def sift(conversations: Iterable[Any], cards: list[Card]) -> tuple[list[Conversa
     by_id = {card.id: card for card in cards}
     kept, rejects = [], []
     for conversation in conversations:
-        refused = check(conversation, _card_of(conversation, by_id))
+        refused = reject_reason(conversation, _card_of(conversation, by_id))
         if refused:
-            rejects.append(_reject(conversation, refused))
+            rejects.append(_rejected_row(conversation, refused))
         else:
             kept.append(conversation)
     for drop in (*(partial(_duplicates, name=name) for name in PARTS), _similar):
         dropped = drop(kept)
-        rejects += [_reject(kept[i], refused) for i, refused in sorted(dropped.items())]
+        rejects += [_rejected_row(kept[i], refused) for i, refused in sorted(dropped.items())]
         kept = [conversation for i, conversation in enumerate(kept) if i not in dropped]
     frame = pd.DataFrame(rejects, columns=["conversation_id", "reason", "detail", "conversation"])
     counts = Counter(frame["reason"])
@@ -117,7 +120,7 @@ def _card_of(conversation: Any, by_id: dict[str, Card]) -> Card | None:
     return by_id.get(term) if isinstance(term, str) else None
 
 
-def _reject(conversation: Any, refused: Reject) -> tuple[str | None, str, str, str]:
+def _rejected_row(conversation: Any, refused: Reject) -> tuple[str | None, str, str, str]:
     """A line of the reject file: texts only, so that any row can be written."""
     name = conversation.get("conversation_id") if isinstance(conversation, dict) else None
     raw = json.dumps(conversation, default=repr, sort_keys=False)  # ASCII, so that broken Unicode is kept as escapes
@@ -136,14 +139,14 @@ def balanced_order(rows: list[Conversation], seed: int) -> list[int]:
     pools: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, row in enumerate(rows):
         pools[row["term_id"]][row["scenario_id"]].append(i)
-    scenario_tie = {row["scenario_id"]: keyed(seed, "sample", row["scenario_id"]) for row in rows}
-    row_tie = [keyed(seed, "sample", row["conversation_id"]) for row in rows]
+    scenario_tie = {row["scenario_id"]: stable_hash(seed, "sample", row["scenario_id"]) for row in rows}
+    row_tie = [stable_hash(seed, "sample", row["conversation_id"]) for row in rows]
     seen: Counter = Counter()
     order: list[int] = []
     turn = 0
     while pools:
         turn += 1
-        for _, term in sorted((keyed(seed, "sample", turn, term), term) for term in pools):
+        for _, term in sorted((stable_hash(seed, "sample", turn, term), term) for term in pools):
             chosen = _least_seen(rows, pools[term], seen, scenario_tie, row_tie)
             row = rows[chosen]
             pool = pools[term][row["scenario_id"]]
@@ -171,7 +174,7 @@ def _least_seen(
     return min(pools[scenario], key=lambda i: (seen[rows[i]["opening"]], seen[rows[i]["mood"]], row_tie[i]))
 
 
-def sample(rows: list[Conversation], split: str, n: int | None, seed: int) -> list[Conversation]:
+def sample_split(rows: list[Conversation], split: str, n: int | None, seed: int) -> list[Conversation]:
     """The first `n` rows of a split in balanced order; null (None) = the whole split in grid order.
 
     Raises ValueError if the split has fewer rows.
@@ -192,9 +195,9 @@ def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dic
     """
     one: dict[str, Conversation] = {}
     for row in (row for row in rows if row["split"] == "test"):
-        rank = keyed(seed, "prompt", row["conversation_id"])
+        rank = stable_hash(seed, "prompt", row["conversation_id"])
         best = one.get(row["scenario_id"])
-        if best is None or rank < keyed(seed, "prompt", best["conversation_id"]):
+        if best is None or rank < stable_hash(seed, "prompt", best["conversation_id"]):
             one[row["scenario_id"]] = row
     return [
         {
@@ -203,7 +206,7 @@ def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dic
             "messages": row["messages"][:1],
             "reference": first_answer(row),
         }
-        for row in sample(list(one.values()), "test", n, seed)
+        for row in sample_split(list(one.values()), "test", n, seed)
     ]
 
 
@@ -213,7 +216,7 @@ test_prompts.__test__ = False  # not a test, whatever pytest thinks of its name
 # --- what the corpus is like -------------------------------------------------------------------------
 
 
-def turns(conversations: Iterable[Conversation]) -> pd.DataFrame:
+def turns_table(conversations: Iterable[Conversation]) -> pd.DataFrame:
     """One row per message: conversation_id, split, intent, role, turn (from 0) and words."""
     rows = [
         (c["conversation_id"], c["split"], c["intent"], m["role"], i // 2, len(m["content"].split()))
@@ -240,9 +243,9 @@ def length_stats(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def diversity_table(conversations: list[Conversation], seed: int) -> pd.DataFrame:
     """Diversity of first turns and of answers, on a seeded sample of at most `diversity.SAMPLE` conversations."""
-    drawn = diversity.drawn(conversations, diversity.SAMPLE, seed)
+    drawn = stable_sample(conversations, text_measures.SAMPLE_SIZE, seed)
     parts = {"customer, first turn": first_turn, "agent, first answer": first_answer}
-    return diversity.table({name: [part(c) for c in drawn] for name, part in parts.items()})
+    return text_measures.variety_table({name: [part(c) for c in drawn] for name, part in parts.items()})
 
 
 def self_bleu_summary(cells: pd.DataFrame) -> dict[str, Any]:
@@ -253,7 +256,7 @@ def self_bleu_summary(cells: pd.DataFrame) -> dict[str, Any]:
     return {"scenarios_measured": len(cells), "mean_by_intent": by_intent}
 
 
-def leaks(conversations: list[Conversation]) -> dict[str, int]:
+def count_leaks(conversations: list[Conversation]) -> dict[str, int]:
     """What splits share: scenario ids, exact and near-duplicate first turns and answers, similar exchanges: 0 each."""
     found = {"shared_scenarios": 0}
     by_scenario = defaultdict(set)
@@ -264,7 +267,7 @@ def leaks(conversations: list[Conversation]) -> dict[str, int]:
     for name, part in PARTS.items():
         by_text = defaultdict(set)
         for c in conversations:
-            by_text[duplicates.digest(part(c))].add(c["split"])
+            by_text[duplicates.text_hash(part(c))].add(c["split"])
         found[f"exact_{name}"] = sum(len(splits) > 1 for splits in by_text.values())
         pairs = duplicates.near_duplicates([part(c) for c in conversations])
         found[f"near_{name}"] = sum(split_of[a] != split_of[b] for a, b, _ in pairs)
@@ -272,7 +275,7 @@ def leaks(conversations: list[Conversation]) -> dict[str, int]:
     return found
 
 
-def gates(conversations: list[Conversation], found: dict[str, int]) -> pd.DataFrame:
+def leak_gates(conversations: list[Conversation], found: dict[str, int]) -> pd.DataFrame:
     """The conditions on which the study goes on: columns gate, value, limit, passed. `found` is from `leaks`."""
     total = max(1, len(conversations))
     shares = Counter(c["split"] for c in conversations)
@@ -320,3 +323,27 @@ def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 def read_parquet(path: Path) -> list[dict[str, Any]]:
     """The rows that `write_parquet` wrote."""
     return pq.read_table(path).to_pylist()
+
+
+def stable_sample(rows: Sequence[dict[str, Any]], n: int, seed: int) -> list[dict[str, Any]]:
+    """`n` conversations (or all), drawn by keyed hash."""
+    return sorted(rows, key=lambda row: stable_hash(seed, "diversity", row["conversation_id"]))[:n]
+
+
+def self_bleu_per_cell(rows: Sequence[dict[str, Any]], parts: dict[str, Any], cells: int, seed: int) -> pd.DataFrame:
+    """Self-BLEU within scenarios: columns scenario_id, the axes, texts, and self_bleu_<part> for each of `parts`.
+
+    `cells` scenarios are drawn by keyed hash; of each, at most CELL_TEXTS conversations. `parts` maps a name to a
+    function from a conversation to its text.
+    """
+    by_scenario = defaultdict(list)
+    for row in rows:
+        by_scenario[row["scenario_id"]].append(row)
+    chosen = sorted(by_scenario, key=lambda name: stable_hash(seed, "diversity", name))[:cells]
+    found = []
+    for name in chosen:
+        texts = stable_sample(by_scenario[name], CELL_TEXTS, seed)
+        values = {f"self_bleu_{part}": self_bleu([get(row) for row in texts]) for part, get in parts.items()}
+        head = {key: texts[0][key] for key in ("scenario_id", "term_id", *AXES)}
+        found.append(head | {"texts": len(texts)} | values)
+    return pd.DataFrame(found)
