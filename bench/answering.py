@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from telco_nb.lora import answers, model
+from telco_nb.lora import base_model, decoding
 
 PROMPTS, NEW_TOKENS, SINGLES = 40, 40, 3
 
@@ -18,7 +18,7 @@ def prompts(tokenizer) -> list[list[int]]:
     texts = [
         f"My eSIM does not activate on phone number {i}. " + "Please help me now. " * (i % 8) for i in range(PROMPTS)
     ]
-    chats = [model.chat_messages([{"role": "user", "content": text}]) for text in texts]
+    chats = [base_model.chat_messages([{"role": "user", "content": text}]) for text in texts]
     return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
 
 
@@ -46,16 +46,16 @@ def rate(make, *arguments) -> tuple[float, list[list[int]]]:
 
 
 def main(repeats: int) -> None:
-    model.quiet()
-    base, tokenizer = model.load(model.PACKAGED, torch.float32)
-    end, encoded = model.end_token_id(tokenizer), prompts(tokenizer)
+    base_model.silence_libraries()
+    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
+    end, encoded = base_model.end_token_id(tokenizer), prompts(tokenizer)
     base.eval()
-    exact = answers.generate(base, encoded[:SINGLES], end, NEW_TOKENS)
+    exact = decoding.generate(base, encoded[:SINGLES], end, NEW_TOKENS)
     assert exact == one_by_one(base, encoded[:SINGLES], end), "batched and single greedy answers differ in float32"
-    base.to(model.choose_dtype("auto")[0])
+    base.to(base_model.choose_dtype("auto")[0])
     found: dict[str, list[float]] = {"ours, batched": [], "generate, batched": [], "generate, one by one": []}
     for _ in range(repeats):
-        found["ours, batched"].append(rate(answers.generate, base, encoded, end, NEW_TOKENS)[0])
+        found["ours, batched"].append(rate(decoding.generate, base, encoded, end, NEW_TOKENS)[0])
         found["generate, batched"].append(rate(batched, base, encoded, end)[0])
         found["generate, one by one"].append(rate(one_by_one, base, encoded[:SINGLES], end)[0])
     print(f"{'':22} tokens/s   ours is faster by (median of paired ratios), {base.dtype}")

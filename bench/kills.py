@@ -23,31 +23,30 @@ def train(folder: Path) -> None:
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    from telco_nb.lora import energy, model, packing, training
+    from telco_nb.lora import base_model, energy, packing, step
+    from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor, constant_arguments, last_checkpoint
 
-    model.quiet()
-    base, tokenizer = model.load(model.PACKAGED, model.choose_dtype("bfloat16")[0])
+    base_model.silence_libraries()
+    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, base_model.choose_dtype("bfloat16")[0])
     words = [("My router is slow. " * (1 + i % 3), f"Please restart router {i}.") for i in range(CHATS)]
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in words]
-    examples = [packing.encode(tokenizer, chat, str(i), 256) for i, chat in enumerate(chats)]
+    examples = [packing.encode_conversation(tokenizer, chat, str(i), 256) for i, chat in enumerate(chats)]
     torch.manual_seed(1)
-    tuned = training.with_adapters(base, LoraConfig(r=8, target_modules=training.TARGET_MODULES["all"]))
-    training.prepare_step(tuned)
+    tuned = step.attach_adapters(base, LoraConfig(r=8, target_modules=step.TARGET_MODULES["all"]))
+    step.prepare_step(tuned)
     rows = packing.PackedRows(examples, 128, 1)
     arguments = TrainingArguments(
         output_dir=folder, num_train_epochs=EPOCHS, per_device_train_batch_size=1, learning_rate=1e-3, seed=1,
-        disable_tqdm=True, **training.fixed_arguments(),
+        disable_tqdm=True, **constant_arguments(),
     )  # fmt: skip
     meter = energy.Meter((2.0, 5.0, 12.0), 0.3)
 
     def say(text: str) -> None:
         print(text, flush=True)
 
-    watch = training.Watch(meter, CHECKPOINT_SECONDS, rows, log=say)
-    trainer = training.PackedTrainer(
-        tuned, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=[watch]
-    )
-    trainer.train(resume_from_checkpoint=training.last_checkpoint(folder, rows.fingerprint, say))
+    watch = TrainingMonitor(meter, CHECKPOINT_SECONDS, rows, log=say)
+    trainer = PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=[watch])
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder, rows.fingerprint, say))
     digest = hashlib.sha256()
     for name, parameter in sorted(tuned.named_parameters()):
         if parameter.requires_grad:

@@ -11,8 +11,8 @@ import time
 import torch
 from peft import LoraConfig
 
-from telco_nb.lora import fused, model, packing, training
-from telco_nb.lora.packing import IGNORED, Example
+from telco_nb.lora import base_model, kernels, packing, step, trainer
+from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 CASES = [  # tokens a row, tokens a conversation, rank
     (512, 256, 16), (1024, 256, 16), (2048, 256, 16),
@@ -24,36 +24,36 @@ CASES = [  # tokens a row, tokens a conversation, rank
 def row(tokens: int, length: int) -> tuple[dict[str, torch.Tensor], list[int]]:
     """A row of random tokens, half of them labelled."""
     ids = torch.randint(0, 49_000, (length,)).tolist()
-    example = Example("x", ids, [IGNORED] * (length // 2) + ids[length // 2 :])
+    example = Example("x", ids, [IGNORE_INDEX] * (length // 2) + ids[length // 2 :])
     return packing.collate([example] * (tokens // length)), [length] * (tokens // length)
 
 
 def seconds(tuned, made: dict[str, torch.Tensor]) -> float:
     start = time.perf_counter()
-    training.token_losses(tuned, made).mean().backward()
+    step.token_losses(tuned, made).mean().backward()
     return time.perf_counter() - start
 
 
 def main(repeats: int = 5, wanted: str = "auto") -> None:
-    model.quiet()
-    dtype, _ = model.choose_dtype(wanted)
-    base, _ = model.load(model.PACKAGED, dtype)
+    base_model.silence_libraries()
+    dtype, _ = base_model.choose_dtype(wanted)
+    base, _ = base_model.load_model(base_model.PACKAGED_MODEL, dtype)
     print(f"{dtype}\n row  conversation  rank   fused tokens/s  share of peak   plain tokens/s   fused / plain")
     for tokens, length, rank in CASES:
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=training.TARGET_MODULES["all"])
-        tuned, (made, segments) = training.with_adapters(base, lora), row(tokens, length)
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=step.TARGET_MODULES["all"])
+        tuned, (made, segments) = step.attach_adapters(base, lora), row(tokens, length)
         times: dict[str, list[float]] = {"fused": [], "plain": []}
         peaks: list[float] = []
         for _ in range(repeats):
             for kind in times:
-                training.prepare_step(tuned)
+                step.prepare_step(tuned)
                 if kind == "plain":
-                    fused.unfuse(tuned)
+                    kernels.unfuse(tuned)
                 seconds(tuned, made)  # as in a training, each follows one of its kind
-                peaks.append(model.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
+                peaks.append(base_model.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
                 times[kind].append(seconds(tuned, made))
         fast, slow = (statistics.median(t) for t in times.values())
-        share = training.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / max(peaks)
+        share = trainer.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / max(peaks)
         case, best = f"{tokens:4} {length:13} {rank:5} {tokens / fast:16.0f}", max(peaks)
         print(f"{case} {share:6.0%} of {best:3.0f} {tokens / slow:16.0f} {slow / fast:15.2f} x", flush=True)
         base = tuned.unload()

@@ -39,13 +39,14 @@ def load(dtype: str):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from telco_nb.lora import model, training
+    from telco_nb.lora import base_model
+    from telco_nb.lora.step import TARGET_MODULES
 
-    model.quiet()
-    base, tokenizer = model.load(model.PACKAGED, getattr(torch, dtype))
+    base_model.silence_libraries()
+    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, getattr(torch, dtype))
     torch.manual_seed(0)
     options = {"r": RANK, "lora_alpha": 2 * RANK, "task_type": "CAUSAL_LM"}
-    tuned = get_peft_model(base, LoraConfig(target_modules=training.TARGET_MODULES["all"], **options))
+    tuned = get_peft_model(base, LoraConfig(target_modules=TARGET_MODULES["all"], **options))
     return tuned, tokenizer
 
 
@@ -58,24 +59,24 @@ def arguments(folder: str, **options) -> dict:
 def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
     from transformers import TrainingArguments
 
-    from telco_nb.lora import packing, training
+    from telco_nb.lora import packing
+    from telco_nb.lora.step import prepare_step, token_losses
+    from telco_nb.lora.trainer import PackedTrainer, answer_losses, step_flops
 
     tuned, tokenizer = load(dtype)
-    training.prepare_step(tuned)
-    examples = [packing.encode(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
-    losses = training.answer_losses(tuned, examples, batch_tokens)
+    prepare_step(tuned)
+    examples = [packing.encode_conversation(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
+    losses = answer_losses(tuned, examples, batch_tokens)
     rows = packing.PackedRows(examples, batch_tokens, 0)
     lengths = [[len(e.input_ids) for e in row] for row in rows.rows]
     for i in range(2):
-        training.token_losses(tuned.train(), rows[i]).mean().backward()
+        token_losses(tuned.train(), rows[i]).mean().backward()
     tuned.zero_grad(set_to_none=True)
     with tempfile.TemporaryDirectory() as folder:
         fixed = arguments(folder, per_device_train_batch_size=1, label_names=["labels"], remove_unused_columns=False)
-        trainer = training.PackedTrainer(
-            tuned, TrainingArguments(**fixed), train_dataset=rows, data_collator=packing.only_row
-        )
+        trainer = PackedTrainer(tuned, TrainingArguments(**fixed), train_dataset=rows, data_collator=packing.only_row)
         seconds = timed(trainer)
-    flops = sum(map(training.step_flops, [tuned] * len(rows), rows.tokens, rows.supervised, lengths))
+    flops = sum(map(step_flops, [tuned] * len(rows), rows.tokens, rows.supervised, lengths))
     return {"loss": mean(losses), "tokens": sum(rows.tokens), "seconds": seconds, "gflops": flops / seconds / 1e9}
 
 
@@ -86,7 +87,7 @@ def padded(chats: list, dtype: str, size: int = 4) -> dict:
     from telco_nb.lora import packing
 
     tuned, tokenizer = load(dtype)
-    examples = [packing.encode(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
+    examples = [packing.encode_conversation(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
     def loss_of(chosen: list) -> torch.Tensor:
@@ -94,7 +95,7 @@ def padded(chats: list, dtype: str, size: int = 4) -> dict:
         pad = [width - len(e.input_ids) for e in chosen]
         ids = torch.tensor([e.input_ids + [0] * n for e, n in zip(chosen, pad, strict=True)])
         mask = torch.tensor([[1] * len(e.input_ids) + [0] * n for e, n in zip(chosen, pad, strict=True)])
-        labels = torch.tensor([e.labels + [packing.IGNORED] * n for e, n in zip(chosen, pad, strict=True)])
+        labels = torch.tensor([e.labels + [packing.IGNORE_INDEX] * n for e, n in zip(chosen, pad, strict=True)])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             return tuned(input_ids=ids, attention_mask=mask, labels=labels).loss
 
@@ -123,7 +124,7 @@ def trl(chats: list, dtype: str, size: int, **options) -> dict:
     from telco_nb.lora import packing
 
     tuned, tokenizer = load(dtype)
-    examples = [packing.encode(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
+    examples = [packing.encode_conversation(tokenizer, chat, str(i), 1024) for i, chat in enumerate(chats)]
     data = Dataset.from_list(
         [{"input_ids": e.input_ids, "completion_mask": [int(x >= 0) for x in e.labels]} for e in examples]
     )
@@ -170,9 +171,9 @@ def measure(kind: str) -> dict:
 
     chats = conversations(CONVERSATIONS)
     dtype = "bfloat16" if kind.split()[-1] in ("bf16", "default", "best") else "float32"
-    from telco_nb.lora import model
+    from telco_nb.lora import base_model
 
-    peak = model.choose_dtype("auto")[1][dtype]
+    peak = base_model.choose_dtype("auto")[1][dtype]
     if kind.startswith("ours"):
         found = ours(chats, dtype)
     elif kind.startswith("padded"):
@@ -181,7 +182,7 @@ def measure(kind: str) -> dict:
         found = trl(chats, "float32", 8)
     else:
         found = trl(chats, "bfloat16", 1, bf16=True, gradient_checkpointing=False, loss_type="nll")
-    peak = max(peak, model.matmul_gflops(getattr(torch, dtype)))
+    peak = max(peak, base_model.matmul_gflops(getattr(torch, dtype)))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"kind": kind, "peak_gflops": peak, "memory_gb": memory / 1e9}
 

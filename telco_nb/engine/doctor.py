@@ -13,7 +13,7 @@ from telco_nb import ROOT
 from telco_nb.engine.execution import is_hub_id
 from telco_nb.study.plan import Job
 
-PACKAGED_MODEL = "smollm2-135m-instruct"  # telco_nb.lora.model, which the runner does not import: it needs torch
+PACKAGED_MODEL = "smollm2-135m-instruct"  # telco_nb.lora.base_model, which the runner does not import: it needs torch
 FREE_BYTES = 2 * 1024**3
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
 

@@ -39,8 +39,8 @@ LIBRARIES = (
     "ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.debugger", "jupyter_client", "papermill", "pydantic.types",
     "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
     "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
-    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.execution", "telco_nb.engine.kernel", "telco_nb.lora.model",
-    "telco_nb.lora.training", "telco_nb.lora.answers", "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect",
+    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.execution", "telco_nb.engine.kernel", "telco_nb.lora.base_model",
+    "telco_nb.lora.trainer", "telco_nb.lora.decoding", "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect",
     "IPython.core.logger",
 )  # fmt: skip
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
@@ -215,8 +215,8 @@ def _rehearse() -> None:
 def _load_model() -> bool:
     """The packaged model, once a job has unpacked it; False if that has left a thread, with which no fork is safe."""
     threads = _threads()
-    if "telco_nb.lora.model" in sys.modules:
-        sys.modules["telco_nb.lora.model"].preload()
+    if "telco_nb.lora.base_model" in sys.modules:
+        sys.modules["telco_nb.lora.base_model"].preload()
     gc.freeze()  # the libraries' million objects stay shared after a fork, and no collection walks through them again
     return _threads() <= threads
 

@@ -375,12 +375,12 @@ def load_embedder(batch_size: int = 32) -> tuple[Callable[[list[str]], np.ndarra
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    from telco_nb.lora import model
+    from telco_nb.lora import base_model
 
-    model.quiet()
+    base_model.silence_libraries()
     from sentence_transformers import SentenceTransformer
 
-    device, (dtype, _) = model.device(), model.choose_dtype("auto")
+    device, (dtype, _) = base_model.torch_device(), base_model.choose_dtype("auto")
     embedder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
 
     def encode(texts: list[str]) -> np.ndarray:

@@ -23,9 +23,9 @@ JOULES_PER_WH = 3600.0
 # Shorter windows hold too few sensor updates (NVML ~10/s, RAPL ~1000/s); the CPU-time model only needs its clock.
 SHORTEST_WINDOW_S = {"nvml_energy_counter": 20.0, "rapl": 10.0, "cpu_time_model": 1.0}
 SENSOR_ACCURACY = 0.05  # of NVML counters on data-centre cards, as published; taken for RAPL too, a guess
-FAR_APART = 0.05  # ratio to carbontracker's figure from which on a reader is warned
+MAX_DISAGREEMENT = 0.05  # ratio to carbontracker's figure from which on a reader is warned
 WEAKEST_LAST = ("measured", "external", "allocated", "estimated", "none")
-SHOWN = [  # columns of a statement that its reader sees in the notebook; the table on disk has all
+SHOWN_COLUMNS = [  # columns of a statement that its reader sees in the notebook; the table on disk has all
     "component", "kind", "source", "gross_j", "low_j", "high_j", "window_s", "carbontracker_j", "valid",
     "invalid_reason",
 ]  # fmt: skip
@@ -33,10 +33,12 @@ SHOWN = [  # columns of a statement that its reader sees in the notebook; the ta
 
 def rapl_domains() -> list[Path]:
     """Processor packages whose energy counter this process may read now."""
-    return [d for d in sorted(RAPL.glob("intel-rapl:?")) if os.access(d / "energy_uj", os.R_OK) and _read(d) > 0]
+    return [
+        d for d in sorted(RAPL.glob("intel-rapl:?")) if os.access(d / "energy_uj", os.R_OK) and _read_microjoules(d) > 0
+    ]
 
 
-def _read(domain: Path, name: str = "energy_uj") -> int:
+def _read_microjoules(domain: Path, name: str = "energy_uj") -> int:
     return int((domain / name).read_text())
 
 
@@ -86,7 +88,9 @@ class Meter:
         self.total["gpu_j"] += after["gpu_j"] - before["gpu_j"]
         for domain, first, last in zip(self.rapl, before["rapl"], after["rapl"], strict=True):
             wrapped = last < first
-            self.total["rapl_j"] += (last - first + (_read(domain, "max_energy_range_uj") if wrapped else 0)) / 1e6
+            self.total["rapl_j"] += (
+                last - first + (_read_microjoules(domain, "max_energy_range_uj") if wrapped else 0)
+            ) / 1e6
         cpu_s, gpu_j = self.tracker.pause()
         self.total["tracker_cpu_s"] += cpu_s
         self.total["tracker_gpu_j"] += gpu_j
@@ -115,7 +119,12 @@ class Meter:
             gpu_j = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.gpu) / 1e3
         times = os.times()
         cpu = times.user + times.system + times.children_user + times.children_system
-        return {"time": time.perf_counter(), "cpu": cpu, "gpu_j": gpu_j, "rapl": [_read(d) for d in self.rapl]}
+        return {
+            "time": time.perf_counter(),
+            "cpu": cpu,
+            "gpu_j": gpu_j,
+            "rapl": [_read_microjoules(d) for d in self.rapl],
+        }
 
     def _watts(self, watts_per_core: float, utilisation: float) -> float:
         """Power of the cores: idle part, shared by the jobs that run at once, plus the busy part times utilisation."""
@@ -201,7 +210,7 @@ class Meter:
         }  # fmt: skip
 
 
-def headline(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
+def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
     """The figure to quote as metrics `<prefix>_energy_wh`, `_low_wh`, `_high_wh`, with its kind and source.
 
     A measured GPU speaks for itself; otherwise the total does, with its weakest label.
@@ -218,13 +227,13 @@ def headline(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
     }
 
 
-def compared(statement: pd.DataFrame) -> str:
+def carbontracker_note(statement: pd.DataFrame) -> str:
     """A sentence on carbontracker's figure beside ours, with a warning if they are more than 5 % apart."""
     ratio = statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"]
     text = f"Over the same windows carbontracker reads **{ratio:.3f}** times the total."
-    if abs(ratio - 1) <= FAR_APART:
+    if abs(ratio - 1) <= MAX_DISAGREEMENT:
         return text
-    return f"{text} **They are more than {FAR_APART:.0%} apart**: one of them missed part of the work. Quote neither."
+    return f"{text} **They are more than {MAX_DISAGREEMENT:.0%} apart**: one of them missed part of the work. Quote neither."
 
 
 class _Carbontracker:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from telco_nb.lora.model import PreflightError, chat_messages, end_token_id, turn_end_id
+from telco_nb.lora.base_model import PreflightError, chat_messages, end_token_id, turn_end_id
 
-IGNORED = -100  # the label of a token that is not learned, as in transformers
+IGNORE_INDEX = -100  # the label of a token that is not learned, as in transformers
 
 
 # ---------------------------------------------------------------- conversations to token ids
@@ -34,10 +34,10 @@ class Example:
 
     @property
     def n_supervised(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def encode(
+def encode_conversation(
     tokenizer: Any,
     messages: list[dict[str, str]],
     conversation_id: str,
@@ -54,7 +54,7 @@ def encode(
     chat = chat_messages(messages)
     ids = _render(tokenizer, chat)
     _check_round_trip(tokenizer, chat, ids, conversation_id)
-    labels = [IGNORED] * len(ids)
+    labels = [IGNORE_INDEX] * len(ids)
     turn_end, end = turn_end_id(tokenizer), end_token_id(tokenizer)
     ends: list[int] = []
     for position, message in enumerate(chat):
@@ -66,7 +66,7 @@ def encode(
     for place in ends:  # after the template's prefixes were compared
         ids[place] = labels[place] = end
     if not assistant_only:
-        labels = [IGNORED, *ids[1:]]
+        labels = [IGNORE_INDEX, *ids[1:]]
     if len(ids) > max_length:
         raise PreflightError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
     return Example(conversation_id, ids, labels)
@@ -95,19 +95,19 @@ def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int]
         )
 
 
-def as_html(tokenizer: Any, example: Example) -> str:
+def example_html(tokenizer: Any, example: Example) -> str:
     """The conversation as the model sees it, labelled tokens in bold; every text is escaped."""
     parts = []
     for token, label in zip(example.input_ids, example.labels, strict=True):
         text = html.escape(tokenizer.decode([token])).replace("\n", "<br>")
-        parts.append(f"<b>{text}</b>" if label != IGNORED else text)
+        parts.append(f"<b>{text}</b>" if label != IGNORE_INDEX else text)
     return f'<div style="font-family:monospace">{"".join(parts)}</div>'
 
 
 # ---------------------------------------------------------------- packing
 
 
-def pack(examples: list[Example], batch_tokens: int, seed: int) -> list[list[int]]:
+def pack_rows(examples: list[Example], batch_tokens: int, seed: int) -> list[list[int]]:
     """Rows of example indices with at most `batch_tokens` tokens each: longest first into the fullest row that fits.
 
     The order is shuffled first, so that equal lengths do not meet their neighbours; the result depends on nothing but
@@ -132,7 +132,7 @@ def pack(examples: list[Example], batch_tokens: int, seed: int) -> list[list[int
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     """One packed row, shape (1, T). Position ids restart with each conversation; labels are shifted to where they are
     predicted, so the last token of a conversation predicts nothing of the next one."""
-    shifted = [label for e in examples for label in (*e.labels[1:], IGNORED)]
+    shifted = [label for e in examples for label in (*e.labels[1:], IGNORE_INDEX)]
     return {
         "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
         "position_ids": torch.tensor([[p for e in examples for p in range(len(e.input_ids))]]),
@@ -150,7 +150,7 @@ class PackedRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, examples: list[Example], batch_tokens: int, seed: int, micro_batch_tokens: int | None = None):
-        self.rows = [[examples[i] for i in row] for row in pack(examples, batch_tokens, seed)]
+        self.rows = [[examples[i] for i in row] for row in pack_rows(examples, batch_tokens, seed)]
         self.tokens = [sum(len(e.input_ids) for e in row) for row in self.rows]
         self.supervised = [sum(e.n_supervised for e in row) for row in self.rows]
         self.micro_batch_tokens = micro_batch_tokens or batch_tokens
@@ -163,7 +163,7 @@ class PackedRows(torch.utils.data.Dataset):
     @property
     def largest(self) -> int:
         """Tokens of this process's largest share of a row."""
-        return max(sum(len(e.input_ids) for e in share_of(row, *self.share)) for row in self.rows)
+        return max(sum(len(e.input_ids) for e in share_of_rank(row, *self.share)) for row in self.rows)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,10 +172,10 @@ class PackedRows(torch.utils.data.Dataset):
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return collate(share_of(self.rows[index], *self.share))
+        return collate(share_of_rank(self.rows[index], *self.share))
 
 
-def share_of(row: list[Example], process: int, processes: int) -> list[Example]:
+def share_of_rank(row: list[Example], process: int, processes: int) -> list[Example]:
     """The conversations of a row that one process computes: the longest first, each to whoever has fewest tokens.
 
     Where a row has too few, a process gets the shortest without its labels: every process must take part in each
@@ -186,11 +186,11 @@ def share_of(row: list[Example], process: int, processes: int) -> list[Example]:
         owners[i] = tokens.index(min(tokens))
         tokens[owners[i]] += len(row[i].input_ids)
     shortest = min(row, key=lambda example: len(example.input_ids))
-    unlabelled = replace(shortest, labels=[IGNORED] * len(shortest.labels))
+    unlabelled = replace(shortest, labels=[IGNORE_INDEX] * len(shortest.labels))
     return [example for i, example in enumerate(row) if owners[i] == process] or [unlabelled]
 
 
-def parts(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
     """A row cut between conversations into parts of at most `tokens` tokens, or of one conversation that is longer."""
     cuts, stop = [0], 0
     for length in segment_lengths(row["position_ids"]):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from telco_nb.lora.model import PreflightError, end_token_id
-from telco_nb.lora.packing import IGNORED, Example
+from telco_nb.lora.base_model import PreflightError, end_token_id
+from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.study.machine import device_facts
 
 SPARE = 0.2  # share of the free memory left alone: the estimate of a row is a guess to 30 %, and halving is the net
@@ -22,8 +22,10 @@ def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]
     """The labelled tokens decode to exactly the assistant's texts, each with its end token."""
     end = tokenizer.decode([end_token_id(tokenizer)])
     wanted = "".join(m["content"] + end for m in messages if m["role"] == "assistant")
-    found = tokenizer.decode([label for label in example.labels if label != IGNORED])
-    in_place = all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    found = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+    in_place = all(
+        label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True)
+    )
     if found != wanted or not in_place:
         raise PreflightError(f"{example.conversation_id}: labels cover {found!r}, not the answers {wanted!r}.")
 

@@ -22,7 +22,7 @@ from telco_nb.hosted.api import ApiClient, HostedModel
 from telco_nb.hosted.session import Session
 from telco_nb.judge import controls, judging, verdicts
 from telco_nb.judge.jury import HostedJudge
-from telco_nb.lora import model
+from telco_nb.lora import base_model
 
 pytestmark = pytest.mark.study
 SEED = 1
@@ -31,7 +31,7 @@ SEED = 1
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """Base URL of the server and the name of its model; the server is stopped afterwards."""
-    folder = model.resolve(model.PACKAGED)
+    folder = base_model.resolve_model(base_model.PACKAGED_MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

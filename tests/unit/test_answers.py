@@ -9,13 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from telco_nb.lora import answers, model
+from telco_nb.lora import base_model, decoding
 
 
 @pytest.fixture(scope="module")
 def real():
-    model.quiet()
-    return model.load(model.PACKAGED, torch.float32)
+    base_model.silence_libraries()
+    return base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def prompts():
 
 def test_batched_answers_equal_one_at_a_time_in_float32(real, prompts):
     base, tokenizer = real
-    together = answers.answer(base, tokenizer, prompts, max_tokens=12, batch_size=3)
-    alone = answers.answer(base, tokenizer, prompts, max_tokens=12, batch_size=1)
+    together = decoding.answer_prompts(base, tokenizer, prompts, max_tokens=12, batch_size=3)
+    alone = decoding.answer_prompts(base, tokenizer, prompts, max_tokens=12, batch_size=1)
     assert together.answer.tolist() == alone.answer.tolist()
     assert together.prompt_id.tolist() == ["a", "b", "c"]
 
@@ -41,16 +41,16 @@ def test_batched_answers_equal_one_at_a_time_in_float32(real, prompts):
 def single(base, tokenizer, messages, **options) -> list[int]:
     """transformers' own generate for one prompt."""
     ids = tokenizer.apply_chat_template(
-        model.chat_messages(messages), add_generation_prompt=True, return_dict=False, return_tensors="pt"
+        base_model.chat_messages(messages), add_generation_prompt=True, return_dict=False, return_tensors="pt"
     )
-    end = model.end_token_id(tokenizer)
+    end = base_model.end_token_id(tokenizer)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end, "pad_token_id": end} | options
     return base.generate(input_ids=ids, **options)[0, ids.shape[1] :].tolist()
 
 
 def test_batched_answers_are_what_generate_writes_for_each_prompt_alone(real, prompts):
     base, tokenizer = real
-    given = answers.answer(base, tokenizer, prompts, max_tokens=12, batch_size=3)
+    given = decoding.answer_prompts(base, tokenizer, prompts, max_tokens=12, batch_size=3)
     wanted = [tokenizer.decode(single(*real, m), skip_special_tokens=True).strip() for m in prompts.messages]
     assert given.answer.tolist() == wanted
 
@@ -69,50 +69,53 @@ PROMPT_IDS = [[3, 4], [5, 6, 7, 8, 9, 10], [11], [12, 13, 14], [2, 15, 16, 17]]
 
 def test_rows_that_end_leave_the_batch_and_the_others_go_on_unchanged():
     base = tiny()
-    free = answers.generate(base, PROMPT_IDS, end=-1, max_tokens=20)
+    free = decoding.generate(base, PROMPT_IDS, end=-1, max_tokens=20)
     end = free[0][4]  # a token that some rows write early and others late or never
-    cut = answers.generate(base, PROMPT_IDS, end=end, max_tokens=20)
+    cut = decoding.generate(base, PROMPT_IDS, end=end, max_tokens=20)
     assert cut == [ids[: ids.index(end) + 1] if end in ids else ids for ids in free]
     assert len(set(map(len, cut))) > 1
 
 
 def test_a_sampled_answer_depends_on_the_seed_and_not_on_its_batch(real, prompts):
     options = {"max_tokens": 6, "temperature": 0.8}
-    together = answers.answer(*real, prompts, batch_size=3, seed=1, **options)
-    alone = answers.answer(*real, prompts, batch_size=1, seed=1, **options)
-    other = answers.answer(*real, prompts, batch_size=3, seed=2, **options)
+    together = decoding.answer_prompts(*real, prompts, batch_size=3, seed=1, **options)
+    alone = decoding.answer_prompts(*real, prompts, batch_size=1, seed=1, **options)
+    other = decoding.answer_prompts(*real, prompts, batch_size=3, seed=2, **options)
     assert together.answer.tolist() == alone.answer.tolist() != other.answer.tolist()
 
 
 def test_answering_leaves_the_attention_function_as_it_was():
     base = tiny()
     before = base.config._attn_implementation
-    answers.generate(base, PROMPT_IDS, end=0, max_tokens=2)
+    decoding.generate(base, PROMPT_IDS, end=0, max_tokens=2)
     assert base.config._attn_implementation == before
 
 
 def test_an_answer_cut_at_the_limit_is_marked_so(real, prompts):
-    given = answers.answer(*real, prompts.tail(1), max_tokens=3, batch_size=1)
+    given = decoding.answer_prompts(*real, prompts.tail(1), max_tokens=3, batch_size=1)
     assert given.finish_reason.tolist() == ["length"] and given.n_tokens.tolist() == [3]
 
 
 def test_the_bfloat16_copy_is_the_float32_weights_cast(real):
-    folder = Path(model.resolve(model.PACKAGED))
-    assert (folder / model.BFLOAT16 / "model.safetensors").is_file()
-    found, wanted = model.load(model.PACKAGED, torch.bfloat16)[0].state_dict(), real[0].state_dict()
+    folder = Path(base_model.resolve_model(base_model.PACKAGED_MODEL))
+    assert (folder / base_model.BFLOAT16 / "model.safetensors").is_file()
+    found, wanted = (
+        base_model.load_model(base_model.PACKAGED_MODEL, torch.bfloat16)[0].state_dict(),
+        real[0].state_dict(),
+    )
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name].to(torch.bfloat16)) for name in wanted)
 
 
 def test_a_cache_without_the_bfloat16_copy_is_unpacked_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("TELCO_NB_CACHE", str(tmp_path))
-    monkeypatch.setattr(model, "unpack", lambda gguf, folder: folder.with_name("anew"))
-    old = tmp_path / f"{model.PACKAGED}-{model.PACKAGED_SHA256[:12]}"
+    monkeypatch.setattr(base_model, "unpack_gguf", lambda gguf, folder: folder.with_name("anew"))
+    old = tmp_path / f"{base_model.PACKAGED_MODEL}-{base_model.PACKAGED_SHA256[:12]}"
     old.mkdir()
     (old / "source.json").write_text("{}")
-    assert model.resolve(model.PACKAGED) == str(tmp_path / "anew")
-    (old / model.BFLOAT16).mkdir()
-    assert model.resolve(model.PACKAGED) == str(old)
+    assert base_model.resolve_model(base_model.PACKAGED_MODEL) == str(tmp_path / "anew")
+    (old / base_model.BFLOAT16).mkdir()
+    assert base_model.resolve_model(base_model.PACKAGED_MODEL) == str(old)
 
 
 def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):
@@ -123,7 +126,9 @@ def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):
     with torch.no_grad():
         wanted = tuned(ids).logits
     tuned.unload()
-    merged = answers.with_adapter(model.load(model.PACKAGED, torch.float32)[0], tmp_path, torch.float32)
+    merged = decoding.merge_adapter(
+        base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)[0], tmp_path, torch.float32
+    )
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-3, atol=2e-3)
     assert [p.name for p in tmp_path.glob("adapter_model*")] == ["adapter_model.safetensors"]
@@ -132,16 +137,21 @@ def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "all"}], ids=str)
 def test_what_no_adapter_has_changed_is_mapped_from_the_copy_and_nothing_else(real, tmp_path, options):
     tuned = get_peft_model(
-        model.load(model.PACKAGED, torch.float32)[0],
+        base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)[0],
         LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False, **options),
     )
     tuned.save_pretrained(tmp_path)
     name = "model.layers.3.self_attn.v_proj.weight"
-    untuned = model.load(model.PACKAGED, torch.bfloat16)[0].get_parameter(name)
+    untuned = base_model.load_model(base_model.PACKAGED_MODEL, torch.bfloat16)[0].get_parameter(name)
     for adapter in (tmp_path, None):
-        plain = answers.with_adapter(model.load(model.PACKAGED, torch.float32)[0], adapter, torch.bfloat16)
-        found = answers.with_adapter(
-            model.load(model.PACKAGED, torch.float32)[0], adapter, torch.bfloat16, model.PACKAGED
+        plain = decoding.merge_adapter(
+            base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)[0], adapter, torch.bfloat16
+        )
+        found = decoding.merge_adapter(
+            base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)[0],
+            adapter,
+            torch.bfloat16,
+            base_model.PACKAGED_MODEL,
         )
         wanted = plain.state_dict()
         assert found.state_dict().keys() == wanted.keys()
@@ -150,15 +160,15 @@ def test_what_no_adapter_has_changed_is_mapped_from_the_copy_and_nothing_else(re
 
 
 def test_a_preloaded_model_is_handed_out_once_as_its_user_may_change_it(real, monkeypatch):
-    monkeypatch.setattr(model, "_preloaded", {})
-    model.preload()
-    first, second = (model.load(model.PACKAGED, torch.float32) for _ in range(2))
-    assert not {*map(str, model._preloaded)} & {str(model.packaged_folder())}
+    monkeypatch.setattr(base_model, "_preloaded", {})
+    base_model.preload()
+    first, second = (base_model.load_model(base_model.PACKAGED_MODEL, torch.float32) for _ in range(2))
+    assert not {*map(str, base_model._preloaded)} & {str(base_model.packaged_folder())}
     assert first[0] is not second[0] and first[1] is not second[1]
     assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
     assert "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
 
 
 def test_batches_hold_every_prompt_once_shortest_first():
-    made = answers.batches([[0] * n for n in (5, 2, 9, 1)], 3)
+    made = decoding.length_batches([[0] * n for n in (5, 2, 9, 1)], 3)
     assert made == [[3, 1, 0], [2]]

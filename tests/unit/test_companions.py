@@ -14,12 +14,19 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_fused import fake_examples
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback, TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import companions, energy, model, packing, preflight, training
-from telco_nb.lora.model import PreflightError
-from telco_nb.lora.training import TrainingError
+from telco_nb.lora import base_model, data_parallel, energy, packing, preflight, step
+from telco_nb.lora.base_model import PreflightError
+from telco_nb.lora.step import TrainingError
+from telco_nb.lora.trainer import (
+    PackedTrainer,
+    TrainingMonitor,
+    constant_arguments,
+    last_checkpoint,
+    sum_readings,
+)
 
 SCRIPT = """
 import sys
@@ -40,42 +47,42 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokenizer = AutoTokenizer.from_pretrained(model.resolve(model.PACKAGED))
+    tokenizer = AutoTokenizer.from_pretrained(base_model.resolve_model(base_model.PACKAGED_MODEL))
     config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def order_of(base: Path, work: Path, epochs: int = 4) -> companions.Order:
+def order_of(base: Path, work: Path, epochs: int = 4) -> data_parallel.TrainingSpec:
     """Four rows; from one with a single conversation one process of two has nothing to learn."""
     work.mkdir(exist_ok=True)
     rows = packing.PackedRows(fake_examples((9, 12, 14, 17, 20, 23, 40, 62)), 64, 0)
     assert len(rows) == 4 and min(map(len, rows.rows)) == 1 < max(map(len, rows.rows))
-    lora = LoraConfig(r=4, target_modules=training.TARGET_MODULES["all"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, target_modules=step.TARGET_MODULES["all"], task_type="CAUSAL_LM")
     arguments = {"output_dir": work / ".checkpoints", "num_train_epochs": epochs, "learning_rate": 0.02}
-    arguments |= {"per_device_train_batch_size": 1, "disable_tqdm": True, **training.fixed_arguments()}
-    checkpoint = training.last_checkpoint(work / ".checkpoints", rows.fingerprint)
+    arguments |= {"per_device_train_batch_size": 1, "disable_tqdm": True, **constant_arguments()}
+    checkpoint = last_checkpoint(work / ".checkpoints", rows.fingerprint)
     watts = (2.0, 5.0, 12.0)
-    return companions.Order(
+    return data_parallel.TrainingSpec(
         str(base), torch.float32, "none", lora, False, rows, arguments, checkpoint, 60.0, watts, 0.3
     )
 
 
-def tuned_model(order: companions.Order):
-    loaded, _ = model.load(order.base_model, order.dtype)
+def tuned_model(order: data_parallel.TrainingSpec):
+    loaded, _ = base_model.load_model(order.base_model, order.dtype)
     torch.manual_seed(1)
-    tuned = training.with_adapters(loaded, order.lora)
-    training.prepare_step(tuned)
+    tuned = step.attach_adapters(loaded, order.lora)
+    step.prepare_step(tuned)
     return tuned
 
 
-def fit(tuned, order: companions.Order, processes: int, work: Path, *callbacks) -> tuple:
+def fit(tuned, order: data_parallel.TrainingSpec, processes: int, work: Path, *callbacks) -> tuple:
     """The training cell of 03_train."""
     meter = energy.Meter(order.watts, order.idle_share)
-    watch = training.Watch(meter, order.checkpoint_seconds, order.rows, log=print)
-    with companions.together(processes, order, work, print):
-        trainer = training.PackedTrainer(
+    watch = TrainingMonitor(meter, order.checkpoint_seconds, order.rows, log=print)
+    with data_parallel.data_parallel(processes, order, work, print):
+        trainer = PackedTrainer(
             tuned, TrainingArguments(**order.arguments), train_dataset=order.rows,
             data_collator=packing.only_row, callbacks=[watch, *callbacks],
         )  # fmt: skip
@@ -83,7 +90,7 @@ def fit(tuned, order: companions.Order, processes: int, work: Path, *callbacks) 
     return trainer, meter.readings()
 
 
-def train(order: companions.Order, processes: int, work: Path, *callbacks) -> dict:
+def train(order: data_parallel.TrainingSpec, processes: int, work: Path, *callbacks) -> dict:
     """A whole training; the adapter is saved in `work`."""
     tuned = tuned_model(order)
     trainer, readings = fit(tuned, order, processes, work, *callbacks)
@@ -97,10 +104,10 @@ def weights(work: Path) -> dict[str, torch.Tensor]:
 
 
 def others() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "companions.main()" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if "data_parallel.main()" in " ".join(p.cmdline())]
 
 
-class Signaller(training.TrainerCallback):
+class Signaller(TrainerCallback):
     """Sends a signal to the companion in the middle of the training."""
 
     def __init__(self, number: int):
@@ -136,7 +143,7 @@ def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypat
     }
     meter = energy.Meter((2.0, 5.0, 12.0), 0.3)
     meter.restore(own | {"n_windows": 2})
-    assert training.readings_of_all(meter) == own | {"n_windows": 2}
+    assert sum_readings(meter) == own | {"n_windows": 2}
 
     def gather(found: list, mine: dict) -> None:
         found[:] = [mine, other | {"n_windows": 2}]
@@ -145,7 +152,7 @@ def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypat
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     sums = {"cpu_s": 7.0, "gpu_j": 300.0, "tracker_gpu_j": 170.0}
-    assert training.readings_of_all(meter) == own | {"n_windows": 2} | sums
+    assert sum_readings(meter) == own | {"n_windows": 2} | sums
 
 
 def test_the_death_of_a_companion_is_named_and_leaves_nobody_behind(base, tmp_path):
@@ -176,7 +183,7 @@ def test_what_a_companion_raises_is_named(base, tmp_path, monkeypatch):
 
 
 def test_after_an_interrupt_the_training_cell_can_be_run_again(base, tmp_path, monkeypatch):
-    order, calls, plain = order_of(base, tmp_path), [], training.token_losses
+    order, calls, plain = order_of(base, tmp_path), [], step.token_losses
 
     def interrupted(*given):
         losses = plain(*given)
@@ -186,7 +193,7 @@ def test_after_an_interrupt_the_training_cell_can_be_run_again(base, tmp_path, m
         return losses
 
     tuned = tuned_model(order)
-    monkeypatch.setattr(training, "token_losses", interrupted)
+    monkeypatch.setattr("telco_nb.lora.trainer.token_losses", interrupted)
     with pytest.raises(KeyboardInterrupt) as kept:  # and with it the objects of the failed call, as in IPython
         fit(tuned, order, 2, tmp_path)
     assert not others() and not torch.distributed.is_initialized() and order.rows.share == (0, 1)
@@ -198,7 +205,7 @@ def test_after_an_interrupt_the_training_cell_can_be_run_again(base, tmp_path, m
 def test_a_companion_that_cannot_start_says_why(base, tmp_path):
     order = replace(order_of(base, tmp_path), base_model="gone.gguf")
     expected = pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: .*there is no file")
-    with expected, companions.together(2, order, tmp_path, print):
+    with expected, data_parallel.data_parallel(2, order, tmp_path, print):
         raise AssertionError("it was not waited for")
 
 
@@ -225,7 +232,7 @@ def run(base: Path, work: Path) -> subprocess.Popen:
 
 def test_more_processes_than_there_are_cores_or_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(preflight, "device", lambda: {"cores": 2})
+    monkeypatch.setattr(preflight, "device_facts", lambda: {"cores": 2})
     preflight.check_processes(2)
     with pytest.raises(PreflightError, match="processes is 3, and this notebook may use 2 cores"):
         preflight.check_processes(3)

@@ -49,7 +49,7 @@ def test_changing_the_store_of_verdicts_outdates_05_and_not_03(project):
 
 
 def test_changing_the_training_step_outdates_03_and_not_05(project):
-    assert outdated(project, "telco_nb/lora/training.py") == {"03_train"}
+    assert outdated(project, "telco_nb/lora/step.py") == {"03_train"}
 
 
 @pytest.mark.parametrize(

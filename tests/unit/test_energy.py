@@ -91,7 +91,7 @@ def test_a_measured_processor_over_the_same_window_is_no_reason_for_a_warning(ra
     meter.stop()
     statement = meter.statement("train")
     assert statement.set_index("component").loc["total", "gross_j"] == pytest.approx(30.0)
-    assert "apart" not in energy.compared(statement)
+    assert "apart" not in energy.carbontracker_note(statement)
 
 
 def test_an_unreadable_or_empty_rapl_counter_is_no_sensor(rapl):
@@ -126,7 +126,7 @@ def test_a_measured_gpu_is_the_headline_and_the_total_inherits_the_weakest_label
     rows = statement.set_index("component")
     assert rows.loc["gpu", "gross_j"] == pytest.approx(900.0)
     assert (rows.loc["gpu", "kind"], rows.loc["total", "kind"]) == ("measured", "estimated")
-    figures = energy.headline(statement, "train")
+    figures = energy.energy_metrics(statement, "train")
     assert (figures["energy_kind"], figures["train_energy_wh"]) == ("measured", pytest.approx(0.25))
 
 
@@ -167,8 +167,8 @@ def test_carbontracker_agrees_over_the_same_window_and_looks_nothing_up(monkeypa
     statement = meter.statement("train")
     ratio = statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"]
     assert ratio == pytest.approx(1.0, abs=0.05)
-    assert f"**{ratio:.3f}** times" in energy.compared(statement)
-    assert "apart" not in energy.compared(statement)
+    assert f"**{ratio:.3f}** times" in energy.carbontracker_note(statement)
+    assert "apart" not in energy.carbontracker_note(statement)
 
 
 def test_a_reader_is_warned_where_carbontracker_saw_another_window():
@@ -177,7 +177,7 @@ def test_a_reader_is_warned_where_carbontracker_saw_another_window():
     statement = meter.statement("train")
     meter.tracker.close()
     assert statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"] == pytest.approx(0.9)
-    assert "**They are more than 5% apart**" in energy.compared(statement)
+    assert "**They are more than 5% apart**" in energy.carbontracker_note(statement)
 
 
 def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):

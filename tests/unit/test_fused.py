@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from telco_nb.lora import fused, model, packing, training
-from telco_nb.lora.packing import IGNORED, Example
+from telco_nb.lora import base_model, kernels, packing, step
+from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -27,7 +27,7 @@ def tiny(kind: str = "llama"):
 
 
 def adapted(kind: str = "llama", **options):
-    options = {"r": 4, "target_modules": training.TARGET_MODULES["all"], "init_lora_weights": False} | options
+    options = {"r": 4, "target_modules": step.TARGET_MODULES["all"], "init_lora_weights": False} | options
     torch.manual_seed(1)
     return get_peft_model(tiny(kind), LoraConfig(**options)).train()
 
@@ -35,7 +35,7 @@ def adapted(kind: str = "llama", **options):
 def fake_examples(lengths: tuple[int, ...] = (9, 17, 5)) -> list[Example]:
     torch.manual_seed(2)
     rows = [torch.randint(0, 97, (n,)).tolist() for n in lengths]
-    return [Example(f"e{i}", ids, [IGNORED] * 2 + ids[2:]) for i, ids in enumerate(rows)]
+    return [Example(f"e{i}", ids, [IGNORE_INDEX] * 2 + ids[2:]) for i, ids in enumerate(rows)]
 
 
 def plain_step(tuned, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -44,7 +44,7 @@ def plain_step(tuned, examples: list[Example]) -> tuple[float, dict[str, torch.T
     The cross-entropy is in float64: F.cross_entropy's own float32 softmax on a CPU is off by about 3e-6.
     """
     tuned.zero_grad()
-    training.causal_model(tuned).set_attn_implementation("eager")
+    step.causal_model(tuned).set_attn_implementation("eager")
     total, count = 0.0, sum(e.n_supervised for e in examples)
     for e in examples:
         logits = tuned(input_ids=torch.tensor([e.input_ids])).logits[0, :-1].double()
@@ -56,7 +56,7 @@ def plain_step(tuned, examples: list[Example]) -> tuple[float, dict[str, torch.T
 
 def packed_step(tuned, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
     tuned.zero_grad()
-    loss = training.token_losses(tuned, packing.collate(examples)).mean()
+    loss = step.token_losses(tuned, packing.collate(examples)).mean()
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
 
@@ -71,9 +71,9 @@ def relative(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("targets", ["qv", "attention", "mlp", "all"])
 def test_the_fused_step_has_the_loss_and_gradient_of_the_plain_one(kind, targets):
-    tuned = adapted(kind, target_modules=training.TARGET_MODULES[targets], use_rslora=kind == "qwen2")
+    tuned = adapted(kind, target_modules=step.TARGET_MODULES[targets], use_rslora=kind == "qwen2")
     wanted = plain_step(tuned, fake_examples())
-    assert training.prepare_step(tuned) == "fused"
+    assert step.prepare_step(tuned) == "fused"
     found = packed_step(tuned, fake_examples())
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     assert wanted[1] and relative(found[1], wanted[1]) < 1e-4
@@ -83,27 +83,27 @@ def test_the_fused_step_has_the_loss_and_gradient_of_the_plain_one(kind, targets
 def test_blocks_of_queries_and_chunks_of_the_head_change_nothing(block, monkeypatch):
     tuned, examples = adapted(), fake_examples((9, 17, 5, 3, 16, 40))
     wanted = plain_step(tuned, examples)
-    monkeypatch.setattr(fused, "QUERY_BLOCK", block)
-    monkeypatch.setattr(fused, "HEAD_CHUNK", block)
-    assert training.prepare_step(tuned) == "fused"
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", block)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK", block)
+    assert step.prepare_step(tuned) == "fused"
     found = packed_step(tuned, examples)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     assert relative(found[1], wanted[1]) < 1e-4
 
 
 def test_the_fused_step_is_exact_on_the_real_model_and_ragged_conversations():
-    model.quiet()
-    base, tokenizer = model.load(model.PACKAGED, torch.float32)
+    base_model.silence_libraries()
+    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
     questions = ["Why is my bill higher this month? " * n for n in (1, 9, 4)]
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": q[::-1]}] for q in questions]
-    examples = [packing.encode(tokenizer, chat, f"c{i}", 512) for i, chat in enumerate(chats)]
+    examples = [packing.encode_conversation(tokenizer, chat, f"c{i}", 512) for i, chat in enumerate(chats)]
     torch.manual_seed(0)
-    tuned = get_peft_model(base, LoraConfig(r=16, target_modules=training.TARGET_MODULES["all"]))
+    tuned = get_peft_model(base, LoraConfig(r=16, target_modules=step.TARGET_MODULES["all"]))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     wanted = plain_step(tuned, examples)
-    assert training.prepare_step(tuned) == "fused"
+    assert step.prepare_step(tuned) == "fused"
     found = packed_step(tuned, examples)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     assert relative(found[1], wanted[1]) < 1e-4
@@ -112,7 +112,7 @@ def test_the_fused_step_is_exact_on_the_real_model_and_ragged_conversations():
 def test_only_some_layers_may_carry_adapters():
     tuned = adapted(layers_to_transform=[1])
     wanted = plain_step(tuned, fake_examples())
-    assert training.prepare_step(tuned) == "fused"
+    assert step.prepare_step(tuned) == "fused"
     assert relative(packed_step(tuned, fake_examples())[1], wanted[1]) < 1e-4
 
 
@@ -122,7 +122,7 @@ def test_only_some_layers_may_carry_adapters():
 def test_what_cannot_be_fused_is_left_to_peft_and_still_exact(options):
     tuned = adapted("qwen2", **options).eval()  # eval: dropout draws nothing
     wanted = plain_step(tuned, fake_examples())
-    assert training.prepare_step(tuned) == "plain"
+    assert step.prepare_step(tuned) == "plain"
     found = packed_step(tuned, fake_examples())
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     assert relative(found[1], wanted[1]) < 1e-4
@@ -135,9 +135,9 @@ def test_in_bfloat16_the_fused_step_strays_no_further_than_autocast():
         for name, parameter in tuned.named_parameters():
             if "lora_" not in name:
                 parameter.data = parameter.data.bfloat16()
-        training.prepare_step(tuned)
+        step.prepare_step(tuned)
         if prepare == "autocast":
-            fused.unfuse(tuned)
+            kernels.unfuse(tuned)
         found = packed_step(tuned, fake_examples())[1]
         assert all(g.dtype == torch.float32 for g in found.values())
         errors[prepare] = relative(found, exact)
@@ -146,9 +146,9 @@ def test_in_bfloat16_the_fused_step_strays_no_further_than_autocast():
 
 def test_with_activation_checkpointing_the_gradient_is_the_same():
     tuned = adapted()
-    training.prepare_step(tuned)
+    step.prepare_step(tuned)
     wanted = packed_step(tuned, fake_examples())[1]
-    training.causal_model(tuned).gradient_checkpointing_enable({"use_reentrant": False})
+    step.causal_model(tuned).gradient_checkpointing_enable({"use_reentrant": False})
     tuned.enable_input_require_grads()
     assert relative(packed_step(tuned, fake_examples())[1], wanted) < 1e-6
 
@@ -158,26 +158,26 @@ def test_a_fused_model_still_generates_and_unfused_is_as_before():
     prompt = torch.tensor([[5, 7, 11]])
     wanted = tuned.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
     names = list(tuned.state_dict())
-    training.prepare_step(tuned)
-    assert fused.is_fused(tuned)
-    training.causal_model(tuned).set_attn_implementation("sdpa")
+    step.prepare_step(tuned)
+    assert kernels.is_fused(tuned)
+    step.causal_model(tuned).set_attn_implementation("sdpa")
     assert torch.equal(tuned.generate(input_ids=prompt, max_new_tokens=6, do_sample=False), wanted)
     assert list(tuned.state_dict()) == names
-    fused.unfuse(tuned)
-    assert not fused.is_fused(tuned)
+    kernels.unfuse(tuned)
+    assert not kernels.is_fused(tuned)
 
 
 def test_a_conversation_longer_than_the_fused_attention_takes_gets_the_plain_one(monkeypatch):
     tuned = adapted()
     wanted = plain_step(tuned, fake_examples())
-    training.prepare_step(tuned)
-    monkeypatch.setattr(fused, "LONGEST_SEGMENT", 10)
+    step.prepare_step(tuned)
+    monkeypatch.setattr(kernels, "LONGEST_SEGMENT", 10)
     assert relative(packed_step(tuned, fake_examples())[1], wanted[1]) < 1e-4
 
 
 def test_the_fused_model_can_be_copied_with_its_adapter(tmp_path):
     tuned = adapted()
-    training.prepare_step(tuned)
+    step.prepare_step(tuned)
     packed_step(tuned, fake_examples())
     tuned.save_pretrained(tmp_path)
     twin = adapted()

@@ -1,5 +1,6 @@
 """Every training option changes what it names, on tiny random models of the real architectures."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -14,26 +15,27 @@ from test_fused import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import answers, model, packing, training
-from telco_nb.lora.model import ModelError
-from telco_nb.lora.training import TrainingError
+from telco_nb.lora import base_model, decoding, kernels, packing, step
+from telco_nb.lora.base_model import ModelError
+from telco_nb.lora.step import TrainingError
+from telco_nb.lora.trainer import PackedTrainer, constant_arguments
 
-ALL = training.TARGET_MODULES["all"]
+ALL = step.TARGET_MODULES["all"]
 
 
 def attached(kind: str = "qwen2", checkpointing: bool = False, **options):
     torch.manual_seed(1)
     options = {"r": 4, "target_modules": ALL} | options
-    return training.with_adapters(tiny(kind), LoraConfig(**options), checkpointing)
+    return step.attach_adapters(tiny(kind), LoraConfig(**options), checkpointing)
 
 
 def trained(tuned, folder: Path, steps: int = 6) -> list[float]:
     """Losses of a short training with the packed step."""
-    training.prepare_step(tuned)
+    step.prepare_step(tuned)
     rows = packing.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
-    fixed = training.fixed_arguments() | {"save_strategy": "no"}
+    fixed = constant_arguments() | {"save_strategy": "no"}
     arguments = TrainingArguments(output_dir=folder, max_steps=steps, learning_rate=0.02, disable_tqdm=True, **fixed)
-    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
+    trainer = PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
     trainer.train()
     return [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
 
@@ -54,9 +56,9 @@ def test_each_option_trains_and_its_adapter_gives_the_same_logits_again(options,
     losses = trained(tuned, tmp_path / "run")
     assert losses[-1] < losses[0] - 0.05
     tuned.eval().save_pretrained(tmp_path / "adapter")
-    training.fused.unfuse(tuned)
-    training.causal_model(tuned).set_attn_implementation("sdpa")
-    again = answers.with_adapter(tiny("qwen2"), tmp_path / "adapter", torch.float32)
+    kernels.unfuse(tuned)
+    step.causal_model(tuned).set_attn_implementation("sdpa")
+    again = decoding.merge_adapter(tiny("qwen2"), tmp_path / "adapter", torch.float32)
     ids = torch.tensor([[3, 5, 8, 13]])
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, tuned(ids).logits, rtol=1e-3, atol=1e-4)
@@ -65,10 +67,10 @@ def test_each_option_trains_and_its_adapter_gives_the_same_logits_again(options,
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"bias": "all"}], ids=str)
 def test_an_adapter_is_merged_bit_for_bit_as_peft_does_it(options, tmp_path):
     made = attached(init_lora_weights=False, **options)
-    training.fused.unfuse(made)
+    kernels.unfuse(made)
     made.save_pretrained(tmp_path)
     wanted = PeftModel.from_pretrained(tiny("qwen2"), str(tmp_path)).merge_and_unload().to(torch.bfloat16).state_dict()
-    found = answers.with_adapter(tiny("qwen2"), tmp_path, torch.bfloat16).state_dict()
+    found = decoding.merge_adapter(tiny("qwen2"), tmp_path, torch.bfloat16).state_dict()
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert not all(torch.equal(tiny("qwen2").to(torch.bfloat16).state_dict()[name], found[name]) for name in wanted)
@@ -90,46 +92,46 @@ def test_rslora_scales_by_the_root_of_the_rank():
 
 def test_trained_biases_do_not_count_in_the_checksum_but_other_weights_do(tmp_path):
     tuned = attached(bias="all")
-    before = {b: model.weights_checksum(tuned, biases=b) for b in (True, False)}
+    before = {b: base_model.weights_checksum(tuned, biases=b) for b in (True, False)}
     trained(tuned, tmp_path)
-    assert model.weights_checksum(tuned, biases=True) != before[True]
-    assert model.weights_checksum(tuned, biases=False) == before[False]
+    assert base_model.weights_checksum(tuned, biases=True) != before[True]
+    assert base_model.weights_checksum(tuned, biases=False) == before[False]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantised_weights_train_on_this_device(quantization, tmp_path):
-    model.quiet()
+    base_model.silence_libraries()
     tiny("llama").save_pretrained(tmp_path / "base")
     loaded, _ = _load_without_tokenizer(tmp_path / "base", quantization)
     torch.manual_seed(1)
-    tuned = training.with_adapters(loaded, LoraConfig(r=4, target_modules=ALL))
+    tuned = step.attach_adapters(loaded, LoraConfig(r=4, target_modules=ALL))
     losses = trained(tuned, tmp_path / "run")
-    assert training.prepare_step(tuned) == "plain"
+    assert step.prepare_step(tuned) == "plain"
     assert losses[-1] < losses[0] - 0.05
 
 
 def _load_without_tokenizer(folder: Path, quantization: str):
     from transformers import AutoModelForCausalLM
 
-    config = model.quantized(quantization, torch.float32)
+    config = base_model.quantization_config(quantization, torch.float32)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=config, device_map={"": model.device()}
+        folder, dtype=torch.float32, quantization_config=config, device_map={"": base_model.torch_device()}
     ), None
 
 
 def test_quantisation_without_its_library_is_refused_with_the_fix(monkeypatch):
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"needs bitsandbytes, which is not installed\. Use none"):
-        model.quantized("nf4", torch.float32)
+        base_model.quantization_config("nf4", torch.float32)
 
 
 def test_the_memory_estimate_counts_the_weights_that_loading_makes(tmp_path):
     base = tiny("qwen2")
     base.save_pretrained(tmp_path)
-    estimate = model.memory_estimate(str(tmp_path), torch.float32, "none", ALL, rank=4, row_tokens=64)
+    estimate = base_model.memory_estimate(str(tmp_path), torch.float32, "none", ALL, rank=4, row_tokens=64)
     assert estimate["weights"] == 4 * sum(p.numel() for p in base.parameters())
     assert estimate["adapters"] == 16 * attached().get_nb_trainable_parameters()[0]
-    assert model.memory_estimate(str(tmp_path), torch.float32, "nf4", ALL, 4, 64)["weights"] < estimate["weights"]
+    assert base_model.memory_estimate(str(tmp_path), torch.float32, "nf4", ALL, 4, 64)["weights"] < estimate["weights"]
 
 
 # ---------------------------------------------------------------- labels and end tokens
@@ -154,15 +156,15 @@ CHAT = [{"role": "user", "content": "a bb"}, {"role": "assistant", "content": "c
 
 def test_a_base_model_learns_to_end_with_a_token_that_it_knows():
     tokenizer = BaseTokenizer()
-    assert (model.turn_end_id(tokenizer), model.end_token_id(tokenizer)) == (1, 2)
-    example = packing.encode(tokenizer, CHAT, "c", 99)
-    assert [x for x in example.labels if x != packing.IGNORED] == [23, 24, 2]
+    assert (base_model.turn_end_id(tokenizer), base_model.end_token_id(tokenizer)) == (1, 2)
+    example = packing.encode_conversation(tokenizer, CHAT, "c", 99)
+    assert [x for x in example.labels if x != packing.IGNORE_INDEX] == [23, 24, 2]
     assert example.input_ids[-1] == 2 and example.input_ids.count(1) == 2  # other turns end as the template says
 
 
 def test_without_assistant_only_loss_every_token_but_the_first_is_labelled():
-    example = packing.encode(BaseTokenizer(), CHAT, "c", 99, assistant_only=False)
-    assert example.labels == [packing.IGNORED, *example.input_ids[1:]]
+    example = packing.encode_conversation(BaseTokenizer(), CHAT, "c", 99, assistant_only=False)
+    assert example.labels == [packing.IGNORE_INDEX, *example.input_ids[1:]]
 
 
 # ---------------------------------------------------------------- attention by device, several processes
@@ -170,15 +172,15 @@ def test_without_assistant_only_loss_every_token_but_the_first_is_labelled():
 
 def test_the_attention_for_packed_rows_is_chosen_by_device_and_format(monkeypatch):
     cpu, gpu, short = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    assert training.packed_kernel(cpu, short) == "loop"
+    assert step.attention_kernel(cpu, short) == "loop"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert training.packed_kernel(gpu, short) == "varlen"
-    assert training.packed_kernel(gpu, torch.float32) == "loop"  # FlashAttention takes 16 bits only
+    assert step.attention_kernel(gpu, short) == "varlen"
+    assert step.attention_kernel(gpu, torch.float32) == "loop"  # FlashAttention takes 16 bits only
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert training.packed_kernel(gpu, short) == "loop"
+    assert step.attention_kernel(gpu, short) == "loop"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(training, "varlen_attn", None)
-    assert training.packed_kernel(gpu, short) == "loop"
+    monkeypatch.setattr(step, "varlen_attn", None)
+    assert step.attention_kernel(gpu, short) == "loop"
 
 
 def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
@@ -195,22 +197,22 @@ def test_varlen_is_called_with_the_bounds_of_the_segments(monkeypatch):
 
     tuned = adapted("qwen2")
     wanted = plain_step(tuned, fake_examples())
-    training.causal_model(tuned).set_attn_implementation(training.SEGMENTED)
-    monkeypatch.setattr(training, "varlen_attn", reference)
-    monkeypatch.setattr(training, "packed_kernel", lambda *_: "varlen")
+    step.causal_model(tuned).set_attn_implementation(step.SEGMENTED)
+    monkeypatch.setattr(step, "varlen_attn", reference)
+    monkeypatch.setattr(step, "attention_kernel", lambda *_: "varlen")
     tuned.zero_grad()
-    training.token_losses(tuned, packing.collate(fake_examples())).mean().backward()
+    step.token_losses(tuned, packing.collate(fake_examples())).mean().backward()
     found = {n: p.grad for n, p in tuned.named_parameters() if p.grad is not None}
     assert relative(found, wanted[1]) < 1e-4
 
 
 def test_a_process_beside_several_gpus_uses_one(tmp_path):
-    arguments = TrainingArguments(output_dir=tmp_path, per_device_train_batch_size=1, **training.fixed_arguments())
+    arguments = TrainingArguments(output_dir=tmp_path, per_device_train_batch_size=1, **constant_arguments())
     assert arguments.n_gpu <= 1
     arguments._n_gpu = 4  # what transformers finds on such a machine
-    training.prepare_step(tuned := attached())
+    step.prepare_step(tuned := attached())
     rows = packing.PackedRows(fake_examples((9, 17, 5, 12)), 64, 0)
-    trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
+    trainer = PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
     assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 1
 
 
@@ -221,19 +223,19 @@ from pathlib import Path
 from test_options import attached
 from test_fused import fake_examples
 from transformers import TrainingArguments
-from telco_nb import packing, training
+from telco_nb.lora import packing, step, trainer
 folder = Path(sys.argv[1])
 tuned = attached()
-training.prepare_step(tuned)
+step.prepare_step(tuned)
 rows = packing.PackedRows(fake_examples((30, 22, 27, 25)), 32, 0)
-fixed = training.fixed_arguments() | {"save_strategy": "no"}
+fixed = trainer.constant_arguments() | {"save_strategy": "no"}
 arguments = TrainingArguments(output_dir=folder, max_steps=2, learning_rate=0.02, disable_tqdm=True, max_grad_norm=1.0,
     per_device_train_batch_size=1, gradient_accumulation_steps=2, **fixed)
-trainer = training.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
-trainer.train()
-if trainer.is_world_process_zero():
+made = trainer.PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
+made.train()
+if made.is_world_process_zero():
     weights = [p.detach().double().sum().item() for p in tuned.parameters() if p.requires_grad]
-    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    losses = [e["loss"] for e in made.state.log_history if "loss" in e]
     (folder / "found.json").write_text(json.dumps(losses + weights))
 """
 

@@ -9,8 +9,8 @@ from test_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
 from telco_nb.engine.executed import Failure
-from telco_nb.lora import model, packing, preflight, training
-from telco_nb.lora.model import PreflightError
+from telco_nb.lora import base_model, packing, preflight, step, trainer
+from telco_nb.lora.base_model import PreflightError
 
 
 def test_an_implausible_base_loss_stops_before_training():
@@ -22,16 +22,16 @@ def test_an_implausible_base_loss_stops_before_training():
 
 def test_an_end_token_that_the_base_model_never_saw_stops_before_training():
     """The packaged model knows its end token; with an untrained embedding of that token, it does not."""
-    model.quiet()
-    base, tokenizer = model.load(model.PACKAGED, torch.float32)
+    base_model.silence_libraries()
+    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
     chat = [{"role": "user", "content": "What is a PUK?"}, {"role": "assistant", "content": "It unlocks a SIM card."}]
-    examples = [packing.encode(tokenizer, chat, "c", 512)]
-    training.prepare_step(base)
-    preflight.check_end(training.answer_losses(base, examples, 512)["c"][-1], base.config.vocab_size)
+    examples = [packing.encode_conversation(tokenizer, chat, "c", 512)]
+    step.prepare_step(base)
+    preflight.check_end(trainer.answer_losses(base, examples, 512)["c"][-1], base.config.vocab_size)
     with torch.no_grad():
         torch.manual_seed(0)
-        base.get_input_embeddings().weight[model.end_token_id(tokenizer)].normal_(0, 0.02)
-    loss = training.answer_losses(base, examples, 512)["c"][-1]
+        base.get_input_embeddings().weight[base_model.end_token_id(tokenizer)].normal_(0, 0.02)
+    loss = trainer.answer_losses(base, examples, 512)["c"][-1]
     with pytest.raises(PreflightError, match="does not know this token, and its answers would run on"):
         preflight.check_end(loss, base.config.vocab_size)
 
@@ -52,14 +52,14 @@ class Rewriting(BaseTokenizer):
 
 
 def test_a_tokenizer_that_loses_text_stops_before_training():
-    packing.encode(BaseTokenizer(), CHAT, "c", 99)
+    packing.encode_conversation(BaseTokenizer(), CHAT, "c", 99)
     with pytest.raises(PreflightError, match="would not read what was written"):
-        packing.encode(Lossy(), CHAT, "c", 99)
+        packing.encode_conversation(Lossy(), CHAT, "c", 99)
 
 
 def test_a_template_that_rewrites_earlier_turns_stops_before_training():
     with pytest.raises(PreflightError, match="rewrites earlier turns"):
-        packing.encode(Rewriting(), CHAT, "c", 99)
+        packing.encode_conversation(Rewriting(), CHAT, "c", 99)
 
 
 NEEDED = {"weights": 4e9, "adapters": 1e9, "row": 8e9}
@@ -78,11 +78,11 @@ def test_a_device_without_room_stops_before_loading():
 
 
 def test_free_memory_is_what_this_machine_has_left():
-    free = model.free_memory()
+    free = base_model.free_memory()
     size = 1 << 28
     with mmap.mmap(-1, size) as fresh:  # an array might get pages that this process already has
         fresh.write(b"1" * size)
-        assert free / 1e9 > 0.3 and model.free_memory() < free - 0.5 * size
+        assert free / 1e9 > 0.3 and base_model.free_memory() < free - 0.5 * size
 
 
 @pytest.mark.parametrize("name", ["PreflightError", "ModelError"])

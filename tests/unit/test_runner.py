@@ -342,8 +342,8 @@ def test_the_doctor_names_every_missing_piece(tmp_path, monkeypatch):
 
 
 def test_the_doctor_knows_the_packaged_model_by_its_name():
-    source = (ROOT / "telco_nb" / "lora" / "model.py").read_text()
-    assert f'PACKAGED = "{doctor.PACKAGED_MODEL}"' in source
+    source = (ROOT / "telco_nb" / "lora" / "base_model.py").read_text()
+    assert f'PACKAGED_MODEL = "{doctor.PACKAGED_MODEL}"' in source
 
 
 def test_the_runner_imports_nothing_heavy():

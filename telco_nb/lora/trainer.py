@@ -1,16 +1,10 @@
-"""LoRA training on packed rows: the step, its loss at supervised positions, the Trainer around it, checkpoints.
-
-The step computes what a padded, full-logits loop computes, without the waste: rows of whole conversations and no
-padding, attention within each conversation only, and logits only where a label stands. `fused` holds its arithmetic.
-"""
+"""The transformers Trainer around the packed step: epochs, checkpoints, the loss curve, the energy window, resuming."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import shutil
-import sys
 import time
 import zipfile
 from contextlib import nullcontext
@@ -20,167 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-try:  # added to torch late, and FlashAttention builds only
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
-from telco_nb.lora import fused
-from telco_nb.lora.packing import IGNORED, Example, PackedRows, collate, pack, parts, segment_lengths
+from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, segment_lengths
+from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.study.record import write_json
 
-TARGET_MODULES = {
-    "qv": ["q_proj", "v_proj"],
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
-    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-SEGMENTED = "segmented_sdpa"
-ROW_MULTIPLE = 16  # tokens; bfloat16 matmuls of 1,007 rows ran at 640 GFLOP/s, of 1,008 at 800 (oneDNN, AVX512-BF16)
-OF_EACH_PROCESS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # a meter's readings that are its own process's only
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
-
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message says why and what to do."""
-
-
-# ---------------------------------------------------------------- the step
-
-
-def segmented_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    segments: list[int] | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each conversation of a packed row: no T x T mask is built or read.
-
-    `query` (1, heads, T, d), `key` and `value` (1, kv_heads, T, d); `segments` are the conversations' lengths.
-    """
-    if segments is None or attention_mask is not None:
-        raise TrainingError("Packed attention needs segment lengths and no attention mask.")
-    if packed_kernel(query.device, query.dtype) == "varlen" and not dropout:
-        return _varlen(query, key, value, segments, scaling), None
-    parts = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
-        for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
-    ]
-    return torch.cat(parts, 2).transpose(1, 2), None
-
-
-def packed_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Which attention serves packed rows: "varlen" (torch's FlashAttention: CUDA from capability 8 on, 16 bits) or
-    "loop"."""
-    usable = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None
-    usable = usable and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "varlen" if usable else "loop"
-
-
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[int], scaling: float | None
-) -> torch.Tensor:
-    """All segments in one call; tensors as in `segmented_attention`, result (1, T, heads, d)."""
-    bounds = torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32, device=query.device)
-    tokens_first = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    causal = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
-    return varlen_attn(*tokens_first, bounds, bounds, max(segments), max(segments), **causal)[None]
-
-
-AttentionInterface.register(SEGMENTED, segmented_attention)
-
-
-def with_adapters(base: Any, lora: Any, gradient_checkpointing: bool = False) -> Any:
-    """The base model with adapters as `lora` (peft's LoraConfig) says; what is trained is float32.
-
-    Raises TrainingError for a layer that the model has not: peft would silently leave it out.
-    """
-    from peft import get_peft_model
-
-    count = base.config.num_hidden_layers
-    if wrong := [i for i in lora.layers_to_transform or [] if not 0 <= i < count]:
-        raise TrainingError(f"layers_to_transform: {wrong} are not among this model's layers, 0 to {count - 1}.")
-    tuned = get_peft_model(base, lora)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if gradient_checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        tuned.enable_input_require_grads()
-    return tuned
-
-
-def prepare_step(model: Any) -> str:
-    """Let `model` compute packed rows, by the fused functions where they hold: "fused", else "plain".
-
-    To be called again when adapters were added. Plain is peft's own arithmetic: for DoRA, dropout, trained biases,
-    quantised weights, other architectures, and on a GPU.
-    """
-    causal_model(model).set_attn_implementation(SEGMENTED)
-    _keep_memory()
-    fused.unfuse(model)
-    return "fused" if fused.fuse(model) else "plain"
-
-
-def _keep_memory() -> None:
-    """Ask glibc to keep freed memory for the next step: fresh pages are zeroed by the kernel, a tenth of a CPU step."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1)):
-            libc.mallopt(option, value)
-
-
-def base_dtype(model: Any) -> torch.dtype:
-    """Number format of the frozen weights."""
-    return next(p.dtype for n, p in model.named_parameters() if "lora_" not in n)
-
-
-def filled_up(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The row with up to 15 tokens more (see ROW_MULTIPLE), at the end of its last conversation and without a label:
-    as attention is causal, no other token sees them."""
-    missing = -row["input_ids"].shape[1] % ROW_MULTIPLE
-    last = row["position_ids"][:, -1:] + 1
-    ends = {"input_ids": row["input_ids"][:, -1:], "shift_labels": torch.full_like(last, IGNORED)}
-    ends = {name: end.expand(1, missing) for name, end in ends.items()}
-    ends["position_ids"] = last + torch.arange(missing, device=last.device)
-    return {name: torch.cat([row[name], end], 1) for name, end in ends.items()}
-
-
-def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy (float32, nats) of each supervised position of a packed row, in order.
-
-    The model returns hidden states of the supervised positions; the frozen output head and the loss are one function.
-    """
-    row = filled_up(row)
-    supervised = row["shift_labels"] != IGNORED
-    causal = causal_model(model)
-    # Adapters are float32 whatever the base computes in: their updates are too small for bfloat16's 8 bits.
-    mixed = base_dtype(model) == torch.bfloat16 and not fused.is_fused(model)
-    with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), fused.headless(causal):
-        output = model(
-            input_ids=row["input_ids"],
-            position_ids=row["position_ids"],
-            segments=segment_lengths(row["position_ids"]),
-            logits_to_keep=supervised,
-            use_cache=False,
-        )
-    hidden = output.logits.reshape(-1, output.logits.shape[-1])
-    return fused.HeadLoss.apply(hidden, causal.lm_head.weight, row["shift_labels"][supervised])
-
-
-def causal_model(model: Any) -> Any:
-    """The transformers model inside the wrappers of peft and of distributed training."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+PER_PROCESS_READINGS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # a meter's readings that are its own process's only
 
 
 class PackedTrainer(Trainer):
@@ -192,7 +34,7 @@ class PackedTrainer(Trainer):
         args._n_gpu = min(1, args.n_gpu)
         vars(model).pop("_is_accelerate_prepared", None)  # by a training before: several processes must wrap it anew
         super().__init__(model, args, **options)
-        self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through Watch
+        self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through TrainingMonitor
         self.train_dataset.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.saving_seconds = 0.0  # writing checkpoints
         self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
@@ -229,7 +71,7 @@ class PackedTrainer(Trainer):
         before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}  # of earlier rows of a step
         while True:
             try:
-                return self._all_parts(model, parts(inputs, rows.micro_batch_tokens), num_items_in_batch)
+                return self._all_parts(model, micro_batches(inputs, rows.micro_batch_tokens), num_items_in_batch)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not is_out_of_memory(error):
                     raise
@@ -278,7 +120,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def fixed_arguments() -> dict[str, Any]:
+def constant_arguments() -> dict[str, Any]:
     """TrainingArguments that are not under study: nothing is reported anywhere, every step is logged, no shuffling
     worker, and checkpoints that are complete enough to go on from bit for bit."""
     return {
@@ -324,7 +166,7 @@ def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dic
     """
     result = {}
     model.eval()
-    for row in pack(examples, batch_tokens, seed=0):
+    for row in pack_rows(examples, batch_tokens, seed=0):
         chosen = [examples[i] for i in row]
         batch = {name: tensor.to(model.device) for name, tensor in collate(chosen).items()}
         with torch.inference_mode():
@@ -333,10 +175,7 @@ def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dic
     return result
 
 
-# ---------------------------------------------------------------- watching over a training
-
-
-class Watch(TrainerCallback):
+class TrainingMonitor(TrainerCallback):
     """Meters the steps, logs them, saves every `checkpoint_seconds`, and stops on a loss that is no number.
 
     The meter is paused while a checkpoint is written, and its readings travel with the checkpoint: so the energy of a
@@ -364,7 +203,7 @@ class Watch(TrainerCallback):
         self.meter.start()  # does nothing while the window is open
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if first_says(time.monotonic() - self.last_save > self.checkpoint_seconds):
+        if broadcast_from_rank0(time.monotonic() - self.last_save > self.checkpoint_seconds):
             control.should_save = True
         if control.should_save:
             self.meter.pause()
@@ -377,7 +216,7 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {"micro_batch_tokens": self.rows.micro_batch_tokens, "shrunk": self.rows.shrunk}
-        saved = {"meter": readings_of_all(self.meter), "rows": self.rows.fingerprint} | sizes
+        saved = {"meter": sum_readings(self.meter), "rows": self.rows.fingerprint} | sizes
         if state.is_world_process_zero:  # by now every process has written its part of the checkpoint
             write_json(checkpoint / "progress.json", saved)
         self.last_save = time.monotonic()
@@ -397,22 +236,22 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.stop()
-        readings = readings_of_all(self.meter)
+        readings = sum_readings(self.meter)
         if state.is_world_process_zero:
             self.meter.restore(readings)
 
 
-def readings_of_all(meter: Any) -> dict[str, float]:
+def sum_readings(meter: Any) -> dict[str, float]:
     """Readings of all processes of a training as one: the first one's clock, everybody's processor time and GPUs."""
     own = meter.readings()
     if not torch.distributed.is_initialized():
         return own
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, own)
-    return found[0] | {name: sum(one[name] for one in found) for name in OF_EACH_PROCESS}
+    return found[0] | {name: sum(one[name] for one in found) for name in PER_PROCESS_READINGS}
 
 
-def first_says(answer: bool) -> bool:
+def broadcast_from_rank0(answer: bool) -> bool:
     """The first process's answer, in all processes of a training."""
     if not torch.distributed.is_initialized():
         return answer
@@ -427,14 +266,14 @@ def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Any = pri
     None if there is none: then the training starts anew. `fingerprint` is that of the rows.
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
-        if not (fault := _fault(checkpoint, fingerprint)):
+        if not (fault := _checkpoint_fault(checkpoint, fingerprint)):
             return str(checkpoint)
         log(f"{checkpoint.name} is not used: {fault}")
         shutil.rmtree(checkpoint)
     return None
 
 
-def _fault(checkpoint: Path, fingerprint: str | None) -> str | None:
+def _checkpoint_fault(checkpoint: Path, fingerprint: str | None) -> str | None:
     """Why a checkpoint cannot be gone on from; None if it can."""
     if not (checkpoint / "progress.json").is_file():  # written last, after the Trainer has finished its own files
         return "it was being written when the training ended."
@@ -452,9 +291,6 @@ def _fault(checkpoint: Path, fingerprint: str | None) -> str | None:
     if fingerprint is not None and found.get("rows") != fingerprint:
         return "it was trained on other rows than there are now."
     return None
-
-
-# ---------------------------------------------------------------- arithmetic of a step
 
 
 def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) -> float:

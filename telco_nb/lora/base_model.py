@@ -21,7 +21,7 @@ import torch
 
 from telco_nb import ROOT
 
-PACKAGED = "smollm2-135m-instruct"
+PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BFLOAT16 = "bfloat16"  # folder of the copy
@@ -60,11 +60,11 @@ def packaged_gguf() -> Path:
     return path
 
 
-def resolve(base_model: str) -> str:
+def resolve_model(base_model: str) -> str:
     """A folder (or hub id) that transformers can load: the packaged model is unpacked into the cache first."""
-    if base_model == PACKAGED:
+    if base_model == PACKAGED_MODEL:
         folder = packaged_folder()
-        return str(folder if _is_unpacked(folder) else unpack(packaged_gguf(), folder))
+        return str(folder if _is_unpacked(folder) else unpack_gguf(packaged_gguf(), folder))
     path = ROOT / Path(base_model).expanduser()  # a relative folder is meant from the project's root
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -72,14 +72,16 @@ def resolve(base_model: str) -> str:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         folder = cache_dir() / f"{path.stem}-{digest[:12]}"
-        return str(folder if _is_unpacked(folder) else unpack(path, folder))
+        return str(folder if _is_unpacked(folder) else unpack_gguf(path, folder))
     if path.is_dir() or base_model.count("/") == 1:
         return str(path) if path.is_dir() else base_model
-    raise ModelError(f"base_model: {base_model!r} is not {PACKAGED!r}, a folder, a .gguf file or a hub id owner/name.")
+    raise ModelError(
+        f"base_model: {base_model!r} is not {PACKAGED_MODEL!r}, a folder, a .gguf file or a hub id owner/name."
+    )
 
 
 def packaged_folder() -> Path:
-    return cache_dir() / f"{PACKAGED}-{PACKAGED_SHA256[:12]}"
+    return cache_dir() / f"{PACKAGED_MODEL}-{PACKAGED_SHA256[:12]}"
 
 
 def _is_unpacked(folder: Path) -> bool:
@@ -87,7 +89,7 @@ def _is_unpacked(folder: Path) -> bool:
     return (folder / "source.json").is_file() and (folder / BFLOAT16).is_dir()
 
 
-def unpack(gguf: Path, folder: Path) -> Path:
+def unpack_gguf(gguf: Path, folder: Path) -> Path:
     """Dequantise a GGUF file to a float32 safetensors folder, whole or not at all.
 
     A bfloat16 copy lies in it: to map a file takes a quarter of the time of casting every weight anew at each load.
@@ -116,25 +118,25 @@ def unpack(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def load(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tuple[Any, Any]:
+def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tuple[Any, Any]:
     """(model, tokenizer) on the best device of this machine; the model computes in `dtype`."""
     from transformers import AutoTokenizer
 
-    source = resolve(base_model)
+    source = resolve_model(base_model)
     tokenizer = _preloaded.pop(f"{source} tokenizer", None)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
     if quantization == "none":
-        return (mapped(base_model, dtype) or _weights(source, dtype)).to(device()), tokenizer
+        return (map_weights(base_model, dtype) or _weights(source, dtype)).to(torch_device()), tokenizer
     # Quantised weights cannot be moved afterwards.
-    options = {"quantization_config": quantized(quantization, dtype), "device_map": {"": device()}}
+    options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": torch_device()}}
     return _weights(source, dtype, **options), tokenizer
 
 
-def mapped(base_model: str, dtype: torch.dtype) -> Any | None:
+def map_weights(base_model: str, dtype: torch.dtype) -> Any | None:
     """The model on the processor with its weights mapped from a file of this format; None if there is no such file."""
-    folder = Path(resolve(base_model))
+    folder = Path(resolve_model(base_model))
     if not _is_unpacked(folder) or dtype not in UNPACKED:
         return None
     weights = str(folder / UNPACKED[dtype])
@@ -169,7 +171,7 @@ def preload() -> None:
     del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 
 
-def quantized(quantization: str, dtype: torch.dtype) -> Any:
+def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
     """How bitsandbytes stores the frozen weights: 8-bit integers, or 4-bit normal floats with quantised constants."""
     from transformers import BitsAndBytesConfig
 
@@ -194,7 +196,7 @@ def memory_estimate(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(resolve(base_model), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=False)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
     kept = sum(p.numel() for p in shell.get_input_embeddings().parameters())
@@ -221,7 +223,7 @@ def free_memory(processes: int = 1) -> float:
     return psutil.virtual_memory().available / processes
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep progress bars and notices of the libraries out of the record; warnings and errors stay."""
     import transformers
 
@@ -230,7 +232,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def device() -> torch.device:
+def torch_device() -> torch.device:
     # With its number, as one of several processes has a GPU of its own, and quantised weights go where they are told.
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -251,7 +253,7 @@ def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.02) -> float:
     Asked before and after a training, the larger answer is its peak: one probe alone may fall into a busy moment.
     """
     m, k, n = 1024, 576, 1536
-    a, b = torch.ones(m, k, dtype=dtype, device=device()), torch.ones(k, n, dtype=dtype, device=device())
+    a, b = torch.ones(m, k, dtype=dtype, device=torch_device()), torch.ones(k, n, dtype=dtype, device=torch_device())
     best, deadline = math.inf, time.perf_counter() + probe_seconds
     while time.perf_counter() < deadline or best == math.inf:
         start = time.perf_counter()

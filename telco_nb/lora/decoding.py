@@ -19,13 +19,13 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
-from telco_nb.lora.model import chat_messages, end_token_id, mapped
+from telco_nb.lora.base_model import chat_messages, end_token_id, map_weights
 
-KEPT = "kept_keys"  # name of the attention function below
+CACHED_ATTENTION = "kept_keys"  # name of the attention function below
 DROP_SHARE = 0.8  # rows leave the batch when no more than this share of it still writes; a guess, any value is exact
 
 
-def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_model: str | None = None) -> Any:
+def merge_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_model: str | None = None) -> Any:
     """The model that would be deployed: LoRA merged into the (float32) base weights, then cast to `dtype`.
 
     If there is a file of `base_model` in `dtype`, matrices that no adapter has changed are mapped from it: to cast
@@ -37,7 +37,7 @@ def with_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mode
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
             return tuned.merge_and_unload().to(dtype).eval()
         _merge(model, adapter, config, dtype)
-    cast = mapped(base_model, dtype) if base_model and dtype != torch.float32 else None
+    cast = map_weights(base_model, dtype) if base_model and dtype != torch.float32 else None
     for name, weight in cast.named_parameters() if cast else ():
         own = model.get_parameter(name)
         if own.dtype != dtype and own.dim() > 1:  # a bias may have been trained along
@@ -57,13 +57,13 @@ def _merge(model: Any, adapter: Path, config: LoraConfig, dtype: torch.dtype) ->
         layer.weight.data = update.add_(layer.weight).to(dtype)
 
 
-def batches(prompts: list[list[int]], size: int) -> list[list[int]]:
+def length_batches(prompts: list[list[int]], size: int) -> list[list[int]]:
     """Indices of prompts in batches of similar length, so that padding is small."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def answer(
+def answer_prompts(
     model: Any,
     tokenizer: Any,
     prompts: pd.DataFrame,
@@ -84,13 +84,13 @@ def answer(
     ]
     end = end_token_id(tokenizer)
     rows: list[dict[str, Any]] = []
-    for batch in batches(encoded, batch_size):
+    for batch in length_batches(encoded, batch_size):
         start = time.perf_counter()
         draws = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in batch]) if temperature else None
         generated = generate(model, [encoded[i] for i in batch], end, max_tokens, temperature, draws)
         seconds = (time.perf_counter() - start) / len(batch)
         for index, ids in zip(batch, generated, strict=True):
-            rows.append(_row(tokenizer, prompts["prompt_id"].iloc[index], ids, seconds))
+            rows.append(_answer_row(tokenizer, prompts["prompt_id"].iloc[index], ids, seconds))
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
 
 
@@ -102,7 +102,7 @@ def warm_up(model: Any) -> None:
 # ---------------------------------------------------------------- decoding
 
 
-class Kept:
+class KVCache:
     """Keys and values of a batch, (rows, key heads, capacity, width) per layer, and which columns each row may see."""
 
     def __init__(self, mask: torch.Tensor, capacity: int):
@@ -126,14 +126,14 @@ class Kept:
         self.layers = {layer: tuple(t[rows] for t in kept) for layer, kept in self.layers.items()}
 
 
-def kept_attention(
+def cached_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
     scaling: float | None = None,
-    kept: Kept | None = None,
+    kept: KVCache | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of new tokens, query (rows, heads, new, width), to all kept ones; key heads are never repeated."""
@@ -154,7 +154,7 @@ def kept_attention(
     return torch.bmm(shares, values.flatten(0, 1)).view(rows, 1, heads, width), None
 
 
-AttentionInterface.register(KEPT, kept_attention)
+AttentionInterface.register(CACHED_ATTENTION, cached_attention)
 
 
 @torch.inference_mode()
@@ -168,7 +168,7 @@ def generate(
 ) -> list[list[int]]:
     """New token ids of each prompt, up to and with the end token; `draws` (prompts, max_tokens) in 0-1 if sampled."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(KEPT)
+    model.set_attn_implementation(CACHED_ATTENTION)
     try:
         return _decode(model, prompts, end, max_tokens, temperature, draws)
     finally:
@@ -184,14 +184,14 @@ def _decode(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
-    kept, alive = Kept(mask.to(model.device), width + max_tokens), list(range(len(prompts)))
+    kept, alive = KVCache(mask.to(model.device), width + max_tokens), list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
     step = ids.to(model.device)
     for count in range(max_tokens):
         output = model(input_ids=step, position_ids=positions, kept=kept, use_cache=False, logits_to_keep=1)
         kept.length += step.shape[1]
         uniform = None if draws is None else torch.tensor(draws[alive, count], device=model.device)
-        chosen = _choose(output.logits[:, -1], temperature, uniform)
+        chosen = _next_token(output.logits[:, -1], temperature, uniform)
         for row, token in zip(alive, chosen.tolist(), strict=True):
             if not written[row] or written[row][-1] != end:
                 written[row].append(token)
@@ -206,7 +206,7 @@ def _decode(
     return written
 
 
-def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
+def _next_token(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
     """The likeliest token of each row, or the one at which the cumulated probability passes `uniform`."""
     if uniform is None:
         return logits.argmax(-1)
@@ -214,7 +214,7 @@ def _choose(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | No
     return torch.searchsorted(shares, uniform[:, None].double()).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def _row(tokenizer: Any, prompt_id: str, ids: list[int], seconds: float) -> dict[str, Any]:
+def _answer_row(tokenizer: Any, prompt_id: str, ids: list[int], seconds: float) -> dict[str, Any]:
     stopped = bool(ids) and ids[-1] == end_token_id(tokenizer)
     return {
         "prompt_id": prompt_id,

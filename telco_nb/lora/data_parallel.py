@@ -29,9 +29,11 @@ import torch.distributed
 from transformers import TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import energy, model, training
+from telco_nb.lora import energy, step
+from telco_nb.lora.base_model import load_model, silence_libraries
 from telco_nb.lora.packing import PackedRows, only_row
-from telco_nb.lora.training import TrainingError
+from telco_nb.lora.step import TrainingError
+from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor
 from telco_nb.study.machine import device_facts, die_with_parent
 
 START_SECONDS = 600.0  # for a companion to load its model
@@ -40,11 +42,14 @@ END_SECONDS = 10.0  # for a process whose connection has broken to be gone
 POLL_SECONDS = 0.2
 READY = "ready"
 # An interrupt in Jupyter reaches the kernel's whole process group: what it means is the notebook's to decide.
-COMMAND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from telco_nb.lora import companions; companions.main()"
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "from telco_nb.lora import data_parallel; data_parallel.main()"
+)
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainingSpec:
     """What a companion needs to build the trainer that the notebook builds; `arguments` are TrainingArguments'."""
 
     base_model: str
@@ -64,7 +69,7 @@ class Order:
 
 
 @contextlib.contextmanager
-def together(processes: int, order: Order, work: Path, log: Callable[[str], None]) -> Iterator[None]:
+def data_parallel(processes: int, order: TrainingSpec, work: Path, log: Callable[[str], None]) -> Iterator[None]:
     """While this is open, a Trainer made here trains with `processes - 1` companions; with one process nothing changes.
 
     What companions say goes to `.companion-<n>.log` in `work`. Raises TrainingError if one of them dies.
@@ -75,15 +80,15 @@ def together(processes: int, order: Order, work: Path, log: Callable[[str], None
     if torch.distributed.is_initialized():
         raise TrainingError("the processes of a training that failed are still connected: restart the kernel.")
     meeting = Path(tempfile.mkdtemp(prefix="tnb-")) / "store"
-    group: list[_Companion] = []
+    group: list[_PeerProcess] = []
     over = threading.Event()
     try:
         for rank in range(1, processes):
-            group.append(_Companion(order, rank, processes, meeting, work))
+            group.append(_PeerProcess(order, rank, processes, meeting, work))
         for companion in group:
             companion.wait_until_ready()
-        threading.Thread(target=_watch_over, args=(group, over, log), daemon=True).start()
-        with _as_first_of(processes, meeting, group):
+        threading.Thread(target=_watch_peers, args=(group, over, log), daemon=True).start()
+        with _as_rank0(processes, meeting, group):
             yield
     finally:
         over.set()
@@ -93,10 +98,10 @@ def together(processes: int, order: Order, work: Path, log: Callable[[str], None
         shutil.rmtree(meeting.parent, ignore_errors=True)
 
 
-class _Companion:
+class _PeerProcess:
     """A process that trains along, as the notebook sees it."""
 
-    def __init__(self, order: Order, rank: int, processes: int, meeting: Path, work: Path):
+    def __init__(self, order: TrainingSpec, rank: int, processes: int, meeting: Path, work: Path):
         self.rank, self.log = rank, work / f".companion-{rank}.log"
         environment = os.environ | _group_environment(rank, processes)
         with self.log.open("wb") as log:
@@ -107,7 +112,7 @@ class _Companion:
         self.ready = threading.Event()
         threading.Thread(target=self._talk, args=(order,), daemon=True).start()
 
-    def _talk(self, order: Order) -> None:
+    def _talk(self, order: TrainingSpec) -> None:
         with contextlib.suppress(BrokenPipeError):  # it takes the order when it has imported everything
             pickle.dump(order, self.process.stdin)
             self.process.stdin.close()
@@ -155,19 +160,19 @@ def _group_environment(rank: int, processes: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _as_first_of(processes: int, meeting: Path, group: list[_Companion]) -> Iterator[None]:
+def _as_rank0(processes: int, meeting: Path, group: list[_PeerProcess]) -> Iterator[None]:
     """This process as the first of a group; afterwards it is alone again, with all its cores."""
     before, threads = dict(os.environ), torch.get_num_threads()
     try:
         os.environ.update(_group_environment(0, processes))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        _join(0, processes, meeting)
+        _join_group(0, processes, meeting)
         yield
         torch.distributed.destroy_process_group()
         for companion in group:
             companion.end(END_SECONDS)
     except RuntimeError as error:
-        _blame(group, error)
+        _name_dead_peer(group, error)
         raise
     finally:
         for companion in group:  # before this process leaves: it would wait for those that still compute
@@ -182,7 +187,7 @@ def _as_first_of(processes: int, meeting: Path, group: list[_Companion]) -> Iter
         _forget_group()
 
 
-def _join(rank: int, processes: int, meeting: Path) -> None:
+def _join_group(rank: int, processes: int, meeting: Path) -> None:
     """Enter the group; returns when all are there. accelerate uses a group that it finds."""
     _forget_group()
     store = torch.distributed.FileStore(str(meeting), processes)
@@ -197,7 +202,7 @@ def _forget_group() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _watch_over(group: list[_Companion], over: threading.Event, log: Callable[[str], None]) -> None:
+def _watch_peers(group: list[_PeerProcess], over: threading.Event, log: Callable[[str], None]) -> None:
     """End this process if a companion has died and it waits for that one for ever, as it may with NCCL."""
     while not over.wait(POLL_SECONDS):
         for companion in group:
@@ -209,7 +214,7 @@ def _watch_over(group: list[_Companion], over: threading.Event, log: Callable[[s
                 os._exit(1)
 
 
-def _blame(group: list[_Companion], error: RuntimeError) -> None:
+def _name_dead_peer(group: list[_PeerProcess], error: RuntimeError) -> None:
     """Raise TrainingError if `error` comes from a companion's death, be it met while a checkpoint is written."""
     if isinstance(error, TrainingError) and error.__cause__ is None:
         return
@@ -227,30 +232,28 @@ def _blame(group: list[_Companion], error: RuntimeError) -> None:
 def main() -> None:
     """Train along; the last line on standard error says why not. `sys.argv[1]` names the file to meet in."""
     try:
-        order: Order = pickle.load(sys.stdin.buffer)
+        order: TrainingSpec = pickle.load(sys.stdin.buffer)
         die_with_parent()
-        _train_along(order, Path(sys.argv[1]))
+        _train_as_peer(order, Path(sys.argv[1]))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # to take torch down as Python does at its end would take seconds
 
 
-def _train_along(order: Order, meeting: Path) -> None:
+def _train_as_peer(order: TrainingSpec, meeting: Path) -> None:
     """Build what the notebook has built, and train."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    model.quiet()
-    base, _ = model.load(order.base_model, order.dtype, order.quantization)
-    tuned = training.with_adapters(base, order.lora, order.gradient_checkpointing)
-    training.prepare_step(tuned)
+    silence_libraries()
+    base, _ = load_model(order.base_model, order.dtype, order.quantization)
+    tuned = step.attach_adapters(base, order.lora, order.gradient_checkpointing)
+    step.prepare_step(tuned)
     meter = energy.Meter(order.watts, order.idle_share)
-    watch = training.Watch(meter, order.checkpoint_seconds, order.rows, log=lambda _: None)
+    watch = TrainingMonitor(meter, order.checkpoint_seconds, order.rows, log=lambda _: None)
     print(READY, flush=True)
-    _join(rank, processes, meeting)
+    _join_group(rank, processes, meeting)
     arguments = TrainingArguments(**order.arguments | {"disable_tqdm": True})
-    trainer = training.PackedTrainer(
-        tuned, arguments, train_dataset=order.rows, data_collator=only_row, callbacks=[watch]
-    )
+    trainer = PackedTrainer(tuned, arguments, train_dataset=order.rows, data_collator=only_row, callbacks=[watch])
     trainer.train(resume_from_checkpoint=order.checkpoint)
     torch.distributed.destroy_process_group()

@@ -40,7 +40,7 @@ class AdaptedLinears(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
-        layers = _fours(flat)
+        layers = _layer_tensors(flat)
         downs = [a for _, _, a, _ in layers if a is not None]
         down = torch.cat(downs).to(x.dtype) if downs else None
         narrow = x @ down.T if downs else None
@@ -59,7 +59,7 @@ class AdaptedLinears(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, narrow, down, *flat = ctx.saved_tensors
         dx, d_narrow, position, flat_gradients = None, torch.empty_like(narrow) if narrow is not None else None, 0, []
-        for (weight, _, a, b), scale, dy in zip(_fours(flat), ctx.scales, gradients, strict=True):
+        for (weight, _, a, b), scale, dy in zip(_layer_tensors(flat), ctx.scales, gradients, strict=True):
             if ctx.needs_input_grad[0]:
                 dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
             db = None
@@ -80,12 +80,12 @@ class AdaptedLinears(Function):
         return dx, None, *[g for gradient in flat_gradients for g in gradient]
 
 
-def _fours(flat: Sequence[Any]) -> list[Sequence[Any]]:
+def _layer_tensors(flat: Sequence[Any]) -> list[Sequence[Any]]:
     """(weight, bias, A, B) of each layer, from all of them in a row."""
     return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
 
-def _parts(layer: nn.Module) -> tuple[tuple[Tensor | None, ...], float]:
+def _lora_tensors(layer: nn.Module) -> tuple[tuple[Tensor | None, ...], float]:
     """((weight, bias, A, B), scale) of a plain or an adapted linear layer."""
     if isinstance(layer, nn.Linear):
         return (layer.weight, layer.bias, None, None), 0.0
@@ -96,7 +96,7 @@ def _parts(layer: nn.Module) -> tuple[tuple[Tensor | None, ...], float]:
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of linear layers of one input x (tokens, in)."""
-    parts = [_parts(layer) for layer in layers]
+    parts = [_lora_tensors(layer) for layer in layers]
     return AdaptedLinears.apply(x, tuple(s for _, s in parts), *[t for tensors, _ in parts for t in tensors])
 
 
@@ -122,7 +122,7 @@ def _is_fusible(layer: nn.Module) -> bool:
 # ---------------------------------------------------------------- normalisation
 
 
-class Norm(Function):
+class RMSNorm(Function):
     """RMSNorm with a frozen weight: w * x / rms(x), computed in float32, returned in the type of x."""
 
     @staticmethod
@@ -147,13 +147,13 @@ class Norm(Function):
 
 
 @lru_cache(maxsize=8)
-def _causal(block: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _causal_mask(block: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(block * group, block): 0 where a query may look, else -inf; `group` query heads per key head."""
     mask = torch.full((block, block), -torch.inf, dtype=dtype, device=device).triu_(1)
     return mask.repeat_interleave(group, 0)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+def _apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """Rotary embedding of x (key heads, tokens, group, width) into `out`; with -sin it is undone."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
@@ -176,12 +176,12 @@ class SegmentAttention(Function):
         tokens, heads = len(q), k.shape[1] // width
         group, scale = q.shape[1] // k.shape[1], width**-0.5
         q, k = (
-            _rotate(t.view(tokens, heads, -1, width).transpose(0, 1), c, s, t.new_empty(heads, tokens, n, width))
+            _apply_rotary(t.view(tokens, heads, -1, width).transpose(0, 1), c, s, t.new_empty(heads, tokens, n, width))
             for t, c, s, n in ((q, cos * scale, sin * scale, group), (k, cos, sin, 1))
         )
         q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.view(tokens, heads, width).transpose(0, 1).contiguous()
         block = QUERY_BLOCK * torch.float32.itemsize // q.element_size()
-        mask, out, shares = _causal(block, group, q.dtype, q.device), torch.empty_like(q), []
+        mask, out, shares = _causal_mask(block, group, q.dtype, q.device), torch.empty_like(q), []
         for queries, keys, new in _blocks(segments, block, group):
             score = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
             score[..., -new:].add_(mask[: new * group, :new])
@@ -202,17 +202,17 @@ class SegmentAttention(Function):
         for (queries, keys, _), share in blocks:  # from the last on, as a segment's last block sees all of its keys
             d_score = torch.bmm(d_out[:, queries], v[:, keys].transpose(1, 2)).sub_(means[:, queries]).mul_(share)
             torch.bmm(d_score, k[:, keys], out=dq[:, queries])
-            _add_up(dv[:, keys], share.transpose(1, 2), d_out[:, queries], first=keys.start < written)
-            _add_up(dk[:, keys], d_score.transpose(1, 2), q[:, queries], first=keys.start < written)
+            _accumulate(dv[:, keys], share.transpose(1, 2), d_out[:, queries], first=keys.start < written)
+            _accumulate(dk[:, keys], d_score.transpose(1, 2), q[:, queries], first=keys.start < written)
             written = keys.start
         dq, dk = (
-            _rotate(t.view(heads, tokens, -1, width), c, s, t.new_empty(tokens, heads, n, width).transpose(0, 1))
+            _apply_rotary(t.view(heads, tokens, -1, width), c, s, t.new_empty(tokens, heads, n, width).transpose(0, 1))
             for t, c, s, n in ((dq, cos * ctx.scale, -sin * ctx.scale, ctx.group), (dk, cos, -sin, 1))
         )
         return *[t.transpose(0, 1).reshape(tokens, -1) for t in (dq, dk, dv)], *[None] * 4
 
 
-def _add_up(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """Write the first product into `total`, add the others to it."""
     torch.bmm(left, right, out=total) if first else total.baddbmm_(left, right)
 
@@ -261,7 +261,7 @@ class HeadLoss(Function):
 
 
 @contextmanager
-def headless(causal: nn.Module) -> Iterator[None]:
+def without_lm_head(causal: nn.Module) -> Iterator[None]:
     """Within this context the model returns hidden states where it would return logits."""
     head, causal.lm_head = causal.lm_head, nn.Identity()
     try:
@@ -300,7 +300,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    return Norm.apply(x, module.weight, module.variance_epsilon)
+    return RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 def fuse(model: nn.Module) -> bool:
