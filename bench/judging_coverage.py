@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import pandas as pd
 
-from telco_nb.judge import judging, ranking
+from telco_nb.judge import bradley_terry
+from telco_nb.judge.design import plan_comparisons
 
 DESIGNS = {  # prompts, prompts per term, SD of term effects, SD of scenario effects
     "paper: 156 prompts, 52 terms": (156, 3, 0.3, 0.4),
@@ -33,7 +34,7 @@ def plan(n_prompts: int, per_term: int, configs: list[str]) -> pd.DataFrame:
     ids = {"prompt_id": [f"p{i:03d}" for i in range(n_prompts)], "scenario_id": [f"s{i:03d}" for i in range(n_prompts)]}
     prompts = pd.DataFrame(ids | {"term_id": [f"t{i // per_term:02d}" for i in range(n_prompts)]})
     shares = {"swap_share": 0.25, "retest_share": 0.0, "anchor_share": 0.0}
-    return judging.plan_comparisons(prompts, configs, matchings_per_prompt=2, **shares, seed=1)
+    return plan_comparisons(prompts, configs, matchings_per_prompt=2, **shares, seed=1)
 
 
 def draw(plan: pd.DataFrame, abilities: np.ndarray, term_sd: float, scenario_sd: float, seed: int) -> pd.DataFrame:
@@ -47,7 +48,7 @@ def draw(plan: pd.DataFrame, abilities: np.ndarray, term_sd: float, scenario_sd:
     eta = here[rows, first] - here[rows, second] + 0.3
     shares = np.exp(np.stack([eta / 2, np.full(len(plan), -0.7), -eta / 2], axis=1))
     drawn = (rng.random((len(plan), 1)) > np.cumsum(shares / shares.sum(1, keepdims=True), axis=1)).sum(1)
-    return plan.assign(verdict=np.array(ranking.VERDICTS)[drawn])[rng.random(len(plan)) >= 0.03]
+    return plan.assign(verdict=np.array(bradley_terry.VERDICTS)[drawn])[rng.random(len(plan)) >= 0.03]
 
 
 def coverage(name: str, studies: int, draws: int) -> dict[str, float]:
@@ -57,14 +58,14 @@ def coverage(name: str, studies: int, draws: int) -> dict[str, float]:
     design = plan(n_prompts, per_term, configs)
     many = 60_000 // n_prompts
     endless = pd.concat([draw(design, abilities, term_sd, scenario_sd, 10_000 + i) for i in range(many)])
-    truth = ranking.fit(endless, configs).abilities
+    truth = bradley_terry.fit_bradley_terry(endless, configs).abilities
     hits: dict[str, list[float]] = {way: [] for way in WAYS}
     for study in range(studies):
         seen = draw(design, abilities, term_sd, scenario_sd, study)
-        fitted = ranking.fit(seen, configs)
+        fitted = bradley_terry.fit_bradley_terry(seen, configs)
         for way, (by, expanded) in WAYS.items():
-            drawn = ranking.bootstrap(seen, fitted, draws=draws, seed=study, by=by)
-            levels = ranking.levels(len(drawn.units)) if expanded else (0.025, 0.975)
+            drawn = bradley_terry.bootstrap_fit(seen, fitted, draws=draws, seed=study, by=by)
+            levels = bradley_terry.interval_levels(len(drawn.units)) if expanded else (0.025, 0.975)
             low, high = np.quantile(drawn.abilities, levels, axis=0)
             hits[way].append(float(((low <= truth) & (truth <= high)).mean()))
     return {way: float(np.mean(found)) for way, found in hits.items()}

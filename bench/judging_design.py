@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from telco_nb.judge import judging, ranking
+from telco_nb.judge import bradley_terry, design
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 17)]
 PROMPTS = 156
@@ -37,19 +37,23 @@ def judged(plan: pd.DataFrame, here: np.ndarray, names: list[str], rng: np.rando
     eta = here[prompt, first] - here[prompt, second] + POSITION
     shares = np.exp(np.stack([eta / 2, np.full(len(plan), TIE), -eta / 2], axis=1))
     drawn = (rng.random((len(plan), 1)) > np.cumsum(shares / shares.sum(1, keepdims=True), axis=1)).sum(1)
-    return plan.assign(verdict=np.array(ranking.VERDICTS)[drawn])
+    return plan.assign(verdict=np.array(bradley_terry.VERDICTS)[drawn])
 
 
 def sparse(matchings: int) -> tuple[int, Score]:
     shares = {"swap_share": 0.0, "retest_share": 0.0, "anchor_share": 0.0}
-    plan = judging.plan_comparisons(prompts(), CONFIGS, matchings_per_prompt=matchings, **shares, seed=1)
-    return len(plan), lambda here, rng: ranking.fit(judged(plan, here[:, :16], CONFIGS, rng), CONFIGS).abilities
+    plan = design.plan_comparisons(prompts(), CONFIGS, matchings_per_prompt=matchings, **shares, seed=1)
+    return len(
+        plan
+    ), lambda here, rng: bradley_terry.fit_bradley_terry(judged(plan, here[:, :16], CONFIGS, rng), CONFIGS).abilities
 
 
 def all_pairs(n_prompts: int) -> tuple[int, Score]:
     shares = {"swap_share": 0.0, "retest_share": 0.0, "anchor_share": 0.0}
-    plan = judging.plan_comparisons(prompts(n_prompts), CONFIGS, matchings_per_prompt=15, **shares, seed=1)
-    return len(plan), lambda here, rng: ranking.fit(judged(plan, here[:, :16], CONFIGS, rng), CONFIGS).abilities
+    plan = design.plan_comparisons(prompts(n_prompts), CONFIGS, matchings_per_prompt=15, **shares, seed=1)
+    return len(
+        plan
+    ), lambda here, rng: bradley_terry.fit_bradley_terry(judged(plan, here[:, :16], CONFIGS, rng), CONFIGS).abilities
 
 
 def common(opponent: str, calls: int) -> tuple[int, Score]:
@@ -64,7 +68,9 @@ def common(opponent: str, calls: int) -> tuple[int, Score]:
     names = [*CONFIGS, "untuned"]
 
     def score(here: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return ranking.fit(judged(plan, here, names, rng), names if opponent == "untuned" else CONFIGS).abilities[:16]
+        return bradley_terry.fit_bradley_terry(
+            judged(plan, here, names, rng), names if opponent == "untuned" else CONFIGS
+        ).abilities[:16]
 
     return len(plan), score
 
@@ -93,15 +99,15 @@ def seconds(n_configs: int, judges: int = 1, draws: int = 2000) -> tuple[int, fl
     """(verdicts, seconds of fits, seconds of bootstraps by terms), with the swapped sample of the protocol."""
     configs = [f"c{i:03d}" for i in range(n_configs)]
     shares = {"swap_share": 0.25, "retest_share": 0.0, "anchor_share": 0.0}
-    plan = judging.plan_comparisons(prompts(), configs, matchings_per_prompt=2, **shares, seed=1)
+    plan = design.plan_comparisons(prompts(), configs, matchings_per_prompt=2, **shares, seed=1)
     rng = np.random.default_rng(0)
     here = rng.normal(0, ABILITY_SD, n_configs) + rng.normal(0, PROMPT_SD, (PROMPTS, n_configs))
     seen = [judged(plan, here, configs, rng) for _ in range(judges)]
     start = time.perf_counter()
-    fits = [ranking.fit(rows, configs) for rows in seen]
+    fits = [bradley_terry.fit_bradley_terry(rows, configs) for rows in seen]
     between = time.perf_counter()
     for rows, fitted in zip(seen, fits, strict=True):
-        ranking.bootstrap(rows, fitted, draws=draws, seed=0)
+        bradley_terry.bootstrap_fit(rows, fitted, draws=draws, seed=0)
     return judges * len(plan), between - start, time.perf_counter() - between
 
 

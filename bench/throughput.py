@@ -14,7 +14,7 @@ from pathlib import Path
 from telco_nb import ROOT
 from telco_nb.corpus import llm_writer
 from telco_nb.hosted import attempts
-from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge.store import VerdictStore
 
 sys.path.insert(0, str(ROOT / "tests" / "unit"))  # the servers and the studies are those of the tests
 import test_calls

@@ -34,7 +34,7 @@ from telco_nb.hosted.api import (
 )
 from telco_nb.hosted.ledger import BatchLedger, BatchRecord, ledger_of
 from telco_nb.hosted.session import CallsStopped, Session, run_async
-from telco_nb.judge import judging, jury
+from telco_nb.judge import asking, language_model
 from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
 
@@ -213,8 +213,14 @@ def judge_work(asked: Protocol) -> Work:
     """The questions of a judge, the gate's first. Attempts are stored as 05_judge stores them."""
     book = ledger_of(asked.store.path)
     now, said = asked.due(book.under_way)
-    session = asked.judge.session(asked.every, asked.store, judging.settled_line, batch=True)
-    return Work(session, [jury.asked(q) for q in asked.every], [jury.asked(q) for q in now], book, said)
+    session = asked.judge.session(asked.every, asked.store, asking.normalised_line, batch=True)
+    return Work(
+        session,
+        [language_model.request_for(q) for q in asked.every],
+        [language_model.request_for(q) for q in now],
+        book,
+        said,
+    )
 
 
 # ---------------------------------------------------------------- command line

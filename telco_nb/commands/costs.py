@@ -16,9 +16,11 @@ from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import HostedModel
-from telco_nb.judge import judges, judging, jury, protocol, verdicts
-from telco_nb.judge.controls import CONTROL_PROMPTS, GATE
-from telco_nb.judge.jury import HostedJudge
+from telco_nb.judge import cases, design, language_model, protocol
+from telco_nb.judge.gate import CONTROL_PROMPTS, GATE
+from telco_nb.judge.language_model import LanguageModelJudge
+from telco_nb.judge.prompts import render_prompt
+from telco_nb.judge.store import VerdictStore
 from telco_nb.study.plan import Job
 
 SENT = {
@@ -74,11 +76,11 @@ def _judge(
     held_out = [s.scenario_id for s in grid if s.split == "test"][: values["test_prompts"]]
     prompts = pd.DataFrame({"prompt_id": held_out, "scenario_id": held_out, "term_id": held_out})
     shares = {name: values[name] for name in ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")}
-    asked = len(judging.plan_comparisons(prompts, values["configs"], **shares, seed=values["seed"]))
-    asked += len(judging.plan_ratings(prompts, values["configs"], share=values["rubric_share"], seed=0))
+    asked = len(design.plan_comparisons(prompts, values["configs"], **shares, seed=values["seed"]))
+    asked += len(design.plan_ratings(prompts, values["configs"], share=values["rubric_share"], seed=0))
     asked += len({kind.removesuffix("_ties") for kind in GATE}) * min(CONTROL_PROMPTS, len(held_out))
     path = protocol.store_path(root, values["judge"])
-    done = len(verdicts.VerdictStore(path).ok) if path.is_file() else 0
+    done = len(VerdictStore(path).ok) if path.is_file() else 0
     if lengths := measured(path, price.source.model):
         return prices.estimate(price, max(0, asked - done), *lengths)
     by_id, characters = {card.id: card for card in cards}, []
@@ -86,19 +88,19 @@ def _judge(
     for c in _written(values, cards, grid, axes):
         reference = c["messages"][1]["content"]
         answers = (reference, reference) if longer is None else ("x" * longer, "x" * longer)
-        case = judges.Case(
+        case = cases.Case(
             "pair", by_id[c["term_id"]], c["intent"], (("user", c["messages"][0]["content"]),), reference, answers
         )
-        characters.append(len(judges.render(case).text))
+        characters.append(len(render_prompt(case).text))
     tokens_in = sum(characters) / len(characters) / prices.BYTES_PER_TOKEN
     return prices.estimate(price, max(0, asked - done), (tokens_in, tokens_in, tokens_in), VERDICT_TOKENS)
 
 
-def of_questions(judge: HostedJudge, questions: Sequence[judging.Question], store: Path) -> prices.Estimate:
+def of_questions(judge: LanguageModelJudge, questions: Sequence[cases.Question], store: Path) -> prices.Estimate:
     """The cost of asking these questions: at the lengths that the store has measured, else at their own."""
     if lengths := measured(store, judge.source.model):
         return prices.estimate(judge.price, len(questions), *lengths)
-    sent = sum(len(jury.asked(question).text) for question in questions) / max(1, len(questions))
+    sent = sum(len(language_model.request_for(question).text) for question in questions) / max(1, len(questions))
     tokens_in = sent / prices.BYTES_PER_TOKEN
     return prices.estimate(judge.price, len(questions), (tokens_in, tokens_in, tokens_in), VERDICT_TOKENS)
 

@@ -16,8 +16,8 @@ from telco_nb.commands.batches import HELP, ended_well
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
 from telco_nb.hosted.ledger import ledger_of
-from telco_nb.judge import judging
-from telco_nb.judge.judging import Question
+from telco_nb.judge import asking
+from telco_nb.judge.cases import Question
 from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
 
@@ -31,7 +31,7 @@ def ask(asked: Protocol, calls: int, max_usd: float | None = None, yes: bool = F
     """
     now = asked.due(ledger_of(asked.store.path).under_way)[0][:calls]
     prices.require_consent([costs.of_questions(asked.judge, now, asked.store.path)], max_usd, yes, ask=None)
-    asked.judge.put(now, asked.store, judging.settled_line)
+    asked.judge.put(now, asked.store, asking.normalised_line)
     return len(now)
 
 
@@ -44,7 +44,7 @@ def report(asked: Protocol) -> str:
         return "\n".join([*lines, f"too few to measure: {costs.MEASURED_FROM} questions are needed"])
     for name, (low, mid, high) in zip(("in", "out"), lengths, strict=True):
         lines.append(f"tokens {name} per question: {mid:,.0f} [{low:,.0f}, {high:,.0f}]")
-    models = [question for question in asked.every if judging.rule_verdict(question.case) is None]
+    models = [question for question in asked.every if asking.rule_verdict(question.case) is None]
     lines.append(f"the whole plan: {_priced(asked, models)}")
     left = [question for question in models if question.id not in asked.store.ok]
     return "\n".join([*lines, f"of these not answered yet: {_priced(asked, left)}"])

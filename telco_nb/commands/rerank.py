@@ -17,8 +17,9 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.judge import controls, judging, ranking, verdicts
-from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge import bradley_terry, design, ranking
+from telco_nb.judge.gate import gate_result
+from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_block, coverage_table, judged_rows
 
 DRAWS, SEED = 2000, 20260605
 
@@ -40,31 +41,31 @@ def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranke
     """Rank from the store's lines alone, as 05_judge does. Raises RankingError for a store that holds no plan."""
     plan = store.planned("pairs")
     if plan.empty:
-        raise ranking.RankingError(f"{store.path} holds no plan of pairs: nothing has been asked yet")
-    judged, gate_plan = verdicts.verdicts(plan, store), store.planned("controls")
+        raise bradley_terry.RankingError(f"{store.path} holds no plan of pairs: nothing has been asked yet")
+    judged, gate_plan = judged_rows(plan, store), store.planned("controls")
     some = next(iter(store.ok.values()), {"judge": store.path.parent.parent.name, "judge_kind": "unknown"})
-    judged_controls = pd.DataFrame(columns=["control"]) if gate_plan.empty else verdicts.verdicts(gate_plan, store)
-    validity = controls.validity(some["judge"], some["judge_kind"], judged_controls)
-    in_fit = plan[plan["purpose"].isin(verdicts.FIT_PURPOSES)]
+    judged_controls = pd.DataFrame(columns=["control"]) if gate_plan.empty else judged_rows(gate_plan, store)
+    validity = gate_result(some["judge"], some["judge_kind"], judged_controls)
+    in_fit = plan[plan["purpose"].isin(FIT_PURPOSES)]
     configs = sorted(set(in_fit["config_first"]) | set(in_fit["config_second"]))
-    rows = judged[judged["purpose"].isin(verdicts.FIT_PURPOSES)]
-    unranked = ranking.why_not(rows, configs)
-    fitted = ranking.missing_fit(configs) if unranked else ranking.fit(rows, configs)
-    drawn = ranking.bootstrap(rows, fitted, draws=draws, seed=seed)
+    rows = judged[judged["purpose"].isin(FIT_PURPOSES)]
+    unranked = bradley_terry.unrankable_reason(rows, configs)
+    fitted = bradley_terry.missing_fit(configs) if unranked else bradley_terry.fit_bradley_terry(rows, configs)
+    drawn = bradley_terry.bootstrap_fit(rows, fitted, draws=draws, seed=seed)
     table = pd.concat([ranking.ranking_table(rows, fitted, drawn), _anchors(plan, judged, fitted, drawn)])
-    coverage = verdicts.coverage(plan, judged)
+    coverage = coverage_table(plan, judged)
     failed = [control["control"] for control in validity["controls"] if not control["passed"]]
     blocks = [f"it failed its gate ({', '.join(failed)})"] if failed else []
-    blocks += [block for block in [verdicts.coverage_block(coverage)] if block]
+    blocks += [block for block in [coverage_block(coverage)] if block]
     blocks += [f"there is no ranking: {unranked}"] if unranked else []
     return Reranked(some["judge"], some["judge_kind"], validity, coverage, table.reset_index(drop=True), blocks)
 
 
 def _anchors(
-    plan: pd.DataFrame, judged: pd.DataFrame, fitted: ranking.Fit, drawn: ranking.Draws
+    plan: pd.DataFrame, judged: pd.DataFrame, fitted: bradley_terry.Fit, drawn: bradley_terry.Draws
 ) -> pd.DataFrame | None:
     rows = []
-    for anchor in judging.ANCHORS:
+    for anchor in design.ANCHORS:
         met = (judged["purpose"] == "anchor") & (judged[["config_first", "config_second"]] == anchor).any(axis=1)
         if (plan[["config_first", "config_second"]] == anchor).to_numpy().any():
             rows.append(ranking.anchor_row(judged[met], anchor, fitted, drawn)[0])
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = VerdictStore(path)
     try:
         found = rerank(store, given.draws or draws, seed if given.seed is None else given.seed)
-    except ranking.RankingError as error:
+    except bradley_terry.RankingError as error:
         print(f"rerank: {error}", file=sys.stderr)
         return 1
     print(report(found, store))

@@ -15,10 +15,11 @@ import pandas as pd
 
 from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.hosted.api import ProviderError
-from telco_nb.judge import controls, judges, judging, verdicts
-from telco_nb.judge.judging import Question
-from telco_nb.judge.jury import HostedJudge
-from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge import asking, design, panel
+from telco_nb.judge.cases import Question
+from telco_nb.judge.gate import gate_result, planted_controls
+from telco_nb.judge.language_model import LanguageModelJudge
+from telco_nb.judge.store import VerdictStore, judged_rows
 from telco_nb.study import params, record
 from telco_nb.study.content_key import is_current
 from telco_nb.study.params import ParameterError
@@ -32,7 +33,7 @@ class Protocol:
     `gate` is the plan of the part `controls`; `insists`: a failed gate does not end the asking.
     """
 
-    judge: HostedJudge
+    judge: LanguageModelJudge
     store: VerdictStore
     parts: Mapping[str, list[Question]]
     gate: pd.DataFrame
@@ -53,7 +54,7 @@ class Protocol:
             return [], "the gate's questions are under way; nothing more is asked before they are answered"
         if any(not self.store.attempts[question.id] for question in gate):
             return gate, "the gate first"
-        found = controls.validity(self.judge.name, self.judge.kind, verdicts.verdicts(self.gate, self.store))
+        found = gate_result(self.judge.name, self.judge.kind, judged_rows(self.gate, self.store))
         if found["passed"] or self.insists:
             waiting = [question for question in self._unanswered(self.every) if question.id not in under_way]
             return waiting, "the gate passed" if found["passed"] else "the gate failed, and is told not to matter"
@@ -62,7 +63,7 @@ class Protocol:
 
     def _unanswered(self, part: Iterable[Question]) -> list[Question]:
         waiting = [question for question in part if question.id not in self.store.ok]
-        return judging.store_by_rule(self.judge, waiting, self.store)
+        return asking.store_by_rule(self.judge, waiting, self.store)
 
 
 def store_path(root: Path, judge: str) -> Path:
@@ -99,20 +100,22 @@ def open_protocol(values: Mapping[str, Any], root: Path) -> Protocol:
 
     Raises ProviderError for a judge that works offline.
     """
-    judge = judges.open_judge(values, root)
-    if not isinstance(judge, HostedJudge):
+    judge = panel.open_judge(values, root)
+    if not isinstance(judge, LanguageModelJudge):
         raise ProviderError(f"judge {judge.name} is not asked over HTTP: run the study itself.")
-    prompts, answers, cards = read(root, values["configs"])
+    prompts, answers, cards = read_answers(root, values["configs"])
     plans, planted = _plans(values, prompts, answers, cards)
     store, parts = VerdictStore(store_path(root, judge.name)), {}
     for part, plan in plans.items():
-        asked = judging.cases(plan, prompts, answers | planted, cards)
-        plans[part] = judging.identify(judge, plan, asked)
-        parts[part] = judging.every_question(plans[part], asked, store)
+        asked = asking.build_cases(plan, prompts, answers | planted, cards)
+        plans[part] = asking.with_judgement_ids(judge, plan, asked)
+        parts[part] = asking.all_questions(plans[part], asked, store)
     return Protocol(judge, store, parts, plans["controls"], values["judge_after_failed_gate"])
 
 
-def read(root: Path, configs: Iterable[str]) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
+def read_answers(
+    root: Path, configs: Iterable[str]
+) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
     """(test prompts, answers by configuration and prompt, cards by term) as the steps before 05_judge left them."""
     shared = root / "shared"
     prompts = pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet")
@@ -129,11 +132,11 @@ def _plans(
 ) -> tuple[dict[str, pd.DataFrame], dict[tuple[str, str], str]]:
     """The plans by part, and the planted texts of the gate."""
     configs, seed = values["configs"], values["seed"]
-    gate, planted = controls.planted_controls(prompts, answers, cards, configs, seed=seed)
+    gate, planted = planted_controls(prompts, answers, cards, configs, seed=seed)
     shares = {name: values[name] for name in ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")}
     plans = {
         "controls": gate,
-        "pairs": judging.plan_comparisons(prompts, configs, **shares, seed=seed),
-        "rubric": judging.plan_ratings(prompts, configs, share=values["rubric_share"], seed=seed),
+        "pairs": design.plan_comparisons(prompts, configs, **shares, seed=seed),
+        "rubric": design.plan_ratings(prompts, configs, share=values["rubric_share"], seed=seed),
     }
     return plans, planted

@@ -7,6 +7,7 @@ imported or run.
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -37,6 +38,12 @@ def all_files(source: str, root: Path = ROOT) -> dict[Path, str]:
                 texts[path] = path.read_text(encoding="utf-8")
                 waiting.append(texts[path])
     return texts
+
+
+def sources_sha256(source: str) -> str:
+    """Hash of every file of the project that a source imports, for what is redone when its code has changed."""
+    texts = all_files(source)
+    return hashlib.sha256("".join(texts[path] for path in sorted(texts)).encode()).hexdigest()
 
 
 @cache

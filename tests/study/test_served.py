@@ -20,8 +20,9 @@ from telco_nb.corpus.cards import load_cards
 from telco_nb.hosted import attempts, prices, throttle
 from telco_nb.hosted.api import ApiClient, HostedModel
 from telco_nb.hosted.session import Session
-from telco_nb.judge import controls, judging, verdicts
-from telco_nb.judge.jury import HostedJudge
+from telco_nb.judge import asking, gate
+from telco_nb.judge.language_model import LanguageModelJudge
+from telco_nb.judge.store import VerdictStore, judged_rows
 from telco_nb.lora import base_model
 
 pytestmark = pytest.mark.study
@@ -93,17 +94,17 @@ def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_be
     prompts = pd.DataFrame(rows)
     given = {("c01", row["prompt_id"]): f"It has to do with {row['term_id']}." for row in rows}
     given |= {("reference", row["prompt_id"]): row["reference"] for row in rows}
-    planted, texts = controls.planted_controls(prompts, given, cards, ["c01"], seed=1)
+    planted, texts = gate.planted_controls(prompts, given, cards, ["c01"], seed=1)
     planted = planted.head(2)  # a processor reads 1,500 tokens in half a minute
     source = HostedModel("openai-compatible", name, url, max_tokens=32, structured="prompted", timeout_s=600.0)
-    judge = HostedJudge("small", source, prices.Prices(source, 0.0, 0.0), tmp_path, max_in_flight=1)
-    store = verdicts.VerdictStore(tmp_path / "v.jsonl")
-    cases = judging.cases(planted, prompts, given | texts, cards)
-    planted = judging.enrol(judge, planted, cases, store, "controls")
+    judge = LanguageModelJudge("small", source, prices.Prices(source, 0.0, 0.0), tmp_path, max_in_flight=1)
+    store = VerdictStore(tmp_path / "v.jsonl")
+    cases = asking.build_cases(planted, prompts, given | texts, cards)
+    planted = asking.register_plan(judge, planted, cases, store, "controls")
     patience = throttle.RetryPolicy(limits={"parse_error": 2})
-    judge.put(judging.questions(planted, cases, store), store, judging.settled_line, patience=patience)
-    judged = verdicts.verdicts(planted, store)
-    validity = controls.validity("small", judge.kind, judged)
+    judge.put(asking.open_questions(planted, cases, store), store, asking.normalised_line, patience=patience)
+    judged = judged_rows(planted, store)
+    validity = gate.gate_result("small", judge.kind, judged)
     assert not validity["passed"]
     assert sum(store.attempts.values()) == sum(store.statuses.values()) >= len(planted)
     assert len(judged) == store.statuses["ok"] and set(store.statuses) <= {"ok", "parse_error", "truncated"}

@@ -16,7 +16,7 @@ import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
-from telco_nb.judge import judges
+from telco_nb.judge import cases
 from telco_nb.notebook import Run
 from telco_nb.study import record
 from telco_nb.study.plan import Job
@@ -267,7 +267,7 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     run.table("agreement", agreement.set_axis(["metric", "value", "low", "high", "n"], axis=1))
     write_judgements(run, score)
     ids = {"judgement_id": "x", "prompt_id": "p000", "scenario_id": "s000", "config": list(score.index)}
-    rated = {criterion: rng.integers(1, 6, len(score)) for criterion in judges.CRITERIA}
+    rated = {criterion: rng.integers(1, 6, len(score)) for criterion in cases.CRITERIA}
     pd.DataFrame(ids | rated).to_parquet(run.artefact("ratings.parquet"))
     controls = [{"control": "corrupted reference", "value": 0.97 if passed else 0.6, "threshold": 0.95, "n": 40,
                  "passed": passed, "detail": ""}]  # fmt: skip

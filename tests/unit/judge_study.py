@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
 from telco_nb.corpus import cards, scenarios, variants
-from telco_nb.judge import controls, judging
+from telco_nb.judge import design, gate
 from telco_nb.notebook import _Markup
 from telco_nb.study import record
 from telco_nb.study.plan import declared, make_job
@@ -56,7 +56,7 @@ def make_answers(prompts: pd.DataFrame, configs: list[str]) -> dict[tuple[str, s
     texts = {}
     for row in prompts.itertuples():
         texts["reference", row.prompt_id] = row.reference
-        texts["untuned", row.prompt_id] = controls.CONSTANT_ANSWER
+        texts["untuned", row.prompt_id] = gate.CONSTANT_ANSWER
         words = row.reference.split()
         for i, config in enumerate(configs):
             texts[config, row.prompt_id] = " ".join(words[: max(3, round(len(words) * (1 - i / len(configs))))])
@@ -125,4 +125,4 @@ def _output(value: Any) -> nbformat.NotebookNode:
 
 def pair_plan(prompts: pd.DataFrame, configs: list[str], **changed: Any) -> pd.DataFrame:
     shares = {"matchings_per_prompt": 2, "swap_share": 0.25, "retest_share": 0.05, "anchor_share": 0.2, "seed": 1}
-    return judging.plan_comparisons(prompts, configs, **(shares | changed))
+    return design.plan_comparisons(prompts, configs, **(shares | changed))

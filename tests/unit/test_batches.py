@@ -21,7 +21,9 @@ from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request
 from telco_nb.hosted.ledger import BatchLedger
 from telco_nb.hosted.session import CallsStopped, Session, run_async
-from telco_nb.judge import judges, protocol, verdicts
+from telco_nb.judge import cases, protocol
+from telco_nb.judge.prompts import neutralise
+from telco_nb.judge.store import FIELDS, VerdictStore
 from telco_nb.study.plan import declared
 
 matplotlib.use("Agg")
@@ -297,7 +299,7 @@ def verdict_on(sent: dict, references: dict[str, str]) -> str:
     answers = [body.strip() for body in re.findall(r"<answer_\w>\\n(.*?)\\n</answer_\w>", text)]
     said: dict = {"analysis": "x"}
     if len(answers) == 1:
-        said |= dict.fromkeys(judges.CRITERIA, 4)
+        said |= dict.fromkeys(cases.CRITERIA, 4)
     else:
         won = [seat for seat, answer in zip("AB", answers, strict=True) if references.get(answer, "?!") in text]
         said |= {"verdict": won[0] if len(won) == 1 else "tie", "margin": len(won) % 2, "flags": []}
@@ -314,7 +316,7 @@ def judged(built, server, tmp_path):
     """A study's folder, and the parameters of its judge in batches at the server."""
     root = shutil.copytree(built, tmp_path / "smoke")
     prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
-    references = {judges.neutralise(row.reference): row.messages[-1]["content"] for row in prompts.itertuples()}
+    references = {neutralise(row.reference): row.messages[-1]["content"] for row in prompts.itertuples()}
     server.answer, server.ended = lambda sent: verdict_on(sent, references), True
     named = {"scope": "judge-jury", "judge": "jury", "judge_kind": "anthropic", "judge_model": "claude-sonnet-4-5"}
     more = {"configs": CONFIGS, "judge_endpoint": server.url, "bootstrap_draws": 100, "rubric_share": 0.5}
@@ -339,13 +341,13 @@ def test_a_judge_in_batches_is_asked_its_gate_first_then_all_the_rest_and_05_fin
     assert gate == {question.id for question in asked.parts["controls"]}
     under_way = attempts.spent_usd(root)
     step(root, values, "collect", capsys)
-    spent = verdicts.VerdictStore(path).spent_usd
+    spent = VerdictStore(path).spent_usd
     assert attempts.spent_usd(root) == pytest.approx(spent) and 0 < spent < under_way
     assert "the gate passed" in step(root, values, "submit", capsys)
     assert "ok" in step(root, values, "collect", capsys) and "submitted: 0" in step(root, values, "submit", capsys)
     stored = lines(path)
     assert {line["judgement_id"] for line in stored} == {question.id for question in asked.every}
-    assert all(set(verdicts.FIELDS) <= set(line) for line in stored) and len(server.created) == 2
+    assert all(set(FIELDS) <= set(line) for line in stored) and len(server.created) == 2
     live = prices.Prices(HostedModel("anthropic", "claude-sonnet-4-5")).of_tokens(140, 20)
     assert all(line["batch_id"] and 0 < line["usd"] < live / 2 and line["tokens_out"] == 20 for line in stored)
     folder, _ = judge_study.run_judge(root, monkeypatch, **values)

@@ -20,13 +20,7 @@ from telco_nb import ROOT
 from telco_nb.lora import base_model, data_parallel, energy, packing, preflight, step
 from telco_nb.lora.base_model import PreflightError
 from telco_nb.lora.step import TrainingError
-from telco_nb.lora.trainer import (
-    PackedTrainer,
-    TrainingMonitor,
-    constant_arguments,
-    last_checkpoint,
-    sum_readings,
-)
+from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor, constant_arguments, last_checkpoint, sum_readings
 
 SCRIPT = """
 import sys

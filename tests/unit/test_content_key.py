@@ -45,7 +45,7 @@ def outdated(project: Path, changed: str) -> set[str]:
 
 
 def test_changing_the_store_of_verdicts_outdates_05_and_not_03(project):
-    assert outdated(project, "telco_nb/judge/verdicts.py") == {"05_judge"}
+    assert outdated(project, "telco_nb/judge/store.py") == {"05_judge"}
 
 
 def test_changing_the_training_step_outdates_03_and_not_05(project):

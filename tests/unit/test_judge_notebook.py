@@ -12,9 +12,9 @@ from judge_study import CARDS, HOSTILE
 
 from telco_nb.analysis import analysis
 from telco_nb.commands import rerank
-from telco_nb.judge import controls, judges, judging, proxies, votes
-from telco_nb.judge.judges import Verdict
-from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge import asking, checklist, gate, panel, people
+from telco_nb.judge.cases import Verdict
+from telco_nb.judge.store import VerdictStore
 from telco_nb.report.report_files import Page
 from telco_nb.report.report_pages import notebook_body
 from telco_nb.study import params
@@ -79,7 +79,7 @@ class Paid:
 def test_after_a_failed_gate_a_paid_judge_is_asked_nothing_more_unless_told_to(root, monkeypatch, goes_on):
     monkeypatch.setattr(Paid, "asked", 0)
     monkeypatch.setattr(Paid, "forms", ("pair",))
-    monkeypatch.setattr(judges, "kinds", lambda: {"checklist": Paid})
+    monkeypatch.setitem(panel.OFFLINE_KINDS, "checklist", Paid)
     folder, notebook = judge_study.run_judge(root, monkeypatch, **SMALL, judge_after_failed_gate=goes_on)
     store = VerdictStore(folder / "store" / "verdicts.jsonl")
     purposes = {line["purpose"] for line in store.ok.values()}
@@ -106,18 +106,18 @@ def lines(built):
     given = pd.concat([pd.read_parquet(table) for table in tables])
     answers = {(row.config, row.prompt_id): row.answer for row in given.itertuples()}
     answers |= {("reference", row.prompt_id): row.reference for row in prompts.itertuples()}
-    gate_plan, planted = controls.planted_controls(prompts, answers, CARDS, CONFIGS, seed=SEED)
-    judge, found = proxies.ChecklistJudge("checklist"), {}
+    gate_plan, planted = gate.planted_controls(prompts, answers, CARDS, CONFIGS, seed=SEED)
+    judge, found = checklist.ChecklistJudge("checklist"), {}
     for part, plan in (("controls", gate_plan), ("pairs", judge_study.pair_plan(prompts, CONFIGS))):
-        asked = judging.cases(plan, prompts, answers | planted, CARDS)
+        asked = asking.build_cases(plan, prompts, answers | planted, CARDS)
         pairs = zip(plan.to_dict("records"), asked, strict=True)
-        found[part] = [vote(row, case, judging.rule_verdict(case) or judge.judge(case)) for row, case in pairs]
+        found[part] = [vote(row, case, asking.rule_verdict(case) or judge.judge(case)) for row, case in pairs]
     return found
 
 
 def vote(row, case, verdict):
     sides = {name: row[name] for name in ("prompt_id", "config_first", "config_second", "repeat")}
-    hashes = dict(zip(("sha256_first", "sha256_second"), map(judging.text_sha256, case.answers), strict=True))
+    hashes = dict(zip(("sha256_first", "sha256_second"), map(asking.text_sha256, case.answers), strict=True))
     choice = {"A": "first", "B": "second", "tie": "tie"}[verdict.verdict]
     told = {"rater": "ann", "time": "2026-11-22T10:00:00+00:00", "choice": choice} | sides | hashes
     return told | ({"control": row["control"]} if "control" in row else {})
@@ -131,8 +131,8 @@ def write(path, rows):
 @pytest.fixture
 def study(root, monkeypatch):
     """The profile's configurations, for the import command."""
-    real = votes.params.load_study
-    monkeypatch.setattr(votes.params, "load_study", lambda profile: real(profile, configs=CONFIGS))
+    real = params.load_study
+    monkeypatch.setattr(params, "load_study", lambda profile: real(profile, configs=CONFIGS))
     return root
 
 
@@ -149,9 +149,9 @@ def human(root, monkeypatch):
 
 def test_votes_become_a_judge_of_the_same_store_and_study(study, lines, store, monkeypatch, tmp_path, capsys):
     path = write(tmp_path / "ann.jsonl", lines["controls"] + lines["pairs"])
-    assert votes.main([str(study), str(path)]) == 0
+    assert people.main([str(study), str(path)]) == 0
     first = capsys.readouterr().out
-    assert votes.main([str(study), str(path)]) == 0
+    assert people.main([str(study), str(path)]) == 0
     assert ": 0 new votes" in capsys.readouterr().out and ": 0 new" not in first  # importing again changes nothing
     folder, _ = human(study, monkeypatch)
     assert {(line["judge"], line["source"]) for line in store().ok.values()} == {("human-ann", "human")}
@@ -163,7 +163,7 @@ def test_votes_become_a_judge_of_the_same_store_and_study(study, lines, store, m
 
 
 def test_without_planted_controls_a_persons_gate_is_not_passed_and_says_why(study, lines, store, tmp_path):
-    assert votes.main([str(study), str(write(tmp_path / "ann.jsonl", lines["pairs"]))]) == 0
+    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", lines["pairs"]))]) == 0
     found = rerank.rerank(store(), draws=50)
     assert found.validity["passed"] is False and "failed its gate" in found.blocks[0]
     assert all("no verdict" in c["detail"] and c["value"] is None for c in found.validity["controls"])
@@ -172,7 +172,7 @@ def test_without_planted_controls_a_persons_gate_is_not_passed_and_says_why(stud
 
 def test_what_a_person_skipped_counts_as_not_judged(study, lines, store, tmp_path):
     rows = [row | {"choice": "skip"} for row in lines["pairs"][:20]] + lines["pairs"][20:]
-    assert votes.main([str(study), str(write(tmp_path / "ann.jsonl", rows))]) == 0
+    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", rows))]) == 0
     found = rerank.rerank(store(), draws=50)
     assert found.coverage["coverage"].min() < 0.98 and any("coverage below" in block for block in found.blocks)
 
@@ -180,12 +180,12 @@ def test_what_a_person_skipped_counts_as_not_judged(study, lines, store, tmp_pat
 def test_undone_votes_do_not_count_and_both_bad_is_a_tie_with_a_flag(study, lines, store, tmp_path, capsys):
     first, *rest = lines["pairs"]
     taken_back = [first, first | {"choice": "undo"}, first | {"choice": "both_bad", "note": "a\u2028b </x> \x07"}]
-    assert votes.main([str(study), str(write(tmp_path / "ann.jsonl", [*taken_back, *rest]))]) == 0
+    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", [*taken_back, *rest]))]) == 0
     (bad,) = [line for line in store().ok.values() if "A:bad" in line["flags"]]
     assert bad["verdict"] == "tie" and bad["prompt_id"] == first["prompt_id"]
     before = store().path.read_bytes()
     changed = [*taken_back[:2], first | {"choice": "second"}, *rest]
-    assert votes.main([str(study), str(write(tmp_path / "ann.jsonl", changed))]) == 1
+    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", changed))]) == 1
     assert "differs from the vote imported earlier" in capsys.readouterr().err
     assert store().path.read_bytes() == before  # a stored vote is never changed
 
@@ -215,20 +215,20 @@ def test_one_bad_row_stops_the_import_and_is_named(study, lines, tmp_path, capsy
     text[2] = "{half a line" if change is None else json.dumps(rows[2] | change)
     path = tmp_path / "ann.jsonl"
     path.write_text("\n".join(text) + "\n")
-    assert votes.main([str(study), str(path)]) == 1
+    assert people.main([str(study), str(path)]) == 1
     said = capsys.readouterr().err
     assert named in said and "Nothing was imported" in said
     assert not any(path.read_text() for path in study.glob("judge-human-*/store/verdicts.jsonl"))
 
 
 def test_a_person_without_votes_cannot_be_run_and_the_fix_is_named(study, monkeypatch):
-    with pytest.raises(votes.VotesError, match=r"python -m telco_nb\.judge\.votes"):
+    with pytest.raises(people.VotesError, match=r"python -m telco_nb\.judge\.people"):
         human(study, monkeypatch)
 
 
 def test_a_person_needs_the_name_of_a_person():
     for name, model in (("ann", None), ("human-ann", "gpt")):
         with pytest.raises(ValueError, match="human-<rater>"):
-            votes.HumanJudge(name, model)
-    assert proxies.ChecklistJudge("x").is_free and votes.HumanJudge("human-x").is_free
-    assert set(CARDS) and judges.label(votes.HumanJudge("human-x")) == "human-x"
+            people.HumanJudge(name, model)
+    assert checklist.ChecklistJudge("x").is_free and people.HumanJudge("human-x").is_free
+    assert set(CARDS) and panel.judge_label(people.HumanJudge("human-x")) == "human-x"

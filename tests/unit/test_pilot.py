@@ -13,7 +13,7 @@ from test_calls import keys  # noqa: F401
 
 from telco_nb.commands import costs, pilot
 from telco_nb.hosted import prices
-from telco_nb.judge import protocol
+from telco_nb.judge import panel, protocol
 from telco_nb.study import params
 from telco_nb.study.plan import declared, make_job, plan_jobs
 
@@ -63,7 +63,7 @@ def test_the_plan_of_a_run_counts_with_the_measured_lengths(served):
     root, values, _ = served
     plan = plan_jobs(params.load_study("smoke"))
     job = make_job("05_judge", values)
-    source = protocol.judges.open_judge(values, root).source
+    source = panel.open_judge(values, root).source
     assumed, _ = costs.preview(job, source, plan, root)
     pilot.ask(protocol.open_protocol(values, root), 20)
     measured, sent = costs.preview(job, source, plan, root)

@@ -8,7 +8,7 @@ import pytest
 import statsmodels.api as sm
 from statsmodels.tools.numdiff import approx_hess
 
-from telco_nb.judge import ranking
+from telco_nb.judge import bradley_terry, ranking
 
 
 def simulate(
@@ -65,7 +65,7 @@ def verdicts():
 
 def test_plain_bradley_terry_equals_choix(verdicts):
     decided = verdicts[verdicts["verdict"] != "tie"]
-    fitted = ranking.fit(decided, ties=False, position=False, ridge=0)
+    fitted = bradley_terry.fit_bradley_terry(decided, ties=False, position=False, ridge=0)
     place = {config: i for i, config in enumerate(fitted.configs)}
     won = [
         (place[r.config_first], place[r.config_second])[:: 1 if r.verdict == "A" else -1] for r in decided.itertuples()
@@ -75,7 +75,7 @@ def test_plain_bradley_terry_equals_choix(verdicts):
 
 
 def test_ties_as_half_wins_equal_evalica(verdicts):
-    fitted = ranking.fit(verdicts, ties=False, position=False, ridge=0)
+    fitted = bradley_terry.fit_bradley_terry(verdicts, ties=False, position=False, ridge=0)
     winner = {"A": evalica.Winner.X, "B": evalica.Winner.Y, "tie": evalica.Winner.Draw}
     theirs = evalica.bradley_terry(
         verdicts["config_first"],
@@ -104,7 +104,7 @@ def citation_verdicts():
 
 
 def test_the_journal_citations_give_the_published_coefficients_and_standard_errors():
-    fitted = ranking.fit(citation_verdicts(), JOURNALS, ties=False, position=False, ridge=0)
+    fitted = bradley_terry.fit_bradley_terry(citation_verdicts(), JOURNALS, ties=False, position=False, ridge=0)
     found = {name: fitted.contrast(name, "Biometrika") for name in JOURNALS[1:]}
     assert found["Comm Statist"] == pytest.approx((-2.94907, 0.10255), abs=1e-5)
     assert found["JASA"] == pytest.approx((-0.47957, 0.06059), abs=1e-5)
@@ -114,7 +114,7 @@ def test_the_journal_citations_give_the_published_coefficients_and_standard_erro
 @pytest.mark.parametrize("position", [False, True])
 def test_standard_errors_equal_those_of_a_logistic_regression(position):
     seen = citation_verdicts().sample(frac=1, random_state=0)
-    fitted = ranking.fit(seen, JOURNALS, ties=False, position=position, ridge=0)
+    fitted = bradley_terry.fit_bradley_terry(seen, JOURNALS, ties=False, position=position, ridge=0)
     seats = [
         pd.get_dummies(seen[f"config_{seat}"]).reindex(columns=JOURNALS[1:], fill_value=0.0).astype(float)
         for seat in ("first", "second")
@@ -131,7 +131,7 @@ def test_standard_errors_equal_those_of_a_logistic_regression(position):
 def test_the_covariance_is_the_inverse_of_the_curvature_of_the_likelihood():
     """With ties, position and length: numeric second derivatives over contrasts to the first configuration."""
     seen = simulate([0.5, 0.0, -0.5], 400, position=0.3, length=0.4, seed=1)
-    fitted = ranking.fit(seen, ridge=0, length=True)
+    fitted = bradley_terry.fit_bradley_terry(seen, ridge=0, length=True)
     place = {config: i for i, config in enumerate(fitted.configs)}
     i, j = (seen[f"config_{seat}"].map(place).to_numpy() for seat in ("first", "second"))
     ratio = np.log((seen["words_first"] + 1) / (seen["words_second"] + 1)).to_numpy()
@@ -151,12 +151,12 @@ def test_the_covariance_is_the_inverse_of_the_curvature_of_the_likelihood():
 
 
 def test_the_fit_is_a_maximum_of_what_it_says_it_maximises(verdicts):
-    fitted = ranking.fit(verdicts, ridge=0)
+    fitted = bradley_terry.fit_bradley_terry(verdicts, ridge=0)
     chances = {(a, b): fitted.probabilities(a, b) for a in fitted.configs for b in fitted.configs if a != b}
     by_hand = sum(np.log(chances[r.config_first, r.config_second][r.verdict]) for r in verdicts.itertuples())
     assert by_hand == pytest.approx(fitted.log_likelihood, abs=1e-8)
     for step in (-1e-3, 1e-3):
-        moved = ranking.Fit(
+        moved = bradley_terry.Fit(
             fitted.configs, fitted.abilities + step * np.eye(8)[2], fitted.position, fitted.tie, None, 0.0, 0
         )
         other = sum(
@@ -166,19 +166,19 @@ def test_the_fit_is_a_maximum_of_what_it_says_it_maximises(verdicts):
 
 
 def test_renaming_configurations_renames_the_scores_and_changes_nothing_else(verdicts):
-    fitted = ranking.fit(verdicts)
+    fitted = bradley_terry.fit_bradley_terry(verdicts)
     names = dict(zip(fitted.configs, reversed(fitted.configs), strict=True))
     renamed = verdicts.assign(
         config_first=verdicts["config_first"].map(names), config_second=verdicts["config_second"].map(names)
     )
-    assert ranking.fit(renamed).abilities == pytest.approx(fitted.abilities[::-1], abs=1e-9)
+    assert bradley_terry.fit_bradley_terry(renamed).abilities == pytest.approx(fitted.abilities[::-1], abs=1e-9)
 
 
 def test_exchanging_all_seats_flips_the_position_term_only(verdicts):
-    fitted = ranking.fit(verdicts)
+    fitted = bradley_terry.fit_bradley_terry(verdicts)
     swapped = verdicts.rename(columns={"config_first": "config_second", "config_second": "config_first"})
     swapped["verdict"] = swapped["verdict"].map({"A": "B", "B": "A", "tie": "tie"})
-    other = ranking.fit(swapped)
+    other = bradley_terry.fit_bradley_terry(swapped)
     assert other.abilities == pytest.approx(fitted.abilities, abs=1e-9)
     assert (other.position, other.tie) == pytest.approx((-fitted.position, fitted.tie), abs=1e-9)
 
@@ -195,8 +195,8 @@ def test_exchanging_all_labels_changes_no_score_interval_rank_or_test(verdicts):
     ).assign(verdict=verdicts["verdict"].map({"A": "B", "B": "A", "tie": "tie"}))
     tables = []
     for seen in (verdicts, swapped):
-        fitted = ranking.fit(seen, length=True)
-        draws = ranking.bootstrap(seen, fitted, draws=60, seed=4)
+        fitted = bradley_terry.fit_bradley_terry(seen, length=True)
+        draws = bradley_terry.bootstrap_fit(seen, fitted, draws=60, seed=4)
         tables.append((fitted.length, ranking.ranking_table(seen, fitted, draws), ranking.pair_tests(fitted, draws)))
     assert tables[0][0] == pytest.approx(tables[1][0], abs=1e-9)
     for one, two in zip(tables[0][1:], tables[1][1:], strict=True):
@@ -208,11 +208,11 @@ def test_exchanging_all_labels_changes_no_score_interval_rank_or_test(verdicts):
 def test_planted_truth_is_recovered_within_two_standard_errors():
     truth = centred(np.linspace(-1.2, 1.2, 16) ** 3)
     seen = simulate(truth, 3120, position=0.3, length=0.2, missing=0.03, seed=5)
-    fitted = ranking.fit(seen, length=True)
-    draws = ranking.bootstrap(seen, fitted, draws=200, seed=1)
+    fitted = bradley_terry.fit_bradley_terry(seen, length=True)
+    draws = bradley_terry.bootstrap_fit(seen, fitted, draws=200, seed=1)
     error = (fitted.abilities - truth) / draws.abilities.std(0)
     assert np.sqrt((error**2).mean()) < 1.5 and np.abs(error).max() < 3
-    errors = ranking.fit(seen, length=True, ridge=0)
+    errors = bradley_terry.fit_bradley_terry(seen, length=True, ridge=0)
     position_se, length_se, tie_se = np.sqrt(np.diag(errors.covariance))[-3:]
     assert draws.position.std() == pytest.approx(position_se, rel=0.3)  # verdicts are independent here
     assert abs(errors.position - 0.3) < 2 * position_se and abs(errors.length - 0.2) < 2 * length_se
@@ -227,15 +227,15 @@ def test_intervals_by_terms_cover_the_truth_where_single_verdicts_and_two_stages
     abilities = centred(np.linspace(-1, 1, 6))
     options = {"per_term": 3, "spread": 0.5, "term_spread": 0.6}
     # Effects flatten the averages: the truth is what endless terms would give.
-    truth = ranking.fit(simulate(abilities, 150_000, terms=20_000, **options, seed=999)).abilities
+    truth = bradley_terry.fit_bradley_terry(simulate(abilities, 150_000, terms=20_000, **options, seed=999)).abilities
     ways = {"terms": ["term_id"], "both": ["term_id", "scenario_id"], "row": []}
     hits = {name: [] for name in ways}
     for study in range(200):
         seen = simulate(abilities, 1500, terms=52, **options, seed=study)
-        fitted = ranking.fit(seen)
+        fitted = bradley_terry.fit_bradley_terry(seen)
         for name, by in ways.items():
-            draws = ranking.bootstrap(seen, fitted, draws=150, seed=study, by=by)
-            tails = ranking.levels(52) if name == "terms" else (0.025, 0.975)
+            draws = bradley_terry.bootstrap_fit(seen, fitted, draws=150, seed=study, by=by)
+            tails = bradley_terry.interval_levels(52) if name == "terms" else (0.025, 0.975)
             low, high = np.quantile(draws.abilities, tails, axis=0)
             hits[name].append((low <= truth) & (truth <= high))
     share = {name: float(np.mean(found)) for name, found in hits.items()}
@@ -244,18 +244,18 @@ def test_intervals_by_terms_cover_the_truth_where_single_verdicts_and_two_stages
 
 
 def test_the_tails_are_those_of_the_expanded_percentile_interval():
-    low, high = ranking.levels(40)
+    low, high = bradley_terry.interval_levels(40)
     # By hand: z = sqrt(40 / 39) * t(.025, 39) = -2.0485, and its normal tail.
     assert (low, high) == pytest.approx((0.02026, 1 - 0.02026), abs=2e-5)
-    assert ranking.levels(10_000)[0] == pytest.approx(0.025, abs=1e-4)
+    assert bradley_terry.interval_levels(10_000)[0] == pytest.approx(0.025, abs=1e-4)
 
 
 def test_groups_that_never_meet_are_refused():
     seen = pd.DataFrame(
         [("a", "b", "A"), ("b", "a", "A"), ("c", "d", "tie")], columns=["config_first", "config_second", "verdict"]
     )
-    with pytest.raises(ranking.RankingError, match=r"a, b \| c, d"):
-        ranking.fit(seen)
+    with pytest.raises(bradley_terry.RankingError, match=r"a, b \| c, d"):
+        bradley_terry.fit_bradley_terry(seen)
 
 
 def test_an_undefeated_configuration_gets_a_finite_score_by_the_ridge_and_is_refused_without():
@@ -263,21 +263,23 @@ def test_an_undefeated_configuration_gets_a_finite_score_by_the_ridge_and_is_ref
         [("a", "b", "A"), ("b", "a", "B"), ("b", "c", "A"), ("c", "b", "A")],
         columns=["config_first", "config_second", "verdict"],
     )
-    assert ranking.fit(seen).abilities[0] > 1
-    with pytest.raises(ranking.RankingError, match="both directions"):
-        ranking.fit(seen, ties=False, position=False, ridge=0)
+    assert bradley_terry.fit_bradley_terry(seen).abilities[0] > 1
+    with pytest.raises(bradley_terry.RankingError, match="both directions"):
+        bradley_terry.fit_bradley_terry(seen, ties=False, position=False, ridge=0)
 
 
 def test_bootstrap_fits_equal_fits_on_resampled_rows(verdicts):
-    fitted = ranking.fit(verdicts)
-    draws = ranking.bootstrap(verdicts, fitted, draws=3, seed=2, by=["term_id", "scenario_id"])
+    fitted = bradley_terry.fit_bradley_terry(verdicts)
+    draws = bradley_terry.bootstrap_fit(verdicts, fitted, draws=3, seed=2, by=["term_id", "scenario_id"])
     weight = dict(zip(draws.units, draws.weights[1], strict=True))
     repeated = verdicts.loc[verdicts.index.repeat(verdicts["scenario_id"].map(weight))]
-    assert draws.abilities[1] == pytest.approx(ranking.fit(repeated, fitted.configs).abilities, abs=1e-7)
+    assert draws.abilities[1] == pytest.approx(
+        bradley_terry.fit_bradley_terry(repeated, fitted.configs).abilities, abs=1e-7
+    )
 
 
 def test_cluster_weights_draw_whole_terms_and_keep_the_size(verdicts):
-    units, unit_of_row, weights = ranking.cluster_weights(verdicts, ["term_id", "scenario_id"], 50, 0)
+    units, unit_of_row, weights = bradley_terry.cluster_weights(verdicts, ["term_id", "scenario_id"], 50, 0)
     assert (units[unit_of_row] == verdicts["scenario_id"]).all()
     per_term = pd.DataFrame(weights.T, index=units).groupby(lambda s: int(s[1:]) // 3).sum()
     assert (per_term % 3 == 0).all().all()  # a term drawn k times brings 3 k scenarios
@@ -288,8 +290,8 @@ def test_an_anchor_is_placed_on_the_scale_without_moving_it():
     truth = [*centred(np.linspace(-1, 1, 6)), 0.5]
     everything = simulate(truth, 4000, seed=3)
     is_anchor = (everything["config_first"] == "c06") | (everything["config_second"] == "c06")
-    fitted = ranking.fit(everything[~is_anchor])
-    draws = ranking.bootstrap(everything[~is_anchor], fitted, draws=200, seed=0)
+    fitted = bradley_terry.fit_bradley_terry(everything[~is_anchor])
+    draws = bradley_terry.bootstrap_fit(everything[~is_anchor], fitted, draws=200, seed=0)
     row, drawn = ranking.anchor_row(everything[is_anchor], "c06", fitted, draws)
     assert row["low"] < 0.5 < row["high"]
     assert row["score"] == pytest.approx(0.5, abs=2.5 * np.nanstd(drawn))
@@ -297,16 +299,16 @@ def test_an_anchor_is_placed_on_the_scale_without_moving_it():
 
 
 def test_an_anchor_that_always_wins_has_no_upper_bound(verdicts):
-    fitted = ranking.fit(verdicts)
-    draws = ranking.bootstrap(verdicts, fitted, draws=100, seed=0)
+    fitted = bradley_terry.fit_bradley_terry(verdicts)
+    draws = bradley_terry.bootstrap_fit(verdicts, fitted, draws=100, seed=0)
     perfect = verdicts.head(12).assign(config_first="reference", verdict="A")
     row, _ = ranking.anchor_row(perfect, "reference", fitted, draws)
     assert np.isnan(row["high"]) and row["low"] > 0
 
 
 def test_table_gives_ranks_with_intervals_that_hold_them(verdicts):
-    fitted = ranking.fit(verdicts)
-    table = ranking.ranking_table(verdicts, fitted, ranking.bootstrap(verdicts, fitted, draws=300, seed=0))
+    fitted = bradley_terry.fit_bradley_terry(verdicts)
+    table = ranking.ranking_table(verdicts, fitted, bradley_terry.bootstrap_fit(verdicts, fitted, draws=300, seed=0))
     assert table["rank"].tolist() == list(range(1, 9))
     assert (table["rank_low"] <= table["rank"]).all() and (table["rank"] <= table["rank_high"]).all()
     assert table["p_best"].sum() == pytest.approx(1)
@@ -332,25 +334,25 @@ def test_win_rates_of_a_pair_add_up_to_one_and_those_that_never_met_are_missing(
 
 def test_pair_tests_tell_apart_what_differs_and_hold_their_level_over_all_pairs():
     seen = simulate([1.5, 1.5, -1.0, -1.0], 2500, seed=2)
-    fitted = ranking.fit(seen)
-    tests = ranking.pair_tests(fitted, ranking.bootstrap(seen, fitted, draws=300, seed=0))
+    fitted = bradley_terry.fit_bradley_terry(seen)
+    tests = ranking.pair_tests(fitted, bradley_terry.bootstrap_fit(seen, fitted, draws=300, seed=0))
     across = (tests["config_a"].isin(["c00", "c01"])) & tests["config_b"].isin(["c02", "c03"])
     assert tests.loc[across, "told_apart"].all() and not tests.loc[~across, "told_apart"].any()
     assert (tests["difference"] >= 0).all() and (tests["p_holm"] >= tests["p"]).all()
     false_alarms = 0
     for study in range(40):  # nobody differs: any pair told apart is an error
         seen = simulate(np.zeros(5), 500, seed=study)
-        fitted = ranking.fit(seen)
-        alarms = ranking.pair_tests(fitted, ranking.bootstrap(seen, fitted, draws=100, seed=study))
+        fitted = bradley_terry.fit_bradley_terry(seen)
+        alarms = ranking.pair_tests(fitted, bradley_terry.bootstrap_fit(seen, fitted, draws=100, seed=study))
         false_alarms += alarms["told_apart"].any()
     assert false_alarms <= 6  # 2 expected; 7 or more has probability .003
 
 
 def test_verdicts_that_cannot_be_ranked_give_missing_numbers_everywhere_and_never_zero():
     none = simulate(np.zeros(3), 20).iloc[:0]
-    assert ranking.why_not(none, ["c00", "c01"]) == "there are no verdicts"
-    fitted = ranking.missing_fit(["c00", "c01"], length=True)
-    draws = ranking.bootstrap(none, fitted, draws=10, seed=0)
+    assert bradley_terry.unrankable_reason(none, ["c00", "c01"]) == "there are no verdicts"
+    fitted = bradley_terry.missing_fit(["c00", "c01"], length=True)
+    draws = bradley_terry.bootstrap_fit(none, fitted, draws=10, seed=0)
     table = ranking.ranking_table(none, fitted, draws)
     numbers = table[["score", "low", "high", "rank", "rank_low", "rank_high", "p_best"]]
     assert numbers.isna().all().all() and (table["n_judgements"] == 0).all()

@@ -10,9 +10,10 @@ from judge_study import CARDS, HOSTILE
 from pydantic import ValidationError
 
 from telco_nb.commands import rerank
-from telco_nb.judge import judges, judging, proxies, ranking, verdicts
-from telco_nb.judge.judges import Case, JudgeError, Verdict
-from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge import asking, bradley_terry, checklist, design
+from telco_nb.judge.cases import CRITERIA, Case, JudgeError, Verdict, degenerate_answer, printable
+from telco_nb.judge.prompts import MAX_ANSWER_CHARACTERS, PairReply, RubricReply, render_prompt
+from telco_nb.judge.store import FIELDS, VerdictStore, judged_rows, rated_rows
 
 CONFIGS = ["c01", "c02", "c03"]
 
@@ -38,13 +39,13 @@ class Echo:
         said = "\n".join(case.answers)
         receipt = {"request_id": said, "finish_reason": said}
         if case.form == "rubric":
-            return Verdict(analysis=said, scores=dict.fromkeys(judges.CRITERIA, 3), raw=said, receipt=receipt)
+            return Verdict(analysis=said, scores=dict.fromkeys(CRITERIA, 3), raw=said, receipt=receipt)
         return Verdict("A", 1, said, (said,), raw=said, receipt=receipt)
 
 
 def put(judge, plan, asked, store, part="pairs"):
-    plan = judging.enrol(judge, plan, asked, store, part)
-    judging.ask(judge, judging.questions(plan, asked, store), store)
+    plan = asking.register_plan(judge, plan, asked, store, part)
+    asking.ask(judge, asking.open_questions(plan, asked, store), store)
     return plan
 
 
@@ -59,27 +60,27 @@ def hostile(prompts):
 
 def plans(prompts, configs=CONFIGS):
     pairs = judge_study.pair_plan(prompts, configs, matchings_per_prompt=3)
-    return {"pairs": pairs, "rubric": judging.plan_ratings(prompts, configs, share=1.0, seed=1)}
+    return {"pairs": pairs, "rubric": design.plan_ratings(prompts, configs, share=1.0, seed=1)}
 
 
 @pytest.mark.parametrize("part", ["pairs", "rubric"])
 def test_no_answer_breaks_a_line_of_the_store_or_a_table(part, prompts, hostile, tmp_path):
     plan = plans(prompts)[part]
     store = VerdictStore(tmp_path / "verdicts.jsonl")
-    plan = put(Echo(), plan, judging.cases(plan, prompts, hostile, CARDS), store, part)
+    plan = put(Echo(), plan, asking.build_cases(plan, prompts, hostile, CARDS), store, part)
     data = store.path.read_bytes()
     lines = data.decode("ascii").splitlines()  # splits at U+2028 and the like too; there are none in ASCII
     assert len(lines) == data.count(b"\n") == plan["judgement_id"].nunique() + 1
     stored = [json.loads(line) for line in lines[1:]]
-    assert all(set(verdicts.FIELDS) <= set(line) for line in stored)
+    assert all(set(FIELDS) <= set(line) for line in stored)
     said = "\n".join(line["raw"] for line in stored if line["source"] == "judge")
-    assert all(text in said for text in HOSTILE.values() if not judges.degenerate(text))  # kept letter by letter
+    assert all(text in said for text in HOSTILE.values() if not degenerate_answer(text))  # kept letter by letter
     again = VerdictStore(store.path)
     assert again.unreadable == 0 and again.ok.keys() == store.ok.keys()
-    table = verdicts.ratings(plan, again) if part == "rubric" else verdicts.verdicts(plan, again)
+    table = rated_rows(plan, again) if part == "rubric" else judged_rows(plan, again)
     table.to_parquet(tmp_path / "table.parquet")
     assert len(pd.read_parquet(tmp_path / "table.parquet")) == len(plan)
-    assert all(text == judges.printable(text) for text in table["analysis"].dropna())
+    assert all(text == printable(text) for text in table["analysis"].dropna())
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
@@ -88,95 +89,95 @@ def test_no_answer_changes_the_shape_of_a_prompt(name, form):
     seats = {"pair": 2, "rubric": 1}[form]
     texts = [HOSTILE[name], "fine"][:seats]
     case = Case(form, CARDS["volte"], "understand", (("user", HOSTILE[name]),), "", tuple(texts))
-    prompt = judges.render(case)
-    system, *data = judges.render(Case(form, case.card, "understand", (("user", "hi"),), "", ("ok",) * seats))
+    prompt = render_prompt(case)
+    system, *data = render_prompt(Case(form, case.card, "understand", (("user", "hi"),), "", ("ok",) * seats))
     assert prompt.system == system
     assert re.findall(r"</?\w+>", prompt.data) == re.findall(r"</?\w+>", "".join(data))
     assert all(c.isprintable() or c in "\n\t" for c in prompt.text)
     assert prompt.data.count("Escalate when") == 1  # a placeholder in an answer is not filled
     prompt.text.encode()
-    assert len(prompt.text) < 3 * judges.MOST_CHARACTERS
+    assert len(prompt.text) < 3 * MAX_ANSWER_CHARACTERS
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_no_hostile_answer_beats_the_reference_with_the_checklist(name, prompts):
-    judge = proxies.ChecklistJudge("checklist")
+    judge = checklist.ChecklistJudge("checklist")
     for row in prompts.head(4).itertuples():
         messages = tuple((m["role"], m["content"]) for m in row.messages)
         shared = (CARDS[row.term_id], row.intent, messages, row.reference)
         for answers, best in (((row.reference, HOSTILE[name]), "A"), ((HOSTILE[name], row.reference), "B")):
             case = Case("pair", *shared, answers)
-            assert (judging.rule_verdict(case) or judge.judge(case)).verdict == best
+            assert (asking.rule_verdict(case) or judge.judge(case)).verdict == best
 
 
 def test_a_reply_is_a_verdict_only_if_all_of_it_is():
     good = {"analysis": "x", "verdict": "A", "margin": 1, "flags": ["A:instruction", "ignore <b>me</b>"]}
-    assert judges.PairReply.model_validate(good).to_verdict().flags == ("A:instruction", "other")
+    assert PairReply.model_validate(good).to_verdict().flags == ("A:instruction", "other")
     for wrong in ({"margin": 0}, {"verdict": "C"}, {"verdict": "tie"}, {"winner": "A"}, {"margin": 3}, {"margin": "x"}):
         with pytest.raises(ValidationError):
-            judges.PairReply.model_validate(good | wrong)
-    rating = dict.fromkeys(judges.CRITERIA, 4) | {"analysis": "x"}
-    assert judges.RubricReply.model_validate(rating).to_verdict().scores["tone"] == 4
+            PairReply.model_validate(good | wrong)
+    rating = dict.fromkeys(CRITERIA, 4) | {"analysis": "x"}
+    assert RubricReply.model_validate(rating).to_verdict().scores["tone"] == 4
     for wrong in ({"tone": 0}, {"tone": 6}, {"tone": None}):
         with pytest.raises(ValidationError):
-            judges.RubricReply.model_validate(rating | wrong)
-    assert next(iter(judges.PairReply.model_json_schema()["properties"])) == "analysis"  # thinks before it decides
+            RubricReply.model_validate(rating | wrong)
+    assert next(iter(PairReply.model_json_schema()["properties"])) == "analysis"  # thinks before it decides
 
 
 @pytest.mark.parametrize(
     ("form", "verdict"),
     [
         ("rubric", Verdict("tie", 0)),
-        ("pair", Verdict(scores=dict.fromkeys(judges.CRITERIA, 5))),
+        ("pair", Verdict(scores=dict.fromkeys(CRITERIA, 5))),
     ],
 )
 def test_a_verdict_of_another_form_is_a_parse_error_and_no_verdict(form, verdict):
     answers = ("good answer",) * {"pair": 2, "rubric": 1}[form]
     case = Case(form, CARDS["volte"], "understand", (("user", "?"),), "", answers)
     with pytest.raises(JudgeError) as error:
-        judging.settle(case, verdict)
+        asking.normalise(case, verdict)
     assert error.value.status == "parse_error"
 
 
 def test_an_empty_answer_gets_the_lowest_rating_by_rule_and_none_where_there_is_nothing_to_rate():
     case = Case("rubric", CARDS["volte"], "understand", (("user", "?"),), "", ("",))
-    scores = judging.rule_verdict(case).scores
+    scores = asking.rule_verdict(case).scores
     assert scores["factual"] == 1 and scores["tone"] is None
 
 
 @pytest.mark.parametrize("change", [{"verdict": None}, {"verdict": "best"}, {"margin": 0}, {"margin": None}])
 def test_a_line_that_says_ok_without_a_verdict_counts_as_nothing_and_is_asked_again(change, prompts, hostile, tmp_path):
     plan = judge_study.pair_plan(prompts.head(2), ["c01", "c02"])
-    asked = judging.cases(plan, prompts, hostile, CARDS)
+    asked = asking.build_cases(plan, prompts, hostile, CARDS)
     store = VerdictStore(tmp_path / "verdicts.jsonl")
-    plan = put(proxies.ChecklistJudge("checklist"), plan, asked, store)
+    plan = put(checklist.ChecklistJudge("checklist"), plan, asked, store)
     lines = store.path.read_text().splitlines()
     decided = next(i for i, line in enumerate(lines) if '"verdict": "A"' in line)
     lines[decided] = json.dumps(json.loads(lines[decided]) | change)
     store.path.write_text("\n".join(lines) + "\n")
     read = VerdictStore(store.path)
-    assert read.unreadable == 1 and len(verdicts.verdicts(plan, read)) == len(plan) - 1
-    assert len(judging.questions(plan, asked, read)) == 1
+    assert read.unreadable == 1 and len(judged_rows(plan, read)) == len(plan) - 1
+    assert len(asking.open_questions(plan, asked, read)) == 1
 
 
 # ---------------------------------------------------------------- the plan in the store, and rerank
 
 
 def test_the_plan_is_stored_once_and_again_only_when_it_changes(prompts, hostile, tmp_path):
-    store, judge = VerdictStore(tmp_path / "v.jsonl"), proxies.ChecklistJudge("checklist")
+    store, judge = VerdictStore(tmp_path / "v.jsonl"), checklist.ChecklistJudge("checklist")
     plan = judge_study.pair_plan(prompts, CONFIGS)
     for _ in range(2):
-        put(judge, plan, judging.cases(plan, prompts, hostile, CARDS), store)
+        put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     kept = VerdictStore(store.path).planned("pairs")
     assert sum('"plan"' in line for line in store.path.read_text().splitlines()) == 1
-    pd.testing.assert_frame_equal(kept[judging.PLAN_COLUMNS], plan, check_dtype=False)
+    pd.testing.assert_frame_equal(kept[design.PLAN_COLUMNS], plan, check_dtype=False)
 
 
 def test_rerank_ranks_the_latest_plan_and_leaves_answers_of_the_past_out(prompts, hostile, tmp_path):
-    store, judge = VerdictStore(tmp_path / "v.jsonl"), proxies.ChecklistJudge("checklist")
+    store, judge = VerdictStore(tmp_path / "v.jsonl"), checklist.ChecklistJudge("checklist")
     for configs in (CONFIGS, ["c01", "c02"]):
         plan = judge_study.pair_plan(prompts, configs)
-        put(judge, plan, judging.cases(plan, prompts, hostile, CARDS), store)
+        put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
     assert set(found.ranking["config"]) == {"c01", "c02", "untuned", "reference"}
     assert found.ranking["config"].iloc[0] == "c01"
@@ -184,9 +185,9 @@ def test_rerank_ranks_the_latest_plan_and_leaves_answers_of_the_past_out(prompts
 
 
 def test_rerank_is_a_function_of_the_lines_and_not_of_their_order(prompts, hostile, tmp_path):
-    store, judge = VerdictStore(tmp_path / "v.jsonl"), proxies.ChecklistJudge("checklist")
+    store, judge = VerdictStore(tmp_path / "v.jsonl"), checklist.ChecklistJudge("checklist")
     plan = judge_study.pair_plan(prompts, CONFIGS)
-    put(judge, plan, judging.cases(plan, prompts, hostile, CARDS), store)
+    put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     first, *attempts = store.path.read_text().splitlines()
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join([*reversed(attempts), first]) + "\n")
@@ -195,11 +196,11 @@ def test_rerank_is_a_function_of_the_lines_and_not_of_their_order(prompts, hosti
 
 
 def test_rerank_counts_what_was_planned_and_never_asked(prompts, hostile, tmp_path):
-    store, judge = VerdictStore(tmp_path / "v.jsonl"), proxies.ChecklistJudge("checklist")
+    store, judge = VerdictStore(tmp_path / "v.jsonl"), checklist.ChecklistJudge("checklist")
     plan = judge_study.pair_plan(prompts, CONFIGS)
-    asked = judging.cases(plan, prompts, hostile, CARDS)
-    plan = judging.enrol(judge, plan, asked, store, "pairs")
-    judging.ask(judge, judging.questions(plan, asked, store)[: len(plan) // 2], store)
+    asked = asking.build_cases(plan, prompts, hostile, CARDS)
+    plan = asking.register_plan(judge, plan, asked, store, "pairs")
+    asking.ask(judge, asking.open_questions(plan, asked, store)[: len(plan) // 2], store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
     assert found.coverage["coverage"].min() < 0.98
     assert any("coverage below 98%" in block for block in found.blocks)
@@ -209,11 +210,11 @@ def test_the_rerank_command_prints_the_ranking_and_says_what_it_misses(prompts, 
     assert rerank.main([str(tmp_path)]) == 1
     assert "no such file" in capsys.readouterr().err
     folder = tmp_path / "judge-checklist"
-    store, judge = VerdictStore(folder / "store" / "verdicts.jsonl"), proxies.ChecklistJudge("checklist")
+    store, judge = VerdictStore(folder / "store" / "verdicts.jsonl"), checklist.ChecklistJudge("checklist")
     assert rerank.main([str(folder)]) == 1
     assert "nothing has been asked" in capsys.readouterr().err
     plan = judge_study.pair_plan(prompts, CONFIGS)
-    put(judge, plan, judging.cases(plan, prompts, hostile, CARDS), store)
+    put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     before = store.path.read_bytes()
     assert rerank.main([str(folder), "--draws", "50", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
@@ -229,10 +230,10 @@ def test_a_store_in_which_nobody_answered_ranks_nothing_and_says_so(prompts, tmp
     store = VerdictStore(tmp_path / "v.jsonl")
     plan = judge_study.pair_plan(prompts, CONFIGS)
     sound = judge_study.make_answers(prompts, CONFIGS)
-    plan = put(Mute(), plan, judging.cases(plan, prompts, sound, CARDS), store)
+    plan = put(Mute(), plan, asking.build_cases(plan, prompts, sound, CARDS), store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
     assert found.ranking[["score", "rank", "p_best"]].isna().all().all()
     assert "there is no ranking: there are no verdicts" in found.blocks
     assert store.statuses == {"timeout": plan["judgement_id"].nunique()}
-    with pytest.raises(ranking.RankingError, match="nothing has been asked"):
+    with pytest.raises(bradley_terry.RankingError, match="nothing has been asked"):
         rerank.rerank(VerdictStore(tmp_path / "empty.jsonl"))

@@ -22,7 +22,7 @@ from scipy import stats
 
 from telco_nb.hosted import api
 from telco_nb.hosted.attempts import AttemptStore
-from telco_nb.judge.judges import CRITERIA, Verdict, printable
+from telco_nb.judge.cases import CRITERIA, Verdict, printable
 
 PARTS = ("controls", "rubric", "pairs")
 FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranking fit
@@ -81,7 +81,7 @@ _TABLE = {
 }  # fmt: skip
 
 
-def verdicts(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
+def judged_rows(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
     """The good verdicts of a plan: its rows and what was stored. Flags are joined by "; ".
 
     Questions that got no readable verdict are left out, not counted as anything. A pair also gets `winner` (a
@@ -100,12 +100,12 @@ def _row(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def ratings(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
+def rated_rows(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
     """The ratings of a rubric plan, as `verdicts`, with `config` and a column per criterion, 1 to 5.
 
     Missing where the judge could not tell.
     """
-    rated = verdicts(plan, store)
+    rated = judged_rows(plan, store)
     scores = [store.ok[identity]["scores"] for identity in rated["judgement_id"]]
     columns = {name: pd.array([found[name] for found in scores], dtype="Int64") for name in CRITERIA}
     config = [configs[0] for configs in rated["configs"]]
@@ -122,7 +122,7 @@ def _pairs(joined: pd.DataFrame, lines: Sequence[Mapping[str, Any]]) -> pd.DataF
 # ---------------------------------------------------------------- coverage
 
 
-def coverage(plan: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
+def coverage_table(plan: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
     """Per configuration of the fit: questions planned, judged, their share, and verdicts given by rule."""
 
     def count(rows: pd.DataFrame) -> pd.Series:

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.corpus.cards import Card, figures_in, unknown_figures
-from telco_nb.judge import judges
-from telco_nb.judge.judging import PLAN_COLUMNS, pair_row
-from telco_nb.judge.proxies import names_pattern, sentences
+from telco_nb.judge import cases
+from telco_nb.judge.checklist import answer_sentences, names_pattern
+from telco_nb.judge.design import PLAN_COLUMNS, pair_row
 
 CONTROL_PROMPTS = 40
 CONSTANT_ANSWER = (
@@ -106,7 +106,7 @@ def _planted_texts(
         made["other_scenario"] = other["reference"]
         made["injection"] = f"{other['reference']} {INJECTION}"
     turn = [configs[(k + i) % len(configs)] for i in range(len(configs))]
-    sound = [c for c in turn if not judges.degenerate(answers[c, prompt["prompt_id"]] or "")]
+    sound = [c for c in turn if not cases.degenerate_answer(answers[c, prompt["prompt_id"]] or "")]
     base = sound[0] if sound else "reference"
     made["same_text"] = answers[base, prompt["prompt_id"]]
     made["padded"] = pad(answers[base, prompt["prompt_id"]], k)
@@ -121,7 +121,7 @@ def wrong_term(text: str, card: Card, other: Card) -> str | None:
 
 def wrong_number(text: str, card: Card) -> str | None:
     """`text` with a figure made wrong, or with a wrong figure of the card put in; None if neither can be done."""
-    parts = sentences(text)
+    parts = answer_sentences(text)
     tried = [_misnumber(text, number, card) for number, _ in figures_in(text)]
     for figure in card.figures:
         for number, _ in figures_in(figure.text):
@@ -147,7 +147,7 @@ def truncate(text: str) -> str:
 
 def pad(text: str, start: int = 0, share: float = 0.6) -> str:
     """`text` with at least `share` more words that say nothing new, spread between its sentences."""
-    parts, words = sentences(text), len(text.split())
+    parts, words = answer_sentences(text), len(text.split())
     filler: list[str] = []
     while sum(len(f.split()) for f in filler) < share * words:
         filler.append(FILLER[(start + len(filler)) % len(FILLER)])
@@ -157,7 +157,7 @@ def pad(text: str, start: int = 0, share: float = 0.6) -> str:
     return " ".join(mixed)
 
 
-def validity(judge: str, kind: str, judged: pd.DataFrame) -> dict[str, Any]:
+def gate_result(judge: str, kind: str, judged: pd.DataFrame) -> dict[str, Any]:
     """The gate's result: {judge, passed, controls: [{control, value, threshold, rule, n, passed, detail}]}.
 
     `judged` are the verdicts on the planted controls. A control without a single verdict has not been passed.

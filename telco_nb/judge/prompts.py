@@ -1,0 +1,150 @@
+"""What a language model is asked and what it must reply: prompts, reply schemas, and untrusted text made harmless."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from telco_nb import ROOT
+from telco_nb.corpus.cards import Card
+from telco_nb.judge.cases import CRITERIA, FLAGS, Case, Form, Verdict, printable
+
+MAX_ANSWER_CHARACTERS = (
+    20_000  # of one answer in a prompt; far beyond any answer of the study, so that none can cost a fortune
+)
+
+
+class Reply(BaseModel):
+    """What every reply has. The analysis comes first, so that the decision follows from it."""
+
+    model_config = ConfigDict(extra="forbid")
+    analysis: str = Field(description="at most 80 words on what decides")
+
+
+class PairReply(Reply):
+    """The reply to a pair."""
+
+    verdict: Literal["A", "B", "tie"]
+    margin: Literal[0, 1, 2] = Field(description="0 for a tie, 1 somewhat better, 2 clearly better")
+    flags: list[str]
+
+    @model_validator(mode="after")
+    def _margin_fits(self) -> PairReply:
+        if (self.verdict == "tie") != (self.margin == 0):
+            raise ValueError(f"margin {self.margin} does not go with verdict {self.verdict!r}: 0 is for a tie only")
+        return self
+
+    @field_validator("flags")
+    @classmethod
+    def _known(cls, flags: list[str]) -> list[str]:
+        return known_flags(flags)
+
+    def to_verdict(self) -> Verdict:
+        return Verdict(self.verdict, self.margin, self.analysis, tuple(self.flags))
+
+
+class RubricReply(Reply):
+    """The reply to a rubric."""
+
+    factual: Literal[1, 2, 3, 4, 5]
+    resolves: Literal[1, 2, 3, 4, 5]
+    on_policy: Literal[1, 2, 3, 4, 5]
+    tone: Literal[1, 2, 3, 4, 5]
+    concise: Literal[1, 2, 3, 4, 5]
+
+    def to_verdict(self) -> Verdict:
+        return Verdict(analysis=self.analysis, scores={name: getattr(self, name) for name in CRITERIA})
+
+
+REPLIES: dict[Form, type[PairReply | RubricReply]] = {"pair": PairReply, "rubric": RubricReply}
+
+
+def known_flags(flags: Sequence[str]) -> list[str]:
+    """Flags as `seat:flag`; what is none of ours becomes `other`, so that no free text enters a table."""
+    known = [re.fullmatch(rf"[AB]:(?:{'|'.join(FLAGS)})", flag) for flag in flags]
+    return list(dict.fromkeys(flag if match else "other" for flag, match in zip(flags, known, strict=True)))
+
+
+TEMPLATES: dict[Form, str] = {"pair": "judge_prompt.md", "rubric": "judge_rubric_prompt.md"}
+_DATA = "<!-- the data follow -->\n"
+
+
+class Prompt(NamedTuple):
+    """`system` is the same for all cases of a form, `shared` (conversation, card) for all on one test prompt and card.
+
+    What comes first and is the same can be served from a provider's cache; only `own` differs from case to case. With
+    the shipped cards and 156 test prompts, system and shared part of a pair are 1,188 to 1,731 tokens of SmolLM2
+    (median 1,437; system 428, card 698 to 1,072), of a rating 1,055 to 1,598 (median 1,304).
+    """
+
+    system: str
+    shared: str
+    own: str
+
+    @property
+    def data(self) -> str:
+        return self.shared + self.own
+
+    @property
+    def text(self) -> str:
+        return f"{self.system}\n{self.data}"
+
+
+@cache
+def prompt_template(form: Form) -> str:
+    return (ROOT / "telco_nb" / "data" / TEMPLATES[form]).read_text(encoding="utf-8")
+
+
+def prompt_sha256(form: Form) -> str:
+    return hashlib.sha256(prompt_template(form).encode()).hexdigest()
+
+
+def render_prompt(case: Case) -> Prompt:
+    """The full prompt of a case. Untrusted parts cannot close their tags: their angle brackets are replaced."""
+    conversation = "\n\n".join(f"{role}: {content}" for role, content in case.messages)
+    answers = [
+        f"<answer_{seat.lower()}>\n{neutralise(answer)}\n</answer_{seat.lower()}>"
+        for seat, answer in zip(case.seats, case.answers, strict=True)
+    ]
+    parts = {"conversation": neutralise(conversation), "card": card_text(case.card), "answers": "\n\n".join(answers)}
+    system, data = prompt_template(case.form).split(_DATA)
+    shared, mark, own = data.partition("{{answers}}")
+
+    def filled(template: str) -> str:  # in one pass, so that a placeholder quoted in an answer stays text
+        return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+    return Prompt(system.strip() + "\n", filled(shared).lstrip(), filled(mark + own).rstrip() + "\n")
+
+
+def neutralise(text: str) -> str:
+    """Untrusted text that can neither open nor close a tag of the prompt, nor hide control characters."""
+    cut = text[:MAX_ANSWER_CHARACTERS] + f"\n[cut: {len(text)} characters]" * (len(text) > MAX_ANSWER_CHARACTERS)
+    return printable(cut.replace("<", "‹").replace(">", "›"))
+
+
+@lru_cache(maxsize=512)
+def _card_text(dumped: str) -> str:
+    card = Card.model_validate_json(dumped)
+    lines = [f"Term: {card.term}", f"Also called: {', '.join(card.aliases) or '-'}", f"Definition: {card.definition}"]
+    lists = {
+        "Facts": card.facts,
+        "Checks, in order": card.diagnosis,
+        "Fixes, in order": card.resolution,
+        "Wrong beliefs": [f"{w.belief} CORRECT IS: {w.correction}" for w in card.wrong_beliefs],
+        "Figures": [f"{f.text}: {f.meaning}" for f in card.figures],
+        "Advice": [f"{c.options}: {c.advice}" for c in card.comparisons],
+    }
+    for title, items in lists.items():
+        lines += [f"{title}:", *(f"- {item}" for item in items)]
+    lines += [f"On a bill: {card.billing_answer}", f"Changes: {card.change_answer}"]
+    return "\n".join([*lines, f"Escalate when {card.escalate_when}"])
+
+
+def card_text(card: Card) -> str:
+    """The card as a judge reads it."""
+    return _card_text(card.model_dump_json())
