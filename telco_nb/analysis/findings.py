@@ -15,14 +15,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb.analysis import analysis
-from telco_nb.analysis.analysis import Interval, Judge, Study
+from telco_nb.analysis import effects, results, statistics
+from telco_nb.analysis.recommendation import (
+    Recommendation,
+    describe_config,
+    gain_over_untuned,
+    judges_text,
+    name_list,
+    percent,
+    recommend,
+    win_text,
+)
+from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.statistics import Interval
 
 RUBRIC = ("factual", "resolves", "on_policy", "tone", "concise")
-CHEAP = 0.25  # training is paid once: a saving of less than a quarter does not outweigh a better score
-
-TARGETS = {"qv": "query and value", "mlp": "MLP", "all": "attention and MLP"}
-
 # Published in arXiv:2606.05176: facts to set beside ours, not targets.
 PAPER = {
     "base model": "Qwen2.5-3B",
@@ -50,7 +57,7 @@ class Finding:
     blocked_by: list[str] = field(default_factory=list)
 
 
-def all_findings(study: Study, seed: int = 0) -> list[Finding]:
+def all_findings(study: StudyResults, seed: int = 0) -> list[Finding]:
     """Every statement of the study, the decision first."""
     found = [*decision_findings(study), *_loss_findings(study, seed), *_agreement_findings(study)]
     return [*found, *_energy_findings(study), *_noise_findings(study), *_effect_findings(study)]
@@ -75,12 +82,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cannot(id: str, text: str, reason: str, n: int | None = None, verdict: str = "not estimable") -> Finding:
+def _not_estimable(id: str, text: str, reason: str, n: int | None = None, verdict: str = "not estimable") -> Finding:
     """A finding that says why there are no numbers."""
     return Finding(id, f"{text}: {reason}.", n=n, verdict=verdict, blocked_by=[reason])
 
 
-def _judged(judge: Judge, id: str, text: str, interval: Interval, n: int, verdict: str) -> Finding:
+def _judged(judge: JudgeResults, id: str, text: str, interval: Interval, n: int, verdict: str) -> Finding:
     """A finding that rests on a judge: blocked if the judge is."""
     return Finding(id, text, *interval, n, "blocked" if judge.blocks else verdict, judge.blocks)
 
@@ -89,135 +96,27 @@ def _excludes_zero(interval: Interval) -> str:
     return "supported" if interval.low > 0 or interval.high < 0 else "not distinguishable"
 
 
-def name_list(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def judges_text(judges: Sequence[Judge]) -> str:
-    """The judges by name, proxies marked as such."""
-    if len(judges) > 1 and all(judge.is_proxy for judge in judges):
-        return f"the offline proxy judges {name_list([judge.name for judge in judges])}"
-    return name_list([judge.label for judge in judges])
-
-
-# ---------------------------------------------------------------- the choice
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The recommended configuration, the tied ones it was chosen from, and why."""
-
-    config: str | None
-    candidates: list[str]
-    reason: str
-    blocked_by: list[str]
-    agreed: bool = True
-
-
-def choose(study: Study) -> Choice:
-    """The configuration to deploy: of those in the tied top set of every judge that passed its gate, keep those within
-    25 % of the least training energy; the highest mean standardised score among them wins. A configuration that a judge
-    places below the untuned model for sure is not eligible.
-    """
-    if not study.judges:
-        return Choice(None, [], "", ["no judge has ranked the configurations"])
-    if not study.passed:
-        return Choice(None, [], "", [block for judge in study.judges for block in judge.blocks])
-    sets = [analysis.tied_top_set(judge) for judge in study.passed]
-    common = [config for config in sets[0] if all(config in other for other in sets[1:])]
-    ranked = _mean_score(study)
-    if not common:
-        best = str(ranked.index[0])
-        text = "no configuration is at the top with every judge; this one has the highest mean standardised score"
-        worse = _worse_than_untuned(study, best)
-        return Choice(None, [], "", worse) if worse else Choice(best, [best], text, [], agreed=False)
-    tied = [config for config in ranked.index if config in common]
-    candidates = [config for config in tied if not _worse_than_untuned(study, config)]
-    if not candidates:
-        return Choice(None, [], "", _worse_than_untuned(study, tied[0]))
-    energy = _comparable_energy(study, candidates)
-    cheap = candidates if energy is None else list(energy[energy <= energy.min() * (1 + CHEAP)].index)
-    return Choice(cheap[0], candidates, _reason(study, candidates, cheap, energy is not None), [])
-
-
-def _worse_than_untuned(study: Study, config: str) -> list[str]:
-    """Why a configuration is not worth deploying: judges that place the base model itself above it for sure."""
-    found = []
-    for judge in study.passed:
-        gain = _gain(judge, config)
-        if gain is not None and gain.high < 0:
-            share = f"{config}, the best, wins {win_text(gain)} of decided comparisons with it ({judge.label})"
-            found.append(f"the untuned model answers better: {share}")
-    return found
-
-
-def _gain(judge: Judge, config: str) -> Interval | None:
-    """Lead of a configuration over the untuned model in log-odds; None where the judge has not placed it."""
-    if "untuned" not in judge.ranking.index or not {config, "untuned"} <= set(judge.draws):
-        return None
-    value = judge.ranking.loc[config, "score"] - judge.ranking.loc["untuned", "score"]
-    return analysis.percentile_interval(value, (judge.draws[config] - judge.draws["untuned"]).to_numpy())
-
-
-def _mean_score(study: Study) -> pd.Series:
-    scores = pd.DataFrame({judge.name: judge.scores for judge in study.passed})
-    spread = scores.std().replace(0, np.nan)
-    return ((scores - scores.mean()) / spread).fillna(0).mean(axis=1).sort_values(ascending=False, kind="stable")
-
-
-def _comparable_energy(study: Study, configs: Sequence[str]) -> pd.Series | None:
-    """Training energies of the configurations; None if one is missing or they may not be compared."""
-    energy = study.energy.reindex(list(configs))
-    return None if study.energy_blocks or energy.isna().any() else energy
-
-
-def _reason(study: Study, candidates: list[str], cheap: list[str], comparable: bool) -> str:
-    judges = judges_text(study.passed)
-    if len(candidates) == 1:
-        return f"it is the only configuration at the top with {judges}"
-    who = f"{len(candidates)} of {len(study.results)} configurations ({', '.join(candidates)})"
-    text = f"{who} are tied at the top with {judges}"
-    if not comparable:
-        return f"{text}, and it has the highest mean score (energies cannot be compared)"
-    if len(cheap) == 1:
-        return f"{text}, and it takes the least training energy of them"
-    return f"{text}; of the {len(cheap)} within {CHEAP:.0%} of the least training energy it scores highest"
-
-
-def decision_findings(study: Study) -> list[Finding]:
+def decision_findings(study: StudyResults) -> list[Finding]:
     """What to deploy, what loss alone would have chosen, and how sure the difference is."""
-    choice = choose(study)
+    choice = recommend(study)
     found = [_deploy_finding(study, choice)]
     if not len(study.losses):
         text = "Loss alone cannot choose"
-        return [*found, _cannot("loss_choice", text, "no configuration has a validation loss", 0, "blocked")]
+        return [*found, _not_estimable("loss_choice", text, "no configuration has a validation loss", 0, "blocked")]
     loss_pick = str(study.losses.idxmin())
     return [*found, _loss_choice(study, loss_pick), _confidence(study, choice, loss_pick), *_gains(study, choice)]
 
 
-def _deploy_finding(study: Study, choice: Choice) -> Finding:
+def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     n = len(study.results)
     if choice.config is None:
-        return _cannot("deploy", "No configuration can be recommended", "; ".join(choice.blocked_by), n, "blocked")
+        return _not_estimable(
+            "deploy", "No configuration can be recommended", "; ".join(choice.blocked_by), n, "blocked"
+        )
     energy = energy_text(study.results.loc[choice.config]) or "its training energy is not known"
-    text = (
-        f"Deploy {choice.config} ({describe(study.results.loc[choice.config])}): {choice.reason}. Training: {energy}."
-    )
+    text = f"Deploy {choice.config} ({describe_config(study.results.loc[choice.config])}): {choice.reason}. Training: {energy}."
     better = choice.agreed and len(choice.candidates) < n  # than at least one other configuration, with every judge
     return Finding("deploy", text, choice.config, n=n, verdict="supported" if better else "not distinguishable")
-
-
-def describe(row: pd.Series) -> str:
-    """The parameters of a configuration in words."""
-    plural = "" if row["epochs"] == 1 else "s"
-    parts = {
-        "target_modules": f"LoRA on {TARGETS.get(row['target_modules'], row['target_modules'])}",
-        "rank": f"rank {row['rank']:g}",
-        "epochs": f"{row['epochs']:g} epoch{plural}",
-        "learning_rate": f"learning rate {row['learning_rate']:g}",
-    }
-    return ", ".join(text for column, text in parts.items() if not pd.isna(row[column]))
 
 
 def energy_text(row: pd.Series) -> str:
@@ -229,9 +128,9 @@ def energy_text(row: pd.Series) -> str:
     return f"{row['train_energy_wh']:.3g} Wh{interval}, {row['energy_kind']}"
 
 
-def _loss_choice(study: Study, loss_pick: str) -> Finding:
+def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
     row = study.results.loc[loss_pick]
-    text = f"Loss alone would choose {loss_pick} ({describe(row)}): {row['val_loss']:.4f} nats per token "
+    text = f"Loss alone would choose {loss_pick} ({describe_config(row)}): {row['val_loss']:.4f} nats per token "
     text += f"[{row['val_loss_low']:.4f}, {row['val_loss_high']:.4f}]"
     energy = energy_text(row)
     return Finding(
@@ -239,10 +138,10 @@ def _loss_choice(study: Study, loss_pick: str) -> Finding:
     )
 
 
-def _confidence(study: Study, choice: Choice, loss_pick: str) -> Finding:
+def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> Finding:
     """How often the choice scores above loss's choice over the draws; the least sure judge counts."""
     if choice.config is None:
-        return _cannot("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
+        return _not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
     n = min(len(judge.draws) for judge in study.passed)
     if choice.config == loss_pick:
         return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
@@ -255,14 +154,14 @@ def _confidence(study: Study, choice: Choice, loss_pick: str) -> Finding:
     return Finding("confidence", text, sure, n=n, verdict="supported" if sure >= 0.975 else "not distinguishable")
 
 
-def _gains(study: Study, choice: Choice) -> list[Finding]:
+def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
     """The choice (or else the judge's best) against the untuned model, per judge that has placed it."""
     found = []
     for judge in study.judges:
         if judge.scores.empty:
             continue
         config = choice.config or str(judge.scores.idxmax())
-        interval = _gain(judge, config)
+        interval = gain_over_untuned(judge, config)
         if interval is None:
             continue
         text = (
@@ -272,27 +171,15 @@ def _gains(study: Study, choice: Choice) -> list[Finding]:
     return found
 
 
-def percent(share: float) -> str:
-    """A share estimated from draws: never quite 0 % or 100 %."""
-    return "over 99%" if share > 0.99 else "under 1%" if share < 0.01 else f"{share:.0%}"
-
-
-def win_text(lead: Interval) -> str:
-    """A lead in log-odds, told as the share of decided comparisons won."""
-    value, low, high = (analysis.expected_win_share(x) for x in lead)
-    return f"{percent(value)} [{percent(low)}, {percent(high)}]"
-
-
-# ---------------------------------------------------------------- loss against quality
-
-
-def _loss_findings(study: Study, seed: int) -> list[Finding]:
+def _loss_findings(study: StudyResults, seed: int) -> list[Finding]:
     found = []
     for judge in study.judges:
-        losses, draws = analysis.paired_draws(study, judge)
+        losses, draws = results.paired_draws(study, judge)
         if losses.shape[1] < 2:
             text = f"Whether loss predicts {judge.label} is not known"
-            found.append(_cannot(f"tau.{judge.name}", text, "fewer than two configurations have both", losses.shape[1]))
+            found.append(
+                _not_estimable(f"tau.{judge.name}", text, "fewer than two configurations have both", losses.shape[1])
+            )
             continue
         found += [_tau_finding(study, judge, losses, draws, seed), _regret_finding(study, judge, draws)]
         found += [_top3_finding(judge, losses, draws), *_rank_findings(study, judge, draws)]
@@ -300,22 +187,24 @@ def _loss_findings(study: Study, seed: int) -> list[Finding]:
     return found
 
 
-def _tau_finding(study: Study, judge: Judge, losses: pd.DataFrame, draws: pd.DataFrame, seed: int) -> Finding:
-    n, needed = losses.shape[1], analysis.critical_tau(losses.shape[1])
+def _tau_finding(
+    study: StudyResults, judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame, seed: int
+) -> Finding:
+    n, needed = losses.shape[1], statistics.critical_tau(losses.shape[1])
     if needed is None:
         text = f"Whether loss predicts {judge.label} cannot be told"
-        return _cannot(f"tau.{judge.name}", text, f"with {n} configurations no tau reaches p < .05", n)
-    interval = analysis.tau_interval(study.losses, judge.scores, losses, draws)
-    p = analysis.permutation_p(study.losses[losses.columns], judge.scores[losses.columns], seed)
+        return _not_estimable(f"tau.{judge.name}", text, f"with {n} configurations no tau reaches p < .05", n)
+    interval = statistics.tau_interval(study.losses, judge.scores, losses, draws)
+    p = statistics.permutation_p(study.losses[losses.columns], judge.scores[losses.columns], seed)
     if not math.isfinite(p):
-        return _cannot(
+        return _not_estimable(
             f"tau.{judge.name}", f"Whether loss predicts {judge.label} is not known", "all values are equal", n
         )
     text = (
         f"Loss against the score of {judge.label}: tau-b = {interval.value:+.2f} "
         f"[{interval.low:+.2f}, {interval.high:+.2f}], permutation p = {p:.2g}. "
         f"At n = {n} |tau| must reach {needed:.3f} for p < .05; this judge's own noise "
-        f"caps it near {analysis.noise_ceiling(judge):.2f}. {_tau_words(interval.value, p)}"
+        f"caps it near {results.noise_ceiling(judge):.2f}. {_tau_words(interval.value, p)}"
     )
     return _judged(judge, f"tau.{judge.name}", text, interval, n, "supported" if p < 0.05 else "not distinguishable")
 
@@ -326,7 +215,7 @@ def _tau_words(tau: float, p: float) -> str:
     return "Lower loss goes with better answers." if tau < 0 else "Lower loss goes with worse answers."
 
 
-def _regret_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Finding:
+def _regret_finding(study: StudyResults, judge: JudgeResults, draws: pd.DataFrame) -> Finding:
     pick = str(study.losses[draws.columns].idxmin())
     best = str(judge.scores[draws.columns].idxmax())
     id, n = f"regret.{judge.name}", len(draws)
@@ -334,7 +223,7 @@ def _regret_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Finding:
         text = f"Choosing by loss loses nothing with {judge.label}: both choose {pick}."
         return _judged(judge, id, text, Interval(0.0, math.nan, math.nan), n, "described")
     lead = judge.scores[best] - judge.scores[pick]
-    interval = analysis.percentile_interval(lead, (draws[best] - draws[pick]).to_numpy())
+    interval = statistics.percentile_interval(lead, (draws[best] - draws[pick]).to_numpy())
     text = (
         f"Choosing by loss ({pick}) instead of by {judge.label}: {best} is better by {interval.value:.2f} log-odds "
         f"[{interval.low:.2f}, {interval.high:.2f}], that is, wins {win_text(interval)} of their decided comparisons. "
@@ -343,22 +232,22 @@ def _regret_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Finding:
     return _judged(judge, id, text, interval, n, _excludes_zero(interval))
 
 
-def _top3_finding(judge: Judge, losses: pd.DataFrame, draws: pd.DataFrame) -> Finding:
+def _top3_finding(judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame) -> Finding:
     n, id = losses.shape[1], f"top3.{judge.name}"
     if n <= 3:
-        return _cannot(id, f"The top 3 of {judge.label} says nothing", f"there are only {n} configurations", n)
-    share = analysis.top_share(losses, draws, 3)
+        return _not_estimable(id, f"The top 3 of {judge.label} says nothing", f"there are only {n} configurations", n)
+    share = statistics.top_share(losses, draws, 3)
     text = f"The lowest-loss configuration is in the top 3 of {judge.label} with probability {percent(share)}"
     text += f" (chance: {3 / n:.0%})."
     return _judged(judge, id, text, Interval(share, math.nan, math.nan), len(draws), "described")
 
 
-def _rank_findings(study: Study, judge: Judge, draws: pd.DataFrame) -> list[Finding]:
+def _rank_findings(study: StudyResults, judge: JudgeResults, draws: pd.DataFrame) -> list[Finding]:
     """Ranks of the lowest- and highest-loss configuration, with the chance of such a rank if loss meant nothing."""
-    found, n, ranks = [], draws.shape[1], analysis.rank_draws(draws)
+    found, n, ranks = [], draws.shape[1], statistics.rank_draws(draws)
     place, losses = judge.scores[draws.columns].rank(ascending=False), study.losses[draws.columns]
     for end, word, config in (("best", "lowest", losses.idxmin()), ("worst", "highest", losses.idxmax())):
-        drawn = analysis.percentile_interval(place[config], ranks[config].to_numpy())
+        drawn = statistics.percentile_interval(place[config], ranks[config].to_numpy())
         interval = Interval(*(round(x) for x in drawn))
         chance = (n - interval.value + 1) / n if end == "best" else interval.value / n
         text = (
@@ -370,12 +259,12 @@ def _rank_findings(study: Study, judge: Judge, draws: pd.DataFrame) -> list[Find
     return found
 
 
-def _misplaced_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Finding:
+def _misplaced_finding(study: StudyResults, judge: JudgeResults, draws: pd.DataFrame) -> Finding:
     """The configuration whose rank by loss is furthest from its rank with the judge."""
     place = judge.scores[draws.columns].rank(ascending=False)
     by_loss = study.losses[draws.columns].rank()
     config = str((place - by_loss).abs().idxmax())
-    drawn = analysis.percentile_interval(place[config], analysis.rank_draws(draws)[config].to_numpy())
+    drawn = statistics.percentile_interval(place[config], statistics.rank_draws(draws)[config].to_numpy())
     interval, n = Interval(*(round(x) for x in drawn)), draws.shape[1]
     text = (
         f"Loss misplaces {config} most: {by_loss[config]:.0f} of {n} by loss, {interval.value} of {n} with "
@@ -384,20 +273,20 @@ def _misplaced_finding(study: Study, judge: Judge, draws: pd.DataFrame) -> Findi
     return _judged(judge, f"misplaced.{judge.name}", text, interval, n, "described")
 
 
-def _agreement_findings(study: Study) -> list[Finding]:
+def _agreement_findings(study: StudyResults) -> list[Finding]:
     pairs = [(a, b) for k, a in enumerate(study.judges) for b in study.judges[k + 1 :]]
     return [_agreement(a, b) for a, b in pairs]
 
 
-def _agreement(a: Judge, b: Judge) -> Finding:
+def _agreement(a: JudgeResults, b: JudgeResults) -> Finding:
     configs = [c for c in a.scores.index if c in b.scores.index]
     id, n, n_draws = f"judges.{a.name}.{b.name}", len(configs), min(len(a.draws), len(b.draws))
-    needed = analysis.critical_tau(n) if n >= 2 else None
+    needed = statistics.critical_tau(n) if n >= 2 else None
     if needed is None:
         text = f"Whether {a.label} and {b.label} rank alike cannot be told"
-        return _cannot(id, text, f"with {n} configurations no tau reaches p < .05", n)
+        return _not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
     draws_a, draws_b = a.draws[configs].iloc[:n_draws], b.draws[configs].iloc[:n_draws]
-    interval = analysis.tau_interval(a.scores, b.scores, draws_a, draws_b)
+    interval = statistics.tau_interval(a.scores, b.scores, draws_a, draws_b)
     text = f"Rankings of {a.label} and {b.label}: tau-b = {interval.value:+.2f} "
     text += f"[{interval.low:+.2f}, {interval.high:+.2f}]."
     blocks = [*a.blocks, *b.blocks]
@@ -405,11 +294,11 @@ def _agreement(a: Judge, b: Judge) -> Finding:
     return Finding(id, text, *interval, n, "blocked" if blocks else verdict, blocks)
 
 
-def kappa_finding(a: Judge, b: Judge, kappa: Interval, n: int) -> Finding:
+def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> Finding:
     """Agreement of two judges verdict by verdict (`analysis.cohen_kappa`)."""
     id = f"kappa.{a.name}.{b.name}"
     if not n or not math.isfinite(kappa.value):
-        return _cannot(
+        return _not_estimable(
             id, f"Verdicts of {a.label} and {b.label} cannot be compared", "no shared comparison that varies", n
         )
     text = f"Verdict by verdict, {a.label} and {b.label} agree with Cohen's kappa {kappa.value:.2f} "
@@ -418,34 +307,34 @@ def kappa_finding(a: Judge, b: Judge, kappa: Interval, n: int) -> Finding:
     return Finding(id, text, *kappa, n, "blocked" if blocks else _excludes_zero(kappa), blocks)
 
 
-def rubric_findings(panel: Sequence[Judge], ratings: pd.DataFrame, n_draws: int, seed: int) -> list[Finding]:
+def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draws: int, seed: int) -> list[Finding]:
     """Agreement of all judges that rate (column `rater`) on each criterion of the rubric, by Krippendorff's alpha."""
     criteria = [column for column in RUBRIC if column in ratings]
     raters = [judge for judge in panel if (ratings["rater"] == judge.name).any()]
     if len(raters) < 2:
         reason = "fewer than two judges rate answers"
-        return [_cannot("alpha.rubric", "Whether judges rate answers alike is not known", reason, 0)]
+        return [_not_estimable("alpha.rubric", "Whether judges rate answers alike is not known", reason, 0)]
     unit = ratings["prompt_id"] + "|" + ratings["config"]
     long = pd.DataFrame({"unit": unit, "cluster": ratings["scenario_id"], "rater": ratings["rater"]})
     found = []
     for name in criteria:
         table = long.assign(value=ratings[name].astype(float))
         rating = [judge for judge in raters if table.loc[table["rater"] == judge.name, "value"].notna().any()]
-        found.append(_alpha_finding(name, rating, *analysis.krippendorff_alpha(table, "ordinal", n_draws, seed)))
+        found.append(_alpha_finding(name, rating, *statistics.krippendorff_alpha(table, "ordinal", n_draws, seed)))
     return found
 
 
-def _alpha_finding(criterion: str, judges: Sequence[Judge], alpha: Interval, n: int) -> Finding:
+def _alpha_finding(criterion: str, judges: Sequence[JudgeResults], alpha: Interval, n: int) -> Finding:
     id = f"alpha.{criterion}"
     if not n or not math.isfinite(alpha.value):
         reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
-        return _cannot(id, f"Whether judges rate {criterion} alike is not known", reason, n)
+        return _not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
     text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
     text += f"[{alpha.low:.2f}, {alpha.high:.2f}] (ordinal, {n:,} answers)."
     return Finding(id, text, *alpha, n, _excludes_zero(alpha))
 
 
-def self_preference_finding(judge: Judge, own: set[str], gap: Interval, n: int) -> Finding:
+def self_preference_finding(judge: JudgeResults, own: set[str], gap: Interval, n: int) -> Finding:
     """Whether a judge favours its own answers (`analysis.self_preference`)."""
     id, whose = (
         f"self_preference.{judge.name}",
@@ -453,7 +342,7 @@ def self_preference_finding(judge: Judge, own: set[str], gap: Interval, n: int) 
     )
     if not n:
         text = f"Whether {judge.label} favours its own answers ({whose}) is not known"
-        return _cannot(id, text, "no other judge has decided the same comparisons", n)
+        return _not_estimable(id, text, "no other judge has decided the same comparisons", n)
     text = f"{judge.label} prefers its own answers ({whose}) {100 * gap.value:+.0f} points "
     text += (
         f"[{100 * gap.low:+.0f}, {100 * gap.high:+.0f}] more often than the other judges do, over {n:,} comparisons."
@@ -461,18 +350,15 @@ def self_preference_finding(judge: Judge, own: set[str], gap: Interval, n: int) 
     return Finding(id, text, *gap, n, _excludes_zero(gap))
 
 
-# ---------------------------------------------------------------- energy, noise, effects
-
-
-def _energy_findings(study: Study) -> list[Finding]:
+def _energy_findings(study: StudyResults) -> list[Finding]:
     energy, text = study.energy, "Energies cannot be compared"
     if len(energy) < 2:
         reason = f"{len(energy)} of {len(study.results)} configurations have a training energy"
-        return [_cannot("energy_ratio", text, reason, len(energy))]
+        return [_not_estimable("energy_ratio", text, reason, len(energy))]
     if len(study.energy_kinds) != 1:
-        return [_cannot("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
+        return [_not_estimable("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
     least, most = str(energy.idxmin()), str(energy.idxmax())
-    ratio = analysis.energy_ratio(study.results, most, least)
+    ratio = results.energy_ratio(study.results, most, least)
     low, high = PAPER["energy_wh"]
     text = (
         f"Training energy ({study.energy_word}) runs from {energy[least]:.3g} Wh ({least}) to {energy[most]:.3g} Wh "
@@ -485,12 +371,12 @@ def _energy_findings(study: Study) -> list[Finding]:
     return [Finding("energy_ratio", text, *ratio, len(energy), verdict, blocks), *_pareto_findings(study)]
 
 
-def _pareto_findings(study: Study) -> list[Finding]:
+def _pareto_findings(study: StudyResults) -> list[Finding]:
     found = []
     for judge in study.judges:
-        front = analysis.pareto_front(study.energy, judge.scores)
+        front = statistics.pareto_front(study.energy, judge.scores)
         if front:
-            shares = analysis.pareto_shares(study.energy, judge.draws[list(judge.scores.index)])
+            shares = statistics.pareto_shares(study.energy, judge.draws[list(judge.scores.index)])
             told = name_list([f"{config} ({percent(shares[config])})" for config in front])
             text = f"No configuration is both better with {judge.label} and cheaper to train than these "
             text += f"(in brackets, in how many draws): {told}."
@@ -501,11 +387,13 @@ def _pareto_findings(study: Study) -> list[Finding]:
     return found
 
 
-def _noise_findings(study: Study) -> list[Finding]:
-    noise = analysis.noise_floor(study.results, study.repeats, "val_loss")
+def _noise_findings(study: StudyResults) -> list[Finding]:
+    noise = effects.noise_floor(study.results, study.repeats, "val_loss")
     if noise is None:
         return [
-            _cannot("noise_floor", "The seed noise is not known", "no configuration was repeated with another seed")
+            _not_estimable(
+                "noise_floor", "The seed noise is not known", "no configuration was repeated with another seed"
+            )
         ]
     seeds, losses = noise.between_seeds, study.losses.sort_values()
     near = [c for c in losses.index if losses[c] - losses.iloc[0] <= noise.resolution]
@@ -519,27 +407,24 @@ def _noise_findings(study: Study) -> list[Finding]:
     return [Finding("noise_floor", text, *seeds, noise.n_runs, verdict)]
 
 
-def _effect_findings(study: Study) -> list[Finding]:
+def _effect_findings(study: StudyResults) -> list[Finding]:
     blocks = {f"{judge.name} score": judge.blocks for judge in study.judges}
     blocks[f"training energy ({study.energy_word})"] = study.energy_blocks
-    return [_effect(row, blocks.get(row.response, [])) for row in analysis.effect_tables(study).itertuples()]
+    return [_effect(row, blocks.get(row.response, [])) for row in effects.effect_tables(study).itertuples()]
 
 
 def _effect(row: Any, blocks: list[str]) -> Finding:
     id = f"effect.{row.response}.{row.factor}.{row.contrast}".replace(" ", "")
     name = f"{row.factor} {row.contrast} on {row.response}"
     if not row.estimable:
-        return _cannot(id, f"The effect of {name} is not estimable", row.reason, row.n)
+        return _not_estimable(id, f"The effect of {name} is not estimable", row.reason, row.n)
     neutral, digits = (1.0, ".2f") if row.unit == "ratio" else (0.0, "+.3f")
     text = f"Effect of {name}: {row.effect:{digits}} {row.unit} [{row.low:{digits}}, {row.high:{digits}}]."
     verdict = "not distinguishable" if row.low <= neutral <= row.high else "supported"
     return Finding(id, text, row.effect, row.low, row.high, row.n, "blocked" if blocks else verdict, blocks)
 
 
-# ---------------------------------------------------------------- beside the paper
-
-
-def paper_table(study: Study, base_model: str | None = None) -> pd.DataFrame:
+def paper_table(study: StudyResults, base_model: str | None = None) -> pd.DataFrame:
     """The paper's published facts beside ours, as text: quantity, paper, this study."""
     losses, energy, n = study.losses, study.energy, len(study.losses)
     low, high = PAPER["energy_wh"]
@@ -563,21 +448,21 @@ def paper_table(study: Study, base_model: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["quantity", "paper", "this study"])
 
 
-def _range_text(study: Study, energy: pd.Series) -> str:
+def _range_text(study: StudyResults, energy: pd.Series) -> str:
     if len(energy) < 2:
         return "-"
     return f"{energy.min():.3g}-{energy.max():.3g} Wh, {study.energy_word} (factor {energy.max() / energy.min():.1f})"
 
 
 def _needed_text(n: int) -> str:
-    needed = analysis.critical_tau(n) if n >= 2 else None
+    needed = statistics.critical_tau(n) if n >= 2 else None
     return "cannot be reached" if needed is None else f"{needed:.3f}"
 
 
-def _rank_text(study: Study, end: str) -> str:
+def _rank_text(study: StudyResults, end: str) -> str:
     told = []
     for judge in study.judges:
-        losses, _ = analysis.paired_draws(study, judge)
+        losses, _ = results.paired_draws(study, judge)
         if losses.shape[1]:
             config = getattr(study.losses[losses.columns], end)()
             place = judge.scores[losses.columns].rank(ascending=False)[config]

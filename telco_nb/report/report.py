@@ -22,7 +22,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from telco_nb import DATA_DIR
-from telco_nb.analysis.findings import PAPER, describe, name_list, percent
+from telco_nb.analysis.findings import PAPER
+from telco_nb.analysis.recommendation import describe_config, name_list, percent
 from telco_nb.report import report_cards
 from telco_nb.report.report_cards import GUESSED, ordinal
 from telco_nb.report.report_files import Cell, Page, Study, duration, read_study, tolerant
@@ -196,7 +197,7 @@ def _deploy_tile(study: Study, chosen: str | None) -> Tile:
     if not chosen:
         reasons = (study.finding("deploy") or {}).get("blocked_by", [])
         return Tile("Deploy", "none of them", [f"{reason[:1].upper()}{reason[1:]}." for reason in reasons])
-    lines = [f"{describe(study.results.loc[chosen])}."]
+    lines = [f"{describe_config(study.results.loc[chosen])}."]
     gains = [f["value"] for f in study.findings if f["id"].startswith("gain.") and f["verdict"] != "blocked"]
     shares = list(dict.fromkeys(f"{1 / (1 + math.exp(-gain)):.0%}" for gain in sorted(gains)))
     if shares:

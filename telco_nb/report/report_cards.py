@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.analysis.findings import describe, energy_text
+from telco_nb.analysis.findings import energy_text
+from telco_nb.analysis.recommendation import describe_config
 from telco_nb.report.report_files import Study, read_json, tolerant
 from telco_nb.study.plan import STEPS
 
@@ -99,7 +100,7 @@ def _card_numbers(study: Study, config: str, most: float) -> dict[str, Any]:
         )
         facts.append((study.judge_name(judge), text))
     bar = round(100 * row["train_energy_wh"] / most, 1) if known and most > 0 else None
-    return {"parameters": describe(row), "facts": facts, "bar": bar, "guess": row["energy_kind"] in GUESSED}
+    return {"parameters": describe_config(row), "facts": facts, "bar": bar, "guess": row["energy_kind"] in GUESSED}
 
 
 def _prompts(root: Path) -> pd.DataFrame:

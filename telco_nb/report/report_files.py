@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.analysis.analysis import PROXY_KINDS
+from telco_nb.analysis.results import PROXY_KINDS
 from telco_nb.study import record
 from telco_nb.study.plan import STEPS
 

@@ -17,8 +17,22 @@ import statsmodels.formula.api as smf
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
 
-from telco_nb.analysis import analysis, charts, findings
-from telco_nb.analysis.analysis import Interval, Judge, Study
+from telco_nb.analysis import charts, findings, recommendation, statistics
+from telco_nb.analysis.effects import FACTORS, design_facts, effect_tables, main_effects, noise_floor
+from telco_nb.analysis.results import (
+    JudgeResults,
+    StudyResults,
+    gate_table,
+    noise_ceiling,
+    own_answers,
+    result_columns,
+    results_table,
+    self_preference,
+    tied_top_set,
+    val_loss_draws,
+    val_loss_interval,
+)
+from telco_nb.analysis.statistics import Interval
 from telco_nb.judge import ranking
 
 matplotlib.use("Agg")
@@ -27,17 +41,17 @@ matplotlib.use("Agg")
 # ---------------------------------------------------------------- fixtures
 
 
-def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **facts) -> Judge:
+def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **facts) -> JudgeResults:
     rng = np.random.default_rng(3)
     draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(score))), columns=score.index)
     ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
     ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
     ranking["is_anchor"] = False
     given = {"kind": name, "gate_passed": True, "failed_controls": (), "coverage": 1.0, "missing_p": None} | facts
-    return Judge(name=name, ranking=ranking, draws=draws, **given)
+    return JudgeResults(name=name, ranking=ranking, draws=draws, **given)
 
 
-def make_study(n: int = 16, judges: list[Judge] | None = None, **columns) -> Study:
+def make_study(n: int = 16, judges: list[JudgeResults] | None = None, **columns) -> StudyResults:
     configs = fake_study.design(n)
     planted = fake_study.truth(configs)
     results = configs.assign(
@@ -54,10 +68,10 @@ def make_study(n: int = 16, judges: list[Judge] | None = None, **columns) -> Stu
     draws = pd.DataFrame(results["val_loss"].to_numpy() + rng.normal(0, 0.005, (400, n)), columns=configs.index)
     panel = [make_judge(planted["quality"])] if judges is None else judges
     repeats = pd.DataFrame({"config": [], "seed": [], "val_loss": [], "train_energy_wh": []})
-    return Study(results, draws, panel, repeats)
+    return StudyResults(results, draws, panel, repeats)
 
 
-def finding(study: Study, id: str) -> findings.Finding:
+def finding(study: StudyResults, id: str) -> findings.Finding:
     return next(f for f in findings.all_findings(study) if f.id == id)
 
 
@@ -79,13 +93,13 @@ def test_tau_b_equals_counting_pairs_with_and_without_ties(n):
     rng = np.random.default_rng(n)
     for a, b in ((rng.normal(size=n), rng.normal(size=n)), (np.arange(n) // 2, rng.permutation(n) // 3)):
         if len(set(a)) > 1 and len(set(b)) > 1:
-            assert analysis.kendall_tau(a, b) == pytest.approx(tau_b_by_counting(a, b))
+            assert statistics.kendall_tau(a, b) == pytest.approx(tau_b_by_counting(a, b))
 
 
 def test_tau_of_a_constant_or_of_one_item_is_missing_not_zero():
-    assert math.isnan(analysis.kendall_tau([1, 1, 1], [1, 2, 3]))
-    assert math.isnan(analysis.kendall_tau([1, 1], [1, 2]))
-    assert math.isnan(analysis.kendall_tau([1], [1]))
+    assert math.isnan(statistics.kendall_tau([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(statistics.kendall_tau([1, 1], [1, 2]))
+    assert math.isnan(statistics.kendall_tau([1], [1]))
 
 
 def p_by_enumeration(a, b) -> float:
@@ -98,18 +112,18 @@ def test_permutation_p_is_exact_without_ties():
     rng = np.random.default_rng(0)
     for _ in range(5):
         a, b = rng.normal(size=6), rng.normal(size=6)
-        assert analysis.permutation_p(a, b) == pytest.approx(p_by_enumeration(a, b))
+        assert statistics.permutation_p(a, b) == pytest.approx(p_by_enumeration(a, b))
 
 
 def test_permutation_p_with_ties_is_near_full_enumeration_and_repeatable():
     a, b = np.array([1, 1, 2, 3, 3, 4]), np.array([2.0, 1, 3, 3, 5, 4])
-    p = analysis.permutation_p(a, b, seed=1)
+    p = statistics.permutation_p(a, b, seed=1)
     assert p == pytest.approx(p_by_enumeration(a, b), abs=0.015)
-    assert p == analysis.permutation_p(a, b, seed=1)
+    assert p == statistics.permutation_p(a, b, seed=1)
 
 
 def test_critical_tau_is_the_smallest_with_exact_p_below_5_percent():
-    assert analysis.critical_tau(16) == pytest.approx(46 / 120)
+    assert statistics.critical_tau(16) == pytest.approx(46 / 120)
     # One step less, 44 of 120 (0.367, which the normal approximation would accept), has exact p = 0.052.
     for discordant, below in ((37, True), (38, False)):
         left, order, due = list(range(16)), [], discordant
@@ -117,13 +131,13 @@ def test_critical_tau_is_the_smallest_with_exact_p_below_5_percent():
             step = min(due, len(left) - 1)
             order.append(left.pop(step))
             due -= step
-        p = analysis.permutation_p(np.arange(16.0), np.array(order, float))
+        p = statistics.permutation_p(np.arange(16.0), np.array(order, float))
         assert (p < 0.05) == below
 
 
 @pytest.mark.parametrize(("n", "expected"), [(2, None), (3, None), (4, None), (5, 1.0)])
 def test_few_configurations_can_never_reach_significance(n, expected):
-    assert analysis.critical_tau(n) == expected
+    assert statistics.critical_tau(n) == expected
 
 
 def test_tau_interval_covers_a_planted_correlation_and_percentiles_alone_do_not():
@@ -136,15 +150,15 @@ def test_tau_interval_covers_a_planted_correlation_and_percentiles_alone_do_not(
         seen = quality + 0.3 * rng.normal(size=n)
         draws_a = pd.DataFrame(loss + 0.05 * rng.normal(size=(120, n)), columns=names)
         draws_b = pd.DataFrame(seen + 0.3 * rng.normal(size=(120, n)), columns=names)
-        interval = analysis.tau_interval(pd.Series(loss, names), pd.Series(seen, names), draws_a, draws_b)
-        hits += interval.low <= analysis.kendall_tau(loss, quality) <= interval.high
+        interval = statistics.tau_interval(pd.Series(loss, names), pd.Series(seen, names), draws_a, draws_b)
+        hits += interval.low <= statistics.kendall_tau(loss, quality) <= interval.high
         assert interval.low <= interval.value <= interval.high
     assert hits >= 44
 
 
 def test_noise_ceiling_falls_with_the_judges_noise():
     score = fake_study.truth(fake_study.design())["quality"]
-    quiet, loud = (analysis.noise_ceiling(make_judge(score, noise)) for noise in (0.01, 0.5))
+    quiet, loud = (noise_ceiling(make_judge(score, noise)) for noise in (0.01, 0.5))
     assert quiet > 0.9 > loud
 
 
@@ -165,22 +179,22 @@ def losses(per_scenario: np.ndarray, conversations: int = 2, tokens: int = 50) -
 
 def test_validation_loss_is_token_weighted():
     frame = pd.DataFrame({"scenario_id": ["a", "b"], "n_tokens": [10, 90], "loss_sum_after": [10.0, 45.0]})
-    draws = analysis.val_loss_draws({"c": frame}, 50, 0)
-    assert analysis.val_loss_interval(frame, draws["c"]).value == pytest.approx(0.55)
+    draws = val_loss_draws({"c": frame}, 50, 0)
+    assert val_loss_interval(frame, draws["c"]).value == pytest.approx(0.55)
 
 
 def test_loss_interval_covers_the_true_mean_of_scenarios():
     rng, hits = np.random.default_rng(2), 0
     for _ in range(200):
         frame = losses(rng.normal(1.0, 0.2, 60))
-        interval = analysis.val_loss_interval(frame, analysis.val_loss_draws({"c": frame}, 300, 1)["c"])
+        interval = val_loss_interval(frame, val_loss_draws({"c": frame}, 300, 1)["c"])
         hits += interval.low <= 1.0 <= interval.high
     assert 0.89 <= hits / 200 <= 0.99
 
 
 def test_configurations_share_their_draws_so_differences_are_paired():
     base = np.random.default_rng(0).normal(1, 0.2, 40)
-    draws = analysis.val_loss_draws({"a": losses(base), "b": losses(base + 0.01)}, 100, 0)
+    draws = val_loss_draws({"a": losses(base), "b": losses(base + 0.01)}, 100, 0)
     assert np.allclose(draws["b"] - draws["a"], 0.01)
 
 
@@ -193,9 +207,7 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
         "c02": {},
     }
     judge = make_judge(pd.Series({"c01": 0.3, "c03": -0.3}), gate_passed=False)
-    table = analysis.results_table(
-        training, {"c01": {"answer_energy_wh": 0.0}}, {"c01": Interval(0.5, 0.4, 0.6)}, [judge]
-    )
+    table = results_table(training, {"c01": {"answer_energy_wh": 0.0}}, {"c01": Interval(0.5, 0.4, 0.6)}, [judge])
     expected = (
         "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low "
         "val_loss_high train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source "
@@ -210,7 +222,7 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
 
 def test_a_configuration_that_the_judge_left_out_has_no_score():
     judge = make_judge(pd.Series({"c01": 0.3, "c03": -0.3}))
-    table = analysis.results_table({"c02": {"val_loss": 0.5}}, {}, {}, [judge]).set_index("config")
+    table = results_table({"c02": {"val_loss": 0.5}}, {}, {}, [judge]).set_index("config")
     assert pd.isna(table.loc["c02", "checklist_score"])
     assert table.loc["c02", "checklist_gate"] == "passed"
 
@@ -221,7 +233,7 @@ def test_a_configuration_that_the_judge_left_out_has_no_score():
 def test_main_effects_equal_statsmodels():
     configs = fake_study.design()
     response = fake_study.truth(configs)["loss"]
-    ours = analysis.main_effects(configs, response).set_index("contrast")
+    ours = main_effects(configs, response).set_index("contrast")
     levels = "C(target_modules, Treatment('qv')) + C(rank) + C(epochs) + C(learning_rate)"
     fit = smf.ols(f"y ~ {levels}", configs.assign(y=response)).fit()
     bounds = fit.conf_int()
@@ -238,13 +250,13 @@ def test_main_effects_equal_statsmodels():
 def test_energy_effects_are_ratios():
     configs = fake_study.design()
     energy = pd.Series(np.where(configs["epochs"] == 4, 40.0, 10.0), configs.index)
-    effects = analysis.main_effects(configs, energy, log=True).set_index("contrast")
+    effects = main_effects(configs, energy, log=True).set_index("contrast")
     assert effects.loc["1 -> 4", "effect"] == pytest.approx(4)
     assert effects.loc["8 -> 64", "effect"] == pytest.approx(1)
 
 
 def test_the_default_design_is_orthogonal_and_clear_of_two_factor_interactions():
-    facts = analysis.design_facts(fake_study.design())
+    facts = design_facts(fake_study.design())
     assert facts[["varied", "separable", "clear"]].all().all()
     assert set(facts["leftover"]) == {9}
 
@@ -252,21 +264,21 @@ def test_the_default_design_is_orthogonal_and_clear_of_two_factor_interactions()
 def test_a_design_says_what_it_cannot_tell_apart():
     grid = itertools.product(("qv", "mlp", "all"), ((8, 1), (64, 4)), (1e-4, 1e-3))
     rows = [(target, rank, epochs, rate) for target, (rank, epochs), rate in grid]
-    together = pd.DataFrame(rows, columns=list(analysis.FACTORS))
-    facts = analysis.design_facts(together).set_index("factor")
+    together = pd.DataFrame(rows, columns=list(FACTORS))
+    facts = design_facts(together).set_index("factor")
     assert not facts.loc["rank", "separable"]
     assert facts.loc["target_modules", "separable"]
-    effects = analysis.main_effects(together, pd.Series(np.arange(12.0))).set_index("factor")
+    effects = main_effects(together, pd.Series(np.arange(12.0))).set_index("factor")
     assert math.isnan(effects.loc["epochs", "effect"])
     assert "cannot be separated" in effects.loc["epochs", "reason"]
     configs = fake_study.design()
     half = configs[configs["learning_rate"] > 4e-4]  # rank is then target x epochs
-    assert not analysis.design_facts(half).set_index("factor").loc["rank", "clear"]
+    assert not design_facts(half).set_index("factor").loc["rank", "clear"]
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_two_or_three_configurations_give_reasons_instead_of_effects(n):
-    effects = analysis.effect_tables(make_study(n))
+    effects = effect_tables(make_study(n))
     assert not effects["estimable"].any()
     assert effects[["effect", "low", "high"]].isna().all().all()
     assert (effects["reason"] != "").all()
@@ -278,20 +290,20 @@ def test_two_or_three_configurations_give_reasons_instead_of_effects(n):
 def test_noise_floor_is_the_pooled_spread_between_seeds():
     results = pd.DataFrame({"val_loss": [0.50, 0.60, 0.70]}, index=["c1", "c2", "c3"])
     repeats = pd.DataFrame({"config": ["c1", "c1", "c2"], "seed": [1, 2, 1], "val_loss": [0.51, 0.52, 0.63]})
-    noise = analysis.noise_floor(results, repeats, "val_loss")
+    noise = noise_floor(results, repeats, "val_loss")
     pooled = math.sqrt((2 * 0.01**2 + 0.03**2 / 2) / 3)
     assert noise.between_seeds.value == pytest.approx(pooled)
     assert (noise.df, noise.n_runs) == (3, 5)
     assert noise.between_seeds.low < pooled < noise.between_seeds.high
     assert noise.resolution > 2.7 * pooled  # t with 3 degrees of freedom, not 1.96
-    assert analysis.noise_floor(results, repeats.iloc[:0], "val_loss") is None
+    assert noise_floor(results, repeats.iloc[:0], "val_loss") is None
 
 
 def test_pareto_front_keeps_exactly_the_undominated():
     rng = np.random.default_rng(5)
     names = [f"c{i}" for i in range(30)]
     energy, score = pd.Series(rng.integers(1, 9, 30), names), pd.Series(rng.integers(1, 9, 30), names)
-    front = analysis.pareto_front(energy, score)
+    front = statistics.pareto_front(energy, score)
     for config in names:
         beaten = any(
             energy[o] <= energy[config]
@@ -304,13 +316,13 @@ def test_pareto_front_keeps_exactly_the_undominated():
 
 def test_configurations_without_energy_are_left_out_of_the_front_not_put_at_zero():
     energy, score = pd.Series({"a": math.nan, "b": 2.0}), pd.Series({"a": 9.0, "b": 1.0})
-    assert analysis.pareto_front(energy, score) == ["b"]
+    assert statistics.pareto_front(energy, score) == ["b"]
 
 
 def test_front_membership_shares_follow_the_draws():
     energy = pd.Series({"a": 1.0, "b": 2.0, "c": 3.0})
     draws = pd.DataFrame({"a": [0.0, 0.0], "b": [1.0, -1.0], "c": [0.5, -2.0]})
-    assert analysis.pareto_shares(energy, draws).to_dict() == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert statistics.pareto_shares(energy, draws).to_dict() == {"a": 1.0, "b": 0.5, "c": 0.0}
 
 
 def test_holm_equals_statsmodels():
@@ -321,7 +333,7 @@ def test_holm_equals_statsmodels():
 
 def test_tied_top_set_holds_what_noise_cannot_separate():
     judge = make_judge(pd.Series({"a": 1.0, "b": 0.95, "c": -1.0}), noise=0.1)
-    assert analysis.tied_top_set(judge) == ["a", "b"]
+    assert tied_top_set(judge) == ["a", "b"]
 
 
 def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
@@ -330,12 +342,12 @@ def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
     a = pd.DataFrame(rows).assign(config_first="x", config_second="y", winner=rng.choice(["x", "y", "tie"], 120))
     b = a.assign(winner=np.where(rng.random(120) < 0.5, a["winner"], "tie"))
     swapped = b.rename(columns={"config_first": "config_second", "config_second": "config_first"})
-    kappa, n = analysis.cohen_kappa(a, swapped.iloc[:100], 200, 0)
+    kappa, n = statistics.cohen_kappa(a, swapped.iloc[:100], 200, 0)
     table = pd.crosstab(a["winner"][:100], b["winner"][:100])
     assert kappa.value == pytest.approx(cohens_kappa(table.to_numpy(), return_results=False))
     assert n == 100
     assert kappa.low < kappa.value < kappa.high
-    assert math.isnan(analysis.cohen_kappa(a.iloc[:0], b, 10, 0)[0].value)
+    assert math.isnan(statistics.cohen_kappa(a.iloc[:0], b, 10, 0)[0].value)
 
 
 # ---------------------------------------------------------------- agreement on ratings, and on one's own answers
@@ -360,7 +372,7 @@ def long_ratings(matrix: np.ndarray, clusters: int = 100) -> pd.DataFrame:
     ("level", "published"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849), ("ratio", 0.797)]
 )
 def test_alpha_of_krippendorffs_own_example(level, published):
-    alpha, n = analysis.krippendorff_alpha(long_ratings(KRIPPENDORFF), level)
+    alpha, n = statistics.krippendorff_alpha(long_ratings(KRIPPENDORFF), level)
     assert alpha.value == pytest.approx(published, abs=5e-4) and n == 11
     assert alpha.value == pytest.approx(krippendorff.alpha(KRIPPENDORFF, level_of_measurement=level), abs=1e-12)
 
@@ -371,15 +383,15 @@ def test_alpha_equals_the_package_on_ratings_with_holes(level):
     truth = rng.integers(1, 6, 60)
     seen = np.clip(truth + rng.integers(-1, 2, (3, 60)), 1, 5).astype(float)
     seen[rng.random(seen.shape) < 0.3] = np.nan
-    alpha, _ = analysis.krippendorff_alpha(long_ratings(seen, 20), level, 200, 1)
+    alpha, _ = statistics.krippendorff_alpha(long_ratings(seen, 20), level, 200, 1)
     assert alpha.value == pytest.approx(krippendorff.alpha(seen, level_of_measurement=level), abs=1e-12)
     assert alpha.low < alpha.value < alpha.high
 
 
 def test_alpha_of_nothing_shared_or_nothing_varying_is_missing():
     alone = long_ratings(np.array([[1.0, np.nan], [np.nan, 2.0]]))
-    assert analysis.krippendorff_alpha(alone, "ordinal")[1] == 0
-    same, n = analysis.krippendorff_alpha(long_ratings(np.ones((2, 5))), "ordinal", 10)
+    assert statistics.krippendorff_alpha(alone, "ordinal")[1] == 0
+    same, n = statistics.krippendorff_alpha(long_ratings(np.ones((2, 5))), "ordinal", 10)
     assert n == 5 and math.isnan(same.value)
 
 
@@ -395,19 +407,19 @@ def test_self_preference_is_the_surplus_over_the_other_judges():
     other = judgements(["mine"] * 10 + ["tie"] * 20 + ["theirs"] * 10)
     swapped = other.rename(columns={"config_first": "config_second", "config_second": "config_first"})
     for others in ([other], [swapped], [other, other]):
-        gap, n = analysis.self_preference(vain, others, {"mine"}, 200, 0)
+        gap, n = self_preference(vain, others, {"mine"}, 200, 0)
         assert gap.value == pytest.approx(30 / 40 - 20 / 40) and n == 40
         assert 0 < gap.low < gap.value < gap.high
-    assert analysis.self_preference(vain, [], {"mine"}, 50, 0)[1] == 0
-    assert analysis.self_preference(vain, [other], {"mine", "theirs"}, 50, 0)[1] == 0  # own against own says nothing
+    assert self_preference(vain, [], {"mine"}, 50, 0)[1] == 0
+    assert self_preference(vain, [other], {"mine", "theirs"}, 50, 0)[1] == 0  # own against own says nothing
 
 
 def test_whose_answers_are_a_judges_own():
     configs = ["c01", "c02"]
-    assert analysis.own_answers("checklist", None, "tiny", None, configs) == set()
-    assert analysis.own_answers("reference", "mini", "tiny", None, configs) == {"reference"}
-    assert analysis.own_answers("openai-compatible", "tiny", "tiny", None, configs) == {"c01", "c02", "untuned"}
-    assert analysis.own_answers("anthropic", "big", "tiny", "big", configs) == {"reference"}
+    assert own_answers("checklist", None, "tiny", None, configs) == set()
+    assert own_answers("reference", "mini", "tiny", None, configs) == {"reference"}
+    assert own_answers("openai-compatible", "tiny", "tiny", None, configs) == {"c01", "c02", "untuned"}
+    assert own_answers("anthropic", "big", "tiny", "big", configs) == {"reference"}
 
 
 def test_ratings_of_two_judges_give_an_alpha_per_criterion_and_of_one_a_reason():
@@ -432,7 +444,7 @@ def test_the_gate_is_shown_control_by_control_for_every_judge():
     bad = make_judge(
         score, name="reference", controls=(control("wrong_number", 0.75, False), control("late", None, False))
     )
-    table = analysis.gate_table([good, bad]).set_index("control")
+    table = gate_table([good, bad]).set_index("control")
     assert table.loc["wrong_number", "reference (offline proxy)"] == "0.750 (n = 40) FAILED"
     assert table.loc["truncated", "checklist (offline proxy)"] == "0.975 (n = 40) passed"
     assert table.loc["late", "reference (offline proxy)"] == "no verdict FAILED"
@@ -443,11 +455,11 @@ def test_a_judge_that_has_ranked_nothing_is_blocked_and_leaves_the_others_as_the
     planted = fake_study.truth(fake_study.design())["quality"]
     silent = make_judge(planted * np.nan, name="silent", gate_passed=False, coverage=0.0)
     study = make_study(16, [make_judge(planted), silent])
-    assert findings.choose(study).config == findings.choose(make_study()).config
+    assert recommendation.recommend(study).config == recommendation.recommend(make_study()).config
     found = {f.id: f for f in findings.all_findings(study)}
     assert found["tau.silent"].value is None and "gain.silent" not in found
     assert any("has ranked nothing" in block for block in silent.blocks)
-    table = analysis.results_table({"c01": {}}, {}, {}, [silent])
+    table = results_table({"c01": {}}, {}, {}, [silent])
     assert table[["silent_score", "silent_rank"]].isna().all().all()
 
 
@@ -458,7 +470,7 @@ def test_the_choice_is_cheap_among_the_tied_and_best_among_the_cheap():
     score = pd.Series({"c01": 0.0, "c02": 0.05, "c03": 0.1, "c04": -3.0})
     energy = [1.0, 1.1, 4.0, 0.1]
     study = make_study(4, [make_judge(score)], train_energy_wh=energy)
-    choice = findings.choose(study)
+    choice = recommendation.recommend(study)
     assert set(choice.candidates) == {"c01", "c02", "c03"}
     assert "3 of 4 configurations (c03, c02, c01) are tied" in choice.reason
     assert choice.config == "c02"  # c03 scores higher but takes four times the energy; c01 is no real saving
@@ -468,7 +480,7 @@ def test_a_judge_that_failed_its_gate_neither_chooses_nor_carries_a_headline():
     planted = fake_study.truth(fake_study.design())["quality"]
     bad = make_judge(-planted, name="bad", gate_passed=False, failed_controls=("injection",))
     study = make_study(16, [make_judge(planted), bad])
-    assert findings.choose(study).config == findings.choose(make_study()).config
+    assert recommendation.recommend(study).config == recommendation.recommend(make_study()).config
     blocked = finding(study, "tau.bad")
     assert blocked.verdict == "blocked"
     assert "injection" in blocked.blocked_by[0]
@@ -515,14 +527,14 @@ def test_energies_of_different_kinds_stand_on_no_ranking():
     ratio = finding(study, "energy_ratio")
     assert (ratio.value, ratio.verdict) == (None, "blocked")
     assert not [f for f in findings.all_findings(study) if f.id.startswith("pareto")]
-    assert "training energy" not in " ".join(analysis.effect_tables(study)["response"])
+    assert "training energy" not in " ".join(effect_tables(study)["response"])
 
 
 def test_windows_too_short_to_trust_block_energy_and_do_not_choose():
     score = pd.Series({"c01": 0.0, "c02": 0.05, "c03": 0.1, "c04": -3.0})
     study = make_study(4, [make_judge(score)], train_energy_wh=[1.0, 1.1, 4.0, 0.1])
-    short = Study(study.results, study.loss_draws, study.judges, study.repeats, ("c02",))
-    assert findings.choose(short).config == "c03"
+    short = StudyResults(study.results, study.loss_draws, study.judges, study.repeats, ("c02",))
+    assert recommendation.recommend(short).config == "c03"
     ratio = finding(short, "energy_ratio")
     assert ratio.verdict == "blocked" and "too short" in ratio.blocked_by[0]
     assert finding(short, "pareto.checklist").verdict == "blocked"
@@ -612,7 +624,7 @@ def test_06_runs_for_any_number_of_configurations_and_judges(tmp_path, monkeypat
     root = fake_study.build_study(tmp_path, n, judges, repeats)
     folder = fake_study.run_analysis(root, n, judges, repeats, monkeypatch)
     results = pd.read_csv(root / "results.csv")
-    assert list(results.columns) == analysis.result_columns(judges)
+    assert list(results.columns) == result_columns(judges)
     assert len(results) == n
     assert json.loads((root / "findings.json").read_text())
     figures = {path.stem for path in (folder / "figures").glob("*.png")}

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from judge_study import CARDS, HOSTILE
 
-from telco_nb.analysis import analysis
+from telco_nb.analysis import results
 from telco_nb.commands import rerank
 from telco_nb.judge import asking, checklist, gate, panel, people
 from telco_nb.judge.cases import Verdict
@@ -91,7 +91,7 @@ def test_after_a_failed_gate_a_paid_judge_is_asked_nothing_more_unless_told_to(r
     if not goes_on:
         assert metrics["best_config"] is None and metrics["coverage"] == 0
         assert "No ranking" in json.dumps(notebook) and "nan" not in metrics["headline_blocked_by"]
-        judge = analysis.read_judge("checklist", lambda name: folder / "05_judge" / name)
+        judge = results.read_judge("checklist", lambda name: folder / "05_judge" / name)
         assert judge.scores.empty and len(judge.blocks) == 3
 
 

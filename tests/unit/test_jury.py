@@ -22,7 +22,7 @@ from telco_nb.hosted.prices import Prices
 from telco_nb.judge import asking, design, gate, language_model
 from telco_nb.judge.cases import Case, Question
 from telco_nb.judge.language_model import LanguageModelJudge
-from telco_nb.judge.store import VerdictStore, coverage_block, judged_rows, rated_rows
+from telco_nb.judge.store import VerdictStore, coverage_block, coverage_table, judged_rows, rated_rows
 
 CARDS = {card.id: card for card in cards.load_cards(ROOT / "telco_nb/data/glossary.yaml")}
 CONFIGS = ["c01", "c02", "c03", "c04"]
