@@ -22,14 +22,14 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from telco_nb import ROOT
+from telco_nb import DATA_DIR
 from telco_nb.engine import doctor, executed, execution, schedule
 from telco_nb.engine.lanes import Lane, lane_gpus
 from telco_nb.engine.nursery import Child, Nursery, is_useful
 from telco_nb.engine.progress import State, clock, follow, make_console, status_table
 from telco_nb.engine.schedule import UsageError
 from telco_nb.hosted import api, prices
-from telco_nb.study import params, record
+from telco_nb.study import imports, params, record
 from telco_nb.study.content_key import content_key, is_current
 from telco_nb.study.plan import Job, plan_jobs, unused_parameters
 
@@ -427,7 +427,7 @@ def _summary(state: State, root: Path) -> dict[str, Any]:
 def _make_report(console: Console, root: Path, states: list[State], outcome: Outcome) -> None:
     """Build the report if anything that it shows has changed. A failure is reported and makes the run a failure."""
     try:
-        from telco_nb.report import report
+        from telco_nb.report import build
 
         outcome.report = str(root / "report" / "telco_report.html")
         key_file, key = root / "report" / ".key", report_key(root)
@@ -435,7 +435,7 @@ def _make_report(console: Console, root: Path, states: list[State], outcome: Out
         current = key_file.is_file() and key_file.read_text() == key and Path(outcome.report).is_file()
         if ran or not current:
             console.print("Building the report ...")
-            report.build(root, {"profile": outcome.profile, "jobs": outcome.jobs})
+            build.build_report(root, {"profile": outcome.profile, "jobs": outcome.jobs})
             record.write_bytes(key_file, key.encode())
     except Exception as error:
         outcome.report, outcome.exit_code = None, outcome.exit_code or FAILED
@@ -445,10 +445,8 @@ def _make_report(console: Console, root: Path, states: list[State], outcome: Out
 def report_key(root: Path) -> str:
     """Hash of all that the report shows, and of the code that makes it."""
     files = [*sorted(root.glob("*/*.ipynb")), root / "results.csv", root / "findings.json"]
-    files += sorted(
-        path for name in ("report*", "findings.py", "data/report*") for path in (ROOT / "telco_nb").glob(name)
-    )
-    digest = hashlib.sha256()
+    files += sorted(DATA_DIR.glob("report*"))
+    digest = hashlib.sha256(imports.sources_sha256("from telco_nb.report import build").encode())
     for path in files:
         if path.is_file():
             digest.update(f"{path.name} {record.sha256(path)}\n".encode())

@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 
 from telco_nb import ROOT
-from telco_nb.report import report
+from telco_nb.report import build
 from telco_nb.study import record
 
 N, JUDGES, REPEATS = 16, ("checklist", "reference"), 2
@@ -41,7 +41,7 @@ def built(browser, tmp_path_factory) -> Path:
     root = fake_study.build_study(outputs, N, JUDGES, REPEATS)
     execute_06(root)
     fake_study.Builder(outputs).fail("03_train", "c03")
-    return report.build(root).parent
+    return build.build_report(root).parent
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import telco_nb
+import telco_nb.report
 from telco_nb.engine import nursery, runner
 from telco_nb.study import params
 from telco_nb.study.plan import Job
@@ -49,7 +49,7 @@ def main() -> int:
     params.NOTEBOOKS_DIR = Path(study["notebooks"])
     runner.load = lambda options: SimpleNamespace(profile="faults")
     runner.plan_jobs = lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]]
-    telco_nb.report.report = SimpleNamespace(build=write_report)
+    telco_nb.report.build = SimpleNamespace(build_report=write_report)
     nursery.LIBRARIES = study["libraries"] or nursery.LIBRARIES
     os.environ["TELCO_NB_OUTPUTS"] = study["outputs"]
     return runner.run(options)

@@ -15,8 +15,8 @@ from telco_nb.commands import rerank
 from telco_nb.judge import asking, checklist, gate, panel, people
 from telco_nb.judge.cases import Verdict
 from telco_nb.judge.store import VerdictStore
-from telco_nb.report.report_files import Page
-from telco_nb.report.report_pages import notebook_body
+from telco_nb.report.files import Page
+from telco_nb.report.pages import notebook_body
 from telco_nb.study import params
 
 matplotlib.use("Agg")

@@ -5,19 +5,19 @@ import json
 
 import pytest
 
-from telco_nb.report import reference
+from telco_nb.report import publish
 
-published = pytest.mark.skipif(not (reference.REFERENCE / "results.csv").is_file(), reason="nothing is published yet")
+published = pytest.mark.skipif(not (publish.REFERENCE / "results.csv").is_file(), reason="nothing is published yet")
 
 
 @published
 def test_the_readme_says_what_the_published_run_found():
-    assert reference.rewrite() == reference.README.read_text(encoding="utf-8")
+    assert publish.rewrite_readme() == publish.README.read_text(encoding="utf-8")
 
 
 @published
 def test_the_published_run_is_small_and_tells_no_machine_paths():
-    files = [p for p in reference.REFERENCE.rglob("*") if p.is_file()]
+    files = [p for p in publish.REFERENCE.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 6_000_000
     for path in files:
         if path.suffix in (".json", ".csv", ".html"):
@@ -27,16 +27,16 @@ def test_the_published_run_is_small_and_tells_no_machine_paths():
 
 @published
 def test_every_published_configuration_learned_something_and_is_labelled():
-    with (reference.REFERENCE / "results.csv").open() as stream:
+    with (publish.REFERENCE / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 16
     assert all(row["energy_kind"] in ("measured", "estimated") for row in rows)
     assert all(float(row["val_loss_low"]) < float(row["val_loss"]) < float(row["val_loss_high"]) for row in rows)
-    findings = json.loads((reference.REFERENCE / "findings.json").read_text())
+    findings = json.loads((publish.REFERENCE / "findings.json").read_text())
     assert {"deploy", "loss_choice", "energy_ratio", "noise_floor"} <= {f["id"] for f in findings}
 
 
 def test_missing_markers_are_an_error(tmp_path):
     (tmp_path / "README.md").write_text("# nothing")
     with pytest.raises(ValueError, match="markers"):
-        reference.rewrite(tmp_path / "README.md")
+        publish.rewrite_readme(tmp_path / "README.md")

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from telco_nb.report import report, report_cards, report_pages
-from telco_nb.report.report_files import duration
+from telco_nb.report import build, config_cards, pages
+from telco_nb.report.files import duration
 
 matplotlib.use("Agg")
 N, JUDGES, REPEATS = 4, ("checklist", "reference"), 1
@@ -44,7 +44,7 @@ def soup(path: Path) -> BeautifulSoup:
 
 @pytest.fixture(scope="module")
 def built(finished) -> Path:
-    return report.build(finished).parent
+    return build.build_report(finished).parent
 
 
 # ---------------------------------------------------------------- what a reader finds
@@ -105,7 +105,7 @@ def test_numbers_sort_as_numbers_and_missing_cells_stay_empty(root):
     frame = pd.read_csv(root / "results.csv")
     frame.loc[1, ["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind"]] = None
     frame.to_csv(root / "results.csv", index=False)
-    table = soup(report.build(root)).select_one("table.sortable")
+    table = soup(build.build_report(root)).select_one("table.sortable")
     energy = [row.find_all("td")[5] for row in table.tbody.find_all("tr")]
     assert energy[1]["data-value"] == "" and energy[1].get_text(strip=True) == ""
     assert float(energy[0]["data-value"]) == pytest.approx(frame["train_energy_wh"][0])
@@ -155,7 +155,7 @@ def test_model_text_with_markup_is_shown_as_text(built):
     ],
 )
 def test_outputs_pass_an_allow_list(markup):
-    cleaned = BeautifulSoup(report_pages.clean(markup), "html.parser")
+    cleaned = BeautifulSoup(pages.clean(markup), "html.parser")
     assert not cleaned.find(["iframe", "style", "svg", "script"])
     assert not [tag for tag in cleaned.find_all(True) if any(n.startswith("on") for n in tag.attrs)]
     assert "javascript" not in "".join(str(tag.attrs) for tag in cleaned.find_all(True))
@@ -164,7 +164,7 @@ def test_outputs_pass_an_allow_list(markup):
 def test_a_styled_table_shows_its_cells_and_no_style_text():
     table = pd.DataFrame({"config": ["c01"], "value": [0.5]})
     for markup in (table.style.hide(axis="index").format(precision=1).to_html(), table._repr_html_()):
-        text = BeautifulSoup(report_pages.clean(markup), "html.parser").get_text(" ", strip=True)
+        text = BeautifulSoup(pages.clean(markup), "html.parser").get_text(" ", strip=True)
         assert "c01" in text and "0.5" in text and "style" not in text
 
 
@@ -180,7 +180,7 @@ def cell(page: BeautifulSoup, scope: str, step: str):
 
 def test_a_failed_step_is_red_named_at_the_top_and_linked(root):
     fake_study.Builder(root.parent).fail("03_train", "c02")
-    index = soup(report.build(root).with_name("index.html"))
+    index = soup(build.build_report(root).with_name("index.html"))
     state = cell(index, "c02", "03_train")
     assert state["class"] == ["failed"]
     assert state.find("a")["href"] == "c02-03_train.failed.html"
@@ -190,7 +190,7 @@ def test_a_failed_step_is_red_named_at_the_top_and_linked(root):
 
 def test_a_failed_attempt_shows_beside_the_older_good_result(root):
     shutil.copyfile(root / "c01" / "03_train.ipynb", root / "c01" / "03_train.failed.ipynb")
-    state = cell(soup(report.build(root).with_name("index.html")), "c01", "03_train")
+    state = cell(soup(build.build_report(root).with_name("index.html")), "c01", "03_train")
     assert state["class"] == ["failed"]
     assert "older result ok" in state.get_text()
 
@@ -205,7 +205,7 @@ def test_what_the_runner_says_adds_reasons_but_cannot_make_a_step_succeed(root):
         {"scope": "c02", "step": "04_energy", "status": "done", "reason": ""},
         {"scope": "c09", "step": "03_train", "status": "failed", "reason": "the kernel died"},
     ]
-    index = soup(report.build(root, {"profile": "laptop", "jobs": jobs}).with_name("index.html"))
+    index = soup(build.build_report(root, {"profile": "laptop", "jobs": jobs}).with_name("index.html"))
     assert "blocked by c01/03_train" in cell(index, "c01", "04_energy").get_text()
     assert cell(index, "c02", "04_energy")["class"] == ["missing"]
     assert "the kernel died" in cell(index, "c09", "03_train").get_text()
@@ -213,7 +213,7 @@ def test_what_the_runner_says_adds_reasons_but_cannot_make_a_step_succeed(root):
 
 def test_a_record_without_a_manifest_is_no_success(root):
     (root / "c01" / "03_train" / "manifest.json").unlink()
-    state = cell(soup(report.build(root, [])), "c01", "03_train")
+    state = cell(soup(build.build_report(root, [])), "c01", "03_train")
     assert state["class"] == ["noresult"]
 
 
@@ -223,7 +223,7 @@ def test_a_judge_that_failed_its_gate_is_shown_and_marked(tmp_path, monkeypatch)
     builder = fake_study.Builder(tmp_path)
     fake_study.add_judge(builder, np.random.default_rng(0), "reference", planted, passed=False)
     fake_study.run_analysis(root, 4, ("checklist", "reference"), 0, monkeypatch)
-    page = soup(report.build(root))
+    page = soup(build.build_report(root))
     assert "The judge reference failed the validity gate" in page.find(role="alert").get_text()
     assert "reference, not valid" in page.find(id="answer").get_text()
     assert "failed" in page.select_one("table.sortable").get_text()
@@ -234,7 +234,7 @@ def test_without_any_valid_judge_nothing_is_recommended(tmp_path, monkeypatch):
     planted = fake_study.truth(fake_study.design(4))["quality"]
     fake_study.add_judge(fake_study.Builder(tmp_path), np.random.default_rng(0), "checklist", planted, passed=False)
     fake_study.run_analysis(root, 4, ("checklist",), 0, monkeypatch)
-    answer = soup(report.build(root)).find(id="answer").get_text()
+    answer = soup(build.build_report(root)).find(id="answer").get_text()
     assert "none of them" in answer
     assert "Loss alone would have chosen" in answer
 
@@ -243,14 +243,14 @@ def test_without_any_valid_judge_nothing_is_recommended(tmp_path, monkeypatch):
 
 
 def test_an_empty_folder_gives_a_report_that_says_so(tmp_path):
-    page = soup(report.build(tmp_path))
+    page = soup(build.build_report(tmp_path))
     assert "There is no result yet" in page.get_text()
     assert cell(page, "study", "06_analysis").get_text() == "not run"
 
 
 def test_a_study_without_analysis_shows_its_configurations(tmp_path):
     root = fake_study.build_study(tmp_path, 3, ("checklist",), 0)
-    page = soup(report.build(root))
+    page = soup(build.build_report(root))
     assert len(page.select("article.card")) == 3
     assert not page.find(id="results")
 
@@ -264,28 +264,28 @@ def test_a_study_without_analysis_shows_its_configurations(tmp_path):
 )  # fmt: skip
 def test_a_broken_file_does_not_break_the_report(root, name):
     (root / name).write_bytes(b"\x00broken{")
-    assert soup(report.build(root)).find(id="status")
+    assert soup(build.build_report(root)).find(id="status")
 
 
 def test_the_same_files_give_the_same_bytes(root):
     def hashes() -> dict[str, str]:
-        folder = report.build(root).parent
+        folder = build.build_report(root).parent
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
     assert hashes() == hashes()
 
 
 def test_a_rebuild_replaces_the_old_pages(root):
-    old = report.build(root).parent / "c09-03_train.html"
+    old = build.build_report(root).parent / "c09-03_train.html"
     old.write_text("left over")
-    report.build(root)
+    build.build_report(root)
     assert not old.exists()
     assert not list(root.glob(".report*"))
 
 
 def test_figures_over_the_budget_are_linked_not_dropped(root, monkeypatch):
-    monkeypatch.setattr(report_cards, "FIGURE_BYTES", 100_000)
-    figures = soup(report.build(root)).find(id="figures").find_all("figure")
+    monkeypatch.setattr(config_cards, "FIGURE_BYTES", 100_000)
+    figures = soup(build.build_report(root)).find(id="figures").find_all("figure")
     assert len(figures) >= 6
     left_out = [figure for figure in figures if not figure.find("img")]
     assert left_out
@@ -301,7 +301,7 @@ def test_alt_texts_come_from_the_executed_notebook(built):
     ("value", "text"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (11, "11th"), (112, "112th"), (6.5, "6.5")]
 )
 def test_ordinals(value, text):
-    assert report_cards.ordinal(value) == text
+    assert config_cards.ordinal(value) == text
 
 
 @pytest.mark.parametrize(

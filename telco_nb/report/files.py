@@ -44,7 +44,7 @@ class Cell:
 
 
 @dataclass
-class Study:
+class StudyFiles:
     """The files of one profile as the report needs them."""
 
     root: Path
@@ -95,9 +95,9 @@ def expected_steps(scope: str) -> tuple[str, ...]:
     return ("03_train",) if "-seed" in scope else ("03_train", "04_energy")
 
 
-def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> Study:
+def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> StudyFiles:
     told = {(str(job.get("scope")), str(job.get("step"))): job for job in jobs}
-    results = tolerant(_read_results, root / "results.csv")
+    results = read_or_none(_read_results, root / "results.csv")
     results = pd.DataFrame() if results is None else results
     scopes = _scopes(root, told, results)
     manifests, metrics, cells, pages = {}, {}, {}, []
@@ -106,14 +106,14 @@ def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> Study:
             key = (scope, step)
             if manifest := record.read_manifest(root, scope, step):
                 manifests[key] = manifest
-                metrics[key] = tolerant(read_json, root / scope / step / "metrics.json") or {}
+                metrics[key] = read_or_none(read_json, root / scope / step / "metrics.json") or {}
             found = find_pages(root, scope, step)
             pages += found
             if step in expected_steps(scope) or key in manifests or found or key in told:
                 cells[key] = _cell(root, key, manifests.get(key), found, told.get(key, {}))
     # Findings name configurations of results.csv: without it they would point nowhere.
-    findings = [] if results.empty else tolerant(read_json, root / "findings.json") or []
-    return Study(root, pages, manifests, cells, results, findings, metrics)
+    findings = [] if results.empty else read_or_none(read_json, root / "findings.json") or []
+    return StudyFiles(root, pages, manifests, cells, results, findings, metrics)
 
 
 def _read_results(path: Path) -> pd.DataFrame:
@@ -125,7 +125,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def tolerant(read: Callable[..., Any], *arguments: Any) -> Any:
+def read_or_none(read: Callable[..., Any], *arguments: Any) -> Any:
     """The value read, or None if the file is missing or unreadable: the report shows what is there."""
     try:
         return read(*arguments)
@@ -182,7 +182,7 @@ def _cell(
 def _failure(pages: list[Page]) -> str:
     """What the failed notebook says of itself."""
     for page in pages:
-        about = (tolerant(read_json, page.source) or {}).get("metadata", {}).get("telco_nb_failure")
+        about = (read_or_none(read_json, page.source) or {}).get("metadata", {}).get("telco_nb_failure")
         if about:
             return f"{about.get('kind', '')}: {about.get('reason', '')}"[:200]
     return ""

@@ -14,7 +14,7 @@ import pandas as pd
 
 from telco_nb.analysis.findings import energy_text
 from telco_nb.analysis.recommendation import describe_config
-from telco_nb.report.report_files import Study, read_json, tolerant
+from telco_nb.report.files import StudyFiles, read_json, read_or_none
 from telco_nb.study.plan import STEPS
 
 FIGURE_BYTES = 3_500_000  # of base64; figures beyond this are left to the pages
@@ -26,7 +26,7 @@ GUESSED = ("estimated", "allocated")
 
 def figures(root: Path) -> list[dict[str, Any]]:
     """06's figures in the notebook's order with its alt texts; `src` is None where one does not fit or is broken."""
-    alts = _alt_texts(tolerant(read_json, root / "study" / "06_analysis.ipynb") or {})
+    alts = _alt_texts(read_or_none(read_json, root / "study" / "06_analysis.ipynb") or {})
     order = {digest: place for place, digest in enumerate(alts)}
     images = []
     for path in sorted((root / "study" / "06_analysis" / "figures").glob("*.png")):
@@ -57,10 +57,10 @@ def _alt_texts(notebook: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def cards(study: Study) -> list[dict[str, Any]]:
+def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     """One card per configuration, also for those that failed or have no result yet."""
-    prompts = tolerant(_prompts, study.root)
-    curves = {config: tolerant(_curve, study.root, config) for config in study.configs}
+    prompts = read_or_none(_prompts, study.root)
+    curves = {config: read_or_none(_curve, study.root, config) for config in study.configs}
     scale = _curve_scale([curve for curve in curves.values() if curve is not None])
     most = study.results["train_energy_wh"].max() if "train_energy_wh" in study.results else math.nan
     deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
@@ -71,7 +71,7 @@ def cards(study: Study) -> list[dict[str, Any]]:
             "chosen": config == deploy.get("value"),
             "role": roles.get(config),
             "failed": _card_state(study, config),
-            "answers": [] if prompts is None else tolerant(_answers, study.root, config, prompts) or [],
+            "answers": [] if prompts is None else read_or_none(_answers, study.root, config, prompts) or [],
             **_card_numbers(study, config, most),
             "curve": None if curves[config] is None else _polyline(curves[config], scale, study.results, config),
         }
@@ -79,14 +79,14 @@ def cards(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _card_state(study: Study, config: str) -> str:
+def _card_state(study: StudyFiles, config: str) -> str:
     bad = [
         f"{step[:2]} {c.text}" for step in STEPS if (c := study.cells.get((config, step))) and c.state not in ("ok", "")
     ]
     return ", ".join(bad)
 
 
-def _card_numbers(study: Study, config: str, most: float) -> dict[str, Any]:
+def _card_numbers(study: StudyFiles, config: str, most: float) -> dict[str, Any]:
     if config not in study.results.index:
         return {"parameters": "no result", "facts": [], "bar": None, "guess": False}
     row = study.results.loc[config]

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from telco_nb.report.report_files import Page
+from telco_nb.report.files import Page
 
 ALLOWED_TAGS = {
     "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "details", "div", "dl", "dt", "em", "h1",

@@ -24,10 +24,10 @@ from markupsafe import Markup
 from telco_nb import DATA_DIR
 from telco_nb.analysis.findings import PAPER
 from telco_nb.analysis.recommendation import describe_config, name_list, percent
-from telco_nb.report import report_cards
-from telco_nb.report.report_cards import GUESSED, ordinal
-from telco_nb.report.report_files import Cell, Page, Study, duration, read_study, tolerant
-from telco_nb.report.report_pages import notebook_body
+from telco_nb.report import config_cards
+from telco_nb.report.config_cards import GUESSED, ordinal
+from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
+from telco_nb.report.pages import notebook_body
 from telco_nb.study.plan import STEPS
 
 DATA = DATA_DIR
@@ -44,7 +44,7 @@ TAU_WORDS = {
 TONES = {"supported": "good", "blocked": "bad"}
 
 
-def build(profile_root: Path, status: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None) -> Path:
+def build_report(profile_root: Path, status: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None) -> Path:
     """Write `report/` below the profile's folder; returns the path of the one-file report.
 
     `status` is what the last run said about its jobs: dicts with scope, step, status and reason (a mapping that holds
@@ -62,7 +62,7 @@ def build(profile_root: Path, status: Sequence[Mapping[str, Any]] | Mapping[str,
     (work / "index.html").write_text(
         _render("report.html.j2", **content, contents=_contents(content), single=False), encoding="utf-8"
     )
-    figures, cards = report_cards.figures(root), report_cards.cards(study)
+    figures, cards = config_cards.figures(root), config_cards.config_cards(study)
     whole = content | {"figures": figures, "cards": cards}
     one_file = _render("report.html.j2", **whole, contents=_contents(whole), single=True)
     (work / "telco_report.html").write_text(one_file, encoding="utf-8")
@@ -86,7 +86,7 @@ def _put_in_place(work: Path, final: Path) -> Path:
 # ---------------------------------------------------------------- the first screen
 
 
-def _content(study: Study) -> dict[str, Any]:
+def _content(study: StudyFiles) -> dict[str, Any]:
     """Everything that the index and the one-file report share."""
     deploy = study.finding("deploy")
     chosen = deploy["value"] if deploy else None
@@ -100,7 +100,7 @@ def _content(study: Study) -> dict[str, Any]:
         "tiles": _tiles(study, chosen) if deploy else [],
         "results": _results(study, chosen),
         "legend": _legend(study),
-        "csv": base64.b64encode(tolerant((study.root / "results.csv").read_bytes) or b"").decode(),
+        "csv": base64.b64encode(read_or_none((study.root / "results.csv").read_bytes) or b"").decode(),
         "findings": shown,
         "effects": [f for f in shown if f["id"].startswith("effect.")],
         "figures": [],
@@ -110,7 +110,7 @@ def _content(study: Study) -> dict[str, Any]:
     }
 
 
-def _tags(study: Study) -> list[tuple[str, str]]:
+def _tags(study: StudyFiles) -> list[tuple[str, str]]:
     """Labels under the question: what kind of study this is, and what its numbers are worth."""
     tags = [(f"profile {study.root.name}", ""), (f"{len(study.results)} configurations", "")]
     models = {m["base_model"] for m in study.metrics.values() if m.get("base_model")}
@@ -127,13 +127,13 @@ def _tags(study: Study) -> list[tuple[str, str]]:
     return tags + ([(f"judges: {name_list(others)}", "")] if others else [])
 
 
-def _energy_kinds(study: Study) -> list[str]:
+def _energy_kinds(study: StudyFiles) -> list[str]:
     if "energy_kind" not in study.results:
         return []
     return sorted(study.results["energy_kind"].dropna().unique())
 
 
-def _alarms(study: Study) -> list[str]:
+def _alarms(study: StudyFiles) -> list[str]:
     """What the reader must know before the numbers."""
     alarms = []
     bad = [f"{s}/{t}" for (s, t), c in study.cells.items() if c.state in ("failed", "blocked", "noresult")]
@@ -186,14 +186,14 @@ class Tile:
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-def _tiles(study: Study, chosen: str | None) -> list[Tile]:
+def _tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
     pick = (study.finding("loss_choice") or {}).get("value")
     energy = [_energy_tile(study, chosen, pick)] if chosen else []
     rest = [_sure_tile(study), _loss_tile(study, chosen, pick), _tau_tile(study), _paper_tile(study)]
     return [_deploy_tile(study, chosen), *energy, *rest]
 
 
-def _deploy_tile(study: Study, chosen: str | None) -> Tile:
+def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     if not chosen:
         reasons = (study.finding("deploy") or {}).get("blocked_by", [])
         return Tile("Deploy", "none of them", [f"{reason[:1].upper()}{reason[1:]}." for reason in reasons])
@@ -206,7 +206,7 @@ def _deploy_tile(study: Study, chosen: str | None) -> Tile:
     return Tile("Deploy", chosen, lines)
 
 
-def _energy_tile(study: Study, chosen: str, pick: str | None) -> Tile:
+def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
     row, title = study.results.loc[chosen], "Training energy"
     if pd.isna(row["train_energy_wh"]):
         return Tile(title, "not known", ["There is neither a measurement nor an estimate for this configuration."])
@@ -223,7 +223,7 @@ def _energy_tile(study: Study, chosen: str, pick: str | None) -> Tile:
     return Tile(title, f"{row['train_energy_wh']:.3g} Wh", lines, tag)
 
 
-def _sure_tile(study: Study) -> Tile:
+def _sure_tile(study: StudyFiles) -> Tile:
     sure, title = study.finding("confidence"), "How sure: better answers than loss's choice?"
     if sure is None or sure["blocked_by"]:
         return Tile(title, "not known", ["No valid judge has ranked the answers."])
@@ -234,7 +234,7 @@ def _sure_tile(study: Study) -> Tile:
     return Tile(title, big if sure["value"] >= 0.5 else "no, but it costs less", [sure["statement"]])
 
 
-def _loss_tile(study: Study, chosen: str | None, pick: str | None) -> Tile:
+def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
     title = "Loss alone would have chosen"
     if not pick:
         return Tile(title, "nothing", ["There is no validation loss."])
@@ -244,7 +244,7 @@ def _loss_tile(study: Study, chosen: str | None, pick: str | None) -> Tile:
     return Tile(title, pick, [*lines, "It is the same configuration."] if pick == chosen else lines)
 
 
-def _ranks(study: Study, prefix: str) -> str:
+def _ranks(study: StudyFiles, prefix: str) -> str:
     """`14th (checklist) and 13th (reference) of 16` from the rank findings; blocked judges are marked."""
     told = []
     for judge in study.judges:
@@ -255,7 +255,7 @@ def _ranks(study: Study, prefix: str) -> str:
     return f"{name_list(told)} of {len(study.results)}" if told else ""
 
 
-def _tau_tile(study: Study) -> Tile:
+def _tau_tile(study: StudyFiles) -> Tile:
     """Whether loss predicts quality, over the judges that may speak."""
     taus = {judge: tau for judge in study.judges if (tau := study.finding(f"tau.{judge}"))}
     verdict = _tau_verdict(list(taus.values()))
@@ -285,7 +285,7 @@ def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     return words.pop() if len(words) == 1 else "the judges differ"
 
 
-def _paper_tile(study: Study) -> Tile:
+def _paper_tile(study: StudyFiles) -> Tile:
     low, high = PAPER["energy_wh"]
     ratio = study.finding("energy_ratio") or {}
     here = f"x {ratio['value']:.1f}" if ratio.get("value") is not None else "-"
@@ -301,13 +301,13 @@ def _paper_tile(study: Study) -> Tile:
 # ---------------------------------------------------------------- results table
 
 
-def _legend(study: Study) -> str:
+def _legend(study: StudyFiles) -> str:
     kinds = _energy_kinds(study)
     word = f"Training energy is {name_list(kinds)}. " if kinds else ""
     return f"{word}Scores are log-odds; ranks count from 1, the best."
 
 
-def _results(study: Study, chosen: str | None) -> dict[str, Any] | None:
+def _results(study: StudyFiles, chosen: str | None) -> dict[str, Any] | None:
     if study.results.empty:
         return None
     kinds = _energy_kinds(study)
@@ -326,7 +326,7 @@ def _results(study: Study, chosen: str | None) -> dict[str, Any] | None:
     return {"columns": columns, "rows": rows}
 
 
-def _row(study: Study, config: str, row: pd.Series, mixed: bool) -> list[dict[str, Any]]:
+def _row(study: StudyFiles, config: str, row: pd.Series, mixed: bool) -> list[dict[str, Any]]:
     cells = [_text(config), _text(row["target_modules"])]
     cells += [_value(row[c], "g") for c in ("rank", "epochs", "learning_rate")]
     cells.append(_value(row["val_loss"], ".4f", row["val_loss_low"], row["val_loss_high"]))
@@ -356,7 +356,7 @@ def _value(value: Any, digits: str, low: Any = None, high: Any = None) -> dict[s
 # ---------------------------------------------------------------- status and provenance
 
 
-def _status(study: Study) -> dict[str, Any]:
+def _status(study: StudyFiles) -> dict[str, Any]:
     states = [cell.state for cell in study.cells.values()]
     words = {"ok": "ok", "failed": "failed", "blocked": "blocked", "noresult": "without result", "missing": "not run"}
     counts = [f"{states.count(state)} {word}" for state, word in words.items() if state in states]
@@ -367,7 +367,7 @@ def _status(study: Study) -> dict[str, Any]:
     return {"summary": f"{len(states)} steps: {', '.join(counts)}.", "steps": STEPS, "rows": rows}
 
 
-def _provenance(study: Study) -> list[tuple[str, str]]:
+def _provenance(study: StudyFiles) -> list[tuple[str, str]]:
     """Where the numbers come from, from the manifests. Disagreement between steps is shown, not hidden."""
     manifests = list(study.manifests.values())
     if not manifests:
