@@ -27,7 +27,7 @@ bench: .venv/installed  ## speed against plain transformers and TRL, scaling, an
 	  set -- $$what; name=$$1; shift; echo "== bench/$$name.py $$*"; $(BIN)/python bench/$$name.py $$* || exit 1; done
 
 reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
-	$(BIN)/python -m telco_nb.report.publish
+	$(BIN)/python -m telco_nb publish
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

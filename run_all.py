@@ -4,7 +4,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -41,6 +41,18 @@ EPILOG = """
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
 
 
+def _estimate_job(*arguments: Any) -> Any:
+    from telco_nb.commands.estimate import estimate_job  # reads the cards: a dry run without hosted models need not
+
+    return estimate_job(*arguments)
+
+
+def _build_report(*arguments: Any) -> Path:
+    from telco_nb.report.build import build_report  # needs pandas, which the runner does without
+
+    return build_report(*arguments)
+
+
 @app.command(epilog=EPILOG)
 def main(
     profile: Annotated[
@@ -72,8 +84,7 @@ def main(
         Path | None, typer.Option("--json", metavar="FILE", help="Write a machine-readable summary of the run.")
     ] = None,
     outputs: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where results go. Default: outputs, or $TELCO_NB_OUTPUTS."),
+        Path | None, typer.Option(metavar="DIR", help="Where results go. Default: outputs, or $TELCO_NB_OUTPUTS.")
     ] = None,
     max_usd: Annotated[
         float | None,
@@ -109,7 +120,7 @@ def main(
         yes=yes,
         gpus=tuple(filter(None, (gpus or "").split(","))),
     )
-    sys.exit(runner.run(options))
+    sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
 
 
 if __name__ == "__main__":

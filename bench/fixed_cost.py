@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.engine import execution, nursery
+from telco_nb.engine import fork_server
+from telco_nb.engine.job import common_environment
 
 NOTEBOOK = """
 from telco_nb import energy, model, record, training  # isort: skip
@@ -70,16 +71,16 @@ def write_job(folder: Path) -> Path:
 
 def fresh(job: Path) -> list[dict]:
     """Run a job as a process of its own; returns its events."""
-    command = [sys.executable, "-m", "telco_nb.engine.execution", str(job), str(os.getpid())]
+    command = [sys.executable, "-m", "telco_nb.engine.job", str(job), str(os.getpid())]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def forked(source: nursery.Nursery, job: Path) -> list[dict]:
-    """Run a job as a process from the nursery; returns its events."""
+def forked(source: fork_server.ForkServer, job: Path) -> list[dict]:
+    """Run a job as a process from the fork server; returns its events."""
     with (job.parent / "log").open("wb") as log, (job.parent / "lock").open("w") as lock:
         child = source.fork(job, log, lock, lambda: True)
-        assert child, "there is no nursery here"
+        assert child, "there is no fork server here"
         events = [json.loads(line) for line in child.stdout]
         child.wait()
     return events
@@ -132,9 +133,9 @@ def beyond_work(folder: Path, jobs: dict[str, float]) -> dict[str, float]:
 
 def main(repeats: int = 5) -> None:
     start = time.monotonic()
-    source = nursery.Nursery(os.environ | execution.common_environment({}))
-    assert source.wait_until_ready(lambda: True), "there is no nursery here"
-    print(f"the nursery is ready after {time.monotonic() - start:.1f} s")
+    source = fork_server.ForkServer(os.environ | common_environment({}))
+    assert source.wait_until_ready(lambda: True), "there is no fork server here"
+    print(f"the fork server is ready after {time.monotonic() - start:.1f} s")
     kinds = {"fresh": fresh, "forked": lambda job: forked(source, job)}
     results = {kind: [] for kind in kinds}
     for _ in range(repeats):

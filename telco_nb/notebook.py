@@ -38,6 +38,7 @@ class Run:
     """One execution of one notebook. Made by `open_run`; notebooks read and write through it."""
 
     def __init__(self, job: Job, root: Path, work: Path, key: str | None, key_parts: dict[str, Any], batch: bool):
+        self.max_usd: float | None = None  # set for a batch: what the whole study may spend on hosted models
         self.job, self.root, self.work, self.key, self.key_parts = job, root, work, key, key_parts
         self.batch = batch
         self.params = SimpleNamespace(**job.parameters)
@@ -206,7 +207,9 @@ def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
     die_with_parent()
     inputs = tuple(tuple(item) for item in job["inputs"])
     made = Job(step, job["scope"], given, inputs)
-    return Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
+    run = Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
+    run.max_usd = job.get("max_usd")
+    return run
 
 
 def _hand_run(step: str, given: dict[str, Any]) -> Run:

@@ -21,8 +21,6 @@ TRAINING_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
 )  # fmt: skip
 PROXY_KINDS = ("checklist", "reference")
-MIN_COVERAGE = 0.98
-MISSING_P = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class JudgeResults:
     gate_passed: bool | None
     failed_controls: tuple[str, ...]
     coverage: float | None
-    missing_p: float | None
+    headline_blocks: tuple[str, ...]
     ranking: pd.DataFrame
     draws: pd.DataFrame
     model: str | None = None
@@ -56,17 +54,8 @@ class JudgeResults:
 
     @property
     def blocks(self) -> list[str]:
-        """Why this judge's ranking may not carry a headline; empty if it may."""
-        found = ["judge " + self.name + " has ranked nothing"] if self.scores.empty else []
-        if not self.gate_passed:
-            what = ", ".join(self.failed_controls) or "no result"
-            found.append(f"judge {self.name} failed its validity gate ({what})")
-        if self.coverage is None or self.coverage < MIN_COVERAGE:
-            share = "unknown" if self.coverage is None else f"{self.coverage:.1%}"
-            found.append(f"judge {self.name}: coverage {share}, below {MIN_COVERAGE:.0%}")
-        if self.missing_p is not None and self.missing_p < MISSING_P:
-            found.append(f"judge {self.name}: missing verdicts depend on the configuration (p = {self.missing_p:.2g})")
-        return found
+        """Why this judge's ranking may not carry a headline, as 05_judge found it; empty if it may."""
+        return [f"judge {self.name}: {block}" for block in self.headline_blocks]
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
         gate_passed=validity.get("passed"),
         failed_controls=tuple(c["control"] for c in validity.get("controls", []) if c["passed"] is not True),
         coverage=metrics.get("coverage"),
-        missing_p=metrics.get("missingness_p"),
+        headline_blocks=tuple(validity.get("headline_blocks", ["its result is not complete"])),
         ranking=pd.read_parquet(path("tables/ranking.parquet")).set_index("config"),
         draws=draws.pivot(index="draw", columns="config", values="score"),
         model=metrics.get("judge_model"),

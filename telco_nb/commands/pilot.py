@@ -6,13 +6,12 @@ from, so nothing is paid twice; the plan of run_all.py then counts with the meas
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from telco_nb.commands import costs
-from telco_nb.commands.batches import HELP, ended_well
+from telco_nb.commands import estimate
+from telco_nb.commands.common import MaxUsd, ParamsDir, Profile, Yes, errors_as_exit_codes
 from telco_nb.engine import runner
 from telco_nb.hosted import prices
 from telco_nb.hosted.ledger import ledger_of
@@ -21,8 +20,6 @@ from telco_nb.judge.cases import Question
 from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
-
 
 def ask(asked: Protocol, calls: int, max_usd: float | None = None, yes: bool = False) -> int:
     """Ask the next `calls` questions; returns how many there were.
@@ -30,18 +27,18 @@ def ask(asked: Protocol, calls: int, max_usd: float | None = None, yes: bool = F
     Raises CostRefused if they may not be sent, CallsStopped if the provider or the budget ends it.
     """
     now = asked.due(ledger_of(asked.store.path).under_way)[0][:calls]
-    prices.require_consent([costs.of_questions(asked.judge, now, asked.store.path)], max_usd, yes, ask=None)
+    prices.require_consent([estimate.estimate_questions(asked.judge, now, asked.store.path)], max_usd, yes, ask=None)
     asked.judge.put(now, asked.store, asking.normalised_line)
     return len(now)
 
 
 def report(asked: Protocol) -> str:
     """What a question took, and what all of the plan come to, as far as the store can tell."""
-    lengths = costs.measured(asked.store.path, asked.judge.source.model)
+    lengths = estimate.measured(asked.store.path, asked.judge.source.model)
     tried = ", ".join(f"{n:,} {status}" for status, n in sorted(asked.store.statuses.items())) or "none"
     lines = [f"attempts in the store: {tried}; ${asked.store.spent_usd:,.4f}"]
     if lengths is None:
-        return "\n".join([*lines, f"too few to measure: {costs.MEASURED_FROM} questions are needed"])
+        return "\n".join([*lines, f"too few to measure: {estimate.MEASURED_FROM} questions are needed"])
     for name, (low, mid, high) in zip(("in", "out"), lengths, strict=True):
         lines.append(f"tokens {name} per question: {mid:,.0f} [{low:,.0f}, {high:,.0f}]")
     models = [question for question in asked.every if asking.rule_verdict(question.case) is None]
@@ -51,24 +48,26 @@ def report(asked: Protocol) -> str:
 
 
 def _priced(asked: Protocol, questions: list[Question]) -> prices.Estimate:
-    return costs.of_questions(asked.judge, questions, asked.store.path)
+    return estimate.estimate_questions(asked.judge, questions, asked.store.path)
 
 
-@app.command()
+EPILOG = """
+**Example**
+
+- `python -m telco_nb pilot --profile paper --judge gpt-5-2 --calls 20 --yes`
+"""
+
+
 def main(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")],
+    profile: Profile,
     judge: Annotated[str, typer.Option(help="The judge: a file of params/judges.")],
     calls: Annotated[int, typer.Option(metavar="N", min=1, help="Questions to ask.")] = 20,
-    params_dir: Annotated[Path, typer.Option("--params", metavar="DIR", show_default="params")] = params.PARAMS_DIR,
-    max_usd: Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")] = False,
+    params_dir: ParamsDir = params.PARAMS_DIR,
+    max_usd: MaxUsd = None,
+    yes: Yes = False,
 ) -> None:
     """Ask a hosted judge its first questions, and price all of them by the tokens that these took."""
-    with ended_well("pilot", max_usd), runner.lock(record.profile_root(profile)):
-        asked = open_study(profile, judge, params_dir, to_ask=True)
+    with errors_as_exit_codes("pilot"), runner.lock(record.profile_root(profile)):
+        asked = open_study(profile, judge, params_dir, to_ask=True, max_usd=max_usd)
         print(f"asked {asked.judge.source.model} at {asked.judge.source.host}: {ask(asked, calls, max_usd, yes)}")
         print(report(asked))
-
-
-if __name__ == "__main__":
-    app()

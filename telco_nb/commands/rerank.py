@@ -1,25 +1,25 @@
-"""The ranking again, from the stored verdicts alone: nothing is asked, nothing is written.
+"""Ranks again from the stored verdicts alone: nothing is asked, nothing is written.
 
-`python -m telco_nb.commands.rerank outputs/laptop/judge-checklist [--draws 2000] [--seed 20260605]` reads
-`store/verdicts.jsonl` and prints the gate, the coverage, the ranking and what forbids a headline. Draws and seed are by
-default those of the step that ran last; then the ranking is equal to its table.
+`python -m telco_nb rerank outputs/laptop/judge-checklist` reads `store/verdicts.jsonl` and prints the gate, the coverage,
+the ranking and what forbids a headline. Draws and seed are by default those of the step that ran last; then the ranking
+is equal to its table.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 
-from telco_nb.judge import bradley_terry, design, ranking
+from telco_nb.commands.common import CommandError, errors_as_exit_codes
+from telco_nb.judge import bradley_terry, ranking
 from telco_nb.judge.gate import gate_result
-from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_block, coverage_table, judged_rows
+from telco_nb.judge.protocol import headline_blocks
+from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_table, judged_rows
 
 DRAWS, SEED = 2000, 20260605
 
@@ -49,27 +49,13 @@ def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranke
     in_fit = plan[plan["purpose"].isin(FIT_PURPOSES)]
     configs = sorted(set(in_fit["config_first"]) | set(in_fit["config_second"]))
     rows = judged[judged["purpose"].isin(FIT_PURPOSES)]
-    unranked = bradley_terry.unrankable_reason(rows, configs)
-    fitted = bradley_terry.missing_fit(configs) if unranked else bradley_terry.fit_bradley_terry(rows, configs)
+    unrankable = bradley_terry.unrankable_reason(rows, configs)
+    fitted = bradley_terry.missing_fit(configs) if unrankable else bradley_terry.fit_bradley_terry(rows, configs)
     drawn = bradley_terry.bootstrap_fit(rows, fitted, draws=draws, seed=seed)
-    table = pd.concat([ranking.ranking_table(rows, fitted, drawn), _anchors(plan, judged, fitted, drawn)])
+    table, _ = ranking.with_anchors(ranking.ranking_table(rows, fitted, drawn), plan, judged, fitted, drawn)
     coverage = coverage_table(plan, judged)
-    failed = [control["control"] for control in validity["controls"] if not control["passed"]]
-    blocks = [f"it failed its gate ({', '.join(failed)})"] if failed else []
-    blocks += [block for block in [coverage_block(coverage)] if block]
-    blocks += [f"there is no ranking: {unranked}"] if unranked else []
-    return Reranked(some["judge"], some["judge_kind"], validity, coverage, table.reset_index(drop=True), blocks)
-
-
-def _anchors(
-    plan: pd.DataFrame, judged: pd.DataFrame, fitted: bradley_terry.Fit, drawn: bradley_terry.Draws
-) -> pd.DataFrame | None:
-    rows = []
-    for anchor in design.ANCHORS:
-        met = (judged["purpose"] == "anchor") & (judged[["config_first", "config_second"]] == anchor).any(axis=1)
-        if (plan[["config_first", "config_second"]] == anchor).to_numpy().any():
-            rows.append(ranking.anchor_row(judged[met], anchor, fitted, drawn)[0])
-    return pd.DataFrame(rows) if rows else None
+    blocks = headline_blocks(validity, coverage, unrankable)
+    return Reranked(some["judge"], some["judge_kind"], validity, coverage, table, blocks)
 
 
 def settings(folder: Path) -> tuple[int, int]:
@@ -82,7 +68,7 @@ def settings(folder: Path) -> tuple[int, int]:
 
 
 def report(found: Reranked, store: VerdictStore) -> str:
-    """What the command prints."""
+    """The text that the command prints."""
     gate = pd.DataFrame(found.validity["controls"])[["control", "value", "rule", "threshold", "n", "passed"]]
     asked = ", ".join(f"{n} {status}" for status, n in sorted(store.statuses.items()))
     judged = found.coverage[["planned", "judged"]].sum()
@@ -98,28 +84,26 @@ def report(found: Reranked, store: VerdictStore) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m telco_nb.commands.rerank", description="Rank from the stored verdicts."
-    )
-    parser.add_argument("folder", type=Path, help="the folder of a judge, as outputs/laptop/judge-checklist")
-    parser.add_argument("--draws", type=int, help="resamples behind the intervals")
-    parser.add_argument("--seed", type=int, help="of the resampling")
-    given = parser.parse_args(arguments)
-    path = given.folder / "store" / "verdicts.jsonl"
-    if not path.is_file():
-        print(f"rerank: {path}: no such file. Give the folder of a judge that has been asked.", file=sys.stderr)
-        return 1
-    draws, seed = settings(given.folder)
-    store = VerdictStore(path)
-    try:
-        found = rerank(store, given.draws or draws, seed if given.seed is None else given.seed)
-    except bradley_terry.RankingError as error:
-        print(f"rerank: {error}", file=sys.stderr)
-        return 1
-    print(report(found, store))
-    return 0
+EPILOG = """
+**Examples**
+
+- `python -m telco_nb rerank outputs/laptop/judge-checklist`: as 05_judge ranked it
+- `python -m telco_nb rerank outputs/laptop/judge-checklist --draws 10000 --seed 1`: with more, and other, resamples
+"""
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(
+    folder: Annotated[
+        Path, typer.Argument(metavar="JUDGE", help="A judge's folder, as outputs/laptop/judge-checklist.")
+    ],
+    draws: Annotated[int | None, typer.Option(min=1, help="Resamples behind the intervals.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the resampling.")] = None,
+) -> None:
+    """Rank again from a judge's stored verdicts: nothing is asked, nothing is written."""
+    with errors_as_exit_codes("rerank"):
+        path = folder / "store" / "verdicts.jsonl"
+        if not path.is_file():
+            raise CommandError(f"{path}: no such file. Give the folder of a judge that has been asked.")
+        last_draws, last_seed = settings(folder)
+        store = VerdictStore(path)
+        print(report(rerank(store, draws or last_draws, last_seed if seed is None else seed), store))

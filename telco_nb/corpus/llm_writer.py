@@ -231,17 +231,29 @@ def stored_conversations(
 
 
 def open_session(
-    values: Mapping[str, Any], source: HostedModel, planned: list[list[WriterCall]], root: Path, batch: bool = False
+    values: Mapping[str, Any],
+    source: HostedModel,
+    planned: list[list[WriterCall]],
+    root: Path,
+    max_usd: float | None,
+    batch: bool = False,
 ) -> Session:
     """A session for the calls of a plan, with the store and the budget of the study in `root`.
 
-    `batch`: they are handed over in batches, for less.
+    Args:
+        values: the parameters of 02_synth.
+        source: the hosted model that writes.
+        planned: the calls by scenario (`plan_calls`).
+        root: the study's folder.
+        max_usd: the most that the whole study may spend, in dollars; None for no limit.
+        batch: the calls are handed over in batches, at half the price.
     """
     described = describe_calls(planned, source, values["seed"])
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
     price = prices.Prices(source, *declared, prices.BATCH_FACTOR if batch else 1.0)
     return Session(
-        ApiClient(source, batch), attempts.AttemptStore(store_path(root)), price, attempts.open_budget(root),
+        ApiClient(source, batch), attempts.AttemptStore(store_path(root)), price,
+        attempts.open_budget(root, max_usd),
         max_in_flight=values["max_in_flight"], describe=lambda asked: described[asked.id],
     )  # fmt: skip
 

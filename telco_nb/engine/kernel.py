@@ -13,7 +13,7 @@ from typing import Any
 from ipykernel.kernelapp import IPKernelApp
 
 POLL_SECONDS = 0.3
-# Until a client listens, which looks for our sockets every 5 ms (telco_nb.engine.execution). If it missed what we say to its
+# Until a client listens, which looks for our sockets every 5 ms (telco_nb.engine.job). If it missed what we say to its
 # first request, it would wait for 50 ms and ask again.
 LISTEN_SECONDS = 0.01
 

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from telco_nb.engine.executed import Failure
+from telco_nb.engine.archive import Failure
 from telco_nb.study.plan import STEPS, Job
 
 HEARTBEAT_SECONDS = 60.0
@@ -73,7 +73,7 @@ def remaining_text(states: Iterable[State]) -> str:
     return f"about {text}" if len(known) == len(todo) else f"more than {text}"
 
 
-def clock(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """75.2 -> 1:15."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -130,9 +130,9 @@ def _cell(state: State | None) -> Text:
         return Text("")
     text = state.status
     if state.status == "running":
-        text = f"running {clock(state.elapsed)}"
+        text = f"running {duration_text(state.elapsed)}"
     elif state.seconds is not None:
-        text = f"{state.status} {clock(state.seconds)}"
+        text = f"{state.status} {duration_text(state.seconds)}"
     return Text(text, style=STYLES[state.status])
 
 
@@ -160,7 +160,7 @@ class Lines:
         """A job has started or ended."""
         if state.status == "skipped" and state.decision == "skip":
             return  # the plan has said so
-        took = f" in {clock(state.seconds)}" if state.seconds is not None else ""
+        took = f" in {duration_text(state.seconds)}" if state.seconds is not None else ""
         why = "" if state.status == "done" else f": {state.failure or state.reason}"
         done = sum(s.ended for s in self.states)
         left = f" ({done} of {len(self.states)}; to go: {remaining_text(self.states)})" if state.ended else ""
@@ -170,7 +170,9 @@ class Lines:
         if time.monotonic() - self.last >= HEARTBEAT_SECONDS:
             for state in self.states:
                 if state.status == "running":
-                    self.say(f"{state.job.id} running {clock(state.elapsed)}, cell {state.cell} of {state.cells}")
+                    self.say(
+                        f"{state.job.id} running {duration_text(state.elapsed)}, cell {state.cell} of {state.cells}"
+                    )
 
 
 class LiveTable:
@@ -206,7 +208,7 @@ class LiveTable:
         lines = [f"{s.job.id}: cell {s.cell} of {s.cells}" for s in self.states if s.status == "running" and s.cells]
         done = sum(s.ended for s in self.states)
         lines.append(
-            f"{done} of {len(self.states)} steps, {clock(time.monotonic() - self.start)} elapsed; "
+            f"{done} of {len(self.states)} steps, {duration_text(time.monotonic() - self.start)} elapsed; "
             f"to go: {remaining_text(self.states)}. Ctrl-C stops; the same command goes on."
         )
         table = status_table(self.states, most_rows=self.console.height - 5)
@@ -219,7 +221,7 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, PLAIN_WIDTH))
 
 
-def follow(console: Console, states: list[State]) -> Lines | LiveTable:
+def open_display(console: Console, states: list[State]) -> Lines | LiveTable:
     """The display that suits this output."""
     return (
         LiveTable(console, states) if console.is_terminal and not console.is_dumb_terminal else Lines(console, states)

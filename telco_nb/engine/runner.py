@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import IO, Any
 from rich.console import Console
 
 from telco_nb import DATA_DIR
-from telco_nb.engine import doctor, executed, execution, schedule
-from telco_nb.engine.lanes import Lane, lane_gpus
-from telco_nb.engine.nursery import Child, Nursery, is_useful
-from telco_nb.engine.progress import State, clock, follow, make_console, status_table
+from telco_nb.engine import archive, machine_checks, schedule
+from telco_nb.engine.fork_server import ForkedJob, ForkServer, is_useful
+from telco_nb.engine.job import common_environment
+from telco_nb.engine.progress import State, duration_text, make_console, open_display, status_table
 from telco_nb.engine.schedule import UsageError
+from telco_nb.engine.worker import Worker, gpus_per_worker
 from telco_nb.hosted import api, prices
 from telco_nb.study import imports, params, record
 from telco_nb.study.content_key import content_key, is_current
@@ -78,8 +79,16 @@ class Options:
         return shlex.join(words)
 
 
+@dataclass(frozen=True)
+class Services:
+    """What a run needs from rooms that it does not import: each is called as the function of that name is defined."""
+
+    estimate: Callable[..., tuple[prices.Estimate, str]]  # commands.estimate.estimate_job
+    build_report: Callable[..., Path]  # report.build.build_report
+
+
 @dataclass
-class Outcome:
+class RunOutcome:
     """What a run came to; written to --json."""
 
     exit_code: int = OK
@@ -92,12 +101,21 @@ class Outcome:
     jobs: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(options: Options, console: Console | None = None) -> int:
-    """Plan and run a study as the command line asks; returns the exit code and prints everything a person needs."""
+def run(options: Options, services: Services, console: Console | None = None) -> int:
+    """Plan and run a study as the command line asks; prints everything a person needs.
+
+    Args:
+        options: the command line.
+        services: the price preview and the report, which need libraries that the runner does without.
+        console: where to print; the terminal if left out.
+
+    Returns:
+        The exit code.
+    """
     console = console or make_console()
-    outcome, start = Outcome(profile=options.profile, command=options.command()), time.monotonic()
+    outcome, start = RunOutcome(profile=options.profile, command=options.command()), time.monotonic()
     try:
-        _run(options, console, outcome)
+        _run(options, services, console, outcome)
     except (params.ParameterError, UsageError) as error:
         outcome.exit_code, outcome.error = USAGE, str(error)
     except prices.CostRefused as error:
@@ -116,50 +134,48 @@ def run(options: Options, console: Console | None = None) -> int:
     return outcome.exit_code
 
 
-def _run(options: Options, console: Console, outcome: Outcome) -> None:
+def _run(options: Options, services: Services, console: Console, outcome: RunOutcome) -> None:
     if options.outputs:
         os.environ["TELCO_NB_OUTPUTS"] = str(options.outputs.expanduser().resolve())
-    if options.max_usd is not None:
-        os.environ[prices.MAX_USD_VARIABLE] = str(
-            options.max_usd
-        )  # for the kernels; not a parameter, as no result depends on it
-    study = load(options)
+    study = load_study(options)
     root = record.profile_root(study.profile)
     outcome.root = str(root)
-    run_jobs(plan_jobs(study), root, options, console, outcome)
+    run_jobs(plan_jobs(study), root, options, services, console, outcome)
 
 
-def run_jobs(jobs: list[Job], root: Path, options: Options, console: Console, outcome: Outcome) -> None:
+def run_jobs(
+    jobs: list[Job], root: Path, options: Options, services: Services, console: Console, outcome: RunOutcome
+) -> None:
     """Plan, run, report and summarise `jobs`; `outcome` receives what came of it."""
     chosen = schedule.choose_steps(jobs, options.steps)
-    lanes = lane_gpus(options.gpus, chosen)
+    gpu_groups = gpus_per_worker(options.gpus, chosen)
     forced = schedule.choose_forced(chosen, options.force)
     if options.dry_run:
-        states = schedule.plan(chosen, root, forced)
+        states = schedule.plan_states(chosen, root, forced)
         outcome.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
-        price(console, root, jobs, states)
+        show_price(services.estimate, console, root, jobs, states)
         examine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
-        states = schedule.plan(chosen, root, forced)
+        states = schedule.plan_states(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
-        estimates = price(console, root, jobs, states)
-        prices.require_consent(estimates, options.max_usd, options.yes, _agreed if sys.stdin.isatty() else None)
+        estimates = show_price(services.estimate, console, root, jobs, states)
+        prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
         examine(console, root, states, options.gpus)
-        runner = Runner(states, root, options, console, lock_file, lanes)
+        runner = Runner(states, root, options, console, lock_file, gpu_groups)
         runner.go()
         outcome.jobs = [_summary(state, root) for state in states]
         outcome.exit_code = exit_code(states, stopped=runner.stops > 0)
         if outcome.exit_code != INTERRUPTED:
-            _make_report(console, root, states, outcome)
+            _make_report(services.build_report, console, root, states, outcome)
         show_end(console, root, states, outcome)
 
 
 # ---------------------------------------------------------------- may it start?
 
 
-def load(options: Options) -> params.StudyParams:
+def load_study(options: Options) -> params.StudyParams:
     """The study that the options describe. Raises ParameterError for any fault in the files or the notebooks."""
     study = params.load_study(options.profile, options.params_dir)
     if options.configs is not None:
@@ -179,28 +195,32 @@ def examine(console: Console, root: Path, states: list[State], gpus: tuple[str, 
     jobs = [state.job for state in states if state.decision != "skip"]
     if not jobs:
         return
-    problems = doctor.problems(jobs, root, gpus)
+    problems = machine_checks.find_problems(jobs, root, gpus)
     if problems:
         raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
-    for text in doctor.warnings(jobs):
+    for text in machine_checks.find_warnings(jobs):
         console.print(f"warning: {text}", markup=False, soft_wrap=True)
 
 
-def price(console: Console, root: Path, jobs: list[Job], states: list[State]) -> list[prices.Estimate]:
+def show_price(
+    estimate_job: Callable[..., tuple[prices.Estimate, str]],
+    console: Console,
+    root: Path,
+    jobs: list[Job],
+    states: list[State],
+) -> list[prices.Estimate]:
     """Show which hosts will be asked, what is sent there and what it will cost; nothing if all stays here."""
     estimates = []
     for state in states:
-        source = hosted(state.job)
+        source = hosted_model(state.job)
         if source and state.decision != "skip":
-            from telco_nb.commands import costs  # reads the glossary, with libraries that the runner does without
-
-            estimate, sent = costs.preview(state.job, source, jobs, root)
+            estimate, sent = estimate_job(state.job, source, jobs, root)
             console.print(f"{state.job.id}: {estimate}. Sent there: {sent}.", markup=False, soft_wrap=True)
             estimates.append(estimate)
     return estimates
 
 
-def hosted(job: Job) -> api.HostedModel | None:
+def hosted_model(job: Job) -> api.HostedModel | None:
     """The hosted model that a job asks, or None. Raises ParameterError for one that cannot be asked as described."""
     prefix = ASKING.get(job.step)
     try:
@@ -209,7 +229,7 @@ def hosted(job: Job) -> api.HostedModel | None:
         raise params.ParameterError(f"{job.id}: {error}") from None
 
 
-def _agreed() -> bool:
+def _ask_consent() -> bool:
     return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
 
 
@@ -265,41 +285,41 @@ class Runner:
         options: Options,
         console: Console,
         lock_file: IO[str],
-        lanes: list[str | None],
+        gpu_groups: list[str | None],
     ):
         self.states, self.root, self.options, self.console, self.lock_file = states, root, options, console, lock_file
         self.by_id = {state.job.id: state for state in states}
         self.stops = 0  # how often we were asked to stop
-        self.nursery: Nursery | None = None
-        self.lanes = [Lane(self, gpus) for gpus in lanes]
+        self.fork_server: ForkServer | None = None
+        self.workers = [Worker(self, gpus) for gpus in gpu_groups]
 
     def go(self) -> None:
         """Run what is to be run. Afterwards every state has ended, but for those that a stop left waiting."""
-        with self._signals(), follow(self.console, self.states) as self.display, self._helpers():
-            if len(self.lanes) > 1:
+        with self._signals(), open_display(self.console, self.states) as self.display, self._helpers():
+            if len(self.workers) > 1:
                 self._spread()
                 return
             for state in self.states:
                 if self._is_over():
                     break
-                self._take(state, self.lanes[0])
+                self._take(state, self.workers[0])
 
     def _spread(self) -> None:
-        """Give every idle lane the next job whose inputs are there, until nothing is left to give."""
-        idle, busy = [*self.lanes], {}
+        """Give every idle worker the next job whose inputs are there, until nothing is left to give."""
+        idle, busy = [*self.workers], {}
         with ThreadPoolExecutor(len(idle)) as pool:
             while True:
                 for state in filter(self._is_ready, self.states):
                     if not idle or self._is_over():
                         break
-                    lane = idle.pop()
+                    worker = idle.pop()
                     state.status = "running"
-                    busy[pool.submit(self._take, state, lane)] = lane
+                    busy[pool.submit(self._take, state, worker)] = worker
                 if not busy:
                     return
                 for done in wait(busy, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
                     idle.append(busy.pop(done))
-                    done.result()  # raises what the lane raised
+                    done.result()  # raises what the worker raised
                 self.display.tick()
 
     def _is_ready(self, state: State) -> bool:
@@ -313,8 +333,8 @@ class Runner:
         try:
             yield
         finally:
-            if self.nursery:
-                self.nursery.close()
+            if self.fork_server:
+                self.fork_server.close()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -329,7 +349,7 @@ class Runner:
             for name, handler in before.items():
                 signal.signal(name, handler)
 
-    def _take(self, state: State, lane: Lane) -> None:
+    def _take(self, state: State, worker: Worker) -> None:
         """One job: blocked, skipped or executed."""
         blockers = [d for d in state.job.depends if d in self.by_id and self.by_id[d].status in ("failed", "blocked")]
         if blockers:
@@ -337,7 +357,7 @@ class Runner:
         elif state.decision == "skip" or (state.reason != "forced" and self._current(state)):
             state.status = "skipped"
         else:
-            self._execute(state, lane)
+            self._execute(state, worker)
         self.display.changed(state)
 
     def _current(self, state: State) -> bool:
@@ -346,16 +366,16 @@ class Runner:
         state.reason = "inputs unchanged" if current else reason
         return current
 
-    def _execute(self, state: State, lane: Lane) -> None:
+    def _execute(self, state: State, worker: Worker) -> None:
         state.status, state.started = "running", time.monotonic()
         self.display.changed(state)
         try:
-            state.failure = lane.run(state)
+            state.failure = worker.run(state)
         finally:
             state.seconds = round(state.elapsed, 3)
         if state.failure is None:
             state.status = "done"
-            schedule.expect(self.states, self.root)
+            schedule.estimate_durations(self.states, self.root)
         else:
             state.status = "interrupted" if state.failure.kind == "interrupted" and self.stops else "failed"
 
@@ -374,20 +394,21 @@ class Runner:
             "root": str(self.root),
             "work": str(record.prepare_work_dir(job, self.root, key)),
             "notebook": str(params.NOTEBOOKS_DIR / f"{job.step}.ipynb"),
+            "max_usd": self.options.max_usd,  # not a parameter: no result depends on it
             "timeout_seconds": None if minutes is None else round(60 * minutes),
         }
         path = self.root / job.scope / f".{job.step}.job.json"
         record.write_json(path, values)
         return path
 
-    def fork(self, job_file: Path, errors: IO[bytes]) -> Child | None:
-        """The process of a job from the nursery, which is started for the first; None if this cannot be."""
-        if self.nursery and self.nursery.is_outdated():
-            self.nursery.close()
-            self.nursery = None
-        if self.nursery is None and is_useful(sum(state.decision != "skip" for state in self.states)):
-            self.nursery = Nursery(os.environ | execution.common_environment({}))
-        return self.nursery and self.nursery.fork(job_file, errors, self.lock_file, self._wait_on)
+    def fork(self, job_file: Path, errors: IO[bytes]) -> ForkedJob | None:
+        """The process of a job from the fork server, which is started for the first; None if this cannot be."""
+        if self.fork_server and self.fork_server.is_outdated():
+            self.fork_server.close()
+            self.fork_server = None
+        if self.fork_server is None and is_useful(sum(state.decision != "skip" for state in self.states)):
+            self.fork_server = ForkServer(os.environ | common_environment({}))
+        return self.fork_server and self.fork_server.fork(job_file, errors, self.lock_file, self._wait_on)
 
     def _wait_on(self) -> bool:
         self.display.tick()
@@ -410,7 +431,7 @@ def exit_code(states: list[State], stopped: bool) -> int:
 
 
 def _summary(state: State, root: Path) -> dict[str, Any]:
-    failed = executed.failed_notebook(root, state.job.scope, state.job.step)
+    failed = archive.failed_notebook(root, state.job.scope, state.job.step)
     return {
         "id": state.job.id,
         "scope": state.job.scope,
@@ -424,18 +445,18 @@ def _summary(state: State, root: Path) -> dict[str, Any]:
     }
 
 
-def _make_report(console: Console, root: Path, states: list[State], outcome: Outcome) -> None:
+def _make_report(
+    build_report: Callable[..., Path], console: Console, root: Path, states: list[State], outcome: RunOutcome
+) -> None:
     """Build the report if anything that it shows has changed. A failure is reported and makes the run a failure."""
     try:
-        from telco_nb.report import build
-
         outcome.report = str(root / "report" / "telco_report.html")
         key_file, key = root / "report" / ".key", report_key(root)
         ran = any(state.seconds is not None for state in states)
         current = key_file.is_file() and key_file.read_text() == key and Path(outcome.report).is_file()
         if ran or not current:
             console.print("Building the report ...")
-            build.build_report(root, {"profile": outcome.profile, "jobs": outcome.jobs})
+            build_report(root, {"profile": outcome.profile, "jobs": outcome.jobs})
             record.write_bytes(key_file, key.encode())
     except Exception as error:
         outcome.report, outcome.exit_code = None, outcome.exit_code or FAILED
@@ -453,18 +474,18 @@ def report_key(root: Path) -> str:
     return digest.hexdigest()
 
 
-def show_end(console: Console, root: Path, states: list[State], outcome: Outcome) -> None:
+def show_end(console: Console, root: Path, states: list[State], outcome: RunOutcome) -> None:
     """The summary: statuses and seconds, what failed and why, how to go on, where the report is."""
     console.print()
     if any(state.status != "skipped" for state in states):
         console.print(status_table(states))
     for state in states:
         if state.failure:
-            notebook = executed.failed_notebook(root, state.job.scope, state.job.step)
+            notebook = archive.failed_notebook(root, state.job.scope, state.job.step)
             console.print(f"{state.job.id}: {state.failure}\n  {notebook}", markup=False, soft_wrap=True)
     counts = {status: sum(s.status == status for s in states) for status in dict.fromkeys(s.status for s in states)}
     total = sum(state.seconds or 0 for state in states)
-    console.print(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {clock(total)} of execution.")
+    console.print(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {duration_text(total)} of execution.")
     if outcome.exit_code != OK:
         console.print(f"Go on with:  {outcome.command}", markup=False, soft_wrap=True)
     if outcome.report:

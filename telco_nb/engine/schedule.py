@@ -26,7 +26,7 @@ class UsageError(ValueError):
 def choose_configs(text: str, study: params.StudyParams) -> list[str]:
     """`c01,c05` or `c0*`: names may be any known configuration, patterns choose among those of the profile."""
     chosen = set()
-    for word in _words(text):
+    for word in _comma_separated(text):
         found = [word] if word in study.lora else fnmatch.filter(study.configs, word)
         if not found:
             raise UsageError(f"--configs {word}: no such configuration. Known: {', '.join(study.lora)}.")
@@ -42,7 +42,7 @@ def choose_steps(jobs: list[Job], text: str | None) -> list[Job]:
         return jobs
     names = sorted({job.step for job in jobs})
     chosen: set[str] = set()
-    for word in _words(text):
+    for word in _comma_separated(text):
         first, dash, last = word.partition("-")
         ends = [_step_index(names, first), _step_index(names, last if dash else first)]
         if ends[0] > ends[1]:
@@ -75,14 +75,14 @@ def choose_forced(jobs: list[Job], words: tuple[str, ...]) -> set[str]:
     return forced
 
 
-def _words(text: str) -> list[str]:
+def _comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 # ---------------------------------------------------------------- the plan
 
 
-def plan(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
+def plan_states(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
     """Decide for every chosen job: run, skip, or maybe (if what runs before it changes its inputs).
 
     Raises UsageError if an input comes from a job that is not chosen and has never finished.
@@ -98,7 +98,7 @@ def plan(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
                 f"steps. Choose it too, for example --steps {first[:2]}-{chosen[-1].step[:2]}."
             )
         states[job.id] = _decide(job, root, forced, [states[d] for d in job.depends if d in states])
-    expect(states.values(), root)
+    estimate_durations(states.values(), root)
     return list(states.values())
 
 
@@ -113,7 +113,7 @@ def _decide(job: Job, root: Path, forced: set[str], before: list[State]) -> Stat
     return State(job, "skip", reason)
 
 
-def expect(states: Collection[State], root: Path) -> None:
+def estimate_durations(states: Collection[State], root: Path) -> None:
     """Set `expected_seconds`: the job's own last time, else the mean of its step's, both per epoch where it has any."""
     rates: dict[str, list[float]] = {}
     own: dict[str, float] = {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from telco_nb.hosted.prices import Budget, cap_from_environment
+from telco_nb.hosted.prices import Budget
 
 
 class AttemptStore:
@@ -100,9 +100,9 @@ def read_attempts(store: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def open_budget(root: Path) -> Budget:
-    """What may still be spent on the study in `root`: the cap of this run, less what its stores have recorded."""
-    return Budget(cap_from_environment(), spent_usd(root))
+def open_budget(root: Path, max_usd: float | None) -> Budget:
+    """What may still be spent on the study in `root`: `max_usd` of this run, less what its stores have recorded."""
+    return Budget(max_usd, spent_usd(root))
 
 
 def _is_whole(line: bytes) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,6 @@ from typing import Any
 
 from telco_nb.hosted.api import HostedModel, Request
 
-MAX_USD_VARIABLE = "TELCO_NB_MAX_USD"
 # Batches cost half the price at all three providers, as they published it when this was written (November 2026).
 # genai-prices does not know it.
 BATCH_FACTOR = 0.5
@@ -118,12 +116,6 @@ class Budget:
         """Release what was set aside and book what was spent."""
         self.reserved_usd -= reserved_usd
         self.spent_usd += usd
-
-
-def cap_from_environment() -> float | None:
-    """The cap that --max-usd set for this run, in dollars; None if there is none."""
-    text = os.environ.get(MAX_USD_VARIABLE)
-    return float(text) if text else None
 
 
 @dataclass(frozen=True)

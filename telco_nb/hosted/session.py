@@ -92,7 +92,7 @@ class Session:
             raise CallsStopped(
                 "under_way",
                 f"{len(self.under_way)} questions are under way in a batch, and would be paid for twice. Run "
-                "`python -m telco_nb.commands.batches collect` for this profile (and judge) first.",
+                "`python -m telco_nb batch collect` for this profile (and judge) first.",
             )
         counts: Counter[str] = Counter()
         failed: list[Exchange] = []

@@ -42,10 +42,7 @@ PROTOCOLS: dict[Form, str] = {"pair": "pairwise-2", "rubric": "rubric-1"}
 
 
 def build_cases(
-    plan: pd.DataFrame,
-    prompts: pd.DataFrame,
-    answers: Mapping[tuple[str, str], str],
-    cards: Mapping[str, Card],
+    plan: pd.DataFrame, prompts: pd.DataFrame, answers: Mapping[tuple[str, str], str], cards: Mapping[str, Card]
 ) -> list[Case]:
     """What the judge sees for every row of a plan. `answers` maps (config, prompt_id) to text.
 
@@ -105,10 +102,7 @@ def open_questions(plan: pd.DataFrame, asked: Sequence[Case], store: VerdictStor
 
 
 def ask(
-    judge: Judge,
-    waiting: Sequence[Question],
-    store: VerdictStore,
-    progress: Callable[[int, int], None] | None = None,
+    judge: Judge, waiting: Sequence[Question], store: VerdictStore, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Put the questions to the judge, hosted or local, and store every attempt. Failed ones wait for a next run.
 

@@ -153,13 +153,7 @@ def _covariance(information: np.ndarray, n: int, free: np.ndarray) -> np.ndarray
 
 
 def bootstrap_fit(
-    verdicts: pd.DataFrame,
-    fitted: Fit,
-    *,
-    draws: int,
-    seed: int,
-    by: Sequence[str] = CLUSTERS,
-    ridge: float = RIDGE,
+    verdicts: pd.DataFrame, fitted: Fit, *, draws: int, seed: int, by: Sequence[str] = CLUSTERS, ridge: float = RIDGE
 ) -> Draws:
     """Refit on `draws` resamples. `by` lists the nested clusters, outer first; empty = resample single verdicts.
 
@@ -389,12 +383,7 @@ def place_anchor(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws)
 
 
 def _anchor_newton(
-    side: np.ndarray,
-    opponent: np.ndarray,
-    outcome: np.ndarray,
-    weights: np.ndarray,
-    held: list[np.ndarray],
-    ties: bool,
+    side: np.ndarray, opponent: np.ndarray, outcome: np.ndarray, weights: np.ndarray, held: list[np.ndarray], ties: bool
 ) -> np.ndarray:
     """One-parameter version of `_newton`: (draws,) abilities of the anchor, everything in `held` fixed."""
     abilities, position, tie = held

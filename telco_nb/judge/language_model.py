@@ -23,19 +23,20 @@ class LanguageModelJudge:
     is_free = False
     forms: tuple[Form, ...] = ("pair", "rubric")
 
-    def __init__(self, name: str, source: HostedModel, price: prices.Prices, root: Path, max_in_flight: int):
+    def __init__(self, name: str, source: HostedModel, price: prices.Prices, budget: prices.Budget, max_in_flight: int):
         self.name, self.kind, self.model = name, source.kind, source.model
-        self.source, self.price, self.root, self.max_in_flight = source, price, root, max_in_flight
+        self.source, self.price, self.budget, self.max_in_flight = source, price, budget, max_in_flight
         self.parameters: dict[str, Any] = source.settings()  # not the address: a server that moved says the same
         self.description = f"the language model {source.model}, asked at {source.host}"
 
     @classmethod
-    def from_parameters(cls, values: Mapping[str, Any], root: Path) -> LanguageModelJudge:
+    def from_parameters(cls, values: Mapping[str, Any], root: Path, max_usd: float | None) -> LanguageModelJudge:
         """The judge of a parameter file. Raises ProviderError if it cannot be asked as described."""
         source = api.hosted_model_from(values, "judge")
         assert source is not None, f"{values['judge_kind']} is not a hosted kind"
         price = prices.Prices(source, values["judge_input_usd_per_mtok"], values["judge_output_usd_per_mtok"])
-        return cls(values["judge"], source, price, root, values["max_in_flight"])
+        budget = attempts.open_budget(root, max_usd)
+        return cls(values["judge"], source, price, budget, values["max_in_flight"])
 
     def put(
         self,
@@ -74,7 +75,7 @@ class LanguageModelJudge:
             return made | receipt_of(outcome, price) | {"raw": outcome.raw}
 
         return Session(
-            ApiClient(self.source, batch), store, price, attempts.open_budget(self.root), line=described,
+            ApiClient(self.source, batch), store, price, self.budget, line=described,
             max_in_flight=self.max_in_flight, patience=patience,
         )  # fmt: skip
 

@@ -16,19 +16,20 @@ from telco_nb.judge.people import HumanJudge
 OFFLINE_KINDS = {"checklist": ChecklistJudge, "reference": EmbeddingJudge, "human": HumanJudge}
 
 
-def open_judge(values: Mapping[str, Any], root: Path) -> Judge:
+def open_judge(values: Mapping[str, Any], root: Path, max_usd: float | None = None) -> Judge:
     """Open the judge that the parameters of a file in params/judges describe.
 
     Args:
         values: the parameters, of which judge, judge_kind, judge_model and judge_endpoint decide.
-        root: the study's folder `outputs/<profile>`, where the budget of hosted judges is kept.
+        root: the study's folder `outputs/<profile>`, whose stores tell what has been spent.
+        max_usd: the most that the whole study may spend on hosted models, in dollars; None for no limit.
 
     Raises:
         ValueError: the kind is unknown, or has a setting that it cannot use.
     """
     kind = values["judge_kind"]
     if kind in KEY_VARIABLES:
-        return LanguageModelJudge.from_parameters(values, root)
+        return LanguageModelJudge.from_parameters(values, root, max_usd)
     if kind not in OFFLINE_KINDS:
         known = ", ".join([*OFFLINE_KINDS, *KEY_VARIABLES])
         raise ValueError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")

@@ -1,9 +1,9 @@
 """People as judges: the votes of a blind panel enter the same store as any judge's verdicts.
 
-`python -m telco_nb.judge.people outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes
-to `judge-human-ann/store/verdicts.jsonl`. One line of a votes file is one JSON object, see `Vote`. Either all of a file
-is good, or nothing of it is imported. `python -m telco_nb.commands.rerank outputs/laptop/judge-human-ann` then ranks them; a
-file `params/judges/human-ann.yaml` with `judge_kind: human` makes the person a judge of the study.
+`python -m telco_nb votes outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends its votes to
+`judge-human-ann/store/verdicts.jsonl`. One line of a votes file is one JSON object, see `Vote`. Either all of a file is
+good, or nothing of it is imported. `python -m telco_nb rerank outputs/laptop/judge-human-ann` then ranks them; a file
+`params/judges/human-ann.yaml` with `judge_kind: human` makes the person a judge of the study.
 
 A person's plan is what was shown: a question that was skipped counts as not judged. Planted controls count only if the
 panel showed them; without them the gate is not passed, and the report says so.
@@ -11,8 +11,6 @@ panel showed them; without them the gate is not passed, and the report says so.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +18,10 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb.corpus.cards import Card, load_cards
+from telco_nb.corpus.cards import Card
 from telco_nb.judge import asking, design, gate
 from telco_nb.judge.cases import Case, JudgeError, Question, Verdict, printable, refuse_remote
 from telco_nb.judge.store import VerdictStore
-from telco_nb.study import params
 
 
 class Vote(BaseModel):
@@ -94,9 +91,7 @@ class HumanJudge:
 def shown_pairs(store: VerdictStore, part: str) -> pd.DataFrame:
     """A person's plan: what the panel showed, by part (pairs, controls). Raises VotesError if nothing was imported."""
     if not store.plans:
-        raise VotesError(
-            f"{store.path}: no votes yet. Import them: python -m telco_nb.judge.people <study> <votes file>"
-        )
+        raise VotesError(f"{store.path}: no votes yet. Import them: python -m telco_nb votes <study> <votes file>")
     found = store.planned(part).drop(columns="judgement_id")
     columns = [*design.PLAN_COLUMNS, *(["control", "planted"] if part == "controls" else [])]
     return found.reindex(columns=columns) if found.empty else found
@@ -255,45 +250,3 @@ def _lines(
         lines.append(line)
     _refuse(wrong)
     return lines
-
-
-def import_votes(root: Path, path: Path) -> tuple[str, int]:
-    """Import one file into the study at `root` (outputs/<profile>); returns the judge's name and the new votes."""
-    votes = latest_votes(read_votes(path), path)
-    if not votes:
-        raise VotesError(f"{path}: no vote stands in this file. Nothing was imported.")
-    study = params.load_study(root.name)
-    prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
-    cards = {card.id: card for card in load_cards(root / "shared" / "01_glossary" / "artefacts" / "glossary.json")}
-    tables = [root / scope / "04_energy" / "artefacts" / "answers.parquet" for scope in (*study.configs, "untuned")]
-    given = pd.concat([pd.read_parquet(table) for table in tables if table.is_file()])
-    answers = {(row.config, row.prompt_id): row.answer for row in given.itertuples()}
-    answers |= {("reference", row.prompt_id): row.reference for row in prompts.itertuples()}
-    configs = [config for config in study.configs if config in set(given["config"])]
-    _, planted = gate.planted_controls(prompts, answers, cards, configs, seed=study.base["seed"])
-    name = f"human-{votes[0].rater}"
-    store = VerdictStore(root / f"judge-{name}" / "store" / "verdicts.jsonl")
-    return name, add_votes(votes, prompts, answers | planted, cards, configs, store, path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m telco_nb.judge.people", description="Import votes of a blind panel."
-    )
-    parser.add_argument("root", type=Path, help="the study, as outputs/laptop")
-    parser.add_argument("files", type=Path, nargs="+", help="votes files, one per rater")
-    given = parser.parse_args(arguments)
-    try:
-        for path in given.files:
-            name, new = import_votes(given.root, path)
-            print(
-                f"{path}: {new} new votes of {name}. Rank them: python -m telco_nb.commands.rerank {given.root}/judge-{name}"
-            )
-    except (VotesError, OSError, params.ParameterError) as error:
-        print(f"votes: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

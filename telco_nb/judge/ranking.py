@@ -9,6 +9,7 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb.judge.bradley_terry import Draws, Fit, interval_levels, place_anchor
+from telco_nb.judge.design import ANCHORS
 
 
 def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataFrame:
@@ -51,6 +52,32 @@ def anchor_row(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -
     won = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "A", verdicts["verdict"] == "B")
     lost = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "B", verdicts["verdict"] == "A")
     return row | {"score": score, "low": np.nan if lost.all() else low, "high": np.nan if won.all() else high}, drawn
+
+
+def with_anchors(
+    table: pd.DataFrame, plan: pd.DataFrame, judged: pd.DataFrame, fitted: Fit, draws: Draws
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Place the anchors on the finished scale, so that they cannot move the ranking.
+
+    Args:
+        table: the ranking of the configurations (`ranking_table`).
+        plan: the planned pairs; an anchor that it never names is left out.
+        judged: the verdicts on the plan.
+        fitted, draws: the fit and its bootstrap.
+
+    Returns:
+        The table with a row more per anchor, and the scores of all in every draw: (draws, configurations and anchors).
+    """
+    rows, columns = [], [pd.DataFrame(draws.abilities, columns=fitted.configs)]
+    for anchor in ANCHORS:
+        if not (plan[["config_first", "config_second"]] == anchor).to_numpy().any():
+            continue
+        met = (judged["purpose"] == "anchor") & (judged[["config_first", "config_second"]] == anchor).any(axis=1)
+        row, scores = anchor_row(judged[met], anchor, fitted, draws)
+        rows.append(row)
+        columns.append(pd.Series(scores, name=anchor).to_frame())
+    placed = pd.concat([table, pd.DataFrame(rows)], ignore_index=True) if rows else table
+    return placed, pd.concat(columns, axis=1).rename_axis("draw")
 
 
 def pair_counts(verdicts: pd.DataFrame, configs: Sequence[str]) -> pd.DataFrame:

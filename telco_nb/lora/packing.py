@@ -38,11 +38,7 @@ class Example:
 
 
 def encode_conversation(
-    tokenizer: Any,
-    messages: list[dict[str, str]],
-    conversation_id: str,
-    max_length: int,
-    assistant_only: bool = True,
+    tokenizer: Any, messages: list[dict[str, str]], conversation_id: str, max_length: int, assistant_only: bool = True
 ) -> Example:
     """Tokenise a conversation with the model's chat template; label the assistant's text and its end token.
 

@@ -1,18 +1,17 @@
 """The published run: a small copy of a finished study below outputs/reference, and the README's first screen from it.
 
-`python -m telco_nb.report.publish` publishes the last laptop run and rewrites the generated part of README.md.
+`python -m telco_nb publish` copies the last laptop run and rewrites the generated part of README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.study.record import profile_root, read_manifest, write_bytes
+from telco_nb.study.record import read_manifest, write_bytes
 
 REFERENCE = ROOT / "outputs" / "reference"
 README = ROOT / "README.md"
@@ -106,14 +105,3 @@ def rewrite_readme(readme: Path = README, folder: Path = REFERENCE) -> str:
         raise ValueError(f"{readme}: the markers {BEGIN} and {END} must stand once each.")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{readme_block(folder)}\n{END}{rest.split(END)[1]}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="laptop", help="which finished study to publish (default: laptop)")
-    publish_study(profile_root(parser.parse_args().profile))
-    write_bytes(README, rewrite_readme().encode())
-
-
-if __name__ == "__main__":
-    main()

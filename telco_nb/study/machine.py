@@ -43,12 +43,7 @@ def device_facts() -> dict[str, Any]:
         name = match.group(1) if match else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": name,
-        "cores": cores,
-        "memory_bytes": memory,
-        "system": f"{platform.system()} {platform.release()}",
-    }
+    return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": f"{platform.system()} {platform.release()}"}
 
 
 def peak_memory_bytes() -> int:

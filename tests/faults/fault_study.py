@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import telco_nb.report
-from telco_nb.engine import nursery, runner
+from telco_nb.engine import fork_server, runner
 from telco_nb.study import params
 from telco_nb.study.plan import Job
 
@@ -47,12 +46,11 @@ def main() -> int:
     given = json.loads(sys.argv[2])
     options = runner.Options(**given | {"json_file": Path(given["json_file"]), "gpus": tuple(given.get("gpus", ()))})
     params.NOTEBOOKS_DIR = Path(study["notebooks"])
-    runner.load = lambda options: SimpleNamespace(profile="faults")
+    runner.load_study = lambda options: SimpleNamespace(profile="faults")
     runner.plan_jobs = lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]]
-    telco_nb.report.build = SimpleNamespace(build_report=write_report)
-    nursery.LIBRARIES = study["libraries"] or nursery.LIBRARIES
+    fork_server.LIBRARIES = study["libraries"] or fork_server.LIBRARIES
     os.environ["TELCO_NB_OUTPUTS"] = study["outputs"]
-    return runner.run(options)
+    return runner.run(options, runner.Services(estimate=None, build_report=write_report))
 
 
 def write_report(root: Path, status: dict) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from fault_study import FINISH, write_notebook
 
-from telco_nb.engine.nursery import THREADED
+from telco_nb.engine.fork_server import THREADED
 
 DRIVER = Path(__file__).with_name("fault_study.py")
 LIBRARIES = [*THREADED, "ipykernel.ipkernel", "ipykernel.kernelapp", "papermill"]  # all that these notebooks need
@@ -87,9 +87,9 @@ def _temporary_folder(process: psutil.Process) -> str | None:
 
 
 def job_process(runner: subprocess.Popen) -> psutil.Process:
-    """The process that runs the notebook: below the runner, or below the nursery where there is one."""
+    """The process that runs the notebook: below the runner, or below the fork server where there is one."""
     (child,) = psutil.Process(runner.pid).children()
-    if "telco_nb.engine.nursery" in child.cmdline():
+    if "telco_nb.engine.fork_server" in child.cmdline():
         (child,) = child.children()
     return child
 
@@ -347,13 +347,13 @@ def test_a_second_run_on_the_same_outputs_is_refused_by_name(study):
         process.communicate(timeout=60)
 
 
-# ---------------------------------------------------------------- kernels forked from the nursery
+# ---------------------------------------------------------------- kernels forked from the fork server
 
 ABOUT = """
 import json, os, pathlib, sys
 about = {"pid": os.getpid(), "environment": dict(os.environ), "path": sys.path, "folder": os.getcwd()}
 about |= {"stdin": os.readlink("/proc/self/fd/0"), "leads": os.getpgrp() == os.getsid(0) == os.getpid()}
-about |= {"hash": hash("a word"), "warm": "telco_nb.engine.nursery" in pathlib.Path("/proc/self/cmdline").read_text()}
+about |= {"hash": hash("a word"), "warm": "telco_nb.engine.fork_server" in pathlib.Path("/proc/self/cmdline").read_text()}
 about |= {"modules": [name for name in sys.modules if name.startswith("telco_nb")]}
 about |= {"files": sorted({os.readlink(f"/proc/self/fd/{i}").split(":")[0] for i in (1, 2)})}
 pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("about.json").write_text(json.dumps(about))
@@ -403,14 +403,14 @@ def test_a_hub_model_gets_a_kernel_that_imports_for_itself(warm_study):
     assert about(warm_study)["environment"]["HF_HUB_OFFLINE"] == "0"
 
 
-def test_a_dead_nursery_fails_its_job_and_the_next_runs_without(warm_study):
+def test_a_dead_fork_server_fails_its_job_and_the_next_runs_without(warm_study):
     warm_study.add("01_a", "import os\n" + SLEEP, FINISH)
     warm_study.add("02_b", ABOUT, FINISH)
     process = warm_study.start()
     children = warm_study.wait_until_asleep()
-    (nursery,) = psutil.Process(process.pid).children()
-    nursery.kill()
-    wait_for(lambda: not alive([p for p in children if p.pid != nursery.pid]), 2.5)
+    (server,) = psutil.Process(process.pid).children()
+    server.kill()
+    wait_for(lambda: not alive([p for p in children if p.pid != server.pid]), 2.5)
     process.communicate(timeout=60)
     assert process.returncode == 1
     assert warm_study.failure("01_a")["kind"] == "died"
@@ -418,8 +418,8 @@ def test_a_dead_nursery_fails_its_job_and_the_next_runs_without(warm_study):
     assert not about(warm_study)["warm"]
 
 
-def test_a_nursery_is_replaced_when_a_source_has_changed(warm_study):
-    who = "import psutil; about['nursery'] = psutil.Process(os.getppid()).ppid()\n"
+def test_a_fork_server_is_replaced_when_a_source_has_changed(warm_study):
+    who = "import psutil; about['server'] = psutil.Process(os.getppid()).ppid()\n"
     noted = ABOUT.replace("pathlib.Path(os.environ", who + "pathlib.Path(os.environ")
     touch = "import os, telco_nb, pathlib; os.utime(pathlib.Path(telco_nb.__file__).with_name('hosted') / 'ledger.py')"
     warm_study.add("01_a", noted + touch, FINISH)
@@ -428,17 +428,17 @@ def test_a_nursery_is_replaced_when_a_source_has_changed(warm_study):
     assert warm_study.run()[0] == 0
     found = [json.loads((warm_study.root / "s" / f"about{n}.json").read_text()) for n in ("", "_2", "_3")]
     assert all(f["warm"] for f in found)
-    assert found[0]["nursery"] != found[1]["nursery"] == found[2]["nursery"]
+    assert found[0]["server"] != found[1]["server"] == found[2]["server"]
 
 
-def test_a_nursery_that_cannot_import_is_done_without(warm_study):
+def test_a_fork_server_that_cannot_import_is_done_without(warm_study):
     warm_study.libraries = ["no_such_library"]
     warm_study.add("01_a", ABOUT, FINISH)
     assert warm_study.run()[0] == 0
     assert not about(warm_study)["warm"]
 
 
-def test_a_nursery_with_unknown_threads_is_done_without(warm_study):
+def test_a_fork_server_with_unknown_threads_is_done_without(warm_study):
     (warm_study.folder / "threads.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()"
     )
@@ -449,7 +449,7 @@ def test_a_nursery_with_unknown_threads_is_done_without(warm_study):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_runner_stopped_while_the_nursery_imports_leaves_nothing(warm_study, number):
+def test_a_runner_stopped_while_the_fork_server_imports_leaves_nothing(warm_study, number):
     (warm_study.folder / "slow.py").write_text("import time\ntime.sleep(60)")
     warm_study.libraries = ["slow"]
     warm_study.add("01_a", FINISH)
@@ -461,13 +461,13 @@ def test_a_runner_stopped_while_the_nursery_imports_leaves_nothing(warm_study, n
     assert process.returncode == (-number if number == signal.SIGKILL else 130)
 
 
-def test_the_nursery_leaves_no_zombie_while_the_run_goes_on(warm_study):
+def test_the_fork_server_leaves_no_zombie_while_the_run_goes_on(warm_study):
     warm_study.add("01_a", "import os; os._exit(3)")
     warm_study.add("02_b", FINISH)
     warm_study.add("03_c", "import os\n" + SLEEP, FINISH)
     process = warm_study.start()
     children = warm_study.wait_until_asleep()
-    assert len(children) == 3, "the nursery, the job and its kernel"
+    assert len(children) == 3, "the fork server, the job and its kernel"
     below = psutil.Process(process.pid).children(recursive=True)
     assert not [p for p in below if p.status() == psutil.STATUS_ZOMBIE]
     process.send_signal(signal.SIGINT)

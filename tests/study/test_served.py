@@ -97,7 +97,7 @@ def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_be
     planted, texts = gate.planted_controls(prompts, given, cards, ["c01"], seed=1)
     planted = planted.head(2)  # a processor reads 1,500 tokens in half a minute
     source = HostedModel("openai-compatible", name, url, max_tokens=32, structured="prompted", timeout_s=600.0)
-    judge = LanguageModelJudge("small", source, prices.Prices(source, 0.0, 0.0), tmp_path, max_in_flight=1)
+    judge = LanguageModelJudge("small", source, prices.Prices(source, 0.0, 0.0), prices.Budget(None), max_in_flight=1)
     store = VerdictStore(tmp_path / "v.jsonl")
     cases = asking.build_cases(planted, prompts, given | texts, cards)
     planted = asking.register_plan(judge, planted, cases, store, "controls")

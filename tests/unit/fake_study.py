@@ -271,7 +271,9 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     pd.DataFrame(ids | rated).to_parquet(run.artefact("ratings.parquet"))
     controls = [{"control": "corrupted reference", "value": 0.97 if passed else 0.6, "threshold": 0.95, "n": 40,
                  "passed": passed, "detail": ""}]  # fmt: skip
-    run.artefact("validity.json").write_text(json.dumps({"judge": name, "passed": passed, "controls": controls}))
+    blocks = [] if passed else ["failed its validity gate (corrupted reference)"]
+    validity = {"judge": name, "passed": passed, "controls": controls, "headline_blocks": blocks}
+    run.artefact("validity.json").write_text(json.dumps(validity))
     run.metric(judge_kind=name, gate_passed=passed, coverage=1.0, n_judgements=3120, p_first_seat=0.52,
                swap_consistency=0.9, tie_share=0.14, missingness_p=None)  # fmt: skip
 

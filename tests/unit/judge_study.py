@@ -16,6 +16,7 @@ from fake_study import Builder
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
+from telco_nb.__main__ import app
 from telco_nb.corpus import cards, scenarios, variants
 from telco_nb.judge import design, gate
 from telco_nb.notebook import _Markup
@@ -126,3 +127,8 @@ def _output(value: Any) -> nbformat.NotebookNode:
 def pair_plan(prompts: pd.DataFrame, configs: list[str], **changed: Any) -> pd.DataFrame:
     shares = {"matchings_per_prompt": 2, "swap_share": 0.25, "retest_share": 0.05, "anchor_share": 0.2, "seed": 1}
     return design.plan_comparisons(prompts, configs, **(shares | changed))
+
+
+def command(*words: Any) -> int:
+    """The exit code of `python -m telco_nb` with these words, run in this process."""
+    return app([str(word) for word in words], standalone_mode=False) or 0

@@ -34,6 +34,7 @@ from telco_nb.analysis.results import (
 )
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge import ranking
+from telco_nb.judge.protocol import headline_blocks
 
 matplotlib.use("Agg")
 
@@ -47,7 +48,7 @@ def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **
     ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
     ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
     ranking["is_anchor"] = False
-    given = {"kind": name, "gate_passed": True, "failed_controls": (), "coverage": 1.0, "missing_p": None} | facts
+    given = {"kind": name, "gate_passed": True, "failed_controls": (), "coverage": 1.0, "headline_blocks": ()} | facts
     return JudgeResults(name=name, ranking=ranking, draws=draws, **given)
 
 
@@ -206,7 +207,11 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
         "c01": {"target_modules": "qv", "rank": 8, "epochs": 1, "val_loss": 0.5, "energy_kind": "none"},
         "c02": {},
     }
-    judge = make_judge(pd.Series({"c01": 0.3, "c03": -0.3}), gate_passed=False)
+    judge = make_judge(
+        pd.Series({"c01": 0.3, "c03": -0.3}),
+        gate_passed=False,
+        headline_blocks=("failed its validity gate (no result)",),
+    )
     table = results_table(training, {"c01": {"answer_energy_wh": 0.0}}, {"c01": Interval(0.5, 0.4, 0.6)}, [judge])
     expected = (
         "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low "
@@ -453,12 +458,13 @@ def test_the_gate_is_shown_control_by_control_for_every_judge():
 
 def test_a_judge_that_has_ranked_nothing_is_blocked_and_leaves_the_others_as_they_are():
     planted = fake_study.truth(fake_study.design())["quality"]
-    silent = make_judge(planted * np.nan, name="silent", gate_passed=False, coverage=0.0)
+    blocks = ("failed its validity gate (no result)", "no ranking: nothing was judged")
+    silent = make_judge(planted * np.nan, name="silent", gate_passed=False, coverage=0.0, headline_blocks=blocks)
     study = make_study(16, [make_judge(planted), silent])
     assert recommendation.recommend(study).config == recommendation.recommend(make_study()).config
     found = {f.id: f for f in findings.all_findings(study)}
     assert found["tau.silent"].value is None and "gain.silent" not in found
-    assert any("has ranked nothing" in block for block in silent.blocks)
+    assert any("no ranking" in block for block in silent.blocks)
     table = results_table({"c01": {}}, {}, {}, [silent])
     assert table[["silent_score", "silent_rank"]].isna().all().all()
 
@@ -478,7 +484,8 @@ def test_the_choice_is_cheap_among_the_tied_and_best_among_the_cheap():
 
 def test_a_judge_that_failed_its_gate_neither_chooses_nor_carries_a_headline():
     planted = fake_study.truth(fake_study.design())["quality"]
-    bad = make_judge(-planted, name="bad", gate_passed=False, failed_controls=("injection",))
+    blocks = ("failed its validity gate (injection)",)
+    bad = make_judge(-planted, name="bad", gate_passed=False, failed_controls=("injection",), headline_blocks=blocks)
     study = make_study(16, [make_judge(planted), bad])
     assert recommendation.recommend(study).config == recommendation.recommend(make_study()).config
     blocked = finding(study, "tau.bad")
@@ -488,18 +495,21 @@ def test_a_judge_that_failed_its_gate_neither_chooses_nor_carries_a_headline():
 
 
 @pytest.mark.parametrize(
-    ("facts", "reason"),
+    ("judged", "passed", "reason"),
     [
-        ({"coverage": 0.97}, "coverage 97.0%"),
-        ({"missing_p": 0.001}, "depend on the configuration"),
-        ({"gate_passed": None}, "gate"),
+        ((97, 100, 100), True, "coverage below 98%: c01 97.0%"),
+        ((980, 1000, 1000), True, "depend on the configuration"),
+        ((100, 100, 100), False, "failed its validity gate (no result)"),
     ],
 )
-def test_low_coverage_or_uneven_gaps_block_the_recommendation(facts, reason):
+def test_low_coverage_or_uneven_gaps_or_no_gate_block_the_recommendation(judged, passed, reason):
+    table = pd.DataFrame({"config": ["c01", "c02", "c03"], "planned": max(judged), "judged": judged})
+    table["coverage"] = table["judged"] / table["planned"]
+    blocks = headline_blocks({"passed": passed, "controls": []}, table, None)
     planted = fake_study.truth(fake_study.design())["quality"]
-    deploy = finding(make_study(16, [make_judge(planted, **facts)]), "deploy")
+    deploy = finding(make_study(16, [make_judge(planted, headline_blocks=tuple(blocks))]), "deploy")
     assert (deploy.value, deploy.verdict) == (None, "blocked")
-    assert reason in deploy.blocked_by[0]
+    assert len(blocks) == 1 and reason in deploy.blocked_by[0]
 
 
 @pytest.mark.parametrize(("untuned", "deployed"), [(9.0, False), (-9.0, True)])

@@ -20,11 +20,7 @@ def real():
 
 @pytest.fixture
 def prompts():
-    texts = [
-        "Hi",
-        "My phone shows no signal since yesterday evening. What should I check first?",
-        "What is a PUK?",
-    ]
+    texts = ["Hi", "My phone shows no signal since yesterday evening. What should I check first?", "What is a PUK?"]
     return pd.DataFrame(
         {"prompt_id": ["a", "b", "c"], "messages": [[{"role": "user", "content": text}] for text in texts]}
     )

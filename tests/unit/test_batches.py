@@ -16,7 +16,8 @@ from provider_server import answer_body, error_body
 from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
 from typer.testing import CliRunner
 
-from telco_nb.commands import batches, pilot
+from telco_nb.__main__ import app
+from telco_nb.commands.batch import BatchError, _act, _run, collect, judge_work, poll, submit
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request
 from telco_nb.hosted.ledger import BatchLedger
@@ -186,18 +187,18 @@ def act(server, folder, step, *arguments, max_usd=None, of=ANTHROPIC):
     price = prices.Prices(source, factor=prices.BATCH_FACTOR)
     session = Session(ApiClient(source, batch=True), store, price, prices.Budget(max_usd, store.spent_usd))
     book = BatchLedger(folder / "batches.jsonl")
-    return batches._run(session, step(session, *arguments, book))
+    return _run(session, step(session, *arguments, book))
 
 
 def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_once_at_half_price(server, tmp_path):
-    assert act(server, tmp_path, batches.submit, QUESTIONS) == 7
-    assert act(server, tmp_path, batches.submit, QUESTIONS) == 0
-    assert "in_progress" in act(server, tmp_path, batches.poll)[0]
-    assert act(server, tmp_path, batches.collect, QUESTIONS) == {}
+    assert act(server, tmp_path, submit, QUESTIONS) == 7
+    assert act(server, tmp_path, submit, QUESTIONS) == 0
+    assert "in_progress" in act(server, tmp_path, poll)[0]
+    assert act(server, tmp_path, collect, QUESTIONS) == {}
     server.ended = True
-    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 7}
-    assert act(server, tmp_path, batches.collect, QUESTIONS) == {}
-    assert act(server, tmp_path, batches.submit, QUESTIONS) == 0 and len(server.created) == 1
+    assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 7}
+    assert act(server, tmp_path, collect, QUESTIONS) == {}
+    assert act(server, tmp_path, submit, QUESTIONS) == 0 and len(server.created) == 1
     stored = lines(tmp_path / "a.jsonl")
     assert [line["call_id"] for line in stored] == [q.id for q in QUESTIONS]
     live = prices.Prices(HostedModel("anthropic", "claude-sonnet-4-5")).of_tokens
@@ -208,56 +209,56 @@ def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_onc
 def test_what_failed_in_a_batch_has_its_status_and_is_submitted_again(server, tmp_path):
     fates = dict(zip([q.id for q in QUESTIONS], ["errored", "expired", "canceled", "unreadable"], strict=False))
     server.fates, server.ended = fates, True
-    act(server, tmp_path, batches.submit, QUESTIONS)
-    counts = act(server, tmp_path, batches.collect, QUESTIONS)
+    act(server, tmp_path, submit, QUESTIONS)
+    counts = act(server, tmp_path, collect, QUESTIONS)
     assert counts["ok"] == 3 and counts["parse_error"] == 1 and sum(counts.values()) == 7
     server.fates = {}
-    assert act(server, tmp_path, batches.submit, QUESTIONS) == 4
-    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 4}
+    assert act(server, tmp_path, submit, QUESTIONS) == 4
+    assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 4}
     assert len(attempts.AttemptStore(tmp_path / "a.jsonl").ok) == 7
 
 
 def test_a_batch_of_unknown_fate_is_never_submitted_again_unseen(server, tmp_path):
     server.refuse_create = True
     with pytest.raises(Exception, match=r"."):
-        act(server, tmp_path, batches.submit, QUESTIONS)
+        act(server, tmp_path, submit, QUESTIONS)
     server.refuse_create = False
     assert len(server.created) == 1
-    with pytest.raises(batches.BatchError, match="may exist at the provider"):
-        act(server, tmp_path, batches.submit, QUESTIONS)
-    assert "unknown" in act(server, tmp_path, batches.poll)[0]
+    with pytest.raises(BatchError, match="may exist at the provider"):
+        act(server, tmp_path, submit, QUESTIONS)
+    assert "unknown" in act(server, tmp_path, poll)[0]
     book = BatchLedger(tmp_path / "batches.jsonl")
     book.close(0, "forgotten")
-    assert act(server, tmp_path, batches.submit, QUESTIONS) == 7
+    assert act(server, tmp_path, submit, QUESTIONS) == 7
 
 
 def test_a_collection_that_was_killed_half_way_goes_on_without_doubling_a_line(server, tmp_path):
     server.ended = True
-    act(server, tmp_path, batches.submit, QUESTIONS)
-    act(server, tmp_path, batches.collect, QUESTIONS)
+    act(server, tmp_path, submit, QUESTIONS)
+    act(server, tmp_path, collect, QUESTIONS)
     path, book = tmp_path / "a.jsonl", tmp_path / "batches.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
     book.write_text("".join(book.read_text().splitlines(keepends=True)[:-1]))  # not noted as collected
-    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 4}
+    assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 4}
     assert sorted(line["call_id"] for line in lines(path)) == [q.id for q in QUESTIONS]
 
 
 def test_no_more_is_submitted_than_the_budget_allows_in_the_worst_case(server, tmp_path):
     with pytest.raises(prices.BudgetStop):
-        act(server, tmp_path, batches.submit, QUESTIONS, max_usd=0.001)
+        act(server, tmp_path, submit, QUESTIONS, max_usd=0.001)
     assert not server.created
     worst = prices.Prices(HostedModel(*ANTHROPIC, max_tokens=50), factor=0.5).worst_case(QUESTIONS[0])
-    assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=3.5 * worst) == 3  # as many as the cap allows
+    assert act(server, tmp_path, submit, QUESTIONS, max_usd=3.5 * worst) == 3  # as many as the cap allows
     server.ended = True
-    assert act(server, tmp_path, batches.collect, QUESTIONS) == {"ok": 3}
-    assert act(server, tmp_path, batches.submit, QUESTIONS, max_usd=1.0) == 4
+    assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 3}
+    assert act(server, tmp_path, submit, QUESTIONS, max_usd=1.0) == 4
 
 
 def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_no_answers(tmp_path):
     server = OpenAIBatches()
     server.refused = {QUESTIONS[0].id}
-    assert act(server, tmp_path, batches.submit, QUESTIONS, of=OPENAI) == 7
-    assert act(server, tmp_path, batches.collect, QUESTIONS, of=OPENAI) == {"ok": 6, "refusal": 1}
+    assert act(server, tmp_path, submit, QUESTIONS, of=OPENAI) == 7
+    assert act(server, tmp_path, collect, QUESTIONS, of=OPENAI) == {"ok": 6, "refusal": 1}
     server.http.shutdown()
     server.http.server_close()
     sent = [request["body"] for request in server.requests]
@@ -271,11 +272,11 @@ def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_
 
 
 def test_what_is_under_way_in_a_batch_is_not_asked_live_as_well(server, tmp_path):
-    act(server, tmp_path, batches.submit, QUESTIONS[:1])
+    act(server, tmp_path, submit, QUESTIONS[:1])
     model = ApiClient(HostedModel("anthropic", "claude-sonnet-4-5", server.url))
     store = attempts.AttemptStore(tmp_path / "a.jsonl")
     session = Session(model, store, prices.Prices(model.source), prices.Budget(None))
-    with pytest.raises(CallsStopped, match="batches collect"):
+    with pytest.raises(CallsStopped, match="telco_nb batch collect"):
         session.run([lambda: session.ask(QUESTIONS[0])])
     assert not store.attempts
 
@@ -284,8 +285,8 @@ def test_a_provider_without_batches_says_so(tmp_path):
     source = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
     store = attempts.AttemptStore(tmp_path / "a.jsonl")
     session = Session(ApiClient(source), store, prices.Prices(source), prices.Budget(None))
-    with pytest.raises(batches.BatchError, match="no batches"):
-        run_async(lambda: batches.submit(session, QUESTIONS, None))  # type: ignore[arg-type]
+    with pytest.raises(BatchError, match="no batches"):
+        run_async(lambda: submit(session, QUESTIONS, None))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- judges
@@ -325,7 +326,7 @@ def judged(built, server, tmp_path):
 
 def step(root, values, action, capsys) -> str:
     """One command, as of a process of its own; what it printed."""
-    batches._act(action, batches.judge_work(protocol.open_protocol(values, root)), True)
+    _act(action, judge_work(protocol.open_protocol(values, root)), True)
     return capsys.readouterr().out
 
 
@@ -338,7 +339,7 @@ def test_a_judge_in_batches_is_asked_its_gate_first_then_all_the_rest_and_05_fin
     path = protocol.store_path(root, "jury")
     gate = {request["custom_id"] for request in server.created["msgbatch_0"]}
     asked = protocol.open_protocol(values, root)
-    assert gate == {question.id for question in asked.parts["controls"]}
+    assert gate == {question.id for question in asked.questions("controls")}
     under_way = attempts.spent_usd(root)
     step(root, values, "collect", capsys)
     spent = VerdictStore(path).spent_usd
@@ -369,24 +370,22 @@ def test_nothing_more_is_submitted_for_a_judge_that_failed_its_gate_unless_told_
 
 def test_results_of_questions_that_the_study_no_longer_asks_are_counted_and_not_stored(server, tmp_path):
     server.ended = True
-    act(server, tmp_path, batches.submit, QUESTIONS)
-    assert act(server, tmp_path, batches.collect, QUESTIONS[:5]) == {"ok": 5, "not asked any more": 2}
+    act(server, tmp_path, submit, QUESTIONS)
+    assert act(server, tmp_path, collect, QUESTIONS[:5]) == {"ok": 5, "not asked any more": 2}
 
 
 @pytest.mark.parametrize(
-    ("program", "arguments", "said"),
+    ("arguments", "said"),
     [
-        (batches, ["submit", "--judge", "nobody"], "no nobody.yaml. Known: checklist"),
-        (batches, ["submit", "--judge", "claude-sonnet-4-5"], "has to run first"),
-        (batches, ["collect", "--judge", "claude-sonnet-4-5"], "holds no answers"),
-        (batches, ["collect", "--judge", "checklist"], "is not asked over HTTP"),
-        (batches, ["poll"], "the generator is offline"),
-        (pilot, ["--judge", "claude-sonnet-4-5"], "has to run first"),
+        (["batch", "submit", "--judge", "nobody"], "no nobody.yaml. Known: checklist"),
+        (["batch", "submit", "--judge", "claude-sonnet-4-5"], "has to run first"),
+        (["batch", "collect", "--judge", "claude-sonnet-4-5"], "holds no answers"),
+        (["batch", "collect", "--judge", "checklist"], "is not asked over HTTP"),
+        (["batch", "poll"], "the generator is offline"),
+        (["pilot", "--judge", "claude-sonnet-4-5"], "has to run first"),
     ],
 )
-def test_a_command_for_which_there_is_nothing_says_why_with_exit_code_2(
-    program, arguments, said, tmp_path, monkeypatch
-):
+def test_a_command_for_which_there_is_nothing_says_why_with_exit_code_2(arguments, said, tmp_path, monkeypatch):
     monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path))
-    ended = CliRunner().invoke(program.app, [*arguments, "--profile", "smoke"])
+    ended = CliRunner().invoke(app, [*arguments, "--profile", "smoke"])
     assert ended.exit_code == 2 and said in ended.stderr

@@ -13,7 +13,7 @@ import pytest
 
 from telco_nb import ROOT
 from telco_nb.engine import runner
-from telco_nb.engine.executed import Failure
+from telco_nb.engine.archive import Failure
 from telco_nb.hosted import prices
 from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import CostRefused, Estimate

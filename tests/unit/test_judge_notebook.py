@@ -8,7 +8,7 @@ import judge_study
 import matplotlib
 import pandas as pd
 import pytest
-from judge_study import CARDS, HOSTILE
+from judge_study import CARDS, HOSTILE, command
 
 from telco_nb.analysis import results
 from telco_nb.commands import rerank
@@ -85,7 +85,7 @@ def test_after_a_failed_gate_a_paid_judge_is_asked_nothing_more_unless_told_to(r
     purposes = {line["purpose"] for line in store.ok.values()}
     assert Paid.asked > 0 and (purposes == {"control"}) == (not goes_on)
     metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())
-    assert metrics["gate_passed"] is False and "failed its gate" in metrics["headline_blocked_by"]
+    assert metrics["gate_passed"] is False and "failed its validity gate" in metrics["headline_blocked_by"]
     ranked = read(folder, "ranking")
     assert ranked["score"].isna().all() == (not goes_on)  # missing, not 0
     if not goes_on:
@@ -149,9 +149,9 @@ def human(root, monkeypatch):
 
 def test_votes_become_a_judge_of_the_same_store_and_study(study, lines, store, monkeypatch, tmp_path, capsys):
     path = write(tmp_path / "ann.jsonl", lines["controls"] + lines["pairs"])
-    assert people.main([str(study), str(path)]) == 0
+    assert command("votes", study, path) == 0
     first = capsys.readouterr().out
-    assert people.main([str(study), str(path)]) == 0
+    assert command("votes", study, path) == 0
     assert ": 0 new votes" in capsys.readouterr().out and ": 0 new" not in first  # importing again changes nothing
     folder, _ = human(study, monkeypatch)
     assert {(line["judge"], line["source"]) for line in store().ok.values()} == {("human-ann", "human")}
@@ -159,20 +159,20 @@ def test_votes_become_a_judge_of_the_same_store_and_study(study, lines, store, m
     ranked = read(folder, "ranking")
     assert ranked["config"].head(3).tolist() == CONFIGS
     assert json.loads((folder / "05_judge" / "metrics.json").read_text())["gate_passed"] is True
-    assert rerank.main([str(folder)]) == 0 and "human-ann (human)" in capsys.readouterr().out
+    assert command("rerank", folder) == 0 and "human-ann (human)" in capsys.readouterr().out
 
 
 def test_without_planted_controls_a_persons_gate_is_not_passed_and_says_why(study, lines, store, tmp_path):
-    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", lines["pairs"]))]) == 0
+    assert command("votes", study, write(tmp_path / "ann.jsonl", lines["pairs"])) == 0
     found = rerank.rerank(store(), draws=50)
-    assert found.validity["passed"] is False and "failed its gate" in found.blocks[0]
+    assert found.validity["passed"] is False and "failed its validity gate" in found.blocks[0]
     assert all("no verdict" in c["detail"] and c["value"] is None for c in found.validity["controls"])
     assert found.ranking["score"].notna().all()  # shown, without a headline
 
 
 def test_what_a_person_skipped_counts_as_not_judged(study, lines, store, tmp_path):
     rows = [row | {"choice": "skip"} for row in lines["pairs"][:20]] + lines["pairs"][20:]
-    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", rows))]) == 0
+    assert command("votes", study, write(tmp_path / "ann.jsonl", rows)) == 0
     found = rerank.rerank(store(), draws=50)
     assert found.coverage["coverage"].min() < 0.98 and any("coverage below" in block for block in found.blocks)
 
@@ -180,12 +180,12 @@ def test_what_a_person_skipped_counts_as_not_judged(study, lines, store, tmp_pat
 def test_undone_votes_do_not_count_and_both_bad_is_a_tie_with_a_flag(study, lines, store, tmp_path, capsys):
     first, *rest = lines["pairs"]
     taken_back = [first, first | {"choice": "undo"}, first | {"choice": "both_bad", "note": "a\u2028b </x> \x07"}]
-    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", [*taken_back, *rest]))]) == 0
+    assert command("votes", study, write(tmp_path / "ann.jsonl", [*taken_back, *rest])) == 0
     (bad,) = [line for line in store().ok.values() if "A:bad" in line["flags"]]
     assert bad["verdict"] == "tie" and bad["prompt_id"] == first["prompt_id"]
     before = store().path.read_bytes()
     changed = [*taken_back[:2], first | {"choice": "second"}, *rest]
-    assert people.main([str(study), str(write(tmp_path / "ann.jsonl", changed))]) == 1
+    assert command("votes", study, write(tmp_path / "ann.jsonl", changed)) == 2
     assert "differs from the vote imported earlier" in capsys.readouterr().err
     assert store().path.read_bytes() == before  # a stored vote is never changed
 
@@ -215,14 +215,14 @@ def test_one_bad_row_stops_the_import_and_is_named(study, lines, tmp_path, capsy
     text[2] = "{half a line" if change is None else json.dumps(rows[2] | change)
     path = tmp_path / "ann.jsonl"
     path.write_text("\n".join(text) + "\n")
-    assert people.main([str(study), str(path)]) == 1
+    assert command("votes", study, path) == 2
     said = capsys.readouterr().err
     assert named in said and "Nothing was imported" in said
     assert not any(path.read_text() for path in study.glob("judge-human-*/store/verdicts.jsonl"))
 
 
 def test_a_person_without_votes_cannot_be_run_and_the_fix_is_named(study, monkeypatch):
-    with pytest.raises(people.VotesError, match=r"python -m telco_nb\.judge\.people"):
+    with pytest.raises(people.VotesError, match=r"python -m telco_nb votes"):
         human(study, monkeypatch)
 
 

@@ -18,7 +18,7 @@ from telco_nb import ROOT
 from telco_nb.corpus import cards
 from telco_nb.hosted import session
 from telco_nb.hosted.api import HostedModel
-from telco_nb.hosted.prices import Prices
+from telco_nb.hosted.prices import Budget, Prices
 from telco_nb.judge import asking, design, gate, language_model
 from telco_nb.judge.cases import Case, Question
 from telco_nb.judge.language_model import LanguageModelJudge
@@ -54,7 +54,7 @@ def plan(n: int) -> tuple[pd.DataFrame, list[Case]]:
 
 def hosted(kind: str, url: str, root: Path, in_flight: int = 8) -> LanguageModelJudge:
     source = HostedModel(kind, MODELS[kind], url, max_tokens=300, timeout_s=5.0)
-    return LanguageModelJudge("jury", source, Prices(source, 1.0, 2.0), root, in_flight)
+    return LanguageModelJudge("jury", source, Prices(source, 1.0, 2.0), Budget(None), in_flight)
 
 
 def put(judge: LanguageModelJudge, store: VerdictStore, n: int) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pytest
 from provider_server import Server, answer_body
 from test_calls import keys  # noqa: F401
 
-from telco_nb.commands import costs, pilot
+from telco_nb.commands import estimate, pilot
 from telco_nb.hosted import prices
 from telco_nb.judge import panel, protocol
 from telco_nb.study import params
@@ -43,12 +43,12 @@ def test_twenty_calls_price_the_whole_plan_and_05_asks_only_the_others(served, m
     root, values, server = served
     assert pilot.ask(protocol.open_protocol(values, root), 20) == len(server.requests) == 20
     asked = protocol.open_protocol(values, root)
-    assert len(asked.store.ok) == 20 and set(asked.store.ok) <= {q.id for q in asked.parts["controls"]}
+    assert len(asked.store.ok) == 20 and set(asked.store.ok) <= {q.id for q in asked.questions("controls")}
     half = 2.093 * 100 * (20 / 19) ** 0.5 / 20**0.5  # t with 19 degrees of freedom
-    (low, mid, high), out = costs.measured(asked.store.path, "own")
+    (low, mid, high), out = estimate.measured(asked.store.path, "own")
     assert (low, mid, high) == pytest.approx((1000 - half, 1000, 1000 + half), rel=1e-3) and out == (20, 20, 20)
     n = len(asked.every)
-    whole = costs.of_questions(asked.judge, asked.every, asked.store.path)
+    whole = estimate.estimate_questions(asked.judge, asked.every, asked.store.path)
     assert (
         whole.usd_mid == pytest.approx(n * (1000 * 1.0 + 20 * 2.0) / 1e6)
         and whole.usd_low < whole.usd_mid < whole.usd_high
@@ -64,9 +64,9 @@ def test_the_plan_of_a_run_counts_with_the_measured_lengths(served):
     plan = plan_jobs(params.load_study("smoke"))
     job = make_job("05_judge", values)
     source = panel.open_judge(values, root).source
-    assumed, _ = costs.preview(job, source, plan, root)
+    assumed, _ = estimate.estimate_job(job, source, plan, root)
     pilot.ask(protocol.open_protocol(values, root), 20)
-    measured, sent = costs.preview(job, source, plan, root)
+    measured, sent = estimate.estimate_job(job, source, plan, root)
     assert measured.calls == assumed.calls - 20 and measured.tokens_in == 1000 * measured.calls
     assert assumed.tokens_in != 1000 * assumed.calls and "answers" in sent
 
@@ -83,6 +83,6 @@ def test_a_pilot_is_not_sent_beyond_this_network_without_consent_nor_over_the_ca
 
 def test_after_a_failed_gate_the_pilot_asks_nothing_more(served):
     root, values, server = served
-    gate = protocol.open_protocol(values, root).parts["controls"]
+    gate = protocol.open_protocol(values, root).questions("controls")
     assert pilot.ask(protocol.open_protocol(values, root), 1000) == len(gate) == len(server.requests)
     assert pilot.ask(protocol.open_protocol(values, root), 1000) == 0  # it always takes the first seat

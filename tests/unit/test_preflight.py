@@ -8,7 +8,7 @@ import torch
 from test_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
-from telco_nb.engine.executed import Failure
+from telco_nb.engine.archive import Failure
 from telco_nb.lora import base_model, packing, preflight, step, trainer
 from telco_nb.lora.base_model import PreflightError
 

@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from telco_nb import ROOT
-from telco_nb.engine import doctor, executed, execution, lanes, nursery, progress, runner, schedule
-from telco_nb.engine.executed import Failure
+from telco_nb.engine import archive, fork_server, machine_checks, progress, runner, schedule, worker
+from telco_nb.engine.archive import Failure
+from telco_nb.engine.job import death_reason, kernel_environment
 from telco_nb.engine.progress import State
 from telco_nb.study import params, record
 from telco_nb.study.plan import Job
@@ -52,7 +53,7 @@ def recorded(monkeypatch):
 
 
 def decisions(jobs, forced=frozenset()) -> dict:
-    return {s.job.id: (s.decision, s.reason) for s in schedule.plan(jobs, Path("/nowhere"), set(forced))}
+    return {s.job.id: (s.decision, s.reason) for s in schedule.plan_states(jobs, Path("/nowhere"), set(forced))}
 
 
 # ---------------------------------------------------------------- the plan
@@ -107,15 +108,15 @@ def test_configurations_are_chosen_by_name_or_pattern_in_their_order():
 def test_a_left_out_step_without_a_result_is_refused_with_the_command(recorded):
     chosen = schedule.choose_steps(JOBS, "03-04")
     with pytest.raises(schedule.UsageError, match=re.escape("shared/02_synth") + ".*--steps 02-04"):
-        schedule.plan(chosen, Path("/nowhere"), set())
+        schedule.plan_states(chosen, Path("/nowhere"), set())
     recorded.finished["shared/02_synth"] = {"seconds": 1, "parameters": {}}
-    assert len(schedule.plan(chosen, Path("/nowhere"), set())) == 5
+    assert len(schedule.plan_states(chosen, Path("/nowhere"), set())) == 5
 
 
 def test_expected_seconds_come_from_earlier_runs_per_epoch(recorded):
     recorded.finished["c01/03_train"] = {"seconds": 30.0, "parameters": {"epochs": 1}}
     recorded.stale = {"c02/03_train": "no result yet"}
-    states = {s.job.id: s for s in schedule.plan(JOBS, Path("/nowhere"), set())}
+    states = {s.job.id: s for s in schedule.plan_states(JOBS, Path("/nowhere"), set())}
     assert states["c02/03_train"].expected_seconds == 90 + schedule.OVERHEAD_SECONDS
     assert states["c01/04_energy"].expected_seconds is None
 
@@ -193,8 +194,8 @@ def test_an_outputs_folder_that_cannot_be_made_is_unfit(tmp_path):
 def test_stopping_escalates_with_time_and_with_each_request(monkeypatch):
     sent = []
     monkeypatch.setattr(os, "killpg", lambda pid, number: sent.append(number))
-    monkeypatch.setattr(lanes, "INTERRUPT_SECONDS", 0.05)
-    stopping = lanes._stop_child(SimpleNamespace(pid=1))
+    monkeypatch.setattr(worker, "INTERRUPT_SECONDS", 0.05)
+    stopping = worker._stop_child(SimpleNamespace(pid=1))
     stopping.send(1)
     stopping.send(1)
     assert sent == [signal.SIGINT]
@@ -217,7 +218,7 @@ def rendered(*things, **options) -> str:
 
 def test_the_plan_shows_one_row_for_each_decision_step_and_reason(recorded):
     recorded.stale = {"c01/03_train": "no result yet", "c02/03_train": "no result yet"}
-    text = rendered(progress.plan_table(schedule.plan(JOBS, Path("/nowhere"), set())))
+    text = rendered(progress.plan_table(schedule.plan_states(JOBS, Path("/nowhere"), set())))
     assert re.search(r"run +03_train +c01 c02 +no result yet", text)
 
 
@@ -250,8 +251,8 @@ def test_lines_tell_each_event_and_give_a_sign_of_life(monkeypatch):
 
 
 def test_a_terminal_gets_a_table_and_anything_else_lines():
-    assert isinstance(progress.follow(Console(force_terminal=True), []), progress.LiveTable)
-    assert isinstance(progress.follow(Console(file=io.StringIO()), []), progress.Lines)
+    assert isinstance(progress.open_display(Console(force_terminal=True), []), progress.LiveTable)
+    assert isinstance(progress.open_display(Console(file=io.StringIO()), []), progress.Lines)
 
 
 # ---------------------------------------------------------------- the executed notebook
@@ -267,30 +268,30 @@ def code(source: str, *outputs: dict) -> dict:
 
 def test_long_output_is_cut_in_the_middle_and_says_so():
     text = "".join(f"{n}\n" for n in range(1000))
-    short = "".join(executed._shortened({"output_type": "stream", "text": text})["text"])
+    short = "".join(archive._shortened({"output_type": "stream", "text": text})["text"])
     assert short.startswith("0\n1\n")
     assert short.endswith("998\n999\n")
     assert "940 lines left out" in short
-    line = "".join(executed._shortened({"output_type": "stream", "text": "x" * 10**6})["text"])
-    assert len(line) < 1.1 * executed.LONG_CHARACTERS
+    line = "".join(archive._shortened({"output_type": "stream", "text": "x" * 10**6})["text"])
+    assert len(line) < 1.1 * archive.LONG_CHARACTERS
 
 
 def test_machine_paths_are_replaced_but_images_are_left_alone(tmp_path):
     picture = f"{tmp_path}/abc"
     output = {"output_type": "display_data", "data": {"image/png": picture, "text/plain": f"{ROOT}/telco_nb/x.py"}}
-    cleaned = executed._cleaned(notebook(code("1", output)), tmp_path, "c01", "03_train")
+    cleaned = archive._cleaned(notebook(code("1", output)), tmp_path, "c01", "03_train")
     data = cleaned["cells"][0]["outputs"][0]["data"]
     assert data == {"image/png": picture, "text/plain": "telco_nb/x.py"}
     assert cleaned["metadata"]["papermill"]["output_path"] == "c01/03_train.ipynb"
-    assert executed.without_machine_paths(f"{Path.home()}/models {tmp_path}/a", tmp_path) == (
+    assert archive.without_machine_paths(f"{Path.home()}/models {tmp_path}/a", tmp_path) == (
         f"~/models outputs/{tmp_path.name}/a"
     )
 
 
 def test_a_failure_before_anything_was_saved_still_leaves_a_record(tmp_path):
     (tmp_path / "c01").mkdir()
-    executed.running_notebook(tmp_path, "c01", "03_train").write_text('{"cells": [')
-    executed.keep_failed(tmp_path, "c01", "03_train", Failure("died", "killed by `SIGKILL`", 2))
+    archive.running_notebook(tmp_path, "c01", "03_train").write_text('{"cells": [')
+    archive.keep_failed(tmp_path, "c01", "03_train", Failure("died", "killed by `SIGKILL`", 2))
     kept = json.loads((tmp_path / "c01" / "03_train.failed.ipynb").read_text())
     assert kept["metadata"]["telco_nb_failure"] == {"kind": "died", "reason": "killed by `SIGKILL`", "cell": 2}
     assert "The kernel died, In [2]: `killed by 'SIGKILL'`" in "".join(kept["cells"][0]["source"])
@@ -304,7 +305,7 @@ def test_the_hub_is_off_unless_the_user_names_a_hub_id(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def offline(model: str | None) -> str:
-        return execution.environment("job.json", {"base_model": model}, tmp_path)["HF_HUB_OFFLINE"]
+        return kernel_environment("job.json", {"base_model": model}, tmp_path)["HF_HUB_OFFLINE"]
 
     assert offline("smollm2-135m-instruct") == offline(None) == offline(str(tmp_path)) == offline("./a/b") == "1"
     assert offline("Qwen/Qwen2.5-3B") == "0"
@@ -314,36 +315,36 @@ def test_the_hub_is_off_unless_the_user_names_a_hub_id(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
 def test_kernels_are_forked_for_more_than_one_job_never_beside_a_gpu_and_never_if_unwanted(monkeypatch):
-    monkeypatch.delenv(nursery.SWITCH, raising=False)
-    monkeypatch.setattr(nursery, "GPU_DEVICES", ("/no/such/device",))
-    assert nursery.is_useful(2)
-    assert not nursery.is_useful(1)
-    monkeypatch.setattr(nursery, "GPU_DEVICES", ("/dev/null",))
-    assert not nursery.is_useful(2)
-    monkeypatch.setattr(nursery, "GPU_DEVICES", ())
-    monkeypatch.setenv(nursery.SWITCH, "0")
-    assert not nursery.is_useful(2)
-    monkeypatch.setenv(nursery.SWITCH, "1")
-    assert nursery.is_useful(1)
+    monkeypatch.delenv(fork_server.SWITCH, raising=False)
+    monkeypatch.setattr(fork_server, "GPU_DEVICES", ("/no/such/device",))
+    assert fork_server.is_useful(2)
+    assert not fork_server.is_useful(1)
+    monkeypatch.setattr(fork_server, "GPU_DEVICES", ("/dev/null",))
+    assert not fork_server.is_useful(2)
+    monkeypatch.setattr(fork_server, "GPU_DEVICES", ())
+    monkeypatch.setenv(fork_server.SWITCH, "0")
+    assert not fork_server.is_useful(2)
+    monkeypatch.setenv(fork_server.SWITCH, "1")
+    assert fork_server.is_useful(1)
 
 
 def test_deaths_are_told_apart():
-    assert "out of memory" in execution.death_reason(-9, out_of_memory=True)
-    assert "most often for lack of memory" in execution.death_reason(-9, out_of_memory=False)
-    assert execution.death_reason(-11, False) == "killed by SIGSEGV"
-    assert execution.death_reason(7, False) == "it ended with exit code 7"
+    assert "out of memory" in death_reason(-9, out_of_memory=True)
+    assert "most often for lack of memory" in death_reason(-9, out_of_memory=False)
+    assert death_reason(-11, False) == "killed by SIGSEGV"
+    assert death_reason(7, False) == "it ended with exit code 7"
 
 
 def test_the_doctor_names_every_missing_piece(tmp_path, monkeypatch):
-    (model,) = doctor.problems([job("03_train", "c01", base_model="no-such-folder")], tmp_path / "outputs")
+    (model,) = machine_checks.find_problems([job("03_train", "c01", base_model="no-such-folder")], tmp_path / "outputs")
     assert "no-such-folder" in model
-    monkeypatch.setattr(doctor, "FREE_BYTES", 2**60)
-    assert any("GiB free" in text for text in doctor.problems([], tmp_path))
+    monkeypatch.setattr(machine_checks, "FREE_BYTES", 2**60)
+    assert any("GiB free" in text for text in machine_checks.find_problems([], tmp_path))
 
 
 def test_the_doctor_knows_the_packaged_model_by_its_name():
     source = (ROOT / "telco_nb" / "lora" / "base_model.py").read_text()
-    assert f'PACKAGED_MODEL = "{doctor.PACKAGED_MODEL}"' in source
+    assert f'PACKAGED_MODEL = "{machine_checks.PACKAGED_MODEL}"' in source
 
 
 def test_the_runner_imports_nothing_heavy():
@@ -405,9 +406,9 @@ def jobs_with(*processes: int) -> list[Job]:
     return [Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
 
 
-def test_gpus_are_dealt_out_to_lanes_by_the_processes_of_a_training():
-    assert lanes.lane_gpus((), jobs_with(2)) == [None]
-    assert lanes.lane_gpus(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
-    assert lanes.lane_gpus(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
+def test_gpus_are_dealt_out_to_workers_by_the_processes_of_a_training():
+    assert worker.gpus_per_worker((), jobs_with(2)) == [None]
+    assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
+    assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
     with pytest.raises(schedule.UsageError, match="--gpus names 3 GPUs, and processes is 2: name a multiple of 2"):
-        lanes.lane_gpus(("0", "1", "2"), jobs_with(2))
+        worker.gpus_per_worker(("0", "1", "2"), jobs_with(2))

@@ -6,7 +6,7 @@ import re
 import judge_study
 import pandas as pd
 import pytest
-from judge_study import CARDS, HOSTILE
+from judge_study import CARDS, HOSTILE, command
 from pydantic import ValidationError
 
 from telco_nb.commands import rerank
@@ -125,11 +125,7 @@ def test_a_reply_is_a_verdict_only_if_all_of_it_is():
 
 
 @pytest.mark.parametrize(
-    ("form", "verdict"),
-    [
-        ("rubric", Verdict("tie", 0)),
-        ("pair", Verdict(scores=dict.fromkeys(CRITERIA, 5))),
-    ],
+    ("form", "verdict"), [("rubric", Verdict("tie", 0)), ("pair", Verdict(scores=dict.fromkeys(CRITERIA, 5)))]
 )
 def test_a_verdict_of_another_form_is_a_parse_error_and_no_verdict(form, verdict):
     answers = ("good answer",) * {"pair": 2, "rubric": 1}[form]
@@ -207,18 +203,18 @@ def test_rerank_counts_what_was_planned_and_never_asked(prompts, hostile, tmp_pa
 
 
 def test_the_rerank_command_prints_the_ranking_and_says_what_it_misses(prompts, hostile, tmp_path, capsys):
-    assert rerank.main([str(tmp_path)]) == 1
+    assert command("rerank", tmp_path) == 2
     assert "no such file" in capsys.readouterr().err
     folder = tmp_path / "judge-checklist"
     store, judge = VerdictStore(folder / "store" / "verdicts.jsonl"), checklist.ChecklistJudge("checklist")
-    assert rerank.main([str(folder)]) == 1
+    assert command("rerank", folder) == 1
     assert "nothing has been asked" in capsys.readouterr().err
     plan = judge_study.pair_plan(prompts, CONFIGS)
     put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     before = store.path.read_bytes()
-    assert rerank.main([str(folder), "--draws", "50", "--seed", "3"]) == 0
+    assert command("rerank", folder, "--draws", "50", "--seed", "3") == 0
     printed = capsys.readouterr().out
-    assert "c01" in printed and "no headline: it failed its gate" in printed
+    assert "c01" in printed and "no headline: failed its validity gate" in printed
     assert store.path.read_bytes() == before
 
 
@@ -233,7 +229,7 @@ def test_a_store_in_which_nobody_answered_ranks_nothing_and_says_so(prompts, tmp
     plan = put(Mute(), plan, asking.build_cases(plan, prompts, sound, CARDS), store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
     assert found.ranking[["score", "rank", "p_best"]].isna().all().all()
-    assert "there is no ranking: there are no verdicts" in found.blocks
+    assert "no ranking: there are no verdicts" in found.blocks
     assert store.statuses == {"timeout": plan["judgement_id"].nunique()}
     with pytest.raises(bradley_terry.RankingError, match="nothing has been asked"):
         rerank.rerank(VerdictStore(tmp_path / "empty.jsonl"))

@@ -6,11 +6,8 @@ done into the store of attempts. The study itself then finds its answers there a
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +16,7 @@ import typer
 from pydantic import TypeAdapter
 
 from telco_nb import ROOT
+from telco_nb.commands.common import CommandError, MaxUsd, ParamsDir, Profile, Yes, errors_as_exit_codes
 from telco_nb.corpus import llm_writer, scenarios
 from telco_nb.corpus.cards import load_cards
 from telco_nb.engine import runner
@@ -33,7 +31,7 @@ from telco_nb.hosted.api import (
     request_parameters,
 )
 from telco_nb.hosted.ledger import BatchLedger, BatchRecord, ledger_of
-from telco_nb.hosted.session import CallsStopped, Session, run_async
+from telco_nb.hosted.session import Session, run_async
 from telco_nb.judge import asking, language_model
 from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     from pydantic_ai.models.batch import Batch, BatchRequest
 
 
-class BatchError(RuntimeError):
+class BatchError(CommandError):
     """A batch cannot be submitted or collected; the message says what to do."""
 
 
@@ -175,7 +173,7 @@ class Work:
     said: str
 
 
-def generator_work(profile: str, params_dir: Path) -> Work:
+def generator_work(profile: str, params_dir: Path, max_usd: float | None) -> Work:
     """The questions of a study's generator.
 
     Of each scenario one call is asked at a time: the next is told how the answers before it begin.
@@ -192,7 +190,7 @@ def generator_work(profile: str, params_dir: Path) -> Work:
     planned = llm_writer.plan_calls(
         cards, scenarios.build_scenarios(cards, axes, seed), axes, values["seeds_per_scenario"]
     )
-    session = llm_writer.open_session(values, source, planned, root, batch=True)
+    session = llm_writer.open_session(values, source, planned, root, max_usd, batch=True)
     every, now = [], []
     for each in planned:
         siblings: list[str] = []
@@ -226,58 +224,40 @@ def judge_work(asked: Protocol) -> Work:
 # ---------------------------------------------------------------- command line
 
 
-HELP = {"help_option_names": ["-h", "--help"]}
 EPILOG = """
-**Examples**: conversations in four rounds, as each scenario is asked for four times, and later calls are told how
-earlier ones begin; then a judge in two rounds, its gate and, if it passes, all the rest
+**Example**: conversations in four rounds, as each scenario is asked for four times, and later calls are told how earlier
+ones begin; then a judge in two rounds, its gate and, if it passes, all the rest
 
     export GOOGLE_API_KEY=... ANTHROPIC_API_KEY=...
-    python -m telco_nb.commands.batches submit --profile paper --max-usd 30 --yes
-    python -m telco_nb.commands.batches poll --profile paper
-    python -m telco_nb.commands.batches collect --profile paper
+    python -m telco_nb batch submit --profile paper --max-usd 30 --yes
+    python -m telco_nb batch poll --profile paper
+    python -m telco_nb batch collect --profile paper
     ./run_all.py --profile paper --steps 01-04
-    python -m telco_nb.commands.batches submit --profile paper --judge claude-sonnet-4-5 --max-usd 60 --yes
-    python -m telco_nb.commands.batches collect --profile paper --judge claude-sonnet-4-5
+    python -m telco_nb batch submit --profile paper --judge claude-sonnet-4-5 --max-usd 60 --yes
+    python -m telco_nb batch collect --profile paper --judge claude-sonnet-4-5
 """
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
 
 
-@app.command(epilog=EPILOG)
 def main(
     action: Annotated[str, typer.Argument(metavar="submit|poll|collect|forget")],
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")],
+    profile: Profile,
     judge: Annotated[
         str | None, typer.Option(help="A judge: a file of params/judges. Default: the profile's generator.")
     ] = None,
-    params_dir: Annotated[Path, typer.Option("--params", metavar="DIR", show_default="params")] = params.PARAMS_DIR,
-    max_usd: Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")] = False,
+    params_dir: ParamsDir = params.PARAMS_DIR,
+    max_usd: MaxUsd = None,
+    yes: Yes = False,
 ) -> None:
     """Generate conversations or judge answers in batches: half the price, up to a day later.
 
     Every command can be repeated.
     """
-    with ended_well("batches", max_usd), runner.lock(record.profile_root(profile)):
-        asked = open_study(profile, judge, params_dir, to_ask=action == "submit") if judge else None
-        _act(action, judge_work(asked) if asked else generator_work(profile, params_dir), yes)
-
-
-@contextmanager
-def ended_well(program: str, max_usd: float | None) -> Iterator[None]:
-    """A command under a cap in dollars; what a person can mend ends it with a message and run_all's exit code."""
-    if max_usd is not None:
-        os.environ[prices.MAX_USD_VARIABLE] = str(max_usd)
-    codes: dict[type[Exception], int] = {
-        params.ParameterError: runner.USAGE, ProviderError: runner.USAGE, BatchError: runner.USAGE,
-        runner.UnfitError: runner.UNFIT, prices.CostRefused: runner.COST, prices.BudgetStop: runner.COST,
-        CallsStopped: runner.FAILED,
-    }  # fmt: skip
-    try:
-        yield
-    except tuple(codes) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        spent = isinstance(error, CallsStopped) and error.status == "budget_stop"
-        sys.exit(runner.COST if spent else next(code for kind, code in codes.items() if isinstance(error, kind)))
+    with errors_as_exit_codes("batch"), runner.lock(record.profile_root(profile)):
+        if judge:
+            work = judge_work(open_study(profile, judge, params_dir, to_ask=action == "submit", max_usd=max_usd))
+        else:
+            work = generator_work(profile, params_dir, max_usd)
+        _act(action, work, yes)
 
 
 def _act(action: str, work: Work, yes: bool) -> None:
@@ -310,7 +290,3 @@ def _run(session: Session, work: Awaitable[Any]) -> Any:
             await session.model.close()
 
     return run_async(run)
-
-
-if __name__ == "__main__":
-    app()

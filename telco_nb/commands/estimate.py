@@ -16,8 +16,7 @@ from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.corpus.scenarios import Axes, Scenario
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import HostedModel
-from telco_nb.judge import cases, design, language_model, protocol
-from telco_nb.judge.gate import CONTROL_PROMPTS, GATE
+from telco_nb.judge import cases, language_model, protocol
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.prompts import render_prompt
 from telco_nb.judge.store import VerdictStore
@@ -32,7 +31,7 @@ VERDICT_TOKENS = (60.0, 130.0, 260.0)  # an analysis of at most 80 words and a l
 MEASURED_FROM = 10  # questions with counted tokens from which on their lengths are taken for those of all
 
 
-def preview(job: Job, source: HostedModel, plan: Sequence[Job], root: Path) -> tuple[prices.Estimate, str]:
+def estimate_job(job: Job, source: HostedModel, plan: Sequence[Job], root: Path) -> tuple[prices.Estimate, str]:
     """(estimate of the calls that a job has still to make, what is sent in them). `plan`: all jobs of the study."""
     values = {name: value for each in plan for name, value in each.parameters.items() if each.step < job.step}
     values |= job.parameters
@@ -75,10 +74,7 @@ def _judge(
     """
     held_out = [s.scenario_id for s in grid if s.split == "test"][: values["test_prompts"]]
     prompts = pd.DataFrame({"prompt_id": held_out, "scenario_id": held_out, "term_id": held_out})
-    shares = {name: values[name] for name in ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")}
-    asked = len(design.plan_comparisons(prompts, values["configs"], **shares, seed=values["seed"]))
-    asked += len(design.plan_ratings(prompts, values["configs"], share=values["rubric_share"], seed=0))
-    asked += len({kind.removesuffix("_ties") for kind in GATE}) * min(CONTROL_PROMPTS, len(held_out))
+    asked = protocol.count_questions(values, prompts)
     path = protocol.store_path(root, values["judge"])
     done = len(VerdictStore(path).ok) if path.is_file() else 0
     if lengths := measured(path, price.source.model):
@@ -96,7 +92,7 @@ def _judge(
     return prices.estimate(price, max(0, asked - done), (tokens_in, tokens_in, tokens_in), VERDICT_TOKENS)
 
 
-def of_questions(judge: LanguageModelJudge, questions: Sequence[cases.Question], store: Path) -> prices.Estimate:
+def estimate_questions(judge: LanguageModelJudge, questions: Sequence[cases.Question], store: Path) -> prices.Estimate:
     """The cost of asking these questions: at the lengths that the store has measured, else at their own."""
     if lengths := measured(store, judge.source.model):
         return prices.estimate(judge.price, len(questions), *lengths)

@@ -63,7 +63,7 @@ def running_log(root: Path, scope: str, step: str) -> Path:
     return root / scope / f".{step}.running.log"
 
 
-def good_notebook(root: Path, scope: str, step: str) -> Path:
+def record_notebook(root: Path, scope: str, step: str) -> Path:
     return root / scope / f"{step}.ipynb"
 
 
@@ -78,10 +78,10 @@ def failed_log(root: Path, scope: str, step: str) -> Path:
 # ---------------------------------------------------------------- keeping
 
 
-def keep_good(root: Path, scope: str, step: str) -> None:
+def keep_record(root: Path, scope: str, step: str) -> None:
     """Publish: first the executed notebook, then the step's folder, so that no new folder has an old notebook."""
     notebook = _cleaned(read_running(root, scope, step), root, scope, step)
-    record.write_bytes(good_notebook(root, scope, step), _to_bytes(notebook))
+    record.write_bytes(record_notebook(root, scope, step), _to_bytes(notebook))
     record.publish_step(root, scope, step)
     for leftover in (running_notebook, running_log, failed_notebook, failed_log):
         leftover(root, scope, step).unlink(missing_ok=True)
@@ -110,7 +110,7 @@ def read_running(root: Path, scope: str, step: str) -> dict[str, Any]:
         return {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
 
-def runs(cell: Any) -> bool:
+def is_executed(cell: Any) -> bool:
     """Whether a kernel executes this cell; these are the cells that get a number."""
     return cell["cell_type"] == "code" and bool("".join(cell["source"]).strip())
 
@@ -189,11 +189,11 @@ def _correct_status(notebook: dict[str, Any], failure: Failure) -> None:
         about["exception"] = True
     number, after = 0, False
     for cell in notebook["cells"]:
-        number += runs(cell)
+        number += is_executed(cell)
         state = cell["metadata"].get("papermill")
         if state and after:
             state["status"] = "pending"
-        elif state and runs(cell) and number == failure.cell:
+        elif state and is_executed(cell) and number == failure.cell:
             state |= {"status": "failed", "exception": True}
             after = True
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.engine.execution import is_hub_id
+from telco_nb.engine.job import is_hub_id
 from telco_nb.study.plan import Job
 
 PACKAGED_MODEL = "smollm2-135m-instruct"  # telco_nb.lora.base_model, which the runner does not import: it needs torch
@@ -18,7 +18,7 @@ FREE_BYTES = 2 * 1024**3
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
 
 
-def problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -> list[str]:
+def find_problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -> list[str]:
     """Why these jobs cannot run here, on the named GPUs, one sentence each with its remedy; empty if they can."""
     jobs = list(jobs)
     found = [
@@ -66,7 +66,7 @@ def _in_hub_cache(model: str) -> bool:
     return (hub / f"models--{model.replace('/', '--')}").is_dir()
 
 
-def warnings(jobs: Iterable[Job]) -> list[str]:
+def find_warnings(jobs: Iterable[Job]) -> list[str]:
     """What does not stop a run but spoils its numbers: a GPU that somebody else is using."""
     if not any("base_model" in job.parameters for job in jobs):
         return []

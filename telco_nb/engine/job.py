@@ -1,4 +1,4 @@
-"""One notebook, executed in a process of its own: `python -m telco_nb.engine.execution job.json [parent pid]`.
+"""One notebook, executed in a process of its own: `python -m telco_nb.engine.job job.json [parent pid]`.
 
 The runner starts this process, reads its events (one JSON object a line on standard output) and believes nothing but
 the manifest. A run counts as a success only if papermill reached the end *and* the work folder holds a manifest with
@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb import ROOT
-from telco_nb.engine.executed import Failure, keep_failed, keep_good, read_running, running_log, running_notebook, runs
+from telco_nb.engine.archive import (
+    Failure,
+    is_executed,
+    keep_failed,
+    keep_record,
+    read_running,
+    running_log,
+    running_notebook,
+)
 from telco_nb.study import record
 
 START_SECONDS = 120  # a busy machine may need a while to start a kernel
@@ -41,18 +49,18 @@ SOCKET_NAME = 24  # /tnb-xxxxxxxx/k-ipc-5 and the terminating zero
 def main(job_path: str, parent: int | None = None, warm: Any = None) -> int:
     """Execute the job in `job_path`; returns 0 if it left a valid result, else 1. `parent` is a pid to die with.
 
-    `warm` is a nursery.Kernel that waits for its orders, if there is one.
+    `warm` is a fork_server.ForkedKernel that waits for its orders, if there is one.
     """
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     root, scope, step = Path(job["root"]), job["scope"], job["step"]
     running_notebook(root, scope, step).unlink(missing_ok=True)
-    events = _take_over_output(running_log(root, scope, step))
+    events = _redirect_output(running_log(root, scope, step))
     runtime = _runtime_folder()
     execution = Execution(job, events, runtime, warm)
     if parent is not None:
         threading.Thread(target=execution.die_with, args=(parent,), daemon=True).start()
     try:
-        os.environ.update(environment(job_path, job["parameters"], runtime))
+        os.environ.update(kernel_environment(job_path, job["parameters"], runtime))
         failure = execution.run()
     finally:
         execution.kill_kernel()
@@ -60,7 +68,7 @@ def main(job_path: str, parent: int | None = None, warm: Any = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the rest is short and must not be cut in two
         signal.signal(number, signal.SIG_IGN)
     if failure is None:
-        keep_good(root, scope, step)
+        keep_record(root, scope, step)
     else:
         keep_failed(root, scope, step, failure)
     execution.wait_for_kernel()
@@ -100,7 +108,7 @@ class Execution:
 
         notebook = Path(self.job["notebook"])
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        total = sum(map(runs, cells)) + bool(self.job["parameters"])  # one cell with the parameters is injected
+        total = sum(map(is_executed, cells)) + bool(self.job["parameters"])  # one cell with the parameters is injected
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         papermill.execute_notebook(
             str(notebook),
@@ -128,7 +136,7 @@ class Execution:
     def _on_cell(self, cell: Any, total: int) -> None:
         if self.interrupted:  # between two cells, where the kernel ignores the signal
             raise KeyboardInterrupt
-        if runs(cell):
+        if is_executed(cell):
             self.cell = (self.cell or 0) + 1
             self.send(cell=self.cell, of=total)
 
@@ -208,7 +216,7 @@ class Execution:
         return Failure("no result", "every cell ran, but none wrote manifest.json (run.finish was not reached)")
 
 
-def _take_over_output(log: Path) -> Any:
+def _redirect_output(log: Path) -> Any:
     """Events keep the original standard output; all else that is printed, by the kernel too, goes to `log`."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -235,22 +243,22 @@ def _engine() -> str:
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, *arguments: Any, **options: Any) -> Any:
             for name in ("cell_start", "cell_complete"):
-                setattr(nb_man, name, partial(_if_it_runs, getattr(nb_man, name)))
+                setattr(nb_man, name, partial(_if_executed, getattr(nb_man, name)))
             return super().execute_managed_notebook(nb_man, *arguments, **options)
 
     papermill_engines.register("telco_nb", Engine)
     return "telco_nb"
 
 
-def _if_it_runs(note: Callable[..., Any], cell: Any, *arguments: Any, **options: Any) -> None:
-    if runs(cell):
+def _if_executed(note: Callable[..., Any], cell: Any, *arguments: Any, **options: Any) -> None:
+    if is_executed(cell):
         note(cell, *arguments, **options)
 
 
 def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = None) -> type:
     """A kernel manager that works without a network, starts this very interpreter, and tells who its kernel is.
 
-    The kernel is `warm` (a nursery.Kernel) if that is given and can be had, else a process of its own.
+    The kernel is `warm` (a fork_server.ForkedKernel) if that is given and can be had, else a process of its own.
     """
     from jupyter_client import AsyncKernelClient, AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -265,7 +273,7 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
     class Provisioner(LocalProvisioner):
         async def launch_kernel(self, cmd: list[str], **options: Any) -> dict[str, Any]:
             folder = options.get("cwd") or str(Path.cwd())
-            if warm is None or not warm.start(cmd[3:], options["env"], folder, OF_THE_JOB):
+            if warm is None or not warm.start(cmd[3:], options["env"], folder, JOB_VARIABLES):
                 return await super().launch_kernel(cmd, **options)
             self.process, self.pid, self.pgid, self.cwd = warm, warm.pid, warm.pid, folder
             return self.connection_info
@@ -312,13 +320,18 @@ def _manager_class(runtime: Path, on_kernel: Callable[[Any], None], warm: Any = 
 
 # ---------------------------------------------------------------- the kernel's surroundings
 
-OF_THE_JOB = (record.JOB_VARIABLE, "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")  # differ in every kernel
+JOB_VARIABLES = (
+    record.JOB_VARIABLE,
+    "JUPYTER_RUNTIME_DIR",
+    "JUPYTER_CONFIG_DIR",
+    "IPYTHONDIR",
+)  # differ in every kernel
 
 
-def environment(job_path: str, parameters: dict[str, Any], runtime: Path) -> dict[str, str]:
+def kernel_environment(job_path: str, parameters: dict[str, Any], runtime: Path) -> dict[str, str]:
     """Variables for the kernel: its job and folders, and those that do not depend on the job."""
     own = (str(Path(job_path).resolve()), str(runtime), str(runtime / "config"), str(runtime / "ipython"))
-    return common_environment(parameters) | dict(zip(OF_THE_JOB, own, strict=True))
+    return common_environment(parameters) | dict(zip(JOB_VARIABLES, own, strict=True))
 
 
 def common_environment(parameters: dict[str, Any]) -> dict[str, str]:

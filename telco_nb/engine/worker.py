@@ -1,4 +1,4 @@
-"""A lane runs one job at a time, each in a process of its own, and ends it when it is asked to stop."""
+"""A worker runs one job at a time, each in a process of its own, and ends it when it is asked to stop."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from telco_nb import ROOT
-from telco_nb.engine import executed
-from telco_nb.engine.executed import Failure
-from telco_nb.engine.nursery import Child
+from telco_nb.engine import archive
+from telco_nb.engine.archive import Failure
+from telco_nb.engine.fork_server import ForkedJob
 from telco_nb.engine.progress import State
 from telco_nb.engine.schedule import UsageError
 from telco_nb.study import machine
@@ -29,8 +29,8 @@ INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
 POLL_SECONDS = 0.2
 
 
-def lane_gpus(gpus: tuple[str, ...], jobs: list[Job]) -> list[str | None]:
-    """The GPUs of each lane, as CUDA_VISIBLE_DEVICES: as many as processes share a training. Without any, one lane.
+def gpus_per_worker(gpus: tuple[str, ...], jobs: list[Job]) -> list[str | None]:
+    """The GPUs of each worker, as CUDA_VISIBLE_DEVICES: as many as processes share a training. Without any, one worker.
 
     Raises UsageError if they do not come out even.
     """
@@ -42,12 +42,12 @@ def lane_gpus(gpus: tuple[str, ...], jobs: list[Job]) -> list[str | None]:
     return [",".join(gpus[i : i + size]) for i in range(0, len(gpus), size)]
 
 
-class Lane:
+class Worker:
     """One job at a time in a process of its own, with its own GPUs of several or with the whole machine (None)."""
 
     def __init__(self, runner: Any, gpus: str | None):  # a runner.Runner, which imports this module
         self.runner, self.gpus = runner, gpus
-        self.child: subprocess.Popen[str] | Child | None = None
+        self.child: subprocess.Popen[str] | ForkedJob | None = None
         self.kernel_pid: int | None = None
         self.runtime: str | None = None  # the child's temporary folder
 
@@ -56,7 +56,7 @@ class Lane:
         job_file = self.runner.write_job(state)
         if job_file is None:
             return Failure("not started", "its inputs are not there")
-        log = executed.running_log(self.runner.root, state.job.scope, state.job.step)
+        log = archive.running_log(self.runner.root, state.job.scope, state.job.step)
         with log.open("wb") as errors:
             forked = self.runner.fork(job_file, errors) if self.gpus is None else None
             self.child = forked or self._start(job_file, errors)
@@ -65,12 +65,12 @@ class Lane:
         finally:
             job_file.unlink(missing_ok=True)
         state.exit_code = self.child.returncode
-        return failure if ended else self._bury(state)
+        return failure if ended else self._record_death(state)
 
     def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
-        several = {"CUDA_VISIBLE_DEVICES": str(self.gpus), machine.AT_ONCE_VARIABLE: str(len(self.runner.lanes))}
+        several = {"CUDA_VISIBLE_DEVICES": str(self.gpus), machine.AT_ONCE_VARIABLE: str(len(self.runner.workers))}
         return subprocess.Popen(
-            [sys.executable, "-m", "telco_nb.engine.execution", str(job_file), str(os.getpid())],
+            [sys.executable, "-m", "telco_nb.engine.job", str(job_file), str(os.getpid())],
             cwd=ROOT,
             env=os.environ | (several if self.gpus is not None else {}),
             stdin=subprocess.DEVNULL,
@@ -105,7 +105,7 @@ class Lane:
                 stopping.send(self.runner.stops)
             self.runner.display.tick()
 
-    def _bury(self, state: State) -> Failure:
+    def _record_death(self, state: State) -> Failure:
         """The child is dead and has not said why: leave no kernel, and write the failed record in its place."""
         if self.kernel_pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -117,7 +117,7 @@ class Lane:
         failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook {how}")
         if self.runner.stops:
             failure = Failure("interrupted", "did not stop in time and was killed")
-        executed.keep_failed(self.runner.root, state.job.scope, state.job.step, failure)
+        archive.keep_failed(self.runner.root, state.job.scope, state.job.step, failure)
         return failure
 
 
@@ -128,7 +128,7 @@ def _read_events(stream: Any, events: queue.SimpleQueue[Any]) -> None:
     events.put(None)
 
 
-def _stop_child(child: subprocess.Popen[str] | Child) -> Any:
+def _stop_child(child: subprocess.Popen[str] | ForkedJob) -> Any:
     """A generator to `send` the number of requests to stop: interrupt, then terminate, then kill."""
 
     def ladder() -> Iterator[None]:

@@ -1,9 +1,9 @@
-"""Processes that need not import the heavy libraries: forked from one that has imported them, the nursery.
+"""Processes that need not import the heavy libraries: forked from one that has imported them, the fork server.
 
-The runner starts `python -m telco_nb.engine.nursery FD LIBRARY...` once and asks it for a process per job over the socket FD.
-The new process (as `python -m telco_nb.engine.execution`) has already forked its kernel (as `python -m telco_nb.engine.kernel`),
+The runner starts `python -m telco_nb.engine.fork_server FD LIBRARY...` once and asks it for a process per job over the socket FD.
+The new process (as `python -m telco_nb.engine.job`) has already forked its kernel (as `python -m telco_nb.engine.kernel`),
 which waits to be told its command, environment, folder and log. The modules of telco_nb are imported before the forks,
-too, and the packaged model is loaded; a nursery whose sources have changed since is replaced (`is_outdated`). Whatever
+too, and the packaged model is loaded; a fork server whose sources have changed since is replaced (`is_outdated`). Whatever
 does not fit gets an ordinary process.
 """
 
@@ -39,7 +39,7 @@ LIBRARIES = (
     "ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.debugger", "jupyter_client", "papermill", "pydantic.types",
     "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
     "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
-    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.execution", "telco_nb.engine.kernel", "telco_nb.lora.base_model",
+    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.job", "telco_nb.engine.kernel", "telco_nb.lora.base_model",
     "telco_nb.lora.trainer", "telco_nb.lora.decoding", "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect",
     "IPython.core.logger",
 )  # fmt: skip
@@ -67,27 +67,27 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def is_useful(jobs: int) -> bool:
-    """Whether to start a nursery for so many jobs: Linux only, never beside a GPU (CUDA does not survive a fork)."""
+    """Whether to start a fork server for so many jobs: Linux only, never beside a GPU (CUDA does not survive a fork)."""
     wish = os.environ.get(SWITCH)
     possible = sys.platform == "linux" and hasattr(os, "pidfd_open") and not any(map(os.path.exists, GPU_DEVICES))
     return possible and wish != "0" and (jobs > 1 or wish == "1")
 
 
-def sources() -> dict[str, tuple[int, int]]:
+def source_states() -> dict[str, tuple[int, int]]:
     """When each module of telco_nb was last changed (ns), and its size."""
     states = {str(path): path.stat() for path in PACKAGE_DIR.rglob("*.py")}
     return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
 
 
-class Nursery:
+class ForkServer:
     """The process that has imported everything, as the runner sees it. `environment` is that of the kernels to come."""
 
     def __init__(self, environment: dict[str, str]):
-        self.sources = sources()
+        self.sources = source_states()
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.settimeout(START_SECONDS)
         nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        command = [sys.executable, "-m", "telco_nb.engine.nursery", str(theirs.fileno()), *LIBRARIES]
+        command = [sys.executable, "-m", "telco_nb.engine.fork_server", str(theirs.fileno()), *LIBRARIES]
         with theirs:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
@@ -96,19 +96,19 @@ class Nursery:
 
     def is_outdated(self) -> bool:
         """Whether a source has changed since this began: then what it imported may not be what a job is to run."""
-        return sources() != self.sources
+        return source_states() != self.sources
 
-    def fork(self, job_file: Path, log: IO[bytes], lock: IO[str], patient: Callable[[], bool]) -> Child | None:
+    def fork(self, job_file: Path, log: IO[bytes], lock: IO[str], keep_waiting: Callable[[], bool]) -> ForkedJob | None:
         """The process of a job, or None if there is none to be had: then start an ordinary one.
 
-        `patient` is asked now and then, while the libraries are being imported, whether to wait any longer.
+        `keep_waiting` is asked now and then, while the libraries are being imported, whether to wait any longer.
         """
         if self.process.returncode is not None:
             return None
         read, write = os.pipe()
         answer = None
         with contextlib.suppress(OSError):
-            if self.wait_until_ready(patient):
+            if self.wait_until_ready(keep_waiting):
                 order = {"job": str(job_file), "environment": dict(os.environ)}
                 send(self.channel, order, (write, log.fileno(), lock.fileno()))
                 answer = receive(self.channel)
@@ -117,11 +117,11 @@ class Nursery:
             os.close(read)
             self.close()
             return None
-        return Child(answer[0]["pid"], os.fdopen(read, encoding="utf-8"), self.channel)
+        return ForkedJob(answer[0]["pid"], os.fdopen(read, encoding="utf-8"), self.channel)
 
-    def wait_until_ready(self, patient: Callable[[], bool]) -> bool:
+    def wait_until_ready(self, keep_waiting: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + START_SECONDS
-        while not self.ready and time.monotonic() < deadline and patient():
+        while not self.ready and time.monotonic() < deadline and keep_waiting():
             if select.select([self.channel], [], [], POLL_SECONDS)[0]:
                 self.ready = receive(self.channel) is not None
                 break
@@ -133,7 +133,7 @@ class Nursery:
         self.process.wait()
 
 
-class Child:
+class ForkedJob:
     """A job's process, with the part of subprocess.Popen that the runner uses."""
 
     def __init__(self, pid: int, stdout: IO[str], channel: socket.socket):
@@ -141,7 +141,7 @@ class Child:
         self.returncode: int | None = None
 
     def wait(self) -> int:
-        """Wait for the end, and say how it came. A process whose nursery died counts as killed, and is."""
+        """Wait for the end, and say how it came. A process whose fork server died counts as killed, and is."""
         if self.returncode is None:
             self.channel.settimeout(None)
             answer = None
@@ -155,7 +155,7 @@ class Child:
         return self.returncode
 
 
-# ---------------------------------------------------------------- the nursery
+# ---------------------------------------------------------------- the fork server
 
 
 def main(channel: socket.socket, libraries: list[str]) -> int:
@@ -163,14 +163,14 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the runner is gone, there is nothing to do
     if select.select([channel], [], [], 0)[0]:  # nothing was sent yet, so this is the end of it
         os._exit(0)
-    fresh = Fresh()
+    fresh = StartState()
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does
     for library in libraries:
-        threads = _threads()
+        threads = _thread_count()
         importlib.import_module(library)
-        if _threads() > threads and library not in THREADED:
+        if _thread_count() > threads and library not in THREADED:
             return 1
-    _rehearse()
+    _warm_up()
     fresh.added = {k: v for k, v in os.environ.items() if k not in fresh.environment and k != "MPLBACKEND"}
     if not _load_model():
         return 1
@@ -179,7 +179,7 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         me = os.getpid()
         pid = os.fork()
         if pid == 0:
-            return _be_job(*order, me, channel, fresh)
+            return _run_job(*order, me, channel, fresh)
         for file in order[1]:
             os.close(file)
         send(channel, {"exit_code": _wait_for(pid, channel)})
@@ -188,7 +188,7 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
     os._exit(0)
 
 
-class Fresh:
+class StartState:
     """What a new process would find at its start, and what the imports `added` to the environment."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class Fresh:
         self.added: dict[str, str] = {}
 
 
-def _rehearse() -> None:
+def _warm_up() -> None:
     """What takes longest for the first time: fonts and image formats, the schema of notebooks, versions of packages."""
     if "matplotlib" in sys.modules:
         from matplotlib import pyplot
@@ -214,19 +214,19 @@ def _rehearse() -> None:
 
 def _load_model() -> bool:
     """The packaged model, once a job has unpacked it; False if that has left a thread, with which no fork is safe."""
-    threads = _threads()
+    threads = _thread_count()
     if "telco_nb.lora.base_model" in sys.modules:
         sys.modules["telco_nb.lora.base_model"].preload()
     gc.freeze()  # the libraries' million objects stay shared after a fork, and no collection walks through them again
-    return _threads() <= threads
+    return _thread_count() <= threads
 
 
-def _threads() -> int:
+def _thread_count() -> int:
     return len([*Path("/proc/self/task").iterdir()])
 
 
 def _wait_for(pid: int, channel: socket.socket) -> int:
-    """The exit code of a job. If the runner hangs up, so does the nursery: the job will notice."""
+    """The exit code of a job. If the runner hangs up, so does the fork server: the job will notice."""
     descriptor = os.pidfd_open(pid)
     if channel in select.select([channel, descriptor], [], [])[0]:
         os._exit(0)
@@ -237,8 +237,8 @@ def _wait_for(pid: int, channel: socket.socket) -> int:
 # ---------------------------------------------------------------- a job's process and its kernel
 
 
-def _be_job(order: dict[str, Any], files: list[int], parent: int, channel: socket.socket, fresh: Fresh) -> int:
-    """What `python -m telco_nb.engine.execution` does, with a kernel at hand."""
+def _run_job(order: dict[str, Any], files: list[int], parent: int, channel: socket.socket, fresh: StartState) -> int:
+    """What `python -m telco_nb.engine.job` does, with a kernel at hand."""
     os.setsid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -247,7 +247,7 @@ def _be_job(order: dict[str, Any], files: list[int], parent: int, channel: socke
             end.close()
         for file in files:
             os.close(file)
-        return _be_kernel(theirs, fresh)
+        return _run_kernel(theirs, fresh)
     theirs.close()
     for file, standard in zip(files, (1, 2), strict=False):  # the third is the lock, which stays open
         os.dup2(file, standard)
@@ -258,14 +258,14 @@ def _be_job(order: dict[str, Any], files: list[int], parent: int, channel: socke
     send(channel, {"pid": os.getpid()})
     channel.close()
     importlib.invalidate_caches()
-    from telco_nb.engine import execution
+    from telco_nb.engine import job
 
-    code = execution.main(order["job"], parent, Kernel(pid, ours, fresh.environment))
+    code = job.main(order["job"], parent, ForkedKernel(pid, ours, fresh.environment))
     sys.stdout.flush()
     os._exit(code)  # to take the libraries down as Python does at its end would take seconds
 
 
-def _be_kernel(orders: socket.socket, fresh: Fresh) -> int:
+def _run_kernel(orders: socket.socket, fresh: StartState) -> int:
     """What `python -m telco_nb.engine.kernel` does, once told to; nothing if nobody does."""
     os.setsid()
     if "numpy" in sys.modules:  # random reseeds itself in a fork, and torch starts from a constant
@@ -290,7 +290,7 @@ def _be_kernel(orders: socket.socket, fresh: Fresh) -> int:
     return 0
 
 
-class Kernel:
+class ForkedKernel:
     """A forked kernel that waits for its orders, with the part of subprocess.Popen that jupyter_client uses.
 
     A child of this process, so that its exit status is known and nobody else can collect it.

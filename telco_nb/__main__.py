@@ -1,0 +1,21 @@
+"""The door to all side commands: `python -m telco_nb --help`. The study itself is run by `./run_all.py`."""
+
+from __future__ import annotations
+
+import typer
+
+from telco_nb.commands import batch, pilot, publish, rerank, votes
+
+app = typer.Typer(
+    name="python -m telco_nb",
+    help="Side commands of the study; the study itself is run by ./run_all.py.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (pilot, batch, votes, rerank, publish):
+    app.command(module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.main)
+
+if __name__ == "__main__":
+    app()

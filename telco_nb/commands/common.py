@@ -1,0 +1,54 @@
+"""What all side commands share: options, exit codes, and errors told in one line instead of a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from telco_nb.engine import runner
+from telco_nb.hosted.api import ProviderError
+from telco_nb.hosted.prices import BudgetStop, CostRefused
+from telco_nb.hosted.session import CallsStopped
+from telco_nb.judge.bradley_terry import RankingError
+from telco_nb.judge.people import VotesError
+from telco_nb.study.params import ParameterError
+
+Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
+ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.")]
+MaxUsd = Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this, in dollars.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
+
+
+class CommandError(ValueError):
+    """A side command cannot do what it was told; the message says what to do instead. Exit code 2."""
+
+
+EXIT_CODES: dict[type[Exception], int] = {
+    ParameterError: runner.USAGE,
+    ProviderError: runner.USAGE,
+    CommandError: runner.USAGE,
+    VotesError: runner.USAGE,
+    RankingError: runner.FAILED,
+    CallsStopped: runner.FAILED,
+    runner.UnfitError: runner.UNFIT,
+    OSError: runner.UNFIT,
+    CostRefused: runner.COST,
+    BudgetStop: runner.COST,
+}
+
+
+@contextmanager
+def errors_as_exit_codes(command: str) -> Iterator[None]:
+    """What a person can mend ends the command with one line on stderr and the exit code that run_all.py would give."""
+    try:
+        yield
+    except tuple(EXIT_CODES) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        spent = isinstance(error, CallsStopped) and error.status == "budget_stop"
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        raise typer.Exit(runner.COST if spent else code) from None

@@ -1,0 +1,26 @@
+"""Publishes a finished study: `python -m telco_nb publish`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from telco_nb.commands.common import errors_as_exit_codes
+from telco_nb.report.publish import README, publish_study, rewrite_readme
+from telco_nb.study.record import profile_root, write_bytes
+
+EPILOG = """
+**Example**
+
+- `python -m telco_nb publish`: the laptop study, to outputs/reference and to the first screen of README.md
+"""
+
+
+def main(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="Which finished study to publish.")] = "laptop",
+) -> None:
+    """Copy a finished study to outputs/reference, and write its results into README.md."""
+    with errors_as_exit_codes("publish"):
+        publish_study(profile_root(profile))
+        write_bytes(README, rewrite_readme().encode())
