@@ -16,7 +16,7 @@ from telco_nb.corpus import llm_writer
 from telco_nb.hosted import attempts
 from telco_nb.judge.store import VerdictStore
 
-sys.path.insert(0, str(ROOT / "tests" / "unit"))  # the servers and the studies are those of the tests
+sys.path.insert(0, str(ROOT / "tests" / "support"))  # the servers and the studies are those of the tests
 import test_calls
 import test_generator
 import test_jury

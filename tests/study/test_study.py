@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from provider_server import Server
 
 from telco_nb import ROOT
 from telco_nb.study import params
 from telco_nb.study.plan import STEPS
-
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-from provider_server import Server
 
 pytestmark = pytest.mark.study
 

@@ -168,7 +168,7 @@ def test_the_most_similar_cards_come_first_and_a_copy_tops_the_list(raw):
 
 # --- tables ------------------------------------------------------------------------------------------
 
-TABLE = ROOT / "tests" / "unit" / "data" / "home_insurance.csv"
+TABLE = ROOT / "tests" / "unit" / "corpus" / "data" / "home_insurance.csv"
 
 
 @pytest.fixture

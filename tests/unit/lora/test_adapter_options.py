@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from test_fused import adapted, fake_examples, plain_step, relative, tiny
+from test_kernels import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
 from telco_nb import ROOT
@@ -218,10 +218,10 @@ def test_a_process_beside_several_gpus_uses_one(tmp_path):
 
 WORKER = """
 import json, sys, torch
-sys.path.insert(0, "tests/unit")
+sys.path.insert(0, "tests/unit/lora")
 from pathlib import Path
-from test_options import attached
-from test_fused import fake_examples
+from test_adapter_options import attached
+from test_kernels import fake_examples
 from transformers import TrainingArguments
 from telco_nb.lora import packing, step, trainer
 folder = Path(sys.argv[1])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from provider_server import Server, killed_at_random
-from test_calls import QUICK, keys  # noqa: F401
+from test_session import QUICK, keys  # noqa: F401
 
 from telco_nb import ROOT
 from telco_nb.corpus import cards, dataset, llm_writer, scenarios, variants

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
-from test_calls import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
+from test_session import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
 from telco_nb import ROOT
 from telco_nb.corpus import cards

@@ -323,7 +323,7 @@ def test_a_grammar_of_ones_own_serves_levels_of_ones_own(tmp_path):
 
 def test_another_domains_glossary_gives_its_own_gated_study():
     """From the table to samples, as 01_glossary and 02_synth go: nothing in the code is about telecom."""
-    folder = ROOT / "tests" / "unit" / "data"
+    folder = ROOT / "tests" / "unit" / "corpus" / "data"
     cards, axes = load_cards(folder / "home_insurance.csv"), scenarios.load_axes(folder / "home_insurance_axes.yaml")
     grid = scenarios.build_scenarios(cards, axes, seed=1)
     asked = list(variants.generate_conversations(cards, grid, axes, 8, seed=1))

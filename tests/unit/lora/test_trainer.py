@@ -336,9 +336,9 @@ def test_one_conversation_that_does_not_fit_ends_with_the_remedy(tmp_path, monke
 
 DISK_FULL = """
 import resource, signal, sys
-sys.path.insert(0, "tests/unit")
+sys.path.insert(0, "tests/unit/lora")
 from pathlib import Path
-from test_training import Kill, train
+from test_trainer import Kill, train
 from telco_nb.lora.step import TrainingError
 folder = Path(sys.argv[1])
 class Full(Kill):

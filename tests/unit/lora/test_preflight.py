@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_options import CHAT, BaseTokenizer
+from test_adapter_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure

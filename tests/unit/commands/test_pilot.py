@@ -9,7 +9,7 @@ import judge_study
 import matplotlib
 import pytest
 from provider_server import Server, answer_body
-from test_calls import keys  # noqa: F401
+from test_session import keys  # noqa: F401
 
 from telco_nb.commands import estimate, pilot
 from telco_nb.hosted import prices

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_fused import fake_examples
+from test_kernels import fake_examples
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback, TrainingArguments
 
 from telco_nb import ROOT
@@ -24,9 +24,9 @@ from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor, constant_argum
 
 SCRIPT = """
 import sys
-sys.path.insert(0, "tests/unit")
+sys.path.insert(0, "tests/unit/lora")
 from pathlib import Path
-from test_companions import order_of, train
+from test_data_parallel import order_of, train
 found = train(order_of(Path(sys.argv[1]), Path(sys.argv[2]), epochs=8), 2, Path(sys.argv[2]))
 print("windows:", found["meter"]["n_windows"])
 """

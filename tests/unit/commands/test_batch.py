@@ -13,7 +13,7 @@ import matplotlib
 import pandas as pd
 import pytest
 from provider_server import answer_body, error_body
-from test_calls import GOOD, Verdict, keys, lines  # noqa: F401
+from test_session import GOOD, Verdict, keys, lines  # noqa: F401
 from typer.testing import CliRunner
 
 from telco_nb.__main__ import app
