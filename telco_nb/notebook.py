@@ -11,9 +11,10 @@ import shutil
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
@@ -32,6 +33,9 @@ from telco_nb.study.record import (
     step_dir,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Run:
@@ -72,6 +76,13 @@ class Run:
             relative = f"{scope}/{step}/{output['path']}"
             self._inputs[relative] = {"path": relative, "sha256": output["sha256"], "bytes": output["bytes"]}
         return folder / name
+
+    def parameters_of(self, step: str, scope: str) -> dict[str, Any]:
+        """The parameters with which another step of this study ran. Raises RecordError if it has not finished."""
+        manifest = read_manifest(self.root, scope, step)
+        if manifest is None:
+            raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")
+        return manifest["parameters"]
 
     def artefact(self, name: str) -> Path:
         """Path to write to, below the step's `artefacts` folder."""
@@ -271,6 +282,32 @@ def markdown(text: str) -> None:
     from IPython.display import Markdown, display
 
     display(Markdown(text))
+
+
+def readable(frame: DataFrame, digits: int = 3) -> DataFrame:
+    """A table for people: every cell as text.
+
+    Args:
+        frame: any table; headers carry the units.
+        digits: significant digits of numbers that are not whole.
+
+    Returns:
+        A DataFrame of strings: thousands separators, yes and no for booleans, "-" where a value is missing.
+    """
+    return frame.map(lambda value: _readable(value, digits)).astype("str")
+
+
+def _readable(value: Any, digits: int) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_readable(item, digits) for item in value) or "-"
+    if value is None or str(value) in ("nan", "<NA>", "NaT"):
+        return "-"
+    if str(value) in ("True", "False"):
+        return "yes" if value else "no"
+    if not isinstance(value, Real):
+        return str(value)
+    is_whole = float(value).is_integer() or abs(value) >= 10**digits
+    return f"{value:,.0f}" if is_whole else f"{value:,.{digits}g}"
 
 
 def set_figure_style() -> None:
