@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+SAVED_DPI = 110  # resolution of saved figures, dots per inch
+
+
 class Run:
     """One execution of one notebook. Made by `open_run`; notebooks read and write through it."""
 
@@ -52,24 +55,27 @@ class Run:
         self._exports: dict[str, str] = {}
 
     def input(self, step: str, name: str, scope: str | None = None) -> Path:
-        """Path of an input file or folder, verified against its producer's manifest and entered in the record.
+        """The path of an input, after its hash was compared with its producer's manifest; the record notes it.
 
-        Raises RecordError if the read is not declared in telco_nb/study/steps.py, not there, or altered.
+        Args:
+            step: the step that wrote it, as "02_synth".
+            name: a file or folder below that step's folder, as "artefacts/train.parquet".
+            scope: the producer's scope; by default this notebook's own configuration, else "shared".
+
+        Raises:
+            RecordError: the read is not declared in telco_nb/study/plan.py, or the file is missing or altered.
         """
         declared = [s for st, s, pattern in self.job.inputs if st == step and _covers(pattern, name)]
         scope = scope or (self.job.scope if self.job.scope in declared else "shared")
         if scope not in declared:
-            raise RecordError(
-                f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/study/steps.py does not declare."
-            )
-        manifest = read_manifest(self.root, scope, step)
-        if manifest is None:
-            raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")
-        found = [o for o in manifest["outputs"] if o["path"] == name or o["path"].startswith(f"{name}/")]
-        if not found:
+            undeclared = f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/study/plan.py does not declare."
+            raise RecordError(undeclared)
+        written = self._manifest_of(step, scope)["outputs"]
+        outputs = [o for o in written if o["path"] == name or o["path"].startswith(f"{name}/")]
+        if not outputs:
             raise RecordError(f"{scope}/{step} did not write {name}. Run it again: {_command(self.job, step, scope)}")
         folder = step_dir(self.root, scope, step)
-        for output in found:
+        for output in outputs:
             path = folder / output["path"]
             if not path.is_file() or sha256(path) != output["sha256"]:
                 raise RecordError(f"{path} is missing or altered. Run {_command(self.job, step, scope)}")
@@ -79,10 +85,13 @@ class Run:
 
     def parameters_of(self, step: str, scope: str) -> dict[str, Any]:
         """The parameters with which another step of this study ran. Raises RecordError if it has not finished."""
+        return self._manifest_of(step, scope)["parameters"]
+
+    def _manifest_of(self, step: str, scope: str) -> dict[str, Any]:
         manifest = read_manifest(self.root, scope, step)
         if manifest is None:
             raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")
-        return manifest["parameters"]
+        return manifest
 
     def artefact(self, name: str) -> Path:
         """Path to write to, below the step's `artefacts` folder."""
@@ -99,15 +108,26 @@ class Run:
         return frame
 
     def figure(self, name: str, fig: Any, data: Any = None, alt: str = "") -> Any:
-        """Save a matplotlib figure as PNG (and its data as CSV) below `figures`; returns an image to display."""
+        """Save a matplotlib figure below `figures` and close it.
+
+        Args:
+            name: the file's name without its ending.
+            fig: the matplotlib figure.
+            data: the DataFrame that it shows, saved as CSV beside it.
+            alt: a sentence for readers who do not see the picture.
+
+        Returns:
+            An image to display.
+        """
         import matplotlib.pyplot as plt
         from IPython.display import Image
 
         folder = self.work / "figures"
         folder.mkdir(exist_ok=True)
+        fig.set_dpi(SAVED_DPI)  # text is hinted: its size in inches, and so the box, depends on the resolution
         # "tight" would draw the figure once more to find the same box, unless a layout moves its parts while drawing.
         box = "tight" if fig.get_layout_engine() else fig.get_tightbbox().padded(0.1)
-        fig.savefig(folder / f"{name}.png", dpi=110, bbox_inches=box, metadata={"Software": None})
+        fig.savefig(folder / f"{name}.png", dpi=SAVED_DPI, bbox_inches=box, metadata={"Software": None})
         plt.close(fig)
         if data is not None:
             data.to_csv(folder / f"{name}.csv", index=False)
@@ -116,8 +136,8 @@ class Run:
     def metric(self, **values: float | int | str | bool | None) -> None:
         """Add flat metrics; numpy scalars become Python numbers, NaN becomes null."""
         for name, value in values.items():
-            value = value.item() if hasattr(value, "item") else value
-            self._metrics[name] = None if isinstance(value, float) and value != value else value
+            number: Any = value.item() if hasattr(value, "item") else value  # ty: ignore[not-callable]
+            self._metrics[name] = None if number != number else number
 
     def log(self, text: str) -> None:
         """Append to the step's log.txt: the place for what is too long for the notebook."""
@@ -125,13 +145,13 @@ class Run:
             stream.write(f"{datetime.now(UTC):%H:%M:%S} {text}\n")
 
     def progress(self, what: str, every_seconds: float = 30.0) -> Callable[[int, int], None]:
-        """A callback (done, total) that says how far a long piece of work is and how long it will take still.
+        """A callback `(done, total)` that reports progress and the time to go, every `every_seconds` and at the end.
 
-        By hand it prints, in a batch it writes to log.txt: every `every_seconds`, and at the end.
+        By hand it prints; in a batch it writes to log.txt. `what` names what is counted, as "pairs".
         """
         started = last = time.monotonic()
 
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             nonlocal last
             now = time.monotonic()
             if now - last < every_seconds and done < total:
@@ -140,7 +160,7 @@ class Run:
             text = f"{done:,} of {total:,} {what}, about {minutes:.0f} min to go"
             self.log(text) if self.batch else print(text, flush=True)
 
-        return tell
+        return report
 
     def export(self, name: str, path: Path) -> None:
         """Also publish an output file of this step as `outputs/<profile>/<name>`."""
@@ -191,10 +211,21 @@ class Run:
 
 
 def open_run(step: str, namespace: dict[str, Any]) -> Run:
-    """Start the record of a notebook: validate its parameters, seed, prepare the work folder, show the provenance.
+    """Start the record of a notebook: check its parameters, seed, prepare the work folder, show the provenance.
 
-    `namespace` is the notebook's `globals()`. In a batch the runner has made the job; by hand, in JupyterLab, the
-    job is made here from the values in the parameters cell, and results land in the same place.
+    In a batch the runner has made the job. By hand, in JupyterLab, the job is made here from the values in the
+    parameters cell, and results land in the same place.
+
+    Args:
+        step: the notebook's name without its ending, as "03_train".
+        namespace: the notebook's `globals()`.
+
+    Returns:
+        The open run, through which the notebook reads, writes and finishes.
+
+    Raises:
+        ParameterError: a parameter is missing or has a wrong value.
+        RecordError: an input is not there yet; the message gives the command that makes it.
     """
     names = params.declared(step)
     missing = [name for name in names if name not in namespace]
@@ -246,7 +277,7 @@ def _command(job: Job, step: str, scope: str) -> str:
 
 
 def _show_provenance(run: Run, defaults: dict[str, Any]) -> None:
-    from IPython.display import display
+    from IPython.display import HTML, display
 
     rows = "".join(
         f"<tr><td>{name}</td><td>{_bold(value, value != defaults[name])}</td></tr>"
@@ -261,20 +292,12 @@ def _show_provenance(run: Run, defaults: dict[str, Any]) -> None:
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("python", "torch", "transformers")),
     }
     rows += "".join(f"<tr><td><i>{k}</i></td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
-    display(_Markup(f'<table class="provenance">{rows}</table>'))
+    display(HTML(f'<table class="provenance">{rows}</table>'))
 
 
 def _bold(value: Any, changed: bool) -> str:
     text = html.escape(str(value))
     return f"<b>{text}</b>" if changed else text
-
-
-class _Markup:
-    def __init__(self, text: str):
-        self.text = text
-
-    def _repr_html_(self) -> str:
-        return self.text
 
 
 def markdown(text: str) -> None:

@@ -304,3 +304,82 @@ def kinds_text(bars: Any) -> str:
     """`estimated`, `measured`, `estimated and measured`: every kind that stands in the bars."""
     kinds = {kind for component in ("cpu", "gpu") for kind in bars[f"{component}_kind"].dropna()}
     return " and ".join(sorted(kinds)) or "not metered"
+
+
+# ---------------------------------------------------------------- one judge
+
+
+def meetings(met: pd.DataFrame) -> Any:
+    """A figure of how often configurations meet: `met` has the first seat as index, the second as columns."""
+    import matplotlib.pyplot as plt
+
+    levels = np.arange(met.to_numpy().max() + 2) - 0.5
+    fig, ax = plt.subplots(figsize=(5.5, 4.5))
+    colours = plt.get_cmap("viridis", len(levels) - 1)
+    image = ax.imshow(met.where(~np.eye(len(met), dtype=bool)), cmap=colours, vmin=levels[0], vmax=levels[-1])
+    ax.set_xticks(range(len(met)), met.columns, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(met)), met.index, fontsize=8)
+    ax.set(title="How often two configurations meet", xlabel="second seat", ylabel="first seat")
+    ax.grid(False)
+    fig.colorbar(image, ticks=range(0, len(levels) - 1, max(1, len(levels) // 8)))
+    return fig
+
+
+def ranking_intervals(table: pd.DataFrame, title: str) -> Any:
+    """A figure of scores with intervals and ranks, best at the top; `table` as judge.ranking.with_anchors gives it.
+
+    The axis is that of the configurations: an anchor far outside it stands at the rim, with its score in words.
+    """
+    import matplotlib.pyplot as plt
+
+    rows = table.dropna(subset=["score"]).sort_values("score", ignore_index=True)
+    ranked = rows[~rows["is_anchor"].astype(bool)]
+    reach = max(ranked["high"].max() - ranked["low"].min(), 1.0)
+    left, right = ranked["low"].min() - reach / 2, ranked["high"].max() + reach / 2
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)))
+    for y, row in rows.iterrows():
+        low, high = (row["score"] if pd.isna(row[side]) else row[side] for side in ("low", "high"))
+        shade, shown = ("0.5", float(np.clip(row["score"], left, right))) if row["is_anchor"] else ("C0", row["score"])
+        ax.plot(np.clip([low, high], left, right), [y, y], color=shade, lw=2)
+        outside = shown != row["score"]
+        marker = ("<" if shown == left else ">") if outside else "D" if row["is_anchor"] else "o"
+        ax.plot(shown, y, marker, color=shade)
+        anchor = f"anchor, score {row['score']:+.1f}" if outside else "anchor"
+        text = anchor if row["is_anchor"] else f"rank {row['rank']} [{row['rank_low']} to {row['rank_high']}]"
+        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+    ax.axvline(0, color="0.6", lw=1)
+    ax.set_yticks(range(len(rows)), rows["config"])
+    ax.set(xlabel="score, log-odds (mean of the ranked configurations = 0)", title=title)
+    return fig
+
+
+def win_rates(rates: pd.DataFrame) -> Any:
+    """A figure of how often the row won against the column, a tie as a half; shares between 0 and 1."""
+    import matplotlib.pyplot as plt
+
+    size = 2.2 + 0.34 * len(rates)
+    fig, ax = plt.subplots(figsize=(size + 0.9, size))
+    image = ax.imshow(rates, cmap="PuOr", vmin=0, vmax=1)
+    for i, j in np.argwhere(rates.notna().to_numpy()):
+        shade = "white" if abs(rates.iloc[i, j] - 0.5) > 0.35 else "black"
+        ax.text(j, i, f"{100 * rates.iloc[i, j]:.0f}", ha="center", va="center", fontsize=7, color=shade)
+    ax.set_xticks(range(len(rates)), rates.columns, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(rates)), rates.index, fontsize=8)
+    ax.set_title("Row wins against column, %")
+    ax.grid(False)
+    fig.colorbar(image, shrink=0.7)
+    return fig
+
+
+def shares_with_intervals(measures: pd.DataFrame, title: str) -> Any:
+    """A figure of shares (columns metric, value, low, high, n); the line at one half is no preference."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 2.4))
+    bars = np.abs([measures["value"] - measures["low"], measures["high"] - measures["value"]])
+    ax.errorbar(measures["value"], range(len(measures)), xerr=bars, fmt="o", capsize=3)
+    ax.axvline(0.5, color="0.6", lw=1)
+    labels = [f"{row.metric.replace('_', ' ')} (n = {row.n})" for row in measures.itertuples()]
+    ax.set_yticks(range(len(measures)), labels)
+    ax.set(xlim=(-0.02, 1.02), ylim=(len(measures) - 0.5, -0.5), xlabel="share", title=title)
+    return fig

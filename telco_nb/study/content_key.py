@@ -27,10 +27,11 @@ KEY_PACKAGES = (
 
 
 def content_key(job: Job, root: Path) -> tuple[str | None, dict[str, Any]]:
-    """What decides whether a job must run, as (sha256, parts). The key is None while an input is not there yet.
+    """The content key of a job, as (sha256, parts). The key is None while an input does not exist yet.
 
-    Parts: code cells of the notebook, parameters, hashes of the inputs, sources of the telco_nb modules that the
-    notebook imports (directly or not) with the data files they name, and library versions. Prose changes nothing.
+    The parts are the notebook's code cells, its parameters, the hashes of its inputs, the sources of the telco_nb
+    modules that it imports, directly or not, with the data files that these name, and the versions of libraries.
+    Prose changes nothing.
     """
     inputs = input_hashes(job, root)
     code = notebook_code(job.step)
@@ -94,7 +95,7 @@ def versions() -> dict[str, str | None]:
 
 
 def is_current(job: Job, root: Path) -> tuple[bool, str]:
-    """Whether a job's record is current, and the reason in words."""
+    """True if a job's record is current, with the reason in words."""
     manifest = read_manifest(root, job.scope, job.step)
     if manifest is None:
         return False, "no result yet"
@@ -125,7 +126,7 @@ def _outputs_intact(manifest: dict[str, Any], root: Path) -> tuple[bool, str]:
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any], limit: int = 3) -> str:
-    """What changed between two sets of key parts, for people: at most `limit` changes are named."""
+    """The changes between two sets of key parts in words, at most `limit` of them by name."""
     changes = []
     for part in ("parameters", "modules", "inputs", "versions"):
         before, after = old.get(part, {}), new.get(part, {})

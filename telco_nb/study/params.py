@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from telco_nb import ROOT
 
@@ -29,10 +30,59 @@ class ParameterError(ValueError):
     """A parameter file or value cannot be used; the message names where, what and the fix."""
 
 
-class Parameters(BaseModel):
-    """Every parameter of the study. No defaults here: `params/base.yaml` holds them, with their meaning."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LoraParameters(_Strict):
+    """What one configuration may set: a file of `params/lora`. `seed` may stand there as well."""
+
+    target_modules: Literal["qv", "attention", "mlp", "all"]
+    rank: int = Field(ge=1, le=1024)
+    lora_alpha: int = Field(ge=1)
+    lora_dropout: float = Field(ge=0, lt=1)
+    rslora: bool
+    dora: bool
+    bias: Literal["none", "lora_only", "all"]
+    layers_to_transform: list[int] | None
+    quantization: Literal["none", "int8", "nf4"]
+    epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, lt=1)
+    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"]
+    warmup_share: float = Share
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    batch_tokens: int = Field(ge=64)
+    micro_batch_tokens: int | None = Field(ge=32)
+    max_length: int = Field(ge=32)
+    assistant_only_loss: bool
+    gradient_checkpointing: bool
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+
+class JudgeParameters(_Strict):
+    """What one judge may set: a file of `params/judges`."""
+
+    judge: str
+    judge_kind: Literal["checklist", "reference", "human", "anthropic", "openai", "google", "openai-compatible"]
+    judge_model: str | None
+    judge_endpoint: str | None
+    judge_max_tokens: int = Field(ge=64)
+    judge_temperature: float | None = Field(ge=0, le=2)
+    judge_structured: Literal["native", "prompted"]
+    judge_timeout_s: float = Field(gt=0)
+    judge_input_usd_per_mtok: float | None = Field(ge=0)
+    judge_output_usd_per_mtok: float | None = Field(ge=0)
+    matchings_per_prompt: int = Field(ge=1)
+    swap_share: float = Share
+    retest_share: float = Share
+    anchor_share: float = Share
+    rubric_share: float = Share
+    judge_after_failed_gate: bool
+
+
+class Parameters(LoraParameters, JudgeParameters):
+    """Every parameter of the study. No defaults here: `params/base.yaml` holds them, with their meaning."""
 
     # which study, which part of it
     profile: str
@@ -61,31 +111,9 @@ class Parameters(BaseModel):
     train_conversations: int | None = Field(ge=1)
     val_conversations: int | None = Field(ge=1)
     test_prompts: int | None = Field(ge=1)
-    # model and LoRA
+    # training
     base_model: str = Field(min_length=1)
-    target_modules: Literal["qv", "attention", "mlp", "all"]
-    rank: int = Field(ge=1, le=1024)
-    lora_alpha: int = Field(ge=1)
-    lora_dropout: float = Field(ge=0, lt=1)
-    rslora: bool
-    dora: bool
-    bias: Literal["none", "lora_only", "all"]
-    layers_to_transform: list[int] | None
-    quantization: Literal["none", "int8", "nf4"]
-    # optimisation
-    epochs: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, lt=1)
-    lr_scheduler: Literal["linear", "cosine", "constant_with_warmup"]
-    warmup_share: float = Share
-    weight_decay: float = Field(ge=0)
-    max_grad_norm: float = Field(gt=0)
-    batch_tokens: int = Field(ge=64)
-    micro_batch_tokens: int | None = Field(ge=32)
-    max_length: int = Field(ge=32)
-    assistant_only_loss: bool
-    gradient_checkpointing: bool
     processes: int = Field(ge=1, le=64)
-    dtype: Literal["auto", "float32", "bfloat16"]
     checkpoint_seconds: float = Field(gt=0)
     # answering
     answer_max_tokens: int = Field(ge=8)
@@ -96,23 +124,7 @@ class Parameters(BaseModel):
     cpu_watts_per_core: float = Field(gt=0)
     cpu_watts_per_core_high: float = Field(gt=0)
     idle_share: float = Share
-    # judging
-    judge: str
-    judge_kind: Literal["checklist", "reference", "human", "anthropic", "openai", "google", "openai-compatible"]
-    judge_model: str | None
-    judge_endpoint: str | None
-    judge_max_tokens: int = Field(ge=64)
-    judge_temperature: float | None = Field(ge=0, le=2)
-    judge_structured: Literal["native", "prompted"]
-    judge_timeout_s: float = Field(gt=0)
-    judge_input_usd_per_mtok: float | None = Field(ge=0)
-    judge_output_usd_per_mtok: float | None = Field(ge=0)
-    matchings_per_prompt: int = Field(ge=1)
-    swap_share: float = Share
-    retest_share: float = Share
-    anchor_share: float = Share
-    rubric_share: float = Share
-    judge_after_failed_gate: bool
+    # ranking
     bootstrap_draws: int = Field(ge=100)
 
 
@@ -145,36 +157,8 @@ class StudyParams:
         return merged
 
 
-LORA_KEYS = set(
-    [
-        "target_modules",
-        "rank",
-        "lora_alpha",
-        "lora_dropout",
-        "rslora",
-        "dora",
-        "bias",
-        "layers_to_transform",
-        "quantization",
-        "epochs",
-        "learning_rate",
-        "lr_scheduler",
-        "warmup_share",
-        "weight_decay",
-        "max_grad_norm",
-        "batch_tokens",
-        "micro_batch_tokens",
-        "max_length",
-        "assistant_only_loss",
-        "gradient_checkpointing",
-        "dtype",
-        "seed",
-    ]
-)
-PROTOCOL_KEYS = {
-    "matchings_per_prompt", "swap_share", "retest_share", "anchor_share", "rubric_share", "judge_after_failed_gate",
-}  # fmt: skip
-JUDGE_KEYS = {name for name in Parameters.model_fields if name.startswith("judge")} - {"judges"} | PROTOCOL_KEYS
+LORA_KEYS = {*LoraParameters.model_fields, "seed"}
+JUDGE_KEYS = {*JudgeParameters.model_fields}
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 
@@ -247,7 +231,7 @@ def validate(values: dict[str, Any], where: str) -> Parameters:
     return checked
 
 
-def _fix(error: dict[str, Any]) -> str:
+def _fix(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return "no value is given. Add the key to params/base.yaml or to the profile."
     if error["type"] == "extra_forbidden":
@@ -304,7 +288,7 @@ def _refuse_traps(node: yaml.Node, where: str) -> None:
             _refuse_traps(item, where)
     elif isinstance(node, yaml.MappingNode):
         raise ParameterError(f"{where}: nested values are not used here. Write flat keys.")
-    elif node.style is None:  # plain, that is: unquoted
+    elif isinstance(node, yaml.ScalarNode) and node.style is None:  # plain, that is: unquoted
         for pattern, message in _TRAPS:
             if pattern.fullmatch(node.value):
                 raise ParameterError(f"{where}: {message(node.value)}")
@@ -327,11 +311,18 @@ def declared(step: str, notebooks_dir: Path = NOTEBOOKS_DIR) -> dict[str, Any]:
         raise ParameterError(f"{notebook}: no such notebook.")
     values = {}
     for statement in ast.parse(parameters_cell(notebook)).body:
-        try:
-            (target,) = statement.targets  # type: ignore[attr-defined]
-            values[target.id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
-        except (AttributeError, ValueError):
-            raise ParameterError(
-                f"{notebook}: parameters cell, line {statement.lineno}: only `name = literal` lines are allowed."
-            ) from None
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if _is_literal(value):
+                values[name] = ast.literal_eval(value)
+            case _:
+                where = f"{notebook}: parameters cell, line {statement.lineno}"
+                raise ParameterError(f"{where}: only `name = literal` lines are allowed.")
     return values
+
+
+def _is_literal(value: ast.expr) -> bool:
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return False
+    return True

@@ -25,7 +25,7 @@ class RecordError(RuntimeError):
 
 
 def profile_root(profile: str) -> Path:
-    """`outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`."""
+    """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`."""
     return Path(os.environ.get("TELCO_NB_OUTPUTS") or ROOT / "outputs").resolve() / profile
 
 
@@ -63,7 +63,7 @@ def publish_step(root: Path, scope: str, step: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is either absent, or the old one, or whole."""
+    """Write a file atomically: at any moment it is absent, the old one, or whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
@@ -74,7 +74,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (no NaN), atomically."""
+    """Write strict JSON (no NaN), atomically."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -82,7 +82,7 @@ def read_manifest(root: Path, scope: str, step: str) -> dict[str, Any] | None:
     """The manifest of a finished step, or None. An interrupted swap is completed first."""
     final = step_dir(root, scope, step)
     old = final.with_name(f".{step}.old")
-    if old.exists() and not final.exists():  # died between the two renames of publish()
+    if old.exists() and not final.exists():  # died between the two renames of publish_step
         os.replace(old, final)
     try:
         manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))

@@ -13,13 +13,13 @@ from typing import Any
 import nbformat
 import pandas as pd
 from fake_study import Builder
+from IPython.display import HTML
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
 from telco_nb.__main__ import app
 from telco_nb.corpus import cards, scenarios, variants
 from telco_nb.judge import design, gate
-from telco_nb.notebook import _Markup
 from telco_nb.study import record
 from telco_nb.study.plan import declared, make_job
 
@@ -97,7 +97,7 @@ def run_judge(root: Path, monkeypatch: Any, **values: Any) -> tuple[Path, nbform
     monkeypatch.setenv(record.JOB_VARIABLE, str(job_file))
     monkeypatch.setattr(notebook, "die_with_parent", lambda: None)
     shown: list[Any] = []
-    monkeypatch.setattr(notebook, "markdown", lambda text: shown.append(_Markup(text)))
+    monkeypatch.setattr(notebook, "markdown", lambda text: shown.append(HTML(text)))
     names: dict[str, Any] = {"display": shown.append, "__name__": "notebook"}
     cells = []
     for cell in nbformat.read(ROOT / "notebooks" / "05_judge.ipynb", as_version=4).cells:
