@@ -11,9 +11,11 @@ study: .venv/installed  ## the whole study on this machine; finished steps are s
 smoke: .venv/installed  ## the same in a few minutes, with three configurations
 	$(BIN)/python run_all.py --profile smoke
 
-test: .venv/installed  ## unit tests, notebook rules, faults, browser, and a smoke study on the real model
+test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, browser, and a smoke study on the real model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check telco_nb
+	$(BIN)/codespell
 	$(BIN)/python -m pytest
 
 lab: .venv/installed  ## JupyterLab on the notebooks

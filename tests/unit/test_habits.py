@@ -1,0 +1,32 @@
+"""Habits of the repository: what is committed is small, holds no key, and speaks only of the project."""
+
+import subprocess
+
+import pytest
+from check_files import MAX_BYTES, faults
+
+from telco_nb import ROOT
+
+
+def committed() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+def test_no_large_file_and_no_private_key_is_committed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = [path for name in committed() if name and (path := (ROOT / name).relative_to(ROOT)).is_file()]
+    assert len(files) > 100
+    assert [fault for path in files for fault in faults(path)] == []
+
+
+def test_a_large_file_and_a_private_key_are_refused(tmp_path):
+    large, key = tmp_path / "large.bin", tmp_path / "key.pem"
+    large.write_bytes(b"x" * (MAX_BYTES + 1))
+    key.write_bytes(b"-----BEGIN RSA " + b"PRIVATE KEY-----")
+    assert "bytes" in faults(large)[0] and "private key" in faults(key)[0]
+
+
+def test_the_project_has_the_files_that_a_contributor_looks_for():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "LOG.md"):
+        assert (ROOT / name).is_file(), name
