@@ -1,0 +1,271 @@
+"""Cards with problems, and gold conversations: their form, their plan, and what can be checked by rule.
+
+`python tests/support/gold.py` prints the table of progress; `python tests/support/gold.py TERM` checks one term.
+How they are written: telco_nb/data/WRITING.md.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+DATA = Path(__file__).resolve().parents[2] / "telco_nb" / "data"
+CONTEXTS = ("usual", "away", "depended_on")
+POINTS = ("answers", "right", "safe", "in_order", "natural", "own", "ends_well")
+MANNERS = (
+    "terse", "rambling", "angry", "kind", "misspelling", "lower_case", "non_native", "two_problems", "formal",
+    "worried", "sceptical", "casual",
+)  # fmt: skip
+LATER = (
+    "misunderstands_step", "comes_back_with_another_symptom", "answers_the_question", "answers_the_question",
+    "closes_satisfied", "asks_a_follow_up", "cannot_do_the_step", "pushes_back",
+)  # fmt: skip
+ENDINGS = (
+    "solved", "next_step_with_customer", "agent_acts_and_reports", "handed_over", "open_until_customer_answers",
+    "refused_with_a_way_out", "told_where_to_find_out",
+)  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Fact(_Strict):
+    text: str
+    applies_in: str = "any"
+    valid_until: str | None = None
+
+
+class Figure(_Strict):
+    text: str
+    meaning: str
+    applies_in: str = "any"
+    valid_until: str | None = None
+
+
+class Belief(_Strict):
+    belief: str
+    correction: str
+
+
+class Step(_Strict):
+    who: Literal["customer", "agent"]
+    do: str
+    say: list[str] = Field(min_length=2, max_length=4)
+    needs_identity: bool = False
+
+
+class Ask(_Strict):
+    what: str
+    say: list[str] = Field(min_length=2, max_length=3)
+
+
+class First(_Strict):
+    who: Literal["customer", "agent"]
+    do: str
+    when: str | None
+    say: list[str] = Field(min_length=2, max_length=3)
+
+
+class Contexts(_Strict):
+    usual: str
+    away: str
+    depended_on: str
+
+
+class Problem(_Strict):
+    id: str = Field(pattern=r"^[a-z][a-z0-9_]+$")
+    weight: float
+    kind: Literal["fault", "charge", "change", "choice", "fraud", "misunderstanding", "safety"]
+    cause: str
+    says: list[str] = Field(min_length=5, max_length=10)
+    tells: str
+    ask: Ask | None
+    first: First | None
+    steps: list[Step] = Field(min_length=2, max_length=7)
+    never: list[str] = Field(min_length=1)
+    done: str
+    escalate_when: str
+    contexts: Contexts
+    applies_in: str = "any"
+    valid_until: str | None = None
+    facts: list[str] = []
+
+
+class Card(_Strict):
+    id: str
+    term: str
+    aliases: list[str]
+    category: Literal[
+        "access_radio", "fixed_home", "sim_identity", "numbers_messaging", "plans_billing", "service_operations"
+    ]
+    definition: str
+    facts: list[Fact] = Field(min_length=4, max_length=9)
+    wrong_beliefs: list[Belief] = Field(min_length=2, max_length=4)
+    figures: list[Figure]
+    source: str | None
+    problems: list[Problem] = Field(min_length=10, max_length=10)
+
+
+def terms() -> list[str]:
+    """Terms whose conversations are written."""
+    return sorted(path.stem for path in (DATA / "conversations").glob("*.jsonl"))
+
+
+@cache
+def card(term: str) -> Card:
+    return Card.model_validate(yaml.safe_load((DATA / "cards" / f"{term}.yaml").read_text(encoding="utf-8")))
+
+
+@cache
+def conversations(term: str) -> list[dict[str, Any]]:
+    lines = (DATA / "conversations" / f"{term}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def reviews(term: str) -> list[dict[str, Any]]:
+    path = DATA / "reviews" / f"{term}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def plan(term: str, problems: list[str]) -> list[dict[str, Any]]:
+    """The plan of a term's 30 conversations: exchanges, manner, opening, a special, what comes later, an ending.
+
+    12 conversations have one exchange, 12 two, 4 three and 2 four; no problem has three of one length.
+    """
+    rng = random.Random(int(hashlib.sha256(term.encode()).hexdigest()[:12], 16))
+    cells = [(problem, context) for problem in problems for context in CONTEXTS]
+    lengths = [1] * 12 + [2] * 12 + [3] * 4 + [4] * 2
+    rng.shuffle(lengths)
+    while any(len(set(lengths[i : i + 3])) == 1 for i in range(0, 30, 3)):
+        rng.shuffle(lengths)
+    manners = _deal(rng, MANNERS)
+    openings = _deal(rng, ("4-11 words", "12-35 words", "12-35 words", "36-90 words"))
+    specials = ["holds_a_wrong_belief"] * 3 + ["gives_away_or_is_asked_for_a_secret"] * 2 + [None] * 25
+    rng.shuffle(specials)
+    later, endings = _deal(rng, LATER), _deal(rng, ENDINGS)
+    return [
+        {"id": f"{term}.{problem}.{context}", "exchanges": n, "manner": manner, "special": special,
+         "ending_idea": ending, "opening": "4-11 words" if manner == "terse" else opening, "later": after if n > 1 else None}
+        for (problem, context), n, manner, opening, special, after, ending in zip(
+            cells, lengths, manners, openings, specials, later, endings, strict=True)
+    ]  # fmt: skip
+
+
+def _deal(rng: random.Random, options: tuple[str, ...], n: int = 30) -> list[str]:
+    dealt: list[str] = []
+    while len(dealt) < n:
+        block = list(options)
+        rng.shuffle(block)
+        dealt += block
+    return dealt[:n]
+
+
+# ---------------------------------------------------------------- checks by rule
+
+_NUMBER = re.compile(r"(?<![\w])\d[\d.,:/]*\d|\d")
+
+
+def agent_texts(conversation: dict[str, Any]) -> list[str]:
+    return [message["content"] for message in conversation["messages"] if message["role"] == "assistant"]
+
+
+def shingles(text: str, n: int = 5) -> set[tuple[str, ...]]:
+    words = re.findall(r"[\w'’]+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def alike(a: str, b: str) -> float:
+    """Jaccard similarity of word 5-shingles, 0 to 1."""
+    one, two = shingles(a), shingles(b)
+    return len(one & two) / max(1, len(one | two))
+
+
+def faults(term: str) -> list[str]:
+    """What is wrong with the form of a term's card and conversations; every fault names its conversation."""
+    held, rows = card(term), conversations(term)
+    found = [f"weights sum to {total:.2f}"] if abs((total := sum(p.weight for p in held.problems)) - 1) > 0.011 else []
+    planned = {row["id"]: row for row in plan(held.id, [problem.id for problem in held.problems])}
+    ids = [row["id"] for row in rows]
+    if sorted(ids) != sorted(planned):
+        found.append(f"scenarios: missing {sorted(set(planned) - set(ids))}, unknown {sorted(set(ids) - set(planned))}")
+    for row in rows:
+        found += [f"{row['id']}: {fault}" for fault in _form_faults(row, planned.get(row["id"]))]
+    answers = {row["id"]: " ".join(agent_texts(row)) for row in rows}
+    for (a, text), (b, other) in itertools.combinations(answers.items(), 2):
+        if (likeness := alike(text, other)) > (0.25 if a.split(".")[1] == b.split(".")[1] else 0.15):
+            found.append(f"{a} and {b}: answers too alike ({likeness:.2f})")
+    last = Counter(re.split(r"(?<=[.!?])\s+", text.strip())[-1].lower() for row in rows for text in agent_texts(row))
+    return found + [f"last sentence used {n} times: {text!r}" for text, n in last.items() if n > 1]
+
+
+def _form_faults(row: dict[str, Any], planned: dict[str, Any] | None) -> list[str]:
+    messages = row["messages"]
+    if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2) or not messages:
+        return ["roles do not alternate from user to assistant"]
+    found, n = [], len(messages) // 2
+    if planned and n != planned["exchanges"] and not (planned["exchanges"] >= 3 and n in (3, 4)):
+        found.append(f"{n} exchanges, planned {planned['exchanges']}")
+    for message in messages:
+        low, high = (3, 95) if message["role"] == "user" else (18, 115)
+        if not low <= (words := len(message["content"].split())) <= high:
+            found.append(f"a {message['role']} message of {words} words")
+    return found
+
+
+def unknown_figures(term: str) -> list[str]:
+    """Figures that an agent says and neither the card nor the customer holds, by conversation."""
+    on_card = set(_NUMBER.findall((DATA / "cards" / f"{term}.yaml").read_text(encoding="utf-8")))
+    found = []
+    for row in conversations(term):
+        said = " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
+        numbers = {n for text in agent_texts(row) for n in _NUMBER.findall(text)}
+        odd = [n for n in numbers if n not in on_card and n not in said and n not in "123456"]
+        found += [f"{row['id']}: {odd}"] if odd else []
+    return found
+
+
+def measures(term: str) -> dict[str, Any]:
+    """Counts and shares of a term: what the plan aims at."""
+    rows = conversations(term)
+    agent = [text for row in rows for text in agent_texts(row)]
+    customer = [m["content"] for row in rows for m in row["messages"] if m["role"] == "user"]
+    scores = [review[point] for review in reviews(term) for point in POINTS]
+    return {
+        "conversations": len(rows),
+        "agent words, median": sorted(len(text.split()) for text in agent)[len(agent) // 2],
+        "agent asks": f"{sum('?' in text for text in agent) / len(agent):.0%}",
+        "customer under 12 words": f"{sum(len(text.split()) < 12 for text in customer) / len(customer):.0%}",
+        "read again": len(reviews(term)),
+        "mean score": f"{sum(scores) / len(scores):.2f}" if scores else "-",
+        "rewritten": sum(bool(review["rewritten"]) for review in reviews(term)) if scores else "-",
+    }
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        found = faults(sys.argv[1])
+        print("\n".join([*found, *(f"look: figures {text}" for text in unknown_figures(sys.argv[1]))]) or "no fault")
+        return bool(found)
+    table = {term: measures(term) for term in terms()}
+    print("| term | " + " | ".join(next(iter(table.values()))) + " |")
+    print("|" + " --- |" * (1 + len(next(iter(table.values())))))
+    for term, row in table.items():
+        print(f"| {term} | " + " | ".join(map(str, row.values())) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

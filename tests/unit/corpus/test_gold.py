@@ -1,0 +1,51 @@
+"""Gold conversations: form, plan and variety of every term that is written, and what a second reading said."""
+
+import itertools
+
+import gold
+import pytest
+
+TERMS = gold.terms()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_card_has_ten_problems_and_its_conversations_follow_the_plan(term):
+    assert gold.card(term).id == term
+    assert gold.faults(term) == []
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_an_agent_says_only_figures_of_the_card_or_the_customer(term):
+    assert gold.unknown_figures(term) == []
+
+
+def test_no_two_answers_of_different_terms_are_alike():
+    texts = {row["id"]: " ".join(gold.agent_texts(row)) for term in TERMS for row in gold.conversations(term)}
+    sets = {key: gold.shingles(text) for key, text in texts.items()}
+    alike = [
+        (a, b)
+        for (a, one), (b, two) in itertools.combinations(sets.items(), 2)
+        if a.split(".")[0] != b.split(".")[0] and len(one & two) > 0.15 * len(one | two)
+    ]
+    assert alike == []
+
+
+def test_fraud_and_safety_have_a_protective_step_or_say_in_their_steps_who_acts_first():
+    for term in TERMS:
+        for problem in gold.card(term).problems:
+            if problem.kind in ("fraud", "safety"):
+                assert problem.first or problem.steps[0].who == "agent" or problem.ask, f"{term}.{problem.id}"
+
+
+@pytest.mark.parametrize("term", [term for term in TERMS if gold.reviews(term)])
+def test_a_second_reading_scores_every_conversation_and_none_stays_under_4(term):
+    found = gold.reviews(term)
+    assert [review["id"] for review in found] == [row["id"] for row in gold.conversations(term)]
+    low = [r["id"] for r in found if min(r[point] for point in gold.POINTS) < 4]
+    assert low == []
+
+
+def test_a_copied_answer_is_found():
+    one = "Please switch the phone off and on once, and then tell me what the screen shows."
+    assert gold.alike(one, one) == 1.0
+    assert gold.alike(one, "The bill lists a charge that was not ordered by you in June.") == 0.0
