@@ -156,12 +156,19 @@ def plan(term: str, problems: list[str]) -> list[dict[str, Any]]:
     specials = ["holds_a_wrong_belief"] * 3 + ["gives_away_or_is_asked_for_a_secret"] * 2 + [None] * 25
     rng.shuffle(specials)
     later, endings = _deal(rng, LATER), _deal(rng, ENDINGS)
+    columns = zip(cells, lengths, manners, openings, specials, later, endings, strict=True)
     return [
-        {"id": f"{term}.{problem}.{context}", "exchanges": n, "manner": manner, "special": special,
-         "ending_idea": ending, "opening": "4-11 words" if manner == "terse" else opening, "later": after if n > 1 else None}
-        for (problem, context), n, manner, opening, special, after, ending in zip(
-            cells, lengths, manners, openings, specials, later, endings, strict=True)
-    ]  # fmt: skip
+        {
+            "id": f"{term}.{problem}.{context}",
+            "exchanges": n,
+            "manner": manner,
+            "opening": "4-11 words" if manner == "terse" else opening,
+            "special": special,
+            "later": after if n > 1 else None,
+            "ending_idea": ending,
+        }
+        for (problem, context), n, manner, opening, special, after, ending in columns
+    ]
 
 
 def _deal(rng: random.Random, options: tuple[str, ...], n: int = 30) -> list[str]:
