@@ -15,6 +15,22 @@ def load(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def code_lengths(path) -> list[int]:
+    """Lines of every code cell but that of the parameters, which has one line for each of them."""
+    cells = [cell for cell in load(path)["cells"] if cell["cell_type"] == "code"]
+    return [len(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
+
+
+def test_at_most_one_code_cell_in_ten_has_more_than_12_lines():
+    lengths = [n for path in NOTEBOOKS for n in code_lengths(path)]
+    assert sum(n > 12 for n in lengths) <= len(lengths) / 10
+
+
+def test_the_main_line_of_05_has_at_most_28_cells():
+    titles = ["".join(cell["source"]) for cell in load(params.NOTEBOOKS_DIR / "05_judge.ipynb")["cells"]]
+    assert next(i for i, title in enumerate(titles) if title.startswith("# Second looks")) <= 28
+
+
 def test_there_are_exactly_the_six_notebooks_of_the_plan():
     assert [p.stem for p in NOTEBOOKS] == list(STEPS)
 
@@ -43,9 +59,11 @@ class TestNotebook:
         assert params.declared(path.stem)
 
     def test_code_cells_are_short(self, path):
-        for cell in load(path)["cells"]:
-            if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
-                assert len("".join(cell["source"]).splitlines()) <= 25
+        assert max(code_lengths(path)) <= 20
+
+    def test_no_line_is_wider_than_120_columns(self, path):
+        wide = [line for cell in load(path)["cells"] for line in cell["source"] if len(line.rstrip("\n")) > 120]
+        assert wide == []
 
     def test_code_never_asks_for_input_and_never_runs_a_shell(self, path):
         for cell in load(path)["cells"]:
