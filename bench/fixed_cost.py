@@ -1,8 +1,8 @@
-"""What a configuration costs beyond its training, its evaluation and its answering.
+"""Measures the time of a configuration beyond its training, its evaluation and its answers.
 
-`python bench/fixed_cost.py [repeats]`. First a job with the imports of 03_train, by fresh kernels and by forked ones in
-turns, so that a busy machine is busy for both. Then 03_train and 04_energy of two configurations of the laptop study:
-the time of their jobs less the training and answering windows, the checkpoints and the two evaluations.
+`python bench/fixed_cost.py [repeats]`. First a job with the imports of 03_train runs, with new and forked kernels in
+turn, so that other load affects both. Then 03_train and 04_energy of two configurations of the laptop study run: the
+time of their jobs less training, answering, the checkpoints and the two evaluations.
 """
 
 import json
@@ -20,7 +20,7 @@ from telco_nb.engine import fork_server
 from telco_nb.engine.job import common_environment
 
 NOTEBOOK = """
-from telco_nb import energy, model, record, training  # isort: skip
+from telco_nb.notebook import open_run  # isort: skip
 import json, os, time
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -28,8 +28,9 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import HTML
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from transformers import TrainingArguments
+from telco_nb.lora import base_model, data_parallel, energy, packing, preflight, step, trainer
 ready = time.time()
 a, b, seconds = torch.ones(1024, 1024), torch.ones(1024, 1024), []
 for _ in range(30):
@@ -54,7 +55,7 @@ Path(os.environ["TELCO_NB_JOB"]).with_name("result.json").write_text(
 
 
 def write_job(folder: Path) -> Path:
-    """A job whose notebook notes when its first cell ran and when its imports were done."""
+    """Write a job whose notebook records the time of its first cell and of the end of its imports."""
     cells = [
         {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
         for i, source in enumerate(["import time\nfirst = time.time()", NOTEBOOK, SAVE])
@@ -70,16 +71,16 @@ def write_job(folder: Path) -> Path:
 
 
 def fresh(job: Path) -> list[dict]:
-    """Run a job as a process of its own; returns its events."""
+    """Run a job as a new process; return its events."""
     command = [sys.executable, "-m", "telco_nb.engine.job", str(job), str(os.getpid())]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def forked(source: fork_server.ForkServer, job: Path) -> list[dict]:
-    """Run a job as a process from the fork server; returns its events."""
+def forked(server: fork_server.ForkServer, job: Path) -> list[dict]:
+    """Run a job as a process of the fork server; return its events."""
     with (job.parent / "log").open("wb") as log, (job.parent / "lock").open("w") as lock:
-        child = source.fork(job, log, lock, lambda: True)
+        child = server.fork(job, log, lock, lambda: True)
         assert child, "there is no fork server here"
         events = [json.loads(line) for line in child.stdout]
         child.wait()
@@ -87,16 +88,16 @@ def forked(source: fork_server.ForkServer, job: Path) -> list[dict]:
 
 
 def measure(run) -> dict:
-    """Seconds to the first cell, to the end of the imports and to the end, with what the notebook saw."""
+    """Return the seconds to the first cell, to the end of the imports and to the end, with the notebook's results."""
     folder = Path(tempfile.mkdtemp(prefix="fixed-cost-"))
     job = write_job(folder)
     start = time.time()
     events = run(job)
     whole = time.time() - start
-    found = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
     shutil.rmtree(folder)
     warm = next(event["warm"] for event in events if "kernel_pid" in event)
-    return {**found, "first": found["first"] - start, "ready": found["ready"] - start, "whole": whole, "warm": warm}
+    return result | {"first": result["first"] - start, "ready": result["ready"] - start, "whole": whole, "warm": warm}
 
 
 def in_the_study(configs: list[str], repeats: int) -> None:
@@ -119,29 +120,29 @@ def in_the_study(configs: list[str], repeats: int) -> None:
 
 
 def beyond_work(folder: Path, jobs: dict[str, float]) -> dict[str, float]:
-    """Seconds of a configuration's two jobs without the work itself."""
-    found = {}
+    """Return the seconds of a configuration's two jobs without the work itself."""
+    seconds = {}
     for step, work in WORK.items():
         metrics = json.loads((folder / step / "metrics.json").read_text())
         worked = sum(metrics[name] for name in work)
         for cell in json.loads((folder / f"{step}.ipynb").read_text())["cells"]:
             if "answer_losses(" in "".join(cell["source"]):
                 worked += cell["metadata"]["papermill"]["duration"]
-        found[step] = jobs[f"{folder.name}/{step}"] - worked
-    return found | {"both": sum(found.values())}
+        seconds[step] = jobs[f"{folder.name}/{step}"] - worked
+    return seconds | {"both": sum(seconds.values())}
 
 
 def main(repeats: int = 5) -> None:
     start = time.monotonic()
-    source = fork_server.ForkServer(os.environ | common_environment({}))
-    assert source.wait_until_ready(lambda: True), "there is no fork server here"
+    server = fork_server.ForkServer(os.environ | common_environment({}))
+    assert server.wait_until_ready(lambda: True), "there is no fork server here"
     print(f"the fork server is ready after {time.monotonic() - start:.1f} s")
-    kinds = {"fresh": fresh, "forked": lambda job: forked(source, job)}
+    kinds = {"fresh": fresh, "forked": lambda job: forked(server, job)}
     results = {kind: [] for kind in kinds}
     for _ in range(repeats):
         for kind, run in kinds.items():
             results[kind].append(measure(run))
-    source.close()
+    server.close()
     for kind, runs in results.items():
         assert all(run["warm"] == (kind == "forked") for run in runs)
         middle = {name: statistics.median(run[name] for run in runs) for name in ("first", "ready", "whole")}

@@ -1,4 +1,4 @@
-"""The door to all side commands: `python -m telco_nb --help`. The study itself is run by `./run_all.py`."""
+"""The command line of all side commands: `python -m telco_nb --help`. `./run_all.py` runs the study itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from telco_nb.commands import batch, pilot, publish, rerank, votes
 
 app = typer.Typer(
     name="python -m telco_nb",
-    help="Side commands of the study; the study itself is run by ./run_all.py.",
+    help="Side commands of the study; ./run_all.py runs the study itself.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",

@@ -1,16 +1,17 @@
-"""Which configuration to recommend, and why."""
+"""Which configuration to recommend, and the reasons."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
-from telco_nb.analysis import results, statistics
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statistics import Interval
+from telco_nb.analysis.statistics import Interval, percentile_interval
+from telco_nb.judge.ranking import tied_top
 
 ENERGY_TOLERANCE = 0.25  # training is paid once: a saving of less than a quarter does not outweigh a better score
 TARGETS = {"qv": "query and value", "mlp": "MLP", "all": "attention and MLP"}
@@ -34,14 +35,16 @@ def percent(share: float) -> str:
 
 
 def win_text(lead: Interval) -> str:
-    """A lead in log-odds, told as the share of decided comparisons won."""
-    value, low, high = (results.expected_win_share(x) for x in lead)
-    return f"{percent(value)} [{percent(low)}, {percent(high)}]"
+    """A lead in log-odds as the share of decided comparisons won (Bradley-Terry), with its interval."""
+    value, low, high = (percent(float(expit(log_odds))) for log_odds in lead)
+    return f"{value} [{low}, {high}]"
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """The recommended configuration, the tied ones it was chosen from, and why."""
+class Recommendation(NamedTuple):
+    """The recommended configuration, the tied ones it was chosen from, and the reason.
+
+    `agreed` is false if no configuration is at the top with every judge.
+    """
 
     config: str | None
     candidates: list[str]
@@ -51,40 +54,47 @@ class Recommendation:
 
 
 def recommend(study: StudyResults) -> Recommendation:
-    """The configuration to deploy: of those in the tied top set of every judge that passed its gate, keep those within
-    25 % of the least training energy; the highest mean standardised score among them wins. A configuration that a judge
-    places below the untuned model for sure is not eligible.
+    """The configuration to deploy.
+
+    Of those in the tied top set of every judge that passed its gate, it keeps those within 25 % of the least training
+    energy; the highest mean standardised score among them wins. A configuration whose interval lies below the untuned
+    model with any of these judges is not eligible.
     """
-    if not study.judges:
-        return Recommendation(None, [], "", ["no judge has ranked the configurations"])
     if not study.passed:
-        return Recommendation(None, [], "", [block for judge in study.judges for block in judge.blocks])
-    sets = [results.tied_top_set(judge) for judge in study.passed]
-    common = [config for config in sets[0] if all(config in other for other in sets[1:])]
+        blocks = [block for judge in study.judges for block in judge.blocks]
+        return Recommendation(None, [], "", blocks or ["no judge has ranked the configurations"])
+    top_sets = [tied_top(judge.scores, judge.draws) for judge in study.passed]
     ranked = _mean_score(study)
-    if not common:
-        best = str(ranked.index[0])
-        text = "no configuration is at the top with every judge; this one has the highest mean standardised score"
-        worse = _worse_than_untuned(study, best)
-        return Recommendation(None, [], "", worse) if worse else Recommendation(best, [best], text, [], agreed=False)
-    tied = [config for config in ranked.index if config in common]
-    candidates = [config for config in tied if not _worse_than_untuned(study, config)]
+    tied = [str(config) for config in ranked.index if all(config in top for top in top_sets)]
+    best = tied[0] if tied else str(ranked.index[0])
+    candidates = [config for config in tied or [best] if not _worse_than_untuned(study, config)]
     if not candidates:
-        return Recommendation(None, [], "", _worse_than_untuned(study, tied[0]))
-    energy = _comparable_energy(study, candidates)
-    cheap = candidates if energy is None else list(energy[energy <= energy.min() * (1 + ENERGY_TOLERANCE)].index)
-    return Recommendation(cheap[0], candidates, _reason(study, candidates, cheap, energy is not None), [])
+        return Recommendation(None, [], "", _worse_than_untuned(study, best))
+    if not tied:
+        text = "no configuration is at the top with every judge; this one has the highest mean standardised score"
+        return Recommendation(best, candidates, text, [], agreed=False)
+    energy = study.energy.reindex(candidates)
+    comparable = not study.energy_blocks and not energy.isna().any()
+    cheap = list(energy[energy <= energy.min() * (1 + ENERGY_TOLERANCE)].index) if comparable else candidates
+    return Recommendation(cheap[0], candidates, _reason(study, candidates, cheap, comparable), [])
+
+
+def _mean_score(study: StudyResults) -> pd.Series:
+    """Mean standardised score over the judges that passed, highest first."""
+    scores = pd.DataFrame({judge.name: judge.scores for judge in study.passed})
+    standardised = (scores - scores.mean()) / scores.std().replace(0, np.nan)
+    return standardised.fillna(0).mean(axis=1).sort_values(ascending=False, kind="stable")
 
 
 def _worse_than_untuned(study: StudyResults, config: str) -> list[str]:
-    """Why a configuration is not worth deploying: judges that place the base model itself above it for sure."""
-    found = []
+    """The judges that place the base model above a configuration with the whole interval, as reasons."""
+    reasons = []
     for judge in study.passed:
         gain = gain_over_untuned(judge, config)
         if gain is not None and gain.high < 0:
             share = f"{config}, the best, wins {win_text(gain)} of decided comparisons with it ({judge.label})"
-            found.append(f"the untuned model answers better: {share}")
-    return found
+            reasons.append(f"the untuned model answers better: {share}")
+    return reasons
 
 
 def gain_over_untuned(judge: JudgeResults, config: str) -> Interval | None:
@@ -92,19 +102,7 @@ def gain_over_untuned(judge: JudgeResults, config: str) -> Interval | None:
     if "untuned" not in judge.ranking.index or not {config, "untuned"} <= set(judge.draws):
         return None
     value = judge.ranking.loc[config, "score"] - judge.ranking.loc["untuned", "score"]
-    return statistics.percentile_interval(value, (judge.draws[config] - judge.draws["untuned"]).to_numpy())
-
-
-def _mean_score(study: StudyResults) -> pd.Series:
-    scores = pd.DataFrame({judge.name: judge.scores for judge in study.passed})
-    spread = scores.std().replace(0, np.nan)
-    return ((scores - scores.mean()) / spread).fillna(0).mean(axis=1).sort_values(ascending=False, kind="stable")
-
-
-def _comparable_energy(study: StudyResults, configs: Sequence[str]) -> pd.Series | None:
-    """Training energies of the configurations; None if one is missing or they may not be compared."""
-    energy = study.energy.reindex(list(configs))
-    return None if study.energy_blocks or energy.isna().any() else energy
+    return percentile_interval(value, judge.draws[config] - judge.draws["untuned"])
 
 
 def _reason(study: StudyResults, candidates: list[str], cheap: list[str], comparable: bool) -> str:
@@ -122,11 +120,10 @@ def _reason(study: StudyResults, candidates: list[str], cheap: list[str], compar
 
 def describe_config(row: pd.Series) -> str:
     """The parameters of a configuration in words."""
-    plural = "" if row["epochs"] == 1 else "s"
     parts = {
         "target_modules": f"LoRA on {TARGETS.get(row['target_modules'], row['target_modules'])}",
         "rank": f"rank {row['rank']:g}",
-        "epochs": f"{row['epochs']:g} epoch{plural}",
+        "epochs": f"{row['epochs']:g} epoch{'' if row['epochs'] == 1 else 's'}",
         "learning_rate": f"learning rate {row['learning_rate']:g}",
     }
     return ", ".join(text for column, text in parts.items() if not pd.isna(row[column]))

@@ -1,10 +1,8 @@
-"""The results of a study as tables and objects: one row a configuration, one object a judge."""
+"""The results of a study as tables and objects: one row per configuration, one object per judge."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +11,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb.analysis.statistics import Interval, kendall_tau, percentile_interval
-from telco_nb.judge.ranking import tied_top
+from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, kendall_tau, percentile_interval
+from telco_nb.judge.cases import degenerate_answer
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
-TRAINING_COLUMNS = (
+ENERGY_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
 )  # fmt: skip
+JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 PROXY_KINDS = ("checklist", "reference")
 
 
 @dataclass(frozen=True)
 class JudgeResults:
-    """What 05 says about one judge. `ranking` is indexed by configuration, `draws` is (draws, configurations)."""
+    """The results of 05 for one judge. `ranking` is indexed by configuration, `draws` is (draws, configurations)."""
 
     name: str
     kind: str | None
     gate_passed: bool | None
-    failed_controls: tuple[str, ...]
     coverage: float | None
     headline_blocks: tuple[str, ...]
     ranking: pd.DataFrame
@@ -44,17 +42,21 @@ class JudgeResults:
         return self.ranking.loc[~self.ranking["is_anchor"].astype(bool), "score"].dropna()
 
     @property
+    def failed_controls(self) -> list[str]:
+        return [control["control"] for control in self.controls if control["passed"] is not True]
+
+    @property
     def is_proxy(self) -> bool:
         return (self.kind or self.name) in PROXY_KINDS
 
     @property
     def label(self) -> str:
-        """The name; offline judges are proxies and are called so wherever they appear."""
+        """The name; an offline judge is marked as a proxy."""
         return f"{self.name} (offline proxy)" if self.is_proxy else self.name
 
     @property
     def blocks(self) -> list[str]:
-        """Why this judge's ranking may not carry a headline, as 05_judge found it; empty if it may."""
+        """The reasons from 05_judge why this judge's ranking may not carry a headline; empty if it may."""
         return [f"judge {self.name}: {block}" for block in self.headline_blocks]
 
 
@@ -62,7 +64,7 @@ class JudgeResults:
 class StudyResults:
     """Everything the statistics need. `results` is indexed by configuration, `loss_draws` is (draws, configurations);
     `repeats` has one row per seed repeat: config, seed, val_loss, train_energy_wh. `invalid_energy` names the
-    configurations whose energy window was too short or read nothing.
+    configurations whose energy window was too short or has no reading.
     """
 
     results: pd.DataFrame
@@ -89,25 +91,23 @@ class StudyResults:
 
     @property
     def energy_blocks(self) -> list[str]:
-        """Why the training energies may not be compared; empty if they may."""
-        found = []
+        """The reasons why the training energies may not be compared; empty if they may."""
+        blocks = []
         if len(self.energy_kinds) > 1:
-            found.append(f"energies of different kinds ({self.energy_word}) do not stand on one ranking")
+            blocks.append(f"energies of different kinds ({self.energy_word}) do not stand on one ranking")
         if self.invalid_energy:
-            n = len(self.invalid_energy)
-            found.append(
-                f"{n} of {len(self.results)} energy windows are too short to trust ({self.invalid_energy[0]} ...)"
-            )
-        return found
+            share = f"{len(self.invalid_energy)} of {len(self.results)}"
+            blocks.append(f"{share} energy windows are too short to trust ({self.invalid_energy[0]} ...)")
+        return blocks
 
     @property
     def energy_word(self) -> str:
-        """`estimated`, `measured`, ...: belongs beside every energy figure."""
+        """`estimated`, `measured`, ...: stands beside every energy value."""
         return " and ".join(self.energy_kinds) or "not metered"
 
 
 def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
-    """The judge's result from 05's files; `path` maps a file name of that step to where it lies."""
+    """Read the results of one judge from the files of 05; `path` gives the path of a file of that step."""
     metrics = json.loads(path("metrics.json").read_text(encoding="utf-8"))
     validity = json.loads(path("artefacts/validity.json").read_text(encoding="utf-8"))
     draws = pd.read_parquet(path("tables/score_draws.parquet"))
@@ -115,7 +115,6 @@ def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
         name=name,
         kind=metrics.get("judge_kind"),
         gate_passed=validity.get("passed"),
-        failed_controls=tuple(c["control"] for c in validity.get("controls", []) if c["passed"] is not True),
         coverage=metrics.get("coverage"),
         headline_blocks=tuple(validity.get("headline_blocks", ["its result is not complete"])),
         ranking=pd.read_parquet(path("tables/ranking.parquet")).set_index("config"),
@@ -126,39 +125,52 @@ def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
 
 
 def gate_table(judges: Sequence[JudgeResults]) -> pd.DataFrame:
-    """One row per planted control: what is required, and each judge's value with passed or FAILED."""
+    """One row per planted control: the required value, and each judge's value with passed or FAILED."""
     rows: dict[str, dict[str, str]] = {}
     for judge in judges:
-        for found in judge.controls:
-            required = f"{found.get('rule', '')} {found['threshold']:g}".strip()
-            row = rows.setdefault(found["control"], {"required": required})
-            value = "no verdict" if found["value"] is None else f"{found['value']:.3f} (n = {found['n']})"
-            row[judge.label] = f"{value} {'passed' if found['passed'] else 'FAILED'}"
+        for control in judge.controls:
+            required = f"{control.get('rule', '')} {control['threshold']:g}".strip()
+            row = rows.setdefault(control["control"], {"required": required})
+            value = "no verdict" if control["value"] is None else f"{control['value']:.3f} (n = {control['n']})"
+            row[judge.label] = f"{value} {'passed' if control['passed'] else 'FAILED'}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("control").reset_index()
+
+
+def answers_table(answers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Count the answers of 04 that cannot help a customer, per configuration.
+
+    Args:
+        answers: by configuration, the table of answers with columns answer, n_tokens and finish_reason.
+
+    Returns:
+        One row per configuration: answers, empty and looping ones (the rule by which 05 lets an answer lose), those cut
+        off at the token limit, and the median number of tokens.
+    """
+    rows = []
+    for config, table in answers.items():
+        faults = table["answer"].map(degenerate_answer)
+        counts = {"empty": (faults == "empty").sum(), "looping": (faults == "looping").sum()}
+        counts["cut off"] = (table["finish_reason"] == "length").sum()
+        rows.append({"config": config, "answers": len(table), **counts, "median tokens": table["n_tokens"].median()})
+    return pd.DataFrame(rows)
 
 
 def repeats_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row per seed repeat from the metrics of 03, keyed by scope `<config>-seed<seed>`."""
     rows = [
-        {
-            "config": scope.partition("-seed")[0],
-            "seed": int(scope.partition("-seed")[2]),
-            "val_loss": found.get("val_loss"),
-            "train_energy_wh": found.get("train_energy_wh"),
-        }
-        for scope, found in metrics.items()
+        (*scope.split("-seed"), values.get("val_loss"), values.get("train_energy_wh"))
+        for scope, values in metrics.items()
     ]
     frame = pd.DataFrame(rows, columns=["config", "seed", "val_loss", "train_energy_wh"])
-    return frame.astype({"val_loss": float, "train_energy_wh": float})
+    return frame.astype({"seed": int, "val_loss": float, "train_energy_wh": float})
 
 
 def result_columns(judges: Iterable[str]) -> list[str]:
     """The columns of results.csv, in order."""
-    per_judge = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
     return [
         "config", *PARAMETER_COLUMNS, "train_tokens", "val_loss", "val_loss_low", "val_loss_high",
-        *TRAINING_COLUMNS, "answer_energy_wh", "train_seconds", "tokens_per_second",
-        *(f"{judge}_{part}" for judge in judges for part in per_judge),
+        *ENERGY_COLUMNS, "answer_energy_wh", "train_seconds", "tokens_per_second",
+        *(f"{judge}_{part}" for judge in judges for part in JUDGE_PARTS),
     ]  # fmt: skip
 
 
@@ -168,61 +180,59 @@ def results_table(
     loss_intervals: Mapping[str, Interval],
     judges: Sequence[JudgeResults] = (),
 ) -> pd.DataFrame:
-    """One row per configuration with the columns of results.csv. A value that is not known is left empty, never 0.
+    """Build results.csv: one row per configuration. An unknown value is left empty, never 0.
 
-    `training` and `answering` are the metrics of 03 and 04 by configuration.
+    Args:
+        training: metrics of 03 by configuration.
+        answering: metrics of 04 by configuration.
+        loss_intervals: validation loss with its interval by configuration, nats per supervised token.
+        judges: the judges whose scores become columns.
     """
     columns = result_columns(judge.name for judge in judges)
-    rows = []
-    for config, metrics in training.items():
-        row = {column: metrics.get(column) for column in columns} | {"config": config}
-        row["answer_energy_wh"] = answering.get(config, {}).get("answer_energy_wh")
-        if config in loss_intervals:
-            row |= dict(zip(("val_loss", "val_loss_low", "val_loss_high"), loss_intervals[config], strict=True))
-        for judge in judges:
-            row |= _judge_columns(judge, config)
-        rows.append(row)
-    frame = pd.DataFrame(rows, columns=columns)
-    whole = [c for c in columns if re.search(r"_rank(_low|_high)?$", c)]
+    table = pd.DataFrame.from_dict(dict(training), orient="index").reindex(columns=columns).rename_axis("config")
+    table["answer_energy_wh"] = pd.Series(
+        {c: answering.get(c, {}).get("answer_energy_wh") for c in training}, dtype=float
+    )
+    for config, interval in loss_intervals.items():
+        table.loc[config, ["val_loss", "val_loss_low", "val_loss_high"]] = list(interval)
+    for judge in judges:
+        for part in JUDGE_PARTS[:-1]:
+            values = judge.ranking[part].reindex(table.index).astype(float)
+            table[f"{judge.name}_{part}"] = values.round() if "rank" in part else values
+        table[f"{judge.name}_gate"] = {True: "passed", False: "failed"}.get(judge.gate_passed)
+    whole = [f"{judge.name}_{part}" for judge in judges for part in JUDGE_PARTS if "rank" in part]
     whole += ["rank", "lora_alpha", "epochs", "seed", "train_tokens"]
-    return frame.astype(dict.fromkeys(whole, "Int64"))
-
-
-def _judge_columns(judge: JudgeResults, config: str) -> dict[str, Any]:
-    gate = {True: "passed", False: "failed"}.get(judge.gate_passed)
-    if config not in judge.ranking.index:
-        return {f"{judge.name}_gate": gate}
-    row = judge.ranking.loc[config]
-    parts = {part: row[part] for part in ("score", "low", "high", "rank", "rank_low", "rank_high")}
-    whole = {p: None if pd.isna(v) else round(v) if "rank" in p else float(v) for p, v in parts.items()}
-    return {f"{judge.name}_{part}": value for part, value in whole.items()} | {f"{judge.name}_gate": gate}
+    return table.drop(columns="config").astype(dict.fromkeys(whole, "Int64")).reset_index()
 
 
 def val_loss_draws(val_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: int) -> pd.DataFrame:
-    """Bootstrap draws of the validation loss, (draws, configurations), in nats per supervised token.
+    """Bootstrap draws of the validation loss.
 
-    Scenarios are drawn with replacement, whole, because the conversations of one scenario are not independent; every
+    Whole scenarios are drawn with replacement, because the conversations of one scenario are not independent. Every
     configuration sees the same draws, so that differences between configurations are paired.
+
+    Args:
+        val_losses: by configuration, columns scenario_id, loss_sum_after (nats) and n_tokens per conversation.
+        n_draws: number of draws.
+        seed: of the draws.
+
+    Returns:
+        (draws, configurations), in nats per supervised token.
     """
-    per_config = {
-        config: frame.groupby("scenario_id")[["loss_sum_after", "n_tokens"]].sum()
-        for config, frame in val_losses.items()
-    }
-    scenarios = sorted(set().union(*(frame.index for frame in per_config.values())))
-    n = len(scenarios)
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_draws)
+    sums = {c: frame.groupby("scenario_id")[["loss_sum_after", "n_tokens"]].sum() for c, frame in val_losses.items()}
+    scenarios = sorted(set().union(*(frame.index for frame in sums.values())))
+    weights = cluster_weights(len(scenarios), n_draws, seed)
     draws = {}
-    for config, frame in per_config.items():
-        sums = frame.reindex(scenarios, fill_value=0)
+    for config, frame in sums.items():
+        drawn = weights @ frame.reindex(scenarios, fill_value=0).to_numpy(float)
         with np.errstate(invalid="ignore", divide="ignore"):
-            draws[config] = (weights @ sums["loss_sum_after"]) / (weights @ sums["n_tokens"])
+            draws[config] = drawn[:, 0] / drawn[:, 1]
     return pd.DataFrame(draws)
 
 
 def val_loss_interval(val_losses: pd.DataFrame, draws: pd.Series | np.ndarray) -> Interval:
     """Token-weighted validation loss of one configuration with its scenario-bootstrap interval."""
-    value = val_losses["loss_sum_after"].sum() / val_losses["n_tokens"].sum()
-    return percentile_interval(value, np.asarray(draws))
+    return percentile_interval(val_losses["loss_sum_after"].sum() / val_losses["n_tokens"].sum(), draws)
 
 
 def paired_draws(study: StudyResults, judge: JudgeResults) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -243,62 +253,67 @@ def noise_ceiling(judge: JudgeResults) -> float:
     return float(np.nanmean([kendall_tau(scores.to_numpy(), row) for row in draws]))
 
 
-def expected_win_share(log_odds: float) -> float:
-    """Share of decided comparisons that a lead of `log_odds` wins (Bradley-Terry)."""
-    return float(1 / (1 + math.exp(-log_odds)))
-
-
-def tied_top_set(judge: JudgeResults) -> list[str]:
-    """Configurations not distinguishable from the judge's best one, best first (`ranking.tied_top`)."""
-    return tied_top(judge.scores, judge.draws)
-
-
 def own_answers(
     kind: str | None, model: str | None, base_model: str | None, generator_model: str | None, configs: Sequence[str]
 ) -> set[str]:
-    """Whose answers count as a judge's own: written by its own model, or (judge `reference`) its own yardstick."""
+    """The names in the ranking whose answers count as a judge's own: those that its own model has written.
+
+    Args:
+        kind, model: of the judge. The reference answers are the judge `reference`'s own as well.
+        base_model: the model that is trained.
+        generator_model: the model that wrote the conversations, None for the grammar.
+        configs: the configurations.
+    """
     own = {"reference"} if kind == "reference" or (model and model == generator_model) else set()
     return own | ({*configs, "untuned"} if model and model == base_model else set())
 
 
 def self_preference(
-    votes: pd.DataFrame, others: Sequence[pd.DataFrame], own: set[str], n_draws: int, seed: int
+    judgements: pd.DataFrame, others: Sequence[pd.DataFrame], own: set[str], n_draws: int, seed: int
 ) -> tuple[Interval, int]:
-    """How much more often a judge prefers its own answers than the other judges do, and over how many comparisons.
+    """How much more often a judge prefers its own answers than the other judges do.
 
-    Over the pairs of one own and one foreign answer that this judge and at least one other have decided (`votes` and
-    `others` are judgements as in `cohen_kappa`): mean share for the own side, a tie as a half, minus the mean of the
-    other judges' shares on the same pair. The interval draws scenarios. NaN where there is nothing to compare.
+    Counts the pairs of one own and one foreign answer that this judge and at least one other have decided: mean share
+    for the own side, a tie as a half, minus the mean of the other judges' shares on the same pair.
+
+    Args:
+        judgements: of this judge, columns as in `cohen_kappa`.
+        others: judgements of the other judges.
+        own: see `own_answers`.
+        n_draws: bootstrap draws of scenarios, for the interval.
+        seed: of the draws.
+
+    Returns:
+        The difference of the shares with its interval, NaN if there is nothing to compare; and the number of pairs.
     """
-    mine, theirs = _own_shares(votes, own), pd.concat([_own_shares(v, own) for v in others]) if others else None
-    if theirs is None or mine.empty or theirs.empty:
-        return Interval(math.nan, math.nan, math.nan), 0
-    consensus = theirs.groupby(["prompt_id", "pair"])["share"].mean().rename("consensus").reset_index()
-    both = mine.merge(consensus, on=["prompt_id", "pair"])
+    shares, other_shares = _own_shares(judgements, own), [_own_shares(table, own) for table in others]
+    if shares.empty or all(table.empty for table in other_shares):
+        return MISSING, 0
+    consensus = pd.concat(other_shares).groupby(["prompt_id", "pair"])["share"].mean().rename("consensus")
+    both = shares.merge(consensus.reset_index(), on=["prompt_id", "pair"])
     if both.empty:
-        return Interval(math.nan, math.nan, math.nan), 0
+        return MISSING, 0
     both["gap"] = both["share"] - both["consensus"]
     sums = both.groupby("scenario_id")["gap"].agg(["sum", "size"]).to_numpy(float)
-    weights = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), n_draws)
-    drawn = weights @ sums
+    drawn = cluster_weights(len(sums), n_draws, seed) @ sums
     return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1]), len(both)
 
 
-def _own_shares(votes: pd.DataFrame, own: set[str]) -> pd.DataFrame:
-    """Share (1, 0.5 for a tie, 0) of the own side in every first asking of an own against a foreign answer."""
-    asked = votes[votes["purpose"].isin(("ranking", "anchor"))]
-    first, second = asked["config_first"].isin(own), asked["config_second"].isin(own)
-    kept = asked[first != second]
-    share = np.where(kept["winner"] == "tie", 0.5, kept["winner"].isin(own).astype(float))
-    pair = ["|".join(sorted(p)) for p in zip(kept["config_first"], kept["config_second"], strict=True)]
-    found = kept[["prompt_id", "scenario_id"]].assign(pair=pair, share=share)
-    return found.groupby(["prompt_id", "scenario_id", "pair"], as_index=False)["share"].mean()
+def _own_shares(judgements: pd.DataFrame, own: set[str]) -> pd.DataFrame:
+    """Share (1, 0.5 for a tie, 0) of the own side in every first comparison of an own with a foreign answer."""
+    rows = judgements[judgements["purpose"].isin(("ranking", "anchor"))]
+    rows = rows[rows["config_first"].isin(own) != rows["config_second"].isin(own)]
+    share = np.where(rows["winner"] == "tie", 0.5, rows["winner"].isin(own).astype(float))
+    pair = ["|".join(sorted(seats)) for seats in zip(rows["config_first"], rows["config_second"], strict=True)]
+    by_pair = rows[["prompt_id", "scenario_id"]].assign(pair=pair, share=share)
+    return by_pair.groupby(["prompt_id", "scenario_id", "pair"], as_index=False)["share"].mean()
 
 
 def energy_ratio(results: pd.DataFrame, most: str, least: str) -> Interval:
-    """Energy of `most` over that of `least`. Low and high assume that both share one error (watts per core, calibration
-    of one meter): errors that differ from run to run are not in it.
+    """Training energy of configuration `most` over that of `least`.
+
+    The interval assumes that both share one error (watts per core, calibration of one meter). It does not contain
+    errors that differ from run to run.
     """
-    columns = ("train_energy_wh", "train_energy_low_wh", "train_energy_high_wh")
-    ratios = [float(results.loc[most, c]) / float(results.loc[least, c]) for c in columns]
+    ratios = [float(results.loc[most, c]) / float(results.loc[least, c]) for c in ENERGY_COLUMNS[:3]]
     return Interval(ratios[0], float(np.nanmin(ratios)), float(np.nanmax(ratios)))

@@ -1,9 +1,9 @@
-"""What all side commands share: options, exit codes, and errors told in one line instead of a traceback."""
+"""Shared parts of the side commands: options, exit codes, and errors shown as one line instead of a traceback."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -19,13 +19,13 @@ from telco_nb.judge.people import VotesError
 from telco_nb.study.params import ParameterError
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
-ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.")]
+ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
 MaxUsd = Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this, in dollars.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
 
 
 class CommandError(ValueError):
-    """A side command cannot do what it was told; the message says what to do instead. Exit code 2."""
+    """A side command cannot do what the user asks; the message says what to do instead. Exit code 2."""
 
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -43,12 +43,12 @@ EXIT_CODES: dict[type[Exception], int] = {
 
 
 @contextmanager
-def errors_as_exit_codes(command: str) -> Iterator[None]:
-    """What a person can mend ends the command with one line on stderr and the exit code that run_all.py would give."""
+def errors_as_exit_codes(command: str) -> Generator[None]:
+    """Ends the command with one line on stderr and run_all.py's exit code after an error that a user can correct."""
     try:
         yield
     except tuple(EXIT_CODES) as error:
         print(f"{command}: {error}", file=sys.stderr)
-        spent = isinstance(error, CallsStopped) and error.status == "budget_stop"
+        over_budget = isinstance(error, CallsStopped) and error.status == "budget_stop"
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        raise typer.Exit(runner.COST if spent else code) from None
+        raise typer.Exit(runner.COST if over_budget else code) from None

@@ -1,7 +1,7 @@
-"""The pilot: the first questions of a judge's plan, asked for real, and what they say about the price of all.
+"""The pilot sends the first questions of a judge's plan to the provider and prices the whole plan from their tokens.
 
-They are those of the gate, so a judge that fails it has cost little. Verdicts land in the store that 05_judge goes on
-from, so nothing is paid twice; the plan of run_all.py then counts with the measured lengths.
+The first questions are those of the gate, so a judge that fails the gate has cost little. The verdicts go into the
+store that 05_judge uses, so nothing is paid twice; the plan of run_all.py then uses the measured lengths.
 """
 
 from __future__ import annotations
@@ -16,39 +16,49 @@ from telco_nb.engine import runner
 from telco_nb.hosted import prices
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.judge import asking
-from telco_nb.judge.cases import Question
+from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.protocol import Protocol, open_study
 from telco_nb.study import params, record
 
 
-def ask(asked: Protocol, calls: int, max_usd: float | None = None, yes: bool = False) -> int:
-    """Ask the next `calls` questions; returns how many there were.
+def ask(protocol: Protocol[LanguageModelJudge], calls: int, max_usd: float | None = None, yes: bool = False) -> int:
+    """Asks the next questions of a judge's plan.
 
-    Raises CostRefused if they may not be sent, CallsStopped if the provider or the budget ends it.
+    Args:
+        protocol: the judge's protocol.
+        calls: number of questions, at most.
+        max_usd: the cap in dollars; None for no cap.
+        yes: the user agrees to send data to the host.
+
+    Returns:
+        The number of questions asked.
+
+    Raises:
+        CostRefused: the questions may not be sent.
+        CallsStopped: the provider or the budget ended the asking.
     """
-    now = asked.due(ledger_of(asked.store.path).under_way)[0][:calls]
-    prices.require_consent([estimate.estimate_questions(asked.judge, now, asked.store.path)], max_usd, yes, ask=None)
-    asked.judge.put(now, asked.store, asking.normalised_line)
-    return len(now)
+    questions = protocol.due(ledger_of(protocol.store.path).under_way)[0][:calls]
+    cost = estimate.estimate_questions(protocol.judge, questions, protocol.store.path)
+    prices.require_consent([cost], max_usd, yes, ask=None)
+    protocol.judge.ask_all(questions, protocol.store)
+    return len(questions)
 
 
-def report(asked: Protocol) -> str:
-    """What a question took, and what all of the plan come to, as far as the store can tell."""
-    lengths = estimate.measured(asked.store.path, asked.judge.source.model)
-    tried = ", ".join(f"{n:,} {status}" for status, n in sorted(asked.store.statuses.items())) or "none"
-    lines = [f"attempts in the store: {tried}; ${asked.store.spent_usd:,.4f}"]
+def report(protocol: Protocol[LanguageModelJudge]) -> str:
+    """The tokens per question so far, and the estimated cost of the whole plan and of its unanswered part."""
+    judge, store = protocol.judge, protocol.store
+    statuses = ", ".join(f"{n:,} {status}" for status, n in sorted(store.statuses.items())) or "none"
+    lines = [f"attempts in the store: {statuses}; ${store.spent_usd:,.4f}"]
+    lengths = estimate.measured(store.path, judge.hosted_model.model)
     if lengths is None:
         return "\n".join([*lines, f"too few to measure: {estimate.MEASURED_FROM} questions are needed"])
     for name, (low, mid, high) in zip(("in", "out"), lengths, strict=True):
         lines.append(f"tokens {name} per question: {mid:,.0f} [{low:,.0f}, {high:,.0f}]")
-    models = [question for question in asked.every if asking.rule_verdict(question.case) is None]
-    lines.append(f"the whole plan: {_priced(asked, models)}")
-    left = [question for question in models if question.id not in asked.store.ok]
-    return "\n".join([*lines, f"of these not answered yet: {_priced(asked, left)}"])
-
-
-def _priced(asked: Protocol, questions: list[Question]) -> prices.Estimate:
-    return estimate.estimate_questions(asked.judge, questions, asked.store.path)
+    plan = [question for question in protocol.every if asking.rule_verdict(question.case) is None]
+    unanswered = [question for question in plan if question.id not in store.ok]
+    for name, questions in (("the whole plan", plan), ("of these not answered yet", unanswered)):
+        lines.append(f"{name}: {estimate.estimate_questions(judge, questions, store.path)}")
+    return "\n".join(lines)
 
 
 EPILOG = """
@@ -68,6 +78,7 @@ def main(
 ) -> None:
     """Ask a hosted judge its first questions, and price all of them by the tokens that these took."""
     with errors_as_exit_codes("pilot"), runner.lock(record.profile_root(profile)):
-        asked = open_study(profile, judge, params_dir, to_ask=True, max_usd=max_usd)
-        print(f"asked {asked.judge.source.model} at {asked.judge.source.host}: {ask(asked, calls, max_usd, yes)}")
-        print(report(asked))
+        protocol = open_study(profile, judge, params_dir, to_ask=True, max_usd=max_usd)
+        model = protocol.judge.hosted_model
+        print(f"asked {model.model} at {model.host}: {ask(protocol, calls, max_usd, yes)}")
+        print(report(protocol))

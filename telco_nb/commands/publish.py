@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from telco_nb.commands.common import errors_as_exit_codes
+from telco_nb.commands.common import CommandError, errors_as_exit_codes
 from telco_nb.report.publish import README, publish_study, rewrite_readme
 from telco_nb.study.record import profile_root, write_bytes
 
@@ -18,9 +18,12 @@ EPILOG = """
 
 
 def main(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="Which finished study to publish.")] = "laptop",
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The finished study.")] = "laptop",
 ) -> None:
     """Copy a finished study to outputs/reference, and write its results into README.md."""
     with errors_as_exit_codes("publish"):
         publish_study(profile_root(profile))
-        write_bytes(README, rewrite_readme().encode())
+        try:
+            write_bytes(README, rewrite_readme().encode())
+        except ValueError as error:
+            raise CommandError(str(error)) from None

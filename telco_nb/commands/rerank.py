@@ -1,16 +1,14 @@
-"""Ranks again from the stored verdicts alone: nothing is asked, nothing is written.
+"""Ranks again from the stored verdicts alone; asks nothing and writes nothing.
 
-`python -m telco_nb rerank outputs/laptop/judge-checklist` reads `store/verdicts.jsonl` and prints the gate, the coverage,
-the ranking and what forbids a headline. Draws and seed are by default those of the step that ran last; then the ranking
-is equal to its table.
+`python -m telco_nb rerank outputs/laptop/judge-checklist` reads `store/verdicts.jsonl` and prints the gate, the
+coverage, the ranking and the reasons against a headline. By default draws and seed are those of the last run of
+05_judge; then the ranking equals the one in its table.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
 import typer
@@ -20,14 +18,13 @@ from telco_nb.judge import bradley_terry, ranking
 from telco_nb.judge.gate import gate_result
 from telco_nb.judge.protocol import headline_blocks
 from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_table, judged_rows
+from telco_nb.study import record
 
 DRAWS, SEED = 2000, 20260605
 
 
-@dataclass(frozen=True)
-class Reranked:
-    """What a store says. `ranking` has missing scores where the verdicts rank nothing; `blocks` says why there is no
-    headline, empty if there may be one."""
+class Reranked(NamedTuple):
+    """A new ranking; its scores are missing if the verdicts allow none. `blocks` are the reasons against a headline."""
 
     judge: str
     kind: str
@@ -38,48 +35,54 @@ class Reranked:
 
 
 def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranked:
-    """Rank from the store's lines alone, as 05_judge does. Raises RankingError for a store that holds no plan."""
-    plan = store.planned("pairs")
+    """Ranks from the store's lines as 05_judge does.
+
+    Args:
+        store: the judge's store.
+        draws: number of bootstrap draws behind the intervals.
+        seed: seed of the bootstrap.
+
+    Raises:
+        RankingError: the store holds no plan.
+    """
+    plan, gate_plan = store.planned("pairs"), store.planned("controls")
     if plan.empty:
         raise bradley_terry.RankingError(f"{store.path} holds no plan of pairs: nothing has been asked yet")
-    judged, gate_plan = judged_rows(plan, store), store.planned("controls")
-    some = next(iter(store.ok.values()), {"judge": store.path.parent.parent.name, "judge_kind": "unknown"})
-    judged_controls = pd.DataFrame(columns=["control"]) if gate_plan.empty else judged_rows(gate_plan, store)
-    validity = gate_result(some["judge"], some["judge_kind"], judged_controls)
-    in_fit = plan[plan["purpose"].isin(FIT_PURPOSES)]
-    configs = sorted(set(in_fit["config_first"]) | set(in_fit["config_second"]))
+    judged = judged_rows(plan, store)
+    line = next(iter(store.ok.values()), {"judge": store.path.parent.parent.name, "judge_kind": "unknown"})
+    judge, kind = line["judge"], line["judge_kind"]
+    controls = pd.DataFrame(columns=["control"]) if gate_plan.empty else judged_rows(gate_plan, store)
+    validity = gate_result(judge, kind, controls)
+    planned = plan[plan["purpose"].isin(FIT_PURPOSES)]
+    configs = sorted(set(planned["config_first"]) | set(planned["config_second"]))
     rows = judged[judged["purpose"].isin(FIT_PURPOSES)]
     unrankable = bradley_terry.unrankable_reason(rows, configs)
     fitted = bradley_terry.missing_fit(configs) if unrankable else bradley_terry.fit_bradley_terry(rows, configs)
     drawn = bradley_terry.bootstrap_fit(rows, fitted, draws=draws, seed=seed)
     table, _ = ranking.with_anchors(ranking.ranking_table(rows, fitted, drawn), plan, judged, fitted, drawn)
     coverage = coverage_table(plan, judged)
-    blocks = headline_blocks(validity, coverage, unrankable)
-    return Reranked(some["judge"], some["judge_kind"], validity, coverage, table, blocks)
+    return Reranked(judge, kind, validity, coverage, table, headline_blocks(validity, coverage, unrankable))
 
 
 def settings(folder: Path) -> tuple[int, int]:
-    """Draws and seed of the last good run of 05_judge in this folder, else the defaults."""
-    manifest = folder / "05_judge" / "manifest.json"
-    if not manifest.is_file():
-        return DRAWS, SEED
-    parameters = json.loads(manifest.read_text(encoding="utf-8"))["parameters"]
-    return parameters["bootstrap_draws"], parameters["seed"]
+    """Draws and seed of the last finished run of 05_judge in this folder, else the defaults."""
+    manifest = record.read_manifest(folder.parent, folder.name, "05_judge")
+    return (manifest["parameters"]["bootstrap_draws"], manifest["parameters"]["seed"]) if manifest else (DRAWS, SEED)
 
 
-def report(found: Reranked, store: VerdictStore) -> str:
+def report(result: Reranked, store: VerdictStore) -> str:
     """The text that the command prints."""
-    gate = pd.DataFrame(found.validity["controls"])[["control", "value", "rule", "threshold", "n", "passed"]]
-    asked = ", ".join(f"{n} {status}" for status, n in sorted(store.statuses.items()))
-    judged = found.coverage[["planned", "judged"]].sum()
+    gate = pd.DataFrame(result.validity["controls"])[["control", "value", "rule", "threshold", "n", "passed"]]
+    statuses = ", ".join(f"{n} {status}" for status, n in sorted(store.statuses.items())) or "none"
+    seats = result.coverage[["planned", "judged"]].sum()
     return "\n".join(
         [
-            f"judge {found.judge} ({found.kind}): attempts: {asked or 'none'}; {store.unreadable} unreadable lines",
+            f"judge {result.judge} ({result.kind}): attempts: {statuses}; {store.unreadable} unreadable lines",
             gate.round(3).to_string(index=False),
-            f"judged {judged['judged']} of {judged['planned']} seats; lowest coverage of a configuration "
-            f"{found.coverage['coverage'].min():.1%}",
-            found.ranking.round(3).to_string(index=False),
-            "no headline: " + "; ".join(found.blocks) if found.blocks else "gate passed, coverage complete",
+            f"judged {seats['judged']} of {seats['planned']} seats; lowest coverage of a configuration "
+            f"{result.coverage['coverage'].min():.1%}",
+            result.ranking.round(3).to_string(index=False),
+            "no headline: " + "; ".join(result.blocks) if result.blocks else "gate passed, coverage complete",
         ]
     )
 
@@ -94,7 +97,7 @@ EPILOG = """
 
 def main(
     folder: Annotated[
-        Path, typer.Argument(metavar="JUDGE", help="A judge's folder, as outputs/laptop/judge-checklist.")
+        Path, typer.Argument(metavar="JUDGE", help="A judge's folder, such as outputs/laptop/judge-checklist.")
     ],
     draws: Annotated[int | None, typer.Option(min=1, help="Resamples behind the intervals.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the resampling.")] = None,
@@ -103,7 +106,7 @@ def main(
     with errors_as_exit_codes("rerank"):
         path = folder / "store" / "verdicts.jsonl"
         if not path.is_file():
-            raise CommandError(f"{path}: no such file. Give the folder of a judge that has been asked.")
+            raise CommandError(f"{path}: no such file. Give the folder of a judge with stored verdicts.")
         last_draws, last_seed = settings(folder)
         store = VerdictStore(path)
         print(report(rerank(store, draws or last_draws, last_seed if seed is None else seed), store))

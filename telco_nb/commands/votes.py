@@ -16,28 +16,21 @@ from telco_nb.study import params
 
 
 def import_votes(root: Path, path: Path) -> tuple[str, int]:
-    """Import a votes file into a study.
+    """Imports a votes file into a study: (name of the judge `human-<rater>`, number of new votes).
 
-    Args:
-        root: the study's folder, `outputs/<profile>`.
-        path: the votes of one rater, one JSON object a line (`people.Vote`).
-
-    Returns:
-        The judge's name, `human-<rater>`, and how many votes are new.
-
-    Raises:
-        VotesError: the file holds no vote, or a bad one; every bad row is named and nothing is imported.
+    `root` is the study's folder `outputs/<profile>`; `path` holds the votes of one rater, one JSON object per line.
+    Raises VotesError if the file holds no vote or a bad one; the message names every bad row, and nothing is imported.
     """
     votes = latest_votes(read_votes(path), path)
     if not votes:
-        raise VotesError(f"{path}: no vote stands in this file. Nothing was imported.")
+        raise VotesError(f"{path}: this file holds no valid vote. Nothing was imported.")
     study = params.load_study(root.name)
-    answered = [c for c in study.configs if (root / c / "04_energy" / "artefacts" / "answers.parquet").is_file()]
-    prompts, answers, cards = read_answers(root, answered)
-    _, planted = planted_controls(prompts, answers, cards, answered, seed=study.base["seed"])
+    configs = [c for c in study.configs if (root / c / "04_energy" / "artefacts" / "answers.parquet").is_file()]
+    prompts, answers, cards = read_answers(root, configs)
+    _, planted = planted_controls(prompts, answers, cards, configs, seed=study.base["seed"])
     name = f"human-{votes[0].rater}"
     store = VerdictStore(store_path(root, name))
-    return name, add_votes(votes, prompts, answers | planted, cards, answered, store, path)
+    return name, add_votes(votes, prompts, answers | planted, cards, configs, store, path)
 
 
 EPILOG = """
@@ -48,12 +41,12 @@ EPILOG = """
 
 
 def main(
-    root: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's folder, as outputs/laptop.")],
+    root: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's folder, such as outputs/laptop.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Votes files, one per rater.")],
 ) -> None:
     """Import the votes of a blind panel as another judge. Either all of a file is good, or nothing is imported."""
     with errors_as_exit_codes("votes"):
         for path in files:
-            name, new = import_votes(root, path)
+            name, n_new = import_votes(root, path)
             ranking = f"python -m telco_nb rerank {root}/judge-{name}"
-            print(f"{path}: {new} new votes of {name}. Rank them: {ranking}")
+            print(f"{path}: {n_new} new votes of {name}. Rank them: {ranking}")

@@ -1,1 +1,1 @@
-"""Notebooks 01 and 02: cards, scenarios, conversations, filters, splits."""
+"""Cards, scenarios, conversations, filters and splits: the code of notebooks 01 and 02."""

@@ -1,4 +1,4 @@
-"""The cards: one per telecom term, the ground truth of generation, filtering and judging; read from YAML or CSV."""
+"""Cards: one per telecom term, the ground truth of generation, filtering and judging; read from YAML, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from yaml.constructor import ConstructorError
 
-from telco_nb.corpus.text_measures import flesch_reading_ease, sentences, words
+from telco_nb.corpus.text_measures import flesch_reading_ease, ngrams, sentences, words
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
 CardId = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
 Fault = tuple[str, str, str]  # (card id, field, problem)
+Located = tuple[int, str, str]  # (position of the card, field, problem)
 
 
 class GlossaryError(ValueError):
-    """A glossary file that cannot be used; `faults` lists every (card id, field, problem) found.
+    """Raised for a glossary file that cannot be used; `faults` lists every (card id, field, problem).
 
-    The message names card and field or, where `rows` gives each card's row in a table, row and column.
+    The message names card and field. If `rows` gives the table row of each fault, it names row and column.
     """
 
     def __init__(self, path: Path | str, faults: list[Fault], rows: list[int] | None = None):
@@ -34,45 +37,47 @@ class GlossaryError(ValueError):
         if rows is None:
             lines = [f"  card {card!r}, field {field!r}: {problem}" for card, field, problem in faults]
         else:
-            where = zip(rows, faults, strict=True)
             lines = [
-                f"  row {row} ({card}), column {_column(field)}: {problem}" for row, (card, field, problem) in where
+                f"  row {row} ({card}), column {_column(field)}: {problem}"
+                for row, (card, field, problem) in zip(rows, faults, strict=True)
             ]
         super().__init__("\n".join([f"{self.path.name}: {len(faults)} fault(s)", *lines]))
 
 
 def _column(field: str) -> str:
-    """A field as the reader of a table finds it: "facts[2]" is item 3 in column facts."""
+    """Name a field as it appears in a table: "facts[2]" is item 3 in column facts."""
     name, _, rest = field.partition("[")
     return f"{name!r}, item {int(rest.partition(']')[0]) + 1}" if rest else repr(name)
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """Refuses unknown fields and converts no types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Figure(_Strict):
-    """A number that answers may use: `text` is the literal string with its unit, e.g. "20 ms"."""
+class Figure(StrictModel):
+    """A number that answers may use; `text` is the literal string with its unit, e.g. "20 ms"."""
 
     text: Text
     meaning: Text
 
 
-class WrongBelief(_Strict):
-    """A sentence customers often get wrong, and the sentence that puts it right."""
+class WrongBelief(StrictModel):
+    """A false sentence that customers often believe, and the sentence that corrects it."""
 
     belief: Text
     correction: Text
 
 
-class Comparison(_Strict):
-    """Two options a customer hesitates between ("an eSIM or a plastic SIM card") and the advice."""
+class Comparison(StrictModel):
+    """Two options between which a customer hesitates ("an eSIM or a plastic SIM card"), and the advice."""
 
     options: Text
     advice: Text
 
 
-class Card(_Strict):
+class Card(StrictModel):
     """Everything an agent may say about one term; field meanings are in the header of glossary.yaml."""
 
     id: CardId
@@ -101,21 +106,20 @@ class Card(_Strict):
 
     @cached_property
     def allowed_figures(self) -> frozenset[tuple[str, str | None]]:
-        """The (number, unit) pairs an answer may hold: the listed figures, and digits in the term's own names."""
+        """The (number, unit) pairs that an answer may hold: the listed figures and the digits in the term's names."""
         texts = [figure.text for figure in self.figures] + self.names
-        return frozenset(found for text in texts for found in figures_in(text))
+        return frozenset(figure for text in texts for figure in figures_in(text))
 
     def agent_texts(self) -> Iterator[tuple[str, str]]:
-        """(field, text) of everything an answer may quote; customer sentences and beliefs are not included."""
+        """Yield (field, text) of everything that an answer may quote: no customer sentences, no beliefs."""
         yield "definition", self.definition
         for field in ("facts", "diagnosis", "resolution"):
             for i, text in enumerate(getattr(self, field)):
                 yield f"{field}[{i}]", text
         for i, wrong in enumerate(self.wrong_beliefs):
             yield f"wrong_beliefs[{i}].correction", wrong.correction
-        yield "escalate_when", self.escalate_when
-        yield "billing_answer", self.billing_answer
-        yield "change_answer", self.change_answer
+        for field in ("escalate_when", "billing_answer", "change_answer"):
+            yield field, getattr(self, field)
         for i, comparison in enumerate(self.comparisons):
             yield f"comparisons[{i}].advice", comparison.advice
 
@@ -150,19 +154,18 @@ def _unit(raw: str | None) -> str | None:
 
 
 def figures_in(text: str) -> list[tuple[str, str | None]]:
-    """(number, unit or None) of every figure in `text`; digits inside names such as 5G or IPv6 do not count."""
-    found = []
-    for match in _FIGURE.finditer(_NAMES.sub(" ", text)):
-        unit = _unit((match["currency"] or match["unit"] or "").strip() or None)
-        found.append((match["number"].replace(",", ""), unit))
-    return found
+    """Return (number, unit or None) of every figure in `text`; digits inside names such as 5G or IPv6 do not count."""
+    return [
+        (match["number"].replace(",", ""), _unit((match["currency"] or match["unit"] or "").strip() or None))
+        for match in _FIGURE.finditer(_NAMES.sub(" ", text))
+    ]
 
 
 def unknown_figures(text: str, card: Card) -> list[str]:
-    """Figures in `text` that the card does not list.
+    """Return the figures in `text` that the card does not list.
 
-    A number with a unit must match a listed number with the same unit (or one listed without a unit); a bare
-    number ("between 20 and 40 ms") matches on the number alone.
+    A number with a unit must match a listed number with the same unit, or one listed without a unit. A bare number
+    ("between 20 and 40 ms") matches on the number alone.
     """
     allowed = card.allowed_figures
     numbers = {number for number, _ in allowed}
@@ -175,18 +178,18 @@ def unknown_figures(text: str, card: Card) -> list[str]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key; PyYAML alone silently keeps the last one."""
+    """SafeLoader that refuses a repeated key; PyYAML alone keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         for key, count in Counter(keys).items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given {count} times", node.start_mark)
+                raise ConstructorError(None, None, f"key {key!r} given {count} times", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path | str) -> Any:
-    """The content of a YAML file; repeated keys and syntax errors raise ValueError naming file and line."""
+    """Read a YAML file. Raises ValueError, naming file and line, for repeated keys and syntax errors."""
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -198,23 +201,11 @@ def _field_name(location: Iterable[str | int]) -> str:
     return name.lstrip(".") or "(card)"
 
 
-Located = tuple[int, str, str]  # (position of the card, field, problem)
-
-
-def _parse(raw: Any, position: int) -> tuple[Card | None, list[Located]]:
-    try:
-        return Card.model_validate(raw), []
-    except ValidationError as error:
-        return None, [(position, _field_name(e["loc"]), f"{e['msg']} (got {e['input']!r:.60})") for e in error.errors()]
-
-
 def _repeated_names(cards: list[tuple[int, Card]]) -> list[Located]:
-    """Ids, terms and aliases that two cards share: a term must lead to one card."""
-    faults, owner = [], {}
+    """List the ids, terms and aliases that two cards share: a term must lead to one card."""
     ids = Counter(card.id for _, card in cards)
-    faults += [
-        (position, "id", f"{card.id!r} used by {ids[card.id]} cards") for position, card in cards if ids[card.id] > 1
-    ]
+    faults = [(i, "id", f"{card.id!r} used by {ids[card.id]} cards") for i, card in cards if ids[card.id] > 1]
+    owner: dict[str, str] = {}
     for position, card in cards:
         for i, name in enumerate(card.names):
             field = "term" if i == 0 else f"aliases[{i - 1}]"
@@ -224,33 +215,31 @@ def _repeated_names(cards: list[tuple[int, Card]]) -> list[Located]:
     return faults
 
 
-def _unlisted_figures(position: int, card: Card) -> list[Located]:
-    return [
-        (position, field, f"figure {figure!r} is not listed under figures")
-        for field, text in card.agent_texts()
-        for figure in unknown_figures(text, card)
-    ]
-
-
 def parse_cards(
-    raw_cards: Any, path: Path | str = "glossary", rows: list[int] | None = None, faults: Iterable[Located] = ()
+    raw_cards: Any, path: Path | str = "glossary", rows: list[int] | None = None, faults: Sequence[Located] = ()
 ) -> list[Card]:
-    """Validate a list of raw cards. Raises GlossaryError with every fault, naming card id and field.
+    """Validate a list of raw cards from the file `path`. Raises GlossaryError with every fault of every card.
 
-    For a table, `rows` holds the row of each card and `faults` what was already wrong with its cells; the error then
-    names row and column.
+    For a table, `rows` is the row of each card and `faults` lists the faulty cells; the error names row and column.
     """
     if not isinstance(raw_cards, list) or not raw_cards:
         raise GlossaryError(path, [("(none)", "(file)", "expected a non-empty list of cards")])
-    parsed = [_parse(raw, i) for i, raw in enumerate(raw_cards)]
-    cards = [(i, card) for i, (card, _) in enumerate(parsed) if card is not None]
-    unread = {(position, field.partition("[")[0]) for position, field, _ in faults}
-    found = [*faults, *(f for _, own in parsed for f in own if (f[0], f[1].partition("[")[0]) not in unread)]
-    found += _repeated_names(cards) + [fault for i, card in cards for fault in _unlisted_figures(i, card)]
-    if found:
-        found.sort(key=lambda fault: fault[0])
-        named = [(_name_of(raw_cards[i], i), field, problem) for i, field, problem in found]
-        raise GlossaryError(path, named, None if rows is None else [rows[i] for i, _, _ in found])
+    reported = {(position, field.partition("[")[0]) for position, field, _ in faults}
+    cards, problems = [], list(faults)
+    for i, raw in enumerate(raw_cards):
+        try:
+            cards.append((i, Card.model_validate(raw)))
+        except ValidationError as error:
+            details = [(_field_name(e["loc"]), f"{e['msg']} (got {e['input']!r:.60})") for e in error.errors()]
+            problems += [(i, *detail) for detail in details if (i, detail[0].partition("[")[0]) not in reported]
+    problems += _repeated_names(cards)
+    for i, card in cards:
+        unlisted = [(field, figure) for field, text in card.agent_texts() for figure in unknown_figures(text, card)]
+        problems += [(i, field, f"figure {figure!r} is not listed under figures") for field, figure in unlisted]
+    if problems:
+        problems.sort(key=lambda fault: fault[0])
+        named = [(_name_of(raw_cards[i], i), field, problem) for i, field, problem in problems]
+        raise GlossaryError(path, named, None if rows is None else [rows[i] for i, _, _ in problems])
     return [card for _, card in cards]
 
 
@@ -260,28 +249,33 @@ def _name_of(raw: Any, position: int) -> str:
 
 
 def load_cards(path: Path | str) -> list[Card]:
-    """Cards of a glossary in YAML, in CSV, or in the validated JSON that 01_glossary writes.
+    """Load the cards of a glossary, in the order of the file.
 
-    Raises GlossaryError (faulty cards), ValueError (not YAML, CSV or JSON) or FileNotFoundError.
+    Args:
+        path: a .yaml or .csv file, or the validated .json that 01_glossary writes.
+
+    Raises:
+        GlossaryError: a card is faulty.
+        ValueError: the file is not YAML, CSV or JSON.
     """
     path = Path(path)
     if path.suffix == ".csv":
-        raw, rows, faults = read_csv(path)
+        raw, rows, faults = _read_csv(path)
         return parse_cards(raw, path, rows, faults)
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(
-            f"{path.name}: a glossary is a .yaml, .csv or .json file, not {path.suffix or 'without ending'}"
-        )
-    if path.suffix != ".json":
+    if path.suffix in (".yaml", ".yml"):
         return parse_cards(read_yaml(path), path)
+    if path.suffix != ".json":
+        ending = path.suffix or "without ending"
+        raise ValueError(f"{path.name}: a glossary is a .yaml, .csv or .json file, not {ending}")
     try:
-        return parse_cards(json.loads(path.read_text(encoding="utf-8")), path)
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from error
+    return parse_cards(raw, path)
 
 
-# One row a card, one column a field. Lists stand in one cell with ITEM between their items; an item of these three
-# columns has two parts with PART between them.
+# A table has one row per card and one column per field. ITEM separates the items of a list in their cell. Each item of
+# a PARTS column has two parts, separated by PART.
 ITEM, PART = "|", "=>"
 PARTS = {
     "wrong_beliefs": ("belief", "correction"), "figures": ("text", "meaning"), "comparisons": ("options", "advice")
@@ -290,13 +284,12 @@ LISTS = ("aliases", "facts", "diagnosis", "resolution", "fault_reports", "billin
 MAY_BE_EMPTY = ("aliases", "source")
 
 
-def read_csv(path: Path | str) -> tuple[list[dict[str, Any]], list[int], list[Located]]:
-    """(raw cards, their rows as a spreadsheet counts them, faulty cells) of a glossary table.
+def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int], list[Located]]:
+    """Read a glossary table: UTF-8, with commas or semicolons, as spreadsheets write it.
 
-    UTF-8, with commas or semicolons, as spreadsheets write it. Raises GlossaryError if the header is not the fields
-    of a card, and ValueError if the file is not text in UTF-8.
+    Returns (raw cards, their rows as a spreadsheet counts them, faulty cells). Raises GlossaryError if the header is
+    not the fields of a card, and ValueError if the file is not text in UTF-8.
     """
-    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -329,16 +322,15 @@ def _check_header(columns: list[str], path: Path) -> None:
 
 
 def _unpack(raw: dict[str, Any]) -> list[tuple[str, str]]:
-    """Turn the cells of a row into the values of a card, in place; returns (field, problem) for what is no list."""
+    """Turn the cells of a row into the values of a card, in place; return (field, problem) of the faulty cells."""
     faults = []
     for field, cell in raw.items():
         if not cell and field not in MAY_BE_EMPTY:
             faults.append((field, "this cell is empty"))
         if field in LISTS:
             raw[field] = [item.strip() for item in cell.split(ITEM)] if cell else []
-            faults += [
-                (f"{field}[{i}]", f"nothing between two {ITEM}") for i, item in enumerate(raw[field]) if not item
-            ]
+            empty = [i for i, item in enumerate(raw[field]) if not item]
+            faults += [(f"{field}[{i}]", f"nothing between two {ITEM}") for i in empty]
     for field, names in PARTS.items():
         for i, item in enumerate(raw.get(field, ())):
             parts = [part.strip() for part in item.split(PART)]
@@ -350,7 +342,7 @@ def _unpack(raw: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_csv(cards: list[Card], path: Path | str) -> None:
-    """Write cards as the table that `load` reads. Raises ValueError if a text holds one of the separators."""
+    """Write cards as a table that `load_cards` reads. Raises ValueError if a text holds one of the separators."""
     rows = []
     for card in cards:
         row = card.model_dump()
@@ -367,13 +359,13 @@ def write_csv(cards: list[Card], path: Path | str) -> None:
 
 
 def write_cards(cards: list[Card], path: Path | str) -> None:
-    """Write cards as the JSON list that later steps read (same order, UTF-8, one trailing newline)."""
+    """Write cards to `path` as the JSON list that later steps read (same order, UTF-8, one trailing newline)."""
     text = json.dumps([card.model_dump() for card in cards], ensure_ascii=False, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def cards_table(cards: list[Card]) -> pd.DataFrame:
-    """One row per card: names, counts of its parts, and words an answer can draw on."""
+    """Return one row per card: names, counts of its parts, and the number of words that answers can draw on."""
     rows = [
         {
             "term_id": card.id,
@@ -393,35 +385,30 @@ def cards_table(cards: list[Card]) -> pd.DataFrame:
 
 
 def overlaps(cards: list[Card], top: int = 10, shingle: int = 3) -> pd.DataFrame:
-    """The `top` card pairs by Jaccard similarity of word `shingle`-grams over their agent texts."""
-    sets = {}
-    for card in cards:
-        grams: set[tuple[str, ...]] = set()
-        for _, text in card.agent_texts():
-            tokens = words(text)
-            grams.update(zip(*(tokens[i:] for i in range(shingle)), strict=False))
-        sets[card.id] = grams
-    ids = list(sets)
+    """Find the most similar cards.
+
+    Args:
+        cards: the cards.
+        top: the number of pairs returned.
+        shingle: the length of the word n-grams.
+
+    Returns:
+        Columns term_a, term_b, jaccard (Jaccard similarity of the n-grams of the agent texts), most similar first.
+    """
+    grams = {c.id: {gram for _, text in c.agent_texts() for gram in ngrams(words(text), shingle)} for c in cards}
     pairs = [
-        {"term_a": a, "term_b": b, "jaccard": len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b]))}
-        for i, a in enumerate(ids)
-        for b in ids[i + 1 :]
+        {"term_a": a, "term_b": b, "jaccard": len(grams[a] & grams[b]) / max(1, len(grams[a] | grams[b]))}
+        for a, b in combinations(grams, 2)
     ]
     pairs_df = pd.DataFrame(pairs, columns=["term_a", "term_b", "jaccard"])
     return pairs_df.sort_values(["jaccard", "term_a", "term_b"], ascending=[False, True, True]).head(top)
 
 
 def readability_table(cards: list[Card]) -> pd.DataFrame:
-    """One row per card: term_id, category, reading ease of all that an agent may say, words per sentence."""
+    """Return one row per card: term_id, category, Flesch reading ease of its agent texts, words per sentence."""
     rows = []
     for card in cards:
         text = " ".join(text if text.endswith((".", "?", "!")) else f"{text}." for _, text in card.agent_texts())
-        rows.append(
-            {
-                "term_id": card.id,
-                "category": card.category,
-                "reading_ease": round(flesch_reading_ease(text), 1),
-                "words_per_sentence": round(len(text.split()) / len(sentences(text)), 1),
-            }
-        )
-    return pd.DataFrame(rows)
+        per_sentence = round(len(text.split()) / len(sentences(text)), 1)
+        rows.append((card.id, card.category, round(flesch_reading_ease(text), 1), per_sentence))
+    return pd.DataFrame(rows, columns=["term_id", "category", "reading_ease", "words_per_sentence"])

@@ -1,4 +1,4 @@
-"""The data set: which conversations are kept, how they are split, and what its card says of them."""
+"""The data set: filtering, balanced samples, statistics for the data card, and the check that splits share nothing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from telco_nb.corpus import duplicates, text_measures
+from telco_nb.corpus import duplicates
 from telco_nb.corpus.cards import Card
 from telco_nb.corpus.filters import FILTERS, Conversation, Reject, reject_reason
-from telco_nb.corpus.scenarios import AXES, stable_hash
-from telco_nb.corpus.text_measures import CELL_TEXTS, self_bleu
+from telco_nb.corpus.scenarios import AXES, SPLITS, stable_hash
+from telco_nb.corpus.text_measures import compression_ratio, distinct_n, self_bleu
 
-SIMILAR_MARGIN = 0.005  # refused this much earlier, because the weights shift a little when rows go
+SIMILAR_MARGIN = (
+    0.005  # the filter's threshold is this much lower, because dropped rows change the TF-IDF weights a little
+)
 SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations
-SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}  # of two duplicates the train row goes
+SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}  # of two duplicates the train row is dropped
+SAMPLE_SIZE = (
+    2000  # distinct-n and compression depend on the amount of text, so all corpora are measured on as many texts
+)
+CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 
 
-# --- duplicates --------------------------------------------------------------------------------------
+# --- filters -----------------------------------------------------------------------------------------
 
 
 def first_turn(conversation: Conversation) -> str:
@@ -36,57 +42,47 @@ def first_answer(conversation: Conversation) -> str:
     return conversation["messages"][1]["content"]
 
 
-def exchange(conversation: Conversation) -> str:
-    return f"{first_turn(conversation)}\n{first_answer(conversation)}"
-
-
 PARTS: dict[str, Callable[[Conversation], str]] = {"first_turn": first_turn, "answer": first_answer}
+DUPLICATE_REASONS = [f"{kind}_duplicate_{name}" for name in PARTS for kind in ("exact", "near")]
+REASONS = (*FILTERS, *DUPLICATE_REASONS, "similar_across_splits")
 
 
-def _duplicates(kept: list[Conversation], name: str) -> dict[int, Reject]:
-    """Rows to drop because a part repeats that of a row with a higher claim (test before val before train)."""
+def _duplicates(rows: list[Conversation], name: str) -> dict[int, Reject]:
+    """Return the positions to drop because a part repeats that of a row with priority (test, then val, then train)."""
     part = PARTS[name]
-    order = sorted(range(len(kept)), key=lambda i: (SPLIT_PRIORITY[kept[i]["split"]], i))
+    order = sorted(range(len(rows)), key=lambda i: (SPLIT_PRIORITY[rows[i]["split"]], i))
     first: dict[str, int] = {}
     dropped: dict[int, Reject] = {}
     for i in order:
-        owner = first.setdefault(duplicates.text_hash(part(kept[i])), i)
-        if owner != i:
-            dropped[i] = (f"exact_duplicate_{name}", kept[owner]["conversation_id"])
-    rows = [i for i in order if i not in dropped]
-    for later, (earlier, jaccard) in duplicates.near_duplicates_to_drop([part(kept[i]) for i in rows]).items():
-        detail = f"{kept[rows[earlier]]['conversation_id']} ({jaccard:.2f})"
-        dropped[rows[later]] = (f"near_duplicate_{name}", detail)
+        original = first.setdefault(duplicates.text_hash(part(rows[i])), i)
+        if original != i:
+            dropped[i] = (f"exact_duplicate_{name}", rows[original]["conversation_id"])
+    rest = [i for i in order if i not in dropped]
+    for later, (earlier, jaccard) in duplicates.near_duplicates_to_drop([part(rows[i]) for i in rest]).items():
+        detail = f"{rows[rest[earlier]]['conversation_id']} ({jaccard:.2f})"
+        dropped[rest[later]] = (f"near_duplicate_{name}", detail)
     return dropped
 
 
-def similar_across_splits(
-    rows: list[Conversation], threshold: float = duplicates.SIMILAR
-) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, cosine) of rows of one term in different splits whose exchanges have TF-IDF cosine >= threshold.
+def similar_across_splits(rows: list[Conversation], threshold: float = duplicates.SIMILAR) -> list[duplicates.Pair]:
+    """Return pairs (i, j, cosine) of similar first exchanges (TF-IDF cosine >= threshold) in different splits.
 
-    Row i has the higher claim (test before val before train). Other terms are not compared: their names alone weigh
-    enough to keep them apart.
+    Row i has priority (test, then val, then train). Rows of different terms are not compared: the names of the terms
+    alone make them different.
     """
     if not rows:
         return []
-    claim = [SPLIT_PRIORITY[row["split"]] for row in rows]
-    return duplicates.similar_pairs([exchange(row) for row in rows], [row["term_id"] for row in rows], claim, threshold)
+    exchanges = [f"{first_turn(row)}\n{first_answer(row)}" for row in rows]
+    priority = [SPLIT_PRIORITY[row["split"]] for row in rows]
+    return duplicates.similar_pairs(exchanges, [row["term_id"] for row in rows], priority, threshold)
 
 
-def _similar(kept: list[Conversation]) -> dict[int, Reject]:
+def _similar(rows: list[Conversation]) -> dict[int, Reject]:
     dropped: dict[int, Reject] = {}
-    for i, j, cosine in similar_across_splits(kept, duplicates.SIMILAR - SIMILAR_MARGIN):
+    for i, j, cosine in similar_across_splits(rows, duplicates.SIMILAR - SIMILAR_MARGIN):
         if i not in dropped:
-            dropped.setdefault(j, ("similar_across_splits", f"{kept[i]['conversation_id']} ({cosine:.2f})"))
+            dropped.setdefault(j, ("similar_across_splits", f"{rows[i]['conversation_id']} ({cosine:.2f})"))
     return dropped
-
-
-REASONS = (
-    *FILTERS,
-    *(f"{kind}_duplicate_{name}" for name in PARTS for kind in ("exact", "near")),
-    "similar_across_splits",
-)
 
 
 def apply_filters(
@@ -94,34 +90,33 @@ def apply_filters(
 ) -> tuple[list[Conversation], pd.DataFrame, dict[str, int]]:
     """Apply all filters, first those on one conversation, then those that compare conversations.
 
-    Rows may come from a language model: whatever their shape, a bad one is refused and never raises. Returns the kept
-    conversations, the rejects (conversation_id, reason, detail, and the row itself as JSON) and the number refused
-    for each reason, zeros included.
+    Args:
+        conversations: rows of any shape: they may come from a language model. A bad row is refused, never an error.
+        cards: the cards.
+
+    Returns:
+        The kept conversations; the rejects (conversation_id, reason, detail, and the row itself as JSON); the number of
+        rejects for each reason, zeros included.
     """
     by_id = {card.id: card for card in cards}
     kept, rejects = [], []
     for conversation in conversations:
-        refused = reject_reason(conversation, _card_of(conversation, by_id))
-        if refused:
+        term = conversation.get("term_id") if isinstance(conversation, dict) else None
+        if refused := reject_reason(conversation, by_id.get(term) if isinstance(term, str) else None):
             rejects.append(_rejected_row(conversation, refused))
         else:
             kept.append(conversation)
-    for drop in (*(partial(_duplicates, name=name) for name in PARTS), _similar):
-        dropped = drop(kept)
+    for compare in (*(partial(_duplicates, name=name) for name in PARTS), _similar):
+        dropped = compare(kept)
         rejects += [_rejected_row(kept[i], refused) for i, refused in sorted(dropped.items())]
         kept = [conversation for i, conversation in enumerate(kept) if i not in dropped]
     frame = pd.DataFrame(rejects, columns=["conversation_id", "reason", "detail", "conversation"])
     counts = Counter(frame["reason"])
-    return kept, frame, {reason: counts.get(reason, 0) for reason in REASONS}
-
-
-def _card_of(conversation: Any, by_id: dict[str, Card]) -> Card | None:
-    term = conversation.get("term_id") if isinstance(conversation, dict) else None
-    return by_id.get(term) if isinstance(term, str) else None
+    return kept, frame, {reason: counts[reason] for reason in REASONS}
 
 
 def _rejected_row(conversation: Any, refused: Reject) -> tuple[str | None, str, str, str]:
-    """A line of the reject file: texts only, so that any row can be written."""
+    """Return a line of the reject file: text only, so that any row can be written."""
     name = conversation.get("conversation_id") if isinstance(conversation, dict) else None
     raw = json.dumps(conversation, default=repr, sort_keys=False)  # ASCII, so that broken Unicode is kept as escapes
     return (None if name is None else str(name).encode(errors="replace").decode(), *refused, raw)
@@ -131,74 +126,79 @@ def _rejected_row(conversation: Any, refused: Reject) -> tuple[str | None, str, 
 
 
 def balanced_order(rows: list[Conversation], seed: int) -> list[int]:
-    """Positions of all rows in an order of which every prefix is balanced over terms, then intents, then the rest.
+    """Order all rows so that every prefix is balanced over terms, then intents, then the other axes.
 
-    Terms take turns; each gives the scenario least used so far, whose intent, situation and customer are the
-    rarest so far, and of it the conversation with the rarest opening and mood. Ties fall by keyed hash.
+    Terms take turns. Each gives its least used scenario, preferably of the rarest intent, situation and customer so
+    far, and of this scenario the conversation with the rarest opening and mood. A hash decides ties.
     """
     pools: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, row in enumerate(rows):
         pools[row["term_id"]][row["scenario_id"]].append(i)
-    scenario_tie = {row["scenario_id"]: stable_hash(seed, "sample", row["scenario_id"]) for row in rows}
-    row_tie = [stable_hash(seed, "sample", row["conversation_id"]) for row in rows]
-    seen: Counter = Counter()
+    tie_break = partial(stable_hash, seed, "sample")
+    counts: Counter = Counter()
+
+    def scenario_rank(pool: list[int]) -> tuple:
+        row = rows[pool[0]]
+        return (counts[row["scenario_id"]], *(counts[row[axis]] for axis in AXES), tie_break(row["scenario_id"]))
+
+    def row_rank(i: int) -> tuple:
+        row = rows[i]
+        return counts[row["opening"]], counts[row["mood"]], tie_break(row["conversation_id"])
+
     order: list[int] = []
     turn = 0
-    while pools:
+    while len(order) < len(rows):
         turn += 1
-        for _, term in sorted((stable_hash(seed, "sample", turn, term), term) for term in pools):
-            chosen = _least_seen(rows, pools[term], seen, scenario_tie, row_tie)
-            row = rows[chosen]
-            pool = pools[term][row["scenario_id"]]
+        open_terms = [term for term, scenarios in pools.items() if any(scenarios.values())]
+        for term in sorted(open_terms, key=lambda term: tie_break(turn, term)):
+            pool = min(filter(None, pools[term].values()), key=scenario_rank)
+            chosen = min(pool, key=row_rank)
             pool.remove(chosen)
-            if not pool:
-                del pools[term][row["scenario_id"]]
             order.append(chosen)
-            seen.update([row[key] for key in (*AXES, "opening", "mood", "scenario_id")])
-        pools = {term: pool for term, pool in pools.items() if pool}
+            counts.update([rows[chosen][key] for key in (*AXES, "opening", "mood", "scenario_id")])
     return order
 
 
-def _least_seen(
-    rows: list[Conversation],
-    pools: dict[str, list[int]],
-    seen: Counter,
-    scenario_tie: dict[str, int],
-    row_tie: list[int],
-) -> int:
-    def scenario_rank(scenario_id: str) -> tuple:
-        row = rows[pools[scenario_id][0]]
-        return (seen[scenario_id], *(seen[row[axis]] for axis in AXES), scenario_tie[scenario_id])
-
-    scenario = min(pools, key=scenario_rank)
-    return min(pools[scenario], key=lambda i: (seen[rows[i]["opening"]], seen[rows[i]["mood"]], row_tie[i]))
-
-
 def sample_split(rows: list[Conversation], split: str, n: int | None, seed: int) -> list[Conversation]:
-    """The first `n` rows of a split in balanced order; null (None) = the whole split in grid order.
+    """Take a balanced sample of a split.
 
-    Raises ValueError if the split has fewer rows.
+    Args:
+        rows: conversations of all splits.
+        split: "train", "val" or "test".
+        n: the number of conversations; None for the whole split in grid order.
+        seed: the seed of the sample. A larger sample contains the smaller one.
+
+    Raises:
+        ValueError: the split has fewer than `n` rows.
     """
     own = [row for row in rows if row["split"] == split]
     if n is None:
         return own
     if n > len(own):
-        raise ValueError(f"{n} conversations asked of split {split!r}, which has {len(own)}")
+        raise ValueError(f"{n} conversations requested from split {split!r}, which has {len(own)}")
     return [own[i] for i in balanced_order(own, seed)[:n]]
 
 
-def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dict[str, Any]]:
-    """One prompt per test scenario: the first user turn, with the answer given there as reference.
+def _by_scenario(rows: Iterable[Conversation]) -> dict[str, list[Conversation]]:
+    groups: dict[str, list[Conversation]] = defaultdict(list)
+    for row in rows:
+        groups[row["scenario_id"]].append(row)
+    return groups
 
-    The conversation is drawn by keyed hash within its scenario; `n` scenarios are taken in balanced order (None =
-    all). Raises ValueError if there are fewer.
+
+def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dict[str, Any]]:
+    """Take one prompt per test scenario: the first user turn, with the answer of its conversation as reference.
+
+    Args:
+        rows: conversations of all splits.
+        n: the number of scenarios, taken in balanced order; None for all.
+        seed: the seed of the sample and of the hash that draws the conversation of a scenario.
+
+    Raises:
+        ValueError: there are fewer than `n` test scenarios.
     """
-    one: dict[str, Conversation] = {}
-    for row in (row for row in rows if row["split"] == "test"):
-        rank = stable_hash(seed, "prompt", row["conversation_id"])
-        best = one.get(row["scenario_id"])
-        if best is None or rank < stable_hash(seed, "prompt", best["conversation_id"]):
-            one[row["scenario_id"]] = row
+    scenarios = _by_scenario(row for row in rows if row["split"] == "test").values()
+    drawn = [min(own, key=lambda row: stable_hash(seed, "prompt", row["conversation_id"])) for own in scenarios]
     return [
         {
             "prompt_id": row["conversation_id"],
@@ -206,18 +206,15 @@ def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dic
             "messages": row["messages"][:1],
             "reference": first_answer(row),
         }
-        for row in sample_split(list(one.values()), "test", n, seed)
+        for row in sample_split(drawn, "test", n, seed)
     ]
 
 
-test_prompts.__test__ = False  # not a test, whatever pytest thinks of its name
-
-
-# --- what the corpus is like -------------------------------------------------------------------------
+# --- statistics --------------------------------------------------------------------------------------
 
 
 def turns_table(conversations: Iterable[Conversation]) -> pd.DataFrame:
-    """One row per message: conversation_id, split, intent, role, turn (from 0) and words."""
+    """Return one row per message: conversation_id, split, intent, role, turn (from 0) and words."""
     rows = [
         (c["conversation_id"], c["split"], c["intent"], m["role"], i // 2, len(m["content"].split()))
         for c in conversations
@@ -226,64 +223,108 @@ def turns_table(conversations: Iterable[Conversation]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["conversation_id", "split", "intent", "role", "turn", "words"])
 
 
-def length_stats(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Words per message by role: mean, median, min, max and the 5th and 95th percentile."""
+def length_stats(turns: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Return words per message by role (mean, median, min, 5th and 95th percentile, max) of a table of turns."""
     stats = {}
-    for role, lengths in frame.groupby("role")["words"]:
-        stats[role] = {
-            "mean": round(float(lengths.mean()), 2),
-            "median": float(lengths.median()),
-            "min": int(lengths.min()),
-            "p05": float(lengths.quantile(0.05)),
-            "p95": float(lengths.quantile(0.95)),
-            "max": int(lengths.max()),
-        }
+    for role, lengths in turns.groupby("role")["words"]:
+        low, p05, median, p95, high = (float(x) for x in lengths.quantile([0, 0.05, 0.5, 0.95, 1]))
+        mean = round(float(lengths.to_numpy().mean()), 2)
+        stats[str(role)] = {"mean": mean, "median": median, "min": int(low), "p05": p05, "p95": p95, "max": int(high)}
     return stats
 
 
+def _stable_sample(rows: Sequence[Conversation], n: int, seed: int) -> list[Conversation]:
+    """Draw `n` conversations (or all) by hash."""
+    return sorted(rows, key=lambda row: stable_hash(seed, "diversity", row["conversation_id"]))[:n]
+
+
 def diversity_table(conversations: list[Conversation], seed: int) -> pd.DataFrame:
-    """Diversity of first turns and of answers, on a seeded sample of at most `diversity.SAMPLE` conversations."""
-    drawn = stable_sample(conversations, text_measures.SAMPLE_SIZE, seed)
-    parts = {"customer, first turn": first_turn, "agent, first answer": first_answer}
-    return text_measures.variety_table({name: [part(c) for c in drawn] for name, part in parts.items()})
+    """Measure the diversity of first turns and of answers on a seeded sample of at most 2,000 conversations.
+
+    Returns the columns text, texts, distinct_1 to distinct_3 and gzip_ratio.
+    """
+    drawn = _stable_sample(conversations, SAMPLE_SIZE, seed)
+    rows = []
+    for name, part in {"customer, first turn": first_turn, "agent, first answer": first_answer}.items():
+        texts = [part(row) for row in drawn]
+        distinct = {f"distinct_{n}": round(distinct_n(texts, n), 4) for n in (1, 2, 3)}
+        ratio = round(compression_ratio(texts), 3)
+        rows.append({"text": name, "texts": len(texts)} | distinct | {"gzip_ratio": ratio})
+    return pd.DataFrame(rows)
+
+
+def self_bleu_per_cell(
+    rows: Sequence[Conversation], parts: dict[str, Callable[[Conversation], str]], cells: int, seed: int
+) -> pd.DataFrame:
+    """Measure self-BLEU within scenarios.
+
+    Args:
+        rows: the conversations.
+        parts: name -> function that takes the text of a conversation, as `PARTS`.
+        cells: the number of scenarios, drawn by hash; at most `CELL_TEXTS` conversations of each are used.
+        seed: the seed of the hash.
+
+    Returns:
+        One row per scenario: scenario_id, term_id, the axes, texts, and self_bleu_<part> (0 to 1) for each part.
+    """
+    by_scenario = _by_scenario(rows)
+    table = []
+    for name in sorted(by_scenario, key=lambda name: stable_hash(seed, "diversity", name))[:cells]:
+        own = _stable_sample(by_scenario[name], CELL_TEXTS, seed)
+        values = {f"self_bleu_{part}": self_bleu([text_of(row) for row in own]) for part, text_of in parts.items()}
+        head = {key: own[0][key] for key in ("scenario_id", "term_id", *AXES)}
+        table.append(head | {"texts": len(own)} | values)
+    return pd.DataFrame(table)
 
 
 def self_bleu_summary(cells: pd.DataFrame) -> dict[str, Any]:
-    """What the data set's card says of self-BLEU per cell: scenarios measured, mean by intent, null where undefined."""
-    columns = [f"self_bleu_{name}" for name in PARTS]
-    means = cells.groupby("intent")[columns].mean().round(4)
-    by_intent = {intent: {k: None if v != v else v for k, v in row.items()} for intent, row in means.iterrows()}
+    """Return the number of scenarios measured and the mean self-BLEU by intent, None where undefined."""
+    means = cells.groupby("intent")[[f"self_bleu_{name}" for name in PARTS]].mean().round(4)
+    by_intent = means.astype(object).where(means.notna(), None).to_dict("index")
     return {"scenarios_measured": len(cells), "mean_by_intent": by_intent}
 
 
+def level_counts(conversations: list[Conversation]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return axis -> level -> {split: conversations} for the axes of the grid, moods, openings and turns."""
+    axes = [*AXES, "mood", "opening", "n_turns"]
+    frame = pd.DataFrame(conversations, columns=["split", *axes])
+    counts = {}
+    for axis in axes:
+        table = pd.crosstab(frame[axis].astype(str), frame["split"]).reindex(columns=list(SPLITS), fill_value=0)
+        counts[axis] = table.to_dict("index")
+    return counts
+
+
+# --- separation of the splits ------------------------------------------------------------------------
+
+
 def count_leaks(conversations: list[Conversation]) -> dict[str, int]:
-    """What splits share: scenario ids, exact and near-duplicate first turns and answers, similar exchanges: 0 each."""
-    found = {"shared_scenarios": 0}
-    by_scenario = defaultdict(set)
-    for c in conversations:
-        by_scenario[c["scenario_id"]].add(c["split"])
-    found["shared_scenarios"] = sum(len(splits) > 1 for splits in by_scenario.values())
-    split_of = [c["split"] for c in conversations]
+    """Count what splits share: scenario ids, exact and near-duplicate first turns and answers, similar exchanges."""
+    split = pd.Series([c["split"] for c in conversations])
+
+    def shared(values: list[str]) -> int:
+        return int((split.groupby(values).nunique().to_numpy() > 1).sum())
+
+    leaks = {"shared_scenarios": shared([c["scenario_id"] for c in conversations])}
     for name, part in PARTS.items():
-        by_text = defaultdict(set)
-        for c in conversations:
-            by_text[duplicates.text_hash(part(c))].add(c["split"])
-        found[f"exact_{name}"] = sum(len(splits) > 1 for splits in by_text.values())
-        pairs = duplicates.near_duplicates([part(c) for c in conversations])
-        found[f"near_{name}"] = sum(split_of[a] != split_of[b] for a, b, _ in pairs)
-    found["similar_exchange"] = len(similar_across_splits(conversations))
-    return found
+        texts = [part(c) for c in conversations]
+        leaks[f"exact_{name}"] = shared([duplicates.text_hash(text) for text in texts])
+        leaks[f"near_{name}"] = sum(split[i] != split[j] for i, j, _ in duplicates.near_duplicates(texts))
+    leaks["similar_exchange"] = len(similar_across_splits(conversations))
+    return leaks
 
 
-def leak_gates(conversations: list[Conversation], found: dict[str, int]) -> pd.DataFrame:
-    """The conditions on which the study goes on: columns gate, value, limit, passed. `found` is from `leaks`."""
+def leak_gates(conversations: list[Conversation], leaks: dict[str, int]) -> pd.DataFrame:
+    """Check that the splits are fit for use, from `count_leaks`: columns gate, value, limit, passed."""
     total = max(1, len(conversations))
-    shares = Counter(c["split"] for c in conversations)
-    drift = max(abs(100 * shares[name] / total - target) for name, target in SPLIT_POINTS.items())
-    seen = {(axis, c[axis]) for c in conversations for axis in (*AXES, "term_id")}
+    sizes = Counter(c["split"] for c in conversations)
+    drift = max(abs(100 * sizes[name] / total - target) for name, target in SPLIT_POINTS.items())
     present = {(axis, c[axis], c["split"]) for c in conversations for axis in (*AXES, "term_id")}
-    absent = sum((axis, level, name) not in present for axis, level in seen for name in SPLIT_POINTS)
-    rows = [(name.replace("_", " ") + " between splits", value, 0) for name, value in found.items()]
+    levels = {(axis, level) for axis, level, _ in present}
+    absent = sum((axis, level, name) not in present for axis, level in levels for name in SPLIT_POINTS)
+    rows: list[tuple[str, float, int]] = [
+        (f"{name.replace('_', ' ')} between splits", n, 0) for name, n in leaks.items()
+    ]
     rows.append(("levels or terms absent from a split", absent, 0))
     rows.append(("points between a split and its target share", round(drift, 2), 2))
     frame = pd.DataFrame(rows, columns=["gate", "value", "limit"])
@@ -291,59 +332,20 @@ def leak_gates(conversations: list[Conversation], found: dict[str, int]) -> pd.D
 
 
 def content_hash(conversations: Iterable[Conversation]) -> str:
-    """sha256 over all conversations as JSON lines with sorted keys: equal bytes, equal hash."""
+    """Return the sha256 of all conversations as JSON lines with sorted keys."""
     digest = hashlib.sha256()
     for conversation in conversations:
         digest.update(json.dumps(conversation, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 
-def level_counts(conversations: list[Conversation]) -> dict[str, dict[str, dict[str, int]]]:
-    """axis -> level -> {split: conversations}, for the axes of the grid, the moods, the openings and the turns."""
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    for axis in (*AXES, "mood", "opening", "n_turns"):
-        counter = Counter((str(c[axis]), c["split"]) for c in conversations)
-        levels = sorted({level for level, _ in counter})
-        counts[axis] = {level: {s: counter[level, s] for s in ("train", "val", "test")} for level in levels}
-    return counts
-
-
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 def write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rows (conversations or prompts) as Parquet, with messages as list<struct<role, content>>."""
+    """Write rows (conversations or prompts) as Parquet, with messages as list<struct<role, content>>."""
     fields = [
         (key, _MESSAGES if key == "messages" else pa.int64() if isinstance(value, int) else pa.string())
         for key, value in rows[0].items()
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(fields)), path)
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows that `write_parquet` wrote."""
-    return pq.read_table(path).to_pylist()
-
-
-def stable_sample(rows: Sequence[dict[str, Any]], n: int, seed: int) -> list[dict[str, Any]]:
-    """`n` conversations (or all), drawn by keyed hash."""
-    return sorted(rows, key=lambda row: stable_hash(seed, "diversity", row["conversation_id"]))[:n]
-
-
-def self_bleu_per_cell(rows: Sequence[dict[str, Any]], parts: dict[str, Any], cells: int, seed: int) -> pd.DataFrame:
-    """Self-BLEU within scenarios: columns scenario_id, the axes, texts, and self_bleu_<part> for each of `parts`.
-
-    `cells` scenarios are drawn by keyed hash; of each, at most CELL_TEXTS conversations. `parts` maps a name to a
-    function from a conversation to its text.
-    """
-    by_scenario = defaultdict(list)
-    for row in rows:
-        by_scenario[row["scenario_id"]].append(row)
-    chosen = sorted(by_scenario, key=lambda name: stable_hash(seed, "diversity", name))[:cells]
-    found = []
-    for name in chosen:
-        texts = stable_sample(by_scenario[name], CELL_TEXTS, seed)
-        values = {f"self_bleu_{part}": self_bleu([get(row) for row in texts]) for part, get in parts.items()}
-        head = {key: texts[0][key] for key in ("scenario_id", "term_id", *AXES)}
-        found.append(head | {"texts": len(texts)} | values)
-    return pd.DataFrame(found)

@@ -1,4 +1,4 @@
-"""Texts that say the same: equal after normalising, nearly equal (Jaccard), or of much the same words (TF-IDF)."""
+"""Find exact duplicates (after normalisation), near-duplicates (Jaccard) and similar texts (TF-IDF cosine)."""
 
 from __future__ import annotations
 
@@ -23,76 +23,72 @@ ROUNDING = 1e-4  # single precision proposes pairs this much below the threshold
 Pair = tuple[int, int, float]
 
 
-def normalise_text(text: str) -> str:
-    """Lower-cased words with single spaces: what counts as the same text."""
-    return " ".join(words(text))
-
-
 def text_hash(text: str) -> str:
-    """sha256 of the normalised text."""
-    return hashlib.sha256(normalise_text(text).encode()).hexdigest()
+    """Return the sha256 of the normalised text: its lower-cased words with single spaces."""
+    return hashlib.sha256(" ".join(words(text)).encode()).hexdigest()
 
 
 # --- near-duplicates ---------------------------------------------------------------------------------
 
 
-def _numbered(values: np.ndarray) -> np.ndarray:
-    """Equal values get equal numbers from 0; exact, no hashing of contents."""
+def _number_distinct(values: np.ndarray) -> np.ndarray:
+    """Give equal values equal numbers from 0; exact, without collisions."""
     return pd.factorize(values)[0].astype(np.int64)
 
 
 def _word_numbers(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers of the words of all texts in a row, words per text); a short text is filled up with 0."""
+    """Return (word numbers of all texts, concatenated; words per text). A short text is padded with 0."""
     vocabulary: dict[str, int] = {"": 0}
     numbers = array("q")
     lengths = np.empty(len(texts), dtype=np.int64)
     for i, text in enumerate(texts):
-        found = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
-        found += [0] * (SHINGLE - len(found))
-        numbers.extend(found)
-        lengths[i] = len(found)
+        own = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
+        own += [0] * (SHINGLE - len(own))
+        numbers.extend(own)
+        lengths[i] = len(own)
     return np.frombuffer(numbers, dtype=np.int64), lengths
 
 
 def shingle_sets(texts: Sequence[str]) -> csr_matrix:
-    """The word 5-shingles of each text: a row a text, a column a shingle from rare to frequent, entries 1.
+    """Return the word 5-shingles of the texts as a binary matrix, texts x shingles, rare shingles first.
 
-    A text of fewer words is one shingle.
+    A text of fewer than 5 words is one shingle.
     """
     word, lengths = _word_numbers(texts)
     owner = np.repeat(np.arange(len(texts)), lengths)
-    two = _numbered(word[:-1] * (word.max() + 1) + word[1:])
-    four = _numbered(two[:-2] * (two.max() + 1) + two[2:])
-    five = _numbered(four[:-1] * (word.max() + 1) + word[SHINGLE - 1 :])
+    two = _number_distinct(word[:-1] * (word.max() + 1) + word[1:])
+    four = _number_distinct(two[:-2] * (two.max() + 1) + two[2:])
+    five = _number_distinct(four[:-1] * (word.max() + 1) + word[SHINGLE - 1 :])
     inside = owner[: len(five)] == owner[SHINGLE - 1 :]  # windows that do not cross into the next text
     owner, five = owner[: len(five)][inside], five[inside]
     frequency = np.bincount(five)
     rank = np.empty(len(frequency), dtype=np.int64)
     rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency))
-    row, column = np.divmod(np.unique(owner * len(frequency) + rank[five]), len(frequency))  # once a text, rarest first
+    row, column = np.divmod(np.unique(owner * len(frequency) + rank[five]), len(frequency))  # rarest first
     starts = np.searchsorted(row, np.arange(len(texts) + 1))
     return csr_matrix((np.ones(len(row), dtype=np.int32), column, starts), shape=(len(texts), len(frequency)))
 
 
 def _prefixes(sets: csr_matrix, threshold: float) -> tuple[csr_matrix, np.ndarray]:
-    """(the rarest shingles of each text, how many of them a similar text shares)."""
+    """Return (the rarest shingles of each text, how many of them a similar text shares)."""
     sizes = np.diff(sets.indptr)
     least = np.ceil(threshold * sizes).astype(np.int64)  # the smallest overlap with a set of this similarity
     length = np.minimum(sizes, sizes - least + SHARED)
     place = np.arange(sets.nnz) - np.repeat(sets.indptr[:-1], sizes)
     frequency = np.bincount(sets.indices, minlength=sets.shape[1])
-    chosen = (place < np.repeat(length, sizes)) & (frequency[sets.indices] > 1)  # what one text holds finds nothing
+    # A shingle that one text alone holds finds no pair.
+    chosen = (place < np.repeat(length, sizes)) & (frequency[sets.indices] > 1)
     starts = np.concatenate(([0], np.cumsum(chosen)))[sets.indptr]
     prefixes = csr_matrix((sets.data[chosen], sets.indices[chosen], starts), shape=sets.shape)
     return prefixes, np.minimum(SHARED, least)
 
 
 def _pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of pairs (i, j, Jaccard), j < i, at or above the threshold; exact.
+    """Yield blocks of all pairs (i, j, Jaccard), j < i, at or above the threshold.
 
     Prefix filtering (Chaudhuri et al. 2006; Bayardo et al. 2007; with several shared elements, Wang et al. 2012): two
     sets this similar share `SHARED` of their rarest n - ceil(threshold n) + SHARED elements, so that only such pairs
-    are compared. Counting what prefixes share is a sparse matrix product, taken in blocks to bound the memory.
+    are compared. A sparse matrix product counts the shared elements, in blocks to bound the memory.
     """
     sets = shingle_sets(texts)
     sizes = np.diff(sets.indptr)
@@ -111,7 +107,7 @@ def _pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[np.ndarray,
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[Pair]:
-    """All pairs (i, j, Jaccard), i < j, of texts with Jaccard similarity of word 5-shingles >= threshold. Exact."""
+    """Return all pairs (i, j, Jaccard), i < j, whose word 5-shingles have Jaccard similarity >= threshold. Exact."""
     if not texts:
         return []
     blocks = _pairs(texts, threshold)
@@ -119,42 +115,41 @@ def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> 
 
 
 def near_duplicates_to_drop(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> dict[int, tuple[int, float]]:
-    """{position: (earlier position, Jaccard)} of texts that must go so that no near-duplicates stay.
+    """Return {position: (earlier position, Jaccard)} of the texts to drop so that no near-duplicates stay.
 
-    Earlier texts have the higher claim; a text yields only to one that stays.
+    Earlier texts have priority; a text is dropped only for an earlier one that stays.
     """
-    gone: dict[int, tuple[int, float]] = {}
+    dropped: dict[int, tuple[int, float]] = {}
     for earlier, later, value in sorted(near_duplicates(texts, threshold), key=lambda pair: (pair[1], pair[0])):
-        if earlier not in gone and later not in gone:
-            gone[later] = (earlier, value)
-    return gone
+        if earlier not in dropped and later not in dropped:
+            dropped[later] = (earlier, value)
+    return dropped
 
 
 # --- similar exchanges across splits -----------------------------------------------------------------
 
 
-def similar_pairs(texts: Sequence[str], group: Sequence[str], claim: Sequence[int], threshold: float) -> list[Pair]:
-    """Pairs (i, j, cosine) of texts of one group with TF-IDF cosine >= threshold and claim[i] < claim[j].
+def similar_pairs(texts: Sequence[str], group: Sequence[str], priority: Sequence[int], threshold: float) -> list[Pair]:
+    """Return all pairs (i, j, cosine) of one group with TF-IDF cosine >= threshold and priority[i] < priority[j].
 
-    Texts of different groups are not compared. Within a group all pairs of different claim are multiplied as dense
-    single-precision blocks, which is fast; the few near the threshold are decided in double precision.
+    `group` and `priority` have one entry per text. All pairs of a group are multiplied as dense single-precision
+    blocks, which is fast. Double precision decides the few near the threshold.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectors = TfidfVectorizer(analyzer=words, dtype=np.float64).fit_transform(texts)
-    claims = np.asarray(claim)
+    vectors = csr_matrix(TfidfVectorizer(analyzer=words, dtype=np.float64).fit_transform(texts))
+    priorities = np.asarray(priority)
     members: dict[str, list[int]] = defaultdict(list)
     for i, name in enumerate(group):
         members[name].append(i)
     pairs = []
-    for found in members.values():
-        rows = np.array(found)
+    for rows in map(np.array, members.values()):
         used = np.unique(vectors[rows].indices)
         dense = vectors[rows][:, used].toarray().astype(np.float32)
-        for level in np.unique(claims[rows])[:-1]:
-            here, later = np.flatnonzero(claims[rows] == level), np.flatnonzero(claims[rows] > level)
-            hits = np.argwhere(dense[here] @ dense[later].T >= threshold - ROUNDING)
-            for i, j in ((rows[here[a]], rows[later[b]]) for a, b in hits):
+        for level in np.unique(priorities[rows])[:-1]:
+            here, lower = np.flatnonzero(priorities[rows] == level), np.flatnonzero(priorities[rows] > level)
+            candidates = np.argwhere(dense[here] @ dense[lower].T >= threshold - ROUNDING)
+            for i, j in ((rows[here[a]], rows[lower[b]]) for a, b in candidates):
                 cosine = round(float(vectors[i].multiply(vectors[j]).sum()), 6)
                 if cosine >= threshold:
                     pairs.append((int(i), int(j), cosine))

@@ -1,7 +1,7 @@
-"""Filters on one conversation, in order: the first that objects names the reason. They serve every generator.
+"""Filters on one conversation, the same for every generator. The first filter that refuses it gives the reason.
 
-A conversation may come from a language model: it is untrusted text, of any shape. No row makes a filter crash; a row
-that cannot even be read is refused by `schema`.
+A conversation may come from a language model: it is untrusted text, of any shape. No row makes a filter crash;
+`schema` refuses a row that cannot be read.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 from telco_nb.corpus import personal_data
 from telco_nb.corpus.cards import Card, unknown_figures
 from telco_nb.corpus.scenarios import SPLITS
+from telco_nb.corpus.text_measures import ngrams
 
 CONVERSATION_KEYS = (
     "conversation_id", "scenario_id", "term_id", "intent", "situation", "customer", "mood", "opening", "n_turns",
     "messages", "split",
 )  # fmt: skip
-FINISHED = ("stop", "end", "end_turn")  # what providers call an answer that was not cut off
+FINISHED = ("stop", "end", "end_turn")  # providers' names for an answer that was not cut off
 TOTAL_WORDS = (15, 400)
 MAX_TURNS = 3
-LOOP_SHINGLE, LOOP_SHARE = 4, 0.3  # of a message's word 4-grams, the share that may repeat an earlier one
-ENGLISH_SHARE = 0.15  # with this share of English function words a message needs no closer look
-ENGLISH_PROBABILITY = 0.02  # a closer look refuses below this; short jargon often looks foreign
-SHORTEST_JUDGED = 4  # words; "OK, VoLTE off." has no language
+LOOP_NGRAM, LOOP_SHARE = 4, 0.3  # of a message's word 4-grams, the share that may repeat an earlier one
+ENGLISH_SHARE = 0.15  # a message with this share of English function words is not classified
+ENGLISH_PROBABILITY = 0.02  # the classifier refuses below this; it often takes short jargon for another language
+SHORTEST_CLASSIFIED = 4  # words; "OK, VoLTE off." is too short to have a language
 
 Conversation = dict[str, Any]
 Reject = tuple[str, str]  # (reason, detail)
@@ -36,8 +37,7 @@ _FUNCTION_WORDS = frozenset(
     here now again still once step first after before take check let us whether because only its""".split()  # noqa: SIM905
 )
 
-
-# What a language model says about itself, or leaves in by mistake. Each pattern is tried only where its key occurs.
+# Phrases of a language model about itself, or left in by mistake. Each pattern is tried only where its key occurs.
 _BOILERPLATE = {
     key: re.compile(pattern, re.I)
     for key, pattern in {
@@ -58,7 +58,7 @@ _BOILERPLATE = {
 
 
 def _schema(c: Any, card: Card | None) -> str | None:
-    """Whether the row has every field in the type that later steps and the Parquet file expect."""
+    """Check that the row has every field in the type that later steps and the Parquet file expect."""
     if not isinstance(c, Mapping):
         return f"a {type(c).__name__}, not a conversation"
     missing = [key for key in CONVERSATION_KEYS if key not in c]
@@ -92,7 +92,7 @@ def _messages(messages: Any) -> str | None:
 
 
 def _finish(c: Conversation, card: Card) -> str | None:
-    """Only for generators that report why they stopped: anything but a normal end is a cut or a refusal."""
+    """Refuse an answer that was cut off or refused, if the generator reports why it stopped."""
     reason = c.get("finish_reason", "stop")
     return None if isinstance(reason, str) and reason.lower() in FINISHED else f"{reason!r:.40}"
 
@@ -104,12 +104,12 @@ def _roles(c: Conversation, card: Card) -> str | None:
 
 
 def mentions_term(text: str, card: Card) -> bool:
-    """Whether the term or one of its aliases stands in the text as a whole word, in any case."""
-    return _names(tuple(card.names)).search(text) is not None
+    """Return True if the text holds the term or an alias as a whole word, in upper or lower case."""
+    return _names_pattern(tuple(card.names)).search(text) is not None
 
 
 @cache
-def _names(names: tuple[str, ...]) -> re.Pattern:
+def _names_pattern(names: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", re.IGNORECASE)
 
 
@@ -118,21 +118,22 @@ def _term(c: Conversation, card: Card) -> str | None:
 
 
 def is_english(text: str) -> bool:
-    """Whether a message is English, or too short to tell; jargon is given the benefit of the doubt.
+    """Return True if a message is English or too short to tell.
 
-    English function words settle nearly all messages; the rest are classified by py3langid.
+    The share of English function words decides nearly all messages; py3langid classifies the rest, with a low
+    threshold that lets jargon pass.
     """
     tokens = text.replace("’", "'").lower().split()
     if sum(token in _FUNCTION_WORDS for token in tokens) >= ENGLISH_SHARE * max(1, len(tokens)):
         return True
-    if len(tokens) < SHORTEST_JUDGED and text.isascii():
+    if len(tokens) < SHORTEST_CLASSIFIED and text.isascii():
         return True
-    ranked = _identifier().rank(text)
+    ranked = _language_identifier().rank(text)
     return ranked[0][0] == "en" or dict(ranked)["en"] >= ENGLISH_PROBABILITY
 
 
 @cache
-def _identifier() -> Any:
+def _language_identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
@@ -149,22 +150,20 @@ def _length(c: Conversation, card: Card) -> str | None:
 
 def repeated_ngram_share(text: str) -> float:
     """Share of a text's word 4-grams that repeat an earlier one (0 to 1), after Rae et al. 2021 (Gopher)."""
-    tokens = text.lower().split()
-    grams = list(zip(*(tokens[i:] for i in range(LOOP_SHINGLE)), strict=False))
+    grams = ngrams(text.lower().split(), LOOP_NGRAM)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _loop(c: Conversation, card: Card) -> str | None:
     worst = max(repeated_ngram_share(m["content"]) for m in c["messages"])
-    return f"{worst:.2f} of the {LOOP_SHINGLE}-grams repeat" if worst > LOOP_SHARE else None
+    return f"{worst:.2f} of the {LOOP_NGRAM}-grams repeat" if worst > LOOP_SHARE else None
 
 
 def _boilerplate(c: Conversation, card: Card) -> str | None:
     for message in c["messages"]:
         text = message["content"].lower().replace("’", "'")
         for key, pattern in _BOILERPLATE.items():
-            match = pattern.search(text) if key in text else None
-            if match:
+            if key in text and (match := pattern.search(text)):
                 return match[0]
     return None
 
@@ -176,12 +175,12 @@ def _figures(c: Conversation, card: Card) -> str | None:
 
 
 def _personal(c: Conversation, card: Card) -> str | None:
-    """The kind only: a reject file must not keep what it was refused for in plain sight of its reason."""
-    found = [kind for m in c["messages"] for kind, _ in personal_data.find_personal_data(m["content"])]
-    return ", ".join(dict.fromkeys(found)) or None
+    """Name the kinds only: the detail column of the reject file must not repeat the personal data."""
+    kinds = [kind for m in c["messages"] for kind, _ in personal_data.find_personal_data(m["content"])]
+    return ", ".join(dict.fromkeys(kinds)) or None
 
 
-FILTERS: dict[str, Callable[[Conversation, Card], str | None]] = {
+FILTERS: dict[str, Callable[[Any, Any], str | None]] = {
     "schema": _schema,
     "finish_reason": _finish,
     "roles": _roles,
@@ -192,16 +191,16 @@ FILTERS: dict[str, Callable[[Conversation, Card], str | None]] = {
     "boilerplate": _boilerplate,
     "unlisted_figure": _figures,
     "personal_data": _personal,
-}
+}  # each takes a conversation and its card; those after `schema` need a card and a row that can be read
 
 
 def reject_reason(conversation: Any, card: Card | None) -> Reject | None:
-    """(reason, detail) of the first filter that refuses the conversation, or None.
+    """Return (reason, detail) of the first filter that refuses the conversation, or None.
 
-    `card` is the card of its term, None if there is none (refused by `schema`).
+    `card` is the card of its term. `schema` refuses a conversation without one (None).
     """
-    for reason, test in FILTERS.items():
-        detail = test(conversation, card)
+    for reason, check in FILTERS.items():
+        detail = check(conversation, card)
         if detail:
             return reason, detail
     return None

@@ -1,26 +1,28 @@
-"""The LLM generator: conversations by a hosted model, one call for the seeds of a scenario that share an opening."""
+"""The LLM generator: a hosted model writes the conversations, one call per scenario and opening for up to 5 of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from telco_nb import DATA_DIR
 from telco_nb.corpus import variants
 from telco_nb.corpus.cards import Card
-from telco_nb.corpus.scenarios import Axes, Scenario
+from telco_nb.corpus.scenarios import Axes, Scenario, conversation_row
 from telco_nb.hosted import attempts, prices
-from telco_nb.hosted.api import ApiClient, HostedModel, Request
+from telco_nb.hosted.api import ApiClient, HostedModel, Request, hosted_model_from
 from telco_nb.hosted.session import Session
+from telco_nb.study.record import sha256
 
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"
+SYSTEM_TEMPLATE, CALL_TEMPLATE = PROMPT_PATH.read_text(encoding="utf-8").split("\n---\n")
 GENERATOR_ID = "llm-1"
 ITEMS_PER_CALL = 5
 OPENINGS = {
@@ -32,39 +34,36 @@ OPENINGS = {
 TOKENS_PER_WORD = 1.35  # of English chat with JSON around it, for estimates only
 
 
-class Message(BaseModel):
+# The JSON schema of these classes goes to the model: their names and docstrings are part of the prompt.
+class _NoExtraFields(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+
+class Message(_NoExtraFields):
     role: Literal["user", "assistant"]
     content: str = Field(min_length=1)
 
 
-class Conversation(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Conversation(_NoExtraFields):
     mood: str
     messages: list[Message] = Field(min_length=2)
 
 
-class Conversations(BaseModel):
+class Conversations(_NoExtraFields):
     """What one call returns."""
-
-    model_config = ConfigDict(extra="forbid")
 
     conversations: list[Conversation]
 
 
-@dataclass(frozen=True)
-class WriterItem:
-    """One conversation that is wanted: its seed number within the scenario, mood and turn pairs."""
+class WriterItem(NamedTuple):
+    """One conversation to write: its seed number within the scenario, mood and turn pairs."""
 
     number: int
     mood: str
     n_turns: int
 
 
-@dataclass(frozen=True)
-class WriterCall:
+class WriterCall(NamedTuple):
     """The items of one scenario that share an opening, at most ITEMS_PER_CALL."""
 
     scenario: Scenario
@@ -73,21 +72,29 @@ class WriterCall:
     items: tuple[WriterItem, ...]
 
 
-@cache
-def prompt_template() -> tuple[str, str]:
-    """(shared part, part of one call) of the prompt file."""
-    shared, own = PROMPT_PATH.read_text(encoding="utf-8").split("\n---\n")
-    return shared, own
+Plan = list[list[WriterCall]]  # the calls of each scenario, in the order in which they are sent
 
 
-def prompt_sha256() -> str:
-    return hashlib.sha256(PROMPT_PATH.read_bytes()).hexdigest()
+def hosted_writer(values: Mapping[str, Any]) -> HostedModel | None:
+    """Return the hosted model that the parameters `values` of 02_synth name, or None for the offline grammar.
+
+    Raises ProviderError for a missing model or an endpoint that cannot be used.
+    """
+    return hosted_model_from(values, "generator")
 
 
-def plan_calls(
-    cards: list[Card], scenarios: list[Scenario], axes: Axes, seeds_per_scenario: int
-) -> list[list[WriterCall]]:
-    """The calls of each scenario, in the order in which they are sent: later ones are told how earlier ones begin."""
+def plan_calls(cards: list[Card], scenarios: list[Scenario], axes: Axes, seeds_per_scenario: int) -> Plan:
+    """Plan the calls that write all conversations.
+
+    Args:
+        cards: the cards.
+        scenarios: the scenario grid.
+        axes: the axes of the grid, with moods, openings and turn pairs.
+        seeds_per_scenario: conversations per scenario.
+
+    Returns:
+        The calls of each scenario in sending order: a later prompt lists the first lines of earlier conversations.
+    """
     by_id = {card.id: card for card in cards}
     return [_calls(by_id[scenario.term_id], scenario, axes, seeds_per_scenario) for scenario in scenarios]
 
@@ -105,13 +112,14 @@ def _calls(card: Card, scenario: Scenario, axes: Axes, seeds_per_scenario: int) 
     ]
 
 
-# ---------------------------------------------------------------- one call
+def request_for(call: WriterCall, model: HostedModel, seed: int, siblings: list[str]) -> Request:
+    """Return the request of a call; its id depends on all arguments but `siblings`.
 
-
-def request_for(call: WriterCall, source: HostedModel, seed: int, siblings: list[str]) -> Request:
-    """The call as a question. Its id leaves the siblings out: what came before must not make it a new question."""
-    shared, own = prompt_template()
-    system = shared.replace("{{card}}", card_text(call.card))
+    `siblings` are the first lines of the scenario's earlier conversations, which the model must not repeat.
+    """
+    scenario = call.scenario
+    card = yaml.safe_dump(call.card.model_dump(), sort_keys=False, allow_unicode=True, width=110).strip()
+    system = SYSTEM_TEMPLATE.replace("{{card}}", card)
     wanted = "\n".join(
         f"{i}. mood `{item.mood}`, {2 * item.n_turns} messages ({item.n_turns} of each side)"
         for i, item in enumerate(call.items, 1)
@@ -119,197 +127,184 @@ def request_for(call: WriterCall, source: HostedModel, seed: int, siblings: list
     used = "".join(f"- {line}\n" for line in siblings)
     fill = {
         "n": str(len(call.items)),
-        "reading": call.scenario.reading,
+        "reading": scenario.reading,
         "opening": OPENINGS.get(call.opening, call.opening.replace("_", " ")),
         "wanted": wanted,
         "siblings": f"These first lines are taken; begin in other ways:\n{used}\n" if siblings else "",
     }
-    identity = [
-        GENERATOR_ID,
-        source.kind,
-        source.model,
-        source.settings(),
-        seed,
-        system,
-        own,
-        call.scenario.scenario_id,
-    ]
-    identity += [call.scenario.reading, call.opening, [vars(item) for item in call.items]]
+    prompt = CALL_TEMPLATE
     for name, text in fill.items():
-        own = own.replace(f"{{{{{name}}}}}", text)
+        prompt = prompt.replace(f"{{{{{name}}}}}", text)
+    identity = [
+        GENERATOR_ID, model.kind, model.model, model.settings(), seed, system, CALL_TEMPLATE, scenario.scenario_id,
+        scenario.reading, call.opening, [item._asdict() for item in call.items],
+    ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Request(digest, system, own, Conversations, lambda output: output_fault(output, call.items))
+    return Request(digest, system, prompt, Conversations, lambda output: _output_fault(output, call.items))
 
 
-def card_text(card: Card) -> str:
-    """The card as YAML, customer sentences included: what an operator's own glossary file holds."""
-    import yaml
-
-    return yaml.safe_dump(card.model_dump(), sort_keys=False, allow_unicode=True, width=110).strip()
-
-
-def output_fault(output: Conversations, items: tuple[WriterItem, ...]) -> str | None:
-    """What is wrong with an answer that fits the schema: number of conversations, moods, turns, roles."""
+def _output_fault(output: Conversations, items: tuple[WriterItem, ...]) -> str | None:
+    """Check an answer that fits the schema: number of conversations, moods, turns, roles. Return the fault or None."""
     if len(output.conversations) != len(items):
         return f"{len(output.conversations)} conversations, {len(items)} were asked for"
-    for i, (found, item) in enumerate(zip(output.conversations, items, strict=True), 1):
-        if found.mood != item.mood:
-            return f"conversation {i}: mood {found.mood!r}, {item.mood!r} was asked for"
-        if [m.role for m in found.messages] != ["user", "assistant"] * item.n_turns:
+    for i, (written, item) in enumerate(zip(output.conversations, items, strict=True), 1):
+        if written.mood != item.mood:
+            return f"conversation {i}: mood {written.mood!r}, {item.mood!r} was asked for"
+        if [m.role for m in written.messages] != ["user", "assistant"] * item.n_turns:
             return f"conversation {i}: {2 * item.n_turns} messages were asked for, user and assistant in turn"
     return None
 
 
-def conversations(call: WriterCall, output: dict[str, Any], finish_reason: str | None) -> Iterator[dict[str, Any]]:
-    """What a stored answer holds, with the keys of conversations.parquet."""
-    scenario = call.scenario
-    for item, found in zip(call.items, output["conversations"], strict=True):
-        yield {
-            "conversation_id": f"{scenario.scenario_id}.{item.number:02d}",
-            "scenario_id": scenario.scenario_id,
-            "term_id": scenario.term_id,
-            "intent": scenario.intent,
-            "situation": scenario.situation,
-            "customer": scenario.customer,
-            "mood": item.mood,
-            "opening": call.opening,
-            "n_turns": item.n_turns,
-            "messages": [{"role": m["role"], "content": m["content"].strip()} for m in found["messages"]],
-            "split": scenario.split,
-            "finish_reason": finish_reason,
-        }
+def _rows(call: WriterCall, output: dict[str, Any], finish_reason: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the conversations of a stored answer, with the keys of conversations.parquet and the finish reason."""
+    for item, written in zip(call.items, output["conversations"], strict=True):
+        messages = [{"role": m["role"], "content": m["content"].strip()} for m in written["messages"]]
+        row = conversation_row(call.scenario, item.number, item.mood, call.opening, messages)
+        yield row | {"n_turns": item.n_turns, "finish_reason": finish_reason}
 
 
-def first_lines(output: dict[str, Any], words: int = 12) -> list[str]:
-    """How the conversations of an answer begin, on one line each: model output, so it is cut and flattened."""
-    texts = [found["messages"][0]["content"] for found in output["conversations"]]
-    return [" ".join(text.split()[:words]) for text in texts]
+def first_lines(output: dict[str, Any]) -> list[str]:
+    """Return the first 12 words of each conversation of an answer, on one line each."""
+    texts = [written["messages"][0]["content"] for written in output["conversations"]]
+    return [" ".join(text.split()[:12]) for text in texts]
 
 
-# ---------------------------------------------------------------- all calls
+def call_chains(planned: Plan, session: Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
+    """Return one coroutine function per scenario, which sends the scenario's calls one after the other.
 
+    Args:
+        planned: the calls by scenario (`plan_calls`).
+        session: the session that sends and stores them (`open_session`).
+        seed: the seed of the study.
+    """
 
-def call_chains(planned: list[list[WriterCall]], session: Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
-    """One coroutine function per scenario, which asks its calls one after the other."""
-
-    async def ask(scenario_calls: list[WriterCall]) -> None:
+    async def send(scenario_calls: list[WriterCall]) -> None:
         siblings: list[str] = []
         for call in scenario_calls:
-            line = await session.ask(request_for(call, session.model.source, seed, siblings))
+            line = await session.ask(request_for(call, session.client.hosted_model, seed, siblings))
             if line:
                 siblings += first_lines(line["output"])
 
-    return [lambda each=each: ask(each) for each in planned]
+    return [partial(send, scenario_calls) for scenario_calls in planned]
 
 
-def describe_calls(planned: list[list[WriterCall]], source: HostedModel, seed: int) -> dict[str, dict[str, Any]]:
-    """What a stored line says of its question, by question id."""
+def _by_request_id(planned: Plan, model: HostedModel, seed: int) -> dict[str, WriterCall]:
+    return {request_for(call, model, seed, []).id: call for calls in planned for call in calls}
+
+
+def describe_calls(planned: Plan, model: HostedModel, seed: int) -> dict[str, dict[str, Any]]:
+    """Return the fields by which a stored attempt describes its call, by request id."""
+    prompt_sha256 = sha256(PROMPT_PATH)
     return {
-        request_for(call, source, seed, []).id: {
+        request_id: {
             "generator": GENERATOR_ID,
-            "prompt_sha256": prompt_sha256(),
+            "prompt_sha256": prompt_sha256,
             "scenario_id": call.scenario.scenario_id,
             "opening": call.opening,
             "numbers": [item.number for item in call.items],
         }
-        for each in planned
-        for call in each
+        for request_id, call in _by_request_id(planned, model, seed).items()
     }
 
 
 def stored_conversations(
-    planned: list[list[WriterCall]], store: attempts.AttemptStore, source: HostedModel, seed: int
+    planned: Plan, store: attempts.AttemptStore, model: HostedModel, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """All conversations that the store holds of a plan, in grid order."""
-    for each in planned:
-        found = []
-        for call in each:
-            line = store.ok.get(request_for(call, source, seed, []).id)
-            if line:
-                found += conversations(call, line["output"], line["finish_reason"])
-        yield from sorted(found, key=lambda c: c["conversation_id"])
+    """Yield all stored conversations of a plan, in grid order.
+
+    Args:
+        planned: the calls by scenario (`plan_calls`).
+        store: the store of attempts.
+        model: the hosted model.
+        seed: the seed of the study.
+    """
+    for scenario_calls in planned:
+        rows = []
+        for request_id, call in _by_request_id([scenario_calls], model, seed).items():
+            if line := store.ok.get(request_id):
+                rows += _rows(call, line["output"], line["finish_reason"])
+        yield from sorted(rows, key=lambda row: row["conversation_id"])
 
 
 def open_session(
-    values: Mapping[str, Any],
-    source: HostedModel,
-    planned: list[list[WriterCall]],
-    root: Path,
-    max_usd: float | None,
-    batch: bool = False,
+    values: Mapping[str, Any], model: HostedModel, planned: Plan, root: Path, max_usd: float | None, batch: bool = False
 ) -> Session:
-    """A session for the calls of a plan, with the store and the budget of the study in `root`.
+    """Open a session for the calls of a plan, with the store and the budget of the study in `root`.
 
     Args:
         values: the parameters of 02_synth.
-        source: the hosted model that writes.
+        model: the hosted model.
         planned: the calls by scenario (`plan_calls`).
         root: the study's folder.
-        max_usd: the most that the whole study may spend, in dollars; None for no limit.
-        batch: the calls are handed over in batches, at half the price.
+        max_usd: the most that the whole study may spend, in US dollars; None for no limit.
+        batch: send the calls in batches, at half the price.
     """
-    described = describe_calls(planned, source, values["seed"])
+    described = describe_calls(planned, model, values["seed"])
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
-    price = prices.Prices(source, *declared, prices.BATCH_FACTOR if batch else 1.0)
+    price = prices.Prices(model, *declared, prices.BATCH_FACTOR if batch else 1.0)
     return Session(
-        ApiClient(source, batch), attempts.AttemptStore(store_path(root)), price,
-        attempts.open_budget(root, max_usd),
-        max_in_flight=values["max_in_flight"], describe=lambda asked: described[asked.id],
+        ApiClient(model, batch), attempts.AttemptStore(store_path(root)), price,
+        prices.Budget(max_usd, attempts.spent_usd(root)),
+        max_in_flight=values["max_in_flight"], describe=lambda request: described[request.id],
     )  # fmt: skip
 
 
 def store_path(root: Path) -> Path:
-    """Where the attempts of a study's generator are kept."""
+    """Return the file with the attempts of a study's generator."""
     return root / "shared" / "store" / "conversations.jsonl"
 
 
-def unanswered_calls(
-    planned: list[list[WriterCall]], store: attempts.AttemptStore, source: HostedModel, seed: int
-) -> list[list[WriterCall]]:
-    """What of a plan the store has no good answer for."""
-    return [[c for c in each if request_for(c, source, seed, []).id not in store.ok] for each in planned]
+def unanswered_calls(planned: Plan, store: attempts.AttemptStore, model: HostedModel, seed: int) -> Plan:
+    """Return the calls of a plan, by scenario, that have no good answer in the store."""
+    return [[c for c in calls if request_for(c, model, seed, []).id not in store.ok] for calls in planned]
 
 
-def generator_facts(
-    planned: list[list[WriterCall]], store: attempts.AttemptStore, source: HostedModel, seed: int
-) -> dict[str, Any]:
-    """What the data set's card says of its generator."""
-    ids = {request_for(call, source, seed, []).id for each in planned for call in each}
-    answered = ids & set(store.ok)
+def generator_facts(planned: Plan, store: attempts.AttemptStore, model: HostedModel, seed: int) -> dict[str, Any]:
+    """Describe the generator for the data card.
+
+    Args:
+        planned: the calls by scenario (`plan_calls`).
+        store: the store of attempts.
+        model: the hosted model.
+        seed: the seed of the study.
+
+    Returns:
+        The models, prompt hash, counts of calls and attempts, tokens, and US dollars (None without a known price).
+    """
+    ids = _by_request_id(planned, model, seed).keys()
+    answers = [store.ok[i] for i in ids if i in store.ok]
     return {
         "id": GENERATOR_ID,
-        "model": source.model,
-        "models_returned": sorted({store.ok[i]["model_returned"] or "unknown" for i in answered}),
-        "host": source.host,
-        "prompt_sha256": prompt_sha256(),
+        "model": model.model,
+        "models_returned": sorted({line["model_returned"] or "unknown" for line in answers}),
+        "host": model.host,
+        "prompt_sha256": sha256(PROMPT_PATH),
         "calls_planned": len(ids),
-        "calls_answered": len(answered),
+        "calls_answered": len(answers),
         "attempts": dict(sorted(store.statuses.items())),
-        "tokens_in": _total(store, answered, "tokens_in"),
-        "tokens_out": _total(store, answered, "tokens_out"),
+        "tokens_in": _total(answers, "tokens_in"),
+        "tokens_out": _total(answers, "tokens_out"),
         "usd": store.spent_usd if store.priced else None,
     }
 
 
-def _total(store: attempts.AttemptStore, ids: set[str], name: str) -> int | None:
-    counted = [store.ok[i][name] for i in ids if store.ok[i][name] is not None]
+def _total(answers: list[dict[str, Any]], name: str) -> int | None:
+    counted = [line[name] for line in answers if line[name] is not None]
     return sum(counted) if counted else None
 
 
-def estimate_cost(
-    planned: list[list[WriterCall]], price: prices.Prices, seed: int, words_per_turn_pair: float
-) -> prices.Estimate:
-    """The cost of a plan.
+def estimate_cost(planned: Plan, price: prices.Prices, seed: int, words_per_turn_pair: float) -> prices.Estimate:
+    """Estimate the cost of a plan from the length of every 50th prompt.
 
-    Prompts are measured on every 50th scenario; answers by the mean words of a turn pair that the offline generator
-    writes for the same plan (high: twice that; low: two thirds).
+    `words_per_turn_pair` is the mean length of a question and its answer by the offline generator. The estimate
+    assumes the same length for the model (high: twice as long; low: two thirds).
     """
-    flat = [call for each in planned for call in each]
+    flat = [call for calls in planned for call in calls]
     if not flat:
         return prices.estimate(price, 0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
-    sample = [request_for(call, price.source, seed, ["x" * 60] * 10) for call in flat[::50]]
-    tokens_in = sum(len(q.text) for q in sample) / len(sample) / prices.BYTES_PER_TOKEN
+    sample = [request_for(call, price.hosted_model, seed, ["x" * 60] * 10) for call in flat[::50]]
+    tokens_in = sum(len(request.text) for request in sample) / len(sample) / prices.BYTES_PER_TOKEN
     turns = sum(item.n_turns for call in flat for item in call.items) / len(flat)
     mid = turns * words_per_turn_pair * TOKENS_PER_WORD
-    outs = tuple(min(price.source.max_tokens, share * mid) for share in (2 / 3, 1.0, 2.0))
-    return prices.estimate(price, len(flat), (tokens_in, tokens_in, tokens_in), outs)  # type: ignore[arg-type]
+    low, mid, high = (min(price.hosted_model.max_tokens, share * mid) for share in (2 / 3, 1.0, 2.0))
+    return prices.estimate(price, len(flat), (tokens_in, tokens_in, tokens_in), (low, mid, high))

@@ -1,9 +1,9 @@
-"""Personal data in a text: what patterns and check digits can find, and the reserved examples that are no one's.
+"""Find personal data in a text by patterns and check digits; reserved examples that belong to nobody are allowed.
 
-A number with 9 or more digits, or one that reads as a telephone number, is somebody's unless it lies in a range that
-a regulator reserved for fiction; the same holds for e-mail and network addresses. Names are found only where a
-pattern gives them away (a title, an introduction, a signature): a bare name in a sentence is not seen, nor is a
-telephone number of 8 digits or fewer without a prefix, except as North America writes it (555-1234).
+A number with 9 or more digits, or one that parses as a telephone number, counts as personal unless it lies in a range
+that a regulator reserved for fiction; the same holds for e-mail and network addresses. Names are found only with a
+title, an introduction or a signature. Not found: a name alone in a sentence, and a telephone number of 8 digits or
+fewer without a prefix, unless it is written as in North America (555-1234).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 
 import phonenumbers
 
-Finding = tuple[str, str]  # (kind, the text that gave it away)
+Finding = tuple[str, str]  # (kind, the matching text)
 
-REGIONS = ("GB", "US")  # national formats that are tried; any country is found when written with + or 00
-MIN_DIGITS = 9  # longer runs of digits identify something: a line, a card, a device, a customer
+REGIONS = ("GB", "US")  # national formats; numbers of any country are found with + or 00
+MIN_DIGITS = 9  # a run this long identifies a line, a card, a device or a customer
 _CARD_LENGTHS = range(13, 20)
 _RESERVED_DOMAINS = re.compile(r"(?:^|\.)(?:example\.(?:com|org|net)|example|test|invalid)$", re.I)  # RFC 2606
 _MAC_EXAMPLES = ("00005e0053", "01005e9010")  # RFC 7042: five bytes, the last one is free
 
-# Ofcom, numbers for drama use: geographic, no area, mobile, freephone, premium, UK-wide; without the leading 0.
+# Ofcom, numbers for drama: geographic, no area, mobile, freephone, premium, UK-wide; without the leading 0.
 _UK_DRAMA = re.compile(
     r"(?:2079460\d{3}|11[3-8]4960\d{3}|1[2-6]14960\d{3}|1914980\d{3}|2896496\d{3}|2920180\d{3}|1632960\d{3}"
     r"|7700900\d{3}|8081570\d{3}|9098790\d{3}|3069990\d{3})$"
@@ -36,7 +36,7 @@ _MAC = re.compile(r"\b(?:[0-9a-f]{2}[:\-]){5}[0-9a-f]{2}\b|\b[0-9a-f]{4}\.[0-9a-
 _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{2,4}){3,8}\b")
 _UNIT = r"(?!\s?(?:%|[kMGT]?Hz|[kMGT]?bit|[kMGT]?B\b|dB|ms\b|m\b|km\b|bytes|packets|EUR|GBP|USD))"
 _DIGITS = re.compile(rf"(?<![\w.,])[(+]{{0,2}}\d(?:[\d\s().\-/]*\d)?(?!\w){_UNIT}")
-_RANGE = re.compile(r"(\d{1,5})\s?-\s?(\d{1,5})")  # ports 30000-40000
+_RANGE = re.compile(r"(\d{1,5})\s?-\s?(\d{1,5})")
 _LOCAL_US = re.compile(rf"(?<![\w.\-])\d{{3}}[\-.]\d{{4}}(?![\w\-]){_UNIT}")
 _SECRET = re.compile(
     r"\b(?:pin|puk|password|passcode|pass(?:word)? code|security code|one-time code|otp|cvv|cvc)\b"
@@ -67,7 +67,7 @@ _DIGIT = re.compile(r"\d")
 
 
 def luhn_is_valid(digits: str) -> bool:
-    """Whether the last digit checks the others (ISO/IEC 7812-1): payment cards, IMEI, ICCID."""
+    """Return True if the check digit is right (ISO/IEC 7812-1): payment cards, IMEI, ICCID."""
     total = 0
     for place, digit in enumerate(reversed(digits)):
         value = int(digit) * (1 + place % 2)
@@ -76,7 +76,7 @@ def luhn_is_valid(digits: str) -> bool:
 
 
 def iban_is_valid(text: str) -> bool:
-    """Whether the mod-97 check of an IBAN holds (ISO 13616)."""
+    """Return True if the mod-97 check of an IBAN holds (ISO 13616)."""
     compact = re.sub(r"\s", "", text).upper()
     if not 15 <= len(compact) <= 34:
         return False
@@ -84,7 +84,7 @@ def iban_is_valid(text: str) -> bool:
 
 
 def _national(raw: str) -> tuple[str, str]:
-    """(digits as they would be dialled in the United Kingdom without 0, in North America with or without 1)."""
+    """Return the digits as dialled in the United Kingdom (without 0) and in North America (with or without 1)."""
     digits = re.sub(r"\D", "", raw)
     international = digits[2:] if digits.startswith("00") else digits
     british = re.sub(r"^440?", "", international) if raw.strip("(").startswith(("+", "0044")) else digits.lstrip("0")
@@ -92,38 +92,38 @@ def _national(raw: str) -> tuple[str, str]:
 
 
 def is_reserved_number(raw: str) -> bool:
-    """Whether a telephone number lies in a range kept for fiction: 555-01xx, or Ofcom's numbers for drama."""
+    """Return True if a telephone number is reserved for fiction: 555-01xx, or Ofcom's numbers for drama."""
     british, american = _national(raw)
     return bool(_UK_DRAMA.match(british) or _NANP_FICTION.match(american))
 
 
 def _number_kind(raw: str) -> str | None:
-    """What a run of digits is, most specific first; None if it is short, reserved, or no one's."""
+    """Return the most specific kind of a run of digits; None if it is short or reserved or identifies nobody."""
     digits = re.sub(r"\D", "", raw)
     plus = "+" in raw or digits.startswith("00")
     if len(digits) < (7 if plus else MIN_DIGITS) or is_reserved_number(raw):
         return None
     bounds = _RANGE.fullmatch(raw)
     if len(set(digits)) == 1 or (bounds and int(bounds[1]) < int(bounds[2])):
-        return None  # 000000000 is nobody's
+        return None  # one repeated digit, or a range such as ports 30000-40000
     if len(digits) in (19, 20) and digits.startswith("89"):
         return "iccid"
     if len(digits) == 15 and luhn_is_valid(digits):
         return "imei"
     if len(digits) in _CARD_LENGTHS and luhn_is_valid(digits):
         return "payment_card"
-    for region in REGIONS:
-        try:
-            parsed = phonenumbers.parse(raw, region)
-        except phonenumbers.NumberParseException:
-            continue
-        if phonenumbers.is_possible_number(parsed):
-            return "telephone"
-    return "long_number"
+    return "telephone" if any(_is_telephone(raw, region) for region in REGIONS) else "long_number"
 
 
-def _routed(raw: str) -> bool:
-    """Whether a string is an address that the Internet routes: not private, shared or kept for documentation."""
+def _is_telephone(raw: str, region: str) -> bool:
+    try:
+        return phonenumbers.is_possible_number(phonenumbers.parse(raw, region))
+    except phonenumbers.NumberParseException:
+        return False
+
+
+def _is_global_address(raw: str) -> bool:
+    """Return True for a public IP address: not private, shared or reserved for documentation."""
     try:
         return ipaddress.ip_address(raw).is_global
     except ValueError:
@@ -131,7 +131,7 @@ def _routed(raw: str) -> bool:
 
 
 def _with_digits(text: str, digits: int) -> Iterator[Finding]:
-    """Kinds that hold digits; `digits` is how many the text has, and few rule most kinds out."""
+    """Yield the kinds that hold digits; `digits` is their number in the text, and few digits exclude most kinds."""
     if digits >= 7 or (digits >= 4 and text.count(".") >= 3):
         yield from _numbers(text)
     if digits >= 5 and "b" in text.lower():
@@ -143,15 +143,10 @@ def _with_digits(text: str, digits: int) -> Iterator[Finding]:
 
 
 def _numbers(text: str) -> Iterator[Finding]:
-    for match in _IPV4.finditer(text):
-        if _routed(match[0]):
-            yield "ip_address", match[0]
+    yield from (("ip_address", match[0]) for match in _IPV4.finditer(text) if _is_global_address(match[0]))
     text = _IPV4.sub(" ; ", text)  # so that an allowed address is not read as a number
     yield from (("iban", match[0]) for match in _IBAN.finditer(text) if iban_is_valid(match[0]))
-    for match in _DIGITS.finditer(text):
-        kind = _number_kind(match[0])
-        if kind:
-            yield kind, match[0]
+    yield from ((kind, match[0]) for match in _DIGITS.finditer(text) if (kind := _number_kind(match[0])))
     yield from (("telephone", match[0]) for match in _LOCAL_US.finditer(text) if not is_reserved_number(match[0]))
 
 
@@ -159,21 +154,22 @@ def _with_colons(text: str) -> Iterator[Finding]:
     for match in _MAC.finditer(text):
         if not re.sub(r"\W", "", match[0]).lower().startswith(_MAC_EXAMPLES):
             yield "mac_address", match[0]
-    for match in _IPV6.finditer(text):
-        if _routed(match[0]):
-            yield "ip_address", match[0]
+    yield from (("ip_address", match[0]) for match in _IPV6.finditer(text) if _is_global_address(match[0]))
 
 
 def find_personal_data(text: str) -> list[Finding]:
-    """Every (kind, text) of personal data in `text`, allowed examples left out; one thing may show as two kinds."""
-    found: list[Finding] = []  # the cheap tests in front spare the patterns: most texts hold none of their signs
+    """Return every (kind, text) of personal data in `text`, without allowed examples.
+
+    One string may be returned under two kinds. Cheap tests come before the patterns: most texts hold none of the signs.
+    """
+    findings: list[Finding] = []
     if any(sign in text for sign in _NAME_SIGNS):
-        found += [("name", match[0]) for match in _NAME.finditer(text)]
+        findings += [("name", match[0]) for match in _NAME.finditer(text)]
     if "@" in text or "at]" in text or "at)" in text:
-        found += [("email", m[0]) for m in _EMAIL.finditer(text) if not _RESERVED_DOMAINS.search(m[1])]
+        findings += [("email", m[0]) for m in _EMAIL.finditer(text) if not _RESERVED_DOMAINS.search(m[1])]
     digits = len(_DIGIT.findall(text))
     if digits:
-        found += _with_digits(text, digits)
+        findings += _with_digits(text, digits)
     if text.count(":") >= 2 or text.count("-") >= 5 or text.count(".") >= 2:
-        found += _with_colons(text)
-    return found
+        findings += _with_colons(text)
+    return findings

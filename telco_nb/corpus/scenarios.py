@@ -1,32 +1,28 @@
-"""The scenario grid: an exact full factorial of terms and axes, a written reading per cell, and the split."""
+"""The scenario grid: the full factorial of terms and axes, a description of each cell in words, and the split."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from telco_nb.corpus.cards import Card, Text, read_yaml
+from telco_nb.corpus.cards import Card, StrictModel, Text, read_yaml
 from telco_nb.corpus.text_measures import first_sentence
 
 SPLITS = ("train", "val", "test")
 AXES = ("intent", "situation", "customer")
-HELD_OUT_SHARE = 0.1  # of the cells, once for validation and once for test: 3 + 3 of a term's 30
-FEWEST_CELLS = 10  # a term; with fewer, one held-out cell a term and split would be more than that share
+HELD_OUT_SHARE = 0.1  # of the cells, for validation and again for test: 3 + 3 of a term's 30
+FEWEST_CELLS = 10  # per term; with fewer, one held-out cell per term and split would exceed HELD_OUT_SHARE
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Level(_Strict):
-    """One level of an axis. `detail` (intents only) quotes the card, so that odd cells still read sensibly."""
+class Level(StrictModel):
+    """One level of an axis. `detail` (intents only) quotes the card, so that every cell of the grid makes sense."""
 
     id: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     label: Text
@@ -34,14 +30,14 @@ class Level(_Strict):
     detail: str = ""
 
 
-class AxisLevels(_Strict):
+class AxisLevels(StrictModel):
     intent: Annotated[list[Level], Field(min_length=1)]
     situation: Annotated[list[Level], Field(min_length=1)]
     customer: Annotated[list[Level], Field(min_length=1)]
 
 
-class Axes(_Strict):
-    """Levels of the grid, the moods and openings that seeds run through, and the table of turn pairs."""
+class Axes(StrictModel):
+    """Levels of the grid, the moods and openings over which seed numbers cycle, and the table of turn pairs."""
 
     axes: AxisLevels
     moods: Annotated[list[str], Field(min_length=1)]
@@ -75,7 +71,7 @@ class Scenario:
 
 
 def load_axes(path: Path | str) -> Axes:
-    """Axes from YAML. Raises ValueError naming the file and the key that is wrong, or a level id used twice."""
+    """Load axes from YAML. Raises ValueError naming the file and the faulty key, or a level id used twice."""
     path = Path(path)
     try:
         axes = Axes.model_validate(read_yaml(path))
@@ -90,30 +86,30 @@ def load_axes(path: Path | str) -> Axes:
 
 
 def stable_hash(*parts: Any) -> int:
-    """A 64-bit number from the text of `parts`: the only source of chance in the data, the same everywhere.
+    """Return a 64-bit hash of the text of `parts`, equal on every machine: the only random source of the data.
 
-    Python's own hash() differs between processes, and random.choice between versions.
+    Python's hash() differs between processes, and random.choice may differ between versions.
     """
     text = "|".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def reading(card: Card, intent: Level, situation: Level, customer: Level, position: int) -> str:
-    """What this cell means, in words: who asks, what for, in which situation, and what the case turns on.
+def _reading(card: Card, intent: Level, situation: Level, customer: Level, position: int) -> str:
+    """Describe a cell in words; `position` rotates through the card's sentences, so that an intent's cells differ."""
 
-    `position` rotates through the card's sentences, so that the six cells of an intent are not one text.
-    """
-    wrong = card.wrong_beliefs[position % len(card.wrong_beliefs)]
-    comparison = card.comparisons[position % len(card.comparisons)]
+    def rotate(items: list[Any]) -> Any:
+        return items[position % len(items)]
+
+    wrong, comparison = rotate(card.wrong_beliefs), rotate(card.comparisons)
     slots = {
         "term": card.term,
         "belief": wrong.belief,
         "correction": wrong.correction,
-        "fault": card.fault_reports[position % len(card.fault_reports)],
+        "fault": rotate(card.fault_reports),
         "diagnosis": card.diagnosis[0],
-        "dispute": card.billing_disputes[position % len(card.billing_disputes)],
+        "dispute": rotate(card.billing_disputes),
         "billing_answer": first_sentence(card.billing_answer),
-        "change": card.change_requests[position % len(card.change_requests)],
+        "change": rotate(card.change_requests),
         "change_answer": first_sentence(card.change_answer),
         "options": comparison.options,
         "advice": first_sentence(comparison.advice),
@@ -127,9 +123,19 @@ def reading(card: Card, intent: Level, situation: Level, customer: Level, positi
 
 
 def build_scenarios(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
-    """All scenarios with their split, in glossary order.
+    """Build all scenarios with their split.
 
-    Raises AssertionError if the factorial is not exact, and ValueError if the grid is too small to be split.
+    Args:
+        cards: the cards.
+        axes: the axes of the grid.
+        seed: the seed of the split.
+
+    Returns:
+        The scenarios in glossary order.
+
+    Raises:
+        AssertionError: the factorial is not exact.
+        ValueError: the grid is too small to be split.
     """
     cells = list(product(*(axes.levels(axis) for axis in AXES)))
     scenarios = [
@@ -140,20 +146,20 @@ def build_scenarios(cards: list[Card], axes: Axes, seed: int) -> list[Scenario]:
             intent=cell[0].id,
             situation=cell[1].id,
             customer=cell[2].id,
-            reading=reading(card, *cell, position),
+            reading=_reading(card, *cell, position),
             position=position,
         )
         for card in cards
         for position, cell in enumerate(cells)
     ]
-    assert_factorial(scenarios, cards, axes)
+    _assert_factorial(scenarios, cards, axes)
     splits = split_scenarios(scenarios, seed)
     _assert_splittable(scenarios, splits, axes)
-    return [Scenario(**{**s.__dict__, "split": splits[s.scenario_id]}) for s in scenarios]
+    return [replace(s, split=splits[s.scenario_id]) for s in scenarios]
 
 
-def assert_factorial(scenarios: list[Scenario], cards: list[Card], axes: Axes) -> None:
-    """Every term meets every combination of levels once: the counts per level follow exactly."""
+def _assert_factorial(scenarios: list[Scenario], cards: list[Card], axes: Axes) -> None:
+    """Check that every term occurs with every combination of levels once, from the counts per level."""
     assert len(scenarios) == len(cards) * axes.cells_per_term, "the grid is not the full factorial"
     assert len({s.scenario_id for s in scenarios}) == len(scenarios), "a scenario id is used twice"
     assert set(Counter(s.term_id for s in scenarios).values()) == {axes.cells_per_term}
@@ -164,11 +170,11 @@ def assert_factorial(scenarios: list[Scenario], cards: list[Card], axes: Axes) -
 
 
 def _assert_splittable(scenarios: list[Scenario], splits: dict[str, str], axes: Axes) -> None:
-    """Refuse a grid that cannot give every split every level, with the reason; nothing has been generated yet."""
+    """Refuse a grid in which a split would lack a level, before anything is generated."""
     if axes.cells_per_term < FEWEST_CELLS:
         raise ValueError(
             f"the axes give {axes.cells_per_term} cells a term; at least {FEWEST_CELLS} are needed to hold one out for "
-            "validation and one for test and keep 80 % for training. Add a level to an axis."
+            "validation and one for test and to keep 80 % for training. Add a level to an axis."
         )
     for axis in AXES:
         for name in ("val", "test"):
@@ -184,28 +190,30 @@ def _assert_splittable(scenarios: list[Scenario], splits: dict[str, str], axes: 
 def split_scenarios(scenarios: list[Scenario], seed: int) -> dict[str, str]:
     """Split by scenario id: a tenth of the cells to validation, a tenth to test, the rest to train.
 
-    Every term gives as many cells as another, or one more. Terms are visited in a seeded order; each held-out cell is
-    the one whose levels this split has seen least, first within the term (so a term's three cells differ in intent
-    and situation), then over all terms.
+    The numbers of held-out cells of two terms differ by at most one. Terms are visited in a seeded order. Each
+    held-out cell is the one whose levels this split holds least often, first within the term (so that a term's three
+    cells differ in intent and situation), then over all terms.
+
+    Returns:
+        {scenario id: "train", "val" or "test"}.
     """
-    by_term: dict[str, list[Scenario]] = {}
+    by_term: dict[str, list[Scenario]] = defaultdict(list)
     for scenario in scenarios:
-        by_term.setdefault(scenario.term_id, []).append(scenario)
+        by_term[scenario.term_id].append(scenario)
     result = {scenario.scenario_id: "train" for scenario in scenarios}
-    seen: dict[str, Counter] = {"val": Counter(), "test": Counter()}
+    in_split: dict[str, Counter] = {"val": Counter(), "test": Counter()}
     order = sorted(by_term, key=lambda term: stable_hash(seed, "split", term))
     each, extra = divmod(round(HELD_OUT_SHARE * len(scenarios)), len(order))  # the first `extra` terms give one more
     for place, term_id in enumerate(order):
         free = list(by_term[term_id])
         for name in ("val", "test"):
-            here: Counter = Counter()
+            in_term: Counter = Counter()
             for _ in range(min(max(1, each + (place < extra)), len(free) // 2)):
-                chosen = min(free, key=lambda s: _crowding(s, here, seen[name], seed))
+                chosen = min(free, key=lambda s: _crowding(s, in_term, in_split[name], seed))
                 free.remove(chosen)
                 result[chosen.scenario_id] = name
-                levels = _levels(chosen)
-                here.update(levels)
-                seen[name].update(levels)
+                in_term.update(_levels(chosen))
+                in_split[name].update(_levels(chosen))
     return result
 
 
@@ -213,25 +221,39 @@ def _levels(s: Scenario) -> list[Any]:
     return [s.intent, s.situation, s.customer, (s.intent, s.situation), (s.intent, s.situation, s.customer)]
 
 
-def _crowding(s: Scenario, here: Counter, seen: Counter, seed: int) -> tuple:
+def _crowding(s: Scenario, in_term: Counter, in_split: Counter, seed: int) -> tuple:
+    """Rank a candidate by how often its levels are already held out."""
     intent, situation, customer, pair, cell = _levels(s)
     return (
-        here[situation] + here[intent], seen[pair], seen[intent], seen[situation], seen[customer], seen[cell],
+        in_term[situation] + in_term[intent],
+        *(in_split[key] for key in (pair, intent, situation, customer, cell)),
         stable_hash(seed, "split", s.scenario_id),
-    )  # fmt: skip
+    )
+
+
+def conversation_row(
+    scenario: Scenario, number: int, mood: str, opening: str, messages: list[dict[str, str]]
+) -> dict[str, Any]:
+    """Return a conversation with the keys of conversations.parquet; `number` is its seed number in the scenario."""
+    return {
+        "conversation_id": f"{scenario.scenario_id}.{number:02d}",
+        **{key: getattr(scenario, key) for key in ("scenario_id", "term_id", *AXES)},
+        "mood": mood,
+        "opening": opening,
+        "n_turns": len(messages) // 2,
+        "messages": messages,
+        "split": scenario.split,
+    }
 
 
 def scenarios_table(scenarios: list[Scenario]) -> pd.DataFrame:
-    """One row per scenario, as written to scenarios.parquet."""
+    """Return one row per scenario, as written to scenarios.parquet."""
     columns = ["scenario_id", "term_id", "category", *AXES, "reading", "split"]
-    return pd.DataFrame([s.__dict__ for s in scenarios], columns=columns)
+    return pd.DataFrame([vars(s) for s in scenarios], columns=columns)
 
 
 def level_counts(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows per level of every axis and split: columns axis, level, train, val, test."""
-    rows = []
-    for axis in ("category", *AXES):
-        counts = frame.groupby([axis, "split"]).size().unstack(fill_value=0)
-        for level, row in counts.iterrows():
-            rows.append({"axis": axis, "level": level} | {name: int(row.get(name, 0)) for name in SPLITS})
-    return pd.DataFrame(rows, columns=["axis", "level", *SPLITS])
+    """Count the scenarios of every level and split in a table of scenarios: columns axis, level, train, val, test."""
+    counts = {axis: pd.crosstab(frame[axis], frame["split"]) for axis in ("category", *AXES)}
+    table = pd.concat(counts, names=["axis", "level"]).reindex(columns=list(SPLITS), fill_value=0)
+    return table.rename_axis(columns=None).reset_index()

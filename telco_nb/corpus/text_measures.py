@@ -1,4 +1,4 @@
-"""Measures of texts: words and sentences, variety (distinct-n, compression, self-BLEU), reading ease."""
+"""Text tools and measures: words, sentences, diversity (distinct-n, compression, self-BLEU), reading ease."""
 
 from __future__ import annotations
 
@@ -8,27 +8,56 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-import pandas as pd
-
-SAMPLE_SIZE = 2000  # distinct-n and compression depend on how much text is measured, so they are taken on as many texts
-CELL_TEXTS = 20  # self-BLEU of a cell: at most as many of its texts, drawn by keyed hash
 BLEU_ORDER = 4
 
+_VOWELS = re.compile(r"[aeiouy]+")
+_SILENT = re.compile(r"(?:[^laeiouy]es?|[^aeiouytd]ed)$")  # bite, takes, asked; but table, glasses, started
 
-def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+
+def words(text: str) -> list[str]:
+    """Return the lower-cased words; hyphens, dots and apostrophes inside a word are kept (eSIM, Wi-Fi, Mbit/s)."""
+    return re.findall(r"[a-z0-9]+(?:['’\-./][a-z0-9]+)*", text.lower())
+
+
+def sentences(text: str) -> list[str]:
+    """Split a card text where a full stop, ? or ! is followed by a space and a capital or digit."""
+    return re.split(r"(?<=[.?!])\s+(?=[A-Z0-9“\"]|e[A-Z])", text.strip())
+
+
+def first_sentence(text: str) -> str:
+    return sentences(text)[0]
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+def capitalised(text: str) -> str:
+    """Start with a capital, unless the first word has a spelling of its own (eSIM)."""
+    first, *_ = text.split(maxsplit=1) or [""]
+    return text if any(c.isupper() for c in first) else text[:1].upper() + text[1:]
+
+
+def tidy(text: str) -> str:
+    """Reduce to single spaces, and remove a second full stop after a quotation that ends with one."""
+    return re.sub(r"([.?!]”)\.", r"\1", " ".join(text.split()))
+
+
+def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """Return all runs of `n` tokens, in order."""
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Share of different word n-grams among all (distinct-n, Li et al. 2016), 0 to 1."""
-    grams = [gram for text in texts for gram in _grams(words(text), n)]
+    grams = [gram for text in texts for gram in ngrams(words(text), n)]
     return len(set(grams)) / max(1, len(grams))
 
 
 def compression_ratio(texts: Sequence[str]) -> float:
     """Raw bytes over gzipped bytes (Shaib et al. 2024): higher means more repetition.
 
-    Level 6; another zlib may give another last digit.
+    The gzip level is 6. Another version of zlib may change the last digit.
     """
     raw = "\n".join(texts).encode()
     return len(raw) / len(gzip.compress(raw, compresslevel=6, mtime=0))
@@ -38,11 +67,11 @@ def bleu(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float
     """BLEU-4 of a tokenised text against references, 0 to 1 (Papineni et al. 2002), no smoothing."""
     log_precision = 0.0
     for n in range(1, BLEU_ORDER + 1):
-        own = Counter(_grams(candidate, n))
-        best: Counter = Counter()
+        own = Counter(ngrams(candidate, n))
+        largest: Counter = Counter()
         for reference in references:
-            best |= Counter(_grams(reference, n))
-        matched = sum((own & best).values())
+            largest |= Counter(ngrams(reference, n))
+        matched = (own & largest).total()
         if not matched:
             return 0.0
         log_precision += math.log(matched / own.total()) / BLEU_ORDER
@@ -51,44 +80,18 @@ def bleu(candidate: Sequence[str], references: Sequence[Sequence[str]]) -> float
 
 
 def self_bleu(texts: Sequence[str]) -> float | None:
-    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), 0 to 1, lower is more varied."""
+    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), 0 to 1; lower is more varied.
+
+    Returns None for fewer than two texts.
+    """
     tokens = [words(text) for text in texts]
     if len(tokens) < 2:
         return None
     return sum(bleu(own, tokens[:i] + tokens[i + 1 :]) for i, own in enumerate(tokens)) / len(tokens)
 
 
-def variety_table(texts: dict[str, Sequence[str]]) -> pd.DataFrame:
-    """One row per named list of texts: texts, distinct_1 to distinct_3, gzip_ratio."""
-    rows = [
-        {"text": name, "texts": len(found)}
-        | {f"distinct_{n}": round(distinct_n(found, n), 4) for n in (1, 2, 3)}
-        | {"gzip_ratio": round(compression_ratio(found), 3)}
-        for name, found in texts.items()
-    ]
-    return pd.DataFrame(rows)
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words; hyphens, dots and apostrophes inside a word are kept (eSIM, Wi-Fi, Mbit/s)."""
-    return re.findall(r"[a-z0-9]+(?:['’\-./][a-z0-9]+)*", text.lower())
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of a card text, split where a full stop, ? or ! is followed by a space and a capital or digit."""
-    return re.split(r"(?<=[.?!])\s+(?=[A-Z0-9“\"]|e[A-Z])", text.strip())
-
-
-def first_sentence(text: str) -> str:
-    return sentences(text)[0]
-
-
-_VOWELS = re.compile(r"[aeiouy]+")
-_SILENT = re.compile(r"(?:[^laeiouy]es?|[^aeiouytd]ed)$")  # bite, takes, asked; but table, glasses, started
-
-
 def syllables(word: str) -> int:
-    """Syllables of an English word by its groups of vowels, a silent ending left out: a guess, right for most words.
+    """Estimate the syllables of an English word from its groups of vowels, without a silent ending.
 
     Abbreviations are read letter by letter (DNS: 3).
     """
@@ -97,8 +100,8 @@ def syllables(word: str) -> int:
         return len(letters) + 2 * letters.count("W")
     lower = letters.lower()
     groups = len(_VOWELS.findall(lower))
-    hissing = re.search(r"(?:s|x|z|ch|sh|c|g)es$", lower)
-    return max(1, groups - (1 if groups > 1 and _SILENT.search(lower) and not hissing else 0))
+    sibilant = re.search(r"(?:s|x|z|ch|sh|c|g)es$", lower)  # this -es is spoken
+    return max(1, groups - (1 if groups > 1 and _SILENT.search(lower) and not sibilant else 0))
 
 
 def flesch_reading_ease(text: str) -> float:

@@ -1,7 +1,7 @@
-"""The executed notebook as it is kept: `<step>.ipynb` for a success, `<step>.failed.ipynb` for a failed attempt.
+"""Stores executed notebooks: `<step>.ipynb` after a success, `<step>.failed.ipynb` after a failure.
 
-A failed attempt never touches the last good record. Notebooks are handled as plain JSON, so that this module stays
-light: the runner imports it too.
+A failure never changes the last good record. Notebooks are plain JSON here, so that the runner can import this module
+without a heavy library.
 """
 
 from __future__ import annotations
@@ -20,51 +20,42 @@ from telco_nb.study import record
 
 LONG_LINES, HEAD_LINES, TAIL_LINES = 100, 40, 20
 LONG_CHARACTERS = 20_000
-KINDS = {
-    "error": "Error in a cell",
-    "died": "The kernel died",
-    "timeout": "Timeout",
-    "interrupted": "Interrupted",
-    "no result": "No result",
-    "not started": "Could not run",
-}
-ADVICE = {
-    "error": "The last cell with an output shows the exception.",
-    "died": "If memory was short: lower `batch_tokens` or `answer_batch_size`, or close other programs.",
-    "timeout": "Raise `--timeout`, or find out what the cell waits for.",
-    "interrupted": "Nothing is wrong with the step. The same command takes it up again.",
-    "no result": "A step is done only when its last cell, `run.finish(...)`, has written `manifest.json`.",
-    "not started": "The log says more.",
+KINDS = {  # title and advice
+    "error": ("Error in a cell", "The last cell with an output shows the exception."),
+    "died": (
+        "The kernel died",
+        "If memory was short: lower `batch_tokens` or `answer_batch_size`, or close other programs.",
+    ),
+    "timeout": ("Timeout", "Raise `--timeout`, or find out what the cell waits for."),
+    "interrupted": ("Interrupted", "Nothing is wrong with the step. The same command continues it."),
+    "no result": (
+        "No result",
+        "A step is done when its last cell, `run.finish(...)`, has written `manifest.json`.",
+    ),
+    "not started": ("Could not run", "The log says more."),
 }
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an execution does not count: one of KINDS, a sentence, and the number of the cell (`In [n]`) if known."""
+    """A failed execution: one of KINDS, the reason as a sentence, and the number of the cell (`In [n]`) if known."""
 
     kind: str
     reason: str
     cell: int | None = None
 
     def __str__(self) -> str:
-        return f"{KINDS[self.kind].lower()}{f' In [{self.cell}]' if self.cell else ''}: {self.reason}"
-
-
-# ---------------------------------------------------------------- where an execution keeps its files
+        return f"{KINDS[self.kind][0].lower()}{f' In [{self.cell}]' if self.cell else ''}: {self.reason}"
 
 
 def running_notebook(root: Path, scope: str, step: str) -> Path:
-    """The notebook while it runs; papermill saves it after every cell."""
+    """Return the path of the notebook while it runs; papermill saves it after every cell."""
     return root / scope / f".{step}.running.ipynb"
 
 
 def running_log(root: Path, scope: str, step: str) -> Path:
-    """Everything that the cells print, while they run: `tail -f` this."""
+    """Return the path of the output of all cells while they run; follow it with `tail -f`."""
     return root / scope / f".{step}.running.log"
-
-
-def record_notebook(root: Path, scope: str, step: str) -> Path:
-    return root / scope / f"{step}.ipynb"
 
 
 def failed_notebook(root: Path, scope: str, step: str) -> Path:
@@ -75,20 +66,17 @@ def failed_log(root: Path, scope: str, step: str) -> Path:
     return root / scope / f"{step}.failed.log"
 
 
-# ---------------------------------------------------------------- keeping
-
-
 def keep_record(root: Path, scope: str, step: str) -> None:
-    """Publish: first the executed notebook, then the step's folder, so that no new folder has an old notebook."""
+    """Publish first the executed notebook, then the step's folder, so that no new folder has an old notebook."""
     notebook = _cleaned(read_running(root, scope, step), root, scope, step)
-    record.write_bytes(record_notebook(root, scope, step), _to_bytes(notebook))
+    record.write_bytes(root / scope / f"{step}.ipynb", _to_bytes(notebook))
     record.publish_step(root, scope, step)
     for leftover in (running_notebook, running_log, failed_notebook, failed_log):
         leftover(root, scope, step).unlink(missing_ok=True)
 
 
 def keep_failed(root: Path, scope: str, step: str, failure: Failure) -> None:
-    """Write `<step>.failed.ipynb`, with a banner that says what happened, and `<step>.failed.log` beside it."""
+    """Write `<step>.failed.ipynb`, with a banner that names the failure, and `<step>.failed.log`."""
     notebook = _cleaned(read_running(root, scope, step), root, scope, step)
     _correct_status(notebook, failure)
     notebook["metadata"]["telco_nb_failure"] = asdict(failure)
@@ -103,7 +91,7 @@ def keep_failed(root: Path, scope: str, step: str, failure: Failure) -> None:
 
 
 def read_running(root: Path, scope: str, step: str) -> dict[str, Any]:
-    """The notebook as papermill last saved it; an empty one if it never did, or was killed while it did."""
+    """Return the notebook as papermill last saved it; an empty one if the file is missing or incomplete."""
     try:
         return json.loads(running_notebook(root, scope, step).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -111,7 +99,7 @@ def read_running(root: Path, scope: str, step: str) -> dict[str, Any]:
 
 
 def is_executed(cell: Any) -> bool:
-    """Whether a kernel executes this cell; these are the cells that get a number."""
+    """True if a kernel executes this cell; such cells get a number."""
     return cell["cell_type"] == "code" and bool("".join(cell["source"]).strip())
 
 
@@ -119,18 +107,15 @@ def _to_bytes(notebook: dict[str, Any]) -> bytes:
     return (json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-# ---------------------------------------------------------------- cleaning
-
-
 def _cleaned(notebook: dict[str, Any], root: Path, scope: str, step: str) -> dict[str, Any]:
-    """No machine paths, no endless output, no headline of papermill's (ours says more)."""
+    """Remove machine paths, the middle of long output, and papermill's error headline, which our banner replaces."""
     notebook["cells"] = [c for c in notebook["cells"] if not _is_papermill_headline(c)]
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = [_map_text(_shortened(o), root) for o in cell.get("outputs", [])]
-    about = notebook["metadata"].get("papermill")
-    if about:
-        about |= {"input_path": f"notebooks/{step}.ipynb", "output_path": f"{scope}/{step}.ipynb"}
+    metadata = notebook["metadata"].get("papermill")
+    if metadata:
+        metadata |= {"input_path": f"notebooks/{step}.ipynb", "output_path": f"{scope}/{step}.ipynb"}
     return notebook
 
 
@@ -150,7 +135,7 @@ def _map_text(value: Any, root: Path) -> Any:
 
 
 def without_machine_paths(text: str, root: Path) -> str:
-    """Text with this machine's folders replaced by what they stand for."""
+    """Replace the folders of this machine in a text by neutral names."""
     places = {
         str(root): f"outputs/{root.name}",
         sysconfig.get_paths()["purelib"]: "site-packages",
@@ -165,7 +150,7 @@ def without_machine_paths(text: str, root: Path) -> str:
 
 
 def _shortened(output: dict[str, Any]) -> dict[str, Any]:
-    """A stream output cut in the middle if it is long; the whole text would make the record unreadable."""
+    """Cut the middle out of a long stream output, which would make the record unreadable."""
     if output.get("output_type") != "stream":
         return output
     text = "".join(output["text"])
@@ -179,14 +164,11 @@ def _shortened(output: dict[str, Any]) -> dict[str, Any]:
     return output | {"text": text.splitlines(keepends=True)}
 
 
-# ---------------------------------------------------------------- saying what failed
-
-
 def _correct_status(notebook: dict[str, Any], failure: Failure) -> None:
-    """Papermill marks every cell as completed after a kernel's death: mark the culprit and what never ran."""
-    about = notebook["metadata"].get("papermill")
-    if about:
-        about["exception"] = True
+    """Mark the failed cell and the cells that never ran: after a kernel's death papermill marks them as completed."""
+    metadata = notebook["metadata"].get("papermill")
+    if metadata:
+        metadata["exception"] = True
     number, after = 0, False
     for cell in notebook["cells"]:
         number += is_executed(cell)
@@ -200,11 +182,11 @@ def _correct_status(notebook: dict[str, Any], failure: Failure) -> None:
 
 def _banner(failure: Failure, step: str) -> dict[str, Any]:
     where = f", In [{failure.cell}]" if failure.cell else ""
-    reason = failure.reason.replace("`", "'")
+    reason, (title, advice) = failure.reason.replace("`", "'"), KINDS[failure.kind]
     source = (
         "> **This execution failed; its results were not kept.**\n>\n"
-        f"> {KINDS[failure.kind]}{where}: `{reason}`\n>\n"
-        f"> {ADVICE[failure.kind]} Log: `{step}.failed.log`. "
+        f"> {title}{where}: `{reason}`\n>\n"
+        f"> {advice} Log: `{step}.failed.log`. "
         f"The last good record, if there is one, is `{step}.ipynb`."
     )
     cell = {"cell_type": "markdown", "id": "failure", "metadata": {"tags": ["failure"]}}

@@ -1,10 +1,10 @@
-"""Processes that need not import the heavy libraries: forked from one that has imported them, the fork server.
+"""The fork server imports the heavy libraries once and forks a process for each job.
 
-The runner starts `python -m telco_nb.engine.fork_server FD LIBRARY...` once and asks it for a process per job over the socket FD.
-The new process (as `python -m telco_nb.engine.job`) has already forked its kernel (as `python -m telco_nb.engine.kernel`),
-which waits to be told its command, environment, folder and log. The modules of telco_nb are imported before the forks,
-too, and the packaged model is loaded; a fork server whose sources have changed since is replaced (`is_outdated`). Whatever
-does not fit gets an ordinary process.
+The runner starts `python -m telco_nb.engine.fork_server FD LIBRARY...` and requests one process per job over the socket
+FD. A forked process does what `python -m telco_nb.engine.job` does. Before that it forks its kernel, which waits for
+its arguments, environment, folder and log and then does what `python -m telco_nb.engine.kernel` does. The fork server
+also imports modules of telco_nb and loads the packaged model; the runner replaces it when a source has changed. Where
+a fork is not possible, the job or the kernel starts as an ordinary process.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import IO, Any
 
 from telco_nb import PACKAGE_DIR, ROOT
 
-SWITCH = "TELCO_NB_WARM_KERNELS"  # 0: never, 1: always where possible, unset: if more than one job is to run
-# The first three start threads that end before a fork and start anew after it. No other may start any: a thread of
-# libgomp, for one, would mean that a parallel region has run, and after that a fork can hang in the next one.
+SWITCH = "TELCO_NB_WARM_KERNELS"  # 0: never, 1: where possible, unset: for more than one job
+# These three start threads that end before a fork and start again after it. No other library may start a thread: a
+# thread of libgomp, for example, means that a parallel region has run, and then the next one can hang after a fork.
 THREADED = ("numpy", "scipy.linalg", "pyarrow")
 LIBRARIES = (
     *THREADED, "pandas", "seaborn", "torch", "transformers.trainer", "transformers.models.auto.modeling_auto",
@@ -39,9 +39,9 @@ LIBRARIES = (
     "ipykernel.ipkernel", "ipykernel.kernelapp", "ipykernel.debugger", "jupyter_client", "papermill", "pydantic.types",
     "pydantic.json_schema", "carbontracker.tracker", "matplotlib_inline.backend_inline", "IPython.core.pylabtools",
     "IPython.core.completerlib", "IPython.extensions.storemagic", "sqlite3", "torch.nn.attention.varlen",
-    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.job", "telco_nb.engine.kernel", "telco_nb.lora.base_model",
-    "telco_nb.lora.trainer", "telco_nb.lora.decoding", "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect",
-    "IPython.core.logger",
+    "pandas.io.formats.html", "tornado.platform.asyncio", "telco_nb.engine.job", "telco_nb.engine.kernel",
+    "telco_nb.engine.kernel_manager", "telco_nb.lora.base_model", "telco_nb.lora.trainer", "telco_nb.lora.decoding",
+    "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect", "IPython.core.logger",
 )  # fmt: skip
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
 START_SECONDS = 120.0
@@ -58,7 +58,7 @@ def send(channel: socket.socket, message: dict[str, Any], files: tuple[int, ...]
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next message with its open files; None if the other side is gone."""
+    """Return the next message with its open files; None if the other side has closed the channel."""
     data, files, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 8)
     return (json.loads(data), files) if data else None
 
@@ -67,41 +67,48 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def is_useful(jobs: int) -> bool:
-    """Whether to start a fork server for so many jobs: Linux only, never beside a GPU (CUDA does not survive a fork)."""
-    wish = os.environ.get(SWITCH)
+    """True if a fork server should run for so many jobs: on Linux only, never beside a GPU (CUDA cannot be forked)."""
+    choice = os.environ.get(SWITCH)
     possible = sys.platform == "linux" and hasattr(os, "pidfd_open") and not any(map(os.path.exists, GPU_DEVICES))
-    return possible and wish != "0" and (jobs > 1 or wish == "1")
+    return possible and choice != "0" and (jobs > 1 or choice == "1")
 
 
 def source_states() -> dict[str, tuple[int, int]]:
-    """When each module of telco_nb was last changed (ns), and its size."""
+    """Return the time of the last change (ns) and the size (bytes) of each module of telco_nb."""
     states = {str(path): path.stat() for path in PACKAGE_DIR.rglob("*.py")}
     return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
 
 
 class ForkServer:
-    """The process that has imported everything, as the runner sees it. `environment` is that of the kernels to come."""
+    """Starts the fork server with the `environment` of later kernels, and requests processes from it."""
 
     def __init__(self, environment: dict[str, str]):
         self.sources = source_states()
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.channel.settimeout(START_SECONDS)
-        nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        command = [sys.executable, "-m", "telco_nb.engine.fork_server", str(theirs.fileno()), *LIBRARIES]
+        fd = theirs.fileno()
+        streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        command = [sys.executable, "-m", "telco_nb.engine.fork_server", str(fd), *LIBRARIES]
         with theirs:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], start_new_session=True, **nowhere
+                command, cwd=ROOT, env=environment, pass_fds=[fd], start_new_session=True, **streams
             )
         self.ready = False
 
     def is_outdated(self) -> bool:
-        """Whether a source has changed since this began: then what it imported may not be what a job is to run."""
+        """True if a source has changed since the start: the imported modules may not be what a job has to run."""
         return source_states() != self.sources
 
     def fork(self, job_file: Path, log: IO[bytes], lock: IO[str], keep_waiting: Callable[[], bool]) -> ForkedJob | None:
-        """The process of a job, or None if there is none to be had: then start an ordinary one.
+        """Fork the process of a job.
 
-        `keep_waiting` is asked now and then, while the libraries are being imported, whether to wait any longer.
+        Args:
+            job_file: The job, as Runner.write_job writes it.
+            log: The standard error of the process.
+            lock: The lock file, which the process keeps open.
+            keep_waiting: Called every POLL_SECONDS during the imports; False gives up.
+
+        Returns:
+            The process, or None if there is none; then the caller starts an ordinary process.
         """
         if self.process.returncode is not None:
             return None
@@ -109,8 +116,9 @@ class ForkServer:
         answer = None
         with contextlib.suppress(OSError):
             if self.wait_until_ready(keep_waiting):
-                order = {"job": str(job_file), "environment": dict(os.environ)}
-                send(self.channel, order, (write, log.fileno(), lock.fileno()))
+                self.channel.settimeout(START_SECONDS)
+                request = {"job": str(job_file), "environment": dict(os.environ)}
+                send(self.channel, request, (write, log.fileno(), lock.fileno()))
                 answer = receive(self.channel)
         os.close(write)
         if answer is None or "pid" not in answer[0]:
@@ -120,6 +128,7 @@ class ForkServer:
         return ForkedJob(answer[0]["pid"], os.fdopen(read, encoding="utf-8"), self.channel)
 
     def wait_until_ready(self, keep_waiting: Callable[[], bool]) -> bool:
+        """Wait for the end of the imports; False after START_SECONDS, after an error and if `keep_waiting` says so."""
         deadline = time.monotonic() + START_SECONDS
         while not self.ready and time.monotonic() < deadline and keep_waiting():
             if select.select([self.channel], [], [], POLL_SECONDS)[0]:
@@ -134,14 +143,14 @@ class ForkServer:
 
 
 class ForkedJob:
-    """A job's process, with the part of subprocess.Popen that the runner uses."""
+    """The process of a job, with the part of subprocess.Popen that a worker uses."""
 
     def __init__(self, pid: int, stdout: IO[str], channel: socket.socket):
         self.pid, self.stdout, self.channel = pid, stdout, channel
         self.returncode: int | None = None
 
     def wait(self) -> int:
-        """Wait for the end, and say how it came. A process whose fork server died counts as killed, and is."""
+        """Wait for the end and return the exit code. If the fork server dies, kill the process."""
         if self.returncode is None:
             self.channel.settimeout(None)
             answer = None
@@ -151,7 +160,6 @@ class ForkedJob:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
             self.returncode = answer[0]["exit_code"] if answer else -signal.SIGKILL
-            self.channel.settimeout(START_SECONDS)
         return self.returncode
 
 
@@ -159,11 +167,11 @@ class ForkedJob:
 
 
 def main(channel: socket.socket, libraries: list[str]) -> int:
-    """Import, then fork a process for each order. Returns in the forked processes only, with their exit status."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the runner is gone, there is nothing to do
-    if select.select([channel], [], [], 0)[0]:  # nothing was sent yet, so this is the end of it
+    """Import the libraries, then fork a process for each request. Returns in forked processes and after a failure."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # die with the runner
+    if select.select([channel], [], [], 0)[0]:  # nothing was sent yet: the runner died before prctl
         os._exit(0)
-    fresh = StartState()
+    start = StartState()
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does
     for library in libraries:
         threads = _thread_count()
@@ -171,16 +179,16 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         if _thread_count() > threads and library not in THREADED:
             return 1
     _warm_up()
-    fresh.added = {k: v for k, v in os.environ.items() if k not in fresh.environment and k != "MPLBACKEND"}
+    start.added = {k: v for k, v in os.environ.items() if k not in start.environment and k != "MPLBACKEND"}
     if not _load_model():
         return 1
     send(channel, {"ready": True})
-    while order := receive(channel):
-        me = os.getpid()
+    while request := receive(channel):
+        server = os.getpid()
         pid = os.fork()
         if pid == 0:
-            return _run_job(*order, me, channel, fresh)
-        for file in order[1]:
+            return _run_job(*request, server, channel, start)
+        for file in request[1]:
             os.close(file)
         send(channel, {"exit_code": _wait_for(pid, channel)})
         if not _load_model():
@@ -189,7 +197,7 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
 
 
 class StartState:
-    """What a new process would find at its start, and what the imports `added` to the environment."""
+    """The environment and module path at the start, and the variables that the imports `added`."""
 
     def __init__(self) -> None:
         self.environment, self.path = dict(os.environ), sys.path[1:]
@@ -197,7 +205,7 @@ class StartState:
 
 
 def _warm_up() -> None:
-    """What takes longest for the first time: fonts and image formats, the schema of notebooks, versions of packages."""
+    """Do what is slow only the first time: load fonts and image formats, the notebook schema, package versions."""
     if "matplotlib" in sys.modules:
         from matplotlib import pyplot
 
@@ -213,11 +221,11 @@ def _warm_up() -> None:
 
 
 def _load_model() -> bool:
-    """The packaged model, once a job has unpacked it; False if that has left a thread, with which no fork is safe."""
+    """Load the packaged model once a job has unpacked it; False if a thread is left, which makes a fork unsafe."""
     threads = _thread_count()
     if "telco_nb.lora.base_model" in sys.modules:
         sys.modules["telco_nb.lora.base_model"].preload()
-    gc.freeze()  # the libraries' million objects stay shared after a fork, and no collection walks through them again
+    gc.freeze()  # a collection would write to the libraries' million objects, which then are no longer shared
     return _thread_count() <= threads
 
 
@@ -226,7 +234,7 @@ def _thread_count() -> int:
 
 
 def _wait_for(pid: int, channel: socket.socket) -> int:
-    """The exit code of a job. If the runner hangs up, so does the fork server: the job will notice."""
+    """Return the exit code of a job. If the runner closes the channel, exit: the job notices that and ends, too."""
     descriptor = os.pidfd_open(pid)
     if channel in select.select([channel, descriptor], [], [])[0]:
         os._exit(0)
@@ -237,8 +245,8 @@ def _wait_for(pid: int, channel: socket.socket) -> int:
 # ---------------------------------------------------------------- a job's process and its kernel
 
 
-def _run_job(order: dict[str, Any], files: list[int], parent: int, channel: socket.socket, fresh: StartState) -> int:
-    """What `python -m telco_nb.engine.job` does, with a kernel at hand."""
+def _run_job(request: dict[str, Any], files: list[int], server: int, channel: socket.socket, start: StartState) -> int:
+    """Fork a kernel, then do what `python -m telco_nb.engine.job` does."""
     os.setsid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -247,76 +255,85 @@ def _run_job(order: dict[str, Any], files: list[int], parent: int, channel: sock
             end.close()
         for file in files:
             os.close(file)
-        return _run_kernel(theirs, fresh)
+        return _run_kernel(theirs, start)
     theirs.close()
-    for file, standard in zip(files, (1, 2), strict=False):  # the third is the lock, which stays open
-        os.dup2(file, standard)
-        os.close(file)
-    os.environ.clear()
-    os.environ.update(order["environment"])
-    sys.argv[1:] = [order["job"], str(parent)]
+    _take_over(files, request["environment"])
+    sys.argv[1:] = [request["job"], str(server)]
     send(channel, {"pid": os.getpid()})
     channel.close()
-    importlib.invalidate_caches()
     from telco_nb.engine import job
 
-    code = job.main(order["job"], parent, ForkedKernel(pid, ours, fresh.environment))
+    code = job.main(request["job"], server, ForkedKernel(pid, ours, start.environment, job.JOB_VARIABLES))
     sys.stdout.flush()
-    os._exit(code)  # to take the libraries down as Python does at its end would take seconds
+    os._exit(code)  # Python's own exit would spend seconds on the libraries
 
 
-def _run_kernel(orders: socket.socket, fresh: StartState) -> int:
-    """What `python -m telco_nb.engine.kernel` does, once told to; nothing if nobody does."""
+def _run_kernel(channel: socket.socket, start: StartState) -> int:
+    """Wait for a request, then do what `python -m telco_nb.engine.kernel` does; exit if the channel closes first."""
     os.setsid()
-    if "numpy" in sys.modules:  # random reseeds itself in a fork, and torch starts from a constant
+    if "numpy" in sys.modules:  # random seeds itself anew after a fork, and torch starts from a constant
         sys.modules["numpy"].random.seed()
-    send(orders, {"ready": True})
-    order = receive(orders)
-    if order is None:
+    send(channel, {"ready": True})
+    message = receive(channel)
+    if message is None:
         os._exit(0)
-    orders.close()
-    for file, standard in zip(order[1], (1, 2), strict=True):
-        os.dup2(file, standard)
-        os.close(file)
-    os.environ.clear()
-    os.environ.update({**fresh.added, **order[0]["environment"]})
-    os.chdir(order[0]["folder"])
-    sys.path[:] = [str(Path.cwd()), *fresh.path]
-    importlib.invalidate_caches()
+    channel.close()
+    request, files = message
+    _take_over(files, {**start.added, **request["environment"]})
+    os.chdir(request["folder"])
+    sys.path[:] = [str(Path.cwd()), *start.path]
     from telco_nb.engine import kernel
 
-    sys.argv[:] = [kernel.__file__, *order[0]["arguments"]]
+    sys.argv[:] = [kernel.__file__, *request["arguments"]]
     kernel.main()
     return 0
 
 
-class ForkedKernel:
-    """A forked kernel that waits for its orders, with the part of subprocess.Popen that jupyter_client uses.
+def _take_over(files: list[int], environment: dict[str, str]) -> None:
+    """Use the first two files as standard output and error, and replace the environment."""
+    for file, standard in zip(files, (1, 2), strict=False):  # a third is the lock, which stays open
+        os.dup2(file, standard)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(environment)
+    importlib.invalidate_caches()
 
-    A child of this process, so that its exit status is known and nobody else can collect it.
+
+class ForkedKernel:
+    """A forked kernel that waits for its request, with the part of subprocess.Popen that jupyter_client uses.
+
+    It is a child of the job's process, so that only this process can collect its exit code.
     """
 
-    stdin = stdout = stderr = None
-
-    def __init__(self, pid: int, orders: socket.socket, environment: dict[str, str]):
-        self.pid, self.orders, self.environment = pid, orders, environment
+    def __init__(self, pid: int, channel: socket.socket, environment: dict[str, str], own: tuple[str, ...]):
+        # `environment` is what the imports saw; the kernel's `own` variables may differ from it
+        self.pid, self.channel, self.environment = pid, channel, environment
+        self.own: tuple[str, ...] = (*own, "JPY_PARENT_PID", "JPY_SESSION_NAME")
         self.returncode: int | None = None
 
-    def start(self, arguments: list[str], environment: dict[str, str], folder: str, own: tuple[str, ...]) -> bool:
-        """Set it going; False if it cannot be, because a variable other than its `own` is not what the imports saw."""
-        own = (*own, "JPY_PARENT_PID", "JPY_SESSION_NAME")
-        seen, wanted = ({k: v for k, v in e.items() if k not in own} for e in (self.environment, environment))
+    def start(self, arguments: list[str], environment: dict[str, str], folder: str) -> bool:
+        """Send the request to the kernel.
+
+        Args:
+            arguments: Command line arguments of ipykernel.
+            environment: All variables of the kernel.
+            folder: Working directory.
+
+        Returns:
+            True if the kernel starts. False if it cannot, because a variable differs; the kernel is then killed.
+        """
+        seen, wanted = ({k: v for k, v in e.items() if k not in self.own} for e in (self.environment, environment))
         started = False
         with contextlib.suppress(OSError):
-            if seen == wanted and receive(self.orders):
+            if seen == wanted and receive(self.channel):
                 environment = {**environment, "JPY_PARENT_PID": str(os.getpid())}
-                order = {"arguments": arguments, "environment": environment, "folder": folder}
-                send(self.orders, order, (1, 2))
+                request = {"arguments": arguments, "environment": environment, "folder": folder}
+                send(self.channel, request, (1, 2))
                 started = True
-        self.orders.close()
+        self.channel.close()
         if not started:
-            self.kill()
-            self.wait()
+            os.kill(self.pid, signal.SIGKILL)
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return started
 
     def poll(self) -> int | None:
@@ -325,20 +342,9 @@ class ForkedKernel:
             self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        return self.returncode  # type: ignore[return-value]
-
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 if __name__ == "__main__":

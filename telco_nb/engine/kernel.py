@@ -1,4 +1,4 @@
-"""The kernel of a batch run: ipykernel that loses no output and does not outlive the process that started it."""
+"""The kernel of a job: ipykernel that loses no output and dies with the process that started it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any
 from ipykernel.kernelapp import IPKernelApp
 
 POLL_SECONDS = 0.3
-# Until a client listens, which looks for our sockets every 5 ms (telco_nb.engine.job). If it missed what we say to its
-# first request, it would wait for 50 ms and ask again.
+# The client looks for the kernel's sockets every 5 ms (telco_nb.engine.kernel_manager). If it is not connected when the
+# kernel answers its first request, it waits 50 ms and asks again.
 LISTEN_SECONDS = 0.01
 
 
 class BatchKernel(IPKernelApp):
-    """ipykernel with two changes that an unattended run needs."""
+    """ipykernel with the changes that an unattended run needs."""
 
     def init_iopub(self, context: Any) -> None:
-        # ZeroMQ drops messages without a word once 1,000 wait: a cell that prints a lot would lose lines, or the
-        # message that says it has finished. 0 means no limit.
+        # ZeroMQ silently drops messages when 1,000 wait: a cell that prints much would lose lines, or the message that
+        # it has finished. 0 means no limit.
         context.sndhwm = 0
         super().init_iopub(context)
 
@@ -36,7 +36,7 @@ class BatchKernel(IPKernelApp):
 
 
 def _die_with(parent: int) -> None:
-    """Kill this kernel and everything it started (they share a process group) when `parent` is gone."""
+    """When `parent` is gone, kill this kernel and everything that it started (they share a process group)."""
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     if os.getpgrp() == os.getpid():
@@ -45,10 +45,11 @@ def _die_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Run a kernel as sys.argv says. ipykernel looks for its parent when it is imported, which may have been before."""
+    """Run a kernel with the arguments in sys.argv."""
+    # ipykernel reads the parent's id when it is imported, which may have been in another process: pass it here.
     BatchKernel.launch_instance(parent_handle=int(os.environ.get("JPY_PARENT_PID") or os.getppid()))
-    # Python's own end, but for the seconds that it takes to dismantle torch: IPython's exit function, the first of all,
-    # drops the notebook's variables, which closes their files.
+    # Exit as Python does, but without the seconds that it takes to free torch: first IPython's exit function, which
+    # deletes the notebook's variables and so closes their files.
     atexit._run_exitfuncs()
     if sys.__stdout__:
         sys.__stdout__.flush()

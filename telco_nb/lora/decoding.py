@@ -1,7 +1,7 @@
-"""Answers of a (tuned) model to the held-out prompts: batched, greedy or sampled, ended by the end token.
+"""Answers of a base or tuned model to the held-out prompts: batched, greedy or sampled, ended by the end token.
 
-Decoding is a loop of its own around the transformers model: keys and values are written in place instead of being
-copied at every token, no key is repeated for grouped queries, and rows that have ended leave the batch.
+The decoding loop runs around the transformers model. Keys and values are written in place instead of being copied at
+every token, no key is repeated for grouped queries, and rows that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -17,38 +17,48 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AttentionInterface
 
 from telco_nb.lora.base_model import chat_messages, end_token_id, map_weights
 
-CACHED_ATTENTION = "kept_keys"  # name of the attention function below
-DROP_SHARE = 0.8  # rows leave the batch when no more than this share of it still writes; a guess, any value is exact
+CACHED_ATTENTION = "cached_sdpa"  # name under which transformers knows `cached_attention`
+DROP_SHARE = 0.8  # ended rows leave the batch when at most this share of it still writes; a guess, any value is exact
 
 
 def merge_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_model: str | None = None) -> Any:
-    """The model that would be deployed: LoRA merged into the (float32) base weights, then cast to `dtype`.
+    """Build the model that would be deployed: merge LoRA into the base weights, then cast them.
 
-    If there is a file of `base_model` in `dtype`, matrices that no adapter has changed are mapped from it: to cast
-    them again would write all of them into fresh memory.
+    Args:
+        model: the base model in float32; it is changed.
+        adapter: folder of the adapter; None for the untuned model.
+        dtype: number format of the result.
+        base_model: name of the base model. If there is a file of its weights in `dtype`, matrices without an adapter
+            are mapped from it: a cast would write all of them into fresh memory.
+
+    Returns:
+        The merged model in evaluation mode.
     """
     if adapter is not None:
         config = LoraConfig.from_pretrained(str(adapter))
         if config.use_dora or config.bias != "none":
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
             return tuned.merge_and_unload().to(dtype).eval()
-        _merge(model, adapter, config, dtype)
+        _merge_lora(model, adapter, config, dtype)
     cast = map_weights(base_model, dtype) if base_model and dtype != torch.float32 else None
     for name, weight in cast.named_parameters() if cast else ():
         own = model.get_parameter(name)
-        if own.dtype != dtype and own.dim() > 1:  # a bias may have been trained along
+        if own.dtype != dtype and own.dim() > 1:  # matrices only: a bias may have been trained
             own.data = weight.data.to(own.device)
     return model.to(dtype).eval()
 
 
 @torch.no_grad()
-def _merge(model: Any, adapter: Path, config: LoraConfig, dtype: torch.dtype) -> None:
-    """What peft's merge does to the weights, to the last bit, in half the time: it would first make a layer of its own
-    around each of ours, and write into the pages of the file that the base weights are mapped from."""
+def _merge_lora(model: Any, adapter: Path, config: LoraConfig, dtype: torch.dtype) -> None:
+    """The same weights to the last bit as peft's merge, in half the time.
+
+    peft would first wrap every layer and then write into the pages of the file that the base weights are mapped from.
+    """
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     weights = load_file(adapter / "adapter_model.safetensors", device=str(model.device))
     for name in filter(lambda name: name.endswith(".lora_A.weight"), weights):
@@ -58,7 +68,7 @@ def _merge(model: Any, adapter: Path, config: LoraConfig, dtype: torch.dtype) ->
 
 
 def length_batches(prompts: list[list[int]], size: int) -> list[list[int]]:
-    """Indices of prompts in batches of similar length, so that padding is small."""
+    """Indices of prompts in batches of similar length, so that little padding is needed."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -72,11 +82,19 @@ def answer_prompts(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Answers: columns prompt_id, answer, n_tokens (with the end token), finish_reason, seconds.
+    """Let the model answer prompts.
 
-    Greedy at temperature 0; else sampled with draws that depend on `seed` and the prompt's place only, not on batches.
-    `seconds` is the time of the answer's batch divided by its size. The answer is text as the model wrote it, with
-    special tokens removed and nothing else.
+    Args:
+        model, tokenizer: of `merge_adapter` and `load_model`.
+        prompts: columns prompt_id and messages.
+        max_tokens: new tokens per answer, at most.
+        batch_size: prompts that are answered together.
+        temperature: 0 decodes greedily; above, tokens are sampled.
+        seed: of the sampling. Draws depend on it and on the prompt's position, not on the batches.
+
+    Returns:
+        One row per prompt, in order: prompt_id, answer (stripped text without special tokens), n_tokens
+        (with the end token), finish_reason ("stop" or "length") and seconds (time of the batch over its size).
     """
     encoded = [
         tokenizer.apply_chat_template(chat_messages(list(m)), add_generation_prompt=True, return_dict=False)
@@ -89,57 +107,62 @@ def answer_prompts(
         draws = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in batch]) if temperature else None
         generated = generate(model, [encoded[i] for i in batch], end, max_tokens, temperature, draws)
         seconds = (time.perf_counter() - start) / len(batch)
-        for index, ids in zip(batch, generated, strict=True):
-            rows.append(_answer_row(tokenizer, prompts["prompt_id"].iloc[index], ids, seconds))
+        rows += [
+            {
+                "prompt_id": prompts["prompt_id"].iloc[i],
+                "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "n_tokens": len(ids),
+                "finish_reason": "stop" if ids and ids[-1] == end else "length",
+                "seconds": seconds,
+            }
+            for i, ids in zip(batch, generated, strict=True)
+        ]
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
 
 
 def warm_up(model: Any) -> None:
-    """Write two tokens after a prompt of a few: what a device does once only should not be in the window."""
+    """Generate two tokens, so that one-time work of the device happens before the metered window."""
     generate(model, [[0] * 8], end=-1, max_tokens=2)
 
 
-# ---------------------------------------------------------------- decoding
-
-
 class KVCache:
-    """Keys and values of a batch, (rows, key heads, capacity, width) per layer, and which columns each row may see."""
+    """Keys and values of a batch, (rows, key heads, capacity, width) per layer, and the columns that each row sees."""
 
-    def __init__(self, mask: torch.Tensor, capacity: int):
-        self.seen = F.pad(mask.bool(), (0, capacity - mask.shape[1]), value=True)  # new columns belong to the answer
+    def __init__(self, mask: Tensor, capacity: int):
+        self.visible = F.pad(mask.bool(), (0, capacity - mask.shape[1]), value=True)  # new columns hold the answer
         self.length, self.capacity = 0, capacity
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
 
-    def add(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new columns behind the first `length`; returns all columns so far, as views."""
+    def add(self, layer: int, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Write new columns behind the first `length`; returns views of all keys and all values so far."""
         if layer not in self.layers:
             shape = (*key.shape[:2], self.capacity, key.shape[3])
             self.layers[layer] = key.new_empty(shape), value.new_empty(shape)
         stop = self.length + key.shape[2]
         for store, new in zip(self.layers[layer], (key, value), strict=True):
             store[:, :, self.length : stop] = new
-        return tuple(store[:, :, :stop] for store in self.layers[layer])
+        return [store[:, :, :stop] for store in self.layers[layer]]
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows only."""
-        self.seen = self.seen[rows]
-        self.layers = {layer: tuple(t[rows] for t in kept) for layer, kept in self.layers.items()}
+    def select(self, rows: Tensor) -> None:
+        """Drop all other rows."""
+        self.visible = self.visible[rows]
+        self.layers = {layer: tuple(t[rows] for t in tensors) for layer, tensors in self.layers.items()}
 
 
 def cached_attention(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attention_mask: Any,
-    scaling: float | None = None,
-    kept: KVCache | None = None,
+    scaling: float,
+    kv_cache: KVCache,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of new tokens, query (rows, heads, new, width), to all kept ones; key heads are never repeated."""
-    keys, values = kept.add(module.layer_idx, key, value)
+) -> tuple[Tensor, None]:
+    """Attention of new tokens, query (rows, heads, new, width), to all cached ones; key heads are never repeated."""
+    keys, values = kv_cache.add(module.layer_idx, key, value)
     rows, heads, new, width = query.shape
-    visible = kept.seen[:, None, None, : keys.shape[2]]
+    visible = kv_cache.visible[:, None, None, : keys.shape[2]]
     if new > 1:  # the prompts
         causal = torch.ones(new, keys.shape[2], dtype=torch.bool, device=query.device).tril(keys.shape[2] - new)
         own = torch.eye(new, keys.shape[2], dtype=torch.bool, device=query.device)  # padding sees itself: no empty row
@@ -150,8 +173,8 @@ def cached_attention(
     stacked = query.view(-1, heads // key.shape[1], width)
     scores = torch.bmm(stacked, keys.flatten(0, 1).transpose(1, 2)).mul_(scaling)
     scores = scores.view(rows, key.shape[1], -1, keys.shape[2]).masked_fill_(~visible, -torch.inf)
-    shares = torch.softmax(scores.float(), -1).to(value.dtype).flatten(0, 1)
-    return torch.bmm(shares, values.flatten(0, 1)).view(rows, 1, heads, width), None
+    probabilities = torch.softmax(scores.float(), -1).to(value.dtype).flatten(0, 1)
+    return torch.bmm(probabilities, values.flatten(0, 1)).view(rows, 1, heads, width), None
 
 
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)
@@ -159,20 +182,18 @@ AttentionInterface.register(CACHED_ATTENTION, cached_attention)
 
 @torch.inference_mode()
 def generate(
-    model: Any,
-    prompts: list[list[int]],
-    end: int,
-    max_tokens: int,
-    temperature: float = 0.0,
-    draws: np.ndarray | None = None,
+    model: Any, prompts: list[list[int]], end: int, max_tokens: int, temperature: float = 0.0, draws: Any = None
 ) -> list[list[int]]:
-    """New token ids of each prompt, up to and with the end token; `draws` (prompts, max_tokens) in 0-1 if sampled."""
-    before = model.config._attn_implementation
+    """New token ids of each prompt, up to and with the token `end`, at most `max_tokens`.
+
+    With a `temperature`, the array `draws` (prompts, max_tokens) holds the uniform numbers that choose the tokens.
+    """
+    attention = model.config._attn_implementation
     model.set_attn_implementation(CACHED_ATTENTION)
     try:
         return _decode(model, prompts, end, max_tokens, temperature, draws)
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(attention)
 
 
 def _decode(
@@ -184,42 +205,31 @@ def _decode(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
-    kept, alive = KVCache(mask.to(model.device), width + max_tokens), list(range(len(prompts)))
+    cache, active = KVCache(mask.to(model.device), width + max_tokens), list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
     step = ids.to(model.device)
     for count in range(max_tokens):
-        output = model(input_ids=step, position_ids=positions, kept=kept, use_cache=False, logits_to_keep=1)
-        kept.length += step.shape[1]
-        uniform = None if draws is None else torch.tensor(draws[alive, count], device=model.device)
+        output = model(input_ids=step, position_ids=positions, kv_cache=cache, use_cache=False, logits_to_keep=1)
+        cache.length += step.shape[1]
+        uniform = None if draws is None else torch.tensor(draws[active, count], device=model.device)
         chosen = _next_token(output.logits[:, -1], temperature, uniform)
-        for row, token in zip(alive, chosen.tolist(), strict=True):
+        for row, token in zip(active, chosen.tolist(), strict=True):
             if not written[row] or written[row][-1] != end:
                 written[row].append(token)
-        going = [i for i, row in enumerate(alive) if written[row][-1] != end]
-        if not going:
+        unfinished = [i for i, row in enumerate(active) if written[row][-1] != end]
+        if not unfinished:
             break
         step, positions = chosen[:, None], positions[:, -1:] + 1
-        if len(going) <= DROP_SHARE * len(alive):
-            rows = torch.tensor(going, device=model.device)
-            kept.select(rows)
-            step, positions, alive = step[rows], positions[rows], [alive[i] for i in going]
+        if len(unfinished) <= DROP_SHARE * len(active):
+            rows = torch.tensor(unfinished, device=model.device)
+            cache.select(rows)
+            step, positions, active = step[rows], positions[rows], [active[i] for i in unfinished]
     return written
 
 
-def _next_token(logits: torch.Tensor, temperature: float, uniform: torch.Tensor | None) -> torch.Tensor:
-    """The likeliest token of each row, or the one at which the cumulated probability passes `uniform`."""
+def _next_token(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:
+    """The most probable token of each row, or the one where the cumulative probability exceeds `uniform`."""
     if uniform is None:
         return logits.argmax(-1)
-    shares = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    return torch.searchsorted(shares, uniform[:, None].double()).squeeze(1).clamp(max=logits.shape[-1] - 1)
-
-
-def _answer_row(tokenizer: Any, prompt_id: str, ids: list[int], seconds: float) -> dict[str, Any]:
-    stopped = bool(ids) and ids[-1] == end_token_id(tokenizer)
-    return {
-        "prompt_id": prompt_id,
-        "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        "n_tokens": len(ids),
-        "finish_reason": "stop" if stopped else "length",
-        "seconds": seconds,
-    }
+    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[:, None].double()).squeeze(1).clamp(max=logits.shape[-1] - 1)

@@ -1,7 +1,7 @@
-"""Energy of a window of work: measured where a sensor exists, otherwise an interval that says it is an estimate.
+"""Energy of a window of work: measured where a sensor exists, otherwise an interval that is labelled as an estimate.
 
 The primary reading is the device's own counter (NVML on NVIDIA cards, RAPL on bare-metal Intel and AMD). Without one,
-the processor's energy is modelled from CPU time and declared watts per core. carbontracker watches the same window.
+the CPU's energy is modelled from CPU time and assumed watts per core. carbontracker watches the same window.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ RAPL = Path("/sys/class/powercap")
 JOULES_PER_WH = 3600.0
 # Shorter windows hold too few sensor updates (NVML ~10/s, RAPL ~1000/s); the CPU-time model only needs its clock.
 SHORTEST_WINDOW_S = {"nvml_energy_counter": 20.0, "rapl": 10.0, "cpu_time_model": 1.0}
-SENSOR_ACCURACY = 0.05  # of NVML counters on data-centre cards, as published; taken for RAPL too, a guess
-MAX_DISAGREEMENT = 0.05  # ratio to carbontracker's figure from which on a reader is warned
-WEAKEST_LAST = ("measured", "external", "allocated", "estimated", "none")
-SHOWN_COLUMNS = [  # columns of a statement that its reader sees in the notebook; the table on disk has all
+SENSOR_ACCURACY = 0.05  # published for NVML counters on data-centre cards; for RAPL a guess
+MAX_DISAGREEMENT = 0.05  # between carbontracker's figure and ours, relative; beyond it the reader is warned
+KINDS = ("measured", "external", "allocated", "estimated", "none")  # from the strongest to the weakest
+SHOWN_COLUMNS = [  # columns of a statement that a notebook shows; the saved table has all
     "component", "kind", "source", "gross_j", "low_j", "high_j", "window_s", "carbontracker_j", "valid",
     "invalid_reason",
 ]  # fmt: skip
 
 
 def rapl_domains() -> list[Path]:
-    """Processor packages whose energy counter this process may read now."""
+    """CPU packages with an energy counter that this process may read."""
     return [
         d for d in sorted(RAPL.glob("intel-rapl:?")) if os.access(d / "energy_uj", os.R_OK) and _read_microjoules(d) > 0
     ]
@@ -56,10 +56,13 @@ def nvml_handle() -> Any | None:
 
 
 class Meter:
-    """Accumulates time, CPU time and sensor readings over one or more windows.
+    """Adds up time, CPU time and sensor readings over one or more windows: `start`, `pause`, ..., `stop`, `statement`.
 
-    `watts` are (low, mid, high) per busy core, `idle_share` the share of it that an idle core draws: declared
-    assumptions, used only where no sensor is readable.
+    `total["window_s"]` is the time in seconds. The assumptions are used only where no sensor is readable.
+
+    Args:
+        watts: power of a busy core in W, assumed: (low, middle, high).
+        idle_share: share of it that an idle core draws, 0-1.
     """
 
     def __init__(self, watts: tuple[float, float, float], idle_share: float):
@@ -69,43 +72,41 @@ class Meter:
         self.tracker = _Carbontracker(self.gpu)
         self.total = dict.fromkeys(("window_s", "cpu_s", "rapl_j", "gpu_j", "tracker_cpu_s", "tracker_gpu_j"), 0.0)
         self.n_windows = 0
-        self._mark: dict[str, Any] | None = None
+        self._window_start: dict[str, Any] | None = None
 
     def start(self) -> None:
         """Open a window; does nothing if one is open."""
-        if self._mark is None:
+        if self._window_start is None:
             self.tracker.start()
-            self._mark = self._snapshot()
+            self._window_start = self._snapshot()
 
     def pause(self) -> None:
-        """Close the open window and add it up; does nothing if none is open."""
-        if self._mark is None:
+        """Close the open window and add it to the totals; does nothing if none is open."""
+        if self._window_start is None:
             return
-        before, after = self._mark, self._snapshot()
-        self._mark = None
-        self.total["window_s"] += after["time"] - before["time"]
-        self.total["cpu_s"] += after["cpu"] - before["cpu"]
-        self.total["gpu_j"] += after["gpu_j"] - before["gpu_j"]
+        before, after = self._window_start, self._snapshot()
+        self._window_start = None
+        for name in ("window_s", "cpu_s", "gpu_j"):
+            self.total[name] += after[name] - before[name]
         for domain, first, last in zip(self.rapl, before["rapl"], after["rapl"], strict=True):
-            wrapped = last < first
-            self.total["rapl_j"] += (
-                last - first + (_read_microjoules(domain, "max_energy_range_uj") if wrapped else 0)
-            ) / 1e6
+            wrapped = _read_microjoules(domain, "max_energy_range_uj") if last < first else 0
+            self.total["rapl_j"] += (last - first + wrapped) / 1e6
         cpu_s, gpu_j = self.tracker.pause()
         self.total["tracker_cpu_s"] += cpu_s
         self.total["tracker_gpu_j"] += gpu_j
         self.n_windows += 1
 
     def stop(self) -> None:
+        """Close the open window and end carbontracker."""
         self.pause()
         self.tracker.close()
 
     def readings(self) -> dict[str, float]:
-        """Totals so far, to be kept beside a checkpoint."""
+        """The totals so far, for a checkpoint."""
         return {**self.total, "n_windows": self.n_windows}
 
     def restore(self, readings: dict[str, float]) -> None:
-        """Go on from the totals of an earlier process."""
+        """Continue from the totals of an earlier process."""
         self.n_windows = int(readings["n_windows"])
         self.total = {name: float(readings[name]) for name in self.total}
 
@@ -117,17 +118,12 @@ class Meter:
 
             torch.cuda.synchronize()
             gpu_j = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.gpu) / 1e3
-        times = os.times()
-        cpu = times.user + times.system + times.children_user + times.children_system
-        return {
-            "time": time.perf_counter(),
-            "cpu": cpu,
-            "gpu_j": gpu_j,
-            "rapl": [_read_microjoules(d) for d in self.rapl],
-        }
+        cpu_s = sum(os.times()[:4])  # user and system, of this process and its children
+        rapl = [_read_microjoules(domain) for domain in self.rapl]
+        return {"window_s": time.perf_counter(), "cpu_s": cpu_s, "gpu_j": gpu_j, "rapl": rapl}
 
     def _watts(self, watts_per_core: float, utilisation: float) -> float:
-        """Power of the cores: idle part, shared by the jobs that run at once, plus the busy part times utilisation."""
+        """Power of the cores: the idle part, shared by jobs that run at once, and the busy part times utilisation."""
         busy = (1 - self.idle_share) * utilisation
         return watts_per_core * self.cores * (self.idle_share / self.at_once + busy)
 
@@ -137,37 +133,30 @@ class Meter:
         return min(1.0, self.total["cpu_s"] / (self.total["window_s"] * self.cores)) if self.total["window_s"] else 0.0
 
     def statement(self, window: str) -> pd.DataFrame:
-        """One row per component (cpu, gpu, total) of this window, every value with its kind and source."""
+        """The energy of all windows as a table.
+
+        Args:
+            window: name of the work, such as "train".
+
+        Returns:
+            One row per component (cpu, gpu, total): energy in J (gross_j in the interval low_j to high_j, net_j above
+            idle), its kind (one of KINDS) and source, and whether it is valid. Missing values are None, never 0.
+        """
         rows = [self._cpu_row(), self._gpu_row()]
-        present = [row for row in rows if row["kind"] != "none"]
-        total = {name: sum(r[name] for r in present) for name in ("gross_j", "low_j", "high_j")}
-        kinds = [r["kind"] for r in present]
-        total |= {
-            "component": "total",
-            "kind": max(kinds, key=WEAKEST_LAST.index),
-            "source": " + ".join(r["source"] for r in present),
-            "idle_w": sum(r["idle_w"] for r in present) if all(r["idle_w"] is not None for r in present) else None,
-            "net_j": sum(r["net_j"] for r in present) if all(r["net_j"] is not None for r in present) else None,
-            "valid": all(r["valid"] for r in present),
-            "invalid_reason": "; ".join(r["invalid_reason"] for r in present if r["invalid_reason"]) or None,
-        }
-        common = {"window": window, "scope": "work window", "window_s": self.total["window_s"]}
-        common |= {
-            "n_samples": self.n_windows,
-            "n_repeats": 1,
-            "utilisation": self.utilisation,
-            "device": self._device(),
-        }
+        total = _total_row([row for row in rows if row["kind"] != "none"])
+        window_s = self.total["window_s"]
+        common = {"window": window, "scope": "work window", "window_s": window_s, "n_samples": self.n_windows}
+        common |= {"n_repeats": 1, "utilisation": self.utilisation, "device": self._device_name()}
         frame = pd.DataFrame([common | row for row in (*rows, total)])
-        # carbontracker's seconds at our own watts, measured or not: so only a different window makes a difference.
-        share = self.total["tracker_cpu_s"] / self.total["window_s"] if self.total["window_s"] else math.nan
+        # carbontracker's seconds at our own power, measured or not: a difference means a different window.
+        share = self.total["tracker_cpu_s"] / window_s if window_s else math.nan
         tracked = rows[0]["gross_j"] * share + self.total["tracker_gpu_j"]
-        frame["carbontracker_j"] = [None, None, tracked]
         ratio = tracked / total["gross_j"] if total["gross_j"] else math.nan
+        frame["carbontracker_j"] = [None, None, tracked]
         frame["carbontracker_pue_removed_ratio"] = [None, None, ratio]
         return frame
 
-    def _device(self) -> str:
+    def _device_name(self) -> str:
         if self.gpu is None:
             return device_facts()["cpu"]
         import pynvml
@@ -177,26 +166,17 @@ class Meter:
     def _cpu_row(self) -> dict[str, Any]:
         if self.rapl:
             row = self._row("cpu", "measured", "rapl", self.total["rapl_j"], idle_w=None)
-            shared = {
-                "valid": False,
-                "invalid_reason": f"cpu: the counter holds all {self.at_once} jobs that ran at once",
-            }
-            return row | (shared if self.at_once > 1 else {})
-        low, mid, high = (self._watts(w, self.utilisation) * self.total["window_s"] for w in self.watts)
-        row = self._row("cpu", "estimated", "cpu_time_model", mid, idle_w=self._watts(self.watts[1], 0.0))
+            reason = f"cpu: the counter holds all {self.at_once} jobs that ran at once"
+            return row | ({"valid": False, "invalid_reason": reason} if self.at_once > 1 else {})
+        low, middle, high = (self._watts(w, self.utilisation) * self.total["window_s"] for w in self.watts)
+        row = self._row("cpu", "estimated", "cpu_time_model", middle, idle_w=self._watts(self.watts[1], 0.0))
         return row | {"low_j": low, "high_j": high}
 
     def _gpu_row(self) -> dict[str, Any]:
-        if self.gpu is None:
-            nothing = dict.fromkeys(("gross_j", "idle_w", "net_j", "low_j", "high_j"))
-            return {
-                "component": "gpu",
-                "kind": "none",
-                "source": "none",
-                "valid": False,
-                "invalid_reason": "no GPU",
-            } | nothing
-        return self._row("gpu", "measured", "nvml_energy_counter", self.total["gpu_j"], idle_w=None)
+        if self.gpu is not None:
+            return self._row("gpu", "measured", "nvml_energy_counter", self.total["gpu_j"], idle_w=None)
+        row = {"component": "gpu", "kind": "none", "source": "none", "valid": False, "invalid_reason": "no GPU"}
+        return row | dict.fromkeys(("gross_j", "idle_w", "net_j", "low_j", "high_j"))
 
     def _row(self, component: str, kind: str, source: str, gross_j: float, idle_w: float | None) -> dict[str, Any]:
         shortest = SHORTEST_WINDOW_S[source]
@@ -210,16 +190,36 @@ class Meter:
         }  # fmt: skip
 
 
-def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
-    """The figure to quote as metrics `<prefix>_energy_wh`, `_low_wh`, `_high_wh`, with its kind and source.
+def _total_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of the components, with the weakest kind; None where a component has no value."""
+    sums = {}
+    for name in ("gross_j", "low_j", "high_j", "idle_w", "net_j"):
+        values = [row[name] for row in rows]
+        sums[name] = None if None in values else sum(values)
+    return sums | {
+        "component": "total",
+        "kind": max((row["kind"] for row in rows), key=KINDS.index),
+        "source": " + ".join(row["source"] for row in rows),
+        "valid": all(row["valid"] for row in rows),
+        "invalid_reason": "; ".join(row["invalid_reason"] for row in rows if row["invalid_reason"]) or None,
+    }
 
-    A measured GPU speaks for itself; otherwise the total does, with its weakest label.
+
+def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
+    """The headline figure of a statement: of the GPU if it is measured, otherwise the total with its weakest label.
+
+    Args:
+        statement: from `Meter.statement`.
+        prefix: of the names, such as "train".
+
+    Returns:
+        `<prefix>_energy_wh`, `<prefix>_energy_low_wh` and `<prefix>_energy_high_wh` in Wh, energy_kind,
+        energy_source, energy_valid and carbontracker_ratio.
     """
     rows = statement.set_index("component")
     row = rows.loc["gpu" if rows.loc["gpu", "kind"] == "measured" else "total"]
-    values = {f"{prefix}_energy_wh": row["gross_j"], f"{prefix}_energy_low_wh": row["low_j"]}
-    values |= {f"{prefix}_energy_high_wh": row["high_j"]}
-    return {name: float(v) / JOULES_PER_WH for name, v in values.items()} | {
+    columns = {"energy_wh": "gross_j", "energy_low_wh": "low_j", "energy_high_wh": "high_j"}
+    return {f"{prefix}_{name}": float(row[column]) / JOULES_PER_WH for name, column in columns.items()} | {
         "energy_kind": row["kind"],
         "energy_source": row["source"],
         "energy_valid": bool(row["valid"]),
@@ -228,20 +228,23 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
 
 
 def carbontracker_note(statement: pd.DataFrame) -> str:
-    """A sentence on carbontracker's figure beside ours, with a warning if they are more than 5 % apart."""
+    """A sentence that compares carbontracker's figure with ours, and a warning beyond MAX_DISAGREEMENT."""
     ratio = statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"]
     text = f"Over the same windows carbontracker reads **{ratio:.3f}** times the total."
     if abs(ratio - 1) <= MAX_DISAGREEMENT:
         return text
-    return f"{text} **They are more than {MAX_DISAGREEMENT:.0%} apart**: one of them missed part of the work. Quote neither."
+    warning = (
+        f"**They are more than {MAX_DISAGREEMENT:.0%} apart**: one of them missed part of the work. Quote neither."
+    )
+    return f"{text} {warning}"
 
 
 class _Carbontracker:
-    """carbontracker over the same windows, silenced, offline, and without its power usage effectiveness.
+    """carbontracker over the same windows: silent, offline, and without its power usage effectiveness.
 
-    Without a readable sensor it would fall back to a name table at half load, or end the process; so it is told that
-    the cores draw 1 W, and what it reads are the seconds it saw, which our own model turns into joules: it serves as a
-    check of the windows, not as a second opinion on the watts.
+    Without a readable sensor it would take the power from a table of names or end the process. So it gets 1 W for all
+    cores, and its reading is the number of seconds that it saw. Our own model turns them into joules: this checks the
+    windows, not the watts.
     """
 
     def __init__(self, gpu: Any | None):
@@ -249,19 +252,19 @@ class _Carbontracker:
         from carbontracker.emissions.intensity.intensity import IntensityService
         from carbontracker.tracker import CarbonTracker
 
-        # The constructor would ask a web service where this machine stands; there is no option against it.
-        IntensityService._fetch_geo_location = lambda _: None
-        NvidiaGPU._get_handles = lambda _: [gpu]  # it would read all cards of this machine
-        self._silence = io.StringIO()
-        with contextlib.redirect_stdout(self._silence), contextlib.redirect_stderr(self._silence):
+        # The constructor would ask a web service for this machine's location and has no option against it.
+        IntensityService._fetch_geo_location = lambda _: None  # ty: ignore[invalid-assignment]  (replaced on purpose)
+        NvidiaGPU._get_handles = lambda _: [gpu]  # ty: ignore[invalid-assignment]  (else it reads all of the machine)
+        self._output = io.StringIO()
+        with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):
             self._tracker = CarbonTracker(
                 epochs=1_000_000, epochs_before_pred=0, monitor_epochs=-1, interpretable=False, verbose=0,
                 components="cpu" if gpu is None else "gpu,cpu",
                 sim_cpu=device_facts()["cpu"], sim_cpu_tdp=1.0, sim_cpu_util=1.0,
             )  # fmt: skip
             until = time.monotonic() + 0.1
-            while "simulated CPU" not in self._silence.getvalue() and time.monotonic() < until:
-                time.sleep(0.002)  # its thread prints that once while it starts
+            while "simulated CPU" not in self._output.getvalue() and time.monotonic() < until:
+                time.sleep(0.002)  # its thread prints this once at its start
         self._thread = self._tracker.tracker
 
     def start(self) -> None:
@@ -270,10 +273,10 @@ class _Carbontracker:
     def pause(self) -> tuple[float, float]:
         """(seconds of the cores, joules of the GPU) of the window that ends now."""
         self._tracker.epoch_end()
-        read = {c.name: c.energy_usage(self._thread.epoch_times)[-1] * 3.6e6 for c in self._thread.components}
-        return float(read["cpu"]), float(read.get("gpu", 0.0))
+        values = {c.name: c.energy_usage(self._thread.epoch_times)[-1] * 3.6e6 for c in self._thread.components}
+        return float(values["cpu"]), float(values.get("gpu", 0.0))
 
     def close(self) -> None:
-        with contextlib.redirect_stdout(self._silence), contextlib.redirect_stderr(self._silence):
+        with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):
             self._thread.stop()
             self._tracker.intensity_stopper.set()

@@ -1,6 +1,6 @@
 """Conversations as token ids with labels, packed into rows without padding.
 
-A row holds whole conversations behind each other; position ids that restart tell them apart.
+A row holds whole conversations one after another. Position ids restart at the first token of each.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ import torch
 
 from telco_nb.lora.base_model import PreflightError, chat_messages, end_token_id, turn_end_id
 
-IGNORE_INDEX = -100  # the label of a token that is not learned, as in transformers
-
-
-# ---------------------------------------------------------------- conversations to token ids
+IGNORE_INDEX = -100  # label of a token that is not learned, as in transformers
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as token ids; `labels` hold IGNORED except at the tokens of the assistant's turns."""
+    """One conversation as token ids; `labels` are IGNORE_INDEX except at the tokens that are learned."""
 
     conversation_id: str
     input_ids: list[int]
@@ -40,12 +37,18 @@ class Example:
 def encode_conversation(
     tokenizer: Any, messages: list[dict[str, str]], conversation_id: str, max_length: int, assistant_only: bool = True
 ) -> Example:
-    """Tokenise a conversation with the model's chat template; label the assistant's text and its end token.
+    """Tokenise a conversation with the model's chat template and label the assistant's text and its end tokens.
 
-    With `assistant_only` False every token but the first is labelled.
+    Args:
+        tokenizer: of the base model.
+        messages: dicts with "role" and "content".
+        conversation_id: for the example and for error messages.
+        max_length: tokens, at most. A longer conversation is refused, because a cut answer has no end.
+        assistant_only: False labels every token but the first.
 
-    Raises PreflightError if the template does not extend turn by turn or its text does not survive the tokenizer, or
-    the conversation exceeds `max_length` tokens (cutting it would leave answers without an end).
+    Raises:
+        PreflightError: the conversation is too long, the template rewrites earlier turns, or the tokenizer does not
+            reproduce the text.
     """
     chat = chat_messages(messages)
     ids = _render(tokenizer, chat)
@@ -55,12 +58,15 @@ def encode_conversation(
     ends: list[int] = []
     for position, message in enumerate(chat):
         if message["role"] == "assistant":
-            start = len(_prefix(tokenizer, chat[:position], ids, conversation_id, generation=True))
-            stop = ids.index(turn_end, start) + 1
+            prefix = _render(tokenizer, chat[:position], generation=True)
+            if ids[: len(prefix)] != prefix:
+                reason = "the chat template rewrites earlier turns, so answers cannot be labelled exactly."
+                raise PreflightError(f"{conversation_id}: {reason}")
+            start, stop = len(prefix), ids.index(turn_end, len(prefix)) + 1
             ends.append(stop - 1)
             labels[start:stop] = ids[start:stop]
-    for place in ends:  # after the template's prefixes were compared
-        ids[place] = labels[place] = end
+    for i in ends:  # after all prefixes were compared
+        ids[i] = labels[i] = end
     if not assistant_only:
         labels = [IGNORE_INDEX, *ids[1:]]
     if len(ids) > max_length:
@@ -72,27 +78,18 @@ def _render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False
     return tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=generation, return_dict=False)
 
 
-def _prefix(tokenizer: Any, chat: list[dict[str, str]], whole: list[int], name: str, generation: bool) -> list[int]:
-    prefix = _render(tokenizer, chat, generation)
-    if whole[: len(prefix)] != prefix:
-        raise PreflightError(
-            f"{name}: the chat template rewrites earlier turns, so answers cannot be labelled exactly."
-        )
-    return prefix
-
-
-def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int], name: str) -> None:
+def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int], conversation_id: str) -> None:
     text = tokenizer.apply_chat_template(chat, tokenize=False)
-    if (back := tokenizer.decode(ids)) != text:
-        place = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
+    if (decoded := tokenizer.decode(ids)) != text:
+        i = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), len(decoded))
         raise PreflightError(
-            f"{name}: the tokenizer turns {text[place : place + 40]!r} into {back[place : place + 40]!r}, so the model "
-            "would not read what was written. Use another base_model, or keep such characters out of the data."
+            f"{conversation_id}: the tokenizer turns {text[i : i + 40]!r} into {decoded[i : i + 40]!r}, so the model "
+            "would not read what was written. Use another base_model, or remove such characters from the data."
         )
 
 
 def example_html(tokenizer: Any, example: Example) -> str:
-    """The conversation as the model sees it, labelled tokens in bold; every text is escaped."""
+    """The conversation as the model sees it, as escaped HTML with labelled tokens in bold."""
     parts = []
     for token, label in zip(example.input_ids, example.labels, strict=True):
         text = html.escape(tokenizer.decode([token])).replace("\n", "<br>")
@@ -100,14 +97,11 @@ def example_html(tokenizer: Any, example: Example) -> str:
     return f'<div style="font-family:monospace">{"".join(parts)}</div>'
 
 
-# ---------------------------------------------------------------- packing
-
-
 def pack_rows(examples: list[Example], batch_tokens: int, seed: int) -> list[list[int]]:
-    """Rows of example indices with at most `batch_tokens` tokens each: longest first into the fullest row that fits.
+    """Best-fit decreasing: rows of example indices, the longest first into the fullest row with enough room.
 
-    The order is shuffled first, so that equal lengths do not meet their neighbours; the result depends on nothing but
-    the lengths and the seed. An example longer than `batch_tokens` gets a row of its own.
+    The result depends on the lengths and the seed only; a shuffle comes first, so that examples of equal length are not
+    packed in their original order. A row holds at most `batch_tokens` tokens, or one example that is longer.
     """
     order = np.random.default_rng(seed).permutation(len(examples))
     lengths = {int(i): len(examples[i].input_ids) for i in order}
@@ -126,8 +120,12 @@ def pack_rows(examples: list[Example], batch_tokens: int, seed: int) -> list[lis
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """One packed row, shape (1, T). Position ids restart with each conversation; labels are shifted to where they are
-    predicted, so the last token of a conversation predicts nothing of the next one."""
+    """Conversations as one packed row.
+
+    Returns:
+        int64 tensors of shape (1, T): "input_ids", "position_ids" that restart with each conversation, "labels", and
+        "shift_labels": each label at the position that predicts it, so a conversation's last token predicts nothing.
+    """
     shifted = [label for e in examples for label in (*e.labels[1:], IGNORE_INDEX)]
     return {
         "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
@@ -139,10 +137,17 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Packed rows as a dataset: one row is one optimiser step, computed in parts of at most `micro_batch_tokens`.
+    """Packed rows as a dataset of `collate`'s tensors. One row is one optimiser step.
 
-    The parts get smaller when memory runs out; `shrunk` then holds the sizes that were too large. `share` says which
-    of how many processes this one is: each gets its own conversations of every row.
+    A row is computed in micro-batches. They get smaller when memory runs out; `shrunk` lists the sizes that were too
+    large. `share` is (rank, processes): with several processes each computes its own conversations of every row.
+    `tokens` and `supervised` count the tokens and the labelled tokens of each row.
+
+    Args:
+        examples: the training conversations.
+        batch_tokens: tokens per row, at most.
+        seed: of the packing.
+        micro_batch_tokens: tokens that are computed at once, at most; None means `batch_tokens`.
     """
 
     def __init__(self, examples: list[Example], batch_tokens: int, seed: int, micro_batch_tokens: int | None = None):
@@ -171,11 +176,11 @@ class PackedRows(torch.utils.data.Dataset):
         return collate(share_of_rank(self.rows[index], *self.share))
 
 
-def share_of_rank(row: list[Example], process: int, processes: int) -> list[Example]:
-    """The conversations of a row that one process computes: the longest first, each to whoever has fewest tokens.
+def share_of_rank(row: list[Example], rank: int, processes: int) -> list[Example]:
+    """The conversations of a row that one process computes: the longest first, each to the process with fewest tokens.
 
-    Where a row has too few, a process gets the shortest without its labels: every process must take part in each
-    exchange of gradients, and this adds nothing to them.
+    A process without a conversation gets the shortest one without labels. It adds nothing to the gradient, but every
+    process must take part in each exchange of gradients.
     """
     tokens, owners = [0] * processes, {}
     for i in sorted(range(len(row)), key=lambda i: -len(row[i].input_ids)):
@@ -183,7 +188,7 @@ def share_of_rank(row: list[Example], process: int, processes: int) -> list[Exam
         tokens[owners[i]] += len(row[i].input_ids)
     shortest = min(row, key=lambda example: len(example.input_ids))
     unlabelled = replace(shortest, labels=[IGNORE_INDEX] * len(shortest.labels))
-    return [example for i, example in enumerate(row) if owners[i] == process] or [unlabelled]
+    return [example for i, example in enumerate(row) if owners[i] == rank] or [unlabelled]
 
 
 def micro_batches(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -203,6 +208,6 @@ def segment_lengths(position_ids: torch.Tensor) -> list[int]:
 
 
 def only_row(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Data collator of the Trainer: a batch is one packed row already."""
+    """Data collator of the Trainer: a batch is one row, which is packed already."""
     (row,) = features
     return row

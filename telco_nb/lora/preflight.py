@@ -1,7 +1,6 @@
-"""Preflight: what can be found out before any hour is spent. Each check raises PreflightError (exit code 3).
+"""Checks before a training. Each raises PreflightError, which ends the run with exit code 3.
 
-`packing.encode` checks the chat template while it tokenises: that turns extend each other, and that what was written
-survives the tokenizer.
+`packing.encode_conversation` checks the chat template and the tokenizer in the same way.
 """
 
 from __future__ import annotations
@@ -15,23 +14,25 @@ from telco_nb.lora.base_model import PreflightError, end_token_id
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.study.machine import device_facts
 
-SPARE = 0.2  # share of the free memory left alone: the estimate of a row is a guess to 30 %, and halving is the net
+SPARE = (
+    0.2  # share of the free memory that stays free: the estimate of a row is a guess to 30 %, and rows can be halved
+)
+BASE_LOSS = (0.5, 8.0)  # nats per token, wide guesses
 
 
 def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]]) -> None:
-    """The labelled tokens decode to exactly the assistant's texts, each with its end token."""
+    """Check that the labelled tokens decode to exactly the assistant's texts, each with its end token."""
     end = tokenizer.decode([end_token_id(tokenizer)])
-    wanted = "".join(m["content"] + end for m in messages if m["role"] == "assistant")
-    found = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
-    in_place = all(
-        label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True)
-    )
-    if found != wanted or not in_place:
-        raise PreflightError(f"{example.conversation_id}: labels cover {found!r}, not the answers {wanted!r}.")
+    answers = "".join(m["content"] + end for m in messages if m["role"] == "assistant")
+    labelled = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    if labelled != answers or any(label not in (IGNORE_INDEX, token) for token, label in pairs):
+        raise PreflightError(f"{example.conversation_id}: labels cover {labelled!r}, not the answers {answers!r}.")
 
 
-def check_base_loss(loss: float, low: float = 0.5, high: float = 8.0) -> None:
-    """The untuned model's loss (nats per token) is plausible; the bounds are wide guesses."""
+def check_base_loss(loss: float) -> None:
+    """Check that the untuned model's loss (nats per token) is plausible."""
+    low, high = BASE_LOSS
     if not low < loss < high:
         raise PreflightError(
             f"the base model's validation loss is {loss:.2f} nats, not between {low} and {high}: "
@@ -40,9 +41,13 @@ def check_base_loss(loss: float, low: float = 0.5, high: float = 8.0) -> None:
 
 
 def check_end(loss: float, vocabulary: int) -> None:
-    """The untuned model's mean loss (nats) at the ends of answers beats guessing among all `vocabulary` tokens.
+    """Check that the untuned model knows the token that ends an answer.
 
-    A token that the base model never saw has an untrained embedding, which LoRA leaves alone: nobody stops on it.
+    LoRA does not train embeddings, so a model with an untrained embedding of this token never stops on it.
+
+    Args:
+        loss: mean at the ends of answers, nats.
+        vocabulary: number of tokens. A guess among them costs its logarithm, the limit for `loss`.
     """
     if not loss < math.log(vocabulary):
         raise PreflightError(
@@ -53,7 +58,7 @@ def check_end(loss: float, vocabulary: int) -> None:
 
 
 def check_processes(processes: int) -> None:
-    """There is a GPU for each process of a training or, where there is none, a core."""
+    """Check that there is a GPU for each process of a training, or a core on a machine without GPUs."""
     gpus = torch.cuda.device_count()
     units, name = (gpus, "GPU") if gpus else (device_facts()["cores"], "core")
     if processes > units:
@@ -64,18 +69,24 @@ def check_processes(processes: int) -> None:
 
 
 def fitting_tokens(needed: dict[str, float], batch_tokens: int, max_length: int, free_bytes: float) -> int:
-    """How many of `batch_tokens` tokens to compute at once, so that training needs no more than what is free.
+    """The number of tokens that can be computed at once in the free memory.
 
-    `needed` is `model.memory_estimate` for a row of `batch_tokens`. Raises PreflightError if not even one conversation
-    of `max_length` tokens fits.
+    Args:
+        needed: bytes from `base_model.memory_estimate` for a row of `batch_tokens`.
+        batch_tokens: tokens of a row, the most that is returned.
+        max_length: tokens of the longest conversation.
+        free_bytes: from `base_model.free_memory`.
+
+    Raises:
+        PreflightError: one conversation of `max_length` tokens does not fit.
     """
     left = (1 - SPARE) * free_bytes - needed["weights"] - needed["adapters"]
     tokens = int(min(1.0, max(0.0, left) / needed["row"]) * batch_tokens)
     if tokens < min(max_length, batch_tokens):
-        wanted = needed["weights"] + needed["adapters"] + needed["row"] * max_length / batch_tokens
+        least = needed["weights"] + needed["adapters"] + needed["row"] * max_length / batch_tokens
         raise PreflightError(
-            f"training needs about {wanted / 1e9:.1f} GB for a conversation of {max_length} tokens, and "
+            f"training needs about {least / 1e9:.1f} GB for a conversation of {max_length} tokens, and "
             f"{free_bytes / 1e9:.1f} GB are free. Close other programs, set quantization to nf4, lower max_length, or "
-            "name micro_batch_tokens yourself."
+            "set micro_batch_tokens yourself."
         )
     return tokens

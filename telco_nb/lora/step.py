@@ -1,7 +1,7 @@
-"""The training step on packed rows: adapters, attention within each conversation, and the loss at supervised positions.
+"""The training step on packed rows: adapters, attention within each conversation, and the loss at labelled positions.
 
-The step computes what a padded loop over full logits computes, without the waste: rows of whole conversations and no
-padding, and logits only where a label stands. `kernels` holds its arithmetic.
+The step computes the same loss as a padded loop over full logits. It saves the padding, and it computes logits only
+at positions with a label. `kernels` holds its arithmetic.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-try:  # added to torch late, and FlashAttention builds only
+try:  # only recent builds of torch with FlashAttention have it
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn: Any = None
 
 from telco_nb.lora import kernels
-from telco_nb.lora.packing import IGNORE_INDEX, segment_lengths
+from telco_nb.lora.packing import IGNORE_INDEX, Example, segment_lengths
 
 TARGET_MODULES = {
     "qv": ["q_proj", "v_proj"],
@@ -29,13 +29,13 @@ TARGET_MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
-SEGMENTED = "segmented_sdpa"
+SEGMENTED = "segmented_sdpa"  # name under which transformers knows `segmented_attention`
 ROW_MULTIPLE = 16  # tokens; bfloat16 matmuls of 1,007 rows ran at 640 GFLOP/s, of 1,008 at 800 (oneDNN, AVX512-BF16)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt in glibc's malloc.h
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message says why and what to do."""
+    """Training cannot start or continue. The message gives the reason and the remedy."""
 
 
 def segmented_attention(
@@ -49,14 +49,14 @@ def segmented_attention(
     segments: list[int] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each conversation of a packed row: no T x T mask is built or read.
+    """Causal attention within each conversation of a packed row, without a (T, T) mask.
 
-    `query` (1, heads, T, d), `key` and `value` (1, kv_heads, T, d); `segments` are the conversations' lengths.
+    `query` is (1, heads, T, d), `key` and `value` are (1, key heads, T, d); `segments` are the conversations' lengths.
     """
     if segments is None or attention_mask is not None:
         raise TrainingError("Packed attention needs segment lengths and no attention mask.")
     if attention_kernel(query.device, query.dtype) == "varlen" and not dropout:
-        return _varlen(query, key, value, segments, scaling), None
+        return _varlen_attention(query, key, value, segments, scaling), None
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
         for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
@@ -65,30 +65,39 @@ def segmented_attention(
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Which attention serves packed rows: "varlen" (torch's FlashAttention: CUDA from capability 8 on, 16 bits) or
-    "loop"."""
+    """Attention for packed rows: "varlen" for FlashAttention (CUDA capability 8 or higher, 16 bits), else "loop"."""
     usable = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None
     usable = usable and torch.cuda.get_device_capability(device) >= (8, 0)
     return "varlen" if usable else "loop"
 
 
-def _varlen(
+def _varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[int], scaling: float | None
 ) -> torch.Tensor:
     """All segments in one call; tensors as in `segmented_attention`, result (1, T, heads, d)."""
     bounds = torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32, device=query.device)
     tokens_first = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    causal = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
-    return varlen_attn(*tokens_first, bounds, bounds, max(segments), max(segments), **causal)[None]
+    causal: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
+    mixed: Any = varlen_attn(*tokens_first, bounds, bounds, max(segments), max(segments), **causal)
+    return mixed[None]
 
 
 AttentionInterface.register(SEGMENTED, segmented_attention)
 
 
 def attach_adapters(base: Any, lora: Any, gradient_checkpointing: bool = False) -> Any:
-    """The base model with adapters as `lora` (peft's LoraConfig) says; what is trained is float32.
+    """Attach LoRA adapters to a base model. What is trained becomes float32.
 
-    Raises TrainingError for a layer that the model has not: peft would silently leave it out.
+    Args:
+        base: the transformers model.
+        lora: peft's LoraConfig.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Returns:
+        The peft model around `base`.
+
+    Raises:
+        TrainingError: the model lacks a layer of `layers_to_transform`, which peft would ignore.
     """
     from peft import get_peft_model
 
@@ -106,32 +115,30 @@ def attach_adapters(base: Any, lora: Any, gradient_checkpointing: bool = False) 
 
 
 def prepare_step(model: Any) -> str:
-    """Let `model` compute packed rows, by the fused functions where they hold: "fused", else "plain".
+    """Set `model` up for packed rows. Call it again after adapters were added.
 
-    To be called again when adapters were added. Plain is peft's own arithmetic: for DoRA, dropout, trained biases,
-    quantised weights, other architectures, and on a GPU.
+    Returns:
+        "fused" if the model computes with the functions of `kernels`, else "plain" for peft's own arithmetic: with
+        DoRA, dropout, trained biases or quantised weights, for other architectures, and on a GPU.
     """
     causal_model(model).set_attn_implementation(SEGMENTED)
-    _keep_memory()
+    _keep_freed_memory()
     kernels.unfuse(model)
     return "fused" if kernels.fuse(model) else "plain"
 
 
-def _keep_memory() -> None:
-    """Ask glibc to keep freed memory for the next step: fresh pages are zeroed by the kernel, a tenth of a CPU step."""
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step: the zeroing of fresh pages took a tenth of a CPU step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
 
 
-def base_dtype(model: Any) -> torch.dtype:
-    """Number format of the frozen weights."""
-    return next(p.dtype for n, p in model.named_parameters() if "lora_" not in n)
-
-
 def pad_to_multiple(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The row with up to 15 tokens more (see ROW_MULTIPLE), at the end of its last conversation and without a label:
-    as attention is causal, no other token sees them."""
+    """Lengthen a row to a multiple of ROW_MULTIPLE with unlabelled tokens at the end of its last conversation.
+
+    Attention is causal, so no other token sees them.
+    """
     missing = -row["input_ids"].shape[1] % ROW_MULTIPLE
     last = row["position_ids"][:, -1:] + 1
     ends = {"input_ids": row["input_ids"][:, -1:], "shift_labels": torch.full_like(last, IGNORE_INDEX)}
@@ -141,15 +148,21 @@ def pad_to_multiple(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy (float32, nats) of each supervised position of a packed row, in order.
+    """Cross-entropy of each supervised position of a packed row, with gradient.
 
-    The model returns hidden states of the supervised positions; the frozen output head and the loss are one function.
+    Args:
+        model: after `prepare_step`, with or without adapters.
+        row: tensors of shape (1, T) from `packing.collate`, on the model's device.
+
+    Returns:
+        (supervised positions,) float32, nats, in the row's order.
     """
     row = pad_to_multiple(row)
     supervised = row["shift_labels"] != IGNORE_INDEX
     causal = causal_model(model)
-    # Adapters are float32 whatever the base computes in: their updates are too small for bfloat16's 8 bits.
-    mixed = base_dtype(model) == torch.bfloat16 and not kernels.is_fused(model)
+    # Adapters are float32 in every base format: bfloat16's 8 bits are too few for their updates.
+    base_dtype = next(p.dtype for n, p in model.named_parameters() if "lora_" not in n)
+    mixed = base_dtype == torch.bfloat16 and not kernels.is_fused(model)
     with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), kernels.without_lm_head(causal):
         output = model(
             input_ids=row["input_ids"],
@@ -160,6 +173,35 @@ def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
         )
     hidden = output.logits.reshape(-1, output.logits.shape[-1])
     return kernels.HeadLoss.apply(hidden, causal.lm_head.weight, row["shift_labels"][supervised])
+
+
+@torch.no_grad()
+def plain_token_losses(model: Any, example: Example) -> np.ndarray:
+    """The losses of `token_losses` for one conversation as plain transformers computes them: a check of the step.
+
+    The conversation is not packed, its logits are complete, attention is PyTorch's, and no function of `kernels` is
+    used. Afterwards the model has its attention and its fused functions again.
+
+    Args:
+        model: with or without adapters.
+        example: one conversation.
+
+    Returns:
+        (supervised positions,) float32, nats, in order.
+    """
+    causal = causal_model(model)
+    attention, fused = causal.config._attn_implementation, kernels.is_fused(model)
+    kernels.unfuse(model)
+    try:
+        causal.set_attn_implementation("sdpa")
+        logits = model(input_ids=torch.tensor([example.input_ids], device=causal.device), use_cache=False).logits
+    finally:
+        causal.set_attn_implementation(attention)
+        if fused:
+            kernels.fuse(model)
+    labels = torch.tensor(example.labels[1:], device=causal.device)
+    losses = F.cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses[labels != IGNORE_INDEX].cpu().numpy()
 
 
 def causal_model(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The transformers Trainer around the packed step: epochs, checkpoints, the loss curve, the energy window, resuming."""
+"""The transformers Trainer around the packed step: checkpoints, resuming, the loss curve, the energy window."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,37 +23,42 @@ from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, p
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.study.record import write_json
 
-PER_PROCESS_READINGS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # a meter's readings that are its own process's only
+PER_PROCESS_READINGS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # readings of a meter that cover its own process only
 
 
 class PackedTrainer(Trainer):
-    """The transformers Trainer with the packed step: the loss is summed over supervised tokens of the whole
-    accumulation window and divided by their number."""
+    """The transformers Trainer with the packed step; arguments are the Trainer's, `train_dataset` is a PackedRows.
 
-    def __init__(self, model: Any, args: TrainingArguments, **options: Any):
-        # One process drives one GPU. Beside several, transformers would split a row, which is one sequence, among them.
+    The loss is summed over the supervised tokens of an optimiser step and divided by their number. `saving_seconds`
+    is the time spent on checkpoints.
+    """
+
+    def __init__(self, model: Any, args: TrainingArguments, train_dataset: PackedRows, **options: Any):
+        # One process drives one GPU. With several GPUs transformers would split a row, which is one sequence.
         args._n_gpu = min(1, args.n_gpu)
-        vars(model).pop("_is_accelerate_prepared", None)  # by a training before: several processes must wrap it anew
-        super().__init__(model, args, **options)
-        self.remove_callback(PrinterCallback)  # the step log goes to log.txt, through TrainingMonitor
-        self.train_dataset.share = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.saving_seconds = 0.0  # writing checkpoints
-        self.model_accepts_loss_kwargs = True  # so that the Trainer counts and hands over num_items_in_batch
+        # An earlier training of this model leaves the mark behind; several processes must wrap the model again.
+        vars(model).pop("_is_accelerate_prepared", None)
+        super().__init__(model, args, train_dataset=train_dataset, **options)
+        self.remove_callback(PrinterCallback)  # TrainingMonitor writes the step log
+        self.rows = train_dataset
+        self.rows.share = (self.accelerator.process_index, self.accelerator.num_processes)
+        self.saving_seconds = 0.0
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the supervised tokens: num_items_in_batch
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         try:
             return super().train(*arguments, **options)
         finally:
             if isinstance(self.model_wrapped, DistributedDataParallel):
-                # Else a next training of these weights would exchange gradients with this one's group, too.
+                # Otherwise the next training of these weights would also exchange gradients with this group.
                 self.model_wrapped._remove_autograd_hooks()
                 self.model_wrapped = self.model
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
+        loader: Any = super().get_train_dataloader()
         if self.accelerator.num_processes > 1:
-            # accelerate would deal the rows out, so that more processes were fewer and larger steps. Here each sees all
-            # rows and computes its share of them: its part of the batches is made that of one process alone.
+            # accelerate would distribute whole rows: fewer and larger steps with more processes. Here every process
+            # goes through all rows and computes its share of each.
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         return loader
 
@@ -61,74 +67,74 @@ class PackedTrainer(Trainer):
     ) -> Any:
         losses = token_losses(model, inputs)
         if num_items_in_batch is None:
-            raise TrainingError("the Trainer did not count the supervised tokens of the accumulation window.")
-        # The count is that of all processes, whose gradients are then averaged: so times their number.
+            raise TrainingError("the Trainer did not count the supervised tokens of the optimiser step.")
+        # The count covers all processes, and their gradients are averaged afterwards.
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Loss and gradient of one row, part by part. When memory runs out, its parts are halved and it begins anew."""
-        rows: PackedRows = self.train_dataset
-        before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}  # of earlier rows of a step
+        """Loss and gradient of one row. If memory runs out, the row starts again with half the micro-batch size."""
+        before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}  # of earlier rows of this step
         while True:
             try:
-                return self._all_parts(model, micro_batches(inputs, rows.micro_batch_tokens), num_items_in_batch)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                parts = micro_batches(inputs, self.rows.micro_batch_tokens)
+                return self._micro_batch_steps(model, parts, num_items_in_batch)
+            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
                 if not is_out_of_memory(error):
                     raise
-            # Outside of the except block, as the error holds on to the arrays of the step.
-            self._shrink(rows, max(segment_lengths(inputs["position_ids"])))
+            # Outside of the except block, because the exception keeps the arrays of the step alive.
+            self._halve_micro_batches(max(segment_lengths(inputs["position_ids"])))
             for parameter in model.parameters():
                 parameter.grad = before[parameter].clone() if parameter in before else None
 
-    def _all_parts(self, model: Any, pieces: list[dict], num_items_in_batch: Any) -> torch.Tensor:
+    def _micro_batch_steps(self, model: Any, parts: list[dict], num_items_in_batch: Any) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
-        for i, piece in enumerate(pieces):
-            last = i == len(pieces) - 1  # several processes exchange gradients once a row
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1  # several processes exchange gradients once a row
             with nullcontext() if last else self.accelerator.no_sync(model):
-                total += super().training_step(model, piece, num_items_in_batch)
+                total += super().training_step(model, part, num_items_in_batch)
         return total
 
-    def _shrink(self, rows: PackedRows, longest: int) -> None:
-        tried = min(rows.micro_batch_tokens, rows.largest)
-        alone = self.accelerator.num_processes == 1
-        if not alone or tried <= longest:
-            less = "set gradient_checkpointing to true or quantization to nf4, or use shorter conversations"
-            remedy = f"set micro_batch_tokens to {tried // 2}" if tried > longest else less
-            raise TrainingError(f"memory ran out with {tried} tokens at once: {remedy}.")
-        rows.shrunk.append(tried)
-        rows.micro_batch_tokens = max(longest, tried // 2)
+    def _halve_micro_batches(self, longest: int) -> None:
+        """Raises TrainingError if a conversation of `longest` tokens does not fit, or with several processes."""
+        size = min(self.rows.micro_batch_tokens, self.rows.largest)
+        if self.accelerator.num_processes > 1 or size <= longest:
+            remedy = "set gradient_checkpointing to true or quantization to nf4, or use shorter conversations"
+            if size > longest:
+                remedy = f"set micro_batch_tokens to {size // 2}"
+            raise TrainingError(f"memory ran out with {size} tokens at once: {remedy}.")
+        self.rows.shrunk.append(size)
+        self.rows.micro_batch_tokens = max(longest, size // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder, start = Path(self.args.output_dir), time.monotonic()
+        folder, start = Path(str(self.args.output_dir)), time.monotonic()
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own way of saying "disk full"
-            half = folder / f"checkpoint-{self.state.global_step}"
-            shutil.rmtree(half, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises another type in each library
+            shutil.rmtree(folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
             free = shutil.disk_usage(folder).free
             raise TrainingError(
-                f"the checkpoint at step {self.state.global_step} could not be written to {folder} "
-                f"({free / 1e6:.0f} MB free): {error}. Make room and run again: it goes on from the checkpoint before."
+                f"the checkpoint at step {self.state.global_step} could not be written to {folder} ({free / 1e6:.0f} "
+                f"MB free): {error}. Make room and run again: training continues from the previous checkpoint."
             ) from error
         self.saving_seconds += time.monotonic() - start
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or torch's allocator on a processor, had no more memory to give."""
+    """True if a device, or torch's allocator on the CPU, had no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def constant_arguments() -> dict[str, Any]:
-    """TrainingArguments that are not under study: nothing is reported anywhere, every step is logged, no shuffling
-    worker, and checkpoints that are complete enough to go on from bit for bit."""
+    """TrainingArguments that are equal in all configurations: no reports, a log entry at each step, rows loaded in this
+    process, and checkpoints from which a training continues bit for bit."""
     return {
         "use_cpu": not torch.cuda.is_available(),
         "report_to": [],
         "logging_steps": 1,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # else a loss that is no number would be logged as 0
+        "logging_nan_inf_filter": False,  # True would log a loss of NaN as 0
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "optim": "adamw_torch",
@@ -141,28 +147,33 @@ def constant_arguments() -> dict[str, Any]:
 
 
 def loss_curve(log_history: list[dict[str, Any]], rows: PackedRows) -> pd.DataFrame:
-    """Training loss by optimiser step: columns step, tokens_seen, epoch, train_loss, learning_rate, grad_norm.
+    """The training loss by optimiser step.
 
-    `tokens_seen` is exact at the end of each epoch and the average in between, as rows differ a little in length.
+    Args:
+        log_history: of the Trainer's state.
+        rows: the training rows.
+
+    Returns:
+        Columns step, tokens_seen (exact at the end of an epoch, the average in between), epoch, train_loss (nats per
+        supervised token), learning_rate and grad_norm.
     """
-    logged = [entry for entry in log_history if "loss" in entry]
-    frame = pd.DataFrame(
-        {
-            "step": [e["step"] for e in logged],
-            "tokens_seen": [round(e["step"] * sum(rows.tokens) / len(rows)) for e in logged],
-            "epoch": [e["epoch"] for e in logged],
-            "train_loss": [float(e["loss"]) for e in logged],
-            "learning_rate": [e["learning_rate"] for e in logged],
-            "grad_norm": [float(e["grad_norm"]) for e in logged],
-        }
-    )
-    return frame.drop_duplicates("step", keep="last")
+    frame = pd.DataFrame([entry for entry in log_history if "loss" in entry]).rename(columns={"loss": "train_loss"})
+    frame["tokens_seen"] = [round(step * sum(rows.tokens) / len(rows)) for step in frame["step"].tolist()]
+    columns = ["step", "tokens_seen", "epoch", "train_loss", "learning_rate", "grad_norm"]
+    return frame[columns].astype({"train_loss": float, "grad_norm": float}).drop_duplicates("step", keep="last")
 
 
 def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, np.ndarray]:
-    """Losses (nats, float64) of the supervised tokens of each conversation in order, without gradient.
+    """The losses of conversations, packed, without gradient.
 
-    The last one is that of the token which ends the last answer.
+    Args:
+        model: after `prepare_step`; it is set to evaluation mode.
+        examples: the conversations.
+        batch_tokens: tokens that are computed at once, at most.
+
+    Returns:
+        Conversation id -> losses (nats, float64) of its supervised tokens in order. The last one is the loss of the
+        token that ends the last answer.
     """
     result = {}
     model.eval()
@@ -176,22 +187,27 @@ def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dic
 
 
 class TrainingMonitor(TrainerCallback):
-    """Meters the steps, logs them, saves every `checkpoint_seconds`, and stops on a loss that is no number.
+    """Meters and logs the steps, saves checkpoints, and stops on a loss of NaN or infinity.
 
-    The meter is paused while a checkpoint is written, and its readings travel with the checkpoint: so the energy of a
-    resumed training counts every step that the final adapter contains exactly once. With several processes the first
-    one's readings become those of all, and its clock decides on checkpoints.
+    The meter pauses while a checkpoint is written, and each checkpoint holds its readings, so the energy of a resumed
+    training counts every step of the final adapter once. With several processes the clock of the first one decides on
+    checkpoints, and its meter takes over the readings of all. `resumed` tells whether a checkpoint was used.
+
+    Args:
+        meter: an energy.Meter.
+        checkpoint_seconds: time between checkpoints, at most.
+        rows: the training rows.
+        log: receives one line per step.
     """
 
-    def __init__(self, meter: Any, checkpoint_seconds: float, rows: PackedRows, log: Any = print):
+    def __init__(self, meter: Any, checkpoint_seconds: float, rows: PackedRows, log: Callable[[str], object] = print):
         self.meter, self.checkpoint_seconds, self.rows, self.log = meter, checkpoint_seconds, rows, log
         self.last_save = self.started = time.monotonic()
         self.resumed, self.first_step = False, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            saved = json.loads((checkpoint / "progress.json").read_text())
+            saved = json.loads(_progress_file(args, state).read_text())
             if state.is_world_process_zero:
                 self.meter.restore(saved["meter"])
             self.rows.micro_batch_tokens, self.rows.shrunk = saved["micro_batch_tokens"], saved["shrunk"]
@@ -200,7 +216,7 @@ class TrainingMonitor(TrainerCallback):
         self.last_save = self.started = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.meter.start()  # does nothing while the window is open
+        self.meter.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if broadcast_from_rank0(time.monotonic() - self.last_save > self.checkpoint_seconds):
@@ -210,19 +226,18 @@ class TrainingMonitor(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.meter.pause()  # a checkpoint follows
-        if state.global_step >= state.max_steps:  # the adapter does, and at most checkpoint_seconds can be lost
+        if state.global_step >= state.max_steps:  # here the adapter follows, and at most checkpoint_seconds are at risk
             control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {"micro_batch_tokens": self.rows.micro_batch_tokens, "shrunk": self.rows.shrunk}
         saved = {"meter": sum_readings(self.meter), "rows": self.rows.fingerprint} | sizes
         if state.is_world_process_zero:  # by now every process has written its part of the checkpoint
-            write_json(checkpoint / "progress.json", saved)
+            write_json(_progress_file(args, state), saved)
         self.last_save = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if "loss" not in (logs or {}):
+        if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
         for name, value in (("loss", loss), ("gradient's norm", float(logs.get("grad_norm", 0.0)))):
@@ -241,29 +256,38 @@ class TrainingMonitor(TrainerCallback):
             self.meter.restore(readings)
 
 
+def _progress_file(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json"
+
+
 def sum_readings(meter: Any) -> dict[str, float]:
-    """Readings of all processes of a training as one: the first one's clock, everybody's processor time and GPUs."""
+    """The readings of all processes of a training as one: the first one's clock, everybody's CPU time and GPUs."""
     own = meter.readings()
     if not torch.distributed.is_initialized():
         return own
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return found[0] | {name: sum(one[name] for one in found) for name in PER_PROCESS_READINGS}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered[0] | {name: sum(readings[name] for readings in gathered) for name in PER_PROCESS_READINGS}
 
 
-def broadcast_from_rank0(answer: bool) -> bool:
-    """The first process's answer, in all processes of a training."""
-    if not torch.distributed.is_initialized():
-        return answer
-    told = [answer]
-    torch.distributed.broadcast_object_list(told, src=0)
-    return told[0]
+def broadcast_from_rank0(value: bool) -> bool:
+    """The first process's value, in all processes of a training."""
+    values = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Any = print) -> str | None:
-    """The newest checkpoint that is whole and of these training rows; others are removed, and `log` says why.
+def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Callable[[str], object] = print) -> str | None:
+    """Find the newest complete checkpoint of these training rows; others are removed.
 
-    None if there is none: then the training starts anew. `fingerprint` is that of the rows.
+    Args:
+        folder: of the checkpoints.
+        fingerprint: of the training rows.
+        log: receives one line per removed checkpoint, with the reason.
+
+    Returns:
+        The checkpoint's folder; None if training starts from the beginning.
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1])):
         if not (fault := _checkpoint_fault(checkpoint, fingerprint)):
@@ -274,30 +298,35 @@ def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Any = pri
 
 
 def _checkpoint_fault(checkpoint: Path, fingerprint: str | None) -> str | None:
-    """Why a checkpoint cannot be gone on from; None if it can."""
-    if not (checkpoint / "progress.json").is_file():  # written last, after the Trainer has finished its own files
+    """The reason against resuming from a checkpoint; None if there is none."""
+    if not (checkpoint / "progress.json").is_file():  # written last, after the Trainer's own files
         return "it was being written when the training ended."
     try:
-        found = json.loads((checkpoint / "progress.json").read_text())
+        progress = json.loads((checkpoint / "progress.json").read_text())
         json.loads((checkpoint / "trainer_state.json").read_text())
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
             list(weights.keys())
-        states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]  # one a process
+        states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]  # one per process
         for name in ("optimizer.pt", "scheduler.pt", *states):
             if zipfile.ZipFile(checkpoint / name).testzip():
                 return f"{name} is damaged."
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
         return f"a file is damaged ({type(error).__name__})."
-    if fingerprint is not None and found.get("rows") != fingerprint:
+    if fingerprint is not None and progress.get("rows") != fingerprint:
         return "it was trained on other rows than there are now."
     return None
 
 
 def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) -> float:
-    """Floating-point operations of forward and backward of one LoRA step (frozen base: no weight gradients for it).
+    """Floating-point operations of forward and backward of one LoRA step; frozen weights get no gradient.
 
     Per token: 4 per body weight, 4 per output-head weight at supervised positions, 6 per adapter weight; causal
     attention costs 2 x 2 x n^2/2 x width forward and twice that backward, per layer and conversation of n tokens.
+
+    Args:
+        model: with adapters.
+        tokens, supervised: of the row.
+        segments: tokens of each conversation of the row.
     """
     config = model.config
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)

@@ -1,8 +1,8 @@
-"""The report: one self-contained file for readers, and one page per executed notebook behind an index.
+"""Builds the report: one self-contained file for readers, and one page per executed notebook with an index.
 
-Everything is computed from the files of the profile's folder, so it works when steps failed or are missing, and the
-same files give the same bytes. Model output is untrusted: templates escape it, notebook outputs go through an allow
-list, and a content security policy lets nothing run but our own script.
+Everything is computed from the files of the profile's folder, so the report works when steps failed or are missing, and
+the same files give the same bytes. The output of models is untrusted: the templates escape it, notebook outputs pass an
+allow list, and a content security policy lets only the report's own script run.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -30,7 +28,6 @@ from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none
 from telco_nb.report.pages import notebook_body
 from telco_nb.study.plan import STEPS
 
-DATA = DATA_DIR
 QUESTION = (
     "Which LoRA configuration should answer telecom customers, at what energy, and can validation loss alone pick it?"
 )
@@ -42,30 +39,29 @@ TAU_WORDS = {
     "too few to tell": "With {n} configurations no ranking could prove anything.",
 }
 TONES = {"supported": "good", "blocked": "bad"}
+TEMPLATES = Environment(
+    loader=FileSystemLoader(DATA_DIR), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 
 
-def build_report(profile_root: Path, status: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None) -> Path:
-    """Write `report/` below the profile's folder; returns the path of the one-file report.
+def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Write `report/` in the profile's folder; returns the path of the one-file report.
 
-    `status` is what the last run said about its jobs: dicts with scope, step, status and reason (a mapping that holds
-    them as `jobs` will do). It adds reasons; what has succeeded is read from the files alone.
+    `jobs` are the jobs of the last run, with scope, step, status and reason. They add reasons; only the files decide
+    which steps have succeeded.
     """
     root = Path(profile_root)
     work = root / ".report.work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    jobs = status.get("jobs", []) if isinstance(status, Mapping) else status or []
     study = read_study(root, jobs)
     for page in study.pages:
         (work / page.name).write_text(_page(page, study.pages), encoding="utf-8")
     content = _content(study)
-    (work / "index.html").write_text(
-        _render("report.html.j2", **content, contents=_contents(content), single=False), encoding="utf-8"
-    )
-    figures, cards = config_cards.figures(root), config_cards.config_cards(study)
-    whole = content | {"figures": figures, "cards": cards}
-    one_file = _render("report.html.j2", **whole, contents=_contents(whole), single=True)
-    (work / "telco_report.html").write_text(one_file, encoding="utf-8")
+    whole = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
+    for name, values, single in (("index.html", content, False), ("telco_report.html", whole, True)):
+        text = _render("report.html.j2", **values, contents=_contents(values), single=single)
+        (work / name).write_text(text, encoding="utf-8")
     for name in ("results.csv", "findings.json"):
         if (root / name).is_file():
             shutil.copyfile(root / name, work / name)
@@ -73,7 +69,7 @@ def build_report(profile_root: Path, status: Sequence[Mapping[str, Any]] | Mappi
 
 
 def _put_in_place(work: Path, final: Path) -> Path:
-    """Replace the old report by the new one; a reader never sees a half-written folder."""
+    """Replace the old report by the new one, so that a reader never sees a half-written folder."""
     old = final.with_name(".report.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -87,9 +83,11 @@ def _put_in_place(work: Path, final: Path) -> Path:
 
 
 def _content(study: StudyFiles) -> dict[str, Any]:
-    """Everything that the index and the one-file report share."""
+    """The values that the index and the one-file report share."""
     deploy = study.finding("deploy")
     chosen = deploy["value"] if deploy else None
+    kinds = name_list(_energy_kinds(study))
+    energy = f"Training energy is {kinds}. " if kinds else ""
     shown = [f | {"tone": TONES.get(f["verdict"], "")} for f in study.findings]
     return {
         "title": f"Telco LoRA study, profile {study.root.name}",
@@ -99,7 +97,7 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "lead": deploy["statement"] if deploy else "There is no result yet: 06_analysis has not finished.",
         "tiles": _tiles(study, chosen) if deploy else [],
         "results": _results(study, chosen),
-        "legend": _legend(study),
+        "legend": f"{energy}Scores are log-odds; ranks count from 1, the best.",
         "csv": base64.b64encode(read_or_none((study.root / "results.csv").read_bytes) or b"").decode(),
         "findings": shown,
         "effects": [f for f in shown if f["id"].startswith("effect.")],
@@ -111,7 +109,7 @@ def _content(study: StudyFiles) -> dict[str, Any]:
 
 
 def _tags(study: StudyFiles) -> list[tuple[str, str]]:
-    """Labels under the question: what kind of study this is, and what its numbers are worth."""
+    """Labels under the question: (text, style)."""
     tags = [(f"profile {study.root.name}", ""), (f"{len(study.results)} configurations", "")]
     models = {m["base_model"] for m in study.metrics.values() if m.get("base_model")}
     models |= {m["parameters"]["base_model"] for m in study.manifests.values() if m["parameters"].get("base_model")}
@@ -120,9 +118,8 @@ def _tags(study: StudyFiles) -> list[tuple[str, str]]:
     tags += [(f"energy {kind}", "note" if kind in GUESSED else "") for kind in kinds]
     proxies = [judge for judge in study.judges if study.is_proxy(judge)]
     if proxies:
-        tags.append(
-            (f"offline proxy judge{'s' if len(proxies) > 1 else ''}, no language model: {name_list(proxies)}", "note")
-        )
+        noun = "judges" if len(proxies) > 1 else "judge"
+        tags.append((f"offline proxy {noun}, no language model: {name_list(proxies)}", "note"))
     others = [judge for judge in study.judges if judge not in proxies]
     return tags + ([(f"judges: {name_list(others)}", "")] if others else [])
 
@@ -134,14 +131,14 @@ def _energy_kinds(study: StudyFiles) -> list[str]:
 
 
 def _alarms(study: StudyFiles) -> list[str]:
-    """What the reader must know before the numbers."""
+    """Warnings above the numbers."""
     alarms = []
     bad = [f"{s}/{t}" for (s, t), c in study.cells.items() if c.state in ("failed", "blocked", "noresult")]
     if bad:
-        alarms.append(f"{_steps(len(bad))} of {len(study.cells)} failed or could not run: {_some(bad)}.")
+        alarms.append(f"{_steps(bad)} of {len(study.cells)} failed or could not run: {_first_names(bad)}.")
     missing = [f"{s}/{t}" for (s, t), c in study.cells.items() if c.state == "missing"]
     if missing:
-        alarms.append(f"{_steps(len(missing))} not run yet: {_some(missing)}.")
+        alarms.append(f"{_steps(missing)} not run yet: {_first_names(missing)}.")
     for name, known in (("results.csv", len(study.results)), ("findings.json", len(study.findings))):
         if not known and (study.root / name).is_file():
             alarms.append(f"{name} is there but cannot be used. Run 06_analysis again.")
@@ -152,44 +149,43 @@ def _alarms(study: StudyFiles) -> list[str]:
         alarms.append(f"Energy carries no headline: {'; '.join(energy)}.")
     failed = [judge for judge in study.judges if "failed" in set(study.results[f"{judge}_gate"])]
     ranked = [judge for judge in failed if study.results[f"{judge}_rank"].notna().any()]
-    silent = [judge for judge in failed if judge not in ranked]
-    for judges, so in ((ranked, "the ranking is shown but carries no headline"), (silent, "it ranks nothing")):
+    unranked = [judge for judge in failed if judge not in ranked]
+    for judges, effect in ((ranked, "the ranking is shown but carries no headline"), (unranked, "it ranks nothing")):
         if judges:
-            who = f"The judge{'s' if len(judges) > 1 else ''} {name_list(judges)}"
-            alarms.append(f"{who} failed the validity gate: {so}.")
+            subject = f"The judge{'s' if len(judges) > 1 else ''} {name_list(judges)}"
+            alarms.append(f"{subject} failed the validity gate: {effect}.")
     return alarms
 
 
-def _steps(n: int) -> str:
-    return f"{n} step{'s' if n > 1 else ''}"
+def _steps(names: Sequence[str]) -> str:
+    return f"{len(names)} step{'s' if len(names) > 1 else ''}"
 
 
-def _some(names: Sequence[str], most: int = 6) -> str:
+def _first_names(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Anchors of the parts that are there."""
+    """(anchor, title) of the parts that the report has."""
     parts = ("results", "figures", "findings", "cards", "status", "provenance")
     names = {"cards": ("configurations", "Configurations"), "status": ("status", "What ran")}
     return [names.get(part, (part, part.capitalize())) for part in parts if content[part]]
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A box of the first screen: title, the answer in large type, a warning label, lines, or a small table."""
+class Tile(NamedTuple):
+    """A box of the first screen: title, the answer in large type, lines, a warning label, and a small table."""
 
     title: str
     big: str = ""
-    lines: list[str] = field(default_factory=list)
+    lines: Sequence[str] = ()
     tag: str | None = None
-    rows: list[tuple[str, str, str]] = field(default_factory=list)
+    rows: Sequence[tuple[str, str, str]] = ()
 
 
 def _tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
     pick = (study.finding("loss_choice") or {}).get("value")
     energy = [_energy_tile(study, chosen, pick)] if chosen else []
-    rest = [_sure_tile(study), _loss_tile(study, chosen, pick), _tau_tile(study), _paper_tile(study)]
+    rest = [_confidence_tile(study), _loss_tile(study, chosen, pick), _tau_tile(study), _paper_tile(study)]
     return [_deploy_tile(study, chosen), *energy, *rest]
 
 
@@ -201,8 +197,8 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     gains = [f["value"] for f in study.findings if f["id"].startswith("gain.") and f["verdict"] != "blocked"]
     shares = list(dict.fromkeys(f"{1 / (1 + math.exp(-gain)):.0%}" for gain in sorted(gains)))
     if shares:
-        told = " to ".join([shares[0], *shares[1:][-1:]])
-        lines.append(f"Wins {told} of decided comparisons with the untuned model.")
+        span = " to ".join([shares[0], *shares[1:][-1:]])
+        lines.append(f"Wins {span} of decided comparisons with the untuned model.")
     return Tile("Deploy", chosen, lines)
 
 
@@ -223,15 +219,16 @@ def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
     return Tile(title, f"{row['train_energy_wh']:.3g} Wh", lines, tag)
 
 
-def _sure_tile(study: StudyFiles) -> Tile:
-    sure, title = study.finding("confidence"), "How sure: better answers than loss's choice?"
-    if sure is None or sure["blocked_by"]:
+def _confidence_tile(study: StudyFiles) -> Tile:
+    confidence, title = study.finding("confidence"), "How sure: better answers than loss's choice?"
+    if confidence is None or confidence["blocked_by"]:
         return Tile(title, "not known", ["No valid judge has ranked the answers."])
-    if sure["value"] is None:
-        return Tile(title, "nothing to decide", [sure["statement"]])
-    share = percent(sure["value"])
-    big = f"yes, {share}" if sure["verdict"] == "supported" else f"not certain, {share}"
-    return Tile(title, big if sure["value"] >= 0.5 else "no, but it costs less", [sure["statement"]])
+    value, lines = confidence["value"], [confidence["statement"]]
+    if value is None:
+        return Tile(title, "nothing to decide", lines)
+    if value < 0.5:
+        return Tile(title, "no, but it costs less", lines)
+    return Tile(title, f"{'yes' if confidence['verdict'] == 'supported' else 'not certain'}, {percent(value)}", lines)
 
 
 def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
@@ -245,55 +242,54 @@ def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
 
 
 def _ranks(study: StudyFiles, prefix: str) -> str:
-    """`14th (checklist) and 13th (reference) of 16` from the rank findings; blocked judges are marked."""
-    told = []
-    for judge in study.judges:
-        finding = study.finding(f"{prefix}.{judge}")
-        if finding and finding["value"] is not None:
-            mark = ", not valid" if finding["verdict"] == "blocked" else ""
-            told.append(f"{ordinal(finding['value'])} ({judge}{mark})")
-    return f"{name_list(told)} of {len(study.results)}" if told else ""
+    """`14th (checklist) and 13th (reference) of 16` from the rank findings; judges that are not valid are marked."""
+    findings = {judge: finding for judge in study.judges if (finding := study.finding(f"{prefix}.{judge}"))}
+    ranks = [
+        f"{ordinal(finding['value'])} ({_marked(judge, finding)})"
+        for judge, finding in findings.items()
+        if finding["value"] is not None
+    ]
+    return f"{name_list(ranks)} of {len(study.results)}" if ranks else ""
+
+
+def _marked(judge: str, finding: Mapping[str, Any]) -> str:
+    return f"{judge}, not valid" if finding["verdict"] == "blocked" else judge
 
 
 def _tau_tile(study: StudyFiles) -> Tile:
-    """Whether loss predicts quality, over the judges that may speak."""
+    """The relation of loss to the rankings of the judges."""
     taus = {judge: tau for judge in study.judges if (tau := study.finding(f"tau.{judge}"))}
     verdict = _tau_verdict(list(taus.values()))
     lines = [TAU_WORDS[verdict].format(n=len(study.results))] if verdict in TAU_WORDS else []
     for judge, tau in taus.items():
         if tau["value"] is not None:
-            mark = ", not valid" if tau["verdict"] == "blocked" else ""
-            lines.append(f"Kendall tau {tau['value']:+.2f} [{tau['low']:+.2f}, {tau['high']:+.2f}] ({judge}{mark}).")
+            interval = f"[{tau['low']:+.2f}, {tau['high']:+.2f}]"
+            lines.append(f"Kendall tau {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
     if any(tau["value"] is not None for tau in taus.values()):
         lines.append("-1: a lower loss always means better answers; 0: no relation.")
     return Tile("Can loss pick it?", verdict, lines)
 
 
 def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
-    spoken = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable")]
-    if not spoken:
-        few = any(tau["verdict"] == "not estimable" for tau in taus)
-        return "too few to tell" if few else "no valid judge"
-    words = {
-        "not shown"
-        if tau["verdict"] != "supported"
-        else "better than chance"
-        if tau["value"] < 0
-        else "no, the opposite"
-        for tau in spoken
-    }
-    return words.pop() if len(words) == 1 else "the judges differ"
+    """The verdict on which all valid judges agree."""
+    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable")]
+    if not valid:
+        too_few = any(tau["verdict"] == "not estimable" for tau in taus)
+        return "too few to tell" if too_few else "no valid judge"
+    signs = {0 if tau["verdict"] != "supported" else -1 if tau["value"] < 0 else 1 for tau in valid}
+    words = {-1: "better than chance", 0: "not shown", 1: "no, the opposite"}
+    return words[signs.pop()] if len(signs) == 1 else "the judges differ"
 
 
 def _paper_tile(study: StudyFiles) -> Tile:
     low, high = PAPER["energy_wh"]
     ratio = study.finding("energy_ratio") or {}
     here = f"x {ratio['value']:.1f}" if ratio.get("value") is not None else "-"
-    word = "".join(f", {kind}" for kind in _energy_kinds(study) if kind in GUESSED)
+    kinds = "".join(f", {kind}" for kind in _energy_kinds(study) if kind in GUESSED)
     rows = [
         ("lowest loss ranks", f"{PAPER['best_loss_rank']} of {PAPER['n']}", _ranks(study, "best_loss_rank") or "-"),
         ("highest loss ranks", PAPER["worst_loss_rank"], _ranks(study, "worst_loss_rank") or "-"),
-        ("energy, most to least", f"x {high / low:.1f}", f"{here}{word}"),
+        ("energy, most to least", f"x {high / low:.1f}", f"{here}{kinds}"),
     ]
     return Tile("Beside the paper (other model, data and judges)", rows=rows)
 
@@ -301,56 +297,48 @@ def _paper_tile(study: StudyFiles) -> Tile:
 # ---------------------------------------------------------------- results table
 
 
-def _legend(study: StudyFiles) -> str:
-    kinds = _energy_kinds(study)
-    word = f"Training energy is {name_list(kinds)}. " if kinds else ""
-    return f"{word}Scores are log-odds; ranks count from 1, the best."
-
-
 def _results(study: StudyFiles, chosen: str | None) -> dict[str, Any] | None:
-    if study.results.empty:
+    """The results table, built column by column; None without results."""
+    frame, kinds = study.results, _energy_kinds(study)
+    if frame.empty:
         return None
-    kinds = _energy_kinds(study)
-    energy = f"training energy, {kinds[0]} (Wh)" if len(kinds) == 1 else "training energy (Wh)"
-    titles = [("config", False), ("target modules", False), ("rank", True), ("epochs", True), ("learning rate", True)]
-    titles += [("validation loss", True), (energy, True)]
+    table = {"config": _texts(frame.index), "target modules": _texts(frame["target_modules"])}
+    table |= {name: _numbers(frame[name.replace(" ", "_")], "g") for name in ("rank", "epochs", "learning rate")}
+    table["validation loss"] = _numbers(frame["val_loss"], ".4f", frame["val_loss_low"], frame["val_loss_high"])
+    bounds = frame["train_energy_low_wh"], frame["train_energy_high_wh"]
+    energy = _numbers(frame["train_energy_wh"], ".3g", *bounds)
+    if len(kinds) > 1:
+        for cell, kind in zip(energy, frame["energy_kind"], strict=True):
+            cell["interval"] += f" {kind}"
+    table[f"training energy, {kinds[0]} (Wh)" if len(kinds) == 1 else "training energy (Wh)"] = energy
     for judge in study.judges:
-        titles += [(f"{study.judge_name(judge)} score", True), (f"{judge} rank", True)]
-        if set(study.results[f"{judge}_gate"].dropna()) - {"passed"}:
-            titles.append((f"{judge} gate", False))
-    columns = [{"title": title, "numeric": numeric} for title, numeric in titles]
-    rows = [
-        {"chosen": config == chosen, "cells": _row(study, str(config), row, len(kinds) > 1)}
-        for config, row in study.results.iterrows()
-    ]
+        score, low, high, *ranks, gate = (frame[f"{judge}_{part}"] for part in JUDGE_PARTS)
+        table |= {f"{study.judge_name(judge)} score": _numbers(score, "+.2f", low, high)}
+        table |= {f"{judge} rank": _numbers(ranks[0], "g", *ranks[1:])}
+        if set(gate.dropna()) - {"passed"}:
+            table[f"{judge} gate"] = _texts(gate)
+    columns = [{"title": title, "numeric": cells[0]["numeric"]} for title, cells in table.items()]
+    cells = zip(*table.values(), strict=True)
+    rows = [{"chosen": config == chosen, "cells": row} for config, row in zip(frame.index, cells, strict=True)]
     return {"columns": columns, "rows": rows}
 
 
-def _row(study: StudyFiles, config: str, row: pd.Series, mixed: bool) -> list[dict[str, Any]]:
-    cells = [_text(config), _text(row["target_modules"])]
-    cells += [_value(row[c], "g") for c in ("rank", "epochs", "learning_rate")]
-    cells.append(_value(row["val_loss"], ".4f", row["val_loss_low"], row["val_loss_high"]))
-    energy = _value(row["train_energy_wh"], ".3g", row["train_energy_low_wh"], row["train_energy_high_wh"])
-    cells.append(energy | {"interval": f"{energy['interval']} {row['energy_kind']}"} if mixed else energy)
-    for judge in study.judges:
-        score, low, high, rank, rank_low, rank_high, gate = (row[f"{judge}_{part}"] for part in JUDGE_PARTS)
-        cells += [_value(score, "+.2f", low, high), _value(rank, "g", rank_low, rank_high)]
-        if set(study.results[f"{judge}_gate"].dropna()) - {"passed"}:
-            cells.append(_text(gate))
+def _texts(values: Iterable[Any]) -> list[dict[str, Any]]:
+    texts = [None if pd.isna(value) else str(value) for value in values]
+    return [{"value": text, "text": text or "", "interval": "", "numeric": False} for text in texts]
+
+
+def _numbers(values: pd.Series, digits: str, *bounds: pd.Series) -> list[dict[str, Any]]:
+    """Table cells: the number to sort by, its text and its interval. A missing number stays empty."""
+    cells = []
+    for value, *interval in zip(values, *bounds, strict=True):
+        cell: dict[str, Any] = {"value": None, "text": "", "interval": "", "numeric": True}
+        if not pd.isna(value):
+            cell |= {"value": float(value), "text": f"{value:{digits}}"}
+            if interval and not pd.isna(interval).any():
+                cell["interval"] = f"[{interval[0]:{digits}}, {interval[1]:{digits}}]"
+        cells.append(cell)
     return cells
-
-
-def _text(value: Any) -> dict[str, Any]:
-    known = None if pd.isna(value) else str(value)
-    return {"value": known, "text": known or "", "interval": "", "numeric": False}
-
-
-def _value(value: Any, digits: str, low: Any = None, high: Any = None) -> dict[str, Any]:
-    """A table cell: the bare number to sort by, its text, its interval. Missing stays empty."""
-    if pd.isna(value):
-        return {"value": None, "text": "", "interval": "", "numeric": True}
-    interval = "" if low is None or pd.isna(low) or pd.isna(high) else f"[{low:{digits}}, {high:{digits}}]"
-    return {"value": float(value), "text": f"{value:{digits}}", "interval": interval, "numeric": True}
 
 
 # ---------------------------------------------------------------- status and provenance
@@ -368,7 +356,7 @@ def _status(study: StudyFiles) -> dict[str, Any]:
 
 
 def _provenance(study: StudyFiles) -> list[tuple[str, str]]:
-    """Where the numbers come from, from the manifests. Disagreement between steps is shown, not hidden."""
+    """The origin of the numbers, from the manifests. Where steps differ, all values are shown."""
     manifests = list(study.manifests.values())
     if not manifests:
         return [("records", "none")]
@@ -402,13 +390,6 @@ def _distinct(values: Iterable[str]) -> str:
 # ---------------------------------------------------------------- rendering
 
 
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(DATA), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-
-
 def _page(page: Page, pages: Sequence[Page]) -> str:
     """The page of one executed notebook, with links to its neighbours in the same scope."""
     neighbours = [(p.step + " (failed)" * p.failed, p.name) for p in pages if p.scope == page.scope and p != page]
@@ -422,8 +403,8 @@ def _page(page: Page, pages: Sequence[Page]) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    script = (DATA / "report.js").read_text(encoding="utf-8")
+    script = (DATA_DIR / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    css = (DATA / "report.css").read_text(encoding="utf-8")
+    css = (DATA_DIR / "report.css").read_text(encoding="utf-8")
     shared = {"css": Markup(css), "script": Markup(script), "script_hash": f"sha256-{digest}"}
-    return _environment().get_template(template).render(**shared, **values)
+    return TEMPLATES.get_template(template).render(**shared, **values)

@@ -1,4 +1,4 @@
-"""Parts of the one-file report: the figures of 06, and a card per configuration with curve, energy and answers."""
+"""Builds parts of the one-file report: the figures of 06, and one card per configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pandas as pd
 
 from telco_nb.analysis.findings import energy_text
 from telco_nb.analysis.recommendation import describe_config
-from telco_nb.report.files import StudyFiles, read_json, read_or_none
+from telco_nb.report.files import Cell, StudyFiles, read_json, read_or_none
 from telco_nb.study.plan import STEPS
 
-FIGURE_BYTES = 3_500_000  # of base64; figures beyond this are left to the pages
+FIGURE_BYTES = 3_500_000  # of base64; figures beyond this are shown on the pages only
 ANSWER_CHARACTERS = 700
 CURVE_POINTS = 60
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -25,36 +25,36 @@ GUESSED = ("estimated", "allocated")
 
 
 def figures(root: Path) -> list[dict[str, Any]]:
-    """06's figures in the notebook's order with its alt texts; `src` is None where one does not fit or is broken."""
+    """The figures of 06 in the notebook's order, with its alt texts; `src` is None if one is too large or broken."""
     alts = _alt_texts(read_or_none(read_json, root / "study" / "06_analysis.ipynb") or {})
-    order = {digest: place for place, digest in enumerate(alts)}
+    places = {digest: place for place, digest in enumerate(alts)}
     images = []
     for path in sorted((root / "study" / "06_analysis" / "figures").glob("*.png")):
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        alt = alts.get(digest) or path.stem.replace("_", " ")
-        images.append((order.get(digest, len(order)), alt, data))
+        images.append((places.get(digest, len(places)), alts.get(digest) or path.stem.replace("_", " "), data))
     shown, used = [], 0
     for _, alt, data in sorted(images, key=lambda image: image[0]):
+        figure: dict[str, Any] = {"src": None, "alt": alt, "width": None, "height": None}
         encoded = base64.b64encode(data).decode()
-        whole = data.startswith(PNG_START) and used + len(encoded) <= FIGURE_BYTES
-        used += len(encoded) if whole else 0
-        width, height = struct.unpack(">II", data[16:24]) if whole else (None, None)
-        src = f"data:image/png;base64,{encoded}" if whole else None
-        shown.append({"src": src, "alt": alt, "width": width, "height": height})
+        if data.startswith(PNG_START) and used + len(encoded) <= FIGURE_BYTES:
+            used += len(encoded)
+            width, height = struct.unpack(">II", data[16:24])
+            figure |= {"src": f"data:image/png;base64,{encoded}", "width": width, "height": height}
+        shown.append(figure)
     return shown
 
 
 def _alt_texts(notebook: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of every PNG that a notebook displays -> its alt text, in order."""
-    found = {}
+    """The alt text of every PNG in a notebook by the sha256 of the PNG, in order."""
+    alts = {}
     for cell in notebook.get("cells", []):
         for output in cell.get("outputs", []):
             if encoded := output.get("data", {}).get("image/png"):
                 raw = base64.b64decode("".join(encoded))
                 alt = output.get("metadata", {}).get("image/png", {}).get("alt", "")
-                found[hashlib.sha256(raw).hexdigest()] = alt
-    return found
+                alts[hashlib.sha256(raw).hexdigest()] = alt
+    return alts
 
 
 def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
             "config": config,
             "chosen": config == deploy.get("value"),
             "role": roles.get(config),
-            "failed": _card_state(study, config),
+            "failed": _failed_steps(study, config),
             "answers": [] if prompts is None else read_or_none(_answers, study.root, config, prompts) or [],
             **_card_numbers(study, config, most),
             "curve": None if curves[config] is None else _polyline(curves[config], scale, study.results, config),
@@ -79,47 +79,42 @@ def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     ]
 
 
-def _card_state(study: StudyFiles, config: str) -> str:
-    bad = [
-        f"{step[:2]} {c.text}" for step in STEPS if (c := study.cells.get((config, step))) and c.state not in ("ok", "")
-    ]
-    return ", ".join(bad)
+def _failed_steps(study: StudyFiles, config: str) -> str:
+    cells = {step: study.cells.get((config, step), Cell("")) for step in STEPS}
+    return ", ".join(f"{step[:2]} {cell.text}" for step, cell in cells.items() if cell.state not in ("ok", ""))
 
 
 def _card_numbers(study: StudyFiles, config: str, most: float) -> dict[str, Any]:
     if config not in study.results.index:
         return {"parameters": "no result", "facts": [], "bar": None, "guess": False}
     row = study.results.loc[config]
-    known = not pd.isna(row["train_energy_wh"])
     facts = [("training energy", energy_text(row) or "not known")]
-    facts.append(("validation loss", f"{row['val_loss']:.4f}" if not pd.isna(row["val_loss"]) else "not known"))
+    facts.append(("validation loss", "not known" if pd.isna(row["val_loss"]) else f"{row['val_loss']:.4f}"))
     for judge in study.judges:
-        score = row[f"{judge}_score"]
-        text = (
-            "not judged" if pd.isna(score) else f"{score:+.2f}, {ordinal(row[f'{judge}_rank'])} of {len(study.results)}"
-        )
+        score, rank = row[f"{judge}_score"], row[f"{judge}_rank"]
+        text = "not judged" if pd.isna(score) else f"{score:+.2f}, {ordinal(rank)} of {len(study.results)}"
         facts.append((study.judge_name(judge), text))
-    bar = round(100 * row["train_energy_wh"] / most, 1) if known and most > 0 else None
+    energy = row["train_energy_wh"]
+    bar = None if pd.isna(energy) or not most > 0 else round(100 * energy / most, 1)
     return {"parameters": describe_config(row), "facts": facts, "bar": bar, "guess": row["energy_kind"] in GUESSED}
 
 
-def _prompts(root: Path) -> pd.DataFrame:
-    """Two test prompts of different intents, the same for every card: prompt_id -> the customer's last words."""
-    frame = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet").sort_values(
-        "prompt_id"
-    )
+def _prompts(root: Path) -> dict[str, str]:
+    """Two test prompts of different intents, the same for every card: the customer's last message by prompt_id."""
+    frame = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
+    frame = frame.sort_values("prompt_id")
     first = pd.concat([frame.drop_duplicates("intent"), frame]).drop_duplicates("prompt_id").head(2)
     questions = [[m["content"] for m in messages if m["role"] == "user"][-1] for messages in first["messages"]]
-    return pd.DataFrame({"question": questions}, index=first["prompt_id"])
+    return dict(zip(first["prompt_id"], questions, strict=True))
 
 
-def _answers(root: Path, config: str, prompts: pd.DataFrame) -> list[dict[str, str]]:
+def _answers(root: Path, config: str, prompts: Mapping[str, str]) -> list[dict[str, str]]:
     path = root / config / "04_energy" / "artefacts" / "answers.parquet"
-    frame = pd.read_parquet(path, columns=["prompt_id", "answer"]).set_index("prompt_id")["answer"]
+    answers = pd.read_parquet(path, columns=["prompt_id", "answer"]).set_index("prompt_id")["answer"]
     return [
-        {"question": _cut(row.question), "text": _cut(frame[row.Index] or "(empty answer)")}
-        for row in prompts.itertuples()
-        if row.Index in frame.index
+        {"question": _cut(question), "text": _cut(answers[prompt_id] or "(empty answer)")}
+        for prompt_id, question in prompts.items()
+        if prompt_id in answers.index
     ]
 
 
@@ -138,7 +133,7 @@ def _curve(root: Path, config: str) -> pd.DataFrame:
 
 
 def _curve_scale(curves: Sequence[pd.DataFrame]) -> tuple[float, float, float]:
-    """Most tokens, lowest and highest loss over all curves, so that cards can be compared."""
+    """(most tokens, lowest loss, highest loss) over all curves: all cards have the same axes."""
     if not curves:
         return (1.0, 0.0, 1.0)
     both = pd.concat(curves)

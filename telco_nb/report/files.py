@@ -1,6 +1,6 @@
-"""What lies in a profile's folder, as the report needs it: executed notebooks, manifests, results, and what is missing.
+"""Reads a profile's folder for the report: executed notebooks, manifests, results, and which of them are missing.
 
-The files decide what has succeeded; what a runner says about its jobs only adds reasons.
+The files decide which steps have succeeded; the runner's list of jobs only adds reasons.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass
 class StudyFiles:
-    """The files of one profile as the report needs them."""
+    """The files of one profile."""
 
     root: Path
     pages: list[Page]
@@ -84,33 +84,29 @@ class StudyFiles:
 
 def expected_steps(scope: str) -> tuple[str, ...]:
     """The steps that belong to a scope, by its name."""
-    if scope == "shared":
-        return ("01_glossary", "02_synth")
-    if scope == "untuned":
-        return ("04_energy",)
-    if scope == "study":
-        return ("06_analysis",)
     if scope.startswith("judge-"):
         return ("05_judge",)
-    return ("03_train",) if "-seed" in scope else ("03_train", "04_energy")
+    trained = ("03_train",) if "-seed" in scope else ("03_train", "04_energy")
+    fixed = {"shared": ("01_glossary", "02_synth"), "untuned": ("04_energy",), "study": ("06_analysis",)}
+    return fixed.get(scope, trained)
 
 
 def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> StudyFiles:
-    told = {(str(job.get("scope")), str(job.get("step"))): job for job in jobs}
+    """Reads the profile's folder `root`; `jobs` are the jobs of the last run (`build_report`)."""
+    job_of = {(str(job.get("scope")), str(job.get("step"))): job for job in jobs}
     results = read_or_none(_read_results, root / "results.csv")
     results = pd.DataFrame() if results is None else results
-    scopes = _scopes(root, told, results)
     manifests, metrics, cells, pages = {}, {}, {}, []
-    for scope in scopes:
+    for scope in _scopes(root, job_of, results):
         for step in STEPS:
             key = (scope, step)
             if manifest := record.read_manifest(root, scope, step):
                 manifests[key] = manifest
                 metrics[key] = read_or_none(read_json, root / scope / step / "metrics.json") or {}
-            found = find_pages(root, scope, step)
-            pages += found
-            if step in expected_steps(scope) or key in manifests or found or key in told:
-                cells[key] = _cell(root, key, manifests.get(key), found, told.get(key, {}))
+            step_pages = _find_pages(root, scope, step)
+            pages += step_pages
+            if step in expected_steps(scope) or key in manifests or step_pages or key in job_of:
+                cells[key] = _cell(root, key, manifests.get(key), step_pages, job_of.get(key, {}))
     # Findings name configurations of results.csv: without it they would point nowhere.
     findings = [] if results.empty else read_or_none(read_json, root / "findings.json") or []
     return StudyFiles(root, pages, manifests, cells, results, findings, metrics)
@@ -126,65 +122,64 @@ def read_json(path: Path) -> Any:
 
 
 def read_or_none(read: Callable[..., Any], *arguments: Any) -> Any:
-    """The value read, or None if the file is missing or unreadable: the report shows what is there."""
+    """The result of `read(*arguments)`, or None if the file is missing or unreadable."""
     try:
         return read(*arguments)
     except (OSError, ValueError, KeyError, IndexError):
         return None
 
 
-def _scopes(root: Path, told: Iterable[tuple[str, str]], results: pd.DataFrame) -> list[str]:
+def _scopes(root: Path, jobs: Iterable[tuple[str, str]], results: pd.DataFrame) -> list[str]:
     """Every scope with a trace of a step, in the order of the study."""
     traced = {
         path.name
         for path in root.iterdir()
         if path.is_dir() and not path.name.startswith(".") and any(_trace(path, step) for step in STEPS)
     }
-    found = traced | {scope for scope, _ in told} | set(results.index) | {"shared", "study"}
-    order = ("shared", "untuned", "judge-", "study")
 
-    def place(scope: str) -> tuple[int, bool, str]:
-        rank = {"shared": 0, "untuned": 3, "study": 5}.get(scope, 4 if scope.startswith(order[2]) else 1)
-        return (2 if "-seed" in scope else rank, "-seed" in scope, scope)
+    def place(scope: str) -> tuple[int, str]:
+        if "-seed" in scope:
+            return 2, scope
+        return {"shared": 0, "untuned": 3, "study": 5}.get(scope, 4 if scope.startswith("judge-") else 1), scope
 
-    return sorted(found, key=place)
+    return sorted(traced | {scope for scope, _ in jobs} | set(results.index) | {"shared", "study"}, key=place)
 
 
 def _trace(folder: Path, step: str) -> bool:
     return any((folder / name).exists() for name in (step, f"{step}.ipynb", f"{step}.failed.ipynb"))
 
 
-def find_pages(root: Path, scope: str, step: str) -> list[Page]:
-    found = [Page(scope, step, failed, root / scope / f"{step}{'.failed' * failed}.ipynb") for failed in (False, True)]
-    return [page for page in found if page.source.is_file()]
+def _find_pages(root: Path, scope: str, step: str) -> list[Page]:
+    pages = [Page(scope, step, failed, root / scope / f"{step}{'.failed' * failed}.ipynb") for failed in (False, True)]
+    return [page for page in pages if page.source.is_file()]
 
 
 def _cell(
-    root: Path, key: tuple[str, str], manifest: Mapping[str, Any] | None, pages: list[Page], told: Mapping[str, Any]
+    root: Path, key: tuple[str, str], manifest: Mapping[str, Any] | None, pages: list[Page], job: Mapping[str, Any]
 ) -> Cell:
-    """A failed attempt is red even when an older good result stands beside it."""
+    """The state of a step. A failed attempt counts as failed even if an older good result exists."""
     good = next((p.name for p in pages if not p.failed), None)
     bad = next((p.name for p in pages if p.failed), None)
-    reason = str(told.get("reason") or "")
+    reason = str(job.get("reason") or "")
     seconds = f" {duration(manifest['seconds'])}" if manifest else ""
-    if bad or told.get("status") == "failed":
+    if bad or job.get("status") == "failed":
         text = f"failed; older result ok{seconds}" if manifest else "failed"
         return Cell("failed", text, reason or _failure(pages), good if manifest else None, bad)
     if manifest and manifest.get("status") == "ok":
         return Cell("ok", f"ok{seconds}", "", good)
-    if told.get("status") in ("blocked", "interrupted"):
-        return Cell("blocked", str(told["status"]), reason)
+    if job.get("status") in ("blocked", "interrupted"):
+        return Cell("blocked", str(job["status"]), reason)
     if good or (root / key[0] / key[1]).exists():
         return Cell("noresult", "no result", "the record is not complete", good)
     return Cell("missing", "not run")
 
 
 def _failure(pages: list[Page]) -> str:
-    """What the failed notebook says of itself."""
+    """Kind and reason of the failure, from the metadata of the failed notebook."""
     for page in pages:
-        about = (read_or_none(read_json, page.source) or {}).get("metadata", {}).get("telco_nb_failure")
-        if about:
-            return f"{about.get('kind', '')}: {about.get('reason', '')}"[:200]
+        failure = (read_or_none(read_json, page.source) or {}).get("metadata", {}).get("telco_nb_failure")
+        if failure:
+            return f"{failure.get('kind', '')}: {failure.get('reason', '')}"[:200]
     return ""
 
 

@@ -1,6 +1,6 @@
-"""Executed notebooks as web pages: nbconvert with sanitised outputs, folded code, and links between the pages.
+"""Turns executed notebooks into web pages: nbconvert with sanitised outputs, folded code, and links between the pages.
 
-Model output is untrusted: whatever is not on the allow list is shown as text.
+The output of models is untrusted: markup that is not on the allow list is shown as text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import nbformat
+from bleach.sanitizer import Cleaner
+from jinja2 import DictLoader
 from markupsafe import Markup
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters import Highlight2HTML
+from traitlets.config import Config
 
 from telco_nb.report.files import Page
 
@@ -20,12 +26,23 @@ ALLOWED_TAGS = {
     "h2", "h3", "h4", "h5", "h6", "hr", "i", "kbd", "li", "ol", "p", "pre", "s", "small", "span", "strong", "sub",
     "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "u", "ul",
 }  # fmt: skip
+ALLOWED_ATTRIBUTES = {
+    "*": ["class", "id", "title"],
+    "a": ["href"],
+    "details": ["open"],
+    "td": ["colspan", "rowspan"],
+    "th": ["colspan", "rowspan", "scope"],
+}
+CLEANER = Cleaner(ALLOWED_TAGS, ALLOWED_ATTRIBUTES, protocols={"http", "https", "mailto"}, strip=False)
+HIGHLIGHTER = Highlight2HTML(pygments_lexer="python")
+FOLDED_CODE = (
+    "{% extends 'basic/index.html.j2' %}{% block input_group %}"
+    "<details class='code'><summary>code</summary>{{ super() }}</details>{% endblock %}"
+)
 
 
 def notebook_body(page: Page, pages: Sequence[Page]) -> Markup:
-    """The notebook as HTML, its links leading to the other pages; an unreadable one says so."""
-    import nbformat
-
+    """The notebook as HTML, with links to the other pages; for an unreadable notebook, its error."""
     try:
         notebook = nbformat.read(page.source, as_version=4)
         body, _ = _exporter().from_notebook_node(notebook)
@@ -35,7 +52,7 @@ def notebook_body(page: Page, pages: Sequence[Page]) -> Markup:
 
 
 def _relink(body: str, page: Page, pages: Sequence[Page]) -> str:
-    """Links between notebooks become links between pages; a relative link that leads nowhere loses its target."""
+    """Turn links between notebooks into links between pages, and remove the target of any other relative link."""
 
     def replace(match: re.Match[str]) -> str:
         target = html.unescape(match[1])
@@ -49,7 +66,7 @@ def _relink(body: str, page: Page, pages: Sequence[Page]) -> str:
 
 
 def _page_of(step: str, page: Page, pages: Sequence[Page]) -> str | None:
-    """The page of a step as seen from another: of the same scope, else the only one, else the index's table."""
+    """The target of a link to a step: its page of the same scope, else its only page, else the table of the index."""
     of_step = [p for p in pages if p.step == step]
     own = [p for p in of_step if p.scope == page.scope]
     good = sorted(own or of_step, key=lambda p: p.failed)
@@ -58,70 +75,38 @@ def _page_of(step: str, page: Page, pages: Sequence[Page]) -> str | None:
     return good[0].name if own or len({p.scope for p in of_step}) == 1 else "index.html#status"
 
 
-@cache
-def _exporter() -> Any:
-    """One nbconvert exporter for all pages: template `basic`, folded code, sanitised outputs, no network."""
-    from jinja2 import DictLoader
-    from nbconvert.exporters import HTMLExporter
-    from traitlets.config import Config
+class _Highlighted(str):
+    """Code with the markup of Pygments. It is escaped already, and cleaning it again would take time."""
 
-    folding = (
-        "{% extends 'basic/index.html.j2' %}{% block input_group %}"
-        "<details class='code'><summary>code</summary>{{ super() }}</details>{% endblock %}"
-    )
+
+def _highlight(source: str, metadata: Any = None) -> _Highlighted:
+    return _Highlighted(HIGHLIGHTER(source, language="python"))
+
+
+def clean(markup: Any) -> Markup:
+    """HTML in which everything outside the allow list is shown as text. The style blocks of pandas are removed."""
+    if isinstance(markup, _Highlighted):
+        return Markup(markup)
+    text = re.sub(r'<style(?: scoped| type="text/css")>[^<]*</style>', "", str(markup))
+    return Markup(CLEANER.clean(text))
+
+
+@cache
+def _exporter() -> HTMLExporter:
+    """The nbconvert exporter of all pages: template `basic`, folded code, sanitised outputs, no network."""
     config = Config()
     config.NbConvertBase.display_data_priority = ["text/html", "text/markdown", "image/png", "image/jpeg", "text/plain"]
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_input_tags = {"remove-input", "injected-parameters"}
-    exporter = HTMLExporter(
+    return HTMLExporter(
         config=config,
         template_name="basic",
-        extra_loaders=[DictLoader({"folded.html.j2": folding})],
+        extra_loaders=[DictLoader({"folded.html.j2": FOLDED_CODE})],
         template_file="folded.html.j2",
         sanitize_html=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
         exclude_anchor_links=True,
-        require_js_url="",
-        mathjax_url="",
-        jquery_url="",
-        mermaid_js_url="",
+        **dict.fromkeys(("require_js_url", "mathjax_url", "jquery_url", "mermaid_js_url"), ""),
         filters={"highlight_code": _highlight, "clean_html": clean},
     )
-    return exporter
-
-
-class _Highlighted(str):
-    """Code as Pygments marks it up: escaped already, so that cleaning it again would only take time."""
-
-
-def _highlight(source: str, metadata: Any = None) -> _Highlighted:
-    return _Highlighted(_highlighter()(source, language="python"))
-
-
-@cache
-def _highlighter() -> Any:
-    from nbconvert.filters import Highlight2HTML
-
-    return Highlight2HTML(pygments_lexer="python")
-
-
-@cache
-def _cleaner() -> Any:
-    from bleach.sanitizer import Cleaner
-
-    attributes = {
-        "*": ["class", "id", "title"],
-        "a": ["href"],
-        "td": ["colspan", "rowspan"],
-        "th": ["colspan", "rowspan", "scope"],
-    }
-    return Cleaner(tags=ALLOWED_TAGS, attributes=attributes, protocols={"http", "https", "mailto"}, strip=False)
-
-
-def clean(markup: Any) -> Markup:
-    """HTML with everything outside the allow list shown as text. pandas' own style blocks are dropped first."""
-    if isinstance(markup, _Highlighted):
-        return Markup(markup)
-    text = re.sub(r'<style(?: scoped| type="text/css")>[^<]*</style>', "", str(markup))
-    return Markup(_cleaner().clean(text))

@@ -1,4 +1,4 @@
-"""The published run: a small copy of a finished study below outputs/reference, and the README's first screen from it.
+"""Copies a finished study to outputs/reference, and writes its results into README.md.
 
 `python -m telco_nb publish` copies the last laptop run and rewrites the generated part of README.md.
 """
@@ -25,17 +25,17 @@ FILES = {
     "report/telco_report.html": "telco_report.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
-TOLD_FIRST = ("deploy", "gain.", "tau.", "loss_choice", "misplaced.", "noise_floor", "energy_ratio")
+README_FINDINGS = ("deploy", "gain.", "tau.", "loss_choice", "misplaced.", "noise_floor", "energy_ratio")
 
 
 def publish_study(root: Path, folder: Path = REFERENCE) -> None:
-    """Copy what is worth committing of a finished study. Raises FileNotFoundError if the study is not finished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for source, name in FILES.items():
-        shutil.copyfile(root / source, folder / name)
+    """Copy the results, figure and report of a study. Raises FileNotFoundError if the study is not finished."""
     manifest = read_manifest(root, "study", "06_analysis")
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, name in FILES.items():
+        shutil.copyfile(root / source, folder / name)
     facts = {
         "profile": root.name,
         "date": manifest["started_at"][:10],
@@ -46,13 +46,13 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
 
 
 def readme_block(folder: Path = REFERENCE) -> str:
-    """The generated part of the README: findings, picture, table, and what kind of numbers these are."""
+    """The generated part of the README: findings, figure and table, with the kinds of energy and judges."""
     with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
-    told = [f for start in TOLD_FIRST for f in findings if f["id"].startswith(start) and not f["blocked_by"]]
+    shown = [f for start in README_FINDINGS for f in findings if f["id"].startswith(start) and not f["blocked_by"]]
     machine = f"{about['device']['cores']} cores ({about['device']['cpu']})"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
@@ -61,7 +61,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
         f"intervals). Energy is **{kinds}**. The judges are **offline proxies**, a fact checklist and an embedding "
         f"similarity, not language models and not people.{_failed(failed)}",
         "",
-        *(f"- {f['statement']}" for f in told),
+        *(f"- {f['statement']}" for f in shown),
         "",
         "![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)",
         "",
@@ -102,6 +102,6 @@ def rewrite_readme(readme: Path = README, folder: Path = REFERENCE) -> str:
     """The README's text with its generated part replaced. Raises ValueError if the markers are missing."""
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme}: the markers {BEGIN} and {END} must stand once each.")
+        raise ValueError(f"{readme}: the markers {BEGIN} and {END} must occur once each.")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{readme_block(folder)}\n{END}{rest.split(END)[1]}"

@@ -1,7 +1,7 @@
-"""A study of tiny notebooks, one fault each, run by the real runner in a process of its own.
+"""Runs a study of small notebooks, one fault each, with the real runner in its own process.
 
-`python fault_study.py study.json OPTIONS`, where study.json says where things are and what to run,
-and OPTIONS are the runner's, as JSON.
+`python fault_study.py study.json OPTIONS`, where study.json holds the folders and the jobs,
+and OPTIONS are the fields of runner.Options as JSON.
 """
 
 import json
@@ -29,7 +29,7 @@ run.finish("done")
 
 
 def write_notebook(path: Path, *cells: str) -> None:
-    """A notebook with a parameters cell (`value`), then `cells`."""
+    """Write a notebook with a parameters cell (`value`), then `cells`."""
     sources = [("value = 1", ["parameters"]), *((source, []) for source in cells)]
     made = [
         {"cell_type": "code", "id": f"c{i}", "metadata": {"tags": tags}, "source": source, "outputs": []}
@@ -43,8 +43,8 @@ def write_notebook(path: Path, *cells: str) -> None:
 
 def main() -> int:
     study = json.loads(Path(sys.argv[1]).read_text())
-    given = json.loads(sys.argv[2])
-    options = runner.Options(**given | {"json_file": Path(given["json_file"]), "gpus": tuple(given.get("gpus", ()))})
+    values = json.loads(sys.argv[2])
+    options = runner.Options(**values | {"json_file": Path(values["json_file"]), "gpus": tuple(values.get("gpus", ()))})
     params.NOTEBOOKS_DIR = Path(study["notebooks"])
     runner.load_study = lambda options: SimpleNamespace(profile="faults")
     runner.plan_jobs = lambda _: [Job(s, c, p, tuple(map(tuple, i))) for s, c, p, i in study["jobs"]]
@@ -53,9 +53,9 @@ def main() -> int:
     return runner.run(options, runner.Services(estimate=None, build_report=write_report))
 
 
-def write_report(root: Path, status: dict) -> None:
+def write_report(root: Path, jobs: list) -> None:
     (root / "report").mkdir(exist_ok=True)
-    (root / "report" / "telco_report.html").write_text(f"{len(status['jobs'])} jobs")
+    (root / "report" / "telco_report.html").write_text(f"{len(jobs)} jobs")
 
 
 if __name__ == "__main__":

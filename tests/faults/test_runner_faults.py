@@ -1,4 +1,4 @@
-"""What a run leaves behind when things go wrong, told with tiny notebooks, real kernels and real signals."""
+"""Tests of what a run leaves after faults, with small notebooks, real kernels and real signals."""
 
 import contextlib
 import json
@@ -76,7 +76,7 @@ class Study:
         return [p for p in self.processes() if str(DRIVER) not in p.cmdline()]
 
     def processes(self) -> list[psutil.Process]:
-        """All of them, told by the temporary folder with which each was started, or forked from one that was."""
+        """All processes of the run: each was started with this temporary folder, or forked from one that was."""
         return [p for p in psutil.process_iter() if _temporary_folder(p) == str(self.temporary)]
 
 
@@ -97,7 +97,7 @@ def job_process(runner: subprocess.Popen) -> psutil.Process:
 def wait_for(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.05)
 
 
@@ -109,16 +109,16 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 def study(tmp_path, request):
     study = Study(tmp_path, request.param)
     yield study
-    wait_for(lambda: not [*study.temporary.glob("tnb-*")], 2.5)  # nothing of ours stays, whatever happened
+    wait_for(lambda: not [*study.temporary.glob("tnb-*")], 2.5)  # no temporary folder is left
 
 
 # ---------------------------------------------------------------- one run with many faults
 
 
 @pytest.fixture(scope="module", params=["0", "1"], ids=["plain", "warm"])
-def ward(tmp_path_factory, request):
+def faulty(tmp_path_factory, request):
     """One run over all faults that need no signal from outside."""
-    study = Study(tmp_path_factory.mktemp("ward"), request.param)
+    study = Study(tmp_path_factory.mktemp("faulty"), request.param)
     study.add("01_error", "print('before')", "1 / 0", FINISH)
     study.add("02_exit_zero", "import sys; sys.exit(0)", FINISH)
     study.add("03_exit_hard", "import os; os._exit(7)", FINISH)
@@ -134,9 +134,9 @@ def ward(tmp_path_factory, request):
     return study
 
 
-def test_a_failed_step_gives_exit_code_1_and_the_others_go_on(ward):
-    assert ward.exit_code == 1
-    assert ward.status("06_lines") == ward.status("10_after_lines") == "done"
+def test_a_failed_step_gives_exit_code_1_and_the_others_go_on(faulty):
+    assert faulty.exit_code == 1
+    assert faulty.status("06_lines") == faulty.status("10_after_lines") == "done"
 
 
 @pytest.mark.parametrize(
@@ -151,52 +151,52 @@ def test_a_failed_step_gives_exit_code_1_and_the_others_go_on(ward):
         ("11_timeout", "timeout", 3, "15 s"),
     ],
 )
-def test_the_failed_record_names_the_class_and_the_cell(ward, step, kind, cell, words):
-    failure = ward.failure(step)
+def test_the_failed_record_names_the_class_and_the_cell(faulty, step, kind, cell, words):
+    failure = faulty.failure(step)
     assert (failure["kind"], failure["cell"]) == (kind, cell)
     assert words in failure["reason"]
-    banner = ward.notebook(f"{step}.failed")["cells"][0]
+    banner = faulty.notebook(f"{step}.failed")["cells"][0]
     assert banner["cell_type"] == "markdown"
     assert words in "".join(banner["source"])
-    assert words in ward.output, "the summary repeats it"
-    assert not (ward.root / "s" / f"{step}.ipynb").exists()
-    assert not (ward.root / "s" / step).exists()
+    assert words in faulty.output, "the summary repeats it"
+    assert not (faulty.root / "s" / f"{step}.ipynb").exists()
+    assert not (faulty.root / "s" / step).exists()
 
 
-def test_cells_after_a_kernel_death_are_not_marked_as_completed(ward):
-    cells = ward.notebook("04_killed.failed")["cells"][1:]
+def test_cells_after_a_kernel_death_are_not_marked_as_completed(faulty):
+    cells = faulty.notebook("04_killed.failed")["cells"][1:]
     assert [c["metadata"]["papermill"]["status"] for c in cells[-2:]] == ["failed", "pending"]
 
 
-def test_dependants_are_blocked_all_the_way_down(ward):
-    assert ward.jobs_summary["08_after_error"]["reason"] == "blocked by s/01_error"
-    assert ward.jobs_summary["09_after_that"]["reason"] == "blocked by s/08_after_error"
-    assert not (ward.root / "s" / "09_after_that.failed.ipynb").exists()
+def test_dependants_are_blocked_all_the_way_down(faulty):
+    assert faulty.jobs_summary["08_after_error"]["reason"] == "blocked by s/01_error"
+    assert faulty.jobs_summary["09_after_that"]["reason"] == "blocked by s/08_after_error"
+    assert not (faulty.root / "s" / "09_after_that.failed.ipynb").exists()
 
 
-def test_twenty_thousand_lines_lose_nothing_and_stay_readable(ward):
-    (stream,) = [o for c in ward.notebook("06_lines")["cells"] for o in c.get("outputs", []) if "text" in o]
+def test_twenty_thousand_lines_lose_nothing_and_stay_readable(faulty):
+    (stream,) = [o for c in faulty.notebook("06_lines")["cells"] for o in c.get("outputs", []) if "text" in o]
     text = "".join(stream["text"])
     assert "19,940 lines left out" in text
     assert text.endswith("line 19999\n")
 
 
-def test_records_hold_no_machine_paths(ward):
-    for path in [*ward.root.glob("s/*.ipynb"), *ward.root.glob("s/*.failed.log")]:
-        assert str(ward.root) not in path.read_text(), path
+def test_records_hold_no_machine_paths(faulty):
+    for path in [*faulty.root.glob("s/*.ipynb"), *faulty.root.glob("s/*.failed.log")]:
+        assert str(faulty.root) not in path.read_text(), path
         assert sys.prefix not in path.read_text(), path
 
 
-def test_nothing_is_left_over(ward):
-    assert not alive(ward.processes())
-    assert not [*ward.root.glob("s/.*.running.*"), *ward.root.glob("s/.*.job.json")]
-    assert {path.suffix for path in (ward.folder / "notebooks").iterdir()} == {".ipynb"}, "no sockets beside them"
-    assert not [*ward.temporary.glob("tnb-*")]
+def test_nothing_is_left_over(faulty):
+    assert not alive(faulty.processes())
+    assert not [*faulty.root.glob("s/.*.running.*"), *faulty.root.glob("s/.*.job.json")]
+    assert {path.suffix for path in (faulty.folder / "notebooks").iterdir()} == {".ipynb"}, "no sockets beside them"
+    assert not [*faulty.temporary.glob("tnb-*")]
 
 
-def test_the_summary_names_the_command_that_goes_on(ward):
-    assert "./run_all.py --profile laptop" in ward.output
-    assert (ward.root / "report" / "telco_report.html").read_text() == "11 jobs"
+def test_the_summary_names_the_command_that_goes_on(faulty):
+    assert "./run_all.py --profile laptop" in faulty.output
+    assert (faulty.root / "report" / "telco_report.html").read_text() == "11 jobs"
 
 
 # ---------------------------------------------------------------- runs after runs
@@ -353,7 +353,8 @@ ABOUT = """
 import json, os, pathlib, sys
 about = {"pid": os.getpid(), "environment": dict(os.environ), "path": sys.path, "folder": os.getcwd()}
 about |= {"stdin": os.readlink("/proc/self/fd/0"), "leads": os.getpgrp() == os.getsid(0) == os.getpid()}
-about |= {"hash": hash("a word"), "warm": "telco_nb.engine.fork_server" in pathlib.Path("/proc/self/cmdline").read_text()}
+command = pathlib.Path("/proc/self/cmdline").read_text()
+about |= {"hash": hash("a word"), "warm": "telco_nb.engine.fork_server" in command}
 about |= {"modules": [name for name in sys.modules if name.startswith("telco_nb")]}
 about |= {"files": sorted({os.readlink(f"/proc/self/fd/{i}").split(":")[0] for i in (1, 2)})}
 pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("about.json").write_text(json.dumps(about))
@@ -381,12 +382,12 @@ def test_a_forked_kernel_finds_what_a_fresh_one_finds(warm_study):
         warm_study.jobs.clear()
         warm_study.add("01_a", ABOUT, FINISH, value=value)
         assert warm_study.run()[0] == 0
-        seen[warm_study.warm] = found = about(warm_study)
-        found.pop("pid")
+        seen[warm_study.warm] = notes = about(warm_study)
+        notes.pop("pid")
         for name in ("JPY_PARENT_PID", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
-            assert found["environment"].pop(name)
-        found["environment"].pop("TELCO_NB_WARM_KERNELS")
-        assert found["leads"]
+            assert notes["environment"].pop(name)
+        notes["environment"].pop("TELCO_NB_WARM_KERNELS")
+        assert notes["leads"]
     assert seen["0"].pop("warm") is False
     assert seen["1"].pop("warm") is True
     assert {*seen["1"].pop("modules")} - {*seen["0"].pop("modules")} == {"telco_nb.engine.kernel"}, "else __main__"
@@ -426,9 +427,9 @@ def test_a_fork_server_is_replaced_when_a_source_has_changed(warm_study):
     warm_study.add("02_b", noted.replace("about.json", "about_2.json"), FINISH)
     warm_study.add("03_c", noted.replace("about.json", "about_3.json"), FINISH)
     assert warm_study.run()[0] == 0
-    found = [json.loads((warm_study.root / "s" / f"about{n}.json").read_text()) for n in ("", "_2", "_3")]
-    assert all(f["warm"] for f in found)
-    assert found[0]["server"] != found[1]["server"] == found[2]["server"]
+    notes = [json.loads((warm_study.root / "s" / f"about{n}.json").read_text()) for n in ("", "_2", "_3")]
+    assert all(note["warm"] for note in notes)
+    assert notes[0]["server"] != notes[1]["server"] == notes[2]["server"]
 
 
 def test_a_fork_server_that_cannot_import_is_done_without(warm_study):
@@ -499,19 +500,19 @@ pathlib.Path(os.environ["TELCO_NB_JOB"]).with_name("found.json").write_text(json
     assert seen["0"] == seen["1"]
 
 
-LAST_WORDS = """
+EXIT_MESSAGE = """
 import threading
 from types import SimpleNamespace
-from telco_nb import companions
-companions.GRACE_SECONDS = 0.1
-gone = SimpleNamespace(has_died=True, last_words=lambda: "process 2 of this training ended with code -9")
-companions._watch_over([gone], threading.Event(), lambda text: None)
+from telco_nb.lora import data_parallel
+data_parallel.GRACE_SECONDS = 0.1
+gone = SimpleNamespace(has_died=True, exit_message=lambda: "process 2 of this training ended with code -9")
+data_parallel._watch_peers([gone], threading.Event(), lambda text: None)
 """
 
 
-def test_a_kernel_that_gives_up_on_a_dead_companion_leaves_the_reason_in_the_log(tmp_path):
+def test_a_kernel_that_gives_up_on_a_dead_peer_leaves_the_reason_in_the_log(tmp_path):
     study = Study(tmp_path)
-    study.add("train", LAST_WORDS, FINISH)
+    study.add("train", EXIT_MESSAGE, FINISH)
     code, _ = study.run("env", "-u", "PYTEST_CURRENT_TEST")  # with it, ipykernel would leave the streams alone
     assert code == 1 and study.failure("train")["reason"] == "it ended with exit code 1"
     log = (study.root / "s" / "train.failed.log").read_text()
@@ -520,12 +521,12 @@ def test_a_kernel_that_gives_up_on_a_dead_companion_leaves_the_reason_in_the_log
 
 # ---------------------------------------------------------------- one configuration per GPU
 
-MEETING = """
+RENDEZVOUS = """
 import os, time
 from pathlib import Path
 place = Path(os.environ["TELCO_NB_JOB"]).parents[1]
 (place / f"here-{value}").touch()
-while not (place / f"here-{3 - value}").exists():  # each waits for the other: one after another would never end
+while not (place / f"here-{3 - value}").exists():  # each waits for the other: jobs in sequence would never end
     time.sleep(0.05)
 value = os.environ["CUDA_VISIBLE_DEVICES"] + " of " + os.environ["TELCO_NB_JOBS_AT_ONCE"]
 """
@@ -541,8 +542,8 @@ def with_gpus(folder: Path, *names: str) -> dict[str, str]:
 
 def test_with_two_gpus_two_configurations_run_at_once_each_on_its_own(tmp_path):
     study = Study(tmp_path)
-    study.add("train", MEETING, FINISH, scope="c1", value=1)
-    study.add("train", MEETING, FINISH, scope="c2", value=2)
+    study.add("train", RENDEZVOUS, FINISH, scope="c1", value=1)
+    study.add("train", RENDEZVOUS, FINISH, scope="c2", value=2)
     study.add("compare", FINISH)
     study.jobs[-1][3].extend(("train", scope, "artefacts/*") for scope in ("c1", "c2"))
     code, output = study.run(gpus=["0", "1"], environment=with_gpus(tmp_path, "0", "1"))

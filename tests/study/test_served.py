@@ -66,7 +66,7 @@ def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_mad
     source = HostedModel("openai-compatible", name, url, max_tokens=64, structured="prompted", timeout_s=600.0)
     session = Session(
         ApiClient(source), attempts.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
-        prices.Budget(1.0), max_in_flight=1, patience=throttle.RetryPolicy(limits={"parse_error": 2}),
+        prices.Budget(1.0), max_in_flight=1, retry_policy=throttle.RetryPolicy(limits={"parse_error": 2}),
     )  # fmt: skip
     session.run(llm_writer.call_chains(planned, session, SEED))
     facts = llm_writer.generator_facts(planned, session.store, source, SEED)
@@ -100,9 +100,11 @@ def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_be
     judge = LanguageModelJudge("small", source, prices.Prices(source, 0.0, 0.0), prices.Budget(None), max_in_flight=1)
     store = VerdictStore(tmp_path / "v.jsonl")
     cases = asking.build_cases(planted, prompts, given | texts, cards)
-    planted = asking.register_plan(judge, planted, cases, store, "controls")
-    patience = throttle.RetryPolicy(limits={"parse_error": 2})
-    judge.put(asking.open_questions(planted, cases, store), store, asking.normalised_line, patience=patience)
+    planted = asking.with_judgement_ids(judge, planted, cases)
+    store.plan("controls", planted)
+    retry_policy = throttle.RetryPolicy(limits={"parse_error": 2})
+    questions = asking.answer_by_rule(judge, asking.build_questions(planted, cases), store)
+    judge.ask_all(questions, store, retry_policy=retry_policy)
     judged = judged_rows(planted, store)
     validity = gate.gate_result("small", judge.kind, judged)
     assert not validity["passed"]

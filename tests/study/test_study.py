@@ -186,7 +186,7 @@ def test_a_configuration_that_two_processes_train_learns_what_one_does(study, tm
     assert one["val_loss_before"] == two["val_loss_before"]
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-2) and two["val_loss"] < one["val_loss_before"]
     assert two["train_energy_wh"] > 0
-    assert not [p for p in both.root.rglob(".companion*")]
+    assert not [p for p in both.root.rglob(".process-*.log")]
 
 
 def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_headline(study):

@@ -1,6 +1,6 @@
-"""A small study for 05_judge: the project's own cards and prompts, planted answers, and the notebook's cells run here.
+"""A small study for 05_judge: the project's own cards and prompts, planted answers, a runner of its cells.
 
-Not a test: what test_judge_notebook, test_verdicts and test_votes share.
+The tests of the judge room share it; it is not a test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from telco_nb import ROOT, notebook
 from telco_nb.__main__ import app
 from telco_nb.corpus import cards, scenarios, variants
-from telco_nb.judge import design, gate
+from telco_nb.judge import asking, design, gate
+from telco_nb.judge.cases import Case
+from telco_nb.judge.store import VerdictStore
 from telco_nb.study import record
 from telco_nb.study.plan import declared, make_job
 
@@ -122,6 +124,20 @@ def _output(value: Any) -> nbformat.NotebookNode:
     html = value._repr_html_() if hasattr(value, "_repr_html_") else None
     data = {"text/html": html} if html else {}
     return new_output("display_data", data | {"text/plain": repr(value)[:200]})
+
+
+def put_plan(judge: Any, plan: pd.DataFrame, cases: list[Case], store: VerdictStore, part: str) -> pd.DataFrame:
+    """Stores the plan of a part and returns it with its judgement ids."""
+    plan = asking.with_judgement_ids(judge, plan, cases)
+    store.plan(part, plan)
+    return plan
+
+
+def put(judge, plan, cases, store, part="pairs", progress=None) -> pd.DataFrame:
+    """Stores the plan of a part, asks the questions without a verdict, and returns the plan with its judgement ids."""
+    plan = put_plan(judge, plan, cases, store, part)
+    asking.ask(judge, asking.build_questions(plan, cases), store, progress)
+    return plan
 
 
 def pair_plan(prompts: pd.DataFrame, configs: list[str], **changed: Any) -> pd.DataFrame:

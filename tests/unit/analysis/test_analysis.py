@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import statsmodels.formula.api as smf
 from statsmodels.stats.inter_rater import cohens_kappa
-from statsmodels.stats.multitest import multipletests
 
 from telco_nb.analysis import charts, findings, recommendation, statistics
 from telco_nb.analysis.effects import FACTORS, design_facts, effect_tables, main_effects, noise_floor
@@ -28,12 +27,10 @@ from telco_nb.analysis.results import (
     result_columns,
     results_table,
     self_preference,
-    tied_top_set,
     val_loss_draws,
     val_loss_interval,
 )
 from telco_nb.analysis.statistics import Interval
-from telco_nb.judge import ranking
 from telco_nb.judge.protocol import headline_blocks
 
 matplotlib.use("Agg")
@@ -48,8 +45,8 @@ def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **
     ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
     ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
     ranking["is_anchor"] = False
-    given = {"kind": name, "gate_passed": True, "failed_controls": (), "coverage": 1.0, "headline_blocks": ()} | facts
-    return JudgeResults(name=name, ranking=ranking, draws=draws, **given)
+    known = {"kind": name, "gate_passed": True, "coverage": 1.0, "headline_blocks": ()} | facts
+    return JudgeResults(name=name, ranking=ranking, draws=draws, **known)
 
 
 def make_study(n: int = 16, judges: list[JudgeResults] | None = None, **columns) -> StudyResults:
@@ -330,15 +327,9 @@ def test_front_membership_shares_follow_the_draws():
     assert statistics.pareto_shares(energy, draws).to_dict() == {"a": 1.0, "b": 0.5, "c": 0.0}
 
 
-def test_holm_equals_statsmodels():
-    p = np.random.default_rng(6).uniform(0, 0.1, 12)
-    assert ranking.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
-    assert len(ranking.holm([])) == 0
-
-
 def test_tied_top_set_holds_what_noise_cannot_separate():
     judge = make_judge(pd.Series({"a": 1.0, "b": 0.95, "c": -1.0}), noise=0.1)
-    assert tied_top_set(judge) == ["a", "b"]
+    assert ranking.tied_top(judge.scores, judge.draws) == ["a", "b"]
 
 
 def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
@@ -485,7 +476,7 @@ def test_the_choice_is_cheap_among_the_tied_and_best_among_the_cheap():
 def test_a_judge_that_failed_its_gate_neither_chooses_nor_carries_a_headline():
     planted = fake_study.truth(fake_study.design())["quality"]
     blocks = ("failed its validity gate (injection)",)
-    bad = make_judge(-planted, name="bad", gate_passed=False, failed_controls=("injection",), headline_blocks=blocks)
+    bad = make_judge(-planted, name="bad", gate_passed=False, headline_blocks=blocks)
     study = make_study(16, [make_judge(planted), bad])
     assert recommendation.recommend(study).config == recommendation.recommend(make_study()).config
     blocked = finding(study, "tau.bad")

@@ -12,12 +12,13 @@ import judge_study
 import matplotlib
 import pandas as pd
 import pytest
+from hosted_fixtures import GOOD, Verdict, keys, lines  # noqa: F401
 from provider_server import answer_body, error_body
-from test_session import GOOD, Verdict, keys, lines  # noqa: F401
 from typer.testing import CliRunner
 
 from telco_nb.__main__ import app
-from telco_nb.commands.batch import BatchError, _act, _run, collect, judge_work, poll, submit
+from telco_nb.commands.batch import _act, _run, collect, judge_work, poll, submit
+from telco_nb.commands.common import CommandError
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request
 from telco_nb.hosted.ledger import BatchLedger
@@ -182,12 +183,11 @@ ANTHROPIC, OPENAI = ("anthropic", "claude-sonnet-4-5"), ("openai", "gpt-5.2")
 
 def act(server, folder, step, *arguments, max_usd=None, of=ANTHROPIC):
     """One command in what might be a process of its own: everything is read from disk again."""
-    source = HostedModel(*of, server.url, max_tokens=50)
+    model = HostedModel(*of, server.url, max_tokens=50)
     store = attempts.AttemptStore(folder / "a.jsonl")
-    price = prices.Prices(source, factor=prices.BATCH_FACTOR)
-    session = Session(ApiClient(source, batch=True), store, price, prices.Budget(max_usd, store.spent_usd))
-    book = BatchLedger(folder / "batches.jsonl")
-    return _run(session, step(session, *arguments, book))
+    price = prices.Prices(model, factor=prices.BATCH_FACTOR)
+    session = Session(ApiClient(model, batch=True), store, price, prices.Budget(max_usd, store.spent_usd))
+    return _run(session, step(session, *arguments))
 
 
 def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_once_at_half_price(server, tmp_path):
@@ -224,11 +224,10 @@ def test_a_batch_of_unknown_fate_is_never_submitted_again_unseen(server, tmp_pat
         act(server, tmp_path, submit, QUESTIONS)
     server.refuse_create = False
     assert len(server.created) == 1
-    with pytest.raises(BatchError, match="may exist at the provider"):
+    with pytest.raises(CommandError, match="may exist at the provider"):
         act(server, tmp_path, submit, QUESTIONS)
     assert "unknown" in act(server, tmp_path, poll)[0]
-    book = BatchLedger(tmp_path / "batches.jsonl")
-    book.close(0, "forgotten")
+    BatchLedger(tmp_path / "batches.jsonl").close(0, "forgotten")
     assert act(server, tmp_path, submit, QUESTIONS) == 7
 
 
@@ -236,9 +235,9 @@ def test_a_collection_that_was_killed_half_way_goes_on_without_doubling_a_line(s
     server.ended = True
     act(server, tmp_path, submit, QUESTIONS)
     act(server, tmp_path, collect, QUESTIONS)
-    path, book = tmp_path / "a.jsonl", tmp_path / "batches.jsonl"
+    path, ledger = tmp_path / "a.jsonl", tmp_path / "batches.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
-    book.write_text("".join(book.read_text().splitlines(keepends=True)[:-1]))  # not noted as collected
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))  # not noted as collected
     assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 4}
     assert sorted(line["call_id"] for line in lines(path)) == [q.id for q in QUESTIONS]
 
@@ -273,20 +272,20 @@ def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_
 
 def test_what_is_under_way_in_a_batch_is_not_asked_live_as_well(server, tmp_path):
     act(server, tmp_path, submit, QUESTIONS[:1])
-    model = ApiClient(HostedModel("anthropic", "claude-sonnet-4-5", server.url))
+    model = HostedModel("anthropic", "claude-sonnet-4-5", server.url)
     store = attempts.AttemptStore(tmp_path / "a.jsonl")
-    session = Session(model, store, prices.Prices(model.source), prices.Budget(None))
+    session = Session(ApiClient(model), store, prices.Prices(model), prices.Budget(None))
     with pytest.raises(CallsStopped, match="telco_nb batch collect"):
         session.run([lambda: session.ask(QUESTIONS[0])])
     assert not store.attempts
 
 
 def test_a_provider_without_batches_says_so(tmp_path):
-    source = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
+    model = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
     store = attempts.AttemptStore(tmp_path / "a.jsonl")
-    session = Session(ApiClient(source), store, prices.Prices(source), prices.Budget(None))
-    with pytest.raises(BatchError, match="no batches"):
-        run_async(lambda: submit(session, QUESTIONS, None))  # type: ignore[arg-type]
+    session = Session(ApiClient(model), store, prices.Prices(model), prices.Budget(None))
+    with pytest.raises(CommandError, match="no batches"):
+        run_async(lambda: submit(session, QUESTIONS))
 
 
 # ---------------------------------------------------------------- judges

@@ -22,8 +22,8 @@ REMOTE = HostedModel("google", "gemini-2.5-flash")
 LOCAL = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
 
 
-def estimate(source: HostedModel, usd: float | None = 10.0, calls: int = 100) -> Estimate:
-    return Estimate(source, calls, 1000, 1000, usd, usd, usd, "table")
+def estimate(model: HostedModel, usd: float | None = 10.0, calls: int = 100) -> Estimate:
+    return Estimate(model, calls, 1000, 1000, usd, usd, usd, "table")
 
 
 def test_data_goes_to_a_host_of_this_network_without_a_question_and_beyond_it_only_by_consent():

@@ -8,8 +8,8 @@ import json
 import judge_study
 import matplotlib
 import pytest
+from hosted_fixtures import keys  # noqa: F401
 from provider_server import Server, answer_body
-from test_session import keys  # noqa: F401
 
 from telco_nb.commands import estimate, pilot
 from telco_nb.hosted import prices
@@ -63,10 +63,10 @@ def test_the_plan_of_a_run_counts_with_the_measured_lengths(served):
     root, values, _ = served
     plan = plan_jobs(params.load_study("smoke"))
     job = make_job("05_judge", values)
-    source = panel.open_judge(values, root).source
-    assumed, _ = estimate.estimate_job(job, source, plan, root)
+    model = panel.open_judge(values, root).hosted_model
+    assumed, _ = estimate.estimate_job(job, model, plan, root)
     pilot.ask(protocol.open_protocol(values, root), 20)
-    measured, sent = estimate.estimate_job(job, source, plan, root)
+    measured, sent = estimate.estimate_job(job, model, plan, root)
     assert measured.calls == assumed.calls - 20 and measured.tokens_in == 1000 * measured.calls
     assert assumed.tokens_in != 1000 * assumed.calls and "answers" in sent
 

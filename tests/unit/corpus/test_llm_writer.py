@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hosted_fixtures import QUICK, keys  # noqa: F401
 from provider_server import Server, killed_at_random
-from test_session import QUICK, keys  # noqa: F401
 
 from telco_nb import ROOT
 from telco_nb.corpus import cards, dataset, llm_writer, scenarios, variants
@@ -54,7 +54,7 @@ def session(server: Server, path, planned, **more) -> Session:
     source = HostedModel("openai-compatible", "own", server.url, max_tokens=4000)
     described = llm_writer.describe_calls(planned, source, SEED)
     return Session(
-        ApiClient(source), attempts.AttemptStore(path), prices.Prices(source), prices.Budget(None), patience=QUICK,
+        ApiClient(source), attempts.AttemptStore(path), prices.Prices(source), prices.Budget(None), retry_policy=QUICK,
         describe=lambda q: described[q.id], **more,
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def session(server: Server, path, planned, **more) -> Session:
 def generate(server: Server, path, planned, **more) -> list[dict]:
     asking = session(server, path, planned, **more)
     asking.run(llm_writer.call_chains(planned, asking, SEED))
-    return list(llm_writer.stored_conversations(planned, asking.store, asking.model.source, SEED))
+    return list(llm_writer.stored_conversations(planned, asking.store, asking.client.hosted_model, SEED))
 
 
 def test_the_whole_grid_is_6240_calls_of_five_and_every_conversation_is_asked_for_once():
@@ -137,7 +137,7 @@ def test_the_facts_tell_planned_from_answered_and_an_unpriced_model_has_no_price
     with Server("openai-compatible", lambda body, n: "refusal" if n % 2 else good(body, n)) as server:
         asking = session(server, tmp_path / "a.jsonl", planned, max_in_flight=1)
         asking.run(llm_writer.call_chains(planned, asking, SEED))
-        facts = llm_writer.generator_facts(planned, asking.store, asking.model.source, SEED)
+        facts = llm_writer.generator_facts(planned, asking.store, asking.client.hosted_model, SEED)
     assert (facts["calls_planned"], facts["calls_answered"]) == (8, 4)
     assert facts["attempts"] == {"ok": 4, "refusal": 4} and facts["usd"] is None
     assert facts["models_returned"] == ["own-2025-12-11"]
@@ -156,7 +156,7 @@ def test_a_plan_has_its_price_before_anything_is_sent():
     planned = llm_writer.plan_calls(CARDS, GRID, AXES, 20)
     source = HostedModel("google", "gemini-2.5-flash", max_tokens=4096)
     plan = llm_writer.estimate_cost(planned, prices.Prices(source), SEED, words_per_turn_pair=90)
-    assert plan.calls == 6240 and plan.source.host == "generativelanguage.googleapis.com"
+    assert plan.calls == 6240 and plan.hosted_model.host == "generativelanguage.googleapis.com"
     assert 0 < plan.usd_low < plan.usd_mid < plan.usd_high
     by_hand = plan.tokens_in * 0.30e-6 + plan.tokens_out * 2.50e-6  # the listed prices of that model
     assert plan.usd_mid == pytest.approx(by_hand, rel=0.01)
@@ -201,7 +201,7 @@ def generate_in_child(url: str, path: Path, in_flight: int, begun: Any) -> None:
     source = HostedModel("openai-compatible", "own", url, max_tokens=4000)
     asking = Session(
         ApiClient(source), attempts.AttemptStore(path), prices.Prices(source), prices.Budget(None),
-        max_in_flight=in_flight, patience=QUICK,
+        max_in_flight=in_flight, retry_policy=QUICK,
     )  # fmt: skip
     begun.set()
     asking.run(llm_writer.call_chains(planned, asking, SEED))

@@ -194,8 +194,8 @@ def test_conversations_of_a_scenario_repeat_each_other_less_than_independent_dra
         rows = [variants.write_conversation(BY_ID[scenario.term_id], scenario, number, AXES, 5) for number in range(20)]
         writers = [variants.Writer(CARDS[0], {}, (5, scenario.scenario_id, n, 0), frozenset()) for n in range(20)]
         for writer, number in zip(writers, range(20), strict=True):
-            writer.turn_in = number // 5 + number % 5 * 4
-        assert sorted(Counter(w.below(6, "slot") for w in writers).values()) == [3, 3, 3, 3, 4, 4]
+            writer.cycle = number // 5 + number % 5 * 4
+        assert sorted(Counter(w.draw(6, "slot") for w in writers).values()) == [3, 3, 3, 3, 4, 4]
         assert len({row["messages"][0]["content"] for row in rows}) >= 19
 
 

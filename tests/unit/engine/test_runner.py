@@ -1,4 +1,4 @@
-"""The plan, the choices and the words of the runner. What it does with real kernels is in tests/faults."""
+"""Tests of the plan, the options and the messages of the runner; tests/faults runs it with real kernels."""
 
 import dataclasses
 import io
@@ -43,13 +43,13 @@ JOBS = [  # as in the real plan, the untuned model answers before anything is tr
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """A world without files: `stale` maps job ids to reasons, `finished` to manifests."""
-    world = SimpleNamespace(stale={}, finished={})
+    """Records without files: `stale` maps job ids to reasons, `finished` to manifests."""
+    records = SimpleNamespace(stale={}, finished={})
     monkeypatch.setattr(
-        schedule, "is_current", lambda j, root: (j.id not in world.stale, world.stale.get(j.id, "up to date"))
+        schedule, "is_current", lambda j, root: (j.id not in records.stale, records.stale.get(j.id, "up to date"))
     )
-    monkeypatch.setattr(record, "read_manifest", lambda root, scope, step: world.finished.get(f"{scope}/{step}"))
-    return world
+    monkeypatch.setattr(record, "read_manifest", lambda root, scope, step: records.finished.get(f"{scope}/{step}"))
+    return records
 
 
 def decisions(jobs, forced=frozenset()) -> dict:
@@ -121,7 +121,7 @@ def test_expected_seconds_come_from_earlier_runs_per_epoch(recorded):
     assert states["c01/04_energy"].expected_seconds is None
 
 
-def test_remaining_time_says_what_it_does_not_know():
+def test_the_remaining_time_says_if_a_duration_is_unknown():
     known = State(JOBS[0], "run", "", expected_seconds=600)
     unknown, skipped = State(JOBS[1], "run", ""), State(JOBS[2], "skip", "", expected_seconds=900)
     assert progress.remaining_text([known, skipped]) == "about 10 min"
@@ -150,7 +150,7 @@ def test_exit_codes(statuses, stopped, code):
     assert runner.exit_code([State(JOBS[0], "run", "", status=s) for s in statuses], stopped) == code
 
 
-def test_the_command_that_goes_on_keeps_the_choice_but_forces_nothing():
+def test_the_command_that_goes_on_keeps_the_options_but_forces_nothing():
     options = runner.Options(profile="smoke", configs="c0*", steps="03-04", force=("03",), keep_going=False)
     assert options.command() == "./run_all.py --profile smoke --configs 'c0*' --steps 03-04"
 
@@ -188,7 +188,7 @@ def test_an_outputs_folder_that_cannot_be_made_is_unfit(tmp_path):
         pass
 
 
-# ---------------------------------------------------------------- asking a child to stop
+# ---------------------------------------------------------------- stopping a child
 
 
 def test_stopping_escalates_with_time_and_with_each_request(monkeypatch):
@@ -232,7 +232,7 @@ def test_a_tall_table_hides_finished_rows_first():
     assert "not shown: 8 finished, 0 waiting" in text
 
 
-def test_lines_tell_each_event_and_give_a_sign_of_life(monkeypatch):
+def test_lines_show_each_event_and_a_running_job_every_minute(monkeypatch):
     console = Console(file=io.StringIO(), width=110)
     state = State(
         job("03_train", "c01"), "run", "no result yet", status="running", started=time.monotonic(), cell=3, cells=9
@@ -251,8 +251,10 @@ def test_lines_tell_each_event_and_give_a_sign_of_life(monkeypatch):
 
 
 def test_a_terminal_gets_a_table_and_anything_else_lines():
-    assert isinstance(progress.open_display(Console(force_terminal=True), []), progress.LiveTable)
-    assert isinstance(progress.open_display(Console(file=io.StringIO()), []), progress.Lines)
+    with progress.open_display(Console(file=io.StringIO(), force_terminal=True), []) as display:
+        assert isinstance(display, progress.LiveTable)
+    with progress.open_display(Console(file=io.StringIO()), []) as display:
+        assert isinstance(display, progress.Lines)
 
 
 # ---------------------------------------------------------------- the executed notebook
@@ -328,21 +330,21 @@ def test_kernels_are_forked_for_more_than_one_job_never_beside_a_gpu_and_never_i
     assert fork_server.is_useful(1)
 
 
-def test_deaths_are_told_apart():
+def test_the_reason_of_a_death_depends_on_exit_code_and_memory():
     assert "out of memory" in death_reason(-9, out_of_memory=True)
     assert "most often for lack of memory" in death_reason(-9, out_of_memory=False)
     assert death_reason(-11, False) == "killed by SIGSEGV"
     assert death_reason(7, False) == "it ended with exit code 7"
 
 
-def test_the_doctor_names_every_missing_piece(tmp_path, monkeypatch):
+def test_the_machine_checks_name_a_missing_model_and_a_full_disk(tmp_path, monkeypatch):
     (model,) = machine_checks.find_problems([job("03_train", "c01", base_model="no-such-folder")], tmp_path / "outputs")
     assert "no-such-folder" in model
     monkeypatch.setattr(machine_checks, "FREE_BYTES", 2**60)
     assert any("GiB free" in text for text in machine_checks.find_problems([], tmp_path))
 
 
-def test_the_doctor_knows_the_packaged_model_by_its_name():
+def test_the_machine_checks_know_the_packaged_model_by_its_name():
     source = (ROOT / "telco_nb" / "lora" / "base_model.py").read_text()
     assert f'PACKAGED_MODEL = "{machine_checks.PACKAGED_MODEL}"' in source
 
@@ -394,7 +396,7 @@ def test_help_shows_examples_and_exit_codes():
 
 
 @pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="needs the folder .venv that make sets up")
-def test_any_python_will_do_to_start_with():
+def test_the_command_line_starts_with_any_python():
     bare = subprocess.run([sys._base_executable, "-S", ROOT / "run_all.py", "--help"], capture_output=True, text=True)
     assert "Exit codes" in bare.stdout
 
@@ -406,7 +408,7 @@ def jobs_with(*processes: int) -> list[Job]:
     return [Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
 
 
-def test_gpus_are_dealt_out_to_workers_by_the_processes_of_a_training():
+def test_workers_get_as_many_gpus_as_a_training_has_processes():
     assert worker.gpus_per_worker((), jobs_with(2)) == [None]
     assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
     assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]

@@ -8,62 +8,36 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
+from hosted_fixtures import GOOD, MODELS, QUICK, SECRET, STOPS, Verdict, keys, lines  # noqa: F401
 from provider_server import FAULTS, KINDS, Server
-from pydantic import BaseModel, ConfigDict
 
-from telco_nb.hosted import api, attempts, prices, throttle
+from telco_nb.hosted import api, attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, ProviderError, Request
 from telco_nb.hosted.session import CallsStopped, Session, run_async
-
-MODELS = {
-    "anthropic": "claude-sonnet-4-5", "openai": "gpt-5.2", "google": "gemini-2.5-flash", "openai-compatible": "own",
-}  # fmt: skip
-SECRET = "sk-planted-secret"
-GOOD = '{"verdict":"A","margin":1}'
-QUICK = throttle.RetryPolicy(first_wait_s=0.01, longest_wait_s=0.05)
-
-
-class Verdict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    verdict: Literal["A", "B", "tie"]
-    margin: int
-
-
-@pytest.fixture(autouse=True)
-def keys(monkeypatch):
-    for names in api.KEY_VARIABLES.values():
-        monkeypatch.setenv(names[0], SECRET)
-    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
 
 
 def question(i: int = 0) -> Request:
     return Request(f"q{i}", "You compare two answers.", f"Which is better? ({i})", Verdict)
 
 
-def source(kind: str, url: str, **more) -> HostedModel:
+def hosted_model(kind: str, url: str, **more) -> HostedModel:
     return HostedModel(kind, MODELS[kind], url, **{"timeout_s": 5.0, "max_tokens": 100, **more})
 
 
 def session(server: Server, path: Path, *, budget: float | None = None, **more) -> Session:
-    model = ApiClient(source(server.kind, server.url, **more.pop("source", {})))
-    more.setdefault("patience", QUICK)
+    client = ApiClient(hosted_model(server.kind, server.url, **more.pop("hosted_model", {})))
+    more.setdefault("retry_policy", QUICK)
     store = attempts.AttemptStore(path)
-    price = prices.Prices(model.source, *more.pop("declared", (None, None)))
-    return Session(model, store, price, prices.Budget(budget, store.spent_usd), **more)
+    price = prices.Prices(client.hosted_model, *more.pop("declared", (None, None)))
+    return Session(client, store, price, prices.Budget(budget, store.spent_usd), **more)
 
 
 def ask_all(server: Server, path: Path, n: int, **more) -> Session:
     asking = session(server, path, **more)
     asking.run([lambda i=i: asking.ask(question(i)) for i in range(n)])
     return asking
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 # ---------------------------------------------------------------- one request
@@ -75,7 +49,6 @@ EXPECTED = {
     "refusal": "refusal", "filter": "content_filter", "length": "truncated", "empty": "parse_error",
     "wrong-schema": "parse_error", "401": "provider_error", "404": "model_retired", "quota": "provider_error",
 }  # fmt: skip
-STOPS = {"401", "404", "quota"}
 # Anthropic knows one stop reason for both, and so does Google, whose refusals are filters.
 SPECIAL = {("anthropic", "filter"): "refusal", ("google", "refusal"): "content_filter"}
 
@@ -86,32 +59,32 @@ def test_every_fault_of_every_provider_ends_in_its_status_after_one_request(kind
 
     async def ask(fault: str):
         with Server(kind, lambda body, n: fault, good=GOOD, slow_s=1.0) as server:
-            model = ApiClient(source(kind, server.url, timeout_s=0.5 if fault == "slow" else 5.0))
-            outcome = await model.ask(question())
-            await model.close()
-            return outcome, len(server.requests)
+            client = ApiClient(hosted_model(kind, server.url, timeout_s=0.5 if fault == "slow" else 5.0))
+            response = await client.ask(question())
+            await client.close()
+            return response, len(server.requests)
 
     for fault, status in EXPECTED.items():
-        outcome, n_requests = run_async(lambda fault=fault: ask(fault))
-        assert (fault, outcome.status) == (fault, SPECIAL.get((kind, fault), status))
+        response, n_requests = run_async(lambda fault=fault: ask(fault))
+        assert (fault, response.status) == (fault, SPECIAL.get((kind, fault), status))
         assert (fault, n_requests) == (fault, 1)  # the SDKs' own retries are off
-        assert (fault, outcome.stop) == (fault, fault in STOPS)
-        assert outcome.output is None and outcome.error and SECRET not in outcome.error
-        assert (outcome.retry_after == 1.0) == (fault == "429-after")
+        assert (fault, response.stop) == (fault, fault in STOPS)
+        assert response.output is None and response.error and SECRET not in response.error
+        assert (response.retry_after == 1.0) == (fault == "429-after")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_good_answer_comes_with_its_receipt_and_what_was_sent(kind):
     async def ask():
         with Server(kind, lambda body, n: GOOD) as server:
-            model = ApiClient(source(kind, server.url, temperature=0.5))
-            outcome = await model.ask(question())
-            await model.close()
-            return outcome, server.requests[0]
+            client = ApiClient(hosted_model(kind, server.url, temperature=0.5))
+            response = await client.ask(question())
+            await client.close()
+            return response, server.requests[0]
 
-    outcome, request = run_async(ask)
-    receipt = outcome.receipt
-    assert outcome.output == Verdict(verdict="A", margin=1)
+    response, request = run_async(ask)
+    receipt = response.receipt
+    assert response.output == Verdict(verdict="A", margin=1)
     assert receipt["model_returned"].startswith(MODELS[kind] if kind != "google" else "gemini")
     assert receipt["request_id"] and receipt["finish_reason"] in ("stop", "end_turn", "STOP")
     assert (receipt["tokens_in"], receipt["tokens_out"]) == (140 if kind == "anthropic" else 100, 20)
@@ -124,26 +97,26 @@ def test_a_good_answer_comes_with_its_receipt_and_what_was_sent(kind):
 def test_a_parameter_that_the_model_does_not_take_is_not_on_record_as_sent():
     async def ask():
         with Server("openai", lambda body, n: GOOD) as server:
-            model = ApiClient(HostedModel("openai", "gpt-5", server.url, temperature=0.5))
-            outcome = await model.ask(question())
-            await model.close()
-            return outcome, server.requests[0]
+            client = ApiClient(HostedModel("openai", "gpt-5", server.url, temperature=0.5))
+            response = await client.ask(question())
+            await client.close()
+            return response, server.requests[0]
 
-    outcome, request = run_async(ask)
-    assert outcome.status == "ok" and "temperature" not in request
-    assert "temperature" not in outcome.receipt["parameters_sent"]
+    response, request = run_async(ask)
+    assert response.status == "ok" and "temperature" not in request
+    assert "temperature" not in response.receipt["parameters_sent"]
 
 
 def test_a_prompted_schema_goes_into_the_prompt_for_servers_that_refuse_a_response_format():
     async def ask():
         with Server("openai-compatible", lambda body, n: f"```json\n{GOOD}\n```") as server:
-            model = ApiClient(source(server.kind, server.url, structured="prompted"))
-            outcome = await model.ask(question())
-            await model.close()
-            return outcome, server.requests[0]
+            client = ApiClient(hosted_model(server.kind, server.url, structured="prompted"))
+            response = await client.ask(question())
+            await client.close()
+            return response, server.requests[0]
 
-    outcome, request = run_async(ask)
-    assert outcome.status == "ok" and "response_format" not in request
+    response, request = run_async(ask)
+    assert response.status == "ok" and "response_format" not in request
     assert '"margin"' in request["messages"][0]["content"]
 
 
@@ -175,7 +148,7 @@ def test_only_a_whole_valid_object_is_read(raw):
     assert output is None and wrong
 
 
-def test_a_source_that_could_leak_a_secret_or_go_astray_is_refused():
+def test_a_model_whose_endpoint_could_leak_a_secret_or_go_astray_is_refused():
     for endpoint in ("http://user:pass@127.0.0.1/v1", "https://host.example/v1?key=1", "ftp://127.0.0.1", "nonsense"):
         with pytest.raises(ProviderError):
             HostedModel("openai-compatible", "m", endpoint)

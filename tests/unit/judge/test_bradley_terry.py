@@ -58,6 +58,19 @@ def centred(values):
     return np.asarray(values) - np.mean(values)
 
 
+def standard_errors(seen, fitted):
+    """(SEs of the abilities minus the first one, SEs of position, length and tie) from the Hessian of the fit."""
+    terms, n = [fitted.position, fitted.length, fitted.tie], len(fitted.configs)
+    cells = bradley_terry._cells(seen, fitted.configs, fitted.length is not None)
+    counts = cells.counts(np.ones((1, len(seen))), np.arange(len(seen)))
+    free = np.array([True] * n + [term is not None for term in terms])
+    parameters = np.append(fitted.abilities, [term or 0.0 for term in terms])[None]
+    covariance = np.linalg.inv(bradley_terry._derivatives(parameters, counts, cells, 0, free)[1][0])
+    variance = np.diag(covariance)
+    gaps = variance[:n] + variance[0] - 2 * covariance[0, :n]
+    return dict(zip(fitted.configs, np.sqrt(gaps), strict=True)), np.sqrt(variance[-3:])
+
+
 @pytest.fixture(scope="module")
 def verdicts():
     return simulate(centred(np.linspace(-1, 1, 8)), 1500, position=0.3)
@@ -104,8 +117,10 @@ def citation_verdicts():
 
 
 def test_the_journal_citations_give_the_published_coefficients_and_standard_errors():
-    fitted = bradley_terry.fit_bradley_terry(citation_verdicts(), JOURNALS, ties=False, position=False, ridge=0)
-    found = {name: fitted.contrast(name, "Biometrika") for name in JOURNALS[1:]}
+    seen = citation_verdicts()
+    fitted = bradley_terry.fit_bradley_terry(seen, JOURNALS, ties=False, position=False, ridge=0)
+    gaps, (errors, _) = fitted.abilities - fitted.abilities[0], standard_errors(seen, fitted)
+    found = {name: (gaps[i], errors[name]) for i, name in enumerate(JOURNALS)}
     assert found["Comm Statist"] == pytest.approx((-2.94907, 0.10255), abs=1e-5)
     assert found["JASA"] == pytest.approx((-0.47957, 0.06059), abs=1e-5)
     assert found["JRSS-B"] == pytest.approx((0.26895, 0.07083), abs=1e-5)
@@ -121,14 +136,15 @@ def test_standard_errors_equal_those_of_a_logistic_regression(position):
     ]
     design = (seats[0] - seats[1]).assign(**({"position": 1.0} if position else {}))
     theirs = sm.Logit((seen["verdict"] == "A").astype(float), design).fit(disp=0)
-    for name in JOURNALS[1:]:
-        assert fitted.contrast(name, "Biometrika") == pytest.approx((theirs.params[name], theirs.bse[name]), rel=1e-5)
+    gaps, (errors, terms) = fitted.abilities - fitted.abilities[0], standard_errors(seen, fitted)
+    for i, name in enumerate(JOURNALS[1:], 1):
+        assert (gaps[i], errors[name]) == pytest.approx((theirs.params[name], theirs.bse[name]), rel=1e-5)
     if position:
         assert fitted.position == pytest.approx(theirs.params["position"], rel=1e-5)
-        assert np.sqrt(fitted.covariance[-3, -3]) == pytest.approx(theirs.bse["position"], rel=1e-5)
+        assert terms[0] == pytest.approx(theirs.bse["position"], rel=1e-5)
 
 
-def test_the_covariance_is_the_inverse_of_the_curvature_of_the_likelihood():
+def test_the_hessian_of_the_newton_steps_is_the_curvature_of_the_likelihood():
     """With ties, position and length: numeric second derivatives over contrasts to the first configuration."""
     seen = simulate([0.5, 0.0, -0.5], 400, position=0.3, length=0.4, seed=1)
     fitted = bradley_terry.fit_bradley_terry(seen, ridge=0, length=True)
@@ -146,8 +162,8 @@ def test_the_covariance_is_the_inverse_of_the_curvature_of_the_likelihood():
     gaps = fitted.abilities[1:] - fitted.abilities[0]
     curvature = approx_hess(np.array([*gaps, fitted.position, fitted.length, fitted.tie]), loss)
     errors = np.sqrt(np.diag(np.linalg.inv(curvature)))
-    ours = [fitted.contrast(c, fitted.configs[0])[1] for c in fitted.configs[1:]]
-    assert [*ours, *np.sqrt(np.diag(fitted.covariance)[-3:])] == pytest.approx(list(errors), rel=1e-3)
+    ours, terms = standard_errors(seen, fitted)
+    assert [*list(ours.values())[1:], *terms] == pytest.approx(list(errors), rel=1e-3)
 
 
 def test_the_fit_is_a_maximum_of_what_it_says_it_maximises(verdicts):
@@ -157,7 +173,7 @@ def test_the_fit_is_a_maximum_of_what_it_says_it_maximises(verdicts):
     assert by_hand == pytest.approx(fitted.log_likelihood, abs=1e-8)
     for step in (-1e-3, 1e-3):
         moved = bradley_terry.Fit(
-            fitted.configs, fitted.abilities + step * np.eye(8)[2], fitted.position, fitted.tie, None, 0.0, 0
+            fitted.configs, fitted.abilities + step * np.eye(8)[2], fitted.position, fitted.tie, None, 0.0
         )
         other = sum(
             np.log(moved.probabilities(r.config_first, r.config_second)[r.verdict]) for r in verdicts.itertuples()
@@ -213,7 +229,7 @@ def test_planted_truth_is_recovered_within_two_standard_errors():
     error = (fitted.abilities - truth) / draws.abilities.std(0)
     assert np.sqrt((error**2).mean()) < 1.5 and np.abs(error).max() < 3
     errors = bradley_terry.fit_bradley_terry(seen, length=True, ridge=0)
-    position_se, length_se, tie_se = np.sqrt(np.diag(errors.covariance))[-3:]
+    position_se, length_se, tie_se = standard_errors(seen, errors)[1]
     assert draws.position.std() == pytest.approx(position_se, rel=0.3)  # verdicts are independent here
     assert abs(errors.position - 0.3) < 2 * position_se and abs(errors.length - 0.2) < 2 * length_se
     assert abs(errors.tie + 0.7) < 2 * tie_se
@@ -346,6 +362,13 @@ def test_pair_tests_tell_apart_what_differs_and_hold_their_level_over_all_pairs(
         alarms = ranking.pair_tests(fitted, bradley_terry.bootstrap_fit(seen, fitted, draws=100, seed=study))
         false_alarms += alarms["told_apart"].any()
     assert false_alarms <= 6  # 2 expected; 7 or more has probability .003
+
+
+def test_adjusted_p_values_are_those_of_holm():
+    p = np.array([0.01, 0.04, 0.03, 0.005, 0.9])  # R: p.adjust(p, "holm")
+    assert ranking.holm(p) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.9])
+    assert ranking.holm(np.array([0.6, 0.6])).tolist() == [1, 1]
+    assert len(ranking.holm(np.array([]))) == 0 and np.isnan(ranking.holm(np.array([np.nan, np.nan]))).all()
 
 
 def test_verdicts_that_cannot_be_ranked_give_missing_numbers_everywhere_and_never_zero():

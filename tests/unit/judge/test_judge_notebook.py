@@ -14,7 +14,7 @@ from telco_nb.analysis import results
 from telco_nb.commands import rerank
 from telco_nb.judge import asking, checklist, gate, panel, people
 from telco_nb.judge.cases import Verdict
-from telco_nb.judge.store import VerdictStore
+from telco_nb.judge.store import VerdictStore, text_sha256
 from telco_nb.report.files import Page
 from telco_nb.report.pages import notebook_body
 from telco_nb.study import params
@@ -117,7 +117,7 @@ def lines(built):
 
 def vote(row, case, verdict):
     sides = {name: row[name] for name in ("prompt_id", "config_first", "config_second", "repeat")}
-    hashes = dict(zip(("sha256_first", "sha256_second"), map(asking.text_sha256, case.answers), strict=True))
+    hashes = dict(zip(("sha256_first", "sha256_second"), map(text_sha256, case.answers), strict=True))
     choice = {"A": "first", "B": "second", "tie": "tie"}[verdict.verdict]
     told = {"rater": "ann", "time": "2026-11-22T10:00:00+00:00", "choice": choice} | sides | hashes
     return told | ({"control": row["control"]} if "control" in row else {})

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judge_study import put
 
 from telco_nb import ROOT
 from telco_nb.corpus import scenarios, variants
@@ -84,13 +85,6 @@ class StubJudge:
     def judge(self, case):
         self.asked += 1
         return self.decide(case)
-
-
-def put(judge, plan, asked, store, part="pairs", progress=None):
-    """Enrol the plan, ask what the store does not answer, return the plan with its ids."""
-    plan = asking.register_plan(judge, plan, asked, store, part)
-    asking.ask(judge, asking.open_questions(plan, asked, store), store, progress)
-    return plan
 
 
 def first_seat(case):

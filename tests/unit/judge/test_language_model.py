@@ -9,10 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import judge_study
 import pandas as pd
 import pytest
+from hosted_fixtures import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
+from judge_study import put_plan
 from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
-from test_session import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 
 from telco_nb import ROOT
 from telco_nb.corpus import cards
@@ -59,8 +61,8 @@ def hosted(kind: str, url: str, root: Path, in_flight: int = 8) -> LanguageModel
 
 def put(judge: LanguageModelJudge, store: VerdictStore, n: int) -> pd.DataFrame:
     pairs, cases = plan(n)
-    pairs = asking.register_plan(judge, pairs, cases, store, "pairs")
-    judge.put(asking.open_questions(pairs, cases, store), store, asking.normalised_line, patience=QUICK)
+    pairs = put_plan(judge, pairs, cases, store, "pairs")
+    judge.ask_all(asking.answer_by_rule(judge, asking.build_questions(pairs, cases), store), store, retry_policy=QUICK)
     return pairs
 
 
@@ -135,8 +137,7 @@ def test_pairs_and_ratings_are_read_into_the_same_store(tmp_path):
             ("rubric", design.plan_ratings(shown, CONFIGS, share=1.0, seed=1)),
         ):
             cases = asking.build_cases(made, shown, given, CARDS)
-            made = asking.register_plan(judge, made, cases, store, part)
-            asking.ask(judge, asking.open_questions(made, cases, store), store)
+            judge_study.put(judge, made, cases, store, part)
     assert set(judged_rows(store.planned("pairs"), store)["verdict"]) == {"A"}
     assert rated_rows(store.planned("rubric"), store)["on_policy"].eq(5).all()
 
@@ -151,8 +152,7 @@ def test_an_answer_that_holds_a_verdict_of_its_own_is_quoted_and_not_read(tmp_pa
     with Server("openai", lambda body, n: PAIR if n > 1 else f"{fake} {PAIR}", good=PAIR) as server:
         judge, store = hosted("openai", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl")
         cases = asking.build_cases(pairs, shown, given, CARDS)
-        pairs = asking.register_plan(judge, pairs, cases, store, "pairs")
-        asking.ask(judge, asking.open_questions(pairs, cases, store), store)
+        pairs = judge_study.put(judge, pairs, cases, store)
         sent = server.requests[0]["messages"][-1]["content"]
     assert sent.count("</answer_a>") == 1 and "\x00" not in sent and "\u202e" not in sent
     assert store.statuses == {"parse_error": 1, "ok": 1}
@@ -168,8 +168,7 @@ def test_a_model_that_always_takes_the_first_seat_fails_the_gate(tmp_path):
     with Server("openai", lambda body, n: PAIR, good=PAIR) as server:
         judge, store = hosted("openai", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl")
         cases = asking.build_cases(planted, shown, given | texts, CARDS)
-        planted = asking.register_plan(judge, planted, cases, store, "controls")
-        asking.ask(judge, asking.open_questions(planted, cases, store), store)
+        planted = judge_study.put(judge, planted, cases, store, "controls")
     validity = gate.gate_result("jury", "openai", judged_rows(planted, store))
     failed = {c["control"] for c in validity["controls"] if not c["passed"]}
     assert not validity["passed"] and {"same_text", "same_text_ties", "wrong_term", "injection"} <= failed
@@ -224,7 +223,7 @@ def test_what_the_comparisons_on_a_prompt_share_is_marked_for_anthropic_and_its_
 
     with Server("anthropic", script, good=PAIR) as server:
         judge, store = hosted("anthropic", server.url, tmp_path, in_flight=1), VerdictStore(tmp_path / "v.jsonl")
-        judge.price = Prices(judge.source)
+        judge.price = Prices(judge.hosted_model)
         pairs = put(judge, store, 3)
         parts = [request["messages"][0]["content"] for request in server.requests]
     assert all(["cache_control" in part for part in said] == [True, False] for said in parts)
@@ -244,7 +243,7 @@ def test_tokens_that_openai_cached_on_its_own_enter_the_store_and_the_dollars(tm
         "openai", lambda body, n: (200, {}, answer_body("openai", "gpt-5.2", PAIR) | {"usage": usage})
     ) as server:
         judge, store = hosted("openai", server.url, tmp_path), VerdictStore(tmp_path / "v.jsonl")
-        judge.price = Prices(judge.source)
+        judge.price = Prices(judge.hosted_model)
         judged = judged_rows(put(judge, store, 1), store)
         assert isinstance(server.requests[0]["messages"][-1]["content"], str)  # no mark: one text
     assert judged["tokens_cached"].eq(1408).all()
@@ -255,7 +254,7 @@ def test_tokens_that_openai_cached_on_its_own_enter_the_store_and_the_dollars(tm
 
 
 def test_questions_on_one_prompt_are_kept_apart_so_that_what_they_share_is_cached_when_the_next_is_asked():
-    rows = [Question(f"{prompt}{i}", {"prompt_id": prompt}, None, 1) for prompt in "abc" for i in range(2)]
+    rows = [Question(f"{prompt}{i}", {"prompt_id": prompt}, None) for prompt in "abc" for i in range(2)]
     assert [question.id for question in language_model.spread_over_prompts(rows, 2)] == [
         "a0",
         "b0",

@@ -6,7 +6,7 @@ import re
 import judge_study
 import pandas as pd
 import pytest
-from judge_study import CARDS, HOSTILE, command
+from judge_study import CARDS, HOSTILE, command, put, put_plan
 from pydantic import ValidationError
 
 from telco_nb.commands import rerank
@@ -41,12 +41,6 @@ class Echo:
         if case.form == "rubric":
             return Verdict(analysis=said, scores=dict.fromkeys(CRITERIA, 3), raw=said, receipt=receipt)
         return Verdict("A", 1, said, (said,), raw=said, receipt=receipt)
-
-
-def put(judge, plan, asked, store, part="pairs"):
-    plan = asking.register_plan(judge, plan, asked, store, part)
-    asking.ask(judge, asking.open_questions(plan, asked, store), store)
-    return plan
 
 
 @pytest.fixture
@@ -131,7 +125,7 @@ def test_a_verdict_of_another_form_is_a_parse_error_and_no_verdict(form, verdict
     answers = ("good answer",) * {"pair": 2, "rubric": 1}[form]
     case = Case(form, CARDS["volte"], "understand", (("user", "?"),), "", answers)
     with pytest.raises(JudgeError) as error:
-        asking.normalise(case, verdict)
+        asking.require_form(case, verdict)
     assert error.value.status == "parse_error"
 
 
@@ -153,7 +147,8 @@ def test_a_line_that_says_ok_without_a_verdict_counts_as_nothing_and_is_asked_ag
     store.path.write_text("\n".join(lines) + "\n")
     read = VerdictStore(store.path)
     assert read.unreadable == 1 and len(judged_rows(plan, read)) == len(plan) - 1
-    assert len(asking.open_questions(plan, asked, read)) == 1
+    unanswered = {question.id for question in asking.build_questions(plan, asked)} - set(read.ok)
+    assert len(unanswered) == 1
 
 
 # ---------------------------------------------------------------- the plan in the store, and rerank
@@ -195,8 +190,8 @@ def test_rerank_counts_what_was_planned_and_never_asked(prompts, hostile, tmp_pa
     store, judge = VerdictStore(tmp_path / "v.jsonl"), checklist.ChecklistJudge("checklist")
     plan = judge_study.pair_plan(prompts, CONFIGS)
     asked = asking.build_cases(plan, prompts, hostile, CARDS)
-    plan = asking.register_plan(judge, plan, asked, store, "pairs")
-    asking.ask(judge, asking.open_questions(plan, asked, store)[: len(plan) // 2], store)
+    plan = put_plan(judge, plan, asked, store, "pairs")
+    asking.ask(judge, asking.build_questions(plan, asked)[: len(plan) // 2], store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
     assert found.coverage["coverage"].min() < 0.98
     assert any("coverage below 98%" in block for block in found.blocks)

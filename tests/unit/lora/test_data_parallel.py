@@ -26,8 +26,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests/unit/lora")
 from pathlib import Path
-from test_data_parallel import order_of, train
-found = train(order_of(Path(sys.argv[1]), Path(sys.argv[2]), epochs=8), 2, Path(sys.argv[2]))
+from test_data_parallel import spec_of, train
+found = train(spec_of(Path(sys.argv[1]), Path(sys.argv[2]), epochs=8), 2, Path(sys.argv[2]))
 print("windows:", found["meter"]["n_windows"])
 """
 
@@ -48,7 +48,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def order_of(base: Path, work: Path, epochs: int = 4) -> data_parallel.TrainingSpec:
+def spec_of(base: Path, work: Path, epochs: int = 4) -> data_parallel.TrainingSpec:
     """Four rows; from one with a single conversation one process of two has nothing to learn."""
     work.mkdir(exist_ok=True)
     rows = packing.PackedRows(fake_examples((9, 12, 14, 17, 20, 23, 40, 62)), 64, 0)
@@ -63,31 +63,31 @@ def order_of(base: Path, work: Path, epochs: int = 4) -> data_parallel.TrainingS
     )
 
 
-def tuned_model(order: data_parallel.TrainingSpec):
-    loaded, _ = base_model.load_model(order.base_model, order.dtype)
+def tuned_model(spec: data_parallel.TrainingSpec):
+    loaded, _ = base_model.load_model(spec.base_model, spec.dtype)
     torch.manual_seed(1)
-    tuned = step.attach_adapters(loaded, order.lora)
+    tuned = step.attach_adapters(loaded, spec.lora)
     step.prepare_step(tuned)
     return tuned
 
 
-def fit(tuned, order: data_parallel.TrainingSpec, processes: int, work: Path, *callbacks) -> tuple:
+def fit(tuned, spec: data_parallel.TrainingSpec, processes: int, work: Path, *callbacks) -> tuple:
     """The training cell of 03_train."""
-    meter = energy.Meter(order.watts, order.idle_share)
-    watch = TrainingMonitor(meter, order.checkpoint_seconds, order.rows, log=print)
-    with data_parallel.data_parallel(processes, order, work, print):
+    meter = energy.Meter(spec.watts, spec.idle_share)
+    watch = TrainingMonitor(meter, spec.checkpoint_seconds, spec.rows, log=print)
+    with data_parallel.data_parallel(processes, spec, work, print):
         trainer = PackedTrainer(
-            tuned, TrainingArguments(**order.arguments), train_dataset=order.rows,
+            tuned, TrainingArguments(**spec.arguments), train_dataset=spec.rows,
             data_collator=packing.only_row, callbacks=[watch, *callbacks],
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=order.checkpoint)
+        trainer.train(resume_from_checkpoint=spec.checkpoint)
     return trainer, meter.readings()
 
 
-def train(order: data_parallel.TrainingSpec, processes: int, work: Path, *callbacks) -> dict:
+def train(spec: data_parallel.TrainingSpec, processes: int, work: Path, *callbacks) -> dict:
     """A whole training; the adapter is saved in `work`."""
-    tuned = tuned_model(order)
-    trainer, readings = fit(tuned, order, processes, work, *callbacks)
+    tuned = tuned_model(spec)
+    trainer, readings = fit(tuned, spec, processes, work, *callbacks)
     tuned.save_pretrained(work / "adapter")
     losses = [float(e["loss"]) for e in trainer.state.log_history if "loss" in e]
     return {"losses": losses, "weights": weights(work), "meter": readings}
@@ -97,32 +97,32 @@ def weights(work: Path) -> dict[str, torch.Tensor]:
     return load_file(work / "adapter" / "adapter_model.safetensors")
 
 
-def others() -> list[psutil.Process]:
+def peers() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "data_parallel.main()" in " ".join(p.cmdline())]
 
 
 class Signaller(TrainerCallback):
-    """Sends a signal to the companion in the middle of the training."""
+    """Sends a signal to the peer in the middle of the training."""
 
     def __init__(self, number: int):
         self.number = number
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 2:
-            others()[0].send_signal(self.number)
+            peers()[0].send_signal(self.number)
 
 
 def test_two_processes_take_the_same_steps_as_one(base, tmp_path):
-    alone = train(order_of(base, tmp_path / "1"), 1, tmp_path / "1")
-    both = train(order_of(base, tmp_path / "2"), 2, tmp_path / "2", Signaller(signal.SIGINT))  # which it ignores
-    again = train(order_of(base, tmp_path / "3"), 1, tmp_path / "3")
+    alone = train(spec_of(base, tmp_path / "1"), 1, tmp_path / "1")
+    both = train(spec_of(base, tmp_path / "2"), 2, tmp_path / "2", Signaller(signal.SIGINT))  # which it ignores
+    again = train(spec_of(base, tmp_path / "3"), 1, tmp_path / "3")
     assert both["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert len(both["losses"]) == 4 * 4
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(both["weights"][name], weight, rtol=1e-2, atol=1e-4)
     assert all(torch.equal(weight, again["weights"][name]) for name, weight in alone["weights"].items())
     assert all(weight.abs().max() > 0.01 for name, weight in both["weights"].items() if "lora_B" in name)  # 0 at first
-    assert not others() and "WORLD_SIZE" not in os.environ
+    assert not peers() and "WORLD_SIZE" not in os.environ
 
 
 def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypatch):
@@ -149,10 +149,10 @@ def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypat
     assert sum_readings(meter) == own | {"n_windows": 2} | sums
 
 
-def test_the_death_of_a_companion_is_named_and_leaves_nobody_behind(base, tmp_path):
+def test_the_death_of_a_peer_is_named_and_leaves_nobody_behind(base, tmp_path):
     with pytest.raises(TrainingError, match="process 2 of this training ended with code -9"):
-        train(order_of(base, tmp_path), 2, tmp_path, Signaller(signal.SIGKILL))
-    assert not others() and not torch.distributed.is_initialized()
+        train(spec_of(base, tmp_path), 2, tmp_path, Signaller(signal.SIGKILL))
+    assert not peers() and not torch.distributed.is_initialized()
 
 
 class BadThere(packing.PackedRows):
@@ -167,17 +167,17 @@ class BadThere(packing.PackedRows):
         return super().__getitem__(index)
 
 
-def test_what_a_companion_raises_is_named(base, tmp_path, monkeypatch):
-    order = order_of(base, tmp_path)
-    order = replace(order, rows=BadThere(order.rows))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the companion finds this class
+def test_what_a_peer_raises_is_named(base, tmp_path, monkeypatch):
+    spec = spec_of(base, tmp_path)
+    spec = replace(spec, rows=BadThere(spec.rows))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the peer finds this class
     with pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: ValueError: a bad row"):
-        fit(tuned_model(order), order, 2, tmp_path)
-    assert not others() and "RANK" not in os.environ
+        fit(tuned_model(spec), spec, 2, tmp_path)
+    assert not peers() and "RANK" not in os.environ
 
 
 def test_after_an_interrupt_the_training_cell_can_be_run_again(base, tmp_path, monkeypatch):
-    order, calls, plain = order_of(base, tmp_path), [], step.token_losses
+    spec, calls, plain = spec_of(base, tmp_path), [], step.token_losses
 
     def interrupted(*given):
         losses = plain(*given)
@@ -186,26 +186,26 @@ def test_after_an_interrupt_the_training_cell_can_be_run_again(base, tmp_path, m
             raise KeyboardInterrupt
         return losses
 
-    tuned = tuned_model(order)
+    tuned = tuned_model(spec)
     monkeypatch.setattr("telco_nb.lora.trainer.token_losses", interrupted)
     with pytest.raises(KeyboardInterrupt) as kept:  # and with it the objects of the failed call, as in IPython
-        fit(tuned, order, 2, tmp_path)
-    assert not others() and not torch.distributed.is_initialized() and order.rows.share == (0, 1)
+        fit(tuned, spec, 2, tmp_path)
+    assert not peers() and not torch.distributed.is_initialized() and spec.rows.share == (0, 1)
     for processes in (2, 1, 2):
-        assert fit(tuned, order, processes, tmp_path)[0].state.global_step == 16
+        assert fit(tuned, spec, processes, tmp_path)[0].state.global_step == 16
     assert kept.tb
 
 
-def test_a_companion_that_cannot_start_says_why(base, tmp_path):
-    order = replace(order_of(base, tmp_path), base_model="gone.gguf")
+def test_a_peer_that_cannot_start_says_why(base, tmp_path):
+    spec = replace(spec_of(base, tmp_path), base_model="gone.gguf")
     expected = pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: .*there is no file")
-    with expected, data_parallel.data_parallel(2, order, tmp_path, print):
+    with expected, data_parallel.data_parallel(2, spec, tmp_path, print):
         raise AssertionError("it was not waited for")
 
 
 def test_a_shared_training_killed_at_once_goes_on_bit_for_bit(base, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    windows = train(order_of(base, whole, epochs=8), 2, whole)["meter"]["n_windows"]
+    windows = train(spec_of(base, whole, epochs=8), 2, whole)["meter"]["n_windows"]
     killed = run(base, cut)
     while not any(cut.glob(".checkpoints/*/progress.json")):
         assert killed.poll() is None

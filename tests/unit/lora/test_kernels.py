@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,19 @@ def test_the_fused_step_has_the_loss_and_gradient_of_the_plain_one(kind, targets
     found = packed_step(tuned, fake_examples())
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     assert wanted[1] and relative(found[1], wanted[1]) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["fused", "plain"])
+def test_plain_token_losses_are_those_of_the_packed_step_and_leave_the_model_as_it_was(options):
+    tuned, examples = adapted("qwen2", **options), fake_examples()
+    kind = step.prepare_step(tuned)
+    packed = step.token_losses(tuned, packing.collate(examples)).detach().numpy()
+    plain = np.concatenate([step.plain_token_losses(tuned, example) for example in examples])
+    assert plain.dtype == np.float32 and kind == ("plain" if options else "fused")
+    np.testing.assert_allclose(packed, plain, atol=1e-4)
+    assert kernels.is_fused(tuned) == (kind == "fused")
+    assert step.causal_model(tuned).config._attn_implementation == step.SEGMENTED
+    assert np.array_equal(step.token_losses(tuned, packing.collate(examples)).detach().numpy(), packed)
 
 
 @pytest.mark.parametrize("block", [1, 4, 16, 17])

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import fake_study
 import matplotlib
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
 from telco_nb.report import build, config_cards, pages
-from telco_nb.report.files import duration
+from telco_nb.report.files import Page, duration
 
 matplotlib.use("Agg")
 N, JUDGES, REPEATS = 4, ("checklist", "reference"), 1
@@ -161,6 +162,26 @@ def test_outputs_pass_an_allow_list(markup):
     assert "javascript" not in "".join(str(tag.attrs) for tag in cleaned.find_all(True))
 
 
+def test_details_of_a_notebook_fold_on_its_page_and_everything_else_in_them_is_sanitised(tmp_path):
+    folded = "<details open onclick='x()' style='x'><summary class='s' onmouseover=x()>more</summary>{}</details>"
+    inside = folded.format("<b>text</b><script>x()</script><img src=x onerror=x()>")
+    output = nbformat.v4.new_output("display_data", {"text/html": inside})
+    cells = [nbformat.v4.new_markdown_cell(inside), nbformat.v4.new_code_cell("1", outputs=[output])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "03_train.ipynb")
+    page = Page("c01", "03_train", False, tmp_path / "03_train.ipynb")
+    html = BeautifulSoup(pages.notebook_body(page, [page]), "html.parser")
+    shown = [tag for tag in html.find_all("details") if tag.get("class") != ["code"]]
+    assert [tag.summary.get_text() for tag in shown] == ["more", "more"]
+    for tag in shown:
+        assert list(tag.attrs) == ["open"] and set(tag.summary.attrs) <= {"class"} and tag.b.get_text() == "text"
+        assert not tag.find(["script", "img"]) and "<script>x()</script>" in tag.get_text()
+
+
+def test_details_that_an_output_leaves_open_end_with_the_output():
+    assert str(pages.clean("<details><summary>more")) == "<details><summary>more</summary></details>"
+    assert "<details" not in str(pages.clean("</details></details>"))
+
+
 def test_a_styled_table_shows_its_cells_and_no_style_text():
     table = pd.DataFrame({"config": ["c01"], "value": [0.5]})
     for markup in (table.style.hide(axis="index").format(precision=1).to_html(), table._repr_html_()):
@@ -205,7 +226,7 @@ def test_what_the_runner_says_adds_reasons_but_cannot_make_a_step_succeed(root):
         {"scope": "c02", "step": "04_energy", "status": "done", "reason": ""},
         {"scope": "c09", "step": "03_train", "status": "failed", "reason": "the kernel died"},
     ]
-    index = soup(build.build_report(root, {"profile": "laptop", "jobs": jobs}).with_name("index.html"))
+    index = soup(build.build_report(root, jobs).with_name("index.html"))
     assert "blocked by c01/03_train" in cell(index, "c01", "04_energy").get_text()
     assert cell(index, "c02", "04_energy")["class"] == ["missing"]
     assert "the kernel died" in cell(index, "c09", "03_train").get_text()
@@ -213,7 +234,7 @@ def test_what_the_runner_says_adds_reasons_but_cannot_make_a_step_succeed(root):
 
 def test_a_record_without_a_manifest_is_no_success(root):
     (root / "c01" / "03_train" / "manifest.json").unlink()
-    state = cell(soup(build.build_report(root, [])), "c01", "03_train")
+    state = cell(soup(build.build_report(root)), "c01", "03_train")
     assert state["class"] == ["noresult"]
 
 
