@@ -16,36 +16,38 @@ from telco_nb.corpus import llm_writer
 from telco_nb.hosted import attempts
 from telco_nb.judge.store import VerdictStore
 
-sys.path.insert(0, str(ROOT / "tests" / "support"))  # the servers and the studies are those of the tests
-import test_calls
-import test_generator
-import test_jury
-from provider_server import Server
+for folder in ("support", "unit/hosted", "unit/corpus", "unit/judge"):
+    sys.path.insert(0, str(ROOT / "tests" / folder))  # the servers and the studies are those of the tests
+import hosted_fixtures  # noqa: E402
+import test_language_model as judging  # noqa: E402
+import test_llm_writer  # noqa: E402
+import test_session  # noqa: E402
+from provider_server import Server  # noqa: E402
 
 LIMITS = {"fixed window, Retry-After": (True, None), "token bucket, no Retry-After": (False, 6.0)}
 Found = tuple[int, attempts.AttemptStore]  # calls planned, what is stored
 
 
 def generate(server: Server, folder: Path, n: int) -> Found:
-    planned = test_generator.few(-(-n // 4))
-    session = test_generator.session(server, folder / "a.jsonl", planned)
-    session.run(llm_writer.call_chains(planned, session, test_generator.SEED))
+    planned = test_llm_writer.few(-(-n // 4))
+    session = test_llm_writer.session(server, folder / "a.jsonl", planned)
+    session.run(llm_writer.call_chains(planned, session, test_llm_writer.SEED))
     return sum(map(len, planned)), session.store
 
 
 def judge(server: Server, folder: Path, n: int) -> Found:
     store = VerdictStore(folder / "v.jsonl")
-    prompts = next(p for p in range(1, len(test_jury.CARDS) + 1) if len(test_jury.plan(p)[0]) >= n)
-    pairs = test_jury.put(test_jury.hosted("openai-compatible", server.url, folder, in_flight=16), store, prompts)
+    prompts = next(p for p in range(1, len(judging.CARDS) + 1) if len(judging.plan(p)[0]) >= n)
+    pairs = judging.put(judging.hosted("openai-compatible", server.url, folder, in_flight=16), store, prompts)
     return len(pairs), store
 
 
 def measure(ask: Callable[..., Found], answer: Callable[[dict, int], str], limit: tuple, rate: float, n: int) -> int:
     """Prints a line; returns how many calls were lost or doubled."""
-    server_limit = test_calls.Limited(rate, *limit, answer=answer)
+    server_limit = test_session.Limited(rate, *limit, answer=answer)
     with tempfile.TemporaryDirectory() as name, Server("openai-compatible", server_limit) as server:
         planned, store = ask(server, Path(name), n)
-        lines = test_calls.lines(store.path)
+        lines = hosted_fixtures.lines(store.path)
     good = Counter(line[store.key] for line in lines if line.get("status") == "ok")
     wrong = planned - len(good) + sum(good.values()) - len(good)
     used = server_limit.used()
@@ -58,7 +60,10 @@ def measure(ask: Callable[..., Found], answer: Callable[[dict, int], str], limit
 
 
 def main(rate: float = 360.0, n: int = 200) -> None:
-    asked = {"generator": (generate, test_generator.good), "judge": (judge, lambda body, number: test_jury.PAIR)}
+    asked = {
+        "generator": (generate, test_llm_writer.good),
+        "judge": (judge, lambda body, number: judging.PAIR),
+    }
     wrong = 0
     for who, (ask, answer) in asked.items():
         for name, limit in LIMITS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def main_effects(configs: pd.DataFrame, response: pd.Series, log: bool = False) 
         others, or that leaves no residual, has no numbers and a `reason`.
     """
     from statsmodels.regression.linear_model import OLS
+    from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
     y = response[response.dropna().index.intersection(configs.index)].astype(float)
     x, table = design_matrix(configs.loc[y.index])
@@ -70,7 +72,8 @@ def main_effects(configs: pd.DataFrame, response: pd.Series, log: bool = False) 
     table[["effect", "low", "high"]] = math.nan
     separable = table["column"].map(_is_separable(x)).astype(bool)
     if df_resid and len(table):
-        fit = OLS(np.log(y) if log else y, x).fit()
+        with warnings.catch_warnings(category=SingularMatrixWarning, action="ignore"):  # `reason` says it
+            fit = OLS(np.log(y) if log else y, x).fit()
         numbers = fit.conf_int().set_axis(["low", "high"], axis=1).assign(effect=fit.params)
         numbers = (np.exp(numbers) if log else numbers).loc[table["column"], ["effect", "low", "high"]]
         table.loc[separable, ["effect", "low", "high"]] = numbers.to_numpy()[separable]

@@ -32,6 +32,7 @@ from telco_nb.analysis.results import (
 )
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.protocol import headline_blocks
+from telco_nb.judge.ranking import tied_top
 
 matplotlib.use("Agg")
 
@@ -329,7 +330,8 @@ def test_front_membership_shares_follow_the_draws():
 
 def test_tied_top_set_holds_what_noise_cannot_separate():
     judge = make_judge(pd.Series({"a": 1.0, "b": 0.95, "c": -1.0}), noise=0.1)
-    assert ranking.tied_top(judge.scores, judge.draws) == ["a", "b"]
+    assert tied_top(judge.scores, judge.draws) == ["a", "b"]
+    assert tied_top(judge.scores[["a"]], judge.draws[["a"]]) == ["a"]
 
 
 def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
