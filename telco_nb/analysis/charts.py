@@ -79,19 +79,21 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, len(study.judges), figsize=(9, 4.2), sharex=True, squeeze=False, layout="constrained")
-    data = study.results[[x]].astype(float)
-    if x == "val_loss":
-        data = study.results[[x, f"{x}_low", f"{x}_high"]].astype(float)
+    is_loss = x == "val_loss"
+    data = study.results[[x, f"{x}_low", f"{x}_high"] if is_loss else [x]].astype(float)
+    comparable = is_loss or len(study.energy_kinds) == 1  # energies of different kinds share no axis
     for ax, judge in zip(axes.flat, study.judges, strict=True):
-        frame = data.filter(like=x).assign(score=judge.scores, score_low=judge.ranking["low"])
-        frame = frame.assign(score_high=judge.ranking["high"]).dropna(subset=[x, "score"])
-        if x != "val_loss" and len(frame):
-            front_line(ax, frame, pareto_front(frame[x], frame["score"]), x, "score")
+        frame = data[data.columns[:3] if is_loss else [x]].assign(score=judge.scores)
+        frame = frame.assign(score_low=judge.ranking["low"], score_high=judge.ranking["high"])
+        frame = frame.dropna(subset=[x, "score"])
         ax.set(xlabel=xlabel, ylabel=f"score by {judge.label}, log-odds")
-        points_with_intervals(ax, frame, x, "score", used)
+        if len(frame) and comparable:
+            if not is_loss:
+                front_line(ax, frame, pareto_front(frame[x], frame["score"]), x, "score")
+            points_with_intervals(ax, frame, x, "score", used)
         if judge.blocks:
             ax.set_title("not valid, shown without a headline", color="#b3261e", fontsize=9)
-        data = data.join(frame.filter(like="score").add_prefix(f"{judge.name}_"))
+        data = data.join(frame[["score", "score_low", "score_high"]].add_prefix(f"{judge.name}_"))
     role_legend(fig, used)
     return fig, data.reset_index()
 
@@ -180,8 +182,7 @@ def tau_map(ax: Axes, taus: pd.DataFrame) -> None:
 
     sns.heatmap(taus, ax=ax, vmin=-1, vmax=1, cmap="PuOr", annot=True, fmt="+.2f", cbar=False, annot_kws={"size": 9})
     ax.set_title("Kendall tau between orderings", fontsize=9)
-    ax.tick_params(labelsize=8)
-    ax.tick_params(axis="x", rotation=20)
+    ax.tick_params(labelsize=8, rotation=0)
 
 
 def bias_panel(ax: Axes, measures: pd.DataFrame) -> None:

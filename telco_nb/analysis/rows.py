@@ -87,8 +87,8 @@ def rows_text(study: StudyResults, comparisons: pd.DataFrame, most: int = 12) ->
     lines.append("")
     for judge in judges:
         shown = rows.loc[rows["judge"] == judge.name, "shows"].value_counts()
-        counts = "; ".join(f"{text}: {n}" for text, n in shown.items())
-        lines.append(f"- Of {shown.sum()} pairs with {_name(judge)}: {counts or 'nothing to compare'}.")
+        counts = "; ".join(f"in {n} {text}" for text, n in shown.items())
+        lines.append(f"- Of {shown.sum()} pairs with {_name(judge)}: {counts or 'nothing can be compared'}.")
     absent = [factor.replace("_", " ") for factor in FACTORS if factor not in set(rows["factor"])]
     if absent:
         lines.append(f"- No two rows differ only in {name_list(absent).replace(' and ', ' or ')}: such a comparison")

@@ -161,7 +161,7 @@ def _shared(builder: Builder, rng: np.random.Generator) -> pd.DataFrame:
         }
     )
     prompts.to_parquet(run.artefact("test_prompts.parquet"))
-    run.artefact("dataset_card.json").write_text(json.dumps({"generator": "offline", "conversations": {"kept": 29871}}))
+    run.artefact("dataset_card.json").write_text(json.dumps({"generator": {"name": "offline"}, "kept": 29871}))
     run.metric(conversations=29871)
     builder.close(run, "29,871 conversations were kept.")
     return prompts
@@ -215,6 +215,7 @@ def energy_table(window: str, wh: float, kind: str = "estimated") -> pd.DataFram
 
 
 def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.DataFrame, wh: float) -> None:
+    """Answers of one scope; c02 loops in 5 of them until the limit."""
     run = builder.open("04_energy", scope)
     answers = pd.DataFrame(
         {
@@ -226,11 +227,14 @@ def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.
             "seconds": 0.4,
         }
     )
+    if scope == "c02":
+        answers.loc[:4, ["answer", "finish_reason"]] = ["restart the phone " * 9, "length"]
     answers.to_parquet(run.artefact("answers.parquet"))
     run.table("energy", energy_table("answer", wh / 3))
     run.metric(answer_energy_wh=wh / 3, answer_energy_low_wh=wh / 6, answer_energy_high_wh=wh / 2,
                energy_kind="estimated", energy_source="cpu_time_model", answers=len(prompts),
-               answer_energy_per_answer_wh=wh / 3 / len(prompts))  # fmt: skip
+               answer_energy_per_answer_wh=wh / 3 / len(prompts),
+               stopped_share=(answers["finish_reason"] == "stop").mean())  # fmt: skip
     builder.close(run, f"{len(prompts)} answers.")
 
 
@@ -293,7 +297,7 @@ def write_judgements(run: Run, score: pd.Series) -> None:
 
 
 def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> dict[str, Any]:
-    """The job that a runner hands to 06 (see record.open_run), for a tree of `build_study`."""
+    """The job that a runner hands to 06 (see notebook.open_run), for a tree of `build_study`."""
     from telco_nb.study.plan import inputs_of
 
     configs = list(design(n).index)
