@@ -185,17 +185,21 @@ def tau_map(ax: Axes, taus: pd.DataFrame) -> None:
     ax.tick_params(labelsize=8, rotation=0)
 
 
+def _share_dots(ax: Axes, measures: pd.DataFrame, places: Numbers, **style: Any) -> None:
+    """Shares with whiskers beside the line of no preference."""
+    ax.errorbar(measures["value"], places, xerr=_whiskers(measures, "value", "low", "high"), fmt="o", **style)
+    ax.axvline(0.5, color="0.5", lw=0.8)
+    ax.set(xlim=(-0.02, 1.02), ylim=(len(measures) - 0.4, -0.6))
+
+
 def bias_panel(ax: Axes, measures: pd.DataFrame) -> None:
     """Measures of each judge (columns judge, metric, value, low, high; shares between 0 and 1) with intervals."""
     names, judges = (list(dict.fromkeys(measures[column])) for column in ("metric", "judge"))
     for k, judge in enumerate(judges):
         part = measures[measures["judge"] == judge].set_index("metric").reindex(names)
         places = np.arange(len(names)) + (k - (len(judges) - 1) / 2) * 0.7 / max(len(judges), 2)
-        bars = _whiskers(part, "value", "low", "high")
-        ax.errorbar(part["value"], places, xerr=bars, fmt="o", markersize=4, label=judge)
-    ax.axvline(0.5, color="0.5", lw=0.8)
+        _share_dots(ax, part, places, markersize=4, label=judge)
     ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
-    ax.set(xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))
     ax.set_title("each judge with itself (share)", fontsize=9)
     ax.legend(fontsize=8, loc="lower left")
 
@@ -322,6 +326,7 @@ def meetings(met: pd.DataFrame) -> Figure:
                 xticklabels=True, yticklabels=True, square=True, ax=ax)  # fmt: skip
     ax.set(title="How often two configurations meet", xlabel="second seat", ylabel="first seat")
     ax.tick_params(labelsize=8)
+    ax.grid(False)
     return fig
 
 
@@ -363,7 +368,8 @@ def win_rates(rates: pd.DataFrame) -> Figure:
     sns.heatmap(100 * rates, vmin=0, vmax=100, cmap="PuOr", annot=True, fmt=".0f", annot_kws={"size": 7}, square=True,
                 xticklabels=True, yticklabels=True, cbar_kws={"shrink": 0.7}, ax=ax)  # fmt: skip
     ax.set(title="Row wins against column, %", xlabel="", ylabel="")
-    ax.tick_params(labelsize=8)
+    ax.tick_params(labelsize=8, rotation=0)
+    ax.grid(False)
     return fig
 
 
@@ -372,10 +378,8 @@ def shares_with_intervals(measures: pd.DataFrame, title: str) -> Figure:
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 2.4))
-    bars = _whiskers(measures, "value", "low", "high")
-    ax.errorbar(measures["value"], range(len(measures)), xerr=bars, fmt="o", capsize=3)
-    ax.axvline(0.5, color="0.6", lw=1)
+    _share_dots(ax, measures, np.arange(len(measures)), capsize=3)
     labels = measures["metric"].str.replace("_", " ") + " (n = " + measures["n"].astype(str) + ")"
     ax.set_yticks(range(len(measures)), labels)
-    ax.set(xlim=(-0.02, 1.02), ylim=(len(measures) - 0.5, -0.5), xlabel="share", title=title)
+    ax.set(xlabel="share", title=title)
     return fig

@@ -318,8 +318,7 @@ def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draw
     Args:
         panel: the judges.
         ratings: columns rater (name of the judge), prompt_id, scenario_id, config and the criteria (1 to 5).
-        n_draws: bootstrap draws of scenarios, for the intervals.
-        seed: of the draws.
+        n_draws, seed: of the bootstrap over scenarios.
     """
     if sum((ratings["rater"] == judge.name).any() for judge in panel) < 2:
         reason = "fewer than two judges rate answers"

@@ -213,8 +213,7 @@ def val_loss_draws(val_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: i
 
     Args:
         val_losses: by configuration, columns scenario_id, loss_sum_after (nats) and n_tokens per conversation.
-        n_draws: number of draws.
-        seed: of the draws.
+        n_draws, seed: of the bootstrap.
 
     Returns:
         (draws, configurations), in nats per supervised token.
@@ -280,8 +279,7 @@ def self_preference(
         judgements: of this judge, columns as in `cohen_kappa`.
         others: judgements of the other judges.
         own: see `own_answers`.
-        n_draws: bootstrap draws of scenarios, for the interval.
-        seed: of the draws.
+        n_draws, seed: of the bootstrap over scenarios.
 
     Returns:
         The difference of the shares with its interval, NaN if there is nothing to compare; and the number of pairs.

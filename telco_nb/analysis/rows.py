@@ -35,7 +35,7 @@ def one_factor_pairs(configs: pd.DataFrame) -> pd.DataFrame:
         for _, group in configs.groupby(others, sort=False, dropna=False):
             ordered = sorted(group[factor].dropna().items(), key=lambda item: levels.index(item[1]))
             pairs = combinations(ordered, 2)
-            rows += [(factor, a, b, low, high) for (a, low), (b, high) in pairs if low != high]
+            rows += [(factor, a, b, level_text(low), level_text(high)) for (a, low), (b, high) in pairs if low != high]
     return pd.DataFrame(rows, columns=PAIR_COLUMNS)
 
 
@@ -76,23 +76,26 @@ def rows_text(study: StudyResults, comparisons: pd.DataFrame, most: int = 12) ->
     Args:
         study: the study. Judges without a headline are left out while there is another one.
         comparisons: from `compare_rows`.
-        most: pairs in the list; the summary counts all.
+        most: pairs in the list, shared by the factors; the summary counts all.
     """
     judges = study.passed or study.judges
     rows = comparisons[comparisons["judge"].isin([judge.name for judge in judges])]
-    pairs = list(rows.groupby(["config_a", "config_b"], sort=False))
-    lines = [f"{k}. {_pair_text(table, judges)}" for k, (_, table) in enumerate(pairs[:most], 1)]
-    if len(pairs) > most:
-        lines.append(f"\nThe table has {len(pairs) - most} more pairs.")
-    lines.append("")
-    for judge in judges:
+    pairs = rows.drop_duplicates(["config_a", "config_b"])
+    listed = pairs.groupby("factor", sort=False).head(max(1, most // max(1, pairs["factor"].nunique())))
+    tables = [
+        rows[(rows["config_a"] == a) & (rows["config_b"] == b)] for a, b in listed[["config_a", "config_b"]].values
+    ]
+    lines = [f"{k}. {_pair_text(table, judges)}" for k, table in enumerate(tables, 1)] + [""]
+    for judge in judges if len(pairs) else []:
         shown = rows.loc[rows["judge"] == judge.name, "shows"].value_counts()
         counts = "; ".join(f"in {n} {text}" for text, n in shown.items())
         lines.append(f"- Of {shown.sum()} pairs with {_name(judge)}: {counts or 'nothing can be compared'}.")
     absent = [factor.replace("_", " ") for factor in FACTORS if factor not in set(rows["factor"])]
     if absent:
-        lines.append(f"- No two rows differ only in {name_list(absent).replace(' and ', ' or ')}: such a comparison")
-        lines[-1] += " needs the main effects, which average over the other factors."
+        text = (
+            f"- No two rows differ only in {name_list(absent).replace(' and ', ' or ')}: such a comparison needs the "
+        )
+        lines.append(f"{text}main effects, which average over the other factors.")
     return "\n".join(lines)
 
 
@@ -104,8 +107,8 @@ def _pair_text(table: pd.DataFrame, judges: Sequence[JudgeResults]) -> str:
     """The sentences on one pair; `table` has one row per judge."""
     first = table.iloc[0]
     text = (
-        f"**{first.config_a} against {first.config_b}**: only {DIFFERS[first.factor]}, {level_text(first.level_a)} and "
-        f"{level_text(first.level_b)}. The loss is {first.loss_a:.3f} and {first.loss_b:.3f}, a difference of "
+        f"**{first.config_a} against {first.config_b}**: only {DIFFERS[first.factor]}, {first.level_a} and "
+        f"{first.level_b}. The loss is {first.loss_a:.3f} and {first.loss_b:.3f}, a difference of "
         f"{first.loss_change:+.3f} [{first.loss_low:+.3f}, {first.loss_high:+.3f}]."
     )
     for judge in judges:

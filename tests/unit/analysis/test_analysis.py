@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.formula.api as smf
-from statsmodels.stats.inter_rater import cohens_kappa
+from fake_study import make_judge, make_study
+from sklearn.metrics import cohen_kappa_score
 
 from telco_nb.analysis import charts, findings, recommendation, statistics
 from telco_nb.analysis.effects import FACTORS, design_facts, effect_tables, main_effects, noise_floor
 from telco_nb.analysis.results import (
-    JudgeResults,
     StudyResults,
     gate_table,
     noise_ceiling,
@@ -30,44 +30,12 @@ from telco_nb.analysis.results import (
     val_loss_draws,
     val_loss_interval,
 )
+from telco_nb.analysis.rows import one_factor_pairs
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.protocol import headline_blocks
 from telco_nb.judge.ranking import tied_top
 
 matplotlib.use("Agg")
-
-
-# ---------------------------------------------------------------- fixtures
-
-
-def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **facts) -> JudgeResults:
-    rng = np.random.default_rng(3)
-    draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(score))), columns=score.index)
-    ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
-    ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
-    ranking["is_anchor"] = False
-    known = {"kind": name, "gate_passed": True, "coverage": 1.0, "headline_blocks": ()} | facts
-    return JudgeResults(name=name, ranking=ranking, draws=draws, **known)
-
-
-def make_study(n: int = 16, judges: list[JudgeResults] | None = None, **columns) -> StudyResults:
-    configs = fake_study.design(n)
-    planted = fake_study.truth(configs)
-    results = configs.assign(
-        seed=1,
-        val_loss=planted["loss"],
-        val_loss_low=planted["loss"] - 0.01,
-        val_loss_high=planted["loss"] + 0.01,
-        train_energy_wh=planted["energy"],
-        train_energy_low_wh=planted["energy"] / 2,
-        train_energy_high_wh=planted["energy"] * 2,
-        energy_kind="estimated",
-    ).assign(**columns)
-    rng = np.random.default_rng(4)
-    draws = pd.DataFrame(results["val_loss"].to_numpy() + rng.normal(0, 0.005, (400, n)), columns=configs.index)
-    panel = [make_judge(planted["quality"])] if judges is None else judges
-    repeats = pd.DataFrame({"config": [], "seed": [], "val_loss": [], "train_energy_wh": []})
-    return StudyResults(results, draws, panel, repeats)
 
 
 def finding(study: StudyResults, id: str) -> findings.Finding:
@@ -250,6 +218,15 @@ def test_main_effects_equal_statsmodels():
     assert set(ours["df_resid"]) == {9}
 
 
+def test_main_effects_of_a_balanced_design_are_differences_of_level_means():
+    configs = fake_study.design()
+    response = fake_study.truth(configs)["loss"]
+    ours = main_effects(configs, response).set_index("contrast")["effect"]
+    for factor, low, high in (("epochs", 1, 4), ("rank", 8, 64), ("target_modules", "qv", "mlp")):
+        means = response.groupby(configs[factor]).mean()
+        assert ours[f"{low} -> {high}"] == pytest.approx(means[high] - means[low])
+
+
 def test_energy_effects_are_ratios():
     configs = fake_study.design()
     energy = pd.Series(np.where(configs["epochs"] == 4, 40.0, 10.0), configs.index)
@@ -334,18 +311,19 @@ def test_tied_top_set_holds_what_noise_cannot_separate():
     assert tied_top(judge.scores[["a"]], judge.draws[["a"]]) == ["a"]
 
 
-def test_kappa_equals_statsmodels_and_counts_shared_comparisons():
+def test_kappa_equals_scikit_learn_and_counts_shared_comparisons():
     rng = np.random.default_rng(7)
     rows = [{"prompt_id": f"p{i}", "scenario_id": f"s{i // 2}", "purpose": "ranking"} for i in range(120)]
     a = pd.DataFrame(rows).assign(config_first="x", config_second="y", winner=rng.choice(["x", "y", "tie"], 120))
     b = a.assign(winner=np.where(rng.random(120) < 0.5, a["winner"], "tie"))
     swapped = b.rename(columns={"config_first": "config_second", "config_second": "config_first"})
     kappa, n = statistics.cohen_kappa(a, swapped.iloc[:100], 200, 0)
-    table = pd.crosstab(a["winner"][:100], b["winner"][:100])
-    assert kappa.value == pytest.approx(cohens_kappa(table.to_numpy(), return_results=False))
+    assert kappa.value == pytest.approx(cohen_kappa_score(a["winner"][:100], b["winner"][:100]))
     assert n == 100
     assert kappa.low < kappa.value < kappa.high
     assert math.isnan(statistics.cohen_kappa(a.iloc[:0], b, 10, 0)[0].value)
+    same, n = statistics.cohen_kappa(a.assign(winner="x"), b.assign(winner="x"), 10, 0)
+    assert n == 120 and math.isnan(same.value)
 
 
 # ---------------------------------------------------------------- agreement on ratings, and on one's own answers
@@ -631,6 +609,8 @@ def test_06_runs_for_any_number_of_configurations_and_judges(tmp_path, monkeypat
     assert len(results) == n
     assert json.loads((root / "findings.json").read_text())
     figures = {path.stem for path in (folder / "figures").glob("*.png")}
+    pairs = pd.read_parquet(folder / "tables" / "row_pairs.parquet")
+    assert len(pairs) == len(judges) * len(one_factor_pairs(fake_study.design(n)))
     assert {"loss_vs_quality", "rank_slopes", "judge_agreement", "energy_quality", "energy", "loss_curves"} <= figures
 
 
