@@ -53,7 +53,8 @@ def test_05_ranks_with_hostile_answers_and_nothing_of_them_runs_on_its_page(root
     assert "<script>document" not in raw and "<img src=x" not in raw  # shown as text: escaped before any page is made
     path = tmp_path / "05_judge.ipynb"
     path.write_text(raw)
-    page = str(notebook_body(Page("judge-checklist", "05_judge", path, False), []))
+    page = str(notebook_body(Page("judge-checklist", "05_judge", False, path), []))
+    assert "matchings_per_prompt" in page and "&lt;script" in page  # it is the page, and shows the text
     assert "<script" not in page and "onerror=" not in re.sub(r"&lt;.*?&gt;", "", page)
 
 
