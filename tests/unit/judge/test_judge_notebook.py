@@ -54,7 +54,7 @@ def test_05_ranks_with_hostile_answers_and_nothing_of_them_runs_on_its_page(root
     path = tmp_path / "05_judge.ipynb"
     path.write_text(raw)
     page = str(notebook_body(Page("judge-checklist", "05_judge", False, path), []))
-    assert "matchings_per_prompt" in page and "&lt;script" in page  # it is the page, and shows the text
+    assert "answer_a" in page and "Gate" in page  # the page is read, with what the judge sees
     assert "<script" not in page and "onerror=" not in re.sub(r"&lt;.*?&gt;", "", page)
 
 
