@@ -1,4 +1,4 @@
-"""What every notebook calls: `open_run`, the open `Run`, generated prose, and one style for figures."""
+"""The functions that every notebook calls: `open_run`, the open `Run`, generated prose, and one style for figures."""
 
 from __future__ import annotations
 

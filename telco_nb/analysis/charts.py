@@ -314,7 +314,7 @@ def loss_curves(curves: pd.DataFrame, configs: pd.DataFrame, used: Mapping[str, 
 
 
 def meetings(met: pd.DataFrame) -> Figure:
-    """How often configurations meet: `met` has the first seat as index, the second as columns."""
+    """A figure of how often configurations meet: `met` has the first seat as index, the second as columns."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -359,7 +359,7 @@ def ranking_intervals(table: pd.DataFrame, title: str) -> Figure:
 
 
 def win_rates(rates: pd.DataFrame) -> Figure:
-    """How often the row won against the column, a tie as a half; shares between 0 and 1."""
+    """A figure of how often the row won against the column, a tie as a half; shares between 0 and 1."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 

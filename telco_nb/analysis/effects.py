@@ -96,7 +96,7 @@ def effect_tables(study: StudyResults) -> pd.DataFrame:
 
 
 def design_facts(configs: pd.DataFrame) -> pd.DataFrame:
-    """What the given set of configurations can estimate, per factor.
+    """A table, by factor, of what the given configurations can estimate.
 
     Columns: factor, levels, varied, separable (from the other main effects), clear (no main effect of it is aliased
     with any two-factor interaction), leftover (residual degrees of freedom of the main-effects model).

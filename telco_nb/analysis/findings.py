@@ -164,7 +164,7 @@ def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
 
 
 def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> Finding:
-    """How often the choice scores above loss's choice over the draws; the least sure judge counts."""
+    """The share of draws in which the choice scores above the choice of loss; the least sure judge counts."""
     if choice.config is None:
         return _not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
     n = min(len(judge.draws) for judge in study.passed)

@@ -270,7 +270,7 @@ def own_answers(
 def self_preference(
     judgements: pd.DataFrame, others: Sequence[pd.DataFrame], own: set[str], n_draws: int, seed: int
 ) -> tuple[Interval, int]:
-    """How much more often a judge prefers its own answers than the other judges do.
+    """The surplus with which a judge prefers its own answers, compared with the other judges.
 
     Counts the pairs of one own and one foreign answer that this judge and at least one other have decided: mean share
     for the own side, a tie as a half, minus the mean of the other judges' shares on the same pair.

@@ -1,1 +1,1 @@
-"""What is to be done and what was done: parameters, plan, record. Imports no other room."""
+"""Parameters, plan and record of a study. Imports no other room."""

@@ -35,7 +35,7 @@ class _Strict(BaseModel):
 
 
 class LoraParameters(_Strict):
-    """What one configuration may set: a file of `params/lora`. `seed` may stand there as well."""
+    """The parameters that one configuration may set: a file of `params/lora`. `seed` may stand there as well."""
 
     target_modules: Literal["qv", "attention", "mlp", "all"]
     rank: int = Field(ge=1, le=1024)
@@ -61,7 +61,7 @@ class LoraParameters(_Strict):
 
 
 class JudgeParameters(_Strict):
-    """What one judge may set: a file of `params/judges`."""
+    """The parameters that one judge may set: a file of `params/judges`."""
 
     judge: str
     judge_kind: Literal["checklist", "reference", "human", "anthropic", "openai", "google", "openai-compatible"]
