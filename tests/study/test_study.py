@@ -204,7 +204,7 @@ def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_h
         assert {line["purpose"] for line in lines if "plan" not in line} == {"control"}
         assert len(server.requests) == sum("plan" not in line for line in lines)
     metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())
-    assert not metrics["gate_passed"] and "failed its gate" in metrics["headline_blocked_by"]
+    assert not metrics["gate_passed"] and "failed its validity gate" in metrics["headline_blocked_by"]
     assert {(row["own-server_gate"], row["own-server_rank"]) for row in rows(study)} == {("failed", "")}
     findings = json.loads((study.root / "findings.json").read_text())
     assert not [f for f in findings if "own-server" in f["id"] and f["verdict"] == "supported"]

@@ -403,3 +403,13 @@ def test_processes_share_a_row_out_evenly_and_nothing_is_lost_or_done_twice(leng
     assert all(
         share and sum(e.n_supervised for e in share) in (0, sum(len(e.labels) - 1 for e in share)) for share in shares
     )
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "chosen"), [(95.0, torch.float32), (130.0, torch.float32), (460.0, torch.bfloat16)]
+)
+def test_bfloat16_is_chosen_only_where_it_is_clearly_faster(bfloat16, chosen, monkeypatch):
+    speeds = {torch.float32: 100.0, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(base_model, "matmul_gflops", speeds.__getitem__)
+    assert base_model.choose_dtype("auto") == (chosen, {"float32": 100.0, "bfloat16": bfloat16})
+    assert base_model.choose_dtype("bfloat16")[0] == torch.bfloat16
