@@ -28,6 +28,7 @@ BFLOAT16 = "bfloat16"  # subfolder of the bfloat16 copy
 UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # number format -> place of its weights in an unpacked folder
 BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # nf4: 4 bits and a quantised constant per 64 weights
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
+PROBE_ROUNDS = 4  # measurements of each format; the best counts
 PROBE_SECONDS = 0.02  # duration of a measurement of matmul speed
 
 
@@ -274,7 +275,11 @@ def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:
     Returns:
         (format, speed of a matrix product in GFLOP/s by format name).
     """
-    gflops = {str(d).removeprefix("torch."): matmul_gflops(d) for d in (torch.float32, torch.bfloat16)}
+    gflops: dict[str, float] = {}
+    for _ in range(PROBE_ROUNDS):  # in turns: the first products of a process are slow, whatever their format
+        for tried in (torch.float32, torch.bfloat16):
+            name = str(tried).removeprefix("torch.")
+            gflops[name] = max(gflops.get(name, 0.0), matmul_gflops(tried))
     fast = gflops["bfloat16"] >= CLEARLY_FASTER * gflops["float32"]
     chosen = ("bfloat16" if fast else "float32") if wanted == "auto" else wanted
     return getattr(torch, chosen), gflops

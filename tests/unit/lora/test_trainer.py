@@ -413,3 +413,9 @@ def test_bfloat16_is_chosen_only_where_it_is_clearly_faster(bfloat16, chosen, mo
     monkeypatch.setattr(base_model, "matmul_gflops", speeds.__getitem__)
     assert base_model.choose_dtype("auto") == (chosen, {"float32": 100.0, "bfloat16": bfloat16})
     assert base_model.choose_dtype("bfloat16")[0] == torch.bfloat16
+
+
+def test_a_slow_first_measurement_does_not_choose_the_format(monkeypatch):
+    measured = {torch.float32: iter([52.0, 190.0, 207.0, 200.0]), torch.bfloat16: iter([130.0, 128.0, 154.0, 120.0])}
+    monkeypatch.setattr(base_model, "matmul_gflops", lambda dtype: next(measured[dtype]))
+    assert base_model.choose_dtype("auto") == (torch.float32, {"float32": 207.0, "bfloat16": 154.0})
