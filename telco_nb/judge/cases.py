@@ -10,6 +10,7 @@ inside neutralised delimiters; it does nothing else with them.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -136,9 +137,9 @@ class OfflineJudge(Judge):
     def prepare(self, cases: Sequence[Case]) -> None:
         """Receives all coming cases once, so that a judge can do work in batches."""
 
+    @abstractmethod
     def judge(self, case: Case) -> Verdict:
         """The verdict on a case. Raises JudgeError if there is none."""
-        raise NotImplementedError
 
 
 def printable(text: str) -> str:
