@@ -1,9 +1,11 @@
-"""Cards: one per telecom term, the ground truth of generation, filtering and judging; read from YAML, CSV or JSON."""
+"""Cards: one per telecom term, the ground truth of generation, filtering and judging.
+
+A glossary is a folder of YAML files, one a card; or a folder with the tables `cards.csv` and `problems.csv`
+(`corpus/tables`); or the validated `glossary.json` that 01_glossary writes.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections import Counter
@@ -11,43 +13,45 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from yaml.constructor import ConstructorError
 
-from telco_nb.corpus.text_measures import flesch_reading_ease, ngrams, sentences, words
+from telco_nb.corpus import personal_data
+from telco_nb.corpus.text_measures import content_stems, flesch_reading_ease, ngrams, sentences, words
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
-CardId = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
-Fault = tuple[str, str, str]  # (card id, field, problem)
-Located = tuple[int, str, str]  # (position of the card, field, problem)
+Name = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
+Who = Literal["customer", "agent"]
+Kind = Literal["fault", "charge", "change", "choice", "fraud", "misunderstanding", "safety"]
+
+
+class Fault(NamedTuple):
+    """What is wrong in a glossary and where: the file, the card, its problem ("" for the card itself), the field."""
+
+    file: str
+    card: str
+    problem: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        problem = f", problem {self.problem!r}" if self.problem else ""
+        return f"{self.file}: card {self.card!r}{problem}, {self.field}: {self.message}"
 
 
 class GlossaryError(ValueError):
-    """Raised for a glossary file that cannot be used; `faults` lists every (card id, field, problem).
+    """Raised for a glossary that cannot be used; `faults` lists every fault, the message shows the first 40."""
 
-    The message names card and field. If `rows` gives the table row of each fault, it names row and column.
-    """
-
-    def __init__(self, path: Path | str, faults: list[Fault], rows: list[int] | None = None):
-        self.path, self.faults = Path(path), faults
-        if rows is None:
-            lines = [f"  card {card!r}, field {field!r}: {problem}" for card, field, problem in faults]
-        else:
-            lines = [
-                f"  row {row} ({card}), column {_column(field)}: {problem}"
-                for row, (card, field, problem) in zip(rows, faults, strict=True)
-            ]
-        super().__init__("\n".join([f"{self.path.name}: {len(faults)} fault(s)", *lines]))
-
-
-def _column(field: str) -> str:
-    """Name a field as it appears in a table: "facts[2]" is item 3 in column facts."""
-    name, _, rest = field.partition("[")
-    return f"{name!r}, item {int(rest.partition(']')[0]) + 1}" if rest else repr(name)
+    def __init__(self, path: Path | str, faults: Sequence[Fault]):
+        self.path, self.faults = Path(path), list(faults)
+        lines = [f"  {fault}" for fault in self.faults[:40]]
+        if len(self.faults) > 40:
+            lines.append(f"  and {len(self.faults) - 40} more")
+        super().__init__("\n".join([f"{self.path.name}: {len(self.faults)} fault(s)", *lines]))
 
 
 class StrictModel(BaseModel):
@@ -56,11 +60,21 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class Fact(StrictModel):
+    """A statement that answers may use. `applies_in` names the countries, `valid_until` the date where it ends."""
+
+    text: Text
+    applies_in: Text = "any"
+    valid_until: Text | None = None
+
+
 class Figure(StrictModel):
     """A number that answers may use; `text` is the literal string with its unit, e.g. "20 ms"."""
 
     text: Text
     meaning: Text
+    applies_in: Text = "any"
+    valid_until: Text | None = None
 
 
 class WrongBelief(StrictModel):
@@ -70,34 +84,87 @@ class WrongBelief(StrictModel):
     correction: Text
 
 
-class Comparison(StrictModel):
-    """Two options between which a customer hesitates ("an eSIM or a plastic SIM card"), and the advice."""
+class Ask(StrictModel):
+    """The one thing that the agent must know first, and ways to ask for it."""
 
-    options: Text
-    advice: Text
+    what: Text
+    say: Annotated[list[Text], Field(min_length=1)]
+
+
+class First(StrictModel):
+    """The protective step before all others; with `when`, only under that condition."""
+
+    who: Who
+    do: Text
+    when: Text | None
+    say: Annotated[list[Text], Field(min_length=1)]
+
+
+class Step(StrictModel):
+    """One step towards the solution, and ways to say it; `needs_identity`: only after the customer is identified."""
+
+    who: Who
+    do: Text
+    say: Annotated[list[Text], Field(min_length=1)]
+    needs_identity: bool = False
+
+
+class Problem(StrictModel):
+    """One reason for which customers with this term in mind write; the fields are explained in data/WRITING.md."""
+
+    id: Name
+    weight: Annotated[float, Field(ge=0, le=1)]
+    kind: Kind
+    cause: Text
+    says: Annotated[list[Text], Field(min_length=5)]
+    tells: Text
+    ask: Ask | None
+    first: First | None
+    steps: Annotated[list[Step], Field(min_length=1)]
+    never: list[Text]
+    done: Text
+    escalate_when: Text
+    contexts: Annotated[dict[Name, Text], Field(min_length=1)]
+    applies_in: Text = "any"
+    valid_until: Text | None = None
+    facts: list[Text] = []
+
+    @cached_property
+    def stems(self) -> frozenset[str]:
+        """The content words of all that is said about this problem, as stems."""
+        texts = [*self.says, *(text for _, text in self.agent_texts())]
+        return frozenset(stem for text in texts for stem in content_stems(text))
+
+    def agent_texts(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, text) of everything about this problem that an answer may quote."""
+        for name, part in (("ask", self.ask), ("first", self.first)):
+            for i, text in enumerate(part.say if part else ()):
+                yield f"{name}.say[{i}]", text
+        for i, step in enumerate(self.steps):
+            yield f"steps[{i}].do", step.do
+            for j, text in enumerate(step.say):
+                yield f"steps[{i}].say[{j}]", text
+        yield "done", self.done
+        yield "escalate_when", self.escalate_when
+        for name, text in self.contexts.items():
+            yield f"contexts.{name}", text
+        for i, text in enumerate(self.facts):
+            yield f"facts[{i}]", text
 
 
 class Card(StrictModel):
-    """Everything an agent may say about one term; field meanings are in the header of glossary.yaml."""
+    """Everything that an agent may say about one term."""
 
-    id: CardId
+    id: Name
     term: Text
     aliases: list[Text]
-    category: CardId
+    category: Name
     definition: Text
-    facts: Annotated[list[Text], Field(min_length=4, max_length=6)]
-    wrong_beliefs: Annotated[list[WrongBelief], Field(min_length=2, max_length=4)]
-    figures: Annotated[list[Figure], Field(min_length=1)]
-    diagnosis: Annotated[list[Text], Field(min_length=3, max_length=5)]
-    resolution: Annotated[list[Text], Field(min_length=3, max_length=5)]
-    escalate_when: Text
+    facts: Annotated[list[Fact], Field(min_length=1)]
+    wrong_beliefs: list[WrongBelief]
+    figures: list[Figure]
     source: Text | None
-    fault_reports: Annotated[list[Text], Field(min_length=3, max_length=6)]
-    billing_disputes: Annotated[list[Text], Field(min_length=2, max_length=4)]
-    billing_answer: Text
-    change_requests: Annotated[list[Text], Field(min_length=2, max_length=4)]
-    change_answer: Text
-    comparisons: Annotated[list[Comparison], Field(min_length=2, max_length=4)]
+    problems: Annotated[list[Problem], Field(min_length=1)]
 
     @property
     def names(self) -> list[str]:
@@ -105,23 +172,26 @@ class Card(StrictModel):
         return [self.term, *self.aliases]
 
     @cached_property
+    def by_problem(self) -> dict[str, Problem]:
+        """The problems by id."""
+        return {problem.id: problem for problem in self.problems}
+
+    @cached_property
     def allowed_figures(self) -> frozenset[tuple[str, str | None]]:
-        """The (number, unit) pairs that an answer may hold: the listed figures and the digits in the term's names."""
-        texts = [figure.text for figure in self.figures] + self.names
+        """The (number, unit) pairs that an answer may hold: those of the card's own texts."""
+        texts = [figure.text for figure in self.figures] + self.names + [text for _, _, text in self.agent_texts()]
         return frozenset(figure for text in texts for figure in figures_in(text))
 
-    def agent_texts(self) -> Iterator[tuple[str, str]]:
-        """Yield (field, text) of everything that an answer may quote: no customer sentences, no beliefs."""
-        yield "definition", self.definition
-        for field in ("facts", "diagnosis", "resolution"):
-            for i, text in enumerate(getattr(self, field)):
-                yield f"{field}[{i}]", text
+    def agent_texts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (problem or "", field, text) of all that an answer may quote: no customer sentences, no beliefs."""
+        yield "", "definition", self.definition
+        for i, fact in enumerate(self.facts):
+            yield "", f"facts[{i}].text", fact.text
         for i, wrong in enumerate(self.wrong_beliefs):
-            yield f"wrong_beliefs[{i}].correction", wrong.correction
-        for field in ("escalate_when", "billing_answer", "change_answer"):
-            yield field, getattr(self, field)
-        for i, comparison in enumerate(self.comparisons):
-            yield f"comparisons[{i}].advice", comparison.advice
+            yield "", f"wrong_beliefs[{i}].correction", wrong.correction
+        for problem in self.problems:
+            for field, text in problem.agent_texts():
+                yield problem.id, field, text
 
 
 # Digits inside a name are not a figure: 5G, IPv6, WPA3, n78, H.264, 802.11ax, Wi-Fi 6.
@@ -161,23 +231,40 @@ def figures_in(text: str) -> list[tuple[str, str | None]]:
     ]
 
 
-def unknown_figures(text: str, card: Card) -> list[str]:
-    """Return the figures in `text` that the card does not list.
+def _value(number: str) -> float:
+    """The value of a number as it is written: 37.50, 37,50 or 1.234.567 (then the last part counts as decimals)."""
+    whole, _, decimals = number.replace(",", ".").rpartition(".")
+    return float(f"{whole.replace('.', '')}.{decimals}") if whole else float(decimals)
 
-    A number with a unit must match a listed number with the same unit, or one listed without a unit. A bare number
-    ("between 20 and 40 ms") matches on the number alone.
+
+def _named_by(customer: str) -> set[float]:
+    """The numbers that a customer names, with the sums and differences of any two of them."""
+    values = [_value(number) for number, _ in figures_in(customer)]
+    return {*values, *(round(abs(a + sign * b), 6) for a, b in combinations(values, 2) for sign in (1, -1))}
+
+
+def unknown_figures(text: str, card: Card, customer: str = "") -> list[str]:
+    """Return the figures in `text` that neither the card nor the customer's own words hold.
+
+    A number with a unit must match a known number with the same unit, or one without a unit. A bare number ("between
+    20 and 40 ms") matches on the number alone, and so does a number that the customer has named, or the sum or difference
+    of two such numbers. A bare digit counts something ("port 2") and is no figure.
     """
     allowed = card.allowed_figures
     numbers = {number for number, _ in allowed}
+    named = _named_by(customer)
     unknown = []
     for number, unit in figures_in(text):
-        known = number in numbers if unit is None else bool({(number, unit), (number, None)} & allowed)
-        if not known:
+        if unit is None:
+            known = number in numbers or len(number) == 1
+        else:
+            known = bool({(number, unit), (number, None)} & allowed)
+        if not known and _value(number) not in named:
             unknown.append(f"{number} {unit}" if unit else number)
     return unknown
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """SafeLoader that refuses a repeated key; PyYAML alone keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -189,179 +276,151 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path | str) -> Any:
-    """Read a YAML file. Raises ValueError, naming file and line, for repeated keys and syntax errors."""
+    """Read a YAML file. Raises ValueError, naming file and line, for repeated keys, syntax errors and bad bytes."""
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{Path(path).name}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{Path(path).name}: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------- loading and validating
+
+
+class RawCard(NamedTuple):
+    """A card as it was read, with what to call its file in an error."""
+
+    file: str
+    values: Any
+
+
+def load_cards(path: Path | str) -> list[Card]:
+    """Load the cards of a glossary: YAML files by name, tables and JSON in their order.
+
+    Args:
+        path: a folder of YAML files (one a card), a folder with cards.csv and problems.csv, or a .json file.
+
+    Raises:
+        GlossaryError: a card is faulty.
+        ValueError: a file cannot be read, or there is no glossary at this place.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from telco_nb.corpus import tables  # it needs the cards' classes
+
+        found = tables.find_tables(path)
+        return parse_cards(*tables.read_tables(*found), path) if found else parse_cards(_read_folder(path), [], path)
+    if path.suffix != ".json":
+        raise ValueError(
+            f"{path}: a glossary is a folder (YAML files, or cards.csv and problems.csv) or a .json file"
+            + ("" if path.exists() else "; nothing is there")
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return parse_cards([RawCard(path.name, values) for values in (raw if isinstance(raw, list) else [raw])], [], path)
+
+
+def _read_folder(path: Path) -> list[RawCard]:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".yaml", ".yml"))
+    if not files:
+        raise ValueError(f"{path}: no YAML file and no cards.csv with problems.csv in this folder")
+    return [RawCard(file.name, read_yaml(file)) for file in files]
+
+
+def parse_cards(raw_cards: Sequence[RawCard], faults: Sequence[Fault], path: Path | str) -> list[Card]:
+    """Validate raw cards. Raises GlossaryError with every fault of every card, `faults` of the reading included."""
+    if not raw_cards and not faults:
+        raise GlossaryError(path, [Fault(Path(path).name, "(none)", "", "(file)", "no card is given")])
+    cards, problems = [], list(faults)
+    for raw in raw_cards:
+        try:
+            cards.append((raw.file, Card.model_validate(raw.values)))
+        except ValidationError as error:
+            problems += _validation_faults(raw, error)
+    problems += _repeated_names(cards)
+    for file, card in cards:
+        problems += _content_faults(file, card)
+    problems += _context_faults(cards)
+    if problems:
+        raise GlossaryError(path, problems)
+    return [card for _, card in cards]
+
+
+def _validation_faults(raw: RawCard, error: ValidationError) -> list[Fault]:
+    values = raw.values if isinstance(raw.values, dict) else {}
+    card = values.get("id") if isinstance(values.get("id"), str) else "(no id)"
+    found = []
+    for detail in error.errors():
+        where, problem = list(detail["loc"]), ""
+        if where[:1] == ["problems"] and len(where) > 1:
+            problem, where = _problem_name(values, int(where[1])), where[2:]
+        message = f"{detail['msg']} (got {detail['input']!r:.60})"
+        found.append(Fault(raw.file, card, problem, _field_name(where), message))
+    return found
+
+
+def _problem_name(values: dict[str, Any], position: int) -> str:
+    problem = values["problems"][position]
+    name = problem.get("id") if isinstance(problem, dict) else None
+    return name if isinstance(name, str) and name else f"number {position + 1}"
 
 
 def _field_name(location: Iterable[str | int]) -> str:
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return name.lstrip(".") or "(card)"
+    return name.lstrip(".") or "(whole)"
 
 
-def _repeated_names(cards: list[tuple[int, Card]]) -> list[Located]:
-    """List the ids, terms and aliases that two cards share: a term must lead to one card."""
-    ids = Counter(card.id for _, card in cards)
-    faults = [(i, "id", f"{card.id!r} used by {ids[card.id]} cards") for i, card in cards if ids[card.id] > 1]
-    owner: dict[str, str] = {}
-    for position, card in cards:
-        for i, name in enumerate(card.names):
-            field = "term" if i == 0 else f"aliases[{i - 1}]"
-            first = owner.setdefault(name.casefold(), card.id)
-            if first != card.id or (i and name.casefold() == card.term.casefold()):
-                faults.append((position, field, f"{name!r} already names card {first!r}"))
-    return faults
-
-
-def parse_cards(
-    raw_cards: Any, path: Path | str = "glossary", rows: list[int] | None = None, faults: Sequence[Located] = ()
-) -> list[Card]:
-    """Validate a list of raw cards from the file `path`. Raises GlossaryError with every fault of every card.
-
-    For a table, `rows` is the row of each card and `faults` lists the faulty cells; the error names row and column.
-    """
-    if not isinstance(raw_cards, list) or not raw_cards:
-        raise GlossaryError(path, [("(none)", "(file)", "expected a non-empty list of cards")])
-    reported = {(position, field.partition("[")[0]) for position, field, _ in faults}
-    cards, problems = [], list(faults)
-    for i, raw in enumerate(raw_cards):
-        try:
-            cards.append((i, Card.model_validate(raw)))
-        except ValidationError as error:
-            details = [(_field_name(e["loc"]), f"{e['msg']} (got {e['input']!r:.60})") for e in error.errors()]
-            problems += [(i, *detail) for detail in details if (i, detail[0].partition("[")[0]) not in reported]
-    problems += _repeated_names(cards)
-    for i, card in cards:
-        unlisted = [(field, figure) for field, text in card.agent_texts() for figure in unknown_figures(text, card)]
-        problems += [(i, field, f"figure {figure!r} is not listed under figures") for field, figure in unlisted]
-    if problems:
-        problems.sort(key=lambda fault: fault[0])
-        named = [(_name_of(raw_cards[i], i), field, problem) for i, field, problem in problems]
-        raise GlossaryError(path, named, None if rows is None else [rows[i] for i, _, _ in problems])
-    return [card for _, card in cards]
-
-
-def _name_of(raw: Any, position: int) -> str:
-    name = raw.get("id") if isinstance(raw, dict) else None
-    return name if isinstance(name, str) and name else f"number {position + 1}"
-
-
-def load_cards(path: Path | str) -> list[Card]:
-    """Load the cards of a glossary, in the order of the file.
-
-    Args:
-        path: a .yaml or .csv file, or the validated .json that 01_glossary writes.
-
-    Raises:
-        GlossaryError: a card is faulty.
-        ValueError: the file is not YAML, CSV or JSON.
-    """
-    path = Path(path)
-    if path.suffix == ".csv":
-        raw, rows, faults = _read_csv(path)
-        return parse_cards(raw, path, rows, faults)
-    if path.suffix in (".yaml", ".yml"):
-        return parse_cards(read_yaml(path), path)
-    if path.suffix != ".json":
-        ending = path.suffix or "without ending"
-        raise ValueError(f"{path.name}: a glossary is a .yaml, .csv or .json file, not {ending}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    return parse_cards(raw, path)
-
-
-# A table has one row per card and one column per field. ITEM separates the items of a list in their cell. Each item of
-# a PARTS column has two parts, separated by PART.
-ITEM, PART = "|", "=>"
-PARTS = {
-    "wrong_beliefs": ("belief", "correction"), "figures": ("text", "meaning"), "comparisons": ("options", "advice")
-}  # fmt: skip
-LISTS = ("aliases", "facts", "diagnosis", "resolution", "fault_reports", "billing_disputes", "change_requests", *PARTS)
-MAY_BE_EMPTY = ("aliases", "source")
-
-
-def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int], list[Located]]:
-    """Read a glossary table: UTF-8, with commas or semicolons, as spreadsheets write it.
-
-    Returns (raw cards, their rows as a spreadsheet counts them, faulty cells). Raises GlossaryError if the header is
-    not the fields of a card, and ValueError if the file is not text in UTF-8.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: save it as UTF-8 ({error})") from error
-    header = text.partition("\n")[0]
-    table = list(csv.reader(io.StringIO(text), delimiter=";" if header.count(";") > header.count(",") else ","))
-    columns = [name.strip() for name in table[0]] if table else []
-    _check_header(columns, path)
-    cards, rows, faults = [], [], []
-    for number, cells in enumerate(table[1:], 2):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(columns):
-            problem = f"{len(cells)} cells where the header has {len(columns)}; is a quotation mark missing?"
-            faults.append((len(cards), columns[min(len(cells), len(columns)) - 1], problem))
-        raw = {column: cell.strip() for column, cell in zip(columns, cells, strict=False)}
-        faults += [(len(cards), *fault) for fault in _unpack(raw)]
-        cards.append(raw)
-        rows.append(number)
-    return cards, rows, faults
-
-
-def _check_header(columns: list[str], path: Path) -> None:
-    fields = list(Card.model_fields)
-    faults = [("header", name, "this column is missing") for name in fields if name not in columns]
-    faults += [("header", name, "no field of a card has this name") for name in columns if name not in fields]
-    faults += [("header", name, f"given {n} times") for name, n in Counter(columns).items() if n > 1]
-    if faults:
-        raise GlossaryError(path, faults, [1] * len(faults))
-
-
-def _unpack(raw: dict[str, Any]) -> list[tuple[str, str]]:
-    """Turn the cells of a row into the values of a card, in place; return (field, problem) of the faulty cells."""
+def _repeated_names(cards: Sequence[tuple[str, Card]]) -> list[Fault]:
+    """List the ids, terms and aliases that two cards share, and problem ids used twice in a card."""
     faults = []
-    for field, cell in raw.items():
-        if not cell and field not in MAY_BE_EMPTY:
-            faults.append((field, "this cell is empty"))
-        if field in LISTS:
-            raw[field] = [item.strip() for item in cell.split(ITEM)] if cell else []
-            empty = [i for i, item in enumerate(raw[field]) if not item]
-            faults += [(f"{field}[{i}]", f"nothing between two {ITEM}") for i in empty]
-    for field, names in PARTS.items():
-        for i, item in enumerate(raw.get(field, ())):
-            parts = [part.strip() for part in item.split(PART)]
-            if item and len(parts) != 2:
-                faults.append((f"{field}[{i}]", f"expected '{names[0]} {PART} {names[1]}', got {item!r:.60}"))
-            raw[field][i] = dict(zip(names, parts, strict=False))
-    raw["source"] = raw.get("source") or None
+    owner: dict[str, str] = {}
+    for position, (file, card) in enumerate(cards):
+        for i, name in enumerate([card.id, *card.names]):
+            field = ("id", "term")[i] if i < 2 else f"aliases[{i - 2}]"
+            first = owner.setdefault(f"{field == 'id'} {name.casefold()}", f"{card.id} ({position})")
+            if first != f"{card.id} ({position})":
+                faults.append(Fault(file, card.id, "", field, f"{name!r} already names card {first.split()[0]!r}"))
+        for problem, count in Counter(problem.id for problem in card.problems).items():
+            if count > 1:
+                faults.append(Fault(file, card.id, problem, "id", f"given {count} times in this card"))
     return faults
 
 
-def write_csv(cards: list[Card], path: Path | str) -> None:
-    """Write cards as a table that `load_cards` reads. Raises ValueError if a text holds one of the separators."""
-    rows = []
-    for card in cards:
-        row = card.model_dump()
-        for field in LISTS:
-            items = [f" {PART} ".join(item.values()) if field in PARTS else item for item in row[field]]
-            if any(ITEM in item or item.count(PART) != (field in PARTS) for item in items):
-                raise ValueError(f"card {card.id!r}, field {field!r}: {ITEM!r} or {PART!r} in a text; keep it in YAML")
-            row[field] = f" {ITEM} ".join(items)
-        rows.append({name: row[name] or "" for name in Card.model_fields})
-    with Path(path).open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(Card.model_fields), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def _content_faults(file: str, card: Card) -> list[Fault]:
+    """List weights that do not sum to 1, and texts that look like personal data, which no answer may hold."""
+    faults = []
+    total = sum(problem.weight for problem in card.problems)
+    if abs(total - 1) > 0.015:
+        faults.append(Fault(file, card.id, "", "problems", f"the weights sum to {total:.2f}, not to 1"))
+    said = [(p.id, f"says[{i}]", text) for p in card.problems for i, text in enumerate(p.says)]
+    for problem, field, text in [*card.agent_texts(), *said]:
+        for kind, found in personal_data.find_personal_data(text):
+            message = f"{found!r} looks like personal data ({kind}); use a reserved example or word it differently"
+            faults.append(Fault(file, card.id, problem, field, message))
+    return faults
+
+
+def _context_faults(cards: Sequence[tuple[str, Card]]) -> list[Fault]:
+    """All problems have the contexts of the first one: the scenarios are a full grid of problems and contexts."""
+    expected: list[str] = []
+    faults = []
+    for file, card in cards:
+        for problem in card.problems:
+            expected = expected or list(problem.contexts)
+            if set(problem.contexts) != set(expected):
+                message = f"{', '.join(problem.contexts)} given, but other problems have {', '.join(expected)}"
+                faults.append(Fault(file, card.id, problem.id, "contexts", message))
+    return faults
 
 
 def write_cards(cards: list[Card], path: Path | str) -> None:
     """Write cards to `path` as the JSON list that later steps read (same order, UTF-8, one trailing newline)."""
     text = json.dumps([card.model_dump() for card in cards], ensure_ascii=False, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- tables for 01_glossary
 
 
 def cards_table(cards: list[Card]) -> pd.DataFrame:
@@ -372,14 +431,39 @@ def cards_table(cards: list[Card]) -> pd.DataFrame:
             "term": card.term,
             "category": card.category,
             "aliases": len(card.aliases),
-            "facts": len(card.facts),
+            "facts": len(card.facts) + sum(len(problem.facts) for problem in card.problems),
             "figures": len(card.figures),
-            "diagnosis_steps": len(card.diagnosis),
-            "resolution_steps": len(card.resolution),
-            "agent_words": sum(len(words(text)) for _, text in card.agent_texts()),
+            "problems": len(card.problems),
+            "steps": sum(len(problem.steps) for problem in card.problems),
+            "protective_steps": sum(problem.first is not None for problem in card.problems),
+            "agent_words": sum(len(words(text)) for _, _, text in card.agent_texts()),
             "has_source": card.source is not None,
         }
         for card in cards
+    ]
+    return pd.DataFrame(rows)
+
+
+def problems_table(cards: list[Card]) -> pd.DataFrame:
+    """Return one row per problem: term_id, category, problem_id, kind, weight, cause, and what it protects or asks."""
+    rows = [
+        {
+            "term_id": card.id,
+            "category": card.category,
+            "problem_id": problem.id,
+            "kind": problem.kind,
+            "weight": problem.weight,
+            "cause": problem.cause,
+            "says": len(problem.says),
+            "steps": len(problem.steps),
+            "asks_first": problem.ask is not None,
+            "protects_first": problem.first is not None,
+            "needs_identity": any(step.needs_identity for step in problem.steps),
+            "applies_in": problem.applies_in,
+            "valid_until": problem.valid_until,
+        }
+        for card in cards
+        for problem in card.problems
     ]
     return pd.DataFrame(rows)
 
@@ -395,7 +479,7 @@ def overlaps(cards: list[Card], top: int = 10, shingle: int = 3) -> pd.DataFrame
     Returns:
         Columns term_a, term_b, jaccard (Jaccard similarity of the n-grams of the agent texts), most similar first.
     """
-    grams = {c.id: {gram for _, text in c.agent_texts() for gram in ngrams(words(text), shingle)} for c in cards}
+    grams = {c.id: {gram for _, _, text in c.agent_texts() for gram in ngrams(words(text), shingle)} for c in cards}
     pairs = [
         {"term_a": a, "term_b": b, "jaccard": len(grams[a] & grams[b]) / max(1, len(grams[a] | grams[b]))}
         for a, b in combinations(grams, 2)
@@ -408,7 +492,8 @@ def readability_table(cards: list[Card]) -> pd.DataFrame:
     """Return one row per card: term_id, category, Flesch reading ease of its agent texts, words per sentence."""
     rows = []
     for card in cards:
-        text = " ".join(text if text.endswith((".", "?", "!")) else f"{text}." for _, text in card.agent_texts())
+        texts = [text for _, _, text in card.agent_texts()]
+        text = " ".join(text if text.endswith((".", "?", "!")) else f"{text}." for text in texts)
         per_sentence = round(len(text.split()) / len(sentences(text)), 1)
         rows.append((card.id, card.category, round(flesch_reading_ease(text), 1), per_sentence))
     return pd.DataFrame(rows, columns=["term_id", "category", "reading_ease", "words_per_sentence"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,14 +18,14 @@ import pyarrow.parquet as pq
 from telco_nb.corpus import duplicates
 from telco_nb.corpus.cards import Card
 from telco_nb.corpus.filters import FILTERS, Conversation, Reject, reject_reason
-from telco_nb.corpus.scenarios import AXES, SPLITS, stable_hash
+from telco_nb.corpus.scenarios import FACTORS, SPLITS, Scenario, stable_hash
 from telco_nb.corpus.text_measures import compression_ratio, distinct_n, self_bleu
 
 SIMILAR_MARGIN = (
     0.005  # the filter's threshold is this much lower, because dropped rows change the TF-IDF weights a little
 )
-SPLIT_POINTS = {"train": 80.0, "val": 10.0, "test": 10.0}  # per cent of the conversations
-SPLIT_PRIORITY = {"test": 0, "val": 1, "train": 2}  # of two duplicates the train row is dropped
+SPLIT_PRIORITY = {"unseen": 0, "test": 1, "val": 2, "train": 3}  # of two duplicates the train row is dropped
+DRIFT_POINTS = 4  # per cent points by which filtering may move a split's share of the conversations
 SAMPLE_SIZE = (
     2000  # distinct-n and compression depend on the amount of text, so all corpora are measured on as many texts
 )
@@ -47,10 +48,15 @@ DUPLICATE_REASONS = [f"{kind}_duplicate_{name}" for name in PARTS for kind in ("
 REASONS = (*FILTERS, *DUPLICATE_REASONS, "similar_across_splits")
 
 
+def _priority(row: Conversation) -> int:
+    """Order of keeping among duplicates: gold conversations first, then held-out splits, then training."""
+    return SPLIT_PRIORITY[row["split"]] + (0 if row["origin"] == "gold" else len(SPLIT_PRIORITY))
+
+
 def _duplicates(rows: list[Conversation], name: str) -> dict[int, Reject]:
-    """Return the positions to drop because a part repeats that of a row with priority (test, then val, then train)."""
+    """Return the positions to drop because a part repeats that of a row with priority (`_priority`)."""
     part = PARTS[name]
-    order = sorted(range(len(rows)), key=lambda i: (SPLIT_PRIORITY[rows[i]["split"]], i))
+    order = sorted(range(len(rows)), key=lambda i: (_priority(rows[i]), i))
     first: dict[str, int] = {}
     dropped: dict[int, Reject] = {}
     for i in order:
@@ -67,14 +73,15 @@ def _duplicates(rows: list[Conversation], name: str) -> dict[int, Reject]:
 def similar_across_splits(rows: list[Conversation], threshold: float = duplicates.SIMILAR) -> list[duplicates.Pair]:
     """Return pairs (i, j, cosine) of similar first exchanges (TF-IDF cosine >= threshold) in different splits.
 
-    Row i has priority (test, then val, then train). Rows of different terms are not compared: the names of the terms
-    alone make them different.
+    Row i has priority (`_priority`). Rows of different terms are not compared: the names of the terms alone make them
+    different.
     """
     if not rows:
         return []
     exchanges = [f"{first_turn(row)}\n{first_answer(row)}" for row in rows]
-    priority = [SPLIT_PRIORITY[row["split"]] for row in rows]
-    return duplicates.similar_pairs(exchanges, [row["term_id"] for row in rows], priority, threshold)
+    priority = [_priority(row) for row in rows]
+    pairs = duplicates.similar_pairs(exchanges, [row["term_id"] for row in rows], priority, threshold)
+    return [(i, j, cosine) for i, j, cosine in pairs if rows[i]["split"] != rows[j]["split"]]
 
 
 def _similar(rows: list[Conversation]) -> dict[int, Reject]:
@@ -126,24 +133,26 @@ def _rejected_row(conversation: Any, refused: Reject) -> tuple[str | None, str, 
 
 
 def balanced_order(rows: list[Conversation], seed: int) -> list[int]:
-    """Order all rows so that every prefix is balanced over terms, then intents, then the other axes.
+    """Order all rows so that gold stands first, and every prefix is balanced over terms, then kinds and contexts.
 
-    Terms take turns. Each gives its least used scenario, preferably of the rarest intent, situation and customer so
-    far, and of this scenario the conversation with the rarest opening and mood. A hash decides ties.
+    Terms take turns. Each gives its least used scenario, preferably of the rarest kind and context so far, and of this
+    scenario the gold conversation, then the next one by hash. A hash decides ties.
     """
+    gold = [i for i, row in enumerate(rows) if row["origin"] == "gold"]
+    rest = [i for i, row in enumerate(rows) if row["origin"] != "gold"]
+    return [own[i] for own in (gold, rest) if own for i in _balanced([rows[i] for i in own], seed)]
+
+
+def _balanced(rows: list[Conversation], seed: int) -> list[int]:
     pools: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, row in enumerate(rows):
-        pools[row["term_id"]][row["scenario_id"]].append(i)
     tie_break = partial(stable_hash, seed, "sample")
+    for i in sorted(range(len(rows)), key=lambda i: tie_break(rows[i]["conversation_id"])):
+        pools[rows[i]["term_id"]][rows[i]["scenario_id"]].append(i)
     counts: Counter = Counter()
 
     def scenario_rank(pool: list[int]) -> tuple:
         row = rows[pool[0]]
-        return (counts[row["scenario_id"]], *(counts[row[axis]] for axis in AXES), tie_break(row["scenario_id"]))
-
-    def row_rank(i: int) -> tuple:
-        row = rows[i]
-        return counts[row["opening"]], counts[row["mood"]], tie_break(row["conversation_id"])
+        return (counts[row["scenario_id"]], *(counts[row[key]] for key in FACTORS), tie_break(row["scenario_id"]))
 
     order: list[int] = []
     turn = 0
@@ -151,32 +160,44 @@ def balanced_order(rows: list[Conversation], seed: int) -> list[int]:
         turn += 1
         open_terms = [term for term, scenarios in pools.items() if any(scenarios.values())]
         for term in sorted(open_terms, key=lambda term: tie_break(turn, term)):
-            pool = min(filter(None, pools[term].values()), key=scenario_rank)
-            chosen = min(pool, key=row_rank)
-            pool.remove(chosen)
+            chosen = min(filter(None, pools[term].values()), key=scenario_rank).pop(0)
             order.append(chosen)
-            counts.update([rows[chosen][key] for key in (*AXES, "opening", "mood", "scenario_id")])
+            counts.update([rows[chosen][key] for key in (*FACTORS, "scenario_id")])
     return order
 
 
-def sample_split(rows: list[Conversation], split: str, n: int | None, seed: int) -> list[Conversation]:
-    """Take a balanced sample of a split.
+def count_words(conversation: Conversation, exchanges: int | None = None) -> int:
+    """Return the words of a conversation, or of its first `exchanges`."""
+    messages = conversation["messages"][: None if exchanges is None else 2 * exchanges]
+    return sum(len(message["content"].split()) for message in messages)
+
+
+def sample_split(
+    rows: list[Conversation], split: str, n: int | None, seed: int, longest_words: int | None = None
+) -> list[Conversation]:
+    """Take a balanced sample of a split, gold conversations first.
 
     Args:
         rows: conversations of all splits.
-        split: "train", "val" or "test".
-        n: the number of conversations; None for the whole split in grid order.
+        split: one of `scenarios.SPLITS`.
+        n: the number of conversations; None for all, in balanced order.
         seed: the seed of the sample. A larger sample contains the smaller one.
+        longest_words: leave out longer conversations; None for no limit.
 
     Raises:
-        ValueError: the split has fewer than `n` rows.
+        ValueError: the split has fewer than `n` such rows.
     """
-    own = [row for row in rows if row["split"] == split]
-    if n is None:
-        return own
-    if n > len(own):
-        raise ValueError(f"{n} conversations requested from split {split!r}, which has {len(own)}")
+    own = [row for row in rows if row["split"] == split and not (longest_words and count_words(row) > longest_words)]
+    if n is not None and n > len(own):
+        limit = f" of at most {longest_words} words" if longest_words else ""
+        raise ValueError(f"{n} conversations requested from split {split!r}, which has {len(own)}{limit}")
     return [own[i] for i in balanced_order(own, seed)[:n]]
+
+
+def validation_rows(rows: list[Conversation]) -> list[Conversation]:
+    """Return the rows from which validation conversations are taken: gold ones alone, where there are any."""
+    val = [row for row in rows if row["split"] == "val"]
+    return [row for row in val if row["origin"] == "gold"] or val
 
 
 def _by_scenario(rows: Iterable[Conversation]) -> dict[str, list[Conversation]]:
@@ -186,27 +207,38 @@ def _by_scenario(rows: Iterable[Conversation]) -> dict[str, list[Conversation]]:
     return groups
 
 
-def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dict[str, Any]]:
-    """Take one prompt per test scenario: the first user turn, with the answer of its conversation as reference.
+def test_prompts(
+    rows: list[Conversation], test_set: str, n: int | None, seed: int, longest_words: int | None = None
+) -> list[dict[str, Any]]:
+    """Take one prompt per scenario: the first customer message, with the answer of its conversation as reference.
 
     Args:
-        rows: conversations of all splits.
-        n: the number of scenarios, taken in balanced order; None for all.
-        seed: the seed of the sample and of the hash that draws the conversation of a scenario.
+        rows: the conversations of this test set; of a scenario with several, the gold one or one drawn by hash is taken.
+        test_set: its name: test, noisy or unseen.
+        n: the number of prompts, taken in balanced order; None for all.
+        seed: the seed of the sample.
+        longest_words: leave out first exchanges that are longer; None for no limit.
 
     Raises:
-        ValueError: there are fewer than `n` test scenarios.
+        ValueError: there are fewer than `n` such scenarios.
     """
-    scenarios = _by_scenario(row for row in rows if row["split"] == "test").values()
-    drawn = [min(own, key=lambda row: stable_hash(seed, "prompt", row["conversation_id"])) for own in scenarios]
+
+    def rank(row: Conversation) -> tuple:
+        return row["origin"] != "gold", stable_hash("prompt", row["conversation_id"])
+
+    drawn = [min(own, key=rank) for own in _by_scenario(rows).values()]
+    drawn = [row for row in drawn if not (longest_words and count_words(row, 1) > longest_words)]
+    if n is not None and n > len(drawn):
+        raise ValueError(f"{n} prompts requested from test set {test_set!r}, which has {len(drawn)}")
     return [
         {
             "prompt_id": row["conversation_id"],
-            **{key: row[key] for key in ("scenario_id", "term_id", *AXES)},
+            "test_set": test_set,
+            **{key: row[key] for key in ("scenario_id", "term_id", "problem_id", *FACTORS)},
             "messages": row["messages"][:1],
             "reference": first_answer(row),
         }
-        for row in sample_split(drawn, "test", n, seed)
+        for row in (drawn[i] for i in balanced_order(drawn, seed)[:n])
     ]
 
 
@@ -214,13 +246,13 @@ def test_prompts(rows: list[Conversation], n: int | None, seed: int) -> list[dic
 
 
 def turns_table(conversations: Iterable[Conversation]) -> pd.DataFrame:
-    """Return one row per message: conversation_id, split, intent, role, turn (from 0) and words."""
+    """Return one row per message: conversation_id, origin, split, kind, role, turn (from 0) and words."""
     rows = [
-        (c["conversation_id"], c["split"], c["intent"], m["role"], i // 2, len(m["content"].split()))
+        (c["conversation_id"], c["origin"], c["split"], c["kind"], m["role"], i // 2, len(m["content"].split()))
         for c in conversations
         for i, m in enumerate(c["messages"])
     ]
-    return pd.DataFrame(rows, columns=["conversation_id", "split", "intent", "role", "turn", "words"])
+    return pd.DataFrame(rows, columns=["conversation_id", "origin", "split", "kind", "role", "turn", "words"])
 
 
 def length_stats(turns: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -265,33 +297,62 @@ def self_bleu_per_cell(
         seed: the seed of the hash.
 
     Returns:
-        One row per scenario: scenario_id, term_id, the axes, texts, and self_bleu_<part> (0 to 1) for each part.
+        One row per scenario: scenario_id, term_id, kind, context, texts, and self_bleu_<part> (0 to 1) by part.
     """
     by_scenario = _by_scenario(rows)
     table = []
     for name in sorted(by_scenario, key=lambda name: stable_hash(seed, "diversity", name))[:cells]:
         own = _stable_sample(by_scenario[name], CELL_TEXTS, seed)
         values = {f"self_bleu_{part}": self_bleu([text_of(row) for row in own]) for part, text_of in parts.items()}
-        head = {key: own[0][key] for key in ("scenario_id", "term_id", *AXES)}
+        head = {key: own[0][key] for key in ("scenario_id", "term_id", *FACTORS)}
         table.append(head | {"texts": len(own)} | values)
     return pd.DataFrame(table)
 
 
+def variety_table(conversations: Sequence[Conversation], seed: int) -> pd.DataFrame:
+    """Compare who wrote what: one row per origin (gold, variant, a hosted model) with measures of its answers.
+
+    Columns: origin, conversations, texts (sampled first answers), distinct_2, gzip_ratio, asks_share (agent messages
+    with a question), same_ending_share (agent messages that end with the most frequent last sentence), short_share
+    (customer messages under 12 words).
+    """
+    rows = []
+    for origin in dict.fromkeys(row["origin"] for row in conversations):
+        own = [row for row in conversations if row["origin"] == origin]
+        texts = [first_answer(row) for row in _stable_sample(own, 1000, seed)]
+        agent = [m["content"] for row in own for m in row["messages"] if m["role"] == "assistant"]
+        customer = [m["content"] for row in own for m in row["messages"] if m["role"] == "user"]
+        last = Counter(re.split(r"(?<=[.!?])\s+", text.strip())[-1].lower() for text in agent)
+        rows.append(
+            {
+                "origin": origin,
+                "conversations": len(own),
+                "texts": len(texts),
+                "distinct_2": round(distinct_n(texts, 2), 4),
+                "gzip_ratio": round(compression_ratio(texts), 3),
+                "asks_share": sum("?" in text for text in agent) / len(agent),
+                "same_ending_share": max(last.values()) / len(agent),
+                "short_share": sum(len(text.split()) < 12 for text in customer) / len(customer),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def self_bleu_summary(cells: pd.DataFrame) -> dict[str, Any]:
-    """Return the number of scenarios measured and the mean self-BLEU by intent, None where undefined."""
-    means = cells.groupby("intent")[[f"self_bleu_{name}" for name in PARTS]].mean().round(4)
-    by_intent = means.astype(object).where(means.notna(), None).to_dict("index")
-    return {"scenarios_measured": len(cells), "mean_by_intent": by_intent}
+    """Return the number of scenarios measured and the mean self-BLEU by kind of problem, None where undefined."""
+    means = cells.groupby("kind")[[f"self_bleu_{name}" for name in PARTS]].mean().round(4)
+    by_kind = means.astype(object).where(means.notna(), None).to_dict("index")
+    return {"scenarios_measured": len(cells), "mean_by_kind": by_kind}
 
 
 def level_counts(conversations: list[Conversation]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return axis -> level -> {split: conversations} for the axes of the grid, moods, openings and turns."""
-    axes = [*AXES, "mood", "opening", "n_turns"]
-    frame = pd.DataFrame(conversations, columns=["split", *axes])
+    """Return column -> level -> {split: conversations} for kind, context, origin, manner and number of exchanges."""
+    columns = [*FACTORS, "origin", "manner", "n_turns"]
+    frame = pd.DataFrame(conversations, columns=["split", *columns])
     counts = {}
-    for axis in axes:
-        table = pd.crosstab(frame[axis].astype(str), frame["split"]).reindex(columns=list(SPLITS), fill_value=0)
-        counts[axis] = table.to_dict("index")
+    for column in columns:
+        table = pd.crosstab(frame[column].astype(str), frame["split"]).reindex(columns=list(SPLITS), fill_value=0)
+        counts[column] = table.to_dict("index")
     return counts
 
 
@@ -314,19 +375,25 @@ def count_leaks(conversations: list[Conversation]) -> dict[str, int]:
     return leaks
 
 
-def leak_gates(conversations: list[Conversation], leaks: dict[str, int]) -> pd.DataFrame:
-    """Check that the splits are fit for use, from `count_leaks`: columns gate, value, limit, passed."""
+def leak_gates(conversations: list[Conversation], leaks: dict[str, int], grid: Sequence[Scenario]) -> pd.DataFrame:
+    """Check that the splits are fit for use, from `count_leaks`: columns gate, value, limit, passed.
+
+    Args:
+        conversations: what the filters keep.
+        leaks: what the splits share.
+        grid: the scenarios, whose splits set the share of conversations that each split should have.
+    """
+    sizes, planned = Counter(c["split"] for c in conversations), Counter(s.split for s in grid)
     total = max(1, len(conversations))
-    sizes = Counter(c["split"] for c in conversations)
-    drift = max(abs(100 * sizes[name] / total - target) for name, target in SPLIT_POINTS.items())
-    present = {(axis, c[axis], c["split"]) for c in conversations for axis in (*AXES, "term_id")}
-    levels = {(axis, level) for axis, level, _ in present}
-    absent = sum((axis, level, name) not in present for axis, level in levels for name in SPLIT_POINTS)
+    drift = max(abs(100 * sizes[name] / total - 100 * planned[name] / len(grid)) for name in planned)
+    seen = {(c["context"], c["split"]) for c in conversations}
+    expected = {(s.context, s.split) for s in grid}
     rows: list[tuple[str, float, int]] = [
         (f"{name.replace('_', ' ')} between splits", n, 0) for name, n in leaks.items()
     ]
-    rows.append(("levels or terms absent from a split", absent, 0))
-    rows.append(("points between a split and its target share", round(drift, 2), 2))
+    rows.append(("contexts absent from a split that should have them", len(expected - seen), 0))
+    rows.append(("scenarios without any conversation", len(grid) - len({c["scenario_id"] for c in conversations}), 0))
+    rows.append(("points between a split and its share of the scenarios", round(drift, 2), DRIFT_POINTS))
     frame = pd.DataFrame(rows, columns=["gate", "value", "limit"])
     return frame.assign(passed=frame["value"] <= frame["limit"])
 

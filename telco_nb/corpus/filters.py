@@ -14,19 +14,20 @@ from typing import Any
 from telco_nb.corpus import personal_data
 from telco_nb.corpus.cards import Card, unknown_figures
 from telco_nb.corpus.scenarios import SPLITS
-from telco_nb.corpus.text_measures import ngrams
+from telco_nb.corpus.text_measures import content_stems, ngrams
 
 CONVERSATION_KEYS = (
-    "conversation_id", "scenario_id", "term_id", "intent", "situation", "customer", "mood", "opening", "n_turns",
+    "conversation_id", "scenario_id", "term_id", "problem_id", "kind", "context", "origin", "manner", "n_turns",
     "messages", "split",
 )  # fmt: skip
 FINISHED = ("stop", "end", "end_turn")  # providers' names for an answer that was not cut off
-TOTAL_WORDS = (15, 400)
-MAX_TURNS = 3
+TOTAL_WORDS = (15, 600)
+MAX_TURNS = 4
 LOOP_NGRAM, LOOP_SHARE = 4, 0.3  # of a message's word 4-grams, the share that may repeat an earlier one
 ENGLISH_SHARE = 0.15  # a message with this share of English function words is not classified
 ENGLISH_PROBABILITY = 0.02  # the classifier refuses below this; it often takes short jargon for another language
-SHORTEST_CLASSIFIED = 4  # words; "OK, VoLTE off." is too short to have a language
+SHARED_STEMS = 4  # content words that a conversation shares with the card's texts on its problem
+SHORTEST_CLASSIFIED = 6  # words; "OK, VoLTE off." is too short to have a language
 
 Conversation = dict[str, Any]
 Reject = tuple[str, str]  # (reason, detail)
@@ -73,6 +74,8 @@ def _schema(c: Any, card: Card | None) -> str | None:
         return f"n_turns {c['n_turns']!r:.20}"
     if card is None or c["term_id"] != card.id:
         return f"no card {c['term_id']!r}"
+    if c["problem_id"] not in card.by_problem:
+        return f"no problem {c['problem_id']!r} on card {card.id}"
     return _messages(c["messages"])
 
 
@@ -113,8 +116,13 @@ def _names_pattern(names: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)", re.IGNORECASE)
 
 
-def _term(c: Conversation, card: Card) -> str | None:
-    return None if mentions_term(" ".join(m["content"] for m in c["messages"]), card) else f"none of {card.names}"
+def _problem(c: Conversation, card: Card) -> str | None:
+    """Refuse a conversation that is about something else: it names the term, or has words of its problem."""
+    text = " ".join(m["content"] for m in c["messages"])
+    own = card.by_problem[c["problem_id"]].stems & set(content_stems(text))
+    if len(own) >= SHARED_STEMS or mentions_term(text, card):
+        return None
+    return f"{len(own)} words of the problem, and none of {', '.join(card.names)}"[:200]
 
 
 def is_english(text: str) -> bool:
@@ -169,22 +177,27 @@ def _boilerplate(c: Conversation, card: Card) -> str | None:
 
 
 def _figures(c: Conversation, card: Card) -> str | None:
-    answers = [m["content"] for m in c["messages"] if m["role"] == "assistant"]
-    unknown = [figure for answer in answers for figure in unknown_figures(answer, card)]
+    by_role = {
+        role: " ".join(m["content"] for m in c["messages"] if m["role"] == role) for role in ("user", "assistant")
+    }
+    unknown = unknown_figures(by_role["assistant"], card, by_role["user"])
     return ", ".join(unknown)[:200] or None
 
 
 def _personal(c: Conversation, card: Card) -> str | None:
-    """Name the kinds only: the detail column of the reject file must not repeat the personal data."""
-    kinds = [kind for m in c["messages"] for kind, _ in personal_data.find_personal_data(m["content"])]
-    return ", ".join(dict.fromkeys(kinds)) or None
+    """Name the kinds only: the detail column of the reject file must not repeat the personal data.
+
+    A made-up secret that a customer gives away is wanted, because the agent must react to it; an agent never says one.
+    """
+    found = [(m["role"], kind) for m in c["messages"] for kind, _ in personal_data.find_personal_data(m["content"])]
+    return ", ".join(dict.fromkeys(kind for role, kind in found if (role, kind) != ("user", "secret"))) or None
 
 
 FILTERS: dict[str, Callable[[Any, Any], str | None]] = {
     "schema": _schema,
     "finish_reason": _finish,
     "roles": _roles,
-    "term_absent": _term,
+    "off_problem": _problem,
     "language": _language,
     "length": _length,
     "loop": _loop,

@@ -7,8 +7,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 BLEU_ORDER = 4
+STOP_WORDS = frozenset(
+    """
+a about after all also am an and any are as at be because been before but by can could did do does for from had has
+have how i if in into is it its me more my no not of on once one only or other our out over so some such than that the
+their them then there these they this those to too up us very was we were what when where which while who why will with
+would you your
+""".split()  # noqa: SIM905
+)
 
 _VOWELS = re.compile(r"[aeiouy]+")
 _SILENT = re.compile(r"(?:[^laeiouy]es?|[^aeiouytd]ed)$")  # bite, takes, asked; but table, glasses, started
@@ -17,6 +26,21 @@ _SILENT = re.compile(r"(?:[^laeiouy]es?|[^aeiouytd]ed)$")  # bite, takes, asked;
 def words(text: str) -> list[str]:
     """Return the lower-cased words; hyphens, dots and apostrophes inside a word are kept (eSIM, Wi-Fi, Mbit/s)."""
     return re.findall(r"[a-z0-9]+(?:['’\-./][a-z0-9]+)*", text.lower())
+
+
+def stem(word: str) -> str:
+    """Cut the commonest endings of an English word: a crude stem, the same for all forms of most words."""
+    word = re.sub(r"['’]s$", "", word)
+    for ending in ("ing", "ies", "ed", "es", "s", "y", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
+            return word[: -len(ending)]
+    return word
+
+
+@lru_cache(maxsize=65536)
+def content_stems(text: str) -> tuple[str, ...]:
+    """Return the stems of the words that are not stop words, in their order."""
+    return tuple(stem(word) for word in words(text) if word not in STOP_WORDS)
 
 
 def sentences(text: str) -> list[str]:

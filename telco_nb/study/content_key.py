@@ -62,9 +62,16 @@ def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
             if fnmatch.fnmatch(output["path"], pattern):
                 hashes[f"{scope}/{step}/{output['path']}"] = output["sha256"]
     for name, value in job.parameters.items():
-        if name.endswith("_path") and (ROOT / value).is_file():
-            hashes[value] = sha256(ROOT / value)
+        if name.endswith("_path") and value is not None:
+            hashes |= path_hashes(value)
     return hashes
+
+
+def path_hashes(value: str) -> dict[str, str]:
+    """sha256 of the file that a parameter names, or of every file of the folder; empty if nothing is there."""
+    path = ROOT / value
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {str(Path(value) / file.relative_to(path)): sha256(file) for file in files if file.is_file()}
 
 
 def module_hashes(code: str) -> dict[str, str]:

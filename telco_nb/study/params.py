@@ -95,8 +95,11 @@ class Parameters(LoraParameters, JudgeParameters):
     seed: int = Field(ge=0)
     # data
     glossary_path: str
-    axes_path: str
-    grammar_path: str
+    contexts_path: str
+    gold_path: str | None
+    noisy_path: str | None
+    prompts_path: str | None
+    unseen_terms: list[str]
     generator: Literal["offline", "anthropic", "openai", "google", "openai-compatible"]
     generator_model: str | None
     generator_endpoint: str | None
@@ -107,10 +110,13 @@ class Parameters(LoraParameters, JudgeParameters):
     generator_input_usd_per_mtok: float | None = Field(ge=0)
     generator_output_usd_per_mtok: float | None = Field(ge=0)
     max_in_flight: int = Field(ge=1, le=200)
-    seeds_per_scenario: int = Field(ge=1, le=20)
+    conversations_per_scenario: int = Field(ge=1, le=20)
     train_conversations: int | None = Field(ge=1)
     val_conversations: int | None = Field(ge=1)
+    longest_words: int | None = Field(ge=30)
     test_prompts: int | None = Field(ge=1)
+    noisy_prompts: int | None = Field(ge=0)
+    unseen_prompts: int | None = Field(ge=0)
     # training
     base_model: str = Field(min_length=1)
     processes: int = Field(ge=1, le=64)

@@ -1,0 +1,177 @@
+"""Written conversations: the gold ones of each scenario, the noisy test exchanges, and prompts of one's own.
+
+All of them are files that people may edit, so every fault is named with its file and line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from telco_nb.corpus.cards import Card, StrictModel, Text
+from telco_nb.corpus.scenarios import Scenario, conversation_row
+
+Message = dict[str, str]
+
+
+class _Message(StrictModel):
+    role: Literal["user", "assistant"]
+    content: Text
+
+
+class _Written(StrictModel):
+    """A line of a file of written conversations. `ends` and `manner` are for readers."""
+
+    id: Text
+    messages: Annotated[list[_Message], Field(min_length=2)]
+    ends: str = ""
+    manner: str = "-"
+
+
+class WrittenFileError(ValueError):
+    """Raised for a file of conversations or prompts that cannot be used; the message names file, line and fault."""
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of a JSONL file. Raises WrittenFileError for a line that is not JSON in UTF-8."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrittenFileError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise WrittenFileError(f"{path.name}, line {number}: not JSON: {error}") from None
+
+
+def _read_written(path: Path, by_id: Mapping[str, Scenario]) -> Iterator[tuple[Scenario, _Written]]:
+    seen: set[str] = set()
+    for number, value in read_lines(path):
+        where = f"{path.name}, line {number}"
+        try:
+            written = _Written.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise WrittenFileError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if written.id not in by_id:
+            raise WrittenFileError(f"{where}: no scenario has the id {written.id!r} (term.problem.context)")
+        if written.id in seen:
+            raise WrittenFileError(f"{where}: {written.id!r} is given twice")
+        roles = [message.role for message in written.messages]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            raise WrittenFileError(f"{where}: {written.id!r}: the roles must go user, assistant in turn")
+        seen.add(written.id)
+        yield by_id[written.id], written
+
+
+def load_gold(folder: Path | None, scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
+    """Load the gold conversations: number 0 of their scenarios, in grid order.
+
+    Args:
+        folder: `<term>.jsonl` files; None if there are none. A scenario may lack one.
+        scenarios: the scenario grid.
+
+    Raises:
+        WrittenFileError: a line cannot be used, or the folder is missing.
+    """
+    if folder is None:
+        return []
+    if not folder.is_dir():
+        raise WrittenFileError(f"{folder}: no such folder. Set gold_path to null for cards without gold conversations.")
+    by_id = {scenario.scenario_id: scenario for scenario in scenarios}
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for scenario, written in _read_written(path, by_id):
+            messages = [message.model_dump() for message in written.messages]
+            found[scenario.scenario_id] = conversation_row(scenario, 0, "gold", messages, written.manner)
+    return [found[name] for name in by_id if name in found]
+
+
+def load_noisy(path: Path | None, scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
+    """Load the test scenarios as hurried or confused customers ask about them; conversations as `load_gold` gives.
+
+    Lines of scenarios that are not in the test split are left out: the test set follows the split.
+    """
+    if path is None:
+        return []
+    by_id = {scenario.scenario_id: scenario for scenario in scenarios}
+    rows = []
+    for scenario, written in _read_written(path, by_id):
+        if scenario.split == "test":
+            row = conversation_row(scenario, 0, "gold", [m.model_dump() for m in written.messages], written.manner)
+            rows.append(row | {"conversation_id": f"{scenario.scenario_id}.noisy"})
+    return rows
+
+
+# ---------------------------------------------------------------- prompts of one's own
+
+COLUMNS = ("prompt", "reference", "term", "problem")
+
+
+def load_prompts(path: Path | None, cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """Load prompts of one's own from a CSV or JSONL file.
+
+    Columns: `prompt`; optional `reference` (a good answer), `term` and `problem` (ids of a card and of its problem).
+    Without a term the card whose name the prompt mentions is taken, if it is one.
+
+    Returns:
+        Rows as `dataset.test_prompts` gives them, with test_set "own"; term_id and problem_id are "" where unknown.
+
+    Raises:
+        WrittenFileError: the file cannot be read, or a row names no known term or problem.
+    """
+    if path is None:
+        return []
+    by_id = {card.id: card for card in cards}
+    rows = []
+    for number, values in _prompt_rows(path):
+        where = f"{path.name}, row {number}"
+        unknown = sorted(set(values) - set(COLUMNS))
+        if unknown or not str(values.get("prompt") or "").strip():
+            problem = f"unknown column {', '.join(unknown)}" if unknown else "prompt is empty"
+            raise WrittenFileError(f"{where}: {problem}. Columns: {', '.join(COLUMNS)}; only prompt is needed.")
+        text, reference = (str(values.get(name) or "").strip() for name in ("prompt", "reference"))
+        term = str(values.get("term") or "").strip() or _mentioned(text, cards)
+        problem = str(values.get("problem") or "").strip()
+        if term and term not in by_id:
+            raise WrittenFileError(f"{where}: no card has the id {term!r}")
+        if problem and (not term or problem not in by_id[term].by_problem):
+            raise WrittenFileError(f"{where}: card {term!r} has no problem {problem!r}")
+        rows.append(_own_prompt(number, term, problem, text, reference))
+    return rows
+
+
+def _own_prompt(number: int, term: str, problem: str, text: str, reference: str) -> dict[str, Any]:
+    return {
+        "prompt_id": f"own.{number:04d}", "test_set": "own", "scenario_id": f"own.{number:04d}", "term_id": term,
+        "problem_id": problem, "kind": "own", "context": "own", "messages": [{"role": "user", "content": text}],
+        "reference": reference,
+    }  # fmt: skip
+
+
+def _mentioned(text: str, cards: Sequence[Card]) -> str:
+    """The id of the one card that the text names, or ""."""
+    from telco_nb.corpus.filters import mentions_term  # filters imports the conversation keys of this room
+
+    named = [card.id for card in cards if mentions_term(text, card)]
+    return named[0] if len(named) == 1 else ""
+
+
+def _prompt_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix.lower() == ".csv":
+        from telco_nb.corpus.tables import read_csv
+
+        yield from read_csv(path)
+        return
+    for number, value in read_lines(path):
+        if not isinstance(value, dict):
+            raise WrittenFileError(f'{path.name}, line {number}: an object is expected, such as {{"prompt": "…"}}')
+        yield number, value
