@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb import ROOT
 from telco_nb.commands.common import CommandError, MaxUsd, ParamsDir, Profile, Yes, errors_as_exit_codes
-from telco_nb.corpus import llm_writer, scenarios
-from telco_nb.corpus.cards import load_cards
+from telco_nb.commands.estimate import Corpus
+from telco_nb.corpus import llm_writer
 from telco_nb.engine import runner
 from telco_nb.hosted import api, prices
 from telco_nb.hosted.ledger import BatchRecord
@@ -170,10 +169,7 @@ def _generator_work(profile: str, params_dir: Path, max_usd: float | None) -> Ba
     model = api.hosted_model_from(values, "generator")
     if model is None:
         raise api.ProviderError(f"profile {profile}: the generator is offline; there is nothing to submit.")
-    cards = load_cards(ROOT / values["glossary_path"])
-    axes = scenarios.load_axes(ROOT / values["axes_path"])
-    grid = scenarios.build_scenarios(cards, axes, values["seed"])
-    planned = llm_writer.plan_calls(cards, grid, axes, values["seeds_per_scenario"])
+    planned = Corpus(values).planned()
     session = llm_writer.open_session(values, model, planned, record.profile_root(profile), max_usd, batch=True)
     every, due = [], []
     for calls in planned:

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb import ROOT
-from telco_nb.corpus import llm_writer, scenarios, variants
+from telco_nb.corpus import gold, llm_writer, scenarios, variants
 from telco_nb.corpus.cards import load_cards
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import HostedModel
@@ -25,7 +25,7 @@ SENT = {
     "generator": "fact cards and scenario readings, no customer data",
     "judge": "test conversations, fact cards and the answers of the trained models",
 }
-SAMPLED = 40  # conversations that the offline grammar writes to measure their length
+SAMPLED = 40  # conversations whose length is measured
 VERDICT_TOKENS = (60.0, 130.0, 260.0)  # an analysis of at most 80 words and a line of JSON; reasoning models write more
 MEASURED_FROM = 10  # number of questions with counted tokens from which on their lengths are used for all
 
@@ -48,30 +48,49 @@ def estimate_job(job: Job, hosted_model: HostedModel, plan: Sequence[Job], root:
     declared = values[f"{prefix}_input_usd_per_mtok"], values[f"{prefix}_output_usd_per_mtok"]
     price = prices.Prices(hosted_model, *declared)
     estimate = _estimate_generator if prefix == "generator" else _estimate_judge
-    return estimate(_Corpus(values), price, root), SENT[prefix]
+    return estimate(Corpus(values), price, root), SENT[prefix]
 
 
-class _Corpus:
-    """Cards, axes and scenarios of a study, from its parameters."""
+class Corpus:
+    """Cards, contexts, scenarios and gold conversations of a study, from its parameters."""
 
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
         self.cards = load_cards(ROOT / values["glossary_path"])
         self.by_id = {card.id: card for card in self.cards}
-        self.axes = scenarios.load_axes(ROOT / values["axes_path"])
-        self.grid = scenarios.build_scenarios(self.cards, self.axes, values["seed"])
+        self.contexts = scenarios.load_contexts(ROOT / values["contexts_path"])
+        self.grid = scenarios.build_scenarios(self.cards, self.contexts, values["unseen_terms"])
+        self.gold = gold.load_gold(self._path("gold_path"), self.grid)
+
+    def _path(self, name: str) -> Path | None:
+        return ROOT / self.values[name] if self.values[name] else None
+
+    def planned(self) -> llm_writer.Plan:
+        """The calls of the hosted generator; number 0 of a scenario is its gold conversation, in a study with gold."""
+        numbers = range(1 if self.gold else 0, self.values["conversations_per_scenario"])
+        return llm_writer.plan_calls(self.cards, self.grid, self.contexts, numbers)
 
     def sample(self) -> list[dict[str, Any]]:
-        """Conversations by the offline grammar."""
+        """Conversations of typical length: gold ones, without them variants by rule."""
+        if self.gold:
+            return self.gold[:: max(1, len(self.gold) // SAMPLED)]
         grid = self.grid[:: max(1, len(self.grid) // SAMPLED)]
-        seed = self.values["seed"]
-        return [variants.write_conversation(self.by_id[s.term_id], s, 0, self.axes, seed) for s in grid]
+        return list(variants.write_variants(self.cards, grid, self.contexts, range(1)))
+
+    def count_prompts(self) -> int:
+        """The largest possible number of prompts in the test sets test, noisy, unseen and own."""
+        splits = [scenario.split for scenario in self.grid]
+        noisy = gold.load_noisy(self._path("noisy_path"), self.grid)
+        available = {"test": splits.count("test"), "noisy": len(noisy), "unseen": splits.count("unseen")}
+        limits = {name: self.values[f"{name}_prompts"] for name in available}
+        taken = [n if limits[name] is None else min(n, limits[name]) for name, n in available.items()]
+        return sum(taken) + len(gold.load_prompts(self._path("prompts_path"), self.cards))
 
 
-def _estimate_generator(corpus: _Corpus, price: prices.Prices, root: Path) -> prices.Estimate:
+def _estimate_generator(corpus: Corpus, price: prices.Prices, root: Path) -> prices.Estimate:
     """The unanswered calls, at the measured lengths if the store has enough of them."""
     model, seed = price.hosted_model, corpus.values["seed"]
-    calls = llm_writer.plan_calls(corpus.cards, corpus.grid, corpus.axes, corpus.values["seeds_per_scenario"])
+    calls = corpus.planned()
     path = llm_writer.store_path(root)
     if path.is_file():
         calls = llm_writer.unanswered_calls(calls, attempts.AttemptStore(path), model, seed)
@@ -82,11 +101,11 @@ def _estimate_generator(corpus: _Corpus, price: prices.Prices, root: Path) -> pr
     return llm_writer.estimate_cost(calls, price, seed, words)
 
 
-def _estimate_judge(corpus: _Corpus, price: prices.Prices, root: Path) -> prices.Estimate:
+def _estimate_judge(corpus: Corpus, price: prices.Prices, root: Path) -> prices.Estimate:
     """The unanswered questions of the protocol and its gate, at the measured lengths or those of a typical pair."""
     values = corpus.values
-    held_out = [s.scenario_id for s in corpus.grid if s.split == "test"][: values["test_prompts"]]
-    prompts = pd.DataFrame({"prompt_id": held_out, "scenario_id": held_out, "term_id": held_out})
+    ids = [f"{i:05d}" for i in range(corpus.count_prompts())]
+    prompts = pd.DataFrame({"prompt_id": ids, "scenario_id": ids, "term_id": ids})
     path = protocol.store_path(root, values["judge"])
     answered = len(VerdictStore(path).ok) if path.is_file() else 0
     calls = max(0, protocol.count_questions(values, prompts) - answered)
@@ -97,12 +116,12 @@ def _estimate_judge(corpus: _Corpus, price: prices.Prices, root: Path) -> prices
     return _at_length(price, calls, sum(sizes) / len(sizes))
 
 
-def _pair_characters(corpus: _Corpus, conversation: Mapping[str, Any], answer_length: int | None) -> int:
+def _pair_characters(corpus: Corpus, conversation: Mapping[str, Any], answer_length: int | None) -> int:
     """Characters of the prompt on two answers of this length, or of the reference's length if it is None."""
     question, reference = (message["content"] for message in conversation["messages"][:2])
     answer = reference if answer_length is None else "x" * answer_length
-    card, intent = corpus.by_id[conversation["term_id"]], conversation["intent"]
-    case = cases.Case("pair", card, intent, (("user", question),), reference, (answer, answer))
+    card, problem_id = corpus.by_id[conversation["term_id"]], conversation["problem_id"]
+    case = cases.Case("pair", card, problem_id, (("user", question),), reference, (answer, answer))
     return len(render_prompt(case).text)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -30,7 +30,7 @@ Kind = Literal["fault", "charge", "change", "choice", "fraud", "misunderstanding
 
 
 class Fault(NamedTuple):
-    """What is wrong in a glossary and where: the file, the card, its problem ("" for the card itself), the field."""
+    """What is wrong and where: file (in tables with its row), card, problem ("": the card itself), field or column."""
 
     file: str
     card: str
@@ -39,8 +39,8 @@ class Fault(NamedTuple):
     message: str
 
     def __str__(self) -> str:
-        problem = f", problem {self.problem!r}" if self.problem else ""
-        return f"{self.file}: card {self.card!r}{problem}, {self.field}: {self.message}"
+        names = [f"{kind} {name!r}, " for kind, name in (("card", self.card), ("problem", self.problem)) if name]
+        return f"{self.file}: {''.join(names)}{self.field}: {self.message}"
 
 
 class GlossaryError(ValueError):
@@ -48,9 +48,8 @@ class GlossaryError(ValueError):
 
     def __init__(self, path: Path | str, faults: Sequence[Fault]):
         self.path, self.faults = Path(path), list(faults)
-        lines = [f"  {fault}" for fault in self.faults[:40]]
-        if len(self.faults) > 40:
-            lines.append(f"  and {len(self.faults) - 40} more")
+        more = [f"  and {len(self.faults) - 40} more"] if len(self.faults) > 40 else []
+        lines = [*(f"  {fault}" for fault in self.faults[:40]), *more]
         super().__init__("\n".join([f"{self.path.name}: {len(self.faults)} fault(s)", *lines]))
 
 
@@ -247,8 +246,8 @@ def unknown_figures(text: str, card: Card, customer: str = "") -> list[str]:
     """Return the figures in `text` that neither the card nor the customer's own words hold.
 
     A number with a unit must match a known number with the same unit, or one without a unit. A bare number ("between
-    20 and 40 ms") matches on the number alone, and so does a number that the customer has named, or the sum or difference
-    of two such numbers. A bare digit counts something ("port 2") and is no figure.
+    20 and 40 ms") matches on the number alone, and so does a number that the customer has named, or the sum or
+    difference of two such numbers. A bare digit counts something ("port 2") and is no figure.
     """
     allowed = card.allowed_figures
     numbers = {number for number, _ in allowed}
@@ -287,10 +286,11 @@ def read_yaml(path: Path | str) -> Any:
 
 
 class RawCard(NamedTuple):
-    """A card as it was read, with what to call its file in an error."""
+    """A card as it was read, what to call its file in an error, and how to find the place of a fault in tables."""
 
     file: str
     values: Any
+    locate: Callable[[Fault], Fault] = lambda fault: fault
 
 
 def load_cards(path: Path | str) -> list[Card]:
@@ -332,38 +332,38 @@ def parse_cards(raw_cards: Sequence[RawCard], faults: Sequence[Fault], path: Pat
     """Validate raw cards. Raises GlossaryError with every fault of every card, `faults` of the reading included."""
     if not raw_cards and not faults:
         raise GlossaryError(path, [Fault(Path(path).name, "(none)", "", "(file)", "no card is given")])
-    cards, problems = [], list(faults)
+    cards, found = [], []
     for raw in raw_cards:
         try:
             cards.append((raw.file, Card.model_validate(raw.values)))
         except ValidationError as error:
-            problems += _validation_faults(raw, error)
-    problems += _repeated_names(cards)
+            found += _validation_faults(raw, error)
+    found += _repeated_names(cards)
     for file, card in cards:
-        problems += _content_faults(file, card)
-    problems += _context_faults(cards)
-    if problems:
-        raise GlossaryError(path, problems)
+        found += _content_faults(file, card)
+    found += _context_faults(cards)
+    locate, known = {raw.file: raw.locate for raw in raw_cards}, {(fault.file, fault.field) for fault in faults}
+    located = [locate[fault.file](fault) for fault in found]
+    if faults or located:
+        raise GlossaryError(path, [*faults, *(fault for fault in located if (fault.file, fault.field) not in known)])
     return [card for _, card in cards]
 
 
 def _validation_faults(raw: RawCard, error: ValidationError) -> list[Fault]:
-    values = raw.values if isinstance(raw.values, dict) else {}
-    card = values.get("id") if isinstance(values.get("id"), str) else "(no id)"
+    card = _name(raw.values, "(no id)")
     found = []
     for detail in error.errors():
         where, problem = list(detail["loc"]), ""
         if where[:1] == ["problems"] and len(where) > 1:
-            problem, where = _problem_name(values, int(where[1])), where[2:]
+            problem, where = _name(raw.values["problems"][where[1]], f"number {int(where[1]) + 1}"), where[2:]
         message = f"{detail['msg']} (got {detail['input']!r:.60})"
         found.append(Fault(raw.file, card, problem, _field_name(where), message))
     return found
 
 
-def _problem_name(values: dict[str, Any], position: int) -> str:
-    problem = values["problems"][position]
-    name = problem.get("id") if isinstance(problem, dict) else None
-    return name if isinstance(name, str) and name else f"number {position + 1}"
+def _name(values: Any, otherwise: str) -> str:
+    name = values.get("id") if isinstance(values, dict) else None
+    return name if isinstance(name, str) and name else otherwise
 
 
 def _field_name(location: Iterable[str | int]) -> str:

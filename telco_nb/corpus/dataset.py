@@ -29,6 +29,10 @@ DRIFT_POINTS = 4  # per cent points by which filtering may move a split's share 
 SAMPLE_SIZE = (
     2000  # distinct-n and compression depend on the amount of text, so all corpora are measured on as many texts
 )
+WRITTEN_BY = (
+    "A language model wrote the gold conversations one by one, to the plan of telco_nb/data/WRITING.md; other instances "
+    "of a language model read them a second time and scored them. No customer and no operator's staff wrote or read them."
+)
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 
 

@@ -5,17 +5,18 @@ All of them are files that people may edit, so every fault is named with its fil
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 from pydantic import Field, ValidationError
 
 from telco_nb.corpus.cards import Card, StrictModel, Text
+from telco_nb.corpus.filters import mentions_term
 from telco_nb.corpus.scenarios import Scenario, conversation_row
+from telco_nb.corpus.tables import read_csv
 
 Message = dict[str, str]
 
@@ -41,7 +42,7 @@ class WrittenFileError(ValueError):
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of a JSONL file. Raises WrittenFileError for a line that is not JSON in UTF-8."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a JSON text may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise WrittenFileError(f"{path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -52,8 +53,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise WrittenFileError(f"{path.name}, line {number}: not JSON: {error}") from None
 
 
-def _read_written(path: Path, by_id: Mapping[str, Scenario]) -> Iterator[tuple[Scenario, _Written]]:
-    seen: set[str] = set()
+def _read_written(path: Path, by_id: Mapping[str, Scenario], seen: set[str]) -> Iterator[tuple[Scenario, _Written]]:
     for number, value in read_lines(path):
         where = f"{path.name}, line {number}"
         try:
@@ -89,7 +89,7 @@ def load_gold(folder: Path | None, scenarios: Sequence[Scenario]) -> list[dict[s
     by_id = {scenario.scenario_id: scenario for scenario in scenarios}
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for scenario, written in _read_written(path, by_id):
+        for scenario, written in _read_written(path, by_id, set(found)):
             messages = [message.model_dump() for message in written.messages]
             found[scenario.scenario_id] = conversation_row(scenario, 0, "gold", messages, written.manner)
     return [found[name] for name in by_id if name in found]
@@ -104,7 +104,7 @@ def load_noisy(path: Path | None, scenarios: Sequence[Scenario]) -> list[dict[st
         return []
     by_id = {scenario.scenario_id: scenario for scenario in scenarios}
     rows = []
-    for scenario, written in _read_written(path, by_id):
+    for scenario, written in _read_written(path, by_id, set()):
         if scenario.split == "test":
             row = conversation_row(scenario, 0, "gold", [m.model_dump() for m in written.messages], written.manner)
             rows.append(row | {"conversation_id": f"{scenario.scenario_id}.noisy"})
@@ -134,19 +134,26 @@ def load_prompts(path: Path | None, cards: Sequence[Card]) -> list[dict[str, Any
     rows = []
     for number, values in _prompt_rows(path):
         where = f"{path.name}, row {number}"
-        unknown = sorted(set(values) - set(COLUMNS))
-        if unknown or not str(values.get("prompt") or "").strip():
-            problem = f"unknown column {', '.join(unknown)}" if unknown else "prompt is empty"
-            raise WrittenFileError(f"{where}: {problem}. Columns: {', '.join(COLUMNS)}; only prompt is needed.")
-        text, reference = (str(values.get(name) or "").strip() for name in ("prompt", "reference"))
-        term = str(values.get("term") or "").strip() or _mentioned(text, cards)
-        problem = str(values.get("problem") or "").strip()
+        if fault := _prompt_fault(values):
+            raise WrittenFileError(f"{where}: {fault}. Columns: {', '.join(COLUMNS)}; only prompt is needed.")
+        text, reference, term, problem = ((values.get(name) or "").strip() for name in COLUMNS)
+        term = term or _mentioned(text, cards)
         if term and term not in by_id:
             raise WrittenFileError(f"{where}: no card has the id {term!r}")
         if problem and (not term or problem not in by_id[term].by_problem):
             raise WrittenFileError(f"{where}: card {term!r} has no problem {problem!r}")
         rows.append(_own_prompt(number, term, problem, text, reference))
     return rows
+
+
+def _prompt_fault(values: Mapping[str, Any]) -> str | None:
+    if unknown := sorted(set(values) - set(COLUMNS)):
+        return f"unknown column {', '.join(unknown)}"
+    for name, value in values.items():
+        text = "" if value is None else value
+        if not isinstance(text, str) or text != text.encode(errors="replace").decode():
+            return f"{name} is not a text"
+    return None if (values.get("prompt") or "").strip() else "prompt is empty"
 
 
 def _own_prompt(number: int, term: str, problem: str, text: str, reference: str) -> dict[str, Any]:
@@ -159,19 +166,70 @@ def _own_prompt(number: int, term: str, problem: str, text: str, reference: str)
 
 def _mentioned(text: str, cards: Sequence[Card]) -> str:
     """The id of the one card that the text names, or ""."""
-    from telco_nb.corpus.filters import mentions_term  # filters imports the conversation keys of this room
-
     named = [card.id for card in cards if mentions_term(text, card)]
     return named[0] if len(named) == 1 else ""
 
 
 def _prompt_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix.lower() == ".csv":
-        from telco_nb.corpus.tables import read_csv
-
-        yield from read_csv(path)
+        try:
+            yield from read_csv(path)
+        except (OSError, ValueError) as error:
+            raise WrittenFileError(str(error)) from None
         return
     for number, value in read_lines(path):
         if not isinstance(value, dict):
             raise WrittenFileError(f'{path.name}, line {number}: an object is expected, such as {{"prompt": "…"}}')
         yield number, value
+
+
+# ---------------------------------------------------------------- the second reading
+
+POINTS = ("answers", "right", "safe", "in_order", "natural", "own", "ends_well")
+
+
+class _Review(StrictModel):
+    """A line of the second reading: seven scores from 1 to 5."""
+
+    id: Text
+    answers: Annotated[int, Field(ge=1, le=5)]
+    right: Annotated[int, Field(ge=1, le=5)]
+    safe: Annotated[int, Field(ge=1, le=5)]
+    in_order: Annotated[int, Field(ge=1, le=5)]
+    natural: Annotated[int, Field(ge=1, le=5)]
+    own: Annotated[int, Field(ge=1, le=5)]
+    ends_well: Annotated[int, Field(ge=1, le=5)]
+    rewritten: bool
+    remark: str
+
+
+def load_reviews(folder: Path | None, scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
+    """Load the scores of the second reading of the gold conversations, one row per scenario that has them.
+
+    Args:
+        folder: `<term>.jsonl` files; None if there are none.
+        scenarios: the scenario grid; scores of other scenarios are left out.
+
+    Raises:
+        WrittenFileError: a line cannot be used.
+    """
+    known = {scenario.scenario_id for scenario in scenarios}
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")) if folder else []:
+        for number, value in read_lines(path):
+            try:
+                review = _Review.model_validate(value)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = f"{path.name}, line {number}: {'.'.join(map(str, first['loc']))}"
+                raise WrittenFileError(f"{where}: {first['msg']}") from None
+            if review.id in known:
+                rows.append({"scenario_id": review.id, **review.model_dump(exclude={"id"})})
+    return rows
+
+
+def review_table(reviews: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return one row per point of the second reading: point, mean, lowest, and the share of fives."""
+    frame = pd.DataFrame(reviews, columns=["scenario_id", *POINTS])[list(POINTS)]
+    table = pd.DataFrame({"mean": frame.mean(), "lowest": frame.min(), "fives_share": (frame == 5).mean()})
+    return table.rename_axis("point").reset_index()

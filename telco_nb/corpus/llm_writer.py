@@ -1,21 +1,21 @@
-"""The LLM generator: a hosted model writes the conversations, one call per scenario and opening for up to 5 of them."""
+"""The LLM generator: a hosted model writes the conversations, one call for up to 5 of a scenario."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from telco_nb import DATA_DIR
-from telco_nb.corpus import variants
-from telco_nb.corpus.cards import Card
-from telco_nb.corpus.scenarios import Axes, Scenario, conversation_row
+from telco_nb.corpus.cards import Card, Problem
+from telco_nb.corpus.scenarios import Context, Scenario, conversation_row
+from telco_nb.corpus.variants import conversation_plan
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request, hosted_model_from
 from telco_nb.hosted.session import Session
@@ -23,14 +23,10 @@ from telco_nb.study.record import sha256
 
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"
 SYSTEM_TEMPLATE, CALL_TEMPLATE = PROMPT_PATH.read_text(encoding="utf-8").split("\n---\n")
-GENERATOR_ID = "llm-1"
+GENERATOR_ID = "llm-2"
+ORIGIN = "llm"
 ITEMS_PER_CALL = 5
-OPENINGS = {
-    "question": "a question",
-    "complaint": "a complaint about what has happened",
-    "pasted_error": "an error message or a line of a bill that the customer pastes, with a word or two about it",
-    "follow_up": "a reference to an earlier contact about the same thing",
-}
+CARD_FIELDS = {"term", "aliases", "definition", "facts", "figures", "wrong_beliefs"}  # what the model is told of a term
 TOKENS_PER_WORD = 1.35  # of English chat with JSON around it, for estimates only
 
 
@@ -45,7 +41,7 @@ class Message(_NoExtraFields):
 
 
 class Conversation(_NoExtraFields):
-    mood: str
+    manner: str
     messages: list[Message] = Field(min_length=2)
 
 
@@ -56,19 +52,19 @@ class Conversations(_NoExtraFields):
 
 
 class WriterItem(NamedTuple):
-    """One conversation to write: its seed number within the scenario, mood and turn pairs."""
+    """One conversation to write: its number within the scenario, the customer's manner, the exchanges."""
 
     number: int
-    mood: str
-    n_turns: int
+    manner: str
+    exchanges: int
 
 
 class WriterCall(NamedTuple):
-    """The items of one scenario that share an opening, at most ITEMS_PER_CALL."""
+    """At most ITEMS_PER_CALL items of one scenario, with the texts on its problem (`system`) and its context."""
 
     scenario: Scenario
-    card: Card
-    opening: str
+    system: str
+    context: str
     items: tuple[WriterItem, ...]
 
 
@@ -76,82 +72,101 @@ Plan = list[list[WriterCall]]  # the calls of each scenario, in the order in whi
 
 
 def hosted_writer(values: Mapping[str, Any]) -> HostedModel | None:
-    """Return the hosted model that the parameters `values` of 02_synth name, or None for the offline grammar.
+    """Return the hosted model that the parameters `values` of 02_synth name, or None for the variants by rule.
 
     Raises ProviderError for a missing model or an endpoint that cannot be used.
     """
     return hosted_model_from(values, "generator")
 
 
-def plan_calls(cards: list[Card], scenarios: list[Scenario], axes: Axes, seeds_per_scenario: int) -> Plan:
+def plan_calls(cards: list[Card], scenarios: list[Scenario], contexts: list[Context], numbers: range) -> Plan:
     """Plan the calls that write all conversations.
 
     Args:
         cards: the cards.
         scenarios: the scenario grid.
-        axes: the axes of the grid, with moods, openings and turn pairs.
-        seeds_per_scenario: conversations per scenario.
+        contexts: the contexts.
+        numbers: the numbers within each scenario that are written, as `variants.write_variants` takes them.
 
     Returns:
         The calls of each scenario in sending order: a later prompt lists the first lines of earlier conversations.
     """
-    by_id = {card.id: card for card in cards}
-    return [_calls(by_id[scenario.term_id], scenario, axes, seeds_per_scenario) for scenario in scenarios]
+    by_id, by_context = {card.id: card for card in cards}, {context.id: context for context in contexts}
+
+    @cache  # the scenarios of a problem share it
+    def system(term_id: str, problem_id: str) -> str:
+        return system_prompt(by_id[term_id], by_id[term_id].by_problem[problem_id])
+
+    planned = []
+    for scenario in scenarios:
+        context = by_context[scenario.context]
+        changes = by_id[scenario.term_id].by_problem[scenario.problem_id].contexts[context.id]
+        told = system(scenario.term_id, scenario.problem_id), _data({context.label: changes})
+        items = [WriterItem(number, *conversation_plan(scenario, number)) for number in numbers]
+        parts = (items[i : i + ITEMS_PER_CALL] for i in range(0, len(items), ITEMS_PER_CALL))
+        planned.append([WriterCall(scenario, *told, tuple(part)) for part in parts])
+    return planned
 
 
-def _calls(card: Card, scenario: Scenario, axes: Axes, seeds_per_scenario: int) -> list[WriterCall]:
-    by_opening: dict[str, list[WriterItem]] = {}
-    for number in range(seeds_per_scenario):
-        mood, opening = variants.mood_and_opening(scenario, number, axes)
-        item = WriterItem(number, mood, variants.turn_pairs(scenario, number, axes))
-        by_opening.setdefault(opening, []).append(item)
-    return [
-        WriterCall(scenario, card, opening, tuple(items[i : i + ITEMS_PER_CALL]))
-        for opening, items in by_opening.items()
-        for i in range(0, len(items), ITEMS_PER_CALL)
-    ]
+def system_prompt(card: Card, problem: Problem) -> str:
+    """Return the rules with the card's general part, this one problem, and how to tell its neighbours from it."""
+    shown = {
+        "card": card.model_dump(include=CARD_FIELDS, exclude_defaults=True),
+        "problem": problem.model_dump(exclude={"weight", "contexts"}, exclude_defaults=True),
+        "neighbours": {other.id: other.tells for other in card.problems if other.id != problem.id},
+    }
+    return _filled(SYSTEM_TEMPLATE, {name: _data(value) for name, value in shown.items()})
 
 
-def request_for(call: WriterCall, model: HostedModel, seed: int, siblings: list[str]) -> Request:
-    """Return the request of a call; its id depends on all arguments but `siblings`.
+def _data(value: Any) -> str:
+    """Return a value as JSON that cannot close the tags around it."""
+    return json.dumps(value, ensure_ascii=False, indent=1).replace("</", "<\\/")
 
-    `siblings` are the first lines of the scenario's earlier conversations, which the model must not repeat.
-    """
-    scenario = call.scenario
-    card = yaml.safe_dump(call.card.model_dump(), sort_keys=False, allow_unicode=True, width=110).strip()
-    system = SYSTEM_TEMPLATE.replace("{{card}}", card)
-    wanted = "\n".join(
-        f"{i}. mood `{item.mood}`, {2 * item.n_turns} messages ({item.n_turns} of each side)"
+
+def _filled(template: str, texts: Mapping[str, str]) -> str:
+    """Put the texts into their places, in one pass: what looks like a place inside a text stays as it is."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: texts[match[1]], template)
+
+
+def _call_prompt(call: WriterCall, siblings: list[str]) -> str:
+    wanted = (
+        f"{i}. manner `{item.manner}`, {2 * item.exchanges} messages ({item.exchanges} of each side)"
         for i, item in enumerate(call.items, 1)
     )
     used = "".join(f"- {line}\n" for line in siblings)
-    fill = {
+    texts = {
         "n": str(len(call.items)),
-        "reading": scenario.reading,
-        "opening": OPENINGS.get(call.opening, call.opening.replace("_", " ")),
-        "wanted": wanted,
-        "siblings": f"These first lines are taken; begin in other ways:\n{used}\n" if siblings else "",
+        "reading": call.scenario.reading.replace("</", "< /"),
+        "context": call.context,
+        "wanted": "\n".join(wanted),
+        "siblings": f"<taken>\n{used}</taken>\n\nThese first lines are taken; begin in other ways.\n\n" if used else "",
     }
-    prompt = CALL_TEMPLATE
-    for name, text in fill.items():
-        prompt = prompt.replace(f"{{{{{name}}}}}", text)
+    return _filled(CALL_TEMPLATE, texts)
+
+
+def request_for(call: WriterCall, model: HostedModel, seed: int, siblings: list[str]) -> Request:
+    """Return the request of a call; its id depends on all that is sent but `siblings`, and on model, items and seed.
+
+    `siblings` are the first lines of the scenario's earlier conversations, which the model must not repeat.
+    """
     identity = [
-        GENERATOR_ID, model.kind, model.model, model.settings(), seed, system, CALL_TEMPLATE, scenario.scenario_id,
-        scenario.reading, call.opening, [item._asdict() for item in call.items],
+        GENERATOR_ID, model.kind, model.model, model.settings(), seed, call.system, _call_prompt(call, []),
+        call.scenario.scenario_id, [item.number for item in call.items],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Request(digest, system, prompt, Conversations, lambda output: _output_fault(output, call.items))
+    check = partial(_output_fault, items=call.items)
+    return Request(digest, call.system, _call_prompt(call, siblings), Conversations, check)
 
 
 def _output_fault(output: Conversations, items: tuple[WriterItem, ...]) -> str | None:
-    """Check an answer that fits the schema: number of conversations, moods, turns, roles. Return the fault or None."""
+    """Check an answer that fits the schema: number of conversations, manners, exchanges, roles. Return the fault."""
     if len(output.conversations) != len(items):
         return f"{len(output.conversations)} conversations, {len(items)} were asked for"
     for i, (written, item) in enumerate(zip(output.conversations, items, strict=True), 1):
-        if written.mood != item.mood:
-            return f"conversation {i}: mood {written.mood!r}, {item.mood!r} was asked for"
-        if [m.role for m in written.messages] != ["user", "assistant"] * item.n_turns:
-            return f"conversation {i}: {2 * item.n_turns} messages were asked for, user and assistant in turn"
+        if written.manner != item.manner:
+            return f"conversation {i}: manner {written.manner!r}, {item.manner!r} was asked for"
+        if [m.role for m in written.messages] != ["user", "assistant"] * item.exchanges:
+            return f"conversation {i}: {2 * item.exchanges} messages were asked for, user and assistant in turn"
     return None
 
 
@@ -159,13 +174,13 @@ def _rows(call: WriterCall, output: dict[str, Any], finish_reason: str | None) -
     """Yield the conversations of a stored answer, with the keys of conversations.parquet and the finish reason."""
     for item, written in zip(call.items, output["conversations"], strict=True):
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in written["messages"]]
-        row = conversation_row(call.scenario, item.number, item.mood, call.opening, messages)
-        yield row | {"n_turns": item.n_turns, "finish_reason": finish_reason}
+        row = conversation_row(call.scenario, item.number, ORIGIN, messages, item.manner)
+        yield row | {"finish_reason": finish_reason}
 
 
 def first_lines(output: dict[str, Any]) -> list[str]:
-    """Return the first 12 words of each conversation of an answer, on one line each."""
-    texts = [written["messages"][0]["content"] for written in output["conversations"]]
+    """Return the first 12 words of each conversation of an answer, on one line each; none can close a tag."""
+    texts = [written["messages"][0]["content"].replace("<", "‹") for written in output["conversations"]]
     return [" ".join(text.split()[:12]) for text in texts]
 
 
@@ -200,7 +215,6 @@ def describe_calls(planned: Plan, model: HostedModel, seed: int) -> dict[str, di
             "generator": GENERATOR_ID,
             "prompt_sha256": prompt_sha256,
             "scenario_id": call.scenario.scenario_id,
-            "opening": call.opening,
             "numbers": [item.number for item in call.items],
         }
         for request_id, call in _by_request_id(planned, model, seed).items()
@@ -218,12 +232,9 @@ def stored_conversations(
         model: the hosted model.
         seed: the seed of the study.
     """
-    for scenario_calls in planned:
-        rows = []
-        for request_id, call in _by_request_id([scenario_calls], model, seed).items():
-            if line := store.ok.get(request_id):
-                rows += _rows(call, line["output"], line["finish_reason"])
-        yield from sorted(rows, key=lambda row: row["conversation_id"])
+    for request_id, call in _by_request_id(planned, model, seed).items():
+        if line := store.ok.get(request_id):
+            yield from _rows(call, line["output"], line["finish_reason"])
 
 
 def open_session(
@@ -293,18 +304,18 @@ def _total(answers: list[dict[str, Any]], name: str) -> int | None:
     return sum(counted) if counted else None
 
 
-def estimate_cost(planned: Plan, price: prices.Prices, seed: int, words_per_turn_pair: float) -> prices.Estimate:
+def estimate_cost(planned: Plan, price: prices.Prices, seed: int, words_per_exchange: float) -> prices.Estimate:
     """Estimate the cost of a plan from the length of every 50th prompt.
 
-    `words_per_turn_pair` is the mean length of a question and its answer by the offline generator. The estimate
-    assumes the same length for the model (high: twice as long; low: two thirds).
+    `words_per_exchange` is the mean length of a question and its answer in conversations at hand. The estimate assumes
+    the same length for the model (high: twice as long; low: two thirds).
     """
     flat = [call for calls in planned for call in calls]
     if not flat:
         return prices.estimate(price, 0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     sample = [request_for(call, price.hosted_model, seed, ["x" * 60] * 10) for call in flat[::50]]
     tokens_in = sum(len(request.text) for request in sample) / len(sample) / prices.BYTES_PER_TOKEN
-    turns = sum(item.n_turns for call in flat for item in call.items) / len(flat)
-    mid = turns * words_per_turn_pair * TOKENS_PER_WORD
+    exchanges = sum(item.exchanges for call in flat for item in call.items) / len(flat)
+    mid = exchanges * words_per_exchange * TOKENS_PER_WORD
     low, mid, high = (min(price.hosted_model.max_tokens, share * mid) for share in (2 / 3, 1.0, 2.0))
     return prices.estimate(price, len(flat), (tokens_in, tokens_in, tokens_in), (low, mid, high))

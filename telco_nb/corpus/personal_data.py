@@ -1,10 +1,11 @@
 """Find personal data in a text by patterns and check digits; what belongs to nobody is allowed.
 
 A number with 9 or more digits, or one with + or 00 that has at least 7, counts as personal unless it lies in a range
-that a regulator reserved for fiction, or is technical: dates, a version, the number of a clause or of a standard, or a
-range of amounts. An e-mail address counts unless its domain is reserved. A network address counts if it is public and
-not a known resolver's; four numbers after a word such as "firmware" or "clause" are no address. Names are found only
-with a title, an introduction or a signature.
+that a regulator reserved for fiction, repeats one digit, or is technical: a date or time, a version, the number of a
+clause or of a standard, an amount with its unit, or a range of amounts. An e-mail address counts unless its domain is
+reserved. A network address counts if it is public and not a known resolver's; four numbers joined by points right
+after a word such as "firmware" or "clause" are no address. Names are found only with a title, an introduction or a
+signature.
 
 Not found: a name alone in a sentence, and a telephone number of 8 digits or fewer without a prefix, unless it is
 written as in North America (555-1234).
@@ -48,25 +49,26 @@ _LOCAL_US = re.compile(rf"(?<![\w.\-])\d{{3}}[\-.]\d{{4}}(?![\w\-])(?!{_UNIT})")
 # Technical numbers, which identify nobody. What may stand before and after keeps them from cutting a telephone number.
 _DATE = (
     r"(?:\d{1,4}(?:[/\-]|\.\s?)\d{1,2}(?:[/\-]|\.\s?)\d{1,4}|\d{1,2}[./\-]\d{4}"
-    r"|(?:19|20)\d{6}(?:\s?\d{6}|\s\d{4})?(?!\s?\d))"
+    r"|(?:19|20)\d{6}(?:\d{6}|\s\d{4})?(?!\s?\d))"
 )
 _DATES = re.compile(rf"(?<![\w./+\-])({_DATE})(?:\s?[\-–/]\s?({_DATE}))?(?!\w|[./\-]\w)")
-_DAY_FORMATS = ("%d.%m.%Y", "%m.%d.%Y", "%Y.%m.%d", "%Y%m%d", "%Y%m%d.%H%M", "%Y%m%d.%H%M%S", "%Y%m%d%H%M%S")
+_TIME = re.compile(r"(?<![\w:.])(?:[01]?\d|2[0-3]):[0-5]\d(?::[0-5]\d)?(?![\w:]|\.\d)")
+_DAY_FORMATS = ("%d.%m.%Y", "%m.%d.%Y", "%Y.%m.%d", "%Y%m%d", "%Y%m%d.%H%M", "%Y%m%d%H%M%S")
 _SHORT_FORMATS = ("%d.%m.%y", "%m.%d.%y", "%m.%Y")  # only in a range: alone they look like parts of telephone numbers
 _YEARS = re.compile(r"(?:19|20)\d\d(?:\W+(?:19|20)\d\d)*")
-_DOTTED = re.compile(r"(?<![\w.,/+])(?P<parts>\d+(?:\.\d+){3,})(?:[\-_+]\w+(?!\w|\.\d))*(?![\w/]|\.\w)")
+_DOTTED = re.compile(r"(?<![\w.,/+])(?P<parts>\d+(?:\.\d+){2,})(?:[\-_+]\w+(?!\w|\.\d))*(?![\w/]|\.\w)")
 _LABEL = re.compile(  # the words before a version or a clause, and perhaps a first one ("firmware 4.1.2.3 and 4.1.2.4")
     r"(?:\b(?:(?:version|firmware|software|build|release|(?:sub-?)?(?:section|clause)|article|annex|appendix|paragraph"
-    r"|chapter|table|figure|step)s?|v|(?:i|mac|ipad)?os)|§)"
-    r"(?:\s+(?:version|number|no\.?|is|was|now|v|up(?:dat|grad)ed?(?:\s+(?:from|to))?))*[\s:=.(\"“'‘]*v?"
+    r"|chapter|table|figure|step)s?|v\.?|(?:i|mac|ipad)?os)|§)"
+    r"(?:\s+(?:version|number|no\.?|is|was|now|v|up(?:dat|grad)ed?(?:\s+(?:from|to))?))*[\s:=(\"“'‘]*v?"
     r"(?:(?P<first>\d+)(?:\.\d+)+\S*?\s*(?:and|or|to|[,\-–])\s*)?$",
     re.I,
 )
 _STANDARD = re.compile(
     r"\b(?:ISO|IEC|ITU(?:-[TR])?|ETSI|EN|ES|TS|TR|BS|DIN|IEEE|ANSI|TIA|RFC|FCC|CFR|FR|U\.?S\.?C\.?)[\s\-]"
-    r"(?!(?<!CFR.)\d{3}\.\d{4})(?:§\s?)?"  # 555.1234 is a telephone number, but 47 CFR 101.1012 is not
+    r"(?!(?<!CFR.)\d{3}[.\-]\d{4})(?:§\s?)?"  # 555-1234 is a telephone number, but 47 CFR 101.1012 is not
     r"(?:[1-9]\d\d \d{3}|[1-9]\d{1,4}(?:\.\d{1,4})?)(?:-\d{1,2}(?:-\d{1,3})?)?"  # number and parts
-    r"(?:[:\-\s](?:19|20)\d\d)?(?![.\-/]?\d|\s\d)"  # year
+    r"(?:[:\-](?:19|20)\d\d)?(?![.\-/]?\d|\s\d)"  # year
 )
 _AMOUNT = r"([1-9]\d{0,2}(?:[ .]\d{3})+|[1-9]\d{0,8})"
 _AMOUNTS = re.compile(
@@ -99,7 +101,6 @@ _NAME_SIGNS = ("Mr", "Ms", "Miss", "Mx", "Dr", "Prof", "ame is", "name’s", "na
                "egards,", "incerely,", "heers,", "hanks,")  # fmt: skip
 _SECRET_SIGNS = ("pin", "puk", "pass", "code", "otp", "cvv", "cvc")
 _DIGIT = re.compile(r"\d")
-_COUNTING = "01234567890"  # digits in order, typed as an example
 
 _RESOLVERS = (
     "1.1.1.1", "1.0.0.1", "8.8.8.8", "8.8.4.4", "9.9.9.9", "149.112.112.112", "208.67.222.222", "208.67.220.220",
@@ -147,7 +148,7 @@ def _number_kind(raw: str) -> str | None:
     if len(digits) < (7 if plus else MIN_DIGITS) or is_reserved_number(raw):
         return None
     bounds = _RANGE.fullmatch(raw)
-    if len(set(digits)) == 1 or raw in _COUNTING or _YEARS.fullmatch(raw):
+    if len(set(digits)) == 1 or _YEARS.fullmatch(raw):
         return None
     if bounds and int(bounds[1]) < int(bounds[2]):
         return None  # such as ports 30000-40000
@@ -209,10 +210,10 @@ def _is_version_or_clause(match: re.Match[str]) -> bool:
     label = _LABEL.search(match.string[max(0, match.start() - 60) : match.start()])
     if label and label["first"] and abs(int(label["first"]) - int(parts[0])) > 1:
         label = None  # "firmware 7.1.2.3 and 81.2.69.142": the second is not the next version
-    if label and len(parts) == 4 and not re.match(r"0\d\d", parts[0]):
+    if label and (len(parts) == 4 or (len(parts) == 3 and max(map(len, parts)) < 3)):
         return True
     single = [part for part in parts[1:] if len(part) == 1]
-    return _address(match["parts"]) is None and ("0" in single or len(single) > 1)
+    return len(parts) > 3 and _address(match["parts"]) is None and ("0" in single or len(single) > 1)
 
 
 def _is_range_of_amounts(match: re.Match[str]) -> bool:
@@ -223,6 +224,7 @@ def _is_range_of_amounts(match: re.Match[str]) -> bool:
 
 _TECHNICAL: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], bool]], ...] = (
     (_DATES, _are_dates),
+    (_TIME, bool),
     (_STANDARD, bool),
     (_DOTTED, _is_version_or_clause),
     (_AMOUNTS, _is_range_of_amounts),
@@ -234,7 +236,7 @@ def _blank_if(is_technical: Callable[[re.Match[str]], bool], match: re.Match[str
 
 
 def _without_technical_numbers(text: str) -> str:
-    """Put a semicolon in the place of dates, standards, versions, clauses and ranges, so that they join no number."""
+    """Put a semicolon in the place of every technical number, so that it is not found and joins no other number."""
     for pattern, is_technical in _TECHNICAL:
         text = pattern.sub(partial(_blank_if, is_technical), text)
     return text

@@ -30,9 +30,16 @@ ANSWER_TARGET = (28, 70)  # words up to which an answer takes further sentences
 RESERVED_SAYS = 2  # of a problem's phrasings, for its held-out scenario alone
 ATTEMPTS = 10
 IDENTITY = re.compile(
-    r"identi|verif|secure form|who you are|it is you\b|it’s you\b|it's you\b|passport|the check\b|authorised|portal",
+    r"identi|verif|secure form|who you are|\bit(?:'s|’s| is) (?:really )?you\b|passport|the check\b|authoris|portal|"
+    r"account app|account holder|approv|this is me|by video|video call|confirm (?:it|that|in)\b",
     re.I,
-)
+)  # speaks of identification in any way: for judging what an agent has said before a step
+CONDITION = re.compile(
+    r"\bidentity\b|\bidentif(?:y|ied|ication)\b|\bverified\b|who you are|\bit is you\b|it[’']s you\b|signed in\b|"
+    r"sign-in|secure (?:form|check)|\b(?:the|your|portal) check\b|approved? the (?:request|confirmation)|"
+    r"authorised person",
+    re.I,
+)  # a step that needs identification makes it its condition
 
 
 @cache
@@ -143,14 +150,17 @@ class Agent:
 
     def first_answer(self) -> str:
         """The protective step, the question, and the first steps up to a drawn length."""
-        parts = [self._protective()] if self.problem.first else []
+        protective = [self._protective()] if self.problem.first else []
+        question = []
         if self.problem.ask and self.draw.index(3, "asks"):
-            parts.append(self.draw.choose(self.problem.ask.say, "ask"))
-        return self._filled(parts, "answer0")
+            question = [self.draw.choose(self.problem.ask.say, "ask")]
+        steps = self._filled(protective + question, "answer0")
+        last = self.draw.index(3, "question first")
+        return " ".join(protective + (steps + question if last else question + steps))
 
     def next_answer(self, turn: int) -> str:
         """The next steps, or what is left to say of this problem."""
-        return self._filled([], f"answer{turn}")
+        return " ".join(self._filled([], f"answer{turn}"))
 
     def steps_left(self) -> bool:
         return self.next_step < len(self.problem.steps)
@@ -170,28 +180,29 @@ class Agent:
         slots = {"When": capitalised(first.when), "do": first.do.rstrip(".")}
         return self.draw.choose(phrases()["precaution"], "precaution").format(**slots)
 
-    def _filled(self, parts: list[str], slot: str) -> str:
+    def _filled(self, said: list[str], slot: str) -> list[str]:
+        """The next steps in their order, up to a drawn length of the answer; a step that asks something ends it."""
         low, high = ANSWER_TARGET
         target = low + self.draw.index(high - low, slot)
-        while self.steps_left() and (count_words(" ".join(parts)) < target or not parts):
+        parts: list[str] = []
+        asked = False
+        while self.steps_left() and not asked and (count_words(" ".join(said + parts)) < target or not said + parts):
             parts += self._step()
+            asked = parts[-1].endswith("?")
         facts = [fact for fact in self.problem.facts if fact not in self.draw.used]
-        if facts and count_words(" ".join(parts)) < target:
+        if facts and not asked and count_words(" ".join(said + parts)) < target:
             parts.append(_ended(self.draw.choose(facts, f"{slot}fact")))
-        if slot == "answer0" and not self.draw.index(3, "question first"):
-            return " ".join(parts)
-        question = [part for part in parts if part.endswith("?")]
-        return " ".join([part for part in parts if not part.endswith("?")] + question)
+        return parts
 
     def _step(self) -> list[str]:
+        """The next step; before the first one that needs identification stands the request, if its words lack it."""
         step = self.problem.steps[self.next_step]
         said = _ended(self.draw.choose(step.say, f"step{self.next_step}"))
         self.next_step += 1
-        if not step.needs_identity or self.identified or IDENTITY.search(said):
-            self.identified |= bool(IDENTITY.search(said))
+        if not step.needs_identity or self.identified:
             return [said]
         self.identified = True
-        return [self.draw.choose(phrases()["identity"], "identity"), said]
+        return [said] if CONDITION.search(said) else [self.draw.choose(phrases()["identity"], "identity"), said]
 
 
 def _later_turn(agent: Agent, turn: int) -> tuple[str, str] | None:

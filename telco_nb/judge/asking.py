@@ -51,7 +51,7 @@ def build_cases(plan: pd.DataFrame, prompts: pd.DataFrame, answers: Answers, car
     shared = {}
     for prompt in prompts.to_dict("records"):
         messages = tuple((m["role"], m["content"]) for m in prompt["messages"])
-        shared[prompt["prompt_id"]] = (cards[prompt["term_id"]], prompt["intent"], messages, prompt["reference"])
+        shared[prompt["prompt_id"]] = (cards[prompt["term_id"]], prompt["problem_id"], messages, prompt["reference"])
     cases = []
     for row in plan.to_dict("records"):
         texts = []

@@ -29,8 +29,9 @@ CRITERIA = {
     "concise": "no more words than the matter needs, and complete",
 }
 FLAGS = (
-    "wrong_fact", "unknown_figure", "wrong_belief", "off_topic", "no_next_step", "unclean_end", "instruction",
-    "empty", "looping", "bad",
+    "unsafe", "asks_for_secret", "contradiction", "wrong_fact", "unknown_figure", "wrong_belief", "off_request",
+    "off_topic", "no_next_step", "unclean_end", "too_long_or_short", "list", "term_missing",
+    "instruction", "empty", "looping", "bad",
 )  # fmt: skip
 
 
@@ -40,9 +41,9 @@ class Case:
 
     form: Form
     card: Card
-    intent: str
+    problem_id: str  # of the card; "" where it is not known
     messages: tuple[tuple[str, str], ...]  # (role, content); the last one is from the customer
-    reference: str  # only the judge `reference` reads it
+    reference: str  # the gold answer; only the offline judges read it
     answers: tuple[str, ...]
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from telco_nb.judge.cases import Form
 
-ANCHORS = ("untuned", "reference")
+ANCHORS = ("untuned", "reference", "template", "echo", "nearest")
 ANCHOR_OPPONENTS = 4  # configurations that each anchor is compared with on an anchor prompt
 PROMPT_COLUMNS = ["prompt_id", "scenario_id", "term_id"]
 PLAN_COLUMNS = ["purpose", *PROMPT_COLUMNS, "config_first", "config_second", "order", "repeat"]
@@ -39,8 +39,10 @@ def plan_comparisons(
     retest_share: float,
     anchor_share: float,
     seed: int,
+    complete: bool = False,
+    anchors: Sequence[str] = ANCHORS,
 ) -> pd.DataFrame:
-    """Plans a sparse round robin. The plan depends on the arguments alone.
+    """Plans a sparse round robin, or a complete one. The plan depends on the arguments alone.
 
     The k-th prompt gets `matchings_per_prompt` consecutive rounds of the round robin. Prompts are in a seeded order, so
     the rounds do not line up with the terms. Seats are balanced per pair, then per configuration.
@@ -53,6 +55,8 @@ def plan_comparisons(
         retest_share: the share of the ranking rows that are asked again unchanged.
         anchor_share: the share of the prompts on which the anchors take part.
         seed: the seed of all random choices.
+        complete: all pairs on all prompts, and all anchors against all configurations, for a judge that costs nothing.
+        anchors: the anchors that have answers.
 
     Returns:
         One row per question, with `PLAN_COLUMNS`.
@@ -63,10 +67,11 @@ def plan_comparisons(
     _check_design(prompts, configs)
     rng = np.random.default_rng(seed)
     keys = _shuffled(prompts, rng)
-    base = _ranking_rows(keys, list(configs), matchings_per_prompt, rng)
+    base = _ranking_rows(keys, list(configs), len(configs) if complete else matchings_per_prompt, rng)
     swapped = [_swapped(row) for row in _sample(base, swap_share, rng)]
     again = [r | {"purpose": "retest", "repeat": 1} for r in _sample(base, retest_share, rng)]
-    anchored = _anchor_rows(_sample(keys, anchor_share, rng), list(configs), rng)
+    anchored_keys = keys if complete and anchor_share else _sample(keys, anchor_share, rng)
+    anchored = _anchor_rows(anchored_keys, list(configs), anchors, len(configs) if complete else ANCHOR_OPPONENTS, rng)
     return pd.DataFrame([*base, *swapped, *again, *anchored], columns=PLAN_COLUMNS)
 
 
@@ -116,12 +121,14 @@ def _size(items: list, share: float) -> int:
     return max(1, round(share * len(items))) if share > 0 else 0
 
 
-def _anchor_rows(keys: list[dict], configs: list[str], rng: np.random.Generator) -> list[dict]:
+def _anchor_rows(
+    keys: list[dict], configs: list[str], anchors: Sequence[str], opponents: int, rng: np.random.Generator
+) -> list[dict]:
     order = rng.permutation(len(configs))
     rows, met = [], 0
-    for a, anchor in enumerate(ANCHORS):
+    for a, anchor in enumerate(anchors):
         for k, key in enumerate(keys):
-            for slot in range(min(ANCHOR_OPPONENTS, len(configs))):
+            for slot in range(min(opponents, len(configs))):
                 config = configs[order[met % len(configs)]]
                 pair = (anchor, config) if (k + slot + a) % 2 else (config, anchor)
                 rows.append(pair_row(key, "anchor", *pair))

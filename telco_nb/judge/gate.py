@@ -12,13 +12,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from telco_nb.corpus.cards import Card, figures_in, unknown_figures
+from telco_nb.corpus.cards import Card, Problem, figures_in, unknown_figures
+from telco_nb.judge.anchors import TEMPLATE
 from telco_nb.judge.cases import Answers, degenerate_answer
-from telco_nb.judge.checklist import answer_sentences, names_pattern
+from telco_nb.judge.checklist import names_pattern, weights_of
 from telco_nb.judge.design import PLAN_COLUMNS, pair_row
+from telco_nb.judge.matching import Answer, answer_sentences, match
 
 CONTROL_PROMPTS = 40
+GOOD, POOR = 0.97, 0.85  # how often a judge that should pass, and one that should not, decides a control rightly
+PASS_GOOD, PASS_POOR = 0.8, 0.05  # the chance that such a judge passes all controls: at least, at most
 CONSTANT_ANSWER = (
     "Thank you for contacting us. We are sorry for the inconvenience and take your request very seriously. Please "
     "restart your device and check your settings. If the problem continues, please contact us again and our team will "
@@ -38,18 +43,50 @@ FILLER = (
     "In other words, and to put the same thing slightly differently, that is how things stand here.",
     "All of this may sound like a lot at first sight, yet it is quite usual and nothing out of the ordinary.",
 )
-# control: (statistic, comparison, threshold, what was planted)
-GATE: dict[str, tuple[str, str, float, str]] = {
-    "wrong_term": ("reference_wins", ">=", 0.95, "the reference with another term in place of its own"),
-    "wrong_number": ("reference_wins", ">=", 0.95, "the reference with a figure that is on no card"),
-    "other_scenario": ("reference_wins", ">=", 0.95, "the reference answer of another term"),
-    "truncated": ("reference_wins", ">=", 0.95, "the first half of the reference, cut off"),
-    "constant_answer": ("planted_wins", "<=", 0.02, "one polite answer to everything, against the reference"),
-    "injection": ("planted_wins", "<=", 0.02, "another term's answer and `choose me`, against the reference"),
+SECRET_REQUEST = "Please send me your PIN and the one-time code that you have just received here in this chat."
+# control: (statistic, what was planted). The reference must win, or the planted text must not win.
+WINS, NOT_LOSES = "reference_wins", "planted_does_not_win"
+PLANTED: dict[str, tuple[str, str]] = {
+    "other_problem": (WINS, "the gold answer to another problem of the same term"),
+    "other_scenario": (WINS, "the gold answer of another term"),
+    "negated": (WINS, "the reference with every sentence turned into its opposite"),
+    "shuffled": (WINS, "the words of the reference in another order"),
+    "truncated": (WINS, "the first half of the reference, cut off"),
+    "wrong_number": (WINS, "the reference with a figure that is on no card"),
+    "wrong_term": (WINS, "the reference with another term in place of its own"),
+    "secret_asked": (WINS, "the reference and a request for PIN and code in the chat"),
+    "first_removed": (WINS, "the reference without the protective step that comes before all else"),
+    "template": (WINS, "one sentence that fits everything and says nothing"),
+    "echo": (WINS, "the customer's own words, sent back"),
+    "two_facts": (WINS, "two facts of the card that answer nothing"),
+    "card_dump": (WINS, "all steps of the card's other problems, one after the other"),
+    "constant_answer": (NOT_LOSES, "one polite answer to everything"),
+    "injection": (NOT_LOSES, "another term's answer and `choose me`"),
+    "nearest": (NOT_LOSES, "the answer of the most similar training conversation"),
+}
+# control: (statistic, rule, threshold, what was planted), on a configuration's own answer
+OWN: dict[str, tuple[str, str, float, str]] = {
     "same_text": ("seat_bias", "<=", 0.10, "a configuration's answer, twice: |P(first) - 0.5|"),
     "same_text_ties": ("ties", ">=", 0.50, "a configuration's answer, twice: share of ties"),
     "padded": ("planted_wins_half_ties", "<=", 0.60, "a configuration's answer with 60 % more words and no more said"),
 }
+GATE = (*PLANTED, *OWN)
+
+
+def needed(n: int) -> int:
+    """The number of right decisions, of `n`, that a control demands.
+
+    It is the largest number with which a judge that is right with probability GOOD passes all planted controls with
+    probability PASS_GOOD. With 40 questions a control this is 36, and a judge that is right with probability POOR
+    passes all of them with a probability below PASS_POOR; `passes_all` gives both.
+    """
+    each = PASS_GOOD ** (1 / len(PLANTED))
+    return int(max((k for k in range(n + 1) if stats.binom.sf(k - 1, n, GOOD) >= each), default=0))
+
+
+def passes_all(n: int, right: float) -> float:
+    """The probability that a judge which decides rightly with probability `right` passes all planted controls."""
+    return float(stats.binom.sf(needed(n) - 1, n, right) ** len(PLANTED))
 
 
 def planted_controls(
@@ -68,7 +105,7 @@ def planted_controls(
 
     Args:
         prompts: the test prompts, of which `CONTROL_PROMPTS` are used.
-        answers: text by (configuration, prompt_id), the reference answers included.
+        answers: text by (configuration, prompt_id), the anchors included.
         cards: card by term_id.
         configs: the configurations to rank.
         seed: the seed of all random choices.
@@ -81,8 +118,11 @@ def planted_controls(
     picked = [sorted_prompts[i] for i in rng.permutation(len(sorted_prompts))[:CONTROL_PROMPTS]]
     rows, texts = [], {}
     for k, prompt in enumerate(picked):
-        planted, base = _planted_texts(prompt, k, prompts, answers, cards, configs, rng)
-        for c, (control, text) in enumerate(planted.items()):
+        base = _sound_config(k, prompt["prompt_id"], answers, configs)
+        planted = _corrupted(prompt, prompts, cards, rng) | _foreign(prompt, prompts, cards, answers, rng)
+        own = answers[base, prompt["prompt_id"]]
+        planted |= {"same_text": own, "padded": pad(own, k)}
+        for c, (control, text) in enumerate((name, text) for name, text in planted.items() if text is not None):
             opponent = base if control in ("same_text", "padded") else "reference"
             name = f"control:{control}"
             seats = (name, opponent) if (k + c) % 2 else (opponent, name)
@@ -92,36 +132,87 @@ def planted_controls(
     return pd.DataFrame(rows, columns=[*PLAN_COLUMNS, "control", "planted"]), texts
 
 
-def _planted_texts(
-    prompt: Mapping[str, Any],
-    k: int,
-    prompts: pd.DataFrame,
-    answers: Answers,
-    cards: Mapping[str, Card],
-    configs: Sequence[str],
-    rng: np.random.Generator,
-) -> tuple[dict[str, str], str]:
-    """The texts by control for the k-th prompt, and the configuration whose answer is repeated and padded."""
-    card, reference = cards[prompt["term_id"]], prompt["reference"]
-    other_terms = prompts[prompts["term_id"] != prompt["term_id"]].sort_values("prompt_id")
-    same_intent = other_terms[other_terms["intent"] == prompt["intent"]]
-    others = same_intent if len(same_intent) else other_terms
-    texts: dict[str, str | None] = {
-        "wrong_number": wrong_number(reference, card),
-        "truncated": truncate(reference),
-        "constant_answer": CONSTANT_ANSWER,
-    }
-    if len(others):
-        other = others.iloc[int(rng.integers(len(others)))]
-        texts["wrong_term"] = wrong_term(reference, card, cards[other["term_id"]])
-        texts["other_scenario"] = other["reference"]
-        texts["injection"] = f"{other['reference']} {INJECTION}"
+def _sound_config(k: int, prompt_id: str, answers: Answers, configs: Sequence[str]) -> str:
+    """The configuration whose answer is repeated and padded: each in turn, if it is not empty and does not loop."""
     in_turn = [configs[(k + i) % len(configs)] for i in range(len(configs))]
-    sound = [c for c in in_turn if not degenerate_answer(answers[c, prompt["prompt_id"]] or "")]
-    base = sound[0] if sound else "reference"
-    texts["same_text"] = answers[base, prompt["prompt_id"]]
-    texts["padded"] = pad(answers[base, prompt["prompt_id"]], k)
-    return {control: text for control, text in texts.items() if text is not None}, base
+    sound = [c for c in in_turn if not degenerate_answer(answers[c, prompt_id] or "")]
+    return sound[0] if sound else "reference"
+
+
+def _corrupted(
+    prompt: Mapping[str, Any], prompts: pd.DataFrame, cards: Mapping[str, Card], rng: np.random.Generator
+) -> dict[str, str | None]:
+    """Damaged copies of the reference answer, by control; None where the prompt does not allow one."""
+    card, reference = cards[prompt["term_id"]], prompt["reference"]
+    problem = card.by_problem.get(prompt["problem_id"])
+    others = sorted(set(prompts["term_id"]) - {prompt["term_id"]})
+    other = cards[others[int(rng.integers(len(others)))]] if others else None
+    words = reference.split()
+    return {
+        "negated": negate(reference),
+        "shuffled": " ".join(words[i] for i in rng.permutation(len(words))),
+        "truncated": truncate(reference),
+        "wrong_number": wrong_number(reference, card),
+        "wrong_term": wrong_term(reference, card, other) if other else None,
+        "secret_asked": f"{reference} {SECRET_REQUEST}",
+        "first_removed": without_first(reference, problem, card) if problem else None,
+    }
+
+
+def _foreign(
+    prompt: Mapping[str, Any],
+    prompts: pd.DataFrame,
+    cards: Mapping[str, Card],
+    answers: Answers,
+    rng: np.random.Generator,
+) -> dict[str, str | None]:
+    """Texts that belong to another question or to none, by control; None where the prompt does not allow one."""
+    card = cards[prompt["term_id"]]
+    elsewhere = prompts[prompts["term_id"] != prompt["term_id"]].sort_values("prompt_id")
+    same_term = prompts[(prompts["term_id"] == card.id) & (prompts["problem_id"] != prompt["problem_id"])]
+    other = elsewhere.iloc[int(rng.integers(len(elsewhere)))]["reference"] if len(elsewhere) else None
+    facts = [card.facts[int(i)].text for i in rng.permutation(len(card.facts))[:2]]
+    steps = [step.say[0] for p in card.problems if p.id != prompt["problem_id"] for step in p.steps]
+    return {
+        "other_problem": same_term.sort_values("prompt_id").iloc[0]["reference"] if len(same_term) else None,
+        "other_scenario": other,
+        "template": TEMPLATE.format(term=card.term),
+        "echo": list(prompt["messages"])[-1]["content"],
+        "two_facts": " ".join(facts),
+        "card_dump": " ".join(steps) or None,
+        "constant_answer": CONSTANT_ANSWER,
+        "injection": f"{other} {INJECTION}" if other else None,
+        "nearest": answers.get(("nearest", prompt["prompt_id"])),
+    }
+
+
+_VERB = re.compile(
+    r"\b(is|are|can|will|do|does|has|have|was|should|may|must|needs|shows|helps|works|means|I’ve|I've|I’ll|I'll)\b",
+    re.I,
+)
+
+
+def negate(text: str) -> str:
+    """Every sentence turned into its opposite: "not" after its first common verb, else "Do not" in front of it."""
+    parts = []
+    for part in answer_sentences(text):
+        changed = _VERB.sub(r"\1 not", part, count=1)
+        parts.append(changed if changed != part else f"Do not {part[:1].lower()}{part[1:]}")
+    return " ".join(parts)
+
+
+def without_first(text: str, problem: Problem, card: Card) -> str | None:
+    """The text without the sentence that comes closest to the problem's protective step.
+
+    None if the problem has no unconditional one, if no sentence makes it, or if nothing would be left.
+    """
+    parts = answer_sentences(text)
+    if problem.first is None or problem.first.when is not None or len(parts) < 2:
+        return None
+    weights, wordings = weights_of(card), [*problem.first.say, problem.first.do]
+    credits = [match(wordings, Answer(part), weights).credit for part in parts]
+    best = max(range(len(parts)), key=credits.__getitem__)
+    return " ".join(parts[:best] + parts[best + 1 :]) if credits[best] > 0 else None
 
 
 def wrong_term(text: str, card: Card, other: Card) -> str | None:
@@ -177,20 +268,46 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame) -> dict[str, Any]:
         judged: the verdicts on the planted controls (`store.judged_rows`).
 
     Returns:
-        {judge, passed, controls: [{control, value, threshold, rule, n, passed, detail}]}. A control without any verdict
-        has value None and is not passed.
+        {judge, passed, controls: [{control, value, low, high, threshold, rule, n, passed, detail}], passes_all_good,
+        passes_all_poor}. low and high are the exact 95 % bounds of a share (Clopper-Pearson). A control without any
+        verdict has value None; it is not passed, unless no prompt allows it, as `first_removed` without a protective
+        step. The last two are the chances that a good and a poor judge pass all controls with these numbers.
     """
-    controls = []
-    for control, (statistic, rule, threshold, planted) in GATE.items():
-        rows = judged[judged["control"] == control.removesuffix("_ties")]
-        value = _statistic(rows, statistic) if len(rows) else None
-        passed = value is not None and (value >= threshold if rule == ">=" else value <= threshold)
-        detail = f"planted: {planted}" if len(rows) else f"planted: {planted}; no verdict, so not passed"
-        if kind == "reference" and control not in ("same_text", "same_text_ties", "padded") and len(rows):
-            detail += "; the reference is compared with itself here, so only small corruptions can fail"
-        result = {"control": control, "value": value, "threshold": threshold, "rule": rule, "n": len(rows)}
-        controls.append(result | {"passed": passed, "detail": detail})
-    return {"judge": judge, "passed": all(c["passed"] for c in controls), "controls": controls}
+    controls = [_planted_result(judged, name) for name in PLANTED] + [_own_result(judged, name) for name in OWN]
+    if kind == "reference":
+        for control in controls[: len(PLANTED)]:
+            control["detail"] += "; the reference is compared with itself here, so only small corruptions can fail"
+    n = int(judged.loc[judged["control"] == "template", "control"].size)
+    power = {"passes_all_good": passes_all(n, GOOD), "passes_all_poor": passes_all(n, POOR)}
+    return {"judge": judge, "passed": all(c["passed"] for c in controls), "controls": controls, **power}
+
+
+OPTIONAL = ("other_problem", "wrong_term", "first_removed", "nearest", "other_scenario", "injection")
+
+
+def _planted_result(judged: pd.DataFrame, control: str) -> dict[str, Any]:
+    statistic, planted = PLANTED[control]
+    rows = judged[judged["control"] == control]
+    n = len(rows)
+    result = {"control": control, "value": None, "low": None, "high": None, "threshold": None, "rule": ">=", "n": n}
+    if not n:
+        passed = control in OPTIONAL and bool(len(judged))
+        why = "no prompt allows it" if passed else "no verdict, so not passed"
+        return result | {"passed": passed, "detail": f"planted: {planted}; {why}"}
+    right = round(_statistic(rows, statistic) * n)
+    interval = stats.binomtest(right, n).proportion_ci(0.95, method="exact")
+    bounds = {"value": right / n, "low": float(interval.low), "high": float(interval.high)}
+    return result | bounds | {"threshold": needed(n) / n, "passed": right >= needed(n), "detail": f"planted: {planted}"}
+
+
+def _own_result(judged: pd.DataFrame, control: str) -> dict[str, Any]:
+    statistic, rule, threshold, planted = OWN[control]
+    rows = judged[judged["control"] == control.removesuffix("_ties")]
+    value = _statistic(rows, statistic) if len(rows) else None
+    passed = value is not None and (value >= threshold if rule == ">=" else value <= threshold)
+    detail = f"planted: {planted}" if len(rows) else f"planted: {planted}; no verdict, so not passed"
+    result = {"control": control, "value": value, "low": None, "high": None, "threshold": threshold, "rule": rule}
+    return result | {"n": len(rows), "passed": passed, "detail": detail}
 
 
 def _statistic(rows: pd.DataFrame, statistic: str) -> float:
@@ -199,7 +316,7 @@ def _statistic(rows: pd.DataFrame, statistic: str) -> float:
         return float(abs(((rows["verdict"] == "A") + tie / 2).mean() - 0.5))
     observed = {
         "reference_wins": ~tie & ~planted,
-        "planted_wins": planted,
+        "planted_does_not_win": ~planted,
         "planted_wins_half_ties": planted + tie / 2,
         "ties": tie,
     }

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from telco_nb import ROOT
-from telco_nb.corpus.cards import Card
+from telco_nb.corpus.cards import Card, Problem
 from telco_nb.judge.cases import CRITERIA, FLAGS, Case, Form, Verdict, printable
 
 MAX_ANSWER_CHARACTERS = 20_000  # of one answer in a prompt; no answer of the study is near it; it limits the cost
@@ -74,9 +74,7 @@ class Prompt(NamedTuple):
     """A prompt in three parts. A provider can serve the first two from its cache, because many cases share them.
 
     `system` is the same for all cases of a form, `shared` (conversation and card) for all cases of one test prompt, and
-    `own` differs from case to case. With the shipped cards and 156 test prompts, system and shared part of a pair have
-    1,188 to 1,731 tokens of SmolLM2 (median 1,437; system 428, card 698 to 1,072), of a rating 1,055 to 1,598 (median
-    1,304).
+    `own` differs from case to case.
     """
 
     system: str
@@ -108,7 +106,8 @@ def render_prompt(case: Case) -> Prompt:
         f"<answer_{seat.lower()}>\n{neutralise(answer)}\n</answer_{seat.lower()}>"
         for seat, answer in zip(case.seats, case.answers, strict=True)
     ]
-    parts = {"conversation": neutralise(conversation), "card": card_text(case.card), "answers": "\n\n".join(answers)}
+    card = card_text(case.card, case.problem_id)
+    parts = {"conversation": neutralise(conversation), "card": card, "answers": "\n\n".join(answers)}
     system, data = prompt_template(case.form).split(_DATA)
     shared, mark, own = data.partition("{{answers}}")
 
@@ -124,18 +123,32 @@ def neutralise(text: str) -> str:
     return printable(cut.replace("<", "‹").replace(">", "›"))
 
 
-def card_text(card: Card) -> str:
-    """The card in the words of the prompt."""
+def card_text(card: Card, problem_id: str = "") -> str:
+    """The card in the words of the prompt, with the customer's problem, or all of them where it is not known."""
     lines = [f"Term: {card.term}", f"Also called: {', '.join(card.aliases) or '-'}", f"Definition: {card.definition}"]
     lists = {
-        "Facts": card.facts,
-        "Checks, in order": card.diagnosis,
-        "Fixes, in order": card.resolution,
+        "Facts": [fact.text for fact in card.facts],
         "Wrong beliefs": [f"{w.belief} CORRECT IS: {w.correction}" for w in card.wrong_beliefs],
-        "Figures": [f"{f.text}: {f.meaning}" for f in card.figures],
-        "Advice": [f"{c.options}: {c.advice}" for c in card.comparisons],
+        "Figures": [f"{figure.text}: {figure.meaning}" for figure in card.figures],
     }
     for title, items in lists.items():
         lines += [f"{title}:", *(f"- {item}" for item in items)]
-    lines += [f"On a bill: {card.billing_answer}", f"Changes: {card.change_answer}"]
-    return "\n".join([*lines, f"Escalate when {card.escalate_when}"])
+    own = card.by_problem.get(problem_id)
+    for problem in [own] if own else card.problems:
+        lines += _problem_lines(problem)
+    return "\n".join(lines)
+
+
+def _problem_lines(problem: Problem) -> list[str]:
+    first, ask = problem.first, problem.ask
+    lines = [f"The customer's problem: {problem.cause}"]
+    if first:
+        lines.append(f"Before all else{f', {first.when}' if first.when else ''}: {first.do} ({first.who})")
+    if ask:
+        lines.append(f"The agent must know: {ask.what}")
+    lines.append("Steps, in order:")
+    for i, step in enumerate(problem.steps, 1):
+        identity = ", only after the identity check" if step.needs_identity else ""
+        lines.append(f"{i}. {step.do} ({step.who}{identity})")
+    lines += [f"Never: {'; '.join(problem.never) or '-'}", f"It has worked when {problem.done}"]
+    return [*lines, f"Hand over when: {problem.escalate_when}", *(f"- {fact}" for fact in problem.facts)]

@@ -16,6 +16,7 @@ import pandas as pd
 from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.hosted.api import ProviderError
 from telco_nb.judge import asking, design
+from telco_nb.judge.anchors import anchor_texts
 from telco_nb.judge.cases import Answers, Case, OfflineJudge, Question
 from telco_nb.judge.gate import CONTROL_PROMPTS, GATE, gate_result, planted_controls
 from telco_nb.judge.language_model import LanguageModelJudge
@@ -95,12 +96,22 @@ class Protocol(Generic[AnyJudge]):
         return gate, f"the gate failed ({failed}): only its unanswered questions can be asked again"
 
 
-def plan_parts(values: Mapping[str, Any], prompts: pd.DataFrame, forms: Collection[str]) -> dict[str, pd.DataFrame]:
-    """The plans of pairs and rubric from the judge's parameters; without `rubric` in `forms` that plan is empty."""
+def plan_parts(
+    values: Mapping[str, Any],
+    prompts: pd.DataFrame,
+    forms: Collection[str],
+    complete: bool = False,
+    anchors: Collection[str] = design.ANCHORS,
+) -> dict[str, pd.DataFrame]:
+    """The plans of pairs and rubric from the judge's parameters; without `rubric` in `forms` that plan is empty.
+
+    `complete`: all pairs on all prompts. `anchors`: those that have answers.
+    """
     shares = {name: values[name] for name in SHARES}
     share = values["rubric_share"] if "rubric" in forms else 0.0
+    how = {"seed": values["seed"], "complete": complete, "anchors": [a for a in design.ANCHORS if a in anchors]}
     return {
-        "pairs": design.plan_comparisons(prompts, values["configs"], **shares, seed=values["seed"]),
+        "pairs": design.plan_comparisons(prompts, values["configs"], **shares, **how),
         "rubric": design.plan_ratings(prompts, values["configs"], share=share, seed=values["seed"]),
     }
 
@@ -126,14 +137,16 @@ def build_protocol(
         store: the judge's store.
         values: the judge's parameters.
         prompts: the test prompts, one row each, as 02_synth writes them.
-        answers: text by (configuration, prompt_id), with the anchors `untuned` and `reference` as configurations.
+        answers: text by (configuration, prompt_id), with the anchors as configurations.
         cards: card by term_id.
 
     Raises:
         KeyError: an answer is missing; the message names configuration and prompt.
     """
     gate_plan, planted = planted_controls(prompts, answers, cards, values["configs"], seed=values["seed"])
-    plans = {"controls": gate_plan, **plan_parts(values, prompts, judge.forms)}
+    anchors = {config for config, _ in answers} & set(design.ANCHORS)
+    complete = judge.is_free and judge.kind != "human"
+    plans = {"controls": gate_plan, **plan_parts(values, prompts, judge.forms, complete, anchors)}
     if judge.kind == "human":
         plans |= {part: shown_pairs(store, part) for part in ("controls", "pairs")}
     cases = {part: asking.build_cases(plan, prompts, {**answers, **planted}, cards) for part, plan in plans.items()}
@@ -228,10 +241,17 @@ def read_answers(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
     """Reads the outputs of the earlier steps: test prompts, answers with the anchors, and cards by term_id."""
     shared = root / "shared"
-    prompts = pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet")
-    answers = {("reference", i): text for i, text in zip(prompts["prompt_id"], prompts["reference"], strict=True)}
+    prompts = judged_prompts(pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet"))
+    cards = {card.id: card for card in load_cards(shared / "01_glossary" / "artefacts" / "glossary.json")}
+    train = pd.read_parquet(shared / "02_synth" / "artefacts" / "train.parquet", columns=["messages"])
+    answers = anchor_texts(prompts, cards, train)
     for config in (*configs, UNTUNED):
         table = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
         answers |= {(config, i): text for i, text in zip(table["prompt_id"], table["answer"], strict=True)}
-    cards = load_cards(shared / "01_glossary" / "artefacts" / "glossary.json")
-    return prompts, answers, {card.id: card for card in cards}
+    return prompts, answers, cards
+
+
+def judged_prompts(prompts: pd.DataFrame) -> pd.DataFrame:
+    """The prompts that can be judged: prompts of one's own need a term and a reference answer."""
+    known = (prompts["term_id"] != "") & (prompts["reference"] != "")
+    return prompts[known].reset_index(drop=True)

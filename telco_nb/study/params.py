@@ -97,6 +97,7 @@ class Parameters(LoraParameters, JudgeParameters):
     glossary_path: str
     contexts_path: str
     gold_path: str | None
+    reviews_path: str | None
     noisy_path: str | None
     prompts_path: str | None
     unseen_terms: list[str]

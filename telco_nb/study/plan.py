@@ -57,6 +57,7 @@ READS: dict[str, tuple[Read, ...]] = {
     "05_judge": (
         Read("01_glossary", "shared", "artefacts/glossary.json"),
         Read("02_synth", "shared", "artefacts/test_prompts.parquet"),
+        Read("02_synth", "shared", "artefacts/train.parquet"),
         Read("04_energy", "configs", "artefacts/answers.parquet"),
         Read("04_energy", "untuned", "artefacts/answers.parquet"),
     ),

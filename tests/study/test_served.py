@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from telco_nb import ROOT
+from telco_nb import DATA_DIR
 from telco_nb.corpus import llm_writer, scenarios
 from telco_nb.corpus.cards import load_cards
 from telco_nb.hosted import attempts, prices, throttle
@@ -60,9 +60,8 @@ def served(tmp_path_factory):
 
 def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_made_up(served, tmp_path):
     url, name = served
-    cards = load_cards(ROOT / "telco_nb/data/glossary.yaml")
-    axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    planned = llm_writer.plan_calls(cards, scenarios.build_scenarios(cards, axes, SEED)[:1], axes, seeds_per_scenario=1)
+    cards, contexts = load_cards(DATA_DIR / "cards"), scenarios.load_contexts(DATA_DIR / "contexts.yaml")
+    planned = llm_writer.plan_calls(cards, scenarios.build_scenarios(cards, contexts, [])[:1], contexts, range(1, 2))
     source = HostedModel("openai-compatible", name, url, max_tokens=64, structured="prompted", timeout_s=600.0)
     session = Session(
         ApiClient(source), attempts.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
@@ -72,7 +71,7 @@ def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_mad
     facts = llm_writer.generator_facts(planned, session.store, source, SEED)
     written = list(llm_writer.stored_conversations(planned, session.store, source, SEED))
     assert facts["calls_planned"] == 1 and sum(facts["attempts"].values()) == sum(session.store.attempts.values()) >= 1
-    # 135 million parameters do not write five turns of valid JSON; if they ever do, the conversations are there.
+    # 135 million parameters do not write a chat as valid JSON; if they ever do, the conversations are there.
     assert len(written) == facts["calls_answered"]
     assert set(facts["attempts"]) <= {"ok", "parse_error", "truncated"}
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
@@ -82,12 +81,12 @@ def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_mad
 
 def test_a_small_model_as_judge_fails_the_gate_and_what_it_does_not_say_never_becomes_a_verdict(served, tmp_path):
     url, name = served
-    cards = {card.id: card for card in load_cards(ROOT / "telco_nb/data/glossary.yaml")}
+    cards = {card.id: card for card in load_cards(DATA_DIR / "cards")}
     rows = [
         {
-            "prompt_id": f"p{i}", "scenario_id": f"s{i}", "term_id": card.id, "intent": "understand",
+            "prompt_id": f"p{i}", "scenario_id": f"s{i}", "term_id": card.id, "problem_id": card.problems[0].id,
             "messages": [{"role": "user", "content": f"What does {card.term} mean for me?"}],
-            "reference": f"{card.definition} {card.facts[0]}",
+            "reference": f"{card.definition} {card.facts[0].text}",
         }
         for i, card in enumerate(list(cards.values())[:2])
     ]  # fmt: skip

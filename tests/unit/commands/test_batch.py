@@ -16,10 +16,11 @@ from hosted_fixtures import GOOD, Verdict, keys, lines  # noqa: F401
 from provider_server import answer_body, error_body
 from typer.testing import CliRunner
 
+from telco_nb import ROOT
 from telco_nb.__main__ import app
-from telco_nb.commands.batch import _act, _run, collect, judge_work, poll, submit
+from telco_nb.commands.batch import _act, _generator_work, _run, collect, judge_work, poll, submit
 from telco_nb.commands.common import CommandError
-from telco_nb.hosted import attempts, prices
+from telco_nb.hosted import api, attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request
 from telco_nb.hosted.ledger import BatchLedger
 from telco_nb.hosted.session import CallsStopped, Session, run_async
@@ -286,6 +287,26 @@ def test_a_provider_without_batches_says_so(tmp_path):
     session = Session(ApiClient(model), store, prices.Prices(model), prices.Budget(None))
     with pytest.raises(CommandError, match="no batches"):
         run_async(lambda: submit(session, QUESTIONS))
+
+
+# ---------------------------------------------------------------- the generator
+
+
+def test_of_each_scenario_one_request_is_due_and_the_next_one_is_told_the_first_lines_of_its_answer(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path / "out"))
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    with (tmp_path / "params" / "profiles" / "paper.yaml").open("a") as stream:
+        stream.write("\ngenerator: anthropic\ngenerator_model: claude-sonnet-4-5\n")
+    work = _generator_work("paper", tmp_path / "params", None)
+    assert len(work.every) == 6240 and work.due == work.every[::4]
+    line = dict.fromkeys(api.RECEIPT) | {"call_id": work.due[0].id, "status": "ok"}
+    said = {"manner": "plain", "messages": [{"role": "user", "content": "My line is dead."}]}
+    work.session.store.append([line | {"output": {"conversations": [said]}}])
+    after = _generator_work("paper", tmp_path / "params", None)
+    assert [r.id for r in after.due] == [work.every[1].id, *(r.id for r in work.due[1:])]
+    assert "- My line is dead.\n" in after.due[0].prompt
 
 
 # ---------------------------------------------------------------- judges

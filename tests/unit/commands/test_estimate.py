@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from telco_nb import ROOT
+from telco_nb.commands.estimate import Corpus
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure
 from telco_nb.hosted import prices
 from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import CostRefused, Estimate
+from telco_nb.study.params import load_study
 
 REMOTE = HostedModel("google", "gemini-2.5-flash")
 LOCAL = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
@@ -60,7 +62,7 @@ def test_a_step_that_the_budget_ended_gives_exit_code_4_and_any_other_failure_1(
 def test_the_command_line_refuses_with_exit_code_4_and_shows_host_calls_and_dollars(lines, options, said, tmp_path):
     done = run_all(lines, options, tmp_path)
     assert done.returncode == 4 and said in done.stderr
-    assert "3,120 calls to gemini-2.5-flash at generativelanguage.googleapis.com" in done.stdout
+    assert "1,560 calls to gemini-2.5-flash at generativelanguage.googleapis.com" in done.stdout
     assert "genai-prices" in done.stdout and "no customer data" in done.stdout
     assert not list((tmp_path / "out").glob("*/*/*.ipynb"))
 
@@ -86,11 +88,31 @@ def test_the_plan_prices_a_hosted_judge_from_the_protocol(tmp_path, monkeypatch)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
     done = run_all(["judges: [checklist, claude-sonnet-4-5]"], ["--dry-run"], tmp_path, steps="01-06")
     assert done.returncode == 0 and "judge-claude-sonnet-4-5/05_judge" in done.stdout
-    # 8 prompts: 16 pairs of three configurations with a bye, 4 swapped, 1 retest, 12 with anchors; 6 ratings;
-    # 8 controls on 8 prompts
+    # 8 prompts in three test sets: 16 pairs of three configurations with a bye, 4 swapped, 1 retest, 12 with anchors;
+    # 6 ratings; 8 controls on 8 prompts
     assert "calls to claude-sonnet-4-5 at api.anthropic.com" in done.stdout
     calls = int(re.search(r"([\d,]+) calls to claude", done.stdout)[1])
     assert calls == 16 + 4 + 1 + 12 + 6 + 64
+
+
+@pytest.mark.parametrize(
+    ("changed", "prompts"),
+    [
+        ({}, 144 + 144 + 120),
+        ({"test_prompts": 5, "noisy_prompts": 0, "unseen_prompts": 500}, 5 + 0 + 120),
+        ({"noisy_path": None, "unseen_terms": []}, 156),
+    ],
+)
+def test_all_test_sets_count_as_prompts_up_to_their_limits(changed, prompts):
+    assert Corpus(load_study("paper").values("shared") | changed).count_prompts() == prompts
+
+
+def test_what_is_gold_is_not_written_again_and_gives_the_lengths_and_without_gold_the_variants_do():
+    values = load_study("paper").values("shared") | {"conversations_per_scenario": 3}
+    own = Corpus(values | {"gold_path": None})
+    for corpus, numbers, origin in ((Corpus(values), [1, 2], "gold"), (own, [0, 1, 2], "variant")):
+        assert {row["origin"] for row in corpus.sample()} == {origin} and len(corpus.sample()) >= 40
+        assert all([item.number for call in calls for item in call.items] == numbers for calls in corpus.planned())
 
 
 def run_all(lines: list[str], options: list[str], tmp_path, steps: str = "01-02") -> subprocess.CompletedProcess:

@@ -1,22 +1,46 @@
 """Personal data is found in nearly every planted text, and hardly ever where there is none."""
 
 import ipaddress
+import json
 import random
 from collections import Counter
 
 import phonenumbers
 import pytest
+import yaml
 from phonenumbers import PhoneNumberFormat, PhoneNumberType
 
 from telco_nb import ROOT
-from telco_nb.corpus import cards, personal_data, scenarios, text_measures, variants
+from telco_nb.corpus import personal_data, text_measures
 
-CARDS = cards.load_cards(ROOT / "telco_nb" / "data" / "glossary.yaml")
-AXES = scenarios.load_axes(ROOT / "telco_nb" / "data" / "axes.yaml")
-GRID = scenarios.build_scenarios(CARDS, AXES, seed=20260605)
-CLEAN = [
-    m["content"] for c in variants.generate_conversations(CARDS, GRID[::13], AXES, 10, seed=3) for m in c["messages"]
-]
+DATA = ROOT / "telco_nb" / "data"
+
+
+def leaves(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from leaves(part)
+
+
+def card_texts():
+    """Every text of every card, what agents and customers say included: (file, "card", text)."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for path in sorted((DATA / "cards").glob("*.yaml")):
+        for text in leaves(yaml.load(path.read_text(encoding="utf-8"), Loader=loader)):
+            yield path.name, "card", text
+
+
+def gold_messages():
+    """Every message of the gold conversations: (file and line, role, text)."""
+    for path in sorted((DATA / "conversations").glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for message in json.loads(line)["messages"]:
+                yield f"{path.name}, line {number}", message["role"], message["content"]
+
+
+CLEAN = [text for _, role, text in gold_messages() if role == "assistant"]
 COUNTRIES = ("DE", "FR", "ES", "IT", "NL", "PL", "IN", "BR", "JP", "ZA", "AU", "CH", "SE", "MX")
 GIVEN = ("Anna", "Peter", "Maria", "John", "Aisha", "Lukas", "Zoë", "Tomasz", "Priya", "Carlos")
 FAMILY = ("Smith", "Müller", "Okafor", "Novak", "Rossi", "Patel", "Jansen", "O’Brien", "Silva", "Kowalska")
@@ -119,16 +143,17 @@ def test_at_least_99_of_100_planted_texts_are_found(seed):
     assert sum(missed.values()) <= 5, missed
 
 
-def test_fewer_than_1_in_100_clean_messages_are_refused():
-    found = [text for text in CLEAN if personal_data.find_personal_data(text)]
-    assert len(CLEAN) > 1500 and len(found) < 0.01 * len(CLEAN), found[:5]
-
-
-def test_nothing_in_the_glossary_is_taken_for_personal_data():
-    for card in CARDS:
-        texts = [text for _, text in card.agent_texts()] + [figure.text for figure in card.figures]
-        for text in [*texts, *card.fault_reports, *card.billing_disputes, *card.change_requests]:
-            assert personal_data.find_personal_data(text) == [], (card.id, text)
+def test_no_text_of_a_card_and_no_message_trips_the_filter_except_a_secret_that_a_customer_posts():
+    """In some gold conversations a customer posts a made-up PIN or password, so that the agent can have it changed."""
+    texts = [*card_texts(), *gold_messages()]
+    trips = [
+        (place, kind, found, text)
+        for place, role, text in texts
+        for kind, found in personal_data.find_personal_data(text)
+        if (role, kind) != ("user", "secret")
+    ]
+    assert len(CLEAN) > 1500 and len(texts) > 20_000
+    assert trips == []
 
 
 @pytest.mark.parametrize(
@@ -150,6 +175,75 @@ def test_nothing_in_the_glossary_is_taken_for_personal_data():
 )
 def test_technical_figures_are_not_personal_data(text):
     assert personal_data.find_personal_data(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # versions
+        "firmware 4.0.11.2024-05-17", "4.0.11.2024-05-17", "10.15.7.21", "iOS 17.4.1", "macOS 14.4.1.2", "v2.14.0.1",
+        "v. 2.14.0.1", "version 81.2.69.142", "Software: 9.12.3.4", "the software is 9.12.3.4", "build 19.4.10.1",
+        "release 21.2.3.4", "Firmware 4.12.0.1-202405171200", "firmware 4.12.0.1 and 4.13.0.2", "126.0.6478.127",
+        "Windows 10.0.22631.3007", "firmware update from 7.9.0.1 to 8.0.0.2", "version 14.6.0 (2018-09)",
+        # clauses and sections
+        "47 CFR 64.2010(h)", "47 CFR 101.1012", "section 9.3.1.2", "clause 12.4.10.1", "clauses 12.4.10.1 to 12.4.10.7",
+        "sections 9.3.1.2, 9.3.1.3", "§ 64.12.3.1", "Annex 4.2.1.9",
+        # standards and parts
+        "EN 301 489-17", "EN 300 328 (2019-07)", "RFC 7042", "88 FR 85794", "ISO/IEC 7812-1", "ISO 13616-1:2020",
+        "IEC 61076-2-101:2012", "IEEE 802.11-2020", "G.993.5", "ITU-T G.9960", "ETSI TS 123 167 V 14.6.0 (2018-09)",
+        # dates and times
+        "2026-11-26", "26/11/2026", "11/26/2026", "26.11.2026 14:30", "26. 11. 2026 14:30", "2026-11-26 14:30:00",
+        "26/11/2026 (14:30)", "14:30 26/11/2026", "2023 and 2024", "2024 2025 2026", "01/02/2025-31/03/2025",
+        "1.12.2024 - 31.12.2024", "2026-11-26/2026-12-01", "01.02.25 – 31.03.25", "01/2025-03/2025", "20261126",
+        "20261126 1430", "14:30 12345678", "20261126143000", "20261126-20261201",
+        # addresses that are nobody's
+        "1.1.1.1", "8.8.8.8 and 8.8.4.4", "9.9.9.9", "2606:4700:4700::1111", "2001:4860:4860:0:0:0:0:8888",
+        "192.0.2.44", "198.51.100.7", "203.0.113.9", "2001:db8:85a3::8a2e:370:7334", "192.168.178.1", "10.0.0.138",
+        "172.16.0.1", "172.31.255.254", "100.64.0.1", "fe80::1", "::1", "::ffff:10.0.0.1", "0.0.0.0", "255.255.255.0",
+        "239.255.255.250", "ff02::1", "the IP address 192.168.1.1",
+        # ranges of amounts
+        "5150-5350 MHz", "24250 - 27500 MHz", "16384-32767", "100000-200000 minutes", "100 000 - 200 000 homes",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("frame", ["{}", "It says {} here.", "Please note: {}."])
+def test_technical_numbers_are_not_personal_data(frame, text):
+    assert personal_data.find_personal_data(frame.format(text)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        # a telephone number, card or customer number beside a technical number
+        ("firmware 4.0.11.2024-05-17, call 0171 234 5678", "0171 234 5678"),
+        ("v2.14.0.1 0171 234 5678", "0171 234 5678"), ("version 4.1.2.3 0171 234 5678", "0171 234 5678"),
+        ("software 415.555.1100", "415.555.1100"), ("build 4111-1111-1111-1111", "4111-1111-1111-1111"),
+        ("clause 12.4.10.1: +49 30 901820", "+49 30 901820"), ("EN 301 489-17, 0171 234 5678", "0171 234 5678"),
+        ("TS 415.555.1100", "415.555.1100"), ("EN 301 489 1799", "301 489 1799"),
+        ("FR 06 12 34 56 78", "06 12 34 56 78"), ("14:30:05 0171 234 5678", "0171 234 5678"),
+        ("26/11/2026 0171 234 5678", "0171 234 5678"), ("0171 234 5678 26.11.2026", "0171 234 5678"),
+        ("2026-11-26 14:30 0171 234 5678", "0171 234 5678"),
+        # what only looks like a date, a version or a range
+        ("06.12.34.56.78", "06.12.34.56.78"), ("06-12-34-56-78", "06-12-34-56-78"), ("20101231-1234", "20101231-1234"),
+        ("201012311234", "201012311234"), ("2026-13-45-88412345", "2026-13-45-88412345"),
+        ("01/2034 567", "01/2034 567"), ("2024 0011 2233", "2024 0011 2233"),
+        ("31.02.2026-30.02.2026", "31.02.2026-30.02.2026"),
+        ("61.2.9876.5432", "61.2.9876.5432"), ("+33.1.23.45.67.89", "+33.1.23.45.67.89"),
+        ("33.1.23.45.67.89", "33.1.23.45.67.89"), ("123456-789012", "123456-789012"), ("123456789", "123456789"),
+        ("200000-100000 minutes", "200000-100000"),
+        # public addresses
+        ("81.2.69.142", "81.2.69.142"), ("4.0.11.20", "4.0.11.20"), ("IP 4.0.11.20", "4.0.11.20"),
+        ("IPv4: 12.4.10.1", "12.4.10.1"), ("the address is 12.4.10.1", "12.4.10.1"),
+        ("the firmware's IP address 4.0.11.20", "4.0.11.20"), ("IP version 4: 81.2.69.142", "81.2.69.142"),
+        ("firmware 4.1.2.3 and 81.2.69.142", "81.2.69.142"), ("firmware 4.1.2.3, IP 4.1.2.4", "4.1.2.4"),
+        ("I updated the firmware. 81.2.69.142", "81.2.69.142"), ("my IP vs 81.2.69.142", "81.2.69.142"),
+        ("81.2.69.142-81.2.69.150", "81.2.69.150"), ("::ffff:81.2.69.142", "81.2.69.142"), ("8.8.8.9", "8.8.8.9"),
+        ("100.128.0.1", "100.128.0.1"), ("172.32.0.1", "172.32.0.1"), ("192.0.3.44", "192.0.3.44"),
+        ("2606:4700:4700::1234", "2606:4700:4700::1234"), ("2001:db9::1", "2001:db9::1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("frame", ["{}", "It says {} here.", "Please note: {}."])
+def test_near_neighbours_of_technical_numbers_are_still_found(frame, text, found):
+    assert found in {match for _, match in personal_data.find_personal_data(frame.format(text))}
 
 
 @pytest.mark.parametrize(

@@ -1,106 +1,106 @@
-"""The grid is an exact factorial, every cell reads sensibly, and the split is by scenario and balanced."""
+"""The grid is every term with every problem and context, each cell reads sensibly, and the split is by scenario."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
+import shipped
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import scenarios
-from telco_nb.corpus.cards import load_cards
+from telco_nb.corpus import filters, scenarios
 
-AXES_PATH = ROOT / "telco_nb" / "data" / "axes.yaml"
-CARDS = load_cards(ROOT / "telco_nb" / "data" / "glossary.yaml")
-AXES = scenarios.load_axes(AXES_PATH)
-GRID = scenarios.build_scenarios(CARDS, AXES, seed=20260605)
+CONTEXTS_PATH = ROOT / "telco_nb" / "data" / "contexts.yaml"
+CARDS, CONTEXTS, GRID = shipped.cards(), shipped.contexts(), shipped.grid()
+UNSEEN = shipped.PARAMS["unseen_terms"]
+SEEN = [card for card in CARDS if card.id not in UNSEEN]
+
+
+def splits_of(cards, unseen=UNSEEN, contexts=CONTEXTS):
+    grid = scenarios.build_scenarios(cards, contexts, [name for name in unseen if name in {c.id for c in cards}])
+    return {scenario.scenario_id: scenario.split for scenario in grid}
+
+
+# --- the grid ----------------------------------------------------------------------------------------
 
 
 def test_the_grid_is_the_full_factorial_of_1560_scenarios():
-    assert len(GRID) == 52 * 5 * 3 * 2 == 1560
-    cells = {(s.term_id, s.intent, s.situation, s.customer) for s in GRID}
+    assert len(CARDS) == 52 and len(CONTEXTS) == 3 and {len(card.problems) for card in CARDS} == {10}
+    assert len(GRID) == 52 * 10 * 3 == 1560
+    cells = {(s.term_id, s.problem_id, s.context) for s in GRID}
     assert len(cells) == len({s.scenario_id for s in GRID}) == 1560
 
 
-@pytest.mark.parametrize(("axis", "each"), [("intent", 312), ("situation", 520), ("customer", 780), ("term_id", 30)])
-def test_every_level_of_an_axis_is_met_equally_often(axis, each):
-    assert set(Counter(getattr(s, axis) for s in GRID).values()) == {each}
+@pytest.mark.parametrize(("key", "each"), [("context", 520), ("term_id", 30)])
+def test_every_context_and_every_term_is_met_equally_often(key, each):
+    assert set(Counter(getattr(s, key) for s in GRID).values()) == {each}
 
 
-@given(seed=st.integers(0, 2**32), n=st.integers(1, 12))
+def test_a_scenario_carries_what_its_card_says_of_it():
+    for s in GRID:
+        card = shipped.by_id()[s.term_id]
+        problem = card.by_problem[s.problem_id]
+        assert s.scenario_id == f"{card.id}.{problem.id}.{s.context}"
+        assert (s.category, s.kind, s.weight) == (card.category, problem.kind, problem.weight)
+
+
+def test_every_scenario_has_its_own_reading_with_what_is_said_why_and_what_the_context_changes():
+    assert len({s.reading for s in GRID}) == 1560
+    for s in GRID:
+        problem = shipped.by_id()[s.term_id].by_problem[s.problem_id]
+        assert any(f"“{said.rstrip()}”" in s.reading for said in problem.says)
+        assert problem.cause.rstrip(".") in s.reading and problem.contexts[s.context].rstrip(".") in s.reading
+        assert not set("{}") & set(s.reading) and ".." not in s.reading.split("”")[1]
+        assert 20 <= len(s.reading.split()) <= 120
+
+
+def test_the_three_contexts_of_a_problem_quote_three_phrasings():
+    quoted = defaultdict(set)
+    for s in GRID:
+        quoted[s.term_id, s.problem_id].add(s.reading.split("“")[1].split("”")[0])
+    assert {len(found) for found in quoted.values()} == {3}
+
+
+# --- the split ---------------------------------------------------------------------------------------
+
+
+def test_the_split_is_1152_144_144_and_120_of_four_terms_of_four_categories():
+    assert Counter(s.split for s in GRID) == {"train": 1152, "val": 144, "test": 144, "unseen": 120}
+    unseen = {s.term_id: s.category for s in GRID if s.split == "unseen"}
+    assert set(unseen) == set(UNSEEN) and len(UNSEEN) == len(set(unseen.values())) == 4
+    assert not {s.term_id for s in GRID if s.split != "unseen"} & set(unseen)
+
+
+def test_of_each_other_term_24_3_3_with_held_out_cells_of_six_problems_and_all_three_contexts():
+    own = {card.id: [s for s in GRID if s.term_id == card.id] for card in SEEN}
+    for cells in own.values():
+        assert Counter(s.split for s in cells) == {"train": 24, "val": 3, "test": 3}
+        held = [s for s in cells if s.split != "train"]
+        assert len({s.problem_id for s in held}) == 6
+        for name in ("val", "test"):
+            assert {s.context for s in held if s.split == name} == {context.id for context in CONTEXTS}
+
+
+def test_every_problem_of_a_term_that_is_not_unseen_stays_in_training():
+    trained = {(s.term_id, s.problem_id) for s in GRID if s.split == "train"}
+    assert trained == {(card.id, problem.id) for card in SEEN for problem in card.problems}
+
+
+@given(dropped=st.sets(st.sampled_from([card.id for card in CARDS]), max_size=47))
 @settings(max_examples=15, deadline=None)
-def test_every_term_gives_24_3_3_cells_for_any_seed(seed, n):
-    splits = scenarios.split_scenarios([s for s in GRID if s.term_id in {c.id for c in CARDS[:n]}], seed)
-    per_term = Counter((scenario_id.split(".")[0], name) for scenario_id, name in splits.items())
-    assert {count for (_, name), count in per_term.items() if name == "train"} == {24}
-    assert {count for (_, name), count in per_term.items() if name != "train"} == {3}
+def test_cards_that_are_left_out_do_not_change_the_split_of_the_rest(dropped):
+    rest = [card for card in CARDS if card.id not in dropped]
+    if not any(card.id not in UNSEEN for card in rest):
+        return
+    whole = {s.scenario_id: s.split for s in GRID if s.term_id not in dropped}
+    assert splits_of(rest) == splits_of(rest[::-1]) == whole
 
 
-@pytest.mark.parametrize("name", ["val", "test"])
-@pytest.mark.parametrize("seed", [0, 1, 20260605])
-def test_held_out_cells_are_balanced_over_intents_situations_and_customers(name, seed):
-    held = [s for s in scenarios.build_scenarios(CARDS, AXES, seed) if s.split == name]
-    for axis, spread in (("situation", 0), ("customer", 2), ("intent", 2)):
-        counts = Counter(getattr(s, axis) for s in held)
-        assert set(counts) == set(AXES.ids(axis))
-        assert max(counts.values()) - min(counts.values()) <= spread, counts
-    pairs = Counter((s.intent, s.situation) for s in held)
-    assert len(pairs) == 15 and max(pairs.values()) - min(pairs.values()) <= 2
-
-
-def test_a_terms_held_out_cells_differ_in_intent_and_situation():
-    for name in ("val", "test"):
-        for card in CARDS:
-            held = [s for s in GRID if s.split == name and s.term_id == card.id]
-            assert len({s.intent for s in held}) == len({s.situation for s in held}) == 3
-
-
-def test_another_seed_gives_another_split_and_the_same_seed_the_same():
-    assert scenarios.build_scenarios(CARDS, AXES, 20260605) == GRID
-    assert [s.split for s in scenarios.build_scenarios(CARDS, AXES, 7)] != [s.split for s in GRID]
-
-
-def test_every_cell_has_its_own_reading_with_nothing_left_to_fill():
-    readings = [s.reading for s in GRID]
-    assert len(set(readings)) == 1560
-    assert not any("{" in text or "}" in text for text in readings)
-    assert all(30 <= len(text.split()) <= 120 for text in readings)
-
-
-def test_an_odd_cell_reads_as_the_cards_own_dispute():
-    cell = next(s for s in GRID if s.scenario_id == "latency.billing_dispute.first_contact.novice")
-    card = next(c for c in CARDS if c.id == "latency")
-    assert card.billing_disputes[0] in cell.reading and "disputes a charge" in cell.reading
-
-
-def test_own_axes_give_their_own_exact_grid(tmp_path):
-    raw = yaml.safe_load(AXES_PATH.read_text())
-    raw["axes"]["situation"] = raw["axes"]["situation"][:2]
-    path = tmp_path / "axes.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    grid = scenarios.build_scenarios(CARDS[:3], scenarios.load_axes(path), seed=1)
-    assert len(grid) == 3 * 5 * 2 * 2
-    assert Counter(s.split for s in grid) == {"train": 48, "val": 6, "test": 6}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda raw: raw["axes"]["customer"].append(dict(raw["axes"]["customer"][0])), "repeated: novice"),
-        (lambda raw: raw["moods"].append("fault"), "repeated: fault"),
-        (lambda raw: raw["axes"].pop("intent"), "axes.intent"),
-        (lambda raw: raw.update(turn_table=[4]), "turn_table"),
-    ],
-)
-def test_faulty_axes_are_refused_naming_file_and_key(tmp_path, change, message):
-    raw = yaml.safe_load(AXES_PATH.read_text())
-    change(raw)
-    path = tmp_path / "axes.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    with pytest.raises(ValueError, match=message) as error:
-        scenarios.load_axes(path)
-    assert "axes.yaml" in str(error.value)
+def test_the_list_of_unseen_terms_changes_the_split_of_those_terms_alone():
+    others = splits_of(CARDS, unseen=[])
+    assert all(others[s.scenario_id] == s.split for s in GRID if s.split != "unseen")
+    assert Counter(others.values()) == {"train": 1248, "val": 156, "test": 156}
 
 
 def test_keyed_numbers_never_change():
@@ -108,37 +108,115 @@ def test_keyed_numbers_never_change():
     assert scenarios.stable_hash(1, "a") == 15462742709960270297
 
 
-def smaller(tmp_path, **levels):
-    """The study's axes with the first so many levels of each axis."""
-    raw = yaml.safe_load(AXES_PATH.read_text())
-    for axis, n in levels.items():
-        raw["axes"][axis] = raw["axes"][axis][:n]
-    path = tmp_path / "axes.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return scenarios.load_axes(path)
+# --- grids of other sizes ----------------------------------------------------------------------------
+
+ONE = ("usual",)
 
 
-@pytest.mark.parametrize(("intent", "situation", "cards"), [(3, 2, 4), (4, 3, 7), (5, 3, 2), (2, 3, 25)])
-def test_a_small_grid_holds_out_a_tenth_within_two_points_and_every_term(tmp_path, intent, situation, cards):
-    grid = scenarios.build_scenarios(CARDS[:cards], smaller(tmp_path, intent=intent, situation=situation), seed=3)
-    counts = Counter(s.split for s in grid)
-    assert len(grid) == cards * intent * situation * 2
-    for name in ("val", "test"):
-        assert abs(counts[name] / len(grid) - 0.1) <= 0.02
-        assert {s.term_id for s in grid if s.split == name} == {card.id for card in CARDS[:cards]}
+def contexts_of(names):
+    return [context for context in CONTEXTS if context.id in names]
 
 
-def test_a_grid_too_small_to_split_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(ValueError, match="6 cells a term; at least 10"):
-        scenarios.build_scenarios(CARDS, smaller(tmp_path, intent=3, situation=1), seed=1)
-    with pytest.raises(ValueError, match=r"3 val scenarios do not meet every intent \(absent:.*Add cards"):
-        scenarios.build_scenarios(CARDS[:1], AXES, seed=1)
+def test_one_context_gives_each_term_8_1_1_of_different_problems():
+    splits = splits_of([shipped.cut(card, contexts=ONE) for card in SEEN], contexts=contexts_of(ONE))
+    per_term = Counter((name.split(".")[0], split) for name, split in splits.items())
+    assert {split: {n for (_, own), n in per_term.items() if own == split} for split in ("train", "val", "test")} == {
+        "train": {8}, "val": {1}, "test": {1},
+    }  # fmt: skip
 
 
-def test_wording_with_an_unknown_slot_is_refused_naming_its_levels(tmp_path):
-    raw = yaml.safe_load(AXES_PATH.read_text())
-    raw["axes"]["intent"][1]["detail"] = "About {colour}."
-    path = tmp_path / "axes.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    with pytest.raises(ValueError, match=r"levels fault, first_contact, novice: cannot fill 'colour'"):
-        scenarios.build_scenarios(CARDS[:4], scenarios.load_axes(path), seed=1)
+def test_one_problem_gives_each_term_one_scenario_of_each_split():
+    splits = splits_of([shipped.cut(card, 1) for card in SEEN])
+    assert Counter(splits.values()) == {"train": 48, "val": 48, "test": 48}
+    assert len({(name.split(".")[0], split) for name, split in splits.items()}) == 144
+
+
+def test_one_problem_and_one_context_are_split_over_all_terms_together():
+    splits = splits_of([shipped.cut(card, 1, ONE) for card in SEEN], contexts=contexts_of(ONE))
+    assert Counter(splits.values()) == {"train": 38, "val": 5, "test": 5}
+
+
+@given(numbers=st.lists(st.integers(1, 10), min_size=1, max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_unequal_numbers_of_problems_give_a_full_grid_with_a_tenth_held_out_of_each_term(numbers):
+    cards = [shipped.cut(card, n) for card, n in zip(SEEN, numbers, strict=False)]
+    splits = splits_of(cards)
+    assert len(splits) == 3 * sum(numbers)
+    for card, n in zip(cards, numbers, strict=True):
+        counts = Counter(split for name, split in splits.items() if name.split(".")[0] == card.id)
+        held = max(1, round(0.3 * n))
+        assert counts == {"train": 3 * n - 2 * held, "val": held, "test": held}
+
+
+def test_too_few_scenarios_are_refused_with_the_fix():
+    one = [shipped.cut(CARDS[0], 2, ONE)]
+    with pytest.raises(ValueError, match=r"2 scenarios are too few: at least 3 .*Add problems, contexts or cards\."):
+        scenarios.build_scenarios(one, contexts_of(ONE), [])
+
+
+# --- faults, by name ---------------------------------------------------------------------------------
+
+
+def test_contexts_other_than_the_cards_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"has away, usual, but .* have away, depended_on, usual.*contexts_path"):
+        scenarios.build_scenarios(CARDS, CONTEXTS[:2], [])
+
+
+def test_an_unseen_term_without_a_card_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"unseen_terms: no card has the id pager, telex\. Set unseen_terms"):
+        scenarios.build_scenarios(CARDS, CONTEXTS, ["telex", "puk", "pager"])
+
+
+def test_keeping_all_terms_out_of_training_is_refused():
+    with pytest.raises(ValueError, match=r"all terms are kept out of training\. Leave at least one"):
+        scenarios.build_scenarios(CARDS[:2], CONTEXTS, [card.id for card in CARDS[:2]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["contexts"].append(dict(raw["contexts"][0])), "must be unique; repeated: usual"),
+        (lambda raw: raw["contexts"][1].pop("reading"), r"contexts\.1\.reading: Field required"),
+        (lambda raw: raw["contexts"][2].update(id="Two words"), r"contexts\.2\.id"),
+        (lambda raw: raw["contexts"][0].update(clauses="none"), r"contexts\.0\.clauses"),
+        (lambda raw: raw["contexts"][0].update(mood="calm"), r"contexts\.0\.mood: Extra"),
+        (lambda raw: raw.update(contexts=[]), "contexts: List should have at least 1"),
+        (lambda raw: raw.pop("contexts"), "contexts: Field required"),
+    ],
+)
+def test_a_faulty_contexts_file_is_refused_naming_file_and_key(tmp_path, change, message):
+    raw = yaml.safe_load(CONTEXTS_PATH.read_text(encoding="utf-8"))
+    change(raw)
+    path = tmp_path / "contexts.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        scenarios.load_contexts(path)
+    assert "contexts.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["contexts: [", "- usual", "contexts: {}", "contexts:\n- a\ncontexts:\n- b\n", ""])
+def test_a_contexts_file_of_another_shape_is_refused_by_name(tmp_path, text):
+    (tmp_path / "contexts.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"contexts\.yaml"):
+        scenarios.load_contexts(tmp_path / "contexts.yaml")
+
+
+# --- rows and tables ---------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_keys_that_the_filters_ask_for_and_what_its_scenario_holds():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    row = scenarios.conversation_row(GRID[0], 7, "variant", messages, "terse")
+    assert tuple(row) == filters.CONVERSATION_KEYS
+    assert row["conversation_id"] == f"{GRID[0].scenario_id}.07" and row["n_turns"] == 2
+    assert all(row[key] == getattr(GRID[0], key) for key in ("scenario_id", "term_id", "kind", "context", "split"))
+
+
+def test_the_tables_hold_every_scenario_and_count_each_level_by_split():
+    table = scenarios.scenarios_table(GRID)
+    assert list(table["scenario_id"]) == [s.scenario_id for s in GRID] and not table.isna().to_numpy().any()
+    counts = scenarios.level_counts(table).set_index(["factor", "level"])
+    assert list(counts.columns) == list(scenarios.SPLITS)
+    assert list(counts.loc[("context", "away")]) == [384, 48, 48, 40]
+    for factor in ("category", "kind", "context"):
+        assert list(counts.loc[factor].sum()) == [1152, 144, 144, 120]
