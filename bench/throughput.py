@@ -31,7 +31,7 @@ Found = tuple[int, attempts.AttemptStore]  # calls planned, what is stored
 def generate(server: Server, folder: Path, n: int) -> Found:
     planned = test_llm_writer.few(-(-n // 4))
     session = test_llm_writer.session(server, folder / "a.jsonl", planned)
-    session.run(llm_writer.call_chains(planned, session, test_llm_writer.SEED))
+    session.run(llm_writer.call_chains(planned, session))
     return sum(map(len, planned)), session.store
 
 

@@ -129,9 +129,10 @@ def gate_table(judges: Sequence[JudgeResults]) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for judge in judges:
         for control in judge.controls:
-            required = f"{control.get('rule', '')} {control['threshold']:g}".strip()
+            threshold = control["threshold"]
+            required = "-" if threshold is None else f"{control.get('rule', '')} {threshold:.3g}".strip()
             row = rows.setdefault(control["control"], {"required": required})
-            value = "no verdict" if control["value"] is None else f"{control['value']:.3f} (n = {control['n']})"
+            value = "no question" if control["value"] is None else f"{control['value']:.3f} (n = {control['n']})"
             row[judge.label] = f"{value} {'passed' if control['passed'] else 'FAILED'}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("control").reset_index()
 
@@ -169,7 +170,7 @@ def result_columns(judges: Iterable[str]) -> list[str]:
     """The columns of results.csv, in order."""
     return [
         "config", *PARAMETER_COLUMNS, "train_tokens", "val_loss", "val_loss_low", "val_loss_high",
-        *ENERGY_COLUMNS, "answer_energy_wh", "train_seconds", "tokens_per_second",
+        *SET_LOSSES, *ENERGY_COLUMNS, "answer_energy_wh", "train_seconds", "tokens_per_second",
         *(f"{judge}_{part}" for judge in judges for part in JUDGE_PARTS),
     ]  # fmt: skip
 
@@ -190,9 +191,8 @@ def results_table(
     """
     columns = result_columns(judge.name for judge in judges)
     table = pd.DataFrame.from_dict(dict(training), orient="index").reindex(columns=columns).rename_axis("config")
-    table["answer_energy_wh"] = pd.Series(
-        {c: answering.get(c, {}).get("answer_energy_wh") for c in training}, dtype=float
-    )
+    for name in (*SET_LOSSES, "answer_energy_wh"):
+        table[name] = pd.Series({c: answering.get(c, {}).get(name) for c in training}, dtype=float)
     for config, interval in loss_intervals.items():
         table.loc[config, ["val_loss", "val_loss_low", "val_loss_high"]] = list(interval)
     for judge in judges:

@@ -176,7 +176,7 @@ def _generator_work(profile: str, params_dir: Path, max_usd: float | None) -> Ba
         siblings: list[str] = []
         unanswered = []
         for call in calls:
-            request = llm_writer.request_for(call, model, values["seed"], siblings)
+            request = llm_writer.request_for(call, model, siblings)
             every.append(request)
             if line := session.store.ok.get(request.id):
                 siblings += llm_writer.first_lines(line["output"])

@@ -89,16 +89,15 @@ class Corpus:
 
 def _estimate_generator(corpus: Corpus, price: prices.Prices, root: Path) -> prices.Estimate:
     """The unanswered calls, at the measured lengths if the store has enough of them."""
-    model, seed = price.hosted_model, corpus.values["seed"]
-    calls = corpus.planned()
+    model, calls = price.hosted_model, corpus.planned()
     path = llm_writer.store_path(root)
     if path.is_file():
-        calls = llm_writer.unanswered_calls(calls, attempts.AttemptStore(path), model, seed)
+        calls = llm_writer.unanswered_calls(calls, attempts.AttemptStore(path), model)
     if lengths := measured(path, model.model):
         return prices.estimate(price, sum(map(len, calls)), *lengths)
     sample = corpus.sample()
     words = sum(len(m["content"].split()) for c in sample for m in c["messages"]) / sum(c["n_turns"] for c in sample)
-    return llm_writer.estimate_cost(calls, price, seed, words)
+    return llm_writer.estimate_cost(calls, price, words)
 
 
 def _estimate_judge(corpus: Corpus, price: prices.Prices, root: Path) -> prices.Estimate:

@@ -9,38 +9,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from yaml.constructor import ConstructorError
 
-from telco_nb.corpus import personal_data
+from telco_nb.corpus import personal_data, tables
+from telco_nb.corpus.tables import Fault, RawCard
 from telco_nb.corpus.text_measures import content_stems, flesch_reading_ease, ngrams, sentences, words
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
 Name = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
 Who = Literal["customer", "agent"]
 Kind = Literal["fault", "charge", "change", "choice", "fraud", "misunderstanding", "safety"]
-
-
-class Fault(NamedTuple):
-    """What is wrong and where: file (in tables with its row), card, problem ("": the card itself), field or column."""
-
-    file: str
-    card: str
-    problem: str
-    field: str
-    message: str
-
-    def __str__(self) -> str:
-        names = [f"{kind} {name!r}, " for kind, name in (("card", self.card), ("problem", self.problem)) if name]
-        return f"{self.file}: {''.join(names)}{self.field}: {self.message}"
 
 
 class GlossaryError(ValueError):
@@ -285,14 +272,6 @@ def read_yaml(path: Path | str) -> Any:
 # ---------------------------------------------------------------- loading and validating
 
 
-class RawCard(NamedTuple):
-    """A card as it was read, what to call its file in an error, and how to find the place of a fault in tables."""
-
-    file: str
-    values: Any
-    locate: Callable[[Fault], Fault] = lambda fault: fault
-
-
 def load_cards(path: Path | str) -> list[Card]:
     """Load the cards of a glossary: YAML files by name, tables and JSON in their order.
 
@@ -305,8 +284,6 @@ def load_cards(path: Path | str) -> list[Card]:
     """
     path = Path(path)
     if path.is_dir():
-        from telco_nb.corpus import tables  # it needs the cards' classes
-
         found = tables.find_tables(path)
         return parse_cards(*tables.read_tables(*found), path) if found else parse_cards(_read_folder(path), [], path)
     if path.suffix != ".json":

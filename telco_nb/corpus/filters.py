@@ -20,7 +20,7 @@ CONVERSATION_KEYS = (
     "conversation_id", "scenario_id", "term_id", "problem_id", "kind", "context", "origin", "manner", "n_turns",
     "messages", "split",
 )  # fmt: skip
-FINISHED = ("stop", "end", "end_turn")  # providers' names for an answer that was not cut off
+FINISHED = ("stop", "end", "end_turn", "completed")  # providers' names for an answer that was not cut off
 TOTAL_WORDS = (15, 600)
 MAX_TURNS = 4
 LOOP_NGRAM, LOOP_SHARE = 4, 0.3  # of a message's word 4-grams, the share that may repeat an earlier one

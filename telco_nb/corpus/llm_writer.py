@@ -62,6 +62,7 @@ class WriterItem(NamedTuple):
 class WriterCall(NamedTuple):
     """At most ITEMS_PER_CALL items of one scenario, with the texts on its problem (`system`) and its context."""
 
+    seed: int
     scenario: Scenario
     system: str
     context: str
@@ -79,7 +80,9 @@ def hosted_writer(values: Mapping[str, Any]) -> HostedModel | None:
     return hosted_model_from(values, "generator")
 
 
-def plan_calls(cards: list[Card], scenarios: list[Scenario], contexts: list[Context], numbers: range) -> Plan:
+def plan_calls(
+    cards: list[Card], scenarios: list[Scenario], contexts: list[Context], numbers: range, seed: int = 0
+) -> Plan:
     """Plan the calls that write all conversations.
 
     Args:
@@ -87,6 +90,7 @@ def plan_calls(cards: list[Card], scenarios: list[Scenario], contexts: list[Cont
         scenarios: the scenario grid.
         contexts: the contexts.
         numbers: the numbers within each scenario that are written, as `variants.write_variants` takes them.
+        seed: another seed asks for other conversations. The study's seed is not meant: it draws samples of the data.
 
     Returns:
         The calls of each scenario in sending order: a later prompt lists the first lines of earlier conversations.
@@ -104,7 +108,7 @@ def plan_calls(cards: list[Card], scenarios: list[Scenario], contexts: list[Cont
         told = system(scenario.term_id, scenario.problem_id), _data({context.label: changes})
         items = [WriterItem(number, *conversation_plan(scenario, number)) for number in numbers]
         parts = (items[i : i + ITEMS_PER_CALL] for i in range(0, len(items), ITEMS_PER_CALL))
-        planned.append([WriterCall(scenario, *told, tuple(part)) for part in parts])
+        planned.append([WriterCall(seed, scenario, *told, tuple(part)) for part in parts])
     return planned
 
 
@@ -144,13 +148,13 @@ def _call_prompt(call: WriterCall, siblings: list[str]) -> str:
     return _filled(CALL_TEMPLATE, texts)
 
 
-def request_for(call: WriterCall, model: HostedModel, seed: int, siblings: list[str]) -> Request:
+def request_for(call: WriterCall, model: HostedModel, siblings: list[str]) -> Request:
     """Return the request of a call; its id depends on all that is sent but `siblings`, and on model, items and seed.
 
     `siblings` are the first lines of the scenario's earlier conversations, which the model must not repeat.
     """
     identity = [
-        GENERATOR_ID, model.kind, model.model, model.settings(), seed, call.system, _call_prompt(call, []),
+        GENERATOR_ID, model.kind, model.model, model.settings(), call.seed, call.system, _call_prompt(call, []),
         call.scenario.scenario_id, [item.number for item in call.items],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -184,30 +188,29 @@ def first_lines(output: dict[str, Any]) -> list[str]:
     return [" ".join(text.split()[:12]) for text in texts]
 
 
-def call_chains(planned: Plan, session: Session, seed: int) -> list[Callable[[], Awaitable[None]]]:
+def call_chains(planned: Plan, session: Session) -> list[Callable[[], Awaitable[None]]]:
     """Return one coroutine function per scenario, which sends the scenario's calls one after the other.
 
     Args:
         planned: the calls by scenario (`plan_calls`).
         session: the session that sends and stores them (`open_session`).
-        seed: the seed of the study.
     """
 
     async def send(scenario_calls: list[WriterCall]) -> None:
         siblings: list[str] = []
         for call in scenario_calls:
-            line = await session.ask(request_for(call, session.client.hosted_model, seed, siblings))
+            line = await session.ask(request_for(call, session.client.hosted_model, siblings))
             if line:
                 siblings += first_lines(line["output"])
 
     return [partial(send, scenario_calls) for scenario_calls in planned]
 
 
-def _by_request_id(planned: Plan, model: HostedModel, seed: int) -> dict[str, WriterCall]:
-    return {request_for(call, model, seed, []).id: call for calls in planned for call in calls}
+def _by_request_id(planned: Plan, model: HostedModel) -> dict[str, WriterCall]:
+    return {request_for(call, model, []).id: call for calls in planned for call in calls}
 
 
-def describe_calls(planned: Plan, model: HostedModel, seed: int) -> dict[str, dict[str, Any]]:
+def describe_calls(planned: Plan, model: HostedModel) -> dict[str, dict[str, Any]]:
     """Return the fields by which a stored attempt describes its call, by request id."""
     prompt_sha256 = sha256(PROMPT_PATH)
     return {
@@ -217,22 +220,19 @@ def describe_calls(planned: Plan, model: HostedModel, seed: int) -> dict[str, di
             "scenario_id": call.scenario.scenario_id,
             "numbers": [item.number for item in call.items],
         }
-        for request_id, call in _by_request_id(planned, model, seed).items()
+        for request_id, call in _by_request_id(planned, model).items()
     }
 
 
-def stored_conversations(
-    planned: Plan, store: attempts.AttemptStore, model: HostedModel, seed: int
-) -> Iterator[dict[str, Any]]:
+def stored_conversations(planned: Plan, store: attempts.AttemptStore, model: HostedModel) -> Iterator[dict[str, Any]]:
     """Yield all stored conversations of a plan, in grid order.
 
     Args:
         planned: the calls by scenario (`plan_calls`).
         store: the store of attempts.
         model: the hosted model.
-        seed: the seed of the study.
     """
-    for request_id, call in _by_request_id(planned, model, seed).items():
+    for request_id, call in _by_request_id(planned, model).items():
         if line := store.ok.get(request_id):
             yield from _rows(call, line["output"], line["finish_reason"])
 
@@ -250,7 +250,7 @@ def open_session(
         max_usd: the most that the whole study may spend, in US dollars; None for no limit.
         batch: send the calls in batches, at half the price.
     """
-    described = describe_calls(planned, model, values["seed"])
+    described = describe_calls(planned, model)
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
     price = prices.Prices(model, *declared, prices.BATCH_FACTOR if batch else 1.0)
     return Session(
@@ -265,24 +265,23 @@ def store_path(root: Path) -> Path:
     return root / "shared" / "store" / "conversations.jsonl"
 
 
-def unanswered_calls(planned: Plan, store: attempts.AttemptStore, model: HostedModel, seed: int) -> Plan:
+def unanswered_calls(planned: Plan, store: attempts.AttemptStore, model: HostedModel) -> Plan:
     """Return the calls of a plan, by scenario, that have no good answer in the store."""
-    return [[c for c in calls if request_for(c, model, seed, []).id not in store.ok] for calls in planned]
+    return [[c for c in calls if request_for(c, model, []).id not in store.ok] for calls in planned]
 
 
-def generator_facts(planned: Plan, store: attempts.AttemptStore, model: HostedModel, seed: int) -> dict[str, Any]:
+def generator_facts(planned: Plan, store: attempts.AttemptStore, model: HostedModel) -> dict[str, Any]:
     """Describe the generator for the data card.
 
     Args:
         planned: the calls by scenario (`plan_calls`).
         store: the store of attempts.
         model: the hosted model.
-        seed: the seed of the study.
 
     Returns:
         The models, prompt hash, counts of calls and attempts, tokens, and US dollars (None without a known price).
     """
-    ids = _by_request_id(planned, model, seed).keys()
+    ids = _by_request_id(planned, model).keys()
     answers = [store.ok[i] for i in ids if i in store.ok]
     return {
         "id": GENERATOR_ID,
@@ -304,7 +303,7 @@ def _total(answers: list[dict[str, Any]], name: str) -> int | None:
     return sum(counted) if counted else None
 
 
-def estimate_cost(planned: Plan, price: prices.Prices, seed: int, words_per_exchange: float) -> prices.Estimate:
+def estimate_cost(planned: Plan, price: prices.Prices, words_per_exchange: float) -> prices.Estimate:
     """Estimate the cost of a plan from the length of every 50th prompt.
 
     `words_per_exchange` is the mean length of a question and its answer in conversations at hand. The estimate assumes
@@ -313,7 +312,7 @@ def estimate_cost(planned: Plan, price: prices.Prices, seed: int, words_per_exch
     flat = [call for calls in planned for call in calls]
     if not flat:
         return prices.estimate(price, 0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
-    sample = [request_for(call, price.hosted_model, seed, ["x" * 60] * 10) for call in flat[::50]]
+    sample = [request_for(call, price.hosted_model, ["x" * 60] * 10) for call in flat[::50]]
     tokens_in = sum(len(request.text) for request in sample) / len(sample) / prices.BYTES_PER_TOKEN
     exchanges = sum(item.exchanges for call in flat for item in call.items) / len(flat)
     mid = exchanges * words_per_exchange * TOKENS_PER_WORD

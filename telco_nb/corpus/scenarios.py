@@ -17,7 +17,7 @@ from telco_nb.corpus.cards import Card, Name, Problem, StrictModel, Text, read_y
 SPLITS = ("train", "val", "test", "unseen")
 FACTORS = ("kind", "context")  # the columns over which samples are balanced and counts are shown
 HELD_OUT_SHARE = 0.1  # of a term's cells, for validation and again for test: 3 + 3 of 30
-FEWEST_CELLS = 3  # a term with fewer gives no held-out cell; then the cells of all terms are split together
+FEWEST_CELLS = 3  # of a term that gives held-out cells; the cells of smaller terms are split together
 
 
 class Context(StrictModel):
@@ -139,6 +139,7 @@ def split_scenarios(scenarios: Sequence[Scenario], unseen_terms: Collection[str]
     The split is part of the data set, so it does not depend on the study's seed or on other terms: a hash orders the
     problems of a term, the first ones give a cell to test, the next ones to validation. Their contexts take turns, so
     a term's held-out cells are of different problems and contexts, and each problem stays in training in the others.
+    Terms of fewer than `FEWEST_CELLS` cells are split together.
 
     Returns:
         {scenario id: "train", "val", "test" or "unseen"}.
@@ -148,13 +149,14 @@ def split_scenarios(scenarios: Sequence[Scenario], unseen_terms: Collection[str]
         by_term["" if scenario.term_id in unseen_terms else scenario.term_id].append(scenario)
     result = {scenario.scenario_id: "unseen" for scenario in by_term.pop("", [])}
     small = [scenario for cells in by_term.values() if len(cells) < FEWEST_CELLS for scenario in cells]
-    groups = [cells for cells in by_term.values() if len(cells) >= FEWEST_CELLS] + ([small] if small else [])
+    groups = [cells for cells in (*by_term.values(), small) if len(cells) >= FEWEST_CELLS]
+    if not groups:
+        raise ValueError(
+            f"{len(small)} scenarios are too few: at least {FEWEST_CELLS} are needed, so that one is held out for "
+            "validation and one for test. Add problems, contexts or cards."
+        )
+    result |= {scenario.scenario_id: "train" for scenario in small}
     for cells in groups:
-        if len(cells) < FEWEST_CELLS:
-            raise ValueError(
-                f"{len(cells)} scenarios are too few: at least {FEWEST_CELLS} are needed, so that one is held out for "
-                "validation and one for test. Add problems, contexts or cards."
-            )
         order = _held_out_order(cells)
         n = max(1, round(HELD_OUT_SHARE * len(cells)))
         result |= {scenario.scenario_id: "train" for scenario in cells}

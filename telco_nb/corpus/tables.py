@@ -25,12 +25,34 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from telco_nb.corpus.cards import Card, Fault, RawCard
+from pydantic import BaseModel
 
 NAMES = ("cards.csv", "problems.csv")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 CONTEXT = "context_"
 SAVE_AS = "In the spreadsheet choose Save as and the type “CSV UTF-8”."
+
+
+class Fault(NamedTuple):
+    """What is wrong and where: file (in tables with its row), card, problem ("": the card itself), field or column."""
+
+    file: str
+    card: str
+    problem: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        names = [f"{kind} {name!r}, " for kind, name in (("card", self.card), ("problem", self.problem)) if name]
+        return f"{self.file}: {''.join(names)}{self.field}: {self.message}"
+
+
+class RawCard(NamedTuple):
+    """A card as it was read, what to call its file in an error, and how to find the place of a fault in tables."""
+
+    file: str
+    values: Any
+    locate: Callable[[Fault], Fault] = lambda fault: fault
 
 
 # ---------------------------------------------------------------- the file, as a spreadsheet wrote it
@@ -171,7 +193,7 @@ class _Codec(NamedTuple):
         """The value of a cell. Raises ValueError if it has none."""
         if not cell and self.empty is REQUIRED:
             raise ValueError("this cell is empty")
-        return self.read(re.sub(r"\s*\n\s*", " ", cell)) if cell else self.empty
+        return self.read(re.sub(r"\s*[\r\n]\s*", " ", cell)) if cell else self.empty
 
 
 def _items(cell: str) -> list[str]:
@@ -402,23 +424,23 @@ def _column(field: str) -> tuple[str, int | None]:
 # ---------------------------------------------------------------- writing
 
 
-def write_tables(cards: Sequence[Card], folder: Path) -> None:
+def write_tables(cards: Sequence[BaseModel], folder: Path) -> None:
     """Write cards as cards.csv and problems.csv, which `load_cards` reads back to equal cards.
 
     Raises:
         ValueError: a table cannot hold a value, named with card, problem and column; then nothing is written.
     """
     card_rows, problem_rows = [], []
-    contexts = list(cards[0].problems[0].contexts)
     for card in cards:
         values = card.model_dump(exclude_defaults=True)
-        card_rows.append(_write_cells(CARD_COLUMNS, values, card.id))
+        card_rows.append(_write_cells(CARD_COLUMNS, values, values["id"]))
         for problem in values["problems"]:
-            flat = problem | {"card": card.id} | {CONTEXT + name: problem["contexts"][name] for name in contexts}
+            contexts = {CONTEXT + name: text for name, text in problem["contexts"].items()}
+            flat = problem | contexts | {"card": values["id"]}
             for field, columns in PARTS.items():
                 flat |= {column: (problem[field] or {}).get(key) for key, column in columns.items()}
-            columns = PROBLEM_COLUMNS | {CONTEXT + name: _TEXT for name in contexts}
-            problem_rows.append(_write_cells(columns, flat, f"{card.id}, problem {problem['id']}"))
+            columns = PROBLEM_COLUMNS | dict.fromkeys(contexts, _TEXT)
+            problem_rows.append(_write_cells(columns, flat, f"{values['id']}, problem {problem['id']}"))
     for name, rows in zip(NAMES, (card_rows, problem_rows), strict=True):
         with (folder / name).open("w", encoding="utf-8-sig", newline="") as stream:  # Excel needs the byte order mark
             writer = csv.DictWriter(stream, list(rows[0]))

@@ -85,13 +85,15 @@ def conversation_plan(scenario: Scenario, number: int) -> tuple[str, int]:
 # ---------------------------------------------------------------- the customer
 
 
-def _says(problem: Problem, scenario: Scenario, held_out: str | None) -> list[str]:
-    """The phrasings that a scenario may use: if one scenario of the problem is held out, it has some for itself."""
-    if held_out is None:
+def _says(problem: Problem, scenario: Scenario, held_out: Sequence[str]) -> list[str]:
+    """The phrasings that a scenario may use: each held-out scenario of the problem has some for itself."""
+    if not held_out:
         return problem.says
     start = stable_hash("says", scenario.term_id, problem.id) % len(problem.says)
     turned = [*problem.says[start:], *problem.says[:start]]
-    return turned[:RESERVED_SAYS] if held_out == scenario.scenario_id else turned[RESERVED_SAYS:]
+    own = {name: turned[i * RESERVED_SAYS :][:RESERVED_SAYS] for i, name in enumerate(held_out)}
+    rest = turned[RESERVED_SAYS * len(held_out) :]
+    return own.get(scenario.scenario_id, rest) or problem.says
 
 
 def _first_message(says: list[str], context: Context, manner: str, draw: Draw) -> str:
@@ -222,7 +224,7 @@ def _later_turn(agent: Agent, turn: int) -> tuple[str, str] | None:
 
 
 def write_variant(
-    card: Card, scenario: Scenario, context: Context, number: int, attempt: int = 0, held_out: str | None = None
+    card: Card, scenario: Scenario, context: Context, number: int, attempt: int = 0, held_out: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write one variant, with the keys of conversations.parquet.
 
@@ -232,7 +234,7 @@ def write_variant(
         context: the scenario's context.
         number: the number within the scenario; it sets manner and exchanges.
         attempt: above 0 for another draft of the same number.
-        held_out: the id of the problem's held-out scenario, if it has one.
+        held_out: the ids of the problem's held-out scenarios.
     """
     problem = card.by_problem[scenario.problem_id]
     manner, n_turns = conversation_plan(scenario, number)
@@ -262,11 +264,13 @@ def write_variants(
         numbers: the numbers within each scenario that are written; the others are gold.
     """
     by_id, by_context = {card.id: card for card in cards}, {context.id: context for context in contexts}
-    held_out = {(s.term_id, s.problem_id): s.scenario_id for s in scenarios if s.split in ("val", "test")}
+    held_out: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for held in (scenario for scenario in scenarios if scenario.split in ("val", "test")):
+        held_out[held.term_id, held.problem_id].append(held.scenario_id)
     said: dict[tuple[str, str], set[str]] = defaultdict(set)
     for scenario in scenarios:
         name = scenario.term_id, scenario.problem_id
-        earlier, own = said[name], held_out.get(name)
+        earlier, own = said[name], held_out[name]
         for number in numbers:
             for attempt in range(ATTEMPTS):
                 row = write_variant(

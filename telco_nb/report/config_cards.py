@@ -100,10 +100,10 @@ def _card_numbers(study: StudyFiles, config: str, most: float) -> dict[str, Any]
 
 
 def _prompts(root: Path) -> dict[str, str]:
-    """Two test prompts of different intents, the same for every card: the customer's last message by prompt_id."""
+    """Two prompts of different test sets, the same for every card: the customer's last message by prompt_id."""
     frame = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
     frame = frame.sort_values("prompt_id")
-    first = pd.concat([frame.drop_duplicates("intent"), frame]).drop_duplicates("prompt_id").head(2)
+    first = pd.concat([frame.drop_duplicates("test_set"), frame]).drop_duplicates("prompt_id").head(2)
     questions = [[m["content"] for m in messages if m["role"] == "user"][-1] for messages in first["messages"]]
     return dict(zip(first["prompt_id"], questions, strict=True))
 

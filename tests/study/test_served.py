@@ -26,7 +26,6 @@ from telco_nb.judge.store import VerdictStore, judged_rows
 from telco_nb.lora import base_model
 
 pytestmark = pytest.mark.study
-SEED = 1
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +66,9 @@ def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_mad
         ApiClient(source), attempts.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(source, 0.0, 0.0),
         prices.Budget(1.0), max_in_flight=1, retry_policy=throttle.RetryPolicy(limits={"parse_error": 2}),
     )  # fmt: skip
-    session.run(llm_writer.call_chains(planned, session, SEED))
-    facts = llm_writer.generator_facts(planned, session.store, source, SEED)
-    written = list(llm_writer.stored_conversations(planned, session.store, source, SEED))
+    session.run(llm_writer.call_chains(planned, session))
+    facts = llm_writer.generator_facts(planned, session.store, source)
+    written = list(llm_writer.stored_conversations(planned, session.store, source))
     assert facts["calls_planned"] == 1 and sum(facts["attempts"].values()) == sum(session.store.attempts.values()) >= 1
     # 135 million parameters do not write a chat as valid JSON; if they ever do, the conversations are there.
     assert len(written) == facts["calls_answered"]

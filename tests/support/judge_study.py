@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import ast
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+import shipped
 from fake_study import Builder
 from IPython.display import HTML
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from telco_nb import ROOT, notebook
 from telco_nb.__main__ import app
-from telco_nb.corpus import cards, scenarios, variants
-from telco_nb.judge import asking, design, gate
-from telco_nb.judge.cases import Case
-from telco_nb.judge.store import VerdictStore
+from telco_nb.corpus import dataset
+from telco_nb.corpus.cards import unknown_figures
+from telco_nb.judge import anchors, asking, checklist, design, gate
+from telco_nb.judge.cases import Case, Verdict
+from telco_nb.judge.store import VerdictStore, judged_rows
 from telco_nb.study import record
 from telco_nb.study.plan import declared, make_job
 
@@ -38,20 +41,25 @@ HOSTILE = {
     "100 kB": "Restart the phone and wait. " + " ".join(f"word{i}" for i in range(12_000)),
     "not a number": "NaN Infinity -Infinity null",
 }
-CARDS = {card.id: card for card in cards.load_cards(ROOT / "telco_nb/data/glossary.yaml")}
+CARDS = shipped.by_id()
+SEED = 7
+
+
+@cache
+def all_prompts() -> pd.DataFrame:
+    """The test set `test` as 02_synth writes it: the first messages of the shipped gold conversations, 144 of them."""
+    rows = [row for row in shipped.gold_rows() if row["split"] == "test"]
+    return pd.DataFrame(dataset.test_prompts(rows, "test", None, SEED))
 
 
 def make_prompts(n: int) -> pd.DataFrame:
-    """One test prompt for each of the first n terms, written by the project's own generator."""
-    axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    held_out = [s for s in scenarios.build_scenarios(list(CARDS.values()), axes, 7) if s.split == "test"]
-    rows = []
-    for scenario in list({s.term_id: s for s in held_out}.values())[:n]:
-        messages = variants.write_conversation(CARDS[scenario.term_id], scenario, 0, axes, 7)["messages"]
-        ids = {"prompt_id": f"p-{scenario.scenario_id}", "scenario_id": scenario.scenario_id}
-        rest = {"term_id": scenario.term_id, "intent": scenario.intent, "messages": messages[:-1]}
-        rows.append(ids | rest | {"reference": messages[-1]["content"]})
-    return pd.DataFrame(rows)
+    """The first n test prompts. 02_synth balances them, so their kinds, contexts and terms differ."""
+    return all_prompts().head(n).copy()
+
+
+def training() -> list[dict[str, Any]]:
+    """The gold conversations of the training split; the anchor `nearest` looks among them."""
+    return [row for row in shipped.gold_rows() if row["split"] == "train"]
 
 
 def make_answers(prompts: pd.DataFrame, configs: list[str]) -> dict[tuple[str, str], str]:

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 # For children that are killed: the server that forks them is one for the whole test run, and imports this once.
-PRELOAD = ["test_generator", "test_jury", "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"]
+PRELOAD = ["test_llm_writer", "test_language_model", "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"]
 KINDS = ("anthropic", "openai", "google", "openai-compatible")
 FAULTS = (
     "429", "429-after", "500", "529", "slow", "cut", "not-json", "half-json", "refusal", "filter", "length", "empty",

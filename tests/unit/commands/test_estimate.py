@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from telco_nb import ROOT
@@ -18,6 +19,7 @@ from telco_nb.engine.archive import Failure
 from telco_nb.hosted import prices
 from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import CostRefused, Estimate
+from telco_nb.judge import protocol
 from telco_nb.study.params import load_study
 
 REMOTE = HostedModel("google", "gemini-2.5-flash")
@@ -88,11 +90,11 @@ def test_the_plan_prices_a_hosted_judge_from_the_protocol(tmp_path, monkeypatch)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "none")
     done = run_all(["judges: [checklist, claude-sonnet-4-5]"], ["--dry-run"], tmp_path, steps="01-06")
     assert done.returncode == 0 and "judge-claude-sonnet-4-5/05_judge" in done.stdout
-    # 8 prompts in three test sets: 16 pairs of three configurations with a bye, 4 swapped, 1 retest, 12 with anchors;
-    # 6 ratings; 8 controls on 8 prompts
     assert "calls to claude-sonnet-4-5 at api.anthropic.com" in done.stdout
     calls = int(re.search(r"([\d,]+) calls to claude", done.stdout)[1])
-    assert calls == 16 + 4 + 1 + 12 + 6 + 64
+    ids = [str(i) for i in range(4 + 2 + 2)]  # the limits of smoke's three test sets
+    prompts = pd.DataFrame({"prompt_id": ids, "scenario_id": ids, "term_id": ids})
+    assert calls == protocol.count_questions(load_study("smoke").values("judge-claude-sonnet-4-5"), prompts)
 
 
 @pytest.mark.parametrize(

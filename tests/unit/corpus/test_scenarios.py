@@ -148,6 +148,13 @@ def test_unequal_numbers_of_problems_give_a_full_grid_with_a_tenth_held_out_of_e
         assert counts == {"train": 3 * n - 2 * held, "val": held, "test": held}
 
 
+def test_a_term_too_small_to_give_a_held_out_cell_trains_beside_larger_ones():
+    cards = [shipped.cut(SEEN[0], 1, ("usual", "away")), *(shipped.cut(c, 3, ("usual", "away")) for c in SEEN[1:4])]
+    splits = splits_of(cards, contexts=contexts_of(("usual", "away")))
+    assert {split for name, split in splits.items() if name.startswith(f"{SEEN[0].id}.")} == {"train"}
+    assert Counter(splits.values()) == {"train": 14, "val": 3, "test": 3}
+
+
 def test_too_few_scenarios_are_refused_with_the_fix():
     one = [shipped.cut(CARDS[0], 2, ONE)]
     with pytest.raises(ValueError, match=r"2 scenarios are too few: at least 3 .*Add problems, contexts or cards\."):

@@ -387,6 +387,17 @@ def test_the_phrases_hold_no_figure_and_only_slots_that_are_filled():
             assert not re.search(r"\d", phrase)
 
 
+def test_two_held_out_scenarios_of_one_problem_have_phrasings_of_their_own_too():
+    card = shipped.cut(shipped.by_id()["puk"], 1)
+    grid = scenarios.build_scenarios([card], shipped.contexts(), [])
+    assert {s.split for s in grid} == {"train", "val", "test"}
+    said = defaultdict(set)
+    for row in variants.write_variants([card], grid, shipped.contexts(), range(20)):
+        if row["manner"] in UNTOUCHED:
+            said[row["split"]] |= {t for t in card.problems[0].says if ended(t) in row["messages"][0]["content"]}
+    assert len(said["val"]) == len(said["test"]) == 2 and sum(map(len, said.values())) == len(set().union(*said.values()))
+
+
 def test_cards_with_one_problem_and_one_context_have_variants_too():
     cards = [shipped.cut(card, 1, ("usual",)) for card in shipped.cards()[:5]]
     contexts = shipped.contexts()[:1]
