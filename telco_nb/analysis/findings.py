@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
+from telco_nb.analysis.fitness import fitness, lead_over
 from telco_nb.analysis.recommendation import (
     Recommendation,
     describe_config,
-    gain_over_untuned,
     judges_text,
     name_list,
     percent,
@@ -47,7 +47,7 @@ PAPER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement. `verdict`: supported, not distinguishable, described, not estimable or blocked."""
+    """One statement. `verdict`: supported, not distinguishable, described, not fit, not estimable or blocked."""
 
     id: str
     statement: str
@@ -138,8 +138,15 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
         text = "No configuration can be recommended"
         return _not_estimable("deploy", text, "; ".join(choice.blocked_by), n, "blocked")
     row = study.results.loc[choice.config]
-    text = f"Deploy {choice.config} ({describe_config(row)}): {choice.reason}. "
-    text += f"Training: {energy_text(row) or 'its training energy is not known'}."
+    held = fitness(study, choice.config)
+    energy = f"Training: {energy_text(row) or 'its training energy is not known'}."
+    if not held.is_fit:
+        text = (
+            f"No configuration is fit to answer customers. {choice.config} ({describe_config(row)}) answers best of {n}"
+        )
+        text += f", but {name_list(held.reasons)}. It is chosen thus: {choice.reason}. {energy}"
+        return Finding("deploy", text, choice.config, n=n, verdict="not fit")
+    text = f"Deploy {choice.config} ({describe_config(row)}): {choice.reason}. {energy}"
     better = choice.agreed and len(choice.candidates) < n  # than at least one other configuration, with every judge
     return Finding("deploy", text, choice.config, n=n, verdict="supported" if better else "not distinguishable")
 
@@ -184,7 +191,7 @@ def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
     findings = []
     for judge in (judge for judge in study.judges if len(judge.scores)):
         config = choice.config or str(judge.scores.idxmax())
-        gain = gain_over_untuned(judge, config)
+        gain = lead_over(judge, config, "untuned")
         if gain is not None:
             text = (
                 f"Against the untuned model {config} wins {win_text(gain)} of decided comparisons with {judge.label}."

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from telco_nb.analysis.fitness import lead_over
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statistics import Interval, percentile_interval
+from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.ranking import tied_top
 
 ENERGY_TOLERANCE = 0.25  # training is paid once: a saving of less than a quarter does not outweigh a better score
@@ -90,19 +91,11 @@ def _worse_than_untuned(study: StudyResults, config: str) -> list[str]:
     """The judges that place the base model above a configuration with the whole interval, as reasons."""
     reasons = []
     for judge in study.passed:
-        gain = gain_over_untuned(judge, config)
+        gain = lead_over(judge, config, "untuned")
         if gain is not None and gain.high < 0:
             share = f"{config}, the best, wins {win_text(gain)} of decided comparisons with it ({judge.label})"
             reasons.append(f"the untuned model answers better: {share}")
     return reasons
-
-
-def gain_over_untuned(judge: JudgeResults, config: str) -> Interval | None:
-    """Lead of a configuration over the untuned model in log-odds; None where the judge has not placed it."""
-    if "untuned" not in judge.ranking.index or not {config, "untuned"} <= set(judge.draws):
-        return None
-    value = judge.ranking.loc[config, "score"] - judge.ranking.loc["untuned", "score"]
-    return percentile_interval(value, judge.draws[config] - judge.draws["untuned"])
 
 
 def _reason(study: StudyResults, candidates: list[str], cheap: list[str], comparable: bool) -> str:

@@ -15,6 +15,9 @@ from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, ken
 from telco_nb.judge.cases import degenerate_answer
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
+SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per token, and perplexity
+    "test_loss", "test_perplexity", "noisy_loss", "noisy_perplexity", "unseen_loss", "unseen_perplexity",
+)  # fmt: skip
 ENERGY_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
 )  # fmt: skip
@@ -64,7 +67,8 @@ class JudgeResults:
 class StudyResults:
     """Everything the statistics need. `results` is indexed by configuration, `loss_draws` is (draws, configurations);
     `repeats` has one row per seed repeat: config, seed, val_loss, train_energy_wh. `invalid_energy` names the
-    configurations whose energy window was too short or has no reading.
+    configurations whose energy window was too short or has no reading. `checks` holds what the checklist found in each
+    answer (`judge.checklist.checks_table`), `faults` the counts of `answers_table`; None where there are none.
     """
 
     results: pd.DataFrame
@@ -72,6 +76,8 @@ class StudyResults:
     judges: Sequence[JudgeResults]
     repeats: pd.DataFrame
     invalid_energy: tuple[str, ...] = ()
+    checks: pd.DataFrame | None = None
+    faults: pd.DataFrame | None = None
 
     @property
     def losses(self) -> pd.Series:
@@ -145,13 +151,14 @@ def answers_table(answers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
     Returns:
         One row per configuration: answers, empty and looping ones (the rule by which 05 lets an answer lose), those cut
-        off at the token limit, and the median number of tokens.
+        off at the token limit, broken ones (with any of these faults), and the median number of tokens.
     """
     rows = []
     for config, table in answers.items():
         faults = table["answer"].map(degenerate_answer)
         counts = {"empty": (faults == "empty").sum(), "looping": (faults == "looping").sum()}
         counts["cut off"] = (table["finish_reason"] == "length").sum()
+        counts["broken"] = (faults.notna() | (table["finish_reason"] == "length")).sum()
         rows.append({"config": config, "answers": len(table), **counts, "median tokens": table["n_tokens"].median()})
     return pd.DataFrame(rows)
 

@@ -8,7 +8,8 @@ from itertools import combinations
 import pandas as pd
 
 from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
-from telco_nb.analysis.recommendation import gain_over_untuned, name_list, win_text
+from telco_nb.analysis.fitness import lead_over
+from telco_nb.analysis.recommendation import name_list, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults, paired_draws
 from telco_nb.analysis.statistics import Interval, percentile_interval
 
@@ -123,7 +124,7 @@ def untuned_text(study: StudyResults) -> str:
     """A Markdown list: per judge, how many configurations score below the untuned model."""
     lines = []
     for judge in study.judges:
-        gains = {config: gain_over_untuned(judge, config) for config in judge.scores.index}
+        gains = {config: lead_over(judge, config, "untuned") for config in judge.scores.index}
         placed = {config: gain for config, gain in gains.items() if gain is not None}
         below = [config for config, gain in placed.items() if gain.value < 0]
         surely = [config for config in below if placed[config].high < 0]

@@ -209,10 +209,15 @@ def _unit(raw: str | None) -> str | None:
     return _SYNONYMS.get(single, single)
 
 
+def _plain(number: str) -> str:
+    """A number without thousands separators and with a decimal point: 1,000 -> 1000, 0,40 -> 0.40."""
+    return re.sub(r",(?=\d{3}(?:\D|$))", "", number).replace(",", ".")
+
+
 def figures_in(text: str) -> list[tuple[str, str | None]]:
     """Return (number, unit or None) of every figure in `text`; digits inside names such as 5G or IPv6 do not count."""
     return [
-        (match["number"].replace(",", ""), _unit((match["currency"] or match["unit"] or "").strip() or None))
+        (_plain(match["number"]), _unit((match["currency"] or match["unit"] or "").strip() or None))
         for match in _FIGURE.finditer(_NAMES.sub(" ", text))
     ]
 

@@ -30,8 +30,9 @@ SAMPLE_SIZE = (
     2000  # distinct-n and compression depend on the amount of text, so all corpora are measured on as many texts
 )
 WRITTEN_BY = (
-    "A language model wrote the gold conversations one by one, to the plan of telco_nb/data/WRITING.md; other instances "
-    "of a language model read them a second time and scored them. No customer and no operator's staff wrote or read them."
+    "A language model wrote the gold conversations one by one, to the plan of telco_nb/data/WRITING.md; other "
+    "instances of a language model read them a second time and scored them. No customer and no operator's staff wrote "
+    "or read them."
 )
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 
@@ -217,7 +218,7 @@ def test_prompts(
     """Take one prompt per scenario: the first customer message, with the answer of its conversation as reference.
 
     Args:
-        rows: the conversations of this test set; of a scenario with several, the gold one or one drawn by hash is taken.
+        rows: the conversations of this test set; of a scenario with several, the gold one, or one drawn by hash.
         test_set: its name: test, noisy or unseen.
         n: the number of prompts, taken in balanced order; None for all.
         seed: the seed of the sample.

@@ -44,7 +44,7 @@ def browser_html(conversations: Sequence[Mapping[str, Any]], cards: Sequence[Car
     for card in cards:
         problems = "".join(
             _details(
-                f"{html.escape(problem.id)} <small>({problem.kind}, {problem.weight:.0%} of the card's contacts)</small>",
+                f"{html.escape(problem.id)} <small>({problem.kind}, {problem.weight:.0%} of contacts)</small>",
                 f"<p><i>{html.escape(problem.cause)}</i></p>"
                 + "".join(_one(row, scores) for row in by_problem[card.id, problem.id]),
             )

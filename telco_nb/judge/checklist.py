@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pandas as pd
+
 from telco_nb.corpus import cards
 from telco_nb.corpus.cards import Card, Problem
 from telco_nb.judge import safety
-from telco_nb.judge.cases import CRITERIA, Case, OfflineJudge, Verdict, verdict_by_score
+from telco_nb.judge.cases import CRITERIA, Answers, Case, OfflineJudge, Verdict, verdict_by_score
 from telco_nb.judge.matching import Answer, Weights, answer_sentences, match, phrase
 from telco_nb.study.imports import sources_sha256
 
@@ -134,6 +136,45 @@ class ChecklistJudge(OfflineJudge):
         if verdict.verdict != "tie":
             return verdict
         return verdict_by_score([c.style for c in checked.values()], STYLE_GAP, 2.0, analysis, flags)
+
+
+def checks_table(
+    judge: ChecklistJudge, prompts: pd.DataFrame, answers: Answers, cards_by_id: Mapping[str, Card]
+) -> pd.DataFrame:
+    """Hold every answer to every prompt against its problem.
+
+    Args:
+        judge: keeps what it has checked for the pairs.
+        prompts: the judged prompts, one row each.
+        answers: text by (configuration, prompt_id), anchors included.
+        cards_by_id: card by term_id.
+
+    Returns:
+        One row per answer: config, prompt_id, test_set, term_id, coverage (0 to 1), content, style, n_words, unsafe,
+        asks_for_secret (True or False) and flags, joined by "; ".
+    """
+    by_prompt = {row["prompt_id"]: row for row in prompts.to_dict("records")}
+    rows = []
+    for (config, prompt_id), text in answers.items():
+        prompt = by_prompt[prompt_id]
+        messages = tuple((m["role"], m["content"]) for m in prompt["messages"])
+        card = cards_by_id[prompt["term_id"]]
+        case = Case("rubric", card, prompt["problem_id"], messages, prompt["reference"], (text or "",))
+        checked = judge.check(case, text or "")
+        rows.append(
+            {
+                "config": config,
+                **{key: prompt[key] for key in ("prompt_id", "test_set", "term_id")},
+                "coverage": checked.coverage,
+                "content": checked.content,
+                "style": checked.style,
+                "n_words": len((text or "").split()),
+                "unsafe": bool(checked.unsafe),
+                "asks_for_secret": "asks_for_secret" in checked.unsafe,
+                "flags": "; ".join(checked.flags()),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def check_answer(answer: str, case: Case) -> Checked:

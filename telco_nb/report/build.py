@@ -38,7 +38,7 @@ TAU_WORDS = {
     "not shown": "With {n} configurations no relation of loss to the judges' ranking can be shown.",
     "too few to tell": "With {n} configurations no ranking could prove anything.",
 }
-TONES = {"supported": "good", "blocked": "bad"}
+TONES = {"supported": "good", "blocked": "bad", "not fit": "bad"}
 TEMPLATES = Environment(
     loader=FileSystemLoader(DATA_DIR), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -199,6 +199,8 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     if shares:
         span = " to ".join([shares[0], *shares[1:][-1:]])
         lines.append(f"Wins {span} of decided comparisons with the untuned model.")
+    if (study.finding("deploy") or {}).get("verdict") == "not fit":
+        return Tile("Best of them, not fit for customers", chosen, [*lines, "What is missing stands above."], "not fit")
     return Tile("Deploy", chosen, lines)
 
 

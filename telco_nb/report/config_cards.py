@@ -64,7 +64,10 @@ def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     scale = _curve_scale([curve for curve in curves.values() if curve is not None])
     most = study.results["train_energy_wh"].max() if "train_energy_wh" in study.results else math.nan
     deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
-    roles = {loss.get("value"): "lowest loss", deploy.get("value"): "deploy"}
+    roles = {
+        loss.get("value"): "lowest loss",
+        deploy.get("value"): "deploy" if deploy.get("verdict") != "not fit" else "best, not fit",
+    }
     return [
         {
             "config": config,

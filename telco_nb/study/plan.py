@@ -37,10 +37,13 @@ class Job:
 
 
 _TRAINED = ("metrics.json", "tables/loss_curve.parquet", "tables/val_losses.parquet", "tables/energy.parquet")
-_ANSWERED = ("metrics.json", "tables/energy.parquet", "artefacts/answers.parquet")
+_ANSWERED = (
+    "metrics.json", "tables/energy.parquet", "artefacts/answers.parquet", "tables/reference_losses.parquet",
+)  # fmt: skip
 _JUDGED = (
     "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "artefacts/ratings.parquet",
     "tables/ranking.parquet", "tables/score_draws.parquet", "tables/pairs.parquet", "tables/agreement.parquet",
+    "tables/checks.parquet",
 )  # fmt: skip
 
 READS: dict[str, tuple[Read, ...]] = {

@@ -26,7 +26,7 @@ def outputs(tmp_path, monkeypatch):
 
 def test_the_door_lists_every_command():
     result = run("--help")
-    assert COMMANDS == ["pilot", "batch", "votes", "rerank", "publish"]
+    assert COMMANDS == ["pilot", "batch", "votes", "rerank", "publish", "dataset"]
     assert result.exit_code == 0 and all(name in result.stdout for name in COMMANDS)
 
 
@@ -47,6 +47,7 @@ def test_the_help_of_every_command_shows_an_example_of_its_call(name):
         ("rerank", "no/such/judge"),
         ("rerank", "no/such/judge", "--draws", "many"),
         ("votes", "outputs/laptop"),
+        ("dataset", "import", "folder"),
     ],
 )
 def test_a_wrong_command_or_option_ends_with_exit_code_2(words):
@@ -61,6 +62,7 @@ MISTAKES = [
     (("rerank", "no/such/judge"), 2, "no such file"),
     (("votes", "outputs/smoke", "no/such/votes.jsonl"), 3, "no/such/votes.jsonl"),
     (("publish", "--profile", "nobody"), 3, "holds no finished study"),
+    (("dataset", "export", "no/such/folder", "--profile", "nobody"), 2, "nobody"),
 ]
 
 

@@ -195,7 +195,7 @@ def test_by_hand_no_text_and_no_scenario_is_shared_between_splits(kept):
         by_term = defaultdict(list)
         for row in kept:
             if row["term_id"] in terms:
-                tokens = re.findall(r"\w+", row["messages"][turn]["content"].lower())
+                tokens = [word.strip(".,;:?!…“”\"'()") for word in row["messages"][turn]["content"].lower().split()]
                 by_term[row["term_id"]].append(
                     (row["split"], {tuple(tokens[i : i + 5]) for i in range(len(tokens) - 4)})
                 )

@@ -1,0 +1,332 @@
+"""Exports a study's data set as a public one: `python -m telco_nb dataset export FOLDER`.
+
+The folder holds Parquet files and a README.md whose head tells `datasets.load_dataset` which files belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import typer
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from telco_nb import DATA_DIR, ROOT
+from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.corpus.cards import Card, GlossaryError, load_cards
+from telco_nb.corpus.gold import POINTS, WrittenFileError, load_noisy, load_reviews
+from telco_nb.corpus.scenarios import Scenario
+from telco_nb.study import params
+from telco_nb.study.record import profile_root, read_manifest, sha256, step_dir
+
+Tables = dict[str, dict[str, pa.Table]]  # by config and split
+
+SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test", "unseen": "unseen"}
+LEGAL_FILES = ("LICENSE", "CITATION.cff")  # copied where the texts are the project's own
+# Sixty gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
+BLIND_READING = {"conversations": 60, "mean": 4.39, "second_reading_of_the_same": 4.79}
+TEMPLATES = Environment(
+    loader=FileSystemLoader(DATA_DIR),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)  # no escaping: the template is Markdown
+
+
+def _list_of(*names: str, **others: pa.DataType) -> pa.ListType:
+    return pa.list_(pa.struct({name: pa.string() for name in names} | others))
+
+
+_TEXTS = pa.list_(pa.string())
+SCORES = pa.struct({name: pa.int64() for name in POINTS})
+PROBLEM_SCHEMA = pa.schema(
+    {
+        **dict.fromkeys(("term_id", "term", "category"), pa.string()),
+        "aliases": _TEXTS,
+        "definition": pa.string(),
+        "term_facts": _list_of("text", "applies_in", "valid_until"),
+        "figures": _list_of("text", "meaning", "applies_in", "valid_until"),
+        "wrong_beliefs": _list_of("belief", "correction"),
+        **dict.fromkeys(("source", "problem_id", "kind"), pa.string()),
+        "weight": pa.float64(),
+        "cause": pa.string(),
+        "says": _TEXTS,
+        "tells": pa.string(),
+        "ask": pa.struct({"what": pa.string(), "say": _TEXTS}),
+        "first": pa.struct({"who": pa.string(), "do": pa.string(), "when": pa.string(), "say": _TEXTS}),
+        "steps": _list_of("who", "do", say=_TEXTS, needs_identity=pa.bool_()),
+        "never": _TEXTS,
+        **dict.fromkeys(("done", "escalate_when"), pa.string()),
+        "contexts": _list_of("context", "changes"),
+        **dict.fromkeys(("applies_in", "valid_until"), pa.string()),
+        "facts": _TEXTS,
+    }
+)
+
+
+# ---------------------------------------------------------------- what the study made
+
+
+class Study(NamedTuple):
+    """What a study recorded about its data set."""
+
+    manifest: dict[str, Any]  # of 02_synth
+    conversations: Path
+    scenarios: list[Scenario]
+    cards: list[Card]
+    dataset_card: dict[str, Any]
+    is_shipped: bool  # cards and gold conversations are those of the project
+
+    def path(self, parameter: str) -> Path | None:
+        """The file or folder that a parameter of 02_synth names."""
+        value = self.manifest["parameters"][parameter]
+        return None if value is None else ROOT / value
+
+
+def open_study(profile: str) -> Study:
+    """Read the data set of a profile's study.
+
+    Raises:
+        ParameterError: there is no such profile.
+        CommandError: the study has not made its data set yet, or its files have changed since; the message says which
+            command makes it.
+    """
+    root = profile_root(profile)
+    glossary, manifest = (read_manifest(root, "shared", step) for step in ("01_glossary", "02_synth"))
+    make = f"Run: ./run_all.py --profile {profile} --steps 01-02"
+    if glossary is None or manifest is None:
+        params.load_study(profile)  # a misspelt profile is named as such
+        raise CommandError(f"{root} holds no finished data set. {make}")
+    if changed := _changed_files(manifest):
+        raise CommandError(f"{changed[0]} is not the file that the study has read. {make}")
+    made = step_dir(root, "shared", "02_synth") / "artefacts"
+    rows = pq.read_table(made / "scenarios.parquet").to_pylist()
+    paths = glossary["parameters"].get("glossary_path"), manifest["parameters"]["gold_path"]
+    return Study(
+        manifest,
+        made / "conversations.parquet",
+        [Scenario(**row, position=i) for i, row in enumerate(rows)],
+        load_cards(step_dir(root, "shared", "01_glossary") / "artefacts" / "glossary.json"),
+        json.loads((made / "dataset_card.json").read_text(encoding="utf-8")),
+        [path and ROOT / path for path in paths] == [DATA_DIR / "cards", DATA_DIR / "conversations"],
+    )
+
+
+def _changed_files(manifest: Mapping[str, Any]) -> list[str]:
+    """The files of noisy exchanges and scores that have changed since: they are read again, not from the record."""
+    values, inputs = manifest["parameters"], manifest["key_parts"].get("inputs", {})
+    read = tuple(values[name] for name in ("noisy_path", "reviews_path") if values[name])
+    return [
+        name
+        for name, digest in inputs.items()
+        if name.startswith(read) and not ((ROOT / name).is_file() and sha256(ROOT / name) == digest)
+    ]
+
+
+def build_tables(study: Study) -> Tables:
+    """Return the tables by config and split; a split without rows is left out.
+
+    Raises:
+        WrittenFileError: the noisy exchanges or the scores cannot be read.
+    """
+    reviews = load_reviews(study.path("reviews_path"), study.scenarios)
+    scores = {row["scenario_id"]: {point: row[point] for point in POINTS} for row in reviews}
+    table = pq.read_table(study.conversations)
+    keys = zip(table["scenario_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
+    own = pa.array([scores.get(name) if origin == "gold" else None for name, origin in keys], SCORES)
+    scored, split = table.drop_columns("split").append_column("scores", own), table["split"]
+    noisy = load_noisy(study.path("noisy_path"), study.scenarios)
+    tables: Tables = {
+        "conversations": {name: scored.filter(pc.equal(split, key)) for key, name in SPLIT_NAMES.items()},
+        "noisy": {"test": pa.Table.from_pylist(noisy, scored.drop_columns("scores").schema)},
+        "problems": {"train": pa.Table.from_pylist(problem_rows(study.cards), PROBLEM_SCHEMA)},
+    }
+    filled = {config: {name: rows for name, rows in own.items() if len(rows)} for config, own in tables.items()}
+    return {config: own for config, own in filled.items() if own}
+
+
+def problem_rows(cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """Return one row per problem, with what its card says about the term."""
+    return [
+        {
+            **card.model_dump(exclude={"id", "facts", "problems"}),
+            "term_id": card.id,
+            "term_facts": [fact.model_dump() for fact in card.facts],
+            **problem.model_dump(exclude={"id", "contexts"}),
+            "problem_id": problem.id,
+            "contexts": [{"context": name, "changes": text} for name, text in problem.contexts.items()],
+        }
+        for card in cards
+        for problem in card.problems
+    ]
+
+
+# ---------------------------------------------------------------- README.md
+
+
+def file_name(config: str, split: str) -> str:
+    """Where a split lies in the exported folder."""
+    return f"{config}/{split}.parquet"
+
+
+def size_category(n: int) -> str:
+    """Return the hub's name for a number of rows."""
+    limits = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K"}
+    return next((name for limit, name in limits.items() if n < limit), "100K<n<1M")
+
+
+def readme_head(tables: Tables, licence: str) -> dict[str, Any]:
+    """Return the head of README.md: what a data set hub and `datasets.load_dataset` read."""
+    configs = [
+        {
+            "config_name": config,
+            **({"default": True} if config == "conversations" else {}),
+            "data_files": [{"split": split, "path": file_name(config, split)} for split in own],
+        }
+        for config, own in tables.items()
+    ]
+    return {
+        "pretty_name": "Telecom customer service, synthetic conversations",
+        "language": ["en"],
+        "license": licence,
+        "size_categories": [size_category(sum(len(rows) for own in tables.values() for rows in own.values()))],
+        "task_categories": ["text-generation"],
+        "tags": ["telecommunications", "customer-service", "conversational", "multi-turn", "synthetic"],
+        "configs": configs,
+    }
+
+
+def render_readme(study: Study, tables: Tables) -> str:
+    """Return README.md: the head as YAML, then what the data set is, for whom, and where its limits are."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    head = readme_head(tables, citation["license"].lower() if study.is_shipped else "other")
+    points = study.dataset_card["second_reading"]
+    return TEMPLATES.get_template("dataset_readme.md.j2").render(
+        head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
+        title=head["pretty_name"],
+        made=study.dataset_card,
+        manifest=study.manifest,
+        shipped=study.is_shipped,
+        splits=_split_rows(tables),
+        n_contexts=len({scenario.context for scenario in study.scenarios}),
+        n_terms=len(study.cards),
+        n_problems=sum(len(card.problems) for card in study.cards),
+        unseen=[card.term for card in study.cards if card.id in study.manifest["parameters"]["unseen_terms"]],
+        points=points,
+        mean_score=sum(row["mean"] for row in points) / len(points) if _is_scored(tables) else None,
+        blind=BLIND_READING,
+        citation=citation,
+    )
+
+
+def _is_scored(tables: Tables) -> bool:
+    return any(rows["scores"].null_count < len(rows) for rows in tables["conversations"].values())
+
+
+def _split_rows(tables: Tables) -> list[dict[str, Any]]:
+    """One row per split: config, split, rows, and of conversations the gold ones, scenarios and terms."""
+    rows = []
+    for config, own in tables.items():
+        for split, table in own.items():
+            row = {"config": config, "split": split, "rows": len(table), "gold": None, "scenarios": None}
+            if "origin" in table.column_names:
+                row["gold"] = pc.sum(pc.equal(table["origin"], "gold")).as_py()
+                row["scenarios"] = pc.count_distinct(table["scenario_id"]).as_py()
+            rows.append(row | {"terms": pc.count_distinct(table["term_id"]).as_py()})
+    return rows
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def refuse_folder(folder: Path, replace: bool) -> None:
+    """Raise CommandError for a place that an export must not overwrite: a file, or a folder with other things."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is a file. Name a folder.")
+    names = {path.name for path in folder.iterdir()}
+    if names and not replace:
+        raise CommandError(f"{folder} is not empty. Name another folder, or add --replace.")
+    if others := sorted(names - {"README.md", *LEGAL_FILES, "conversations", "noisy", "problems"}):
+        raise CommandError(f"{folder} holds {others[0]!r}, which is not from an export. Name another folder.")
+
+
+def export(profile: str, folder: Path, replace: bool = False) -> Tables:
+    """Write the data set of a study into a folder, whole or not at all.
+
+    Args:
+        profile: the study.
+        folder: the folder; it must not exist, or be empty.
+        replace: replace an earlier export.
+
+    Returns:
+        What was written, by config and split.
+
+    Raises:
+        CommandError: the folder is in use, or the study has no data set that can be read.
+    """
+    folder = folder.resolve()
+    refuse_folder(folder, replace)
+    try:
+        study = open_study(profile)
+        tables = build_tables(study)
+    except (GlossaryError, WrittenFileError) as error:
+        raise CommandError(str(error)) from None
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(study, tables, temporary)
+        _put_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return tables
+
+
+def _write(study: Study, tables: Tables, folder: Path) -> None:
+    for config, own in tables.items():
+        for split, table in own.items():
+            path = folder / file_name(config, split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, path)
+    (folder / "README.md").write_text(render_readme(study, tables), encoding="utf-8")
+    for name in LEGAL_FILES if study.is_shipped else ():
+        shutil.copyfile(ROOT / name, folder / name)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename the finished folder to its place; an earlier one is moved aside first and then deleted."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+EPILOG = """
+**Example**
+
+- `python -m telco_nb dataset export telco-conversations`: the data set of the laptop study, ready for a data set hub
+"""
+
+
+def main(
+    action: Annotated[Literal["export"], typer.Argument(help="What to do.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it must not exist, or be empty.")],
+    profile: Profile = "laptop",
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export.")] = False,
+) -> None:
+    """Export a study's data set: Parquet files and a README.md, as data set hubs expect them."""
+    with errors_as_exit_codes("dataset"):
+        for config, own in export(profile, folder, replace).items():
+            for split, table in own.items():
+                print(f"{folder / file_name(config, split)}: {len(table):,} rows")
