@@ -143,11 +143,13 @@ def build_tables(study: Study) -> Tables:
     table = pq.read_table(study.conversations)
     keys = zip(table["scenario_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
     own = pa.array([scores.get(name) if origin == "gold" else None for name, origin in keys], SCORES)
-    scored, split = table.drop_columns("split").append_column("scores", own), table["split"]
+    scored = table.append_column("scores", own)
     noisy = load_noisy(study.path("noisy_path"), study.scenarios)
     tables: Tables = {
-        "conversations": {name: scored.filter(pc.equal(split, key)) for key, name in SPLIT_NAMES.items()},
-        "noisy": {"test": pa.Table.from_pylist(noisy, scored.drop_columns("scores").schema)},
+        "conversations": {
+            name: scored.filter(pc.field("split") == key).drop_columns("split") for key, name in SPLIT_NAMES.items()
+        },
+        "noisy": {"test": pa.Table.from_pylist(noisy, table.drop_columns("split").schema)},
         "problems": {"train": pa.Table.from_pylist(problem_rows(study.cards), PROBLEM_SCHEMA)},
     }
     filled = {config: {name: rows for name, rows in own.items() if len(rows)} for config, own in tables.items()}
@@ -239,9 +241,9 @@ def _split_rows(tables: Tables) -> list[dict[str, Any]]:
         for split, table in own.items():
             row = {"config": config, "split": split, "rows": len(table), "gold": None, "scenarios": None}
             if "origin" in table.column_names:
-                row["gold"] = pc.sum(pc.equal(table["origin"], "gold")).as_py()
-                row["scenarios"] = pc.count_distinct(table["scenario_id"]).as_py()
-            rows.append(row | {"terms": pc.count_distinct(table["term_id"]).as_py()})
+                row["gold"] = table["origin"].to_pylist().count("gold")
+                row["scenarios"] = len(table["scenario_id"].unique())
+            rows.append(row | {"terms": len(table["term_id"].unique())})
     return rows
 
 

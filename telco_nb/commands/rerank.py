@@ -52,7 +52,7 @@ def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranke
     line = next(iter(store.ok.values()), {"judge": store.path.parent.parent.name, "judge_kind": "unknown"})
     judge, kind = line["judge"], line["judge_kind"]
     controls = pd.DataFrame(columns=["control"]) if gate_plan.empty else judged_rows(gate_plan, store)
-    validity = gate_result(judge, kind, controls)
+    validity = gate_result(judge, kind, controls, () if gate_plan.empty else set(gate_plan["control"]))
     planned = plan[plan["purpose"].isin(FIT_PURPOSES)]
     configs = sorted(set(planned["config_first"]) | set(planned["config_second"]))
     rows = judged[judged["purpose"].isin(FIT_PURPOSES)]

@@ -370,16 +370,19 @@ def read_response(reply: ModelResponse, request: Request) -> Response:
     return Response("parse_error" if fault else "ok", output=None if fault else output, error=fault, **common)
 
 
-_FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*)\n\s*```\s*", re.DOTALL)
+_FENCE = re.compile(r"\s*```(?:json)?\s*(.*)```\s*", re.DOTALL | re.IGNORECASE)
+_END_OF_REASONING = "</think>"  # servers of reasoning models may leave the reasoning in the text, often without <think>
 
 
 def parse(raw: str | None, schema: type[BaseModel]) -> tuple[BaseModel | None, str | None]:
     """Parses a reply: (the object, None) or (None, the fault). It must be one JSON object, at most in one code fence.
 
-    JSON inside other text is never accepted: an answer under judgement may contain a verdict of its own.
+    What a reasoning model writes up to its last </think> is not read. JSON inside other text is never accepted: an
+    answer under judgement may contain a verdict of its own.
     """
     if not raw or not raw.strip():
         return None, "the reply is empty"
+    raw = raw.rpartition(_END_OF_REASONING)[2]
     fenced = _FENCE.fullmatch(raw)
     try:
         return schema.model_validate_json(fenced[1] if fenced else raw, strict=True), None

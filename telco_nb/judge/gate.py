@@ -7,7 +7,7 @@ ranking of such a judge carries no claim.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -259,13 +259,14 @@ def pad(text: str, start: int = 0) -> str:
     return " ".join(mixed)
 
 
-def gate_result(judge: str, kind: str, judged: pd.DataFrame) -> dict[str, Any]:
+def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection[str] = ()) -> dict[str, Any]:
     """Evaluates the gate.
 
     Args:
         judge: the judge's name.
         kind: the judge's kind.
         judged: the verdicts on the planted controls (`store.judged_rows`).
+        planned: the controls that were planned. One of them without any verdict is not passed.
 
     Returns:
         {judge, passed, controls: [{control, value, low, high, threshold, rule, n, passed, detail}], passes_all_good,
@@ -273,7 +274,8 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame) -> dict[str, Any]:
         verdict has value None; it is not passed, unless no prompt allows it, as `first_removed` without a protective
         step. The last two are the chances that a good and a poor judge pass all controls with these numbers.
     """
-    controls = [_planted_result(judged, name) for name in PLANTED] + [_own_result(judged, name) for name in OWN]
+    controls = [_planted_result(judged, name, name in planned) for name in PLANTED]
+    controls += [_own_result(judged, name) for name in OWN]
     if kind == "reference":
         for control in controls[: len(PLANTED)]:
             control["detail"] += "; the reference is compared with itself here, so only small corruptions can fail"
@@ -285,13 +287,13 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame) -> dict[str, Any]:
 OPTIONAL = ("other_problem", "wrong_term", "first_removed", "nearest", "other_scenario", "injection")
 
 
-def _planted_result(judged: pd.DataFrame, control: str) -> dict[str, Any]:
+def _planted_result(judged: pd.DataFrame, control: str, planned: bool) -> dict[str, Any]:
     statistic, planted = PLANTED[control]
     rows = judged[judged["control"] == control]
     n = len(rows)
     result = {"control": control, "value": None, "low": None, "high": None, "threshold": None, "rule": ">=", "n": n}
     if not n:
-        passed = control in OPTIONAL and bool(len(judged))
+        passed = control in OPTIONAL and bool(len(judged)) and not planned
         why = "no prompt allows it" if passed else "no verdict, so not passed"
         return result | {"passed": passed, "detail": f"planted: {planted}; {why}"}
     right = round(_statistic(rows, statistic) * n)

@@ -61,7 +61,8 @@ class Protocol(Generic[AnyJudge]):
 
     def gate(self) -> dict[str, Any]:
         """The result of the gate on the verdicts so far (`gate.gate_result`)."""
-        return gate_result(self.judge.name, self.judge.kind, self.judged("controls"))
+        planned = set(self.plans["controls"]["control"])
+        return gate_result(self.judge.name, self.judge.kind, self.judged("controls"), planned)
 
     def goes_on(self) -> bool:
         """True if the judge is asked more than the gate: it passed, costs nothing, or the parameters demand it."""

@@ -118,6 +118,8 @@ class Parameters(LoraParameters, JudgeParameters):
     test_prompts: int | None = Field(ge=1)
     noisy_prompts: int | None = Field(ge=0)
     unseen_prompts: int | None = Field(ge=0)
+    choice_items: int | None = Field(ge=1)
+    general_path: str | None
     # training
     base_model: str = Field(min_length=1)
     processes: int = Field(ge=1, le=64)

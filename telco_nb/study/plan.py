@@ -55,6 +55,7 @@ READS: dict[str, tuple[Read, ...]] = {
     ),
     "04_energy": (
         Read("02_synth", "shared", "artefacts/test_prompts.parquet"),
+        Read("02_synth", "shared", "artefacts/choices.parquet"),
         Read("03_train", "own", "artefacts/adapter/*"),
     ),
     "05_judge": (

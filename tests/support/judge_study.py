@@ -1,4 +1,4 @@
-"""A small study for 05_judge: the project's own cards and prompts, planted answers, a runner of its cells.
+"""A small study for 05_judge: the shipped cards and gold conversations, planted answers, a runner of its cells.
 
 The tests of the judge room share it; it is not a test.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from telco_nb import ROOT, notebook
 from telco_nb.__main__ import app
 from telco_nb.corpus import dataset
-from telco_nb.corpus.cards import unknown_figures
-from telco_nb.judge import anchors, asking, checklist, design, gate
+from telco_nb.judge import anchors, asking, design, gate
 from telco_nb.judge.cases import Case, Verdict
-from telco_nb.judge.store import VerdictStore, judged_rows
+from telco_nb.judge.store import VerdictStore
 from telco_nb.study import record
 from telco_nb.study.plan import declared, make_job
 
@@ -63,10 +63,9 @@ def training() -> list[dict[str, Any]]:
 
 
 def make_answers(prompts: pd.DataFrame, configs: list[str]) -> dict[tuple[str, str], str]:
-    """By quality from the first configuration (the reference) down: fewer and fewer of its words; `untuned` last."""
-    texts = {}
+    """By quality from the first configuration (the gold answer) down: fewer and fewer of its words; and all anchors."""
+    texts = anchors.anchor_texts(prompts, CARDS, training())
     for row in prompts.itertuples():
-        texts["reference", row.prompt_id] = row.reference
         texts["untuned", row.prompt_id] = gate.CONSTANT_ANSWER
         words = row.reference.split()
         for i, config in enumerate(configs):
@@ -82,6 +81,7 @@ def build(root: Path, n_prompts: int, configs: list[str], hostile: dict[str, str
     builder.close(run, "terms")
     run = builder.open("02_synth", "shared")
     prompts.to_parquet(run.artefact("test_prompts.parquet"))
+    pd.DataFrame(training()).to_parquet(run.artefact("train.parquet"))
     builder.close(run, "prompts")
     texts = make_answers(prompts, configs)
     for row, text in zip(prompts.itertuples(), (hostile or {}).values(), strict=False):
@@ -134,6 +134,63 @@ def _output(value: Any) -> nbformat.NotebookNode:
     return new_output("display_data", data | {"text/plain": repr(value)[:200]})
 
 
+# ---------------------------------------------------------------- cases and judges
+
+SHARES = {"matchings_per_prompt": 2, "swap_share": 0.25, "retest_share": 0.05, "anchor_share": 0.2, "seed": 1}
+
+
+def case_of(name: str, *answers: str, reference: str | None = None, said: str | None = None) -> Case:
+    """A pair, or a rubric with one answer, about a scenario (term.problem.context).
+
+    Args:
+        name: the scenario; without its context the first of the problem is taken.
+        answers: one or two.
+        reference: the gold answer; None for that of the scenario.
+        said: what the customer has written; None for the gold conversation's first message.
+    """
+    gold = next(row for row in shipped.gold_rows() if f"{row['scenario_id']}.".startswith(f"{name}."))
+    question, answer = (message["content"] for message in gold["messages"][:2])
+    return Case(
+        "pair" if len(answers) == 2 else "rubric", CARDS[gold["term_id"]], gold["problem_id"],
+        (("user", question if said is None else said),), answer if reference is None else reference, answers,
+    )  # fmt: skip
+
+
+def gold_answer(name: str) -> str:
+    """The first answer of the gold conversation of a scenario; see `case_of`."""
+    return case_of(name, "").reference
+
+
+class StubJudge:
+    """A judge that decides by a function of the case, or fails."""
+
+    name, kind, model, is_proxy, is_free, description, store_every = "stub", "stub", None, False, False, "a stub", 1
+    forms = ("pair", "rubric")
+
+    def __init__(self, decide: Callable[[Case], Verdict]):
+        self.decide, self.asked, self.parameters = decide, 0, {"temperature": 0}
+
+    def prepare(self, cases: list[Case]) -> None:
+        pass
+
+    def judge(self, case: Case) -> Verdict:
+        self.asked += 1
+        return self.decide(case)
+
+
+def first_seat(case: Case) -> Verdict:
+    return Verdict("A", 1)
+
+
+def bare_prompts(n: int) -> pd.DataFrame:
+    """n prompts without texts, three to a term."""
+    ids = {"prompt_id": [f"p{i:03d}" for i in range(n)], "scenario_id": [f"s{i:03d}" for i in range(n)]}
+    return pd.DataFrame(ids | {"term_id": [f"t{i // 3:02d}" for i in range(n)]})
+
+
+# ---------------------------------------------------------------- plans and commands
+
+
 def put_plan(judge: Any, plan: pd.DataFrame, cases: list[Case], store: VerdictStore, part: str) -> pd.DataFrame:
     """Stores the plan of a part and returns it with its judgement ids."""
     plan = asking.with_judgement_ids(judge, plan, cases)
@@ -149,8 +206,7 @@ def put(judge, plan, cases, store, part="pairs", progress=None) -> pd.DataFrame:
 
 
 def pair_plan(prompts: pd.DataFrame, configs: list[str], **changed: Any) -> pd.DataFrame:
-    shares = {"matchings_per_prompt": 2, "swap_share": 0.25, "retest_share": 0.05, "anchor_share": 0.2, "seed": 1}
-    return design.plan_comparisons(prompts, configs, **(shares | changed))
+    return design.plan_comparisons(prompts, configs, **(SHARES | changed))
 
 
 def command(*words: Any) -> int:

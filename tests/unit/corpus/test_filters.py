@@ -70,7 +70,7 @@ LOOPING = f"The {CARD.term} works like this. " * 6
         ("unlisted_figure", agent(f"{CARD.term} takes 777 ms, and that is all there is to say about it today.")),
         ("personal_data", user(NAMED + "Call me on 0171 234 5678.")),
         ("personal_data", user(NAMED + "Write to anna.smith@web.de please.")),
-        ("personal_data", agent(f"Your {CARD.term} is fine; the PIN is 4921 and you can use it as you did before.")),
+        ("personal_data", agent(f"Your {CARD.term} is fine, the password is Tiger2024! and you can use it as before.")),
     ],
 )  # fmt: skip
 def test_a_damaged_conversation_is_refused_for_its_reason(reason, change):
@@ -109,10 +109,15 @@ def test_other_personal_data_of_the_customer_is_refused_and_its_text_is_not_repe
 # --- about something else ----------------------------------------------------------------------------
 
 
-def test_a_conversation_about_another_problem_of_another_card_is_refused():
-    other = next(row for row in shipped.gold_rows() if row["term_id"] == "moving_house")
-    moved = {key: ROW[key] for key in ("scenario_id", "term_id", "problem_id", "kind")}
-    reason, detail = filters.reject_reason(other | moved, CARD)
+def test_a_conversation_about_something_else_is_refused_with_the_names_that_it_lacks():
+    def change(conversation):
+        user("Which oven temperature suits a sponge cake, and how thick should the batter be?")(conversation)
+        agent("Bake it gently in the middle of the oven until a skewer comes out clean, then cool it on a rack.")(
+            conversation
+        )
+        conversation.update(messages=conversation["messages"][:2], n_turns=1)
+
+    reason, detail = refused(change)
     assert reason == "off_problem" and "none of PUK, PUK code" in detail
 
 

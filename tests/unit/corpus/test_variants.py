@@ -395,7 +395,8 @@ def test_two_held_out_scenarios_of_one_problem_have_phrasings_of_their_own_too()
     for row in variants.write_variants([card], grid, shipped.contexts(), range(20)):
         if row["manner"] in UNTOUCHED:
             said[row["split"]] |= {t for t in card.problems[0].says if ended(t) in row["messages"][0]["content"]}
-    assert len(said["val"]) == len(said["test"]) == 2 and sum(map(len, said.values())) == len(set().union(*said.values()))
+    assert len(said["val"]) == len(said["test"]) == 2
+    assert sum(map(len, said.values())) == len(set().union(*said.values()))
 
 
 def test_cards_with_one_problem_and_one_context_have_variants_too():
