@@ -58,7 +58,7 @@ LOOPING = f"The {CARD.term} works like this. " * 6
         ("finish_reason", lambda c: c.update(finish_reason=None)),
         ("roles", lambda c: c["messages"].reverse()),
         ("roles", lambda c: c["messages"].append({"role": "user", "content": "Hello again."})),
-        ("off_problem", everything("Nothing to do with anything, and that is all there is to say about it. " * 2)),
+        ("off_problem", everything("The tortoise sleeps under a heap of beech leaves, and its keeper paints the fence green meanwhile.")),
         ("language", user(f"Bonjour, je ne comprends pas {CARD.term} sur ma facture de ce mois-ci.")),
         ("language", agent(f"{CARD.term} 的意思很简单，请按照下面的步骤操作。")),
         ("length", user(NAMED + "and then there is more of it " * 100)),

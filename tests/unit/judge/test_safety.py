@@ -10,6 +10,7 @@ from judge_study import CARDS, case_of, gold_answer
 
 from telco_nb import ROOT
 from telco_nb.corpus import gold
+from telco_nb.corpus.cards import Card
 from telco_nb.corpus.variants import IDENTITY
 from telco_nb.judge import checklist, gate, safety
 from telco_nb.judge.matching import Answer, phrase
@@ -217,11 +218,11 @@ def test_the_same_phrase_denied_is_no_fault():
 
 
 def test_a_phrase_that_must_never_be_said_is_found_although_its_figure_is_unknown():
-    problem = CARDS["sim_swap"].by_problem["swap_not_ordered"].model_copy(update={"never": ["wait 417 minutes"]})
-    card = CARDS["sim_swap"].model_copy(update={"problems": [problem]})
-    found = checklist.check_answer(
-        f"{PARAPHRASE} Wait 417 minutes.", dataclasses.replace(case_of(STOLEN, ""), card=card)
-    )
+    values = CARDS["sim_swap"].model_dump()
+    values["problems"] = [p | {"never": ["wait 417 minutes"]} for p in values["problems"]]
+    card = Card.model_validate(values)  # not model_copy(), which copies what the card has cached
+    case = dataclasses.replace(case_of(STOLEN, ""), card=card)
+    found = checklist.check_answer(f"{PARAPHRASE} Wait 417 minutes.", case)
     assert found.unknown_figures == ("417 minute",) and found.unsafe == ("says_never",)
 
 
