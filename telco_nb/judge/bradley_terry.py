@@ -5,9 +5,14 @@ optional length term lambda, and eta = theta_i - theta_j + delta + lambda * log(
 
     P(i wins) : P(tie) : P(j wins)  =  exp(eta / 2) : exp(tau) : exp(-eta / 2)
 
-This is Davidson's (1970) tie model with the order effect of Davidson and Beaver (1977), written in log-odds. Its
-log-likelihood is concave; Newton steps maximise it minus ridge / 2 times the sum of squared parameters. The ridge keeps
-the fit finite if one configuration won all its comparisons. Abilities have mean 0.
+This is Davidson's (1970) tie model with the order effect of Davidson and Beaver (1977), written in log-odds. With
+`margins` a clear win (margin 2) is an outcome of its own, with a term kappa (an adjacent-category model, Agresti 1992):
+
+    clear win : win : tie : loss : clear loss  =  exp(kappa + eta) : exp(eta / 2) : exp(tau) : exp(-eta / 2) : ...
+
+Without clear wins it is the model above. Both log-likelihoods are concave; Newton steps maximise them minus ridge / 2
+times the sum of squared parameters. The ridge keeps the fit finite if one configuration won all its comparisons; the
+bounds that only the ridge limits are named by `separation`. Abilities have mean 0.
 
 All computation is on counts (per ordered pair, if there is no length term), so thousands of bootstrap fits are a few
 matrix products.
@@ -18,16 +23,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from scipy import sparse, stats
 from scipy.sparse.csgraph import connected_components
 
+from telco_nb.judge import separation
+
 VERDICTS = ("A", "tie", "B")  # first seat wins, tie, second seat wins
 RIDGE = 1e-2
 CLUSTERS = ("term_id",)  # the bootstrap resamples whole terms
 _CHUNK = 4_000_000  # numbers in the largest array of a batched fit
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The possible verdicts, from first seat to second: `half` is the factor of eta, `terms` those of tau and kappa."""
+
+    half: np.ndarray
+    terms: np.ndarray
+
+    def shares(self, eta: np.ndarray, tie: np.ndarray | float, clear: np.ndarray | float) -> np.ndarray:
+        """The probabilities (..., outcomes); `tie` and `clear` broadcast against `eta`."""
+        logits = eta[..., None] * self.half + np.asarray(tie)[..., None] * self.terms[:, 0]
+        logits += np.asarray(clear)[..., None] * self.terms[:, 1]
+        logits = np.exp(logits - logits.max(-1, keepdims=True))
+        return logits / logits.sum(-1, keepdims=True)
+
+
+_HALF, _TIE, _CLEAR = np.array([1, 0.5, 0, -0.5, -1]), np.array([0, 0, 1, 0, 0]), np.array([1, 0, 0, 0, 1])
+_TERMS = np.column_stack([_TIE, _CLEAR]).astype(float)
+
+
+def _outcomes(margins: bool, ties: bool) -> Outcomes:
+    kept = [k for k in range(5) if (margins or not _CLEAR[k]) and (ties or not _TIE[k])]
+    return Outcomes(_HALF[kept], _TERMS[kept])
 
 
 def interval_levels(n_units: int) -> tuple[float, float]:
@@ -48,7 +80,10 @@ class RankingError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """One fit: `abilities` (n,) in log-odds with mean 0, and the position, tie and length terms, None if not fitted."""
+    """One fit: `abilities` (n,) in log-odds with mean 0, and the other terms, None if not fitted.
+
+    With a `clear` term a lead of 1 still is the log-odds of a narrow win against a narrow loss.
+    """
 
     configs: tuple[str, ...]
     abilities: np.ndarray
@@ -56,6 +91,7 @@ class Fit:
     tie: float | None
     length: float | None
     log_likelihood: float
+    clear: float | None = None
 
     @property
     def is_missing(self) -> bool:
@@ -70,24 +106,33 @@ class Fit:
             second: the configuration in the second seat.
         """
         theta = dict(zip(self.configs, self.abilities, strict=True))
-        eta = np.array(theta[first] - theta[second] + (self.position or 0.0))
-        shares = _shares(eta, np.array(-np.inf if self.tie is None else self.tie))
+        shares = self.shares(np.array(theta[first] - theta[second] + (self.position or 0.0)))
         return dict(zip(VERDICTS, map(float, shares), strict=True))
+
+    def shares(self, eta: np.ndarray) -> np.ndarray:
+        """The probabilities (..., 3) of first wins, tie and second wins; `eta` has the position term in it."""
+        outcomes = _outcomes(self.clear is not None, self.tie is not None)
+        found = outcomes.shares(eta, self.tie or 0.0, self.clear or 0.0)
+        sides = [outcomes.half > 0, outcomes.half == 0, outcomes.half < 0]
+        return np.stack([found[..., side].sum(-1) for side in sides], axis=-1)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Bootstrap fits: `abilities` (draws, n), and position, tie and length terms (draws,), 0 if not fitted.
+    """Bootstrap fits: `abilities` (draws, n), and position, tie, length and clear terms (draws,), 0 if not fitted.
 
-    `weights` (draws, units) holds how often each of the `units` was drawn.
+    `weights` (draws, units) holds how often each of the `units` was drawn, `limited` (draws, n, n) which configuration
+    limits the lead of which other one (`separation.limited`).
     """
 
     abilities: np.ndarray
     position: np.ndarray
     tie: np.ndarray
     length: np.ndarray
+    clear: np.ndarray
     weights: np.ndarray
     units: pd.Index
+    limited: np.ndarray
 
 
 def fit_bradley_terry(
@@ -97,6 +142,7 @@ def fit_bradley_terry(
     ties: bool = True,
     position: bool = True,
     length: bool = False,
+    margins: bool = False,
     ridge: float = RIDGE,
 ) -> Fit:
     """Fits the model by ridge-penalised maximum likelihood.
@@ -108,20 +154,28 @@ def fit_bradley_terry(
         ties: fit a tie term; without it a tie counts as half a win for each side.
         position: fit a first-seat term.
         length: fit a length term.
+        margins: use the column `margin` (1 or 2; 0 for a tie); without both kinds of wins it says nothing and is left
+            out. See bench/margins.py for the reason why it is not the default.
         ridge: the strength of the penalty.
 
     Raises:
         RankingError: the comparisons do not connect all configurations.
     """
     configs = tuple(configs or sorted(set(verdicts["config_first"]) | set(verdicts["config_second"])))
-    cells = _cells(verdicts, configs, length)
+    margins = margins and {1, 2} <= set(verdicts["margin"].dropna())
+    cells = _cells(verdicts, configs, length, margins, ties)
     _refuse_disconnected(verdicts, configs, strongly=ridge == 0)
     counts = cells.counts(np.ones((1, len(verdicts))), np.arange(len(verdicts)))
-    free = np.array([True] * len(configs) + [position, length, ties])
+    free = _free(len(configs), position, length, ties, margins)
     parameters = _newton(counts, cells, np.zeros(len(free)), ridge, free)
-    log_likelihood = float(_log_likelihood(parameters, counts, cells, ties)[0])
-    terms = [float(p) if used else None for p, used in zip(parameters[0, -3:], free[-3:], strict=True)]
-    return Fit(configs, parameters[0, :-3], terms[0], terms[2], terms[1], log_likelihood)
+    log_likelihood = float(_log_likelihood(parameters, counts, cells)[0])
+    terms = [float(p) if used else None for p, used in zip(parameters[0, -4:], free[-4:], strict=True)]
+    return Fit(configs, parameters[0, :-4], terms[0], terms[2], terms[1], log_likelihood, terms[3])
+
+
+def _free(n: int, position: bool, length: bool, tie: bool, clear: bool) -> np.ndarray:
+    """Which parameters are fitted: abilities, position, length, tie, clear."""
+    return np.array([True] * n + [position, length, tie, clear])
 
 
 def missing_fit(configs: Sequence[str], *, length: bool = False) -> Fit:
@@ -157,19 +211,21 @@ def bootstrap_fit(verdicts: pd.DataFrame, fitted: Fit, *, draws: int, seed: int,
         by: the columns of the nested clusters, outer first; empty to resample single verdicts.
     """
     if fitted.is_missing:
-        missing = np.full(draws, np.nan)
-        abilities, units = np.full((draws, len(fitted.configs)), np.nan), pd.Index([], name=CLUSTERS[-1])
-        return Draws(abilities, missing, missing, missing, np.zeros((draws, 0)), units)
+        missing, n = np.full(draws, np.nan), len(fitted.configs)
+        abilities, units = np.full((draws, n), np.nan), pd.Index([], name=CLUSTERS[-1])
+        terms = dict.fromkeys(("position", "tie", "length", "clear"), missing)
+        return Draws(abilities, **terms, weights=np.zeros((draws, 0)), units=units, limited=np.zeros((draws, n, n), bool))
     units, unit_of_row, weights = cluster_weights(verdicts, by, draws, seed)
-    terms = [fitted.position, fitted.length, fitted.tie]
-    cells = _cells(verdicts, fitted.configs, fitted.length is not None)
-    free = np.array([True] * len(fitted.configs) + [term is not None for term in terms])
+    terms = [fitted.position, fitted.length, fitted.tie, fitted.clear]
+    fits = [term is not None for term in terms]
+    cells = _cells(verdicts, fitted.configs, fits[1], margins=fits[3], ties=fits[2])
     start = np.append(fitted.abilities, [term or 0.0 for term in terms])
-    size = max(1, _CHUNK // (3 * len(cells.design)))
-    chunks = [weights[i : i + size] for i in range(0, draws, size)]
-    drawn = np.concatenate([_newton(cells.counts(w, unit_of_row), cells, start, RIDGE, free) for w in chunks])
-    position, length, tie = drawn[:, -3:].T
-    return Draws(drawn[:, :-3], position, tie, length, weights, units)
+    size = max(1, _CHUNK // (len(cells.outcomes.half) * len(cells.design)))
+    fit = partial(_newton, cells=cells, start=start, ridge=RIDGE, free=_free(len(fitted.configs), *fits))
+    drawn = np.concatenate([fit(cells.counts(weights[i : i + size], unit_of_row)) for i in range(0, draws, size)])
+    position, length, tie, clear = drawn[:, -4:].T
+    limited = separation.limited(verdicts, fitted.configs, weights, unit_of_row)
+    return Draws(drawn[:, :-4], position, tie, length, clear, weights, units, limited)
 
 
 def cluster_weights(
@@ -202,25 +258,29 @@ class _Cells:
 
     A cell is an ordered pair of configurations. With a length term it is a single verdict, because lengths differ.
     `design` (cells, n + 2) is d eta / d (abilities, position, length), `squares` the outer product of each row with
-    itself, and `outcome` the number 3 * cell + outcome of every verdict.
+    itself. Verdict r counts `share[r]` (1, or a half of a tie that is no outcome) for outcome `outcome[r]` of its cell.
     """
 
     design: np.ndarray
     squares: np.ndarray
+    outcomes: Outcomes
+    row: np.ndarray
     outcome: np.ndarray
+    share: np.ndarray
 
     def counts(self, weights: np.ndarray, unit_of_row: np.ndarray) -> np.ndarray:
-        """(draws, cells, 3) weighted counts from (draws, units) weights."""
-        places, shape = (unit_of_row, self.outcome), (weights.shape[1], 3 * len(self.design))
-        per_unit = sparse.coo_array((np.ones(len(self.outcome)), places), shape=shape).tocsr()
-        return (per_unit.T @ weights.T).T.reshape(len(weights), len(self.design), 3)
+        """(draws, cells, outcomes) weighted counts from (draws, units) weights."""
+        kinds = len(self.outcomes.half)
+        places, shape = (unit_of_row[self.row], self.outcome), (weights.shape[1], kinds * len(self.design))
+        per_unit = sparse.coo_array((self.share, places), shape=shape).tocsr()
+        return (per_unit.T @ weights.T).T.reshape(len(weights), len(self.design), kinds)
 
 
-def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...], length: bool) -> _Cells:
+def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...], length: bool, margins: bool, ties: bool) -> _Cells:
     index, n = pd.Index(configs), len(configs)
     first, second = index.get_indexer(verdicts["config_first"]), index.get_indexer(verdicts["config_second"])
-    outcome = pd.Index(VERDICTS).get_indexer(verdicts["verdict"])
-    if len(verdicts) == 0 or min(first.min(), second.min(), outcome.min()) < 0:
+    verdict = pd.Index(VERDICTS).get_indexer(verdicts["verdict"])
+    if len(verdicts) == 0 or min(first.min(), second.min(), verdict.min()) < 0:
         raise RankingError("verdicts must not be empty, name only the given configurations, and be A, B or tie")
     if length:
         words = verdicts[["words_first", "words_second"]].to_numpy(dtype=float) + 1  # an empty answer has a logarithm
@@ -233,7 +293,22 @@ def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...], length: bool) -> _C
     design[rows, second] -= 1
     design[:, n], design[:, n + 1] = 1, log_ratio
     squares = (design[:, :, None] * design[:, None, :]).reshape(len(first), -1)
-    return _Cells(design, squares, 3 * cell + outcome)
+    clear = (verdicts["margin"] == 2).to_numpy(dtype=bool) if margins else np.zeros(len(verdicts), bool)
+    return _Cells(design, squares, *_counted(cell, verdict, clear, _outcomes(margins, ties)))
+
+
+def _counted(
+    cell: np.ndarray, verdict: np.ndarray, clear: np.ndarray, outcomes: Outcomes
+) -> tuple[Outcomes, np.ndarray, np.ndarray, np.ndarray]:
+    """The last four fields of `_Cells`; a tie that is no outcome counts as half a narrow win for each side."""
+    half = (1 - verdict) * np.where(clear, 1.0, 0.5)
+    row, share = np.arange(len(half)), np.ones(len(half))
+    if 0 not in outcomes.half:
+        tied = np.flatnonzero(half == 0)
+        row, share = np.append(row, tied), np.append(np.where(half == 0, 0.5, 1.0), np.full(len(tied), 0.5))
+        half = np.append(np.where(half == 0, 0.5, half), np.full(len(tied), -0.5))
+    kind = (half[:, None] == outcomes.half).argmax(1)
+    return outcomes, row, len(outcomes.half) * cell[row] + kind, share
 
 
 def _refuse_disconnected(verdicts: pd.DataFrame, configs: tuple[str, ...], strongly: bool) -> None:
@@ -251,37 +326,25 @@ def _refuse_disconnected(verdicts: pd.DataFrame, configs: tuple[str, ...], stron
         raise RankingError(f"these groups of configurations never {event}: {' | '.join(groups)}")
 
 
-def _shares(eta: np.ndarray, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The probabilities of first wins, tie and second wins; `tau` broadcasts against `eta`."""
-    top = np.maximum(np.abs(eta) / 2, tau)
-    first, tie, second = np.exp(eta / 2 - top), np.exp(tau - top), np.exp(-eta / 2 - top)
-    total = first + tie + second
-    return first / total, tie / total, second / total
+def _expected(parameters: np.ndarray, cells: _Cells) -> np.ndarray:
+    """The probabilities (draws, cells, outcomes)."""
+    return cells.outcomes.shares(parameters[:, :-2] @ cells.design.T, parameters[:, [-2]], parameters[:, [-1]])
 
 
-def _eta_tau(parameters: np.ndarray, cells: _Cells, ties: bool) -> tuple[np.ndarray, np.ndarray]:
-    tau = parameters[:, [-1]] if ties else np.full((len(parameters), 1), -np.inf)
-    return parameters[:, :-1] @ cells.design.T, tau
-
-
-def _log_likelihood(parameters: np.ndarray, counts: np.ndarray, cells: _Cells, ties: bool) -> np.ndarray:
-    """The log-likelihood (draws,) of counts (draws, cells, 3)."""
-    eta, tau = _eta_tau(parameters, cells, ties)
-    top = np.maximum(np.abs(eta) / 2, tau)
-    log_total = top + np.log(np.exp(eta / 2 - top) + np.exp(tau - top) + np.exp(-eta / 2 - top))
-    score = (counts[..., 0] - counts[..., 2]) * eta / 2 - counts.sum(-1) * log_total
-    return score.sum(1) + (counts[..., 1].sum(1) * tau[:, 0] if ties else 0.0)
+def _log_likelihood(parameters: np.ndarray, counts: np.ndarray, cells: _Cells) -> np.ndarray:
+    """The log-likelihood (draws,) of counts (draws, cells, outcomes)."""
+    logs = np.log(np.maximum(_expected(parameters, cells), 1e-300))
+    return (counts * logs).sum((1, 2))
 
 
 def _newton(counts: np.ndarray, cells: _Cells, start: np.ndarray, ridge: float, free: np.ndarray) -> np.ndarray:
     """Maximises the penalised log-likelihood for all draws at once.
 
-    Parameters (draws, n + 3) are abilities, position, length and tie; those that are not `free` stay 0.
+    Parameters (draws, n + 4) are abilities, position, length, tie and clear; those that are not `free` stay 0.
     """
-    ties = bool(free[-1])
 
     def objective(p: np.ndarray) -> np.ndarray:
-        return _log_likelihood(p, counts, cells, ties) - ridge / 2 * (p[:, free] ** 2).sum(1)
+        return _log_likelihood(p, counts, cells) - ridge / 2 * (p[:, free] ** 2).sum(1)
 
     parameters = np.tile(start * free, (len(counts), 1))
     value = objective(parameters)
@@ -308,23 +371,24 @@ def _derivatives(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gradient (draws, p) and negative Hessian (draws, p, p) of the penalised log-likelihood.
 
-    The sufficient statistics of one verdict are s = +1/2, 0, -1/2 (for eta) and t = 1 if tied (for tau). The gradient
-    is observed minus expected values, the negative Hessian their covariance.
+    The sufficient statistics of a verdict are the factors of eta, tau and kappa in its outcome. The gradient is
+    observed minus expected values, the negative Hessian their covariance.
     """
-    draws, n = len(parameters), len(free) - 3
-    eta, tau = _eta_tau(parameters, cells, bool(free[-1]))
-    first, tie, second = _shares(eta, tau)
-    total, mean = counts.sum(-1), (first - second) / 2
-    gradient = np.empty((draws, n + 3))
-    gradient[:, :-1] = ((counts[..., 0] - counts[..., 2]) / 2 - total * mean) @ cells.design
-    gradient[:, -1] = (counts[..., 1] - total * tie).sum(1)
+    draws, n, outcomes = len(parameters), len(free) - 4, cells.outcomes
+    shares, total = _expected(parameters, cells), counts.sum(-1)
+    missed = counts - total[..., None] * shares
+    mean, means = shares @ outcomes.half, shares @ outcomes.terms
+    gradient = np.concatenate([(missed @ outcomes.half) @ cells.design, (missed @ outcomes.terms).sum(1)], axis=1)
     gradient -= ridge * parameters
-    hessian = np.zeros((draws, n + 3, n + 3))
-    variance = total * ((first + second) / 4 - mean**2)
-    hessian[:, :-1, :-1] = (variance @ cells.squares).reshape(draws, n + 2, n + 2)
-    hessian[:, :-1, -1] = hessian[:, -1, :-1] = (-total * mean * tie) @ cells.design
-    hessian[:, -1, -1] = (total * tie * (1 - tie)).sum(1)
-    hessian += ridge * np.eye(n + 3)
+    hessian = np.zeros((draws, n + 4, n + 4))
+    variance = total * (shares @ outcomes.half**2 - mean**2)
+    hessian[:, :-2, :-2] = (variance @ cells.squares).reshape(draws, n + 2, n + 2)
+    for k, name in ((0, -2), (1, -1)):  # a term's factor is 0 or 1, so it is its own square
+        mixed = shares @ (outcomes.half * outcomes.terms[:, k]) - mean * means[..., k]
+        hessian[:, :-2, name] = hessian[:, name, :-2] = (total * mixed) @ cells.design
+        hessian[:, name, name] = (total * means[..., k] * (1 - means[..., k])).sum(1)
+    hessian[:, -2, -1] = hessian[:, -1, -2] = -(total * means[..., 0] * means[..., 1]).sum(1)
+    hessian += ridge * np.eye(n + 4)
     hessian[:, :n, :n] += 1.0  # fixes the mean of the abilities at 0, which the likelihood leaves open
     gradient[:, ~free], hessian[:, ~free, :], hessian[:, :, ~free] = 0.0, 0.0, 0.0
     hessian[:, ~free, ~free] = 1.0
@@ -342,19 +406,24 @@ def place_anchor(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws)
     opponent = index.get_indexer(verdicts["config_second"].where(seated_first, verdicts["config_first"]))
     if len(opponent) == 0 or opponent.min() < 0:
         raise RankingError(f"anchor {anchor!r} has no comparison with a ranked configuration")
-    half_wins = np.array([0.5, 0.0, -0.5])[pd.Index(VERDICTS).get_indexer(verdicts["verdict"])]
+    outcomes = _outcomes(fitted.clear is not None, fitted.tie is not None)
+    verdict, clear = pd.Index(VERDICTS).get_indexer(verdicts["verdict"]), np.zeros(len(verdicts), bool)
+    if fitted.clear is not None:
+        clear = (verdicts["margin"] == 2).to_numpy(dtype=bool)
+    won = (1 - verdict) * np.where(clear, 1.0, 0.5)
     side = np.where(seated_first, 1.0, -1.0)
     # The first row is the fit, the others are the draws.
     others = np.vstack([fitted.abilities, draws.abilities])[:, opponent]
-    position = np.append(fitted.position or 0.0, draws.position)[:, None]
-    tau = np.append(fitted.tie, draws.tie)[:, None] if fitted.tie is not None else np.full_like(position, -np.inf)
+    pairs = ((fitted.position, draws.position), (fitted.tie, draws.tie), (fitted.clear, draws.clear))
+    position, tie, kappa = (np.append(value or 0.0, drawn)[:, None] for value, drawn in pairs)
     weights = np.vstack([np.ones(len(verdicts)), draws.weights[:, draws.units.get_indexer(verdicts[draws.units.name])]])
     ability = np.zeros(len(weights))
     for _ in range(200):  # Newton steps as in `_newton`, for one parameter
-        first, _, second = _shares(side * (ability[:, None] - others) + position, tau)
-        mean = (first - second) / 2
-        gradient = (weights * (half_wins - mean) * side).sum(1) - RIDGE * ability
-        step = np.clip(gradient / ((weights * ((first + second) / 4 - mean**2)).sum(1) + RIDGE), -1.0, 1.0)
+        shares = outcomes.shares(side * (ability[:, None] - others) + position, tie, kappa)
+        mean = shares @ outcomes.half
+        gradient = (weights * (won - mean) * side).sum(1) - RIDGE * ability
+        variance = shares @ outcomes.half**2 - mean**2
+        step = np.clip(gradient / ((weights * variance).sum(1) + RIDGE), -1.0, 1.0)
         ability = ability + step
         if np.abs(step).max() < 1e-9:
             return float(ability[0]), np.where(weights[1:].sum(1) > 0, ability[1:], np.nan)

@@ -34,6 +34,7 @@ def refused(change):
 
 
 NAMED = f"I have a question about {CARD.term} and how it works for me. "
+ELSEWHERE = "A tortoise dreams of beech woods while its keeper paints the old fence green in the sun. "
 LOOPING = f"The {CARD.term} works like this. " * 6
 
 
@@ -58,7 +59,7 @@ LOOPING = f"The {CARD.term} works like this. " * 6
         ("finish_reason", lambda c: c.update(finish_reason=None)),
         ("roles", lambda c: c["messages"].reverse()),
         ("roles", lambda c: c["messages"].append({"role": "user", "content": "Hello again."})),
-        ("off_problem", everything("The tortoise sleeps under a heap of beech leaves, and its keeper paints the fence green meanwhile.")),
+        ("off_problem", everything(ELSEWHERE)),
         ("language", user(f"Bonjour, je ne comprends pas {CARD.term} sur ma facture de ce mois-ci.")),
         ("language", agent(f"{CARD.term} 的意思很简单，请按照下面的步骤操作。")),
         ("length", user(NAMED + "and then there is more of it " * 100)),
@@ -121,8 +122,8 @@ def test_a_conversation_about_something_else_is_refused_with_the_names_that_it_l
     assert reason == "off_problem" and "none of PUK, PUK code" in detail
 
 
-def test_the_name_of_the_term_or_four_words_of_the_problem_are_enough():
-    text = "Nothing to do with anything, and that is all there is to say about it. " * 2
+def test_the_name_of_the_term_or_a_fifth_of_its_words_are_enough():
+    text = ELSEWHERE
     assert refused(everything(text))[0] == "off_problem"
     assert (refused(everything(text + "puk code")) or ("",))[0] != "off_problem"
     assert (refused(everything(text + "SIM locked, ten attempts, the holder is lost")) or ("",))[0] != "off_problem"

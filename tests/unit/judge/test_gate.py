@@ -21,13 +21,12 @@ from telco_nb.judge.protocol import failed_controls
 from telco_nb.judge.store import VerdictStore, judged_rows
 
 CONFIGS = ["c01", "c02"]
-STUDY_PROMPTS = 48  # more than the gate takes
 
 
 @functools.cache
 def study():
     """Prompts and answers: c01 answers well and c02 half, and the anchors beside them."""
-    prompts = judge_study.make_prompts(STUDY_PROMPTS)
+    prompts = judge_study.all_prompts()
     return prompts, judge_study.make_answers(prompts, CONFIGS)
 
 
@@ -134,11 +133,13 @@ def test_a_control_without_verdicts_has_not_been_passed(tmp_path):
 @pytest.mark.parametrize("control", ["secret_asked", "first_removed"])
 def test_a_judge_that_answers_all_but_one_control_has_not_passed_this_one(control, tmp_path):
     planted, cases = plan_of(*study())
-    silent = {case for case, name in zip(cases, planted["control"], strict=True) if name == control}
+    silent = {
+        (case.messages, case.answers) for case, name in zip(cases, planted["control"], strict=True) if name == control
+    }
     sound = checklist.ChecklistJudge("checklist")
 
     def decide(case):
-        if case in silent:
+        if (case.messages, case.answers) in silent:
             raise JudgeError("refusal", "I cannot help with that")
         return sound.judge(case)
 
@@ -252,12 +253,12 @@ def test_the_removed_protective_step_is_one_whole_sentence_and_conditional_steps
         card = CARDS[row.term_id]
         problem = card.by_problem[row.problem_id]
         text = gate.without_first(row.reference, problem, card)
-        if text is not None:
+        if problem.first is None or problem.first.when:
+            assert text is None
+        elif text is not None:
             removed += 1
             gone = set(gate.answer_sentences(row.reference)) - set(gate.answer_sentences(text))
-            assert problem.first.when is None and len(gone) == 1
-        elif problem.first is None or problem.first.when:
-            continue
+            assert len(gone) == 1 and len(text) < len(row.reference)
     assert removed >= 10
 
 
