@@ -10,6 +10,7 @@ try:
     import typer
 
     from telco_nb.engine import runner
+    from telco_nb.hosted import egress
     from telco_nb.study import params
 except ModuleNotFoundError as missing:  # started with another Python than the one that was set up: use that one
     ours = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
@@ -35,7 +36,7 @@ EPILOG = """
 - 1: a step failed
 - 2: wrong parameters or usage
 - 3: this machine, the outputs folder or the base model cannot be used as it is
-- 4: refused for cost: nobody agreed to it, or the limit is reached; what was paid for is kept
+- 4: refused for cost or for sending: nobody agreed, the limit is reached, or --no-egress; what was paid for is kept
 - 130: interrupted; the same command goes on
 """
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
@@ -91,6 +92,9 @@ def main(
         typer.Option(metavar="X", min=0.0, help="Never spend more than this on hosted models, in dollars."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the hosts that the plan names.")] = False,
+    no_egress: Annotated[
+        bool, typer.Option("--no-egress", help="Refuse every model of a host outside this network.")
+    ] = False,
     gpus: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +108,8 @@ def main(
     ] = params.PARAMS_DIR,
 ) -> None:
     """Run the study: six notebooks, once per study, configuration or judge, skipping what is up to date."""
+    if no_egress:
+        egress.forbid()
     options = runner.Options(
         profile=profile,
         configs=configs,
@@ -119,6 +125,7 @@ def main(
         max_usd=max_usd,
         yes=yes,
         gpus=tuple(filter(None, (gpus or "").split(","))),
+        no_egress=no_egress,
     )
     sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
 

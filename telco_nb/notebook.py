@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from telco_nb import ROOT
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
 from telco_nb.study.machine import device_facts, die_with_parent, git_state, peak_memory_bytes
@@ -298,6 +299,11 @@ def _show_provenance(run: Run, defaults: dict[str, Any]) -> None:
 def _bold(value: Any, changed: bool) -> str:
     text = html.escape(str(value))
     return f"<b>{text}</b>" if changed else text
+
+
+def data_path(value: str | None) -> Path | None:
+    """The file or folder that a parameter such as `gold_path` names, relative to the repository; None for None."""
+    return None if value is None else ROOT / value
 
 
 def markdown(text: str) -> None:

@@ -11,12 +11,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from telco_nb.analysis.results import StudyResults
-from telco_nb.analysis.statistics import Interval
+from telco_nb.analysis.inference import Error, lack_of_fit, lenth_error, pure_error
+from telco_nb.analysis.results import ENERGY_COLUMNS, StudyResults
+from telco_nb.analysis.statistics import MISSING, Interval
+from telco_nb.judge.ranking import holm
 
 FACTORS = ("target_modules", "rank", "epochs", "learning_rate")
 TARGET_ORDER = ("qv", "attention", "mlp", "all")  # by number of adapted layers
-EFFECT_COLUMNS = ["factor", "contrast", "effect", "low", "high", "estimable", "reason"]
+EFFECT_COLUMNS = ["factor", "contrast", "effect", "low", "high", "p", "p_holm", "error", "stands_out", "estimable",
+                  "reason"]  # fmt: skip
+ORDER_SHARE = 0.5  # of the place in the order of runs: from here on a drift of the machine looks like the factor
 
 
 def factor_levels(configs: pd.DataFrame, factor: str) -> list[Any]:
@@ -49,50 +53,128 @@ def _is_separable(x: pd.DataFrame) -> pd.Series:
     return pd.Series(np.isclose(row_space, np.eye(len(row_space)), rtol=1e-5, atol=1e-8).all(axis=1), index=x.columns)
 
 
-def main_effects(configs: pd.DataFrame, response: pd.Series, log: bool = False) -> pd.DataFrame:
+def main_effects(
+    configs: pd.DataFrame, response: pd.Series, log: bool = False, repeats: pd.Series | None = None
+) -> pd.DataFrame:
     """Effect of each factor's levels on a response: ordinary least squares with main effects only.
 
-    The intervals (t, `df_resid`) come from the residual, which contains all interactions and the noise.
+    The error is that between runs of one configuration where there are some (pure error), else Lenth's pseudo standard
+    error, which counts most interactions as noise. The residual is not used: it holds the interactions.
 
     Args:
         configs: the levels of FACTORS, indexed by configuration.
         response: by configuration; missing values are left out.
         log: fit the logarithm and give the effects as ratios.
+        repeats: more runs of some configurations, indexed by configuration.
 
     Returns:
-        One row per contrast: EFFECT_COLUMNS, n, df_resid. A contrast that the configurations cannot separate from
-        others, or that leaves no residual, has no numbers and a `reason`.
+        One row per contrast: EFFECT_COLUMNS, lack_of_fit_f, lack_of_fit_p, lack_of_fit_df, n. `p_holm` is adjusted over
+        the contrasts; `error` names the error; `stands_out` says whether an effect exceeds Lenth's margin, and so most
+        interactions. A contrast that the configurations cannot separate from others, or that has no error, has no
+        numbers and a `reason`.
     """
+    y = response[response.dropna().index.intersection(configs.index)].astype(float)
+    x, table = design_matrix(configs.loc[y.index])
+    more = pd.Series(dtype=float) if repeats is None else repeats[repeats.index.isin(y.index)].dropna().astype(float)
+    runs = pd.concat([y, more])
+    if log and (runs <= 0).any():
+        return _without_numbers(table, x, f"{runs.idxmin()} has a value of {runs.min():g}, so there is no ratio")
+    y, runs = (np.log(y), np.log(runs)) if log else (y, runs)
+    lenth = lenth_error(configs.loc[y.index, list(FACTORS)], y) if len(y) else None
+    error = pure_error(runs) or lenth
+    if error is None or table.empty:
+        return _without_numbers(table, x, "no run was repeated, and Lenth's method needs eight configurations")
+    table = pd.concat([table, _estimates(x, y, error, lenth).loc[table["column"]].reset_index(drop=True)], axis=1)
+    if log:
+        table[["effect", "low", "high"]] = np.exp(table[["effect", "low", "high"]])
+    fit = lack_of_fit(x, runs)
+    return table[EFFECT_COLUMNS].assign(lack_of_fit_f=fit.f, lack_of_fit_p=fit.p, lack_of_fit_df=fit.df, n=len(y))
+
+
+def _estimates(x: pd.DataFrame, y: pd.Series, error: Error, lenth: Error | None) -> pd.DataFrame:
+    """By column of the model matrix: effect, interval, p, Holm's p over all effects, and what can be estimated."""
     from statsmodels.regression.linear_model import OLS
     from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
-    y = response[response.dropna().index.intersection(configs.index)].astype(float)
-    x, table = design_matrix(configs.loc[y.index])
-    df_resid = int(len(x) - np.linalg.matrix_rank(x.to_numpy())) if len(x) else 0
-    table[["effect", "low", "high"]] = math.nan
+    with warnings.catch_warnings(category=SingularMatrixWarning, action="ignore"):  # `reason` says it
+        fit = OLS(y, x).fit()
+    scale = np.sqrt(np.diag(fit.normalized_cov_params))
+    half = stats.t.ppf(0.975, error.df) * error.sd * scale
+    table = pd.DataFrame({"effect": fit.params, "low": fit.params - half, "high": fit.params + half}, index=x.columns)
+    table["p"] = 2 * stats.t.sf(np.abs(fit.params) / (error.sd * scale), error.df)
+    table["estimable"] = _is_separable(x)
+    table.loc[~table["estimable"], ["effect", "low", "high", "p"]] = math.nan
+    tested = table.index[table["estimable"] & (table.index != "intercept")]
+    table["p_holm"] = pd.Series(holm(table.loc[tested, "p"].to_numpy()), tested) if len(tested) else math.nan
+    margin = stats.t.ppf(0.975, lenth.df) * lenth.sd * scale if lenth else math.nan
+    table["stands_out"] = table["effect"].abs() > margin
+    reason = np.where(table["estimable"], "", "cannot be separated from other factors in this set")
+    return table.assign(error=error.source, reason=reason)
+
+
+def _without_numbers(table: pd.DataFrame, x: pd.DataFrame, reason: str) -> pd.DataFrame:
+    """Effects that have a reason instead of numbers."""
     separable = table["column"].map(_is_separable(x)).astype(bool)
-    if df_resid and len(table):
-        with warnings.catch_warnings(category=SingularMatrixWarning, action="ignore"):  # `reason` says it
-            fit = OLS(np.log(y) if log else y, x).fit()
-        numbers = fit.conf_int().set_axis(["low", "high"], axis=1).assign(effect=fit.params)
-        numbers = (np.exp(numbers) if log else numbers).loc[table["column"], ["effect", "low", "high"]]
-        table.loc[separable, ["effect", "low", "high"]] = numbers.to_numpy()[separable]
-    reason = "" if df_resid else "no configuration is left over to estimate the noise"
-    table["estimable"] = separable & (df_resid > 0)
+    table = table.assign(**dict.fromkeys(("effect", "low", "high", "p", "p_holm"), math.nan), error="", estimable=False)
     table["reason"] = np.where(separable, reason, "cannot be separated from other factors in this set")
-    return table[EFFECT_COLUMNS].assign(n=len(y), df_resid=df_resid)
+    table = table.assign(stands_out=False)[EFFECT_COLUMNS]
+    return table.assign(lack_of_fit_f=math.nan, lack_of_fit_p=math.nan, lack_of_fit_df=0, n=len(x))
 
 
 def effect_tables(study: StudyResults) -> pd.DataFrame:
     """Main effects on loss (difference), on each judge's score (difference, log-odds), on training energy (ratio)."""
-    tables = [main_effects(study.results, study.losses).assign(response="val_loss", unit="nats per token")]
-    for judge in study.judges:
-        effects = main_effects(study.results, judge.scores)
-        tables.append(effects.assign(response=f"{judge.name} score", unit="log-odds"))
+    outcomes = [("val_loss", "nats per token", study.losses, "val_loss")]
+    outcomes += [(f"{j.name} score", "log-odds", j.scores, f"{j.name}_score") for j in study.judges]
     if len(study.energy_kinds) == 1:
-        effects = main_effects(study.results, study.energy, log=True)
-        tables.append(effects.assign(response=f"training energy ({study.energy_word})", unit="ratio"))
-    return pd.concat(tables, ignore_index=True)[["response", "unit", *EFFECT_COLUMNS, "n", "df_resid"]]
+        outcomes.append((f"training energy ({study.energy_word})", "ratio", study.energy, "train_energy_wh"))
+    tables = []
+    for name, unit, values, column in outcomes:
+        repeats = study.repeats.set_index("config")[column] if column in study.repeats else None
+        effects = main_effects(study.results, values, unit == "ratio", repeats)
+        tables.append(effects.assign(response=name, unit=unit))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["response", "unit", *table.columns.drop(["response", "unit"])]]
+
+
+def order_shares(configs: pd.DataFrame) -> dict[str, float]:
+    """How far each factor determines the place of a configuration in the order of runs, 0 to 1.
+
+    Args:
+        configs: the levels of FACTORS in the order in which the configurations ran.
+    """
+    place = pd.Series(np.arange(len(configs), dtype=float), configs.index)
+    total = float(((place - place.mean()) ** 2).sum())
+    if not total:
+        return dict.fromkeys(FACTORS, 0.0)
+    shares = {}
+    for factor in FACTORS:
+        means = place.groupby(configs[factor], dropna=False).transform("mean")
+        shares[factor] = float(((means - place.mean()) ** 2).sum()) / total
+    return shares
+
+
+def energy_spread(study: StudyResults) -> Error | None:
+    """The standard deviation of the logarithm of a training energy from run to run; None without repeated runs."""
+    repeats = study.repeats.set_index("config")["train_energy_wh"]
+    runs = pd.concat([study.energy, repeats[repeats.index.isin(study.energy.index)].dropna().astype(float)])
+    return pure_error(np.log(runs[runs > 0]))
+
+
+def energy_ratio(study: StudyResults, most: str, least: str) -> Interval:
+    """Training energy of configuration `most` over that of `least`.
+
+    The interval holds the error from run to run, and the bounds of the two energies as far as they do not move
+    together (watts per core do). It is missing where no run was repeated, and the ratio where an energy is 0.
+    """
+    if not (study.energy[[most, least]] > 0).all():
+        return MISSING
+    value, spread = float(study.energy[most] / study.energy[least]), energy_spread(study)
+    if spread is None:
+        return Interval(value)
+    half = float(stats.t.ppf(0.975, spread.df)) * math.sqrt(2) * spread.sd
+    bounds = study.results.loc[[most, least], list(ENERGY_COLUMNS[1:3])].astype(float)
+    shared = [r for r in bounds.loc[most] / bounds.loc[least].where(bounds.loc[least] > 0) if math.isfinite(r)]
+    return Interval(value, min([value, *shared]) * math.exp(-half), max([value, *shared]) * math.exp(half))
 
 
 def design_facts(configs: pd.DataFrame) -> pd.DataFrame:
@@ -150,17 +232,15 @@ def noise_floor(results: pd.DataFrame, repeats: pd.DataFrame, column: str) -> Se
         column: such as `val_loss`.
 
     Returns:
-        None if no configuration was repeated.
+        None if no configuration was repeated, or if repeats do not differ.
     """
     values = results[column].dropna().astype(float)
     seeds = repeats[["config", column]].dropna()
     seeds = seeds[seeds["config"].isin(values.index)]
     original = values[seeds["config"].unique()].rename_axis("config").reset_index()
-    runs = pd.concat([seeds, original]).groupby("config")[column].agg(["var", "count"])
-    df = int((runs["count"] - 1).sum())
-    if df < 1:
+    runs = pd.concat([seeds, original]).set_index("config")[column]
+    error = pure_error(runs)
+    if error is None:
         return None
-    total = float((runs["var"] * (runs["count"] - 1)).sum())
-    low, high = (math.sqrt(total / stats.chi2.ppf(q, df)) for q in (0.975, 0.025))
-    spread = Interval(math.sqrt(total / df), low, high)
-    return SeedNoise(spread, float(values.std()), df, int(runs["count"].sum()))
+    low, high = (error.sd * math.sqrt(error.df / stats.chi2.ppf(q, error.df)) for q in (0.975, 0.025))
+    return SeedNoise(Interval(error.sd, low, high), float(values.std()), int(error.df), len(runs))

@@ -10,7 +10,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +19,7 @@ import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
 from telco_nb.analysis.fitness import fitness, lead_over
+from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
     describe_config,
@@ -29,7 +30,8 @@ from telco_nb.analysis.recommendation import (
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statistics import Interval, percentile_interval
+from telco_nb.analysis.statements import Finding, blockable, bounds, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.cases import CRITERIA
 
 # Published in arXiv:2606.05176: facts to set beside ours, not targets.
@@ -45,24 +47,10 @@ PAPER: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One statement. `verdict`: supported, not distinguishable, described, not fit, not estimable or blocked."""
-
-    id: str
-    statement: str
-    value: float | str | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    verdict: str = "described"
-    blocked_by: list[str] = field(default_factory=list)
-
-
 def all_findings(study: StudyResults, seed: int = 0) -> list[Finding]:
     """Every statement of the study, the decision first."""
-    judged = [finding for judge in study.judges for finding in _loss_findings(study, judge, seed)]
-    agreement = [_agreement(a, b) for a, b in combinations(study.judges, 2)]
+    judged = [finding for judge in study.judges for finding in loss_findings(study, judge, seed)]
+    agreement = [_agreement(study, a, b, seed) for a, b in combinations(study.judges, 2)]
     rest = [*_energy_findings(study), _noise_finding(study), *_effect_findings(study)]
     return [*decision_findings(study), *judged, *agreement, *rest]
 
@@ -100,43 +88,29 @@ def as_markdown(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _not_estimable(id: str, text: str, reason: str, n: int | None = None, verdict: str = "not estimable") -> Finding:
-    """A finding that gives the reason why there are no numbers."""
-    return Finding(id, f"{text}: {reason}.", n=n, verdict=verdict, blocked_by=[reason])
-
-
-def _blockable(
-    id: str, text: str, interval: Interval, n: int, verdict: str, *judges: JudgeResults, blocks: Sequence[str] = ()
-) -> Finding:
-    """A finding that rests on judges, or on an energy with `blocks`: blocked if one of them is."""
-    blocked_by = [block for judge in judges for block in judge.blocks] + list(blocks)
-    return Finding(id, text, *interval, n, "blocked" if blocked_by else verdict, blocked_by)
-
-
-def _excludes_zero(interval: Interval) -> str:
-    return "supported" if interval.low > 0 or interval.high < 0 else "not distinguishable"
-
-
-def _bounds(interval: Interval, digits: str) -> str:
-    return f"[{interval.low:{digits}}, {interval.high:{digits}}]"
-
-
 def decision_findings(study: StudyResults) -> list[Finding]:
     """The configuration to deploy, the choice by loss alone, and how sure the difference is."""
     choice = recommend(study)
     deploy = _deploy_finding(study, choice)
     if study.losses.empty:
         reason = "no configuration has a validation loss"
-        return [deploy, _not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")]
-    loss_pick = str(study.losses.idxmin())
-    return [deploy, _loss_choice(study, loss_pick), _confidence(study, choice, loss_pick), *_gains(study, choice)]
+        return [deploy, not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")]
+    pick = loss_pick(study.losses)
+    if pick is None:
+        reason = (
+            f"{(study.losses == study.losses.min()).sum()} of {len(study.losses)} configurations share the lowest loss"
+        )
+        unsure = not_estimable("confidence", "There is no choice of loss to compare with", reason)
+        loss_choice = not_estimable("loss_choice", "Loss alone cannot choose", reason, len(study.losses))
+        return [deploy, loss_choice, unsure, *_gains(study, choice)]
+    return [deploy, _loss_choice(study, pick), _confidence(study, choice, pick), *_gains(study, choice)]
 
 
 def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     n = len(study.results)
     if choice.config is None:
         text = "No configuration can be recommended"
-        return _not_estimable("deploy", text, "; ".join(choice.blocked_by), n, "blocked")
+        return not_estimable("deploy", text, "; ".join(choice.blocked_by), n, "blocked")
     row = study.results.loc[choice.config]
     held = fitness(study, choice.config)
     energy = f"Training: {energy_text(row) or 'its training energy is not known'}."
@@ -156,15 +130,15 @@ def energy_text(row: pd.Series) -> str:
     value, low, high = row[["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh"]]
     if pd.isna(value):
         return ""
-    bounds = "" if pd.isna(low) or pd.isna(high) else f" {_bounds(Interval(value, low, high), '.3g')}"
-    return f"{value:.3g} Wh{bounds}, {row['energy_kind']}"
+    ends = "" if pd.isna(low) or pd.isna(high) else f" {bounds(Interval(value, low, high), '.3g')}"
+    return f"{value:.3g} Wh{ends}, {row['energy_kind']}"
 
 
 def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
     row = study.results.loc[loss_pick]
     loss = Interval(*row[["val_loss", "val_loss_low", "val_loss_high"]])
     text = f"Loss alone would choose {loss_pick} ({describe_config(row)}): {loss.value:.4f} nats per token "
-    text += f"{_bounds(loss, '.4f')}."
+    text += f"{bounds(loss, '.4f')}."
     if energy := energy_text(row):
         text += f" Training: {energy}."
     return Finding("loss_choice", text, loss_pick, n=len(study.losses))
@@ -173,7 +147,7 @@ def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
 def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> Finding:
     """The share of draws in which the choice scores above the choice of loss; the least sure judge counts."""
     if choice.config is None:
-        return _not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
+        return not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
     n = min(len(judge.draws) for judge in study.passed)
     if choice.config == loss_pick:
         return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
@@ -196,111 +170,25 @@ def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
             text = (
                 f"Against the untuned model {config} wins {win_text(gain)} of decided comparisons with {judge.label}."
             )
-            verdict = _excludes_zero(gain)
-            findings.append(_blockable(f"gain.{judge.name}", text, gain, len(judge.draws), verdict, judge))
+            verdict = excludes_zero(gain)
+            findings.append(blockable(f"gain.{judge.name}", text, gain, len(judge.draws), verdict, judge))
     return findings
 
 
-def _loss_findings(study: StudyResults, judge: JudgeResults, seed: int) -> list[Finding]:
-    losses, draws = results.paired_draws(study, judge)
-    if losses.shape[1] < 2:
-        text, reason = f"Whether loss predicts {judge.label} is not known", "fewer than two configurations have both"
-        return [_not_estimable(f"tau.{judge.name}", text, reason, losses.shape[1])]
-    loss, place = study.losses[losses.columns], judge.scores[losses.columns].rank(ascending=False)
-    return [
-        _tau_finding(study, judge, losses, draws, seed),
-        _regret_finding(judge, str(loss.idxmin()), draws),
-        _top3_finding(judge, losses, draws),
-        _rank_finding("best", "lowest", str(loss.idxmin()), judge, place, draws),
-        _rank_finding("worst", "highest", str(loss.idxmax()), judge, place, draws),
-        _misplaced_finding(judge, loss.rank(), place, draws),
-    ]
-
-
-def _tau_finding(
-    study: StudyResults, judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame, seed: int
-) -> Finding:
-    id, n, needed = f"tau.{judge.name}", losses.shape[1], statistics.critical_tau(losses.shape[1])
-    if needed is None:
-        text = f"Whether loss predicts {judge.label} cannot be told"
-        return _not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
-    p = statistics.permutation_p(study.losses[losses.columns], judge.scores[losses.columns], seed)
-    if not math.isfinite(p):
-        return _not_estimable(id, f"Whether loss predicts {judge.label} is not known", "all values are equal", n)
-    tau = statistics.tau_interval(study.losses, judge.scores, losses, draws)
-    relation = f"Lower loss goes with {'better' if tau.value < 0 else 'worse'} answers."
-    text = (
-        f"Loss against the score of {judge.label}: tau-b = {tau.value:+.2f} {_bounds(tau, '+.2f')}, permutation "
-        f"p = {p:.2g}. At n = {n} |tau| must reach {needed:.3f} for p < .05; this judge's own noise caps it near "
-        f"{results.noise_ceiling(judge):.2f}. {relation if p < 0.05 else 'No relation can be shown.'}"
-    )
-    return _blockable(id, text, tau, n, "supported" if p < 0.05 else "not distinguishable", judge)
-
-
-def _regret_finding(judge: JudgeResults, pick: str, draws: pd.DataFrame) -> Finding:
-    best, id = str(judge.scores[draws.columns].idxmax()), f"regret.{judge.name}"
-    if pick == best:
-        text = f"Choosing by loss loses nothing with {judge.label}: both choose {pick}."
-        return _blockable(id, text, Interval(0.0), len(draws), "described", judge)
-    lead = percentile_interval(judge.scores[best] - judge.scores[pick], draws[best] - draws[pick])
-    text = (
-        f"Choosing by loss ({pick}) instead of by {judge.label}: {best} is better by {lead.value:.2f} log-odds "
-        f"{_bounds(lead, '.2f')}, that is, wins {win_text(lead)} of their decided comparisons. "
-        "The best of many is picked after the fact, so this is an upper estimate."
-    )
-    return _blockable(id, text, lead, len(draws), _excludes_zero(lead), judge)
-
-
-def _top3_finding(judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame) -> Finding:
-    n, id = losses.shape[1], f"top3.{judge.name}"
-    if n <= 3:
-        return _not_estimable(id, f"The top 3 of {judge.label} says nothing", f"there are only {n} configurations", n)
-    share = statistics.top_share(losses, draws, 3)
-    text = f"The lowest-loss configuration is in the top 3 of {judge.label} with probability {percent(share)}"
-    return _blockable(id, f"{text} (chance: {3 / n:.0%}).", Interval(share), len(draws), "described", judge)
-
-
-def _rank_interval(place: pd.Series, draws: pd.DataFrame, config: str) -> Interval:
-    ranks = draws.rank(axis=1, ascending=False)[config]
-    return Interval(*(round(bound) for bound in percentile_interval(place[config], ranks)))
-
-
-def _rank_finding(
-    end: str, word: str, config: str, judge: JudgeResults, place: pd.Series, draws: pd.DataFrame
-) -> Finding:
-    """The judge's rank of the best or worst configuration by loss, with its chance if loss meant nothing."""
-    rank, n = _rank_interval(place, draws, config), len(place)
-    chance = (n - rank.value + 1) / n if end == "best" else rank.value / n
-    text = (
-        f"The {word}-loss configuration, {config}, ranks {rank.value} of {n} with {judge.label} {_bounds(rank, '')}; "
-        f"if loss meant nothing, this rank or a {'lower' if end == 'best' else 'higher'} one would have probability "
-        f"{chance:.2f}."
-    )
-    return _blockable(f"{end}_loss_rank.{judge.name}", text, rank, n, "described", judge)
-
-
-def _misplaced_finding(judge: JudgeResults, by_loss: pd.Series, place: pd.Series, draws: pd.DataFrame) -> Finding:
-    """The configuration whose rank by loss is furthest from its rank with the judge."""
-    config, n = str((place - by_loss).abs().idxmax()), len(place)
-    rank = _rank_interval(place, draws, config)
-    text = (
-        f"Loss misplaces {config} most: {by_loss[config]:.0f} of {n} by loss, {rank.value} of {n} with "
-        f"{judge.label} {_bounds(rank, '')}. It is picked after the fact as the most extreme of {n}."
-    )
-    return _blockable(f"misplaced.{judge.name}", text, rank, n, "described", judge)
-
-
-def _agreement(a: JudgeResults, b: JudgeResults) -> Finding:
+def _agreement(study: StudyResults, a: JudgeResults, b: JudgeResults, seed: int) -> Finding:
     configs = [c for c in a.scores.index if c in b.scores.index]
     id, n, n_draws = f"judges.{a.name}.{b.name}", len(configs), min(len(a.draws), len(b.draws))
-    needed = statistics.critical_tau(n) if n >= 2 else None
-    if needed is None:
-        text = f"Whether {a.label} and {b.label} rank alike cannot be told"
-        return _not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
+    text = f"Whether {a.label} and {b.label} rank alike cannot be told"
+    if n < 2 or statistics.critical_tau(n) is None:
+        return not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
+    if 1 in (a.scores[configs].nunique(), b.scores[configs].nunique()):
+        return not_estimable(id, text, "all scores of a judge are equal", n)
     draws_a, draws_b = a.draws[configs].iloc[:n_draws], b.draws[configs].iloc[:n_draws]
     tau = statistics.tau_interval(a.scores, b.scores, draws_a, draws_b)
-    text = f"Rankings of {a.label} and {b.label}: tau-b = {tau.value:+.2f} {_bounds(tau, '+.2f')}."
-    return _blockable(id, text, tau, n, "supported" if tau.value >= needed else "not distinguishable", a, b)
+    p, said = design_p_text(study.results.loc[configs], a.scores[configs], b.scores[configs], seed)
+    text = f"Rankings of {a.label} and {b.label}: tau-b = {tau.value:+.2f} {bounds(tau, '+.2f')}. {said}"
+    alike = tau.value > 0 and p < 0.05
+    return blockable(id, text, tau, n, "supported" if alike else "not distinguishable", a, b)
 
 
 def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> Finding:
@@ -313,10 +201,10 @@ def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> 
     id = f"kappa.{a.name}.{b.name}"
     if not n or not math.isfinite(kappa.value):
         text = f"Verdicts of {a.label} and {b.label} cannot be compared"
-        return _not_estimable(id, text, "no shared comparison that varies", n)
+        return not_estimable(id, text, "no shared comparison that varies", n)
     text = f"Verdict by verdict, {a.label} and {b.label} agree with Cohen's kappa {kappa.value:.2f} "
-    text += f"{_bounds(kappa, '.2f')} over {n:,} shared comparisons."
-    return _blockable(id, text, kappa, n, _excludes_zero(kappa), a, b)
+    text += f"{bounds(kappa, '.2f')} over {n:,} shared comparisons."
+    return blockable(id, text, kappa, n, excludes_zero(kappa), a, b)
 
 
 def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draws: int, seed: int) -> list[Finding]:
@@ -329,7 +217,7 @@ def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draw
     """
     if sum((ratings["rater"] == judge.name).any() for judge in panel) < 2:
         reason = "fewer than two judges rate answers"
-        return [_not_estimable("alpha.rubric", "Whether judges rate answers alike is not known", reason, 0)]
+        return [not_estimable("alpha.rubric", "Whether judges rate answers alike is not known", reason, 0)]
     unit = ratings["prompt_id"] + "|" + ratings["config"]
     long = pd.DataFrame({"unit": unit, "cluster": ratings["scenario_id"], "rater": ratings["rater"]})
     findings = []
@@ -345,10 +233,10 @@ def _alpha_finding(criterion: str, judges: Sequence[JudgeResults], alpha: Interv
     id = f"alpha.{criterion}"
     if not n or not math.isfinite(alpha.value):
         reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
-        return _not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
+        return not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
     text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
-    text += f"{_bounds(alpha, '.2f')} (ordinal, {n:,} answers)."
-    return Finding(id, text, *alpha, n, _excludes_zero(alpha))
+    text += f"{bounds(alpha, '.2f')} (ordinal, {n:,} answers)."
+    return Finding(id, text, *alpha, n, excludes_zero(alpha))
 
 
 def self_preference_finding(judge: JudgeResults, own: set[str], gap: Interval, n: int) -> Finding:
@@ -363,45 +251,51 @@ def self_preference_finding(judge: JudgeResults, own: set[str], gap: Interval, n
     whose = name_list(sorted(own)) if len(own) < 4 else f"{len(own)} configurations"
     if not n:
         text = f"Whether {judge.label} favours its own answers ({whose}) is not known"
-        return _not_estimable(id, text, "no other judge has decided the same comparisons", n)
+        return not_estimable(id, text, "no other judge has decided the same comparisons", n)
     points = Interval(*(100 * share for share in gap))
-    text = f"{judge.label} prefers its own answers ({whose}) {points.value:+.0f} points {_bounds(points, '+.0f')} "
+    text = f"{judge.label} prefers its own answers ({whose}) {points.value:+.0f} points {bounds(points, '+.0f')} "
     text += f"more often than the other judges do, over {n:,} comparisons."
-    return Finding(id, text, *gap, n, _excludes_zero(gap))
+    return Finding(id, text, *gap, n, excludes_zero(gap))
 
 
 def _energy_findings(study: StudyResults) -> list[Finding]:
     energy, text = study.energy, "Energies cannot be compared"
     if len(energy) < 2:
         reason = f"{len(energy)} of {len(study.results)} configurations have a training energy"
-        return [_not_estimable("energy_ratio", text, reason, len(energy))]
+        return [not_estimable("energy_ratio", text, reason, len(energy))]
     if len(study.energy_kinds) != 1:
-        return [_not_estimable("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
+        return [not_estimable("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
     least, most = str(energy.idxmin()), str(energy.idxmax())
-    ratio = results.energy_ratio(study.results, most, least)
+    if energy[least] <= 0:
+        return [not_estimable("energy_ratio", text, f"{least} has an energy of {energy[least]:g} Wh", len(energy))]
+    ratio, spread = effects.energy_ratio(study, most, least), effects.energy_spread(study)
     low, high = PAPER["energy_wh"]
+    unknown = " (no run was repeated, so its error from run to run is not known)"
     text = (
         f"Training energy ({study.energy_word}) runs from {energy[least]:.3g} Wh ({least}) to {energy[most]:.3g} Wh "
-        f"({most}): a factor of {ratio.value:.1f}. The paper has {low:g}-{high:g} Wh, a factor of {high / low:.1f}."
+        f"({most}): a factor of {ratio.value:.1f}{unknown if spread is None else f' {bounds(ratio, ".1f")}'}. The two "
+        f"are picked after the fact. The paper has {low:g}-{high:g} Wh, a factor of {high / low:.1f}."
     )
     if study.energy_word == "estimated":
         text += " Ranking by an estimate is ranking by processor time."
-    first = _blockable("energy_ratio", text, ratio, len(energy), "described", blocks=study.energy_blocks)
+    first = blockable("energy_ratio", text, ratio, len(energy), "described", blocks=study.energy_blocks)
     return [first, *_pareto_findings(study)]
 
 
 def _pareto_findings(study: StudyResults) -> list[Finding]:
-    findings = []
+    findings, spread = [], effects.energy_spread(study)
+    held = "energies held fixed, because no run was repeated" if spread is None else "of scores and energies"
     for judge in study.judges:
         front = statistics.pareto_front(study.energy, judge.scores)
         if front:
-            shares = statistics.pareto_shares(study.energy, judge.draws[list(judge.scores.index)])
+            drawn = judge.draws[list(judge.scores.index)]
+            shares = statistics.pareto_shares(study.energy, drawn, 0.0 if spread is None else spread.sd)
             members = name_list([f"{config} ({percent(shares[config])})" for config in front])
             text = f"No configuration is both better with {judge.label} and cheaper to train than these "
-            text += f"(in brackets, in how many draws): {members}."
+            text += f"(in brackets, in how many draws; {held}): {members}."
             size, blocks = Interval(len(front)), study.energy_blocks
             id, n = f"pareto.{judge.name}", len(study.energy)
-            findings.append(_blockable(id, text, size, n, "described", judge, blocks=blocks))
+            findings.append(blockable(id, text, size, n, "described", judge, blocks=blocks))
     return findings
 
 
@@ -409,11 +303,11 @@ def _noise_finding(study: StudyResults) -> Finding:
     noise = effects.noise_floor(study.results, study.repeats, "val_loss")
     if noise is None:
         reason = "no configuration was repeated with another seed"
-        return _not_estimable("noise_floor", "The seed noise is not known", reason)
+        return not_estimable("noise_floor", "The seed noise is not known", reason)
     seeds, losses = noise.between_seeds, study.losses.sort_values()
     near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
     text = (
-        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, {_bounds(seeds, '.4f')}, "
+        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, {bounds(seeds, '.4f')}, "
         f"{noise.n_runs} runs); configurations differ by {noise.between_configs:.4f}. Two single runs closer than "
         f"{noise.resolution:.4f} are not distinguishable: {len(near)} of {len(losses)} are that close to the lowest "
         f"loss{f' ({name_list(near)})' if len(near) <= 8 else ''}."
@@ -424,22 +318,51 @@ def _noise_finding(study: StudyResults) -> Finding:
 
 def _effect_findings(study: StudyResults) -> list[Finding]:
     blocks = {f"{judge.name} score": judge.blocks for judge in study.judges}
-    blocks[f"training energy ({study.energy_word})"] = study.energy_blocks
+    energy, order = f"training energy ({study.energy_word})", effects.order_shares(study.results)
+    blocks[energy] = study.energy_blocks
     rows = effects.effect_tables(study).to_dict("records")
-    return [_effect(row, blocks.get(row["response"], [])) for row in rows]
+    family = pd.Series([row["response"] for row in rows if row["estimable"]], dtype=object).value_counts()
+    return [
+        _effect(
+            row, blocks.get(row["response"], []), int(family.get(row["response"], 0)),
+            order[row["factor"]] if row["response"] == energy else 0.0,
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
-def _effect(row: dict[Any, Any], blocks: list[str]) -> Finding:
+def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -> Finding:
+    """One effect. It is supported if Holm's p is below .05 and, where main effects do not fit, if it stands out."""
     factor, contrast, response, unit, n = (row[key] for key in ("factor", "contrast", "response", "unit", "n"))
     id = f"effect.{response}.{factor}.{contrast}".replace(" ", "")
     name = f"{factor} {contrast} on {response}"
     if not row["estimable"]:
-        return _not_estimable(id, f"The effect of {name} is not estimable", row["reason"], n)
-    neutral, digits = (1.0, ".2f") if unit == "ratio" else (0.0, "+.3f")
+        return not_estimable(id, f"The effect of {name} is not estimable", row["reason"], n)
+    digits = ".2f" if unit == "ratio" else "+.3f"
     effect = Interval(row["effect"], row["low"], row["high"])
-    text = f"Effect of {name}: {effect.value:{digits}} {unit} {_bounds(effect, digits)}."
-    verdict = "not distinguishable" if effect.low <= neutral <= effect.high else "supported"
-    return _blockable(id, text, effect, n, verdict, blocks=blocks)
+    text = (
+        f"Effect of {name}: {effect.value:{digits}} {unit} {bounds(effect, digits)}, {p_text(row['p_holm'])} by Holm "
+    )
+    text += f"over {family} effects (error: {row['error']}). {_fit_text(row)}"
+    if order >= effects.ORDER_SHARE:
+        text += (
+            f" Configurations ran in the order of {factor} ({order:.0%} of a run's place follows it): a drift of the "
+        )
+        text += "machine would look like this effect."
+    rejected = row["lack_of_fit_p"] < 0.05
+    holds = row["p_holm"] < 0.05 and (row["stands_out"] or not rejected)
+    return blockable(id, text, effect, n, "supported" if holds else "not distinguishable", blocks=blocks)
+
+
+def _fit_text(row: dict[Any, Any]) -> str:
+    """What the lack of fit of main effects says about one of them."""
+    if not math.isfinite(row["lack_of_fit_p"]):
+        return "Whether effects add up cannot be tested without repeated runs."
+    test = f"(lack of fit F = {row['lack_of_fit_f']:.1f}, {p_text(row['lack_of_fit_p'])})"
+    if row["lack_of_fit_p"] >= 0.05:
+        return f"That effects do not add up is not shown {test}."
+    out = "stands out from" if row["stands_out"] else "does not stand out from"
+    return f"Effects do not add up {test}: this one is an average over the design, and it {out} the interactions."
 
 
 def paper_table(study: StudyResults, base_model: str | None = None) -> pd.DataFrame:
@@ -451,11 +374,11 @@ def paper_table(study: StudyResults, base_model: str | None = None) -> pd.DataFr
         ("judges", PAPER["judges"], name_list([j.label for j in study.judges]) or "-"),
         ("lowest validation loss", f"{PAPER['best_loss']}", f"{losses.min():.4f} ({losses.idxmin()})" if n else "-"),
         ("its rank with the judges", PAPER["best_loss_rank"], _rank_text(study, "idxmin")),
-        ("probability of rank 6 or lower if loss meant nothing", "11/16", f"{n - 5}/{n}" if n > 5 else "-"),
+        ("probability of 6th place or further down if loss meant nothing", "11/16", f"{n - 5}/{n}" if n > 5 else "-"),
         ("highest validation loss", f"{PAPER['worst_loss']}", f"{losses.max():.4f} ({losses.idxmax()})" if n else "-"),
         ("its rank with the judges", PAPER["worst_loss_rank"], _rank_text(study, "idxmax")),
         ("probability of rank 1 if loss meant nothing", "1/16", f"1/{n}" if n else "-"),
-        ("|tau| needed for p < .05", _needed_text(PAPER["n"]), _needed_text(n)),
+        ("|tau| needed for p < .05 if configurations were exchangeable", _needed_text(PAPER["n"]), _needed_text(n)),
         ("training energy per configuration", _range_text(pd.Series(PAPER["energy_wh"]), "g"),
          _range_text(energy, ".3g", f", {study.energy_word}")),
     ]  # fmt: skip
@@ -464,7 +387,8 @@ def paper_table(study: StudyResults, base_model: str | None = None) -> pd.DataFr
 
 def _range_text(energy: pd.Series, digits: str, kind: str = "") -> str:
     low, high = energy.min(), energy.max()
-    return f"{low:{digits}}-{high:{digits}} Wh{kind} (factor {high / low:.1f})" if len(energy) > 1 else "-"
+    factor = f" (factor {high / low:.1f})" if low > 0 else ""
+    return f"{low:{digits}}-{high:{digits}} Wh{kind}{factor}" if len(energy) > 1 else "-"
 
 
 def _needed_text(n: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class StudyResults:
     `repeats` has one row per seed repeat: config, seed, val_loss, train_energy_wh. `invalid_energy` names the
     configurations whose energy window was too short or has no reading. `checks` holds what the checklist found in each
     answer (`judge.checklist.checks_table`), `faults` the counts of `answers_table`; None where there are none.
+    `set_draws` are draws like `loss_draws` by the name of a test set's loss; `train_losses` are those at the end of
+    training.
     """
 
     results: pd.DataFrame
@@ -78,6 +80,11 @@ class StudyResults:
     invalid_energy: tuple[str, ...] = ()
     checks: pd.DataFrame | None = None
     faults: pd.DataFrame | None = None
+    set_draws: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    train_losses: pd.Series | None = None
+
+    def __post_init__(self) -> None:
+        refuse_infinite(self.results)
 
     @property
     def losses(self) -> pd.Series:
@@ -110,6 +117,24 @@ class StudyResults:
     def energy_word(self) -> str:
         """`estimated`, `measured`, ...: stands beside every energy value."""
         return " and ".join(self.energy_kinds) or "not metered"
+
+
+def refuse_infinite(results: pd.DataFrame) -> None:
+    """Refuse a loss that is not finite: training diverged, and no rank or mean can hold it.
+
+    Args:
+        results: indexed by configuration; losses that are missing are fine.
+
+    Raises:
+        ValueError: names the configuration, the loss and the ways out.
+    """
+    for column in ("val_loss", *SET_LOSSES):
+        values = results[column].astype(float) if column in results else pd.Series(dtype=float)
+        for config in values.index[np.isinf(values)]:
+            raise ValueError(
+                f"{config} has a {column} of {values[config]}: its training diverged. Lower its learning_rate and "
+                f"train it again, or take {config} out of `configs`."
+            )
 
 
 def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
@@ -207,6 +232,7 @@ def results_table(
             values = judge.ranking[part].reindex(table.index).astype(float)
             table[f"{judge.name}_{part}"] = values.round() if "rank" in part else values
         table[f"{judge.name}_gate"] = {True: "passed", False: "failed"}.get(judge.gate_passed)
+    refuse_infinite(table)
     whole = [f"{judge.name}_{part}" for judge in judges for part in JUDGE_PARTS if "rank" in part]
     whole += ["rank", "lora_alpha", "epochs", "seed", "train_tokens"]
     return table.drop(columns="config").astype(dict.fromkeys(whole, "Int64")).reset_index()
@@ -239,6 +265,33 @@ def val_loss_draws(val_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: i
 def val_loss_interval(val_losses: pd.DataFrame, draws: pd.Series | np.ndarray) -> Interval:
     """Token-weighted validation loss of one configuration with its scenario-bootstrap interval."""
     return percentile_interval(val_losses["loss_sum_after"].sum() / val_losses["n_tokens"].sum(), draws)
+
+
+def set_loss_draws(reference_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: int) -> dict[str, pd.DataFrame]:
+    """Bootstrap draws of the loss on each test set, whole terms drawn with replacement.
+
+    Args:
+        reference_losses: by configuration, columns test_set, term_id, loss_sum (nats) and n_tokens per prompt.
+        n_draws, seed: of the bootstrap.
+
+    Returns:
+        By `test_loss`, `noisy_loss`, ...: (draws, configurations), in nats per token.
+    """
+    renamed = {"term_id": "scenario_id", "loss_sum": "loss_sum_after"}
+    tables = {config: table.rename(columns=renamed) for config, table in reference_losses.items()}
+    names = sorted(set().union(*(table["test_set"] for table in tables.values())))
+    return {
+        f"{name}_loss": val_loss_draws({c: t[t["test_set"] == name] for c, t in tables.items()}, n_draws, seed)
+        for name in names
+    }
+
+
+def end_losses(curves: Mapping[str, pd.DataFrame]) -> pd.Series:
+    """The training loss at the end, by configuration: the mean of the last tenth of its steps."""
+    return pd.Series(
+        {config: float(curve["train_loss"].tail(max(1, len(curve) // 10)).mean()) for config, curve in curves.items()},
+        dtype=float,
+    )
 
 
 def paired_draws(study: StudyResults, judge: JudgeResults) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -312,13 +365,3 @@ def _own_shares(judgements: pd.DataFrame, own: set[str]) -> pd.DataFrame:
     pair = ["|".join(sorted(seats)) for seats in zip(rows["config_first"], rows["config_second"], strict=True)]
     by_pair = rows[["prompt_id", "scenario_id"]].assign(pair=pair, share=share)
     return by_pair.groupby(["prompt_id", "scenario_id", "pair"], as_index=False)["share"].mean()
-
-
-def energy_ratio(results: pd.DataFrame, most: str, least: str) -> Interval:
-    """Training energy of configuration `most` over that of `least`.
-
-    The interval assumes that both share one error (watts per core, calibration of one meter). It does not contain
-    errors that differ from run to run.
-    """
-    ratios = [float(results.loc[most, c]) / float(results.loc[least, c]) for c in ENERGY_COLUMNS[:3]]
-    return Interval(ratios[0], float(np.nanmin(ratios)), float(np.nanmax(ratios)))

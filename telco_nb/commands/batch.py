@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb.commands.common import CommandError, MaxUsd, ParamsDir, Profile, Yes, errors_as_exit_codes
+from telco_nb.commands.common import CommandError, MaxUsd, NoEgress, ParamsDir, Profile, Yes, errors_as_exit_codes
 from telco_nb.commands.estimate import Corpus
 from telco_nb.corpus import llm_writer
 from telco_nb.engine import runner
-from telco_nb.hosted import api, prices
+from telco_nb.hosted import api, egress, prices
+from telco_nb.hosted.attempts import StoreError
+from telco_nb.hosted.keys import safe
 from telco_nb.hosted.ledger import BatchRecord
-from telco_nb.hosted.session import Session, run_async
+from telco_nb.hosted.session import CallsStopped, Session, is_lost, run_async
 from telco_nb.judge import language_model
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.protocol import Protocol, open_study
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from pydantic_ai.models.batch import Batch, BatchRequest
 
 T = TypeVar("T")
+# Errors that say themselves what to do; any other comes from the provider or its SDK.
+_OWN_ERRORS = (CommandError, prices.BudgetStop, api.ProviderError, StoreError, OSError)
 Action = Literal["submit", "poll", "collect", "forget"]
 
 
@@ -109,7 +113,7 @@ async def poll(session: Session) -> list[str]:
             lines.append(f"batch {i}: unknown; it was being submitted when the process ended")
             continue
         status = await _status(session, batch)
-        lines.append(f"batch {i}: {status.status}, {status.request_count} requests, {status.id}")
+        lines.append(safe(f"batch {i}: {status.status}, {status.request_count} requests, {status.id}"))
     return lines
 
 
@@ -126,7 +130,7 @@ async def collect(session: Session, requests: Sequence[api.Request]) -> dict[str
             continue
         results = await session.client.model.batch_results(status)
         known = [(by_id[result.custom_id], result) for result in results if result.custom_id in by_id]
-        stored = session.store.batches[status.id]
+        stored = session.store.batches[safe(status.id)]
         lines = [_line(session, request, result, status.id) for request, result in known if request.id not in stored]
         session.store.append(lines)
         session.ledger.close(i, "collected", share=len(known) / max(1, len(results)))
@@ -136,16 +140,16 @@ async def collect(session: Session, requests: Sequence[api.Request]) -> dict[str
 
 
 def _line(session: Session, request: api.Request, result: Any, batch_id: str) -> dict[str, Any]:
-    from pydantic_ai.exceptions import AgentRunError
-
     try:
         reply = session.client.model.batch_decode(result, _batch_request(session, request))
         response = api.read_response(reply, request)
-    except AgentRunError as error:
+    except Exception as error:  # also a result that an SDK cannot digest
         response = api.failed_response(error, session.client.hosted_model)
     response.receipt["parameters_sent"] = {"batch": True}
     usd = session.prices.usd(response.usage) if response.usage else None
-    return session.make_line(request, response, 0.0) | {"usd": usd, "batch_id": batch_id, "latency_s": None}
+    at_most = session.prices.worst_case(request) if is_lost(response, usd) else None
+    amounts = {"usd": usd, "usd_at_most": at_most}
+    return session.make_line(request, response, 0.0) | amounts | {"batch_id": safe(batch_id), "latency_s": None}
 
 
 # ---------------------------------------------------------------- the requests of a study
@@ -220,12 +224,15 @@ def main(
     params_dir: ParamsDir = params.PARAMS_DIR,
     max_usd: MaxUsd = None,
     yes: Yes = False,
+    no_egress: NoEgress = False,
 ) -> None:
     """Generate conversations or judge answers in batches: half the price, up to a day later.
 
     Every command can be repeated.
     """
     with errors_as_exit_codes("batch"), runner.lock(record.profile_root(profile)):
+        if no_egress:
+            egress.forbid()
         if judge:
             work = judge_work(open_study(profile, judge, params_dir, to_ask=action == "submit", max_usd=max_usd))
         else:
@@ -253,9 +260,16 @@ def _act(action: Action, work: BatchWork, yes: bool) -> None:
 
 
 def _run(session: Session, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work with the provider; an error of the provider becomes CallsStopped, without its traceback."""
+
     async def run() -> T:
         try:
             return await work
+        except _OWN_ERRORS:
+            raise
+        except Exception as error:
+            response = api.failed_response(error, session.client.hosted_model)
+            raise CallsStopped(response.status, str(response.error)) from None
         finally:
             await session.client.close()
 

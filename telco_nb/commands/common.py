@@ -12,15 +12,19 @@ import typer
 
 from telco_nb.engine import runner
 from telco_nb.hosted.api import ProviderError
+from telco_nb.hosted.attempts import StoreError
+from telco_nb.hosted.keys import redact
 from telco_nb.hosted.prices import BudgetStop, CostRefused
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
+from telco_nb.judge.cases import printable
 from telco_nb.judge.people import VotesError
 from telco_nb.study.params import ParameterError
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
 ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
 MaxUsd = Annotated[float | None, typer.Option(metavar="X", min=0.0, help="Never spend more than this, in dollars.")]
+NoEgress = Annotated[bool, typer.Option("--no-egress", help="Refuse every host outside this network.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
 
 
@@ -31,6 +35,7 @@ class CommandError(ValueError):
 EXIT_CODES: dict[type[Exception], int] = {
     ParameterError: runner.USAGE,
     ProviderError: runner.USAGE,
+    StoreError: runner.USAGE,
     CommandError: runner.USAGE,
     VotesError: runner.USAGE,
     RankingError: runner.FAILED,
@@ -48,7 +53,7 @@ def errors_as_exit_codes(command: str) -> Generator[None]:
     try:
         yield
     except tuple(EXIT_CODES) as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        print(f"{command}: {printable(redact(str(error)))}", file=sys.stderr)
         over_budget = isinstance(error, CallsStopped) and error.status == "budget_stop"
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         raise typer.Exit(runner.COST if over_budget else code) from None

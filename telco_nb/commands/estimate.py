@@ -150,7 +150,7 @@ def measured(store: Path, model: str) -> tuple[prices.Range, prices.Range] | Non
     """
     counts: dict[str, list[int]] = {}
     for line in attempts.read_attempts(store):
-        is_counted = line.get("tokens_in") is not None and line.get("tokens_out") is not None
+        is_counted = all(attempts.is_amount(line.get(name)) for name in ("tokens_in", "tokens_out"))
         if is_counted and line.get("model_asked") == model:
             total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
             total[0] += line["tokens_in"]

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from telco_nb.commands import estimate
-from telco_nb.commands.common import MaxUsd, ParamsDir, Profile, Yes, errors_as_exit_codes
+from telco_nb.commands.common import MaxUsd, NoEgress, ParamsDir, Profile, Yes, errors_as_exit_codes
 from telco_nb.engine import runner
-from telco_nb.hosted import prices
+from telco_nb.hosted import egress, prices
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.judge import asking
 from telco_nb.judge.language_model import LanguageModelJudge
@@ -75,10 +75,14 @@ def main(
     params_dir: ParamsDir = params.PARAMS_DIR,
     max_usd: MaxUsd = None,
     yes: Yes = False,
+    no_egress: NoEgress = False,
 ) -> None:
     """Ask a hosted judge its first questions, and price all of them by the tokens that these took."""
     with errors_as_exit_codes("pilot"), runner.lock(record.profile_root(profile)):
+        if no_egress:
+            egress.forbid()
         protocol = open_study(profile, judge, params_dir, to_ask=True, max_usd=max_usd)
         model = protocol.judge.hosted_model
+        egress.require_allowed(model)
         print(f"asked {model.model} at {model.host}: {ask(protocol, calls, max_usd, yes)}")
         print(report(protocol))

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from telco_nb.engine.progress import State, plan_table, remaining_text
-from telco_nb.hosted import api, prices
+from telco_nb.hosted import api, attempts, egress, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, describe_difference, is_current
 from telco_nb.study.plan import Job, unused_parameters
@@ -44,6 +44,7 @@ class Options:
     max_usd: float | None = None
     yes: bool = False
     gpus: tuple[str, ...] = ()
+    no_egress: bool = False
 
     def command(self) -> str:
         """Return the command that continues this run. It forces nothing, because finished jobs are skipped."""
@@ -57,6 +58,7 @@ class Options:
             "--gpus": ",".join(self.gpus) or None,
         }
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+        words += ["--no-egress"] if self.no_egress else []
         return shlex.join(["./run_all.py", *words])
 
 
@@ -218,15 +220,27 @@ def show_price(
         root: Outputs folder of the profile.
         jobs: All jobs of the study.
         states: The planned jobs.
+
+    Raises:
+        EgressRefused: A job would ask a remote host, and --no-egress forbids that.
+        ParameterError: The parameters of a job, or a store, cannot be used.
     """
-    estimates = []
-    for state in states:
-        source = hosted_model(state.job)
-        if source and state.decision != "skip":
-            estimate, data = estimate_job(state.job, source, jobs, root)
-            console.print(f"{state.job.id}: {estimate}. Sent there: {data}.", markup=False, soft_wrap=True)
-            estimates.append(estimate)
-    return estimates
+    chosen = [(state, source) for state in states if (source := hosted_model(state.job)) and state.decision != "skip"]
+    for _, source in chosen:
+        egress.require_allowed(source)
+    try:
+        spent = attempts.spent_usd(root) if chosen else 0.0
+        estimates = [(state, *estimate_job(state.job, source, jobs, root)) for state, source in chosen]
+    except attempts.StoreError as error:
+        raise params.ParameterError(str(error)) from None
+    for state, estimate, data in estimates:
+        console.print(f"{state.job.id}: {estimate}. Sent there: {data}.", markup=False, soft_wrap=True)
+    if spent:
+        console.print(f"Spent by this study so far, at most: ${spent:,.2f}.", markup=False, soft_wrap=True)
+    if chosen and (ignored := egress.ignored_variables()):
+        text = f"Requests go straight to these hosts: {', '.join(ignored)} of the environment does not count."
+        console.print(text, markup=False, soft_wrap=True)
+    return [estimate for _, estimate, _ in estimates]
 
 
 def hosted_model(job: Job) -> api.HostedModel | None:

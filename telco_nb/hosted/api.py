@@ -7,18 +7,22 @@ on its own would spend money that no record shows.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import json
+import math
 import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
+
+from telco_nb.hosted import egress
+from telco_nb.hosted.hosts import Address, AddressError, parse_address
+from telco_nb.hosted.keys import KEY_VARIABLES, redact, safe
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelMessage, ModelResponse
@@ -31,18 +35,12 @@ STATUSES = (
     "ok", "parse_error", "refusal", "truncated", "content_filter", "rate_limited", "timeout", "provider_error",
     "budget_stop", "model_retired",
 )  # fmt: skip
-# Environment variables that may hold the key, by kind; the first that is set counts. A local server may need no key.
-KEY_VARIABLES: dict[str, tuple[str, ...]] = {
-    "anthropic": ("ANTHROPIC_API_KEY",),
-    "openai": ("OPENAI_API_KEY",),
-    "google": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
-    "openai-compatible": ("OPENAI_COMPATIBLE_API_KEY",),
-}
 URLS = {
     "anthropic": "https://api.anthropic.com",
     "openai": "https://api.openai.com/v1",
     "google": "https://generativelanguage.googleapis.com",
 }
+LONGEST_PAUSE_S = 300.0  # that a provider may ask for; a longer one ends the run
 SETTINGS = ("model", "endpoint", "max_tokens", "temperature", "structured", "timeout_s")  # fields of a HostedModel
 # Facts about an answer that only the provider knows; each is None if the provider did not report it.
 RECEIPT = (
@@ -60,6 +58,7 @@ class HostedModel:
     """A model, its address and its settings. `endpoint` is a base URL; None stands for the provider's own.
 
     `structured`: with "native" the provider enforces the JSON schema, with "prompted" only the prompt asks for it.
+    `purpose` (generator or judge) and `parameter` (the one that chooses the host) are for logs and messages.
     """
 
     kind: Kind
@@ -69,40 +68,47 @@ class HostedModel:
     temperature: float | None = None
     structured: Literal["native", "prompted"] = "native"
     timeout_s: float = 120.0
+    purpose: str = field(default="unknown", compare=False)
+    parameter: str = field(default="endpoint", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind == "openai-compatible" and not self.endpoint:
             raise ProviderError(
                 "openai-compatible: no endpoint. Give the server's base URL, such as http://127.0.0.1:8000/v1."
             )
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ProviderError(f"endpoint {self.url!r} is not an http(s) URL.")
-        if parts.username or parts.password or parts.query:
+        if self.address.scheme == "http" and not self.is_local:
             raise ProviderError(
-                f"endpoint for {self.model}: a URL with credentials or a query would write a secret into the record. "
-                f"Give the plain URL, and set the key in {self.key_names}."
+                f"{self.parameter} {self.url!r}: a host outside this network needs https. Only an address of this "
+                "network, or a name that resolves to such addresses alone, is inside it."
             )
-        if parts.scheme == "http" and not self.is_local:
-            raise ProviderError(f"endpoint {self.url!r}: a host outside this network needs https.")
+        for name in ("max_tokens", "timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ProviderError(f"{name} of {self.model}: {getattr(self, name)} is not a number above 0.")
+
+    @cached_property
+    def address(self) -> Address:
+        """Where the requests go. Raises ProviderError if the endpoint is not the base URL of a server."""
+        try:
+            return parse_address(self.endpoint or URLS[self.kind])
+        except AddressError as error:
+            raise ProviderError(
+                f"{self.parameter} of {self.model}: {error}. Give the server's plain base URL, such as "
+                f"http://127.0.0.1:8000/v1, and set the key in {self.key_names}."
+            ) from None
 
     @property
     def url(self) -> str:
-        return self.endpoint or URLS[self.kind]
+        return self.address.url
 
     @property
     def host(self) -> str:
         """Host and port that receive the requests."""
-        return urlsplit(self.url).netloc
+        return self.address.netloc
 
     @property
     def is_local(self) -> bool:
         """True if the host is this machine or lies in a private network, so that no data leaves the network."""
-        name = urlsplit(self.url).hostname or ""
-        try:
-            return ipaddress.ip_address(name).is_private
-        except ValueError:
-            return name == "localhost" or name.endswith((".localhost", ".local", ".internal")) or "." not in name
+        return self.address.reach != "remote"
 
     @property
     def key_names(self) -> str:
@@ -111,7 +117,9 @@ class HostedModel:
 
     def key(self) -> str | None:
         """The API key from the environment. Raises ProviderError if there is none and one is needed."""
-        key = next((os.environ[name] for name in KEY_VARIABLES[self.kind] if os.environ.get(name)), None)
+        key = next((os.environ[name].strip() for name in KEY_VARIABLES[self.kind] if os.environ.get(name)), None)
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ProviderError(f"{self.key_names}: the key holds a space or another character that no key has.")
         if key is None and self.kind != "openai-compatible":
             raise ProviderError(f"{self.kind}: no key for {self.model}. Set the environment variable {self.key_names}.")
         return key
@@ -134,13 +142,15 @@ def hosted_model_from(values: Mapping[str, Any], prefix: str) -> HostedModel | N
     Raises:
         ProviderError: the model id is missing, or the endpoint cannot be used.
     """
-    kind = values["generator" if prefix == "generator" else f"{prefix}_kind"]
+    kind_name = "generator" if prefix == "generator" else f"{prefix}_kind"
+    kind = values[kind_name]
     if kind not in KEY_VARIABLES:
         return None
     settings = {name: values[f"{prefix}_{name}"] for name in SETTINGS}
     if not settings["model"]:
         raise ProviderError(f"{prefix}_model: a {kind} {prefix} needs a model id.")
-    return HostedModel(kind, **settings)
+    parameter = f"{prefix}_endpoint" if settings["endpoint"] else kind_name
+    return HostedModel(kind, **settings, purpose=prefix, parameter=parameter)
 
 
 @dataclass(frozen=True)
@@ -195,24 +205,33 @@ class ApiClient:
     def __init__(self, hosted_model: HostedModel, batch: bool = False):
         import httpx2
 
+        from telco_nb.hosted import transport
+
+        egress.require_allowed(hosted_model)
         self.hosted_model = hosted_model
-        with warnings.catch_warnings():
+        purpose = f"{hosted_model.purpose}, batch" if batch else hosted_model.purpose
+        limit = transport.BATCH_BYTES if batch else transport.LIVE_BYTES
+        self.transport = transport.GuardedTransport(hosted_model.address, purpose, limit)
+        with warnings.catch_warnings(), egress.without_provider_variables():
             warnings.simplefilter("ignore")  # about settings that a model ignores; the record shows what was sent
             self.http = httpx2.AsyncClient(
                 timeout=hosted_model.timeout_s,
                 event_hooks={"request": [_record_body]},
                 follow_redirects=False,  # data goes to the named host alone
-                limits=httpx2.Limits(max_connections=200),
+                trust_env=False,  # no proxy and no .netrc of the environment
+                transport=self.transport,
             )
             self.model = _open_model(hosted_model, self.http, batch)
 
     async def ask(self, request: Request, unreadable: Sequence[UnreadableReply] = ()) -> Response:
         """Sends a request, together with earlier replies to it that could not be read.
 
+        Every end is a response, also that of a reply which an SDK cannot digest.
+
         Raises ProviderError if pydantic-ai refuses the parameters.
         """
         from pydantic_ai.direct import model_request
-        from pydantic_ai.exceptions import AgentRunError, UserError
+        from pydantic_ai.exceptions import UserError
 
         sent: dict[str, Any] = {}
         token = _sent.set(sent)
@@ -226,9 +245,9 @@ class ApiClient:
                     model_request_parameters=request_parameters(request, self.hosted_model),
                 )
             response = read_response(reply, request)
-        except (AgentRunError, ValueError) as error:  # SDKs raise a plain ValueError for a body that is not JSON
-            if isinstance(error, UserError):
-                raise ProviderError(str(error)) from error
+        except UserError as error:
+            raise ProviderError(safe(error)) from None
+        except Exception as error:
             response = failed_response(error, self.hosted_model)
         finally:
             _sent.reset(token)
@@ -347,27 +366,31 @@ def read_response(reply: ModelResponse, request: Request) -> Response:
     finish_reason = details.get("finish_reason") or reply.finish_reason
     usage = reply.usage
     receipt = {
-        "model_returned": reply.model_name,
-        "request_id": reply.provider_response_id,
-        "finish_reason": str(finish_reason) if finish_reason else None,
+        "model_returned": reply.model_name and safe(reply.model_name),
+        "request_id": reply.provider_response_id and safe(reply.provider_response_id),
+        "finish_reason": safe(finish_reason) if finish_reason else None,
         "tokens_in": usage.input_tokens,
         "tokens_out": usage.output_tokens,
         "tokens_cached": usage.cache_read_tokens,
         "tokens_cache_written": usage.cache_write_tokens,
         "tokens_reasoning": (usage.details or {}).get("reasoning_tokens"),
     }
-    common: dict[str, Any] = {"raw": reply.text, "receipt": receipt, "usage": usage}
+    raw = reply.text and redact(reply.text)
+    common: dict[str, Any] = {"raw": raw, "receipt": receipt, "usage": usage}
     if details.get("refusal") or finish_reason == "refusal":
-        return Response("refusal", error=str(details.get("refusal") or "the model refused"), **common)
+        return Response("refusal", error=safe(details.get("refusal") or "the model refused"), **common)
     if reply.finish_reason == "content_filter":
-        return Response("content_filter", error=f"stopped by the provider's filter ({finish_reason})", **common)
+        reason = f"stopped by the provider's filter ({receipt['finish_reason']})"
+        return Response("content_filter", error=reason, **common)
     if reply.finish_reason == "length":
         return Response("truncated", error=f"cut off after {usage.output_tokens} tokens", **common)
     if reply.finish_reason not in ("stop", None):
-        return Response("provider_error", error=f"finished with {finish_reason}", **common)
-    output, fault = parse(reply.text, request.schema)
+        return Response("provider_error", error=f"finished with {receipt['finish_reason']}", **common)
+    output, fault = parse(raw, request.schema)
     fault = fault or request.check(output)
-    return Response("parse_error" if fault else "ok", output=None if fault else output, error=fault, **common)
+    if fault:
+        return Response("parse_error", error=safe(fault), **common)
+    return Response("ok", output=output, **common)
 
 
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*)```\s*", re.DOTALL | re.IGNORECASE)
@@ -393,12 +416,25 @@ def parse(raw: str | None, schema: type[BaseModel]) -> tuple[BaseModel | None, s
 
 
 def failed_response(error: Exception, hosted_model: HostedModel) -> Response:
-    """The response for a request that ended in an exception, by pydantic-ai's categories."""
+    """The response for a request that ended in an exception, by pydantic-ai's categories.
+
+    A provider that asks for a pause longer than `LONGEST_PAUSE_S` ends the run.
+    """
+    response = _by_category(error, hosted_model)
+    pause = response.retry_after
+    if pause is None or pause <= LONGEST_PAUSE_S or response.stop:
+        return response
+    text = (
+        f"{hosted_model.host} asks for a pause of {pause:,.0f} s; at most {LONGEST_PAUSE_S:,.0f} s are waited for. "
+        f"Run again later. The host's message: {response.error}"
+    )
+    return replace(response, status="rate_limited", error=text, retry_after=None, stop=True)
+
+
+def _by_category(error: Exception, hosted_model: HostedModel) -> Response:
     from pydantic_ai import exceptions as e
 
-    host, key = hosted_model.host, hosted_model.key()
-    text = " ".join(str(error).split())[:500]
-    text = text.replace(key, "[key]") if key else text  # some providers repeat the key in their message
+    host, text = hosted_model.host, safe(_with_cause(error))
     common: dict[str, Any] = {"error": text, "retry_after": getattr(error, "retry_after", None)}
     match error:
         case e.ContentFilterError():
@@ -424,3 +460,16 @@ def failed_response(error: Exception, hosted_model: HostedModel) -> Response:
             return Response("provider_error", **common)
         case _:
             return Response("provider_error", may_be_billed=not isinstance(error, e.ModelHTTPError), **common)
+
+
+def _with_cause(error: BaseException) -> str:
+    """The text of an error and of the one that began it: SDKs say "Connection error." for all that goes wrong."""
+    from pydantic_ai.exceptions import AgentRunError
+
+    texts, cause = [safe(error)], error
+    while cause.__cause__ is not None and len(texts) < 5:
+        cause = cause.__cause__
+        texts.append(safe(cause))
+    known = isinstance(error, AgentRunError)
+    first = texts[0] if known else f"the reply could not be read ({type(error).__name__}: {texts[0]})"
+    return first if texts[-1] in first else f"{first} ({texts[-1]})"

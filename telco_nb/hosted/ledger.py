@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from telco_nb.hosted.attempts import LEDGER, StoreError, append_lines, is_amount
 
 
 @dataclass
@@ -27,30 +28,61 @@ class BatchLedger:
     submitted again without the user's decision, because it could be paid for twice. `usd_at_most` is the most that a
     batch may cost, so `attempts.spent_usd` counts a batch under way as spent. When the results are stored with their
     own dollars, the amount is subtracted again.
+
+    Opening writes nothing. A last line that a kill cut short is skipped: what it would have said had not begun.
+
+    Raises:
+        StoreError: any other line is not an event, or an amount of dollars cannot be trusted.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.batches: list[BatchRecord] = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            self._apply(json.loads(line))
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                self._apply(json.loads(line))
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+                if number == len(lines) and not line.endswith(b"\n"):
+                    continue
+                raise StoreError(
+                    f"{path}:{number}: not an event of a batch ({error!s:.80}), and the cap counts on it. Restore the "
+                    "file from a copy, or look at the provider which batches are open."
+                ) from None
 
     def _apply(self, event: dict[str, Any]) -> None:
+        usd = event.get("usd_at_most")
         match event["event"]:
             case "submitting":
-                self.batches.append(BatchRecord(event["ids"], usd_at_most=event["usd_at_most"]))
+                if usd is not None and not is_amount(usd):
+                    raise ValueError(f"usd_at_most is {usd!r:.40}")
+                self.batches.append(BatchRecord(list(event["ids"]), usd_at_most=usd))
             case "submitted":
-                self.batches[event["entry"]].handle = event["handle"]
+                self.batches[self._number(event)].handle = event["handle"]
             case "collected" | "forgotten":
-                self.batches[event["entry"]].closed = True
+                batch = self.batches[self._number(event)]
+                if usd is not None:
+                    batch.usd_at_most = self._left(batch, usd)
+                batch.closed = True
+            case other:
+                raise ValueError(f"event {other!r:.40} is unknown")
+
+    def _number(self, event: dict[str, Any]) -> int:
+        if type(event["entry"]) is not int or event["entry"] < 0:
+            raise ValueError(f"entry is {event['entry']!r:.40}")
+        return event["entry"]
+
+    def _left(self, batch: BatchRecord, subtracted: Any) -> float:
+        """What a batch still counts as spent; no more than it was given can be subtracted."""
+        at_most = batch.usd_at_most or 0.0
+        if isinstance(subtracted, int | float) and is_amount(-subtracted) and -subtracted <= at_most * (1 + 1e-9):
+            return max(0.0, at_most + subtracted)
+        raise ValueError(f"usd_at_most is {subtracted!r:.40}, of a batch of at most {at_most} dollars")
 
     def write(self, event: str, **fields: Any) -> None:
         """Append an event and wait until it is on disk."""
         line = {"event": event, **fields}
-        with self.path.open("a", encoding="ascii") as stream:
-            stream.write(json.dumps(line) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(self.path, [json.dumps(line, allow_nan=False).encode("ascii") + b"\n"])
         self._apply(line)
 
     def close(self, i: int, event: str, share: float = 1.0) -> None:
@@ -61,6 +93,11 @@ class BatchLedger:
     def open(self) -> Iterator[tuple[int, BatchRecord]]:
         """The batches that are not closed, each with its number."""
         return ((i, batch) for i, batch in enumerate(self.batches) if not batch.closed)
+
+    @property
+    def usd_at_most(self) -> float:
+        """Dollars that count as spent on top of the stored answers."""
+        return sum(batch.usd_at_most or 0.0 for batch in self.batches)
 
     @property
     def under_way(self) -> set[str]:
@@ -75,4 +112,4 @@ class BatchLedger:
 
 def ledger_of(store: Path) -> BatchLedger:
     """The ledger in the folder of a store of attempts."""
-    return BatchLedger(store.with_name("batches.jsonl"))
+    return BatchLedger(store.with_name(LEDGER))

@@ -8,7 +8,9 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any
 
-from telco_nb.hosted.api import HostedModel, Request
+from telco_nb.hosted.api import HostedModel, ProviderError, Request
+from telco_nb.hosted.attempts import is_amount
+from telco_nb.hosted.egress import CostRefused
 
 # Batches cost half the price at all three providers, as published in November 2026. genai-prices does not know this.
 BATCH_FACTOR = 0.5
@@ -30,6 +32,12 @@ class Prices:
     output_usd_per_mtok: float | None = None
     factor: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("input_usd_per_mtok", "output_usd_per_mtok"):
+            value = getattr(self, name)
+            if value is not None and not is_amount(value):
+                raise ProviderError(f"{name} of {self.hosted_model.model}: {value!r} is not a price from 0 up.")
+
     @cached_property
     def table(self) -> str | None:
         """The origin of the prices; None if no price is known."""
@@ -38,8 +46,20 @@ class Prices:
         return None if self.of_tokens(1, 1) is None else f"genai-prices {metadata.version('genai-prices')}"
 
     def usd(self, usage: Any) -> float | None:
-        """Dollars of one request with these token counts; None if no price is known. Price tiers are per request."""
+        """Dollars of one request with these token counts. Price tiers are per request.
+
+        None if no price is known, or if no amount follows from the counts: a server can report negative tokens.
+        """
+        try:
+            usd = self._usd(usage)
+        except (ValueError, TypeError, ArithmeticError):
+            return None
+        return usd if is_amount(usd) else None
+
+    def _usd(self, usage: Any) -> float | None:
         if self.input_usd_per_mtok is not None and self.output_usd_per_mtok is not None:
+            if (usage.input_tokens or 0) < 0 or (usage.output_tokens or 0) < 0:
+                return None
             usd_in = (usage.input_tokens or 0) * self.input_usd_per_mtok
             usd_out = (usage.output_tokens or 0) * self.output_usd_per_mtok
             return self.factor * (usd_in + usd_out) / 1e6
@@ -74,9 +94,15 @@ class Budget:
     """Dollars that may be spent. The worst case of a request is reserved before it is sent; else it is not sent.
 
     With `max_usd` None there is no cap, and requests without a known price are recorded without one (null).
+
+    Raises ProviderError if the cap or what is spent is not a finite number from 0 up: a comparison with NaN is never
+    true, so it would allow everything.
     """
 
     def __init__(self, max_usd: float | None, spent_usd: float = 0.0):
+        for name, value in (("the cap (--max-usd)", max_usd), ("what is spent so far", spent_usd)):
+            if value is not None and not is_amount(value):
+                raise ProviderError(f"{name} is {value!r}, not a number of dollars from 0 up.")
         self.max_usd, self.spent_usd, self.reserved_usd = max_usd, spent_usd, 0.0
 
     def reserve(self, worst_usd: float | None) -> float:
@@ -88,6 +114,8 @@ class Budget:
                 "there is a cap in dollars, but no price is known for this model. Set input_usd_per_mtok and "
                 "output_usd_per_mtok (0.0 for a server of your own) in its parameter file."
             )
+        if not is_amount(worst_usd):
+            raise BudgetStop(f"the worst case of the next request is {worst_usd!r}, not a number of dollars from 0 up.")
         if self.spent_usd + self.reserved_usd + worst_usd > self.max_usd:
             raise BudgetStop(
                 f"${self.spent_usd:.2f} of ${self.max_usd:.2f} are spent and ${self.reserved_usd:.2f} reserved for "
@@ -142,10 +170,6 @@ def estimate(price: Prices, calls: int, tokens_in: Range, tokens_out: Range) -> 
     return Estimate(price.hosted_model, calls, sent, received, low, mid, high, price.table)
 
 
-class CostRefused(RuntimeError):
-    """The estimate exceeds the cap, or nobody has agreed to it. Exit code 4."""
-
-
 def require_consent(
     estimates: Sequence[Estimate], max_usd: float | None, yes: bool, ask: Callable[[], bool] | None
 ) -> None:
@@ -160,6 +184,8 @@ def require_consent(
     Raises:
         CostRefused: the middle estimate exceeds the cap, or there is no consent; the message says what to do.
     """
+    if max_usd is not None and not is_amount(max_usd):
+        raise ProviderError(f"--max-usd is {max_usd!r}, not a number of dollars from 0 up.")
     planned = [e for e in estimates if e.calls]
     expected = sum(e.usd_mid or 0.0 for e in planned)
     if max_usd is not None and expected > max_usd:

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 from telco_nb import __version__
-from telco_nb.hosted.api import ApiClient, Request, Response, UnreadableReply
+from telco_nb.hosted.api import ApiClient, ProviderError, Request, Response, UnreadableReply
 from telco_nb.hosted.attempts import AttemptStore
+from telco_nb.hosted.egress import log_path, write_call
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.hosted.prices import Budget, BudgetStop, Prices
 from telco_nb.hosted.throttle import RetryPolicy, Throttle
@@ -53,6 +55,12 @@ def run_async(work: Callable[[], Coroutine[Any, Any, T]], interrupt: Callable[[]
     return future.result()
 
 
+def is_lost(response: Response, usd: float | None) -> bool:
+    """True if what a request cost is unknown: its reply was lost, or came without a count of tokens to trust."""
+    uncounted = response.usage is not None and (usd is None or not response.usage.input_tokens)
+    return response.may_be_billed or uncounted
+
+
 class Session:
     """Requests to one model with one store.
 
@@ -88,6 +96,7 @@ class Session:
         self.failures_in_a_row = 0
         self.ledger = ledger_of(store.path)
         self.under_way = self.ledger.under_way
+        client.transport.log = partial(write_call, log_path(store.path))
 
     async def ask(self, request: Request) -> dict[str, Any] | None:
         """The stored line of the good answer, after a request if none is stored; None if all attempts failed.
@@ -128,9 +137,9 @@ class Session:
                 raise self.stopped
             reserved = self._reserve(request, unreadable)
             started = time.perf_counter()
-            response = await self.client.ask(request, unreadable)
+            response = await self._send(request, unreadable, reserved)
             usd = self.prices.usd(response.usage) if response.usage else None
-            at_most = reserved if response.may_be_billed else None
+            at_most = self._worst_case(request, unreadable) if is_lost(response, usd) else None
             self.budget.spend(reserved, at_most or usd or 0.0)
             line = self.make_line(request, response, time.perf_counter() - started)
             self.store.append([line | {"usd": usd, "usd_at_most": at_most}])
@@ -138,17 +147,28 @@ class Session:
         finally:
             await self.throttle.leave(sent_at, response)
 
+    async def _send(self, request: Request, unreadable: Sequence[UnreadableReply], reserved: float) -> Response:
+        """Send a request. If that has no response, its reservation is settled: given back if nothing was sent."""
+        try:
+            return await self.client.ask(request, unreadable)
+        except BaseException as error:
+            self.budget.spend(reserved, 0.0 if isinstance(error, ProviderError) else reserved)
+            raise
+
     def _reserve(self, request: Request, unreadable: Sequence[UnreadableReply]) -> float:
         """Reserve the request's worst case. Raises CallsStopped if the budget does not allow it."""
         if self.budget.max_usd is None:
             return 0.0
-        resent_bytes = sum(len(raw.encode()) + len(fault.encode()) for raw, fault in unreadable)
         try:
-            return self.budget.reserve(self.prices.worst_case(request, resent_bytes))
+            return self.budget.reserve(self._worst_case(request, unreadable))
         except BudgetStop as stop:
             self.store.append([self.make_line(request, Response("budget_stop", error=str(stop)), 0.0)])
             self.stopped = CallsStopped("budget_stop", str(stop))
             raise self.stopped from None
+
+    def _worst_case(self, request: Request, unreadable: Sequence[UnreadableReply]) -> float | None:
+        resent_bytes = sum(len(raw.encode(errors="replace")) + len(fault.encode()) for raw, fault in unreadable)
+        return self.prices.worst_case(request, resent_bytes)
 
     def _stop_if_hopeless(self, response: Response) -> None:
         """Stop the session if all other requests would end like this one, or if too many failed in a row."""

@@ -122,7 +122,8 @@ class Draws:
     """Bootstrap fits: `abilities` (draws, n), and position, tie, length and clear terms (draws,), 0 if not fitted.
 
     `weights` (draws, units) holds how often each of the `units` was drawn, `limited` (draws, n, n) which configuration
-    limits the lead of which other one (`separation.limited`).
+    limits the lead of which other one (`separation.limited`), `compared` (n,) in how many units each was compared, and
+    `cut` (n,) on how many units an unlimited lead rests (`separation.cut_units`).
     """
 
     abilities: np.ndarray
@@ -133,6 +134,8 @@ class Draws:
     weights: np.ndarray
     units: pd.Index
     limited: np.ndarray
+    compared: np.ndarray
+    cut: np.ndarray
 
 
 def fit_bradley_terry(
@@ -214,7 +217,8 @@ def bootstrap_fit(verdicts: pd.DataFrame, fitted: Fit, *, draws: int, seed: int,
         missing, n = np.full(draws, np.nan), len(fitted.configs)
         abilities, units = np.full((draws, n), np.nan), pd.Index([], name=CLUSTERS[-1])
         terms = dict.fromkeys(("position", "tie", "length", "clear"), missing)
-        return Draws(abilities, **terms, weights=np.zeros((draws, 0)), units=units, limited=np.zeros((draws, n, n), bool))
+        none = {"limited": np.zeros((draws, n, n), bool), "compared": np.zeros(n, int), "cut": np.zeros(n, int)}
+        return Draws(abilities, **terms, weights=np.zeros((draws, 0)), units=units, **none)
     units, unit_of_row, weights = cluster_weights(verdicts, by, draws, seed)
     terms = [fitted.position, fitted.length, fitted.tie, fitted.clear]
     fits = [term is not None for term in terms]
@@ -224,8 +228,10 @@ def bootstrap_fit(verdicts: pd.DataFrame, fitted: Fit, *, draws: int, seed: int,
     fit = partial(_newton, cells=cells, start=start, ridge=RIDGE, free=_free(len(fitted.configs), *fits))
     drawn = np.concatenate([fit(cells.counts(weights[i : i + size], unit_of_row)) for i in range(0, draws, size)])
     position, length, tie, clear = drawn[:, -4:].T
-    limited = separation.limited(verdicts, fitted.configs, weights, unit_of_row)
-    return Draws(drawn[:, :-4], position, tie, length, clear, weights, units, limited)
+    limits = partial(separation.limited, verdicts, fitted.configs, unit_of_row=unit_of_row)
+    everything = limits(weights=np.ones((1, len(units))))[0]
+    counts = separation.cluster_counts(verdicts, fitted.configs, everything, unit_of_row)
+    return Draws(drawn[:, :-4], position, tie, length, clear, weights, units, limits(weights=weights), *counts)
 
 
 def cluster_weights(

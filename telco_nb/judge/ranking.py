@@ -1,13 +1,18 @@
-"""The tables of a fitted ranking: scores with intervals, anchors, and tests of the differences."""
+"""The tables of a fitted ranking: scores with intervals, anchors, and tests of the differences.
+
+A bound that the verdicts do not limit is missing: the interval is open on that side. Where a configuration won (or
+lost) all its comparisons the other bound is exact (`separation.won_all_bound`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from telco_nb.judge import separation
 from telco_nb.judge.bradley_terry import Draws, Fit, interval_levels, place_anchor
 from telco_nb.judge.design import ANCHORS
 
@@ -22,31 +27,122 @@ def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataF
 
     Returns:
         One row per configuration, best first: score with interval (low, high) in log-odds, rank with interval
-        (rank_low, rank_high), p_best (the share of draws in which it is first) and n_judgements.
+        (rank_low, rank_high), p_best (the share of draws in which it is first, shared between equals), n_judgements and
+        n_terms (the clusters in which it was compared). Equal scores have equal ranks. Without two clusters there are
+        no bounds; p_best is missing where a bound is.
     """
-    ranks = (-draws.abilities).argsort(1).argsort(1) + 1
-    ends = interval_levels(len(draws.units))
-    low, high = np.quantile(draws.abilities, ends, axis=0)
-    rank_low = np.quantile(ranks, ends[0], axis=0, method="lower")
-    rank_high = np.quantile(ranks, ends[1], axis=0, method="higher")
-    if fitted.is_missing:
-        ranks, rank_low, rank_high = (np.full(np.shape(x), np.nan) for x in (ranks, rank_low, rank_high))
+    bounds = _score_bounds(verdicts, fitted, draws)
+    places = _rank_bounds(fitted, draws, bounds)
     counts = pd.concat([verdicts["config_first"], verdicts["config_second"]]).value_counts()
     table = pd.DataFrame(
         {
             "config": fitted.configs,
             "score": fitted.abilities,
-            "low": low,
-            "high": high,
-            "rank": pd.Series(-fitted.abilities).rank(method="min").astype("Int64"),
-            "rank_low": pd.array(rank_low, dtype="Int64"),
-            "rank_high": pd.array(rank_high, dtype="Int64"),
-            "p_best": np.full(len(fitted.configs), np.nan) if fitted.is_missing else (ranks == 1).mean(0),
+            "low": bounds[:, 0],
+            "high": bounds[:, 1],
+            "rank": pd.Series(_rounded(-fitted.abilities)).rank(method="min").astype("Int64"),
+            "rank_low": pd.Series(places[:, 0]).astype("Int64"),
+            "rank_high": pd.Series(places[:, 1]).astype("Int64"),
+            "p_best": places[:, 2],
             "n_judgements": [int(counts.get(config, 0)) for config in fitted.configs],
             "is_anchor": False,
+            "n_terms": draws.compared,
         }
     )
     return table.sort_values(["rank", "config"], ignore_index=True)
+
+
+def _rounded(abilities: np.ndarray) -> np.ndarray:
+    """Abilities without the last digits, in which equal ones differ by rounding."""
+    return np.round(abilities, 8) + 0.0
+
+
+def _score_bounds(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> np.ndarray:
+    """The bounds of all scores, (n, 2)."""
+    if fitted.is_missing:
+        return np.full((len(fitted.configs), 2), np.nan)
+    above, below = separation.open_sides(draws.limited)
+    found = []
+    for i, config in enumerate(fitted.configs):
+        rows = verdicts[(verdicts[["config_first", "config_second"]] == config).any(axis=1)]
+        sides = above[:, i], below[:, i]
+        found.append(_bounds(rows, config, fitted, draws.abilities[:, i], sides, int(draws.compared[i])))
+    return np.array(found)
+
+
+def _centred_bound(bound: float, config: str, fitted: Fit) -> float:
+    """A bound on the scale of the others' abilities, once all abilities have mean 0 again."""
+    others = [ability for name, ability in zip(fitted.configs, fitted.abilities, strict=True) if name != config]
+    return (bound - float(np.mean(others))) * len(others) / len(fitted.configs) if config in fitted.configs else bound
+
+
+def _bounds(
+    rows: pd.DataFrame, config: str, fitted: Fit, drawn: np.ndarray, sides: tuple[np.ndarray, np.ndarray], units: int
+) -> tuple[float, float]:
+    """The bounds of one score.
+
+    Args:
+        rows: the comparisons of the configuration.
+        config: its name.
+        fitted: the fit that holds the others' abilities.
+        drawn: its scores (draws,).
+        sides: in which draws the score is open above, and below.
+        units: the number of its clusters.
+    """
+    if units < 2:
+        return np.nan, np.nan
+    first = (rows["config_first"] == config).to_numpy()
+    won, lost = _decided(rows, first)
+    if won.all() or lost.all():
+        exact = separation.won_all_bound(_share_of_wins(rows, first, fitted, won.all()), units)
+        exact = _centred_bound(exact if won.all() else -exact, config, fitted)
+        return (exact, np.nan) if won.all() else (np.nan, exact)
+    if sides[0].all() or sides[1].all():  # the group of which it is one won or lost everything against the others
+        return np.nan, np.nan
+    ends = interval_levels(units)
+    low, high = np.nanquantile(drawn, ends)
+    return (np.nan if sides[1].mean() > ends[0] else low), (np.nan if sides[0].mean() > ends[0] else high)
+
+
+def _decided(rows: pd.DataFrame, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which comparisons the side that sits `first` where true, else second, has won, and lost."""
+    verdict = rows["verdict"].to_numpy(dtype=object)
+    return verdict == np.where(first, "A", "B"), verdict == np.where(first, "B", "A")
+
+
+def _share_of_wins(rows: pd.DataFrame, first: np.ndarray, fitted: Fit, wins: bool) -> Callable[[float], float]:
+    """The expected share of wins by ability; with `wins` false the share of losses by minus the ability."""
+    theta = dict(zip(fitted.configs, fitted.abilities, strict=True))
+    others = rows["config_second"].where(first, rows["config_first"]).map(theta).to_numpy(dtype=float)
+    side, sign = np.where(first, 1.0, -1.0), 1 if wins else -1
+    column = np.where(first == wins, 0, 2)
+
+    def share(ability: float) -> float:
+        shares = fitted.shares(side * (sign * ability - others) + (fitted.position or 0.0))
+        return float(shares[np.arange(len(column)), column].mean())
+
+    return share
+
+
+def _rank_bounds(fitted: Fit, draws: Draws, bounds: np.ndarray) -> np.ndarray:
+    """Lower and upper rank and p_best, (n, 3); equal scores share the best and the worst of their places."""
+    n = len(fitted.configs)
+    if fitted.is_missing or len(draws.units) < 2:
+        return np.full((n, 3), np.nan)
+    scores = _rounded(-draws.abilities)
+    best, worst = (stats.rankdata(scores, method=end, axis=1) for end in ("min", "max"))
+    ends, (low, high) = interval_levels(len(draws.units)), bounds.T
+    rank_low = np.quantile(best, ends[0], axis=0, method="lower")
+    rank_high = np.quantile(worst, ends[1], axis=0, method="higher")
+    p_best = ((best == 1) / (best == 1).sum(1, keepdims=True)).mean(0)
+    for i in range(n):  # who won everything can still be below those that do not lie surely below its exact bound
+        if np.isnan(high[i]) and not np.isnan(low[i]):
+            rank_high[i] = max(rank_high[i], (~(high < low[i])).sum())
+        if np.isnan(low[i]) and not np.isnan(high[i]):
+            rank_low[i] = min(rank_low[i], n + 1 - (~(low > high[i])).sum())
+    found = np.column_stack([rank_low, rank_high, np.where(np.isnan(low) | np.isnan(high), np.nan, p_best)])
+    found[draws.compared < 2] = np.nan
+    return found
 
 
 def anchor_row(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -> tuple[dict, np.ndarray]:
@@ -60,16 +156,18 @@ def anchor_row(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -
 
     Returns:
         The row and the scores. If the anchor won (lost) all comparisons, the upper (lower) bound is missing, because
-        the data do not limit that side.
+        the data do not limit that side, and the other one is exact.
     """
-    row = {"config": anchor, "score": np.nan, "n_judgements": len(verdicts), "is_anchor": True}
+    row = {"config": anchor, "score": np.nan, "n_judgements": len(verdicts), "is_anchor": True, "n_terms": 0}
     if fitted.is_missing or verdicts.empty:
         return row | {"low": np.nan, "high": np.nan}, np.full(len(draws.abilities), np.nan)
     score, drawn = place_anchor(verdicts, anchor, fitted, draws)
-    low, high = np.nanquantile(drawn, interval_levels(len(draws.units)))
-    won = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "A", verdicts["verdict"] == "B")
-    lost = np.where(verdicts["config_first"] == anchor, verdicts["verdict"] == "B", verdicts["verdict"] == "A")
-    return row | {"score": score, "low": np.nan if lost.all() else low, "high": np.nan if won.all() else high}, drawn
+    weights = draws.weights[:, draws.units.get_indexer(verdicts[draws.units.name])]
+    won, lost = _decided(verdicts, (verdicts["config_first"] == anchor).to_numpy())
+    sides = weights @ ~won == 0, weights @ ~lost == 0
+    units = int(verdicts[draws.units.name].nunique())
+    low, high = _bounds(verdicts, anchor, fitted, drawn, sides, units)
+    return row | {"score": score, "low": low, "high": high, "n_terms": units}, drawn
 
 
 def with_anchors(
@@ -123,41 +221,118 @@ def pair_tests(fitted: Fit, draws: Draws) -> pd.DataFrame:
     """Tests the difference of scores in every pair of configurations.
 
     The difference over its standard deviation in the draws is compared with t on (number of clusters - 1) degrees of
-    freedom.
+    freedom. No p is below that of a sign test with the clusters as its units. Where one side of a pair won everything
+    that is its p, because the verdicts limit neither the difference nor its deviation.
 
     Returns:
-        One row per pair: config_a (with the higher score), config_b, difference with interval (low, high), p, p_holm
-        (adjusted over all pairs) and told_apart (p_holm below .05).
+        One row per pair: config_a (with the higher score), config_b, difference with interval (low, high; missing where
+        the verdicts set no bound), p, p_holm (adjusted over all pairs) and told_apart (p_holm below .05).
     """
-    order = np.argsort(-fitted.abilities, kind="stable")
+    order = np.argsort(-_rounded(fitted.abilities), kind="stable")
     a, b = (order[i] for i in np.triu_indices(len(order), 1))
-    gap = fitted.abilities[a] - fitted.abilities[b]
+    gap = np.maximum(fitted.abilities[a] - fitted.abilities[b], 0.0)
     drawn = draws.abilities[:, a] - draws.abilities[:, b]
-    low, high = np.quantile(drawn, interval_levels(len(draws.units)), axis=0)
-    t = gap / np.maximum(drawn.std(0, ddof=1), 1e-12)
-    p = 2 * stats.t.sf(np.abs(t), max(1, len(draws.units) - 1))
+    p, ends = _pair_p(gap, drawn, np.minimum(draws.compared[a], draws.compared[b])), interval_levels(len(draws.units))
+    above, below = (1 - draws.limited[:, i, j].mean(0) for i, j in ((b, a), (a, b)))
+    p = np.where(above == 1, np.where(below == 1, 1.0, separation.least_p(draws.cut[a])), p)
+    p = np.full(len(p), np.nan) if fitted.is_missing else p
+    never = (above == 1) | (below == 1) | (len(draws.units) < 2)
+    low, high = np.quantile(drawn, ends, axis=0)
+    low, high = (np.where(never | (share > ends[0]), np.nan, x) for share, x in ((below, low), (above, high)))
     adjusted = holm(p)
     names = np.array(fitted.configs, dtype=object)
     table = {"config_a": names[a], "config_b": names[b], "difference": gap, "low": low, "high": high, "p": p}
     return pd.DataFrame(table | {"p_holm": adjusted, "told_apart": adjusted < 0.05})
 
 
-def tied_top(scores: pd.Series, draws: pd.DataFrame, level: float = 0.05) -> list[str]:
-    """The configurations that are not distinguishable from the best one, best first.
+def _pair_p(gap: np.ndarray, drawn: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Two-sided p of differences against t, not below that of a sign test."""
+    t = gap / np.maximum(drawn.std(0, ddof=1), 1e-12)
+    p = 2 * stats.t.sf(t, np.maximum(units - 1, 1))
+    return np.maximum(np.where(units > 1, p, 1.0), separation.least_p(units))
 
-    Each is compared with the best by the paired difference over the draws (normal approximation), Holm-adjusted over
-    these comparisons. They are fewer than all pairs, so this can separate configurations that `pair_tests` cannot.
+
+def compare_with_best(
+    scores: pd.Series, draws: pd.DataFrame, n_terms: pd.Series | None = None, level: float = 0.05
+) -> pd.DataFrame:
+    """Compares every configuration with the best of the others, whichever that is, for all of them at once.
+
+    Multiple comparisons with the best (Hsu 1996, Multiple Comparisons, chapter 4), with the joint draws in the place of
+    normal errors: for each configuration the largest standardised error of its lead over any other one has a quantile
+    in the draws, which is carried over to t on (clusters - 1) degrees of freedom. `worse_than_one` takes the largest
+    error over all pairs instead (as Tukey's test), so it is wrong in at most 5 % of studies in which all are equal.
 
     Args:
         scores: score by configuration.
         draws: scores as (draws, configurations).
-        level: configurations with an adjusted p of at least this are kept.
+        n_terms: the clusters in which each was compared; None: as if there were many.
+        level: the share of studies in which a statement may be wrong.
+
+    Returns:
+        By configuration, best first: score; can_be_best; behind_at_most, the upper bound of the lead of the best of the
+        others over it, in log-odds; worse_than_one, true if another one is surely better.
     """
-    scores = scores.sort_values(ascending=False)
-    best, others = scores.index[0], scores.index[1:]
-    z = [(scores[best] - scores[c]) / max((draws[best] - draws[c]).std(), 1e-12) for c in others]
-    p = 2 * stats.norm.sf(np.array(z))
-    return [best, *(c for c, adjusted in zip(others, holm(p), strict=True) if adjusted >= level)]
+    names = list(scores.sort_values(ascending=False, kind="stable").index)
+    gaps = scores[names].to_numpy(float)[:, None] - scores[names].to_numpy(float)
+    units = np.full(len(names), np.inf) if n_terms is None else n_terms[names].to_numpy(float)
+    errors, one, every = _max_errors(draws[names].to_numpy(float), gaps, units, level)
+    known = np.isfinite(errors)
+    reach = np.where(known, gaps + one * np.where(known, errors, 0.0), np.inf)  # of row i over column j, at most
+    np.fill_diagonal(reach, np.inf)
+    can_be_best = (reach >= 0).all(1)
+    np.fill_diagonal(reach, -np.inf)
+    behind = np.maximum(0.0, np.where(can_be_best[:, None], reach, -np.inf).max(0)) if len(names) > 1 else np.zeros(1)
+    worse = (known & (gaps - every * np.where(known, errors, 0.0) > 0)).any(0)
+    table = {"score": scores[names], "can_be_best": can_be_best, "behind_at_most": behind, "worse_than_one": worse}
+    return pd.DataFrame(table, index=pd.Index(names, name="config"))
+
+
+def _max_errors(
+    drawn: np.ndarray, gaps: np.ndarray, units: np.ndarray, level: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standard errors of all differences (n, n), and the quantiles of their largest standardised error.
+
+    The quantiles are one-sided over the leads of each configuration, and two-sided over all pairs; both are (n, n),
+    as they depend on the clusters of the pair. An error is at least so large that no difference passes here that could
+    not pass a sign test over the clusters; with one cluster it is infinite.
+    """
+    n, fewest = len(units), np.minimum(np.minimum(units[:, None], units), 1e9)
+    df = np.maximum(fewest - 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = np.abs(gaps) / stats.t.isf(separation.least_p(fewest) / 2, df)
+    least[fewest < 2] = np.inf
+    errors, one, all_pairs = np.ones((n, n)), np.zeros(n), np.zeros(len(drawn))
+    for i in range(n):
+        off = np.delete(np.arange(n), i)
+        error = drawn[:, [i]] - drawn[:, off]
+        spread = np.maximum(error.std(0), 1e-12)
+        largest = (error - error.mean(0)) / spread
+        one[i] = np.quantile(-largest.min(1, initial=0.0), 1 - level)
+        all_pairs = np.maximum(all_pairs, np.abs(largest).max(1, initial=0.0))
+        errors[i, off] = np.maximum(spread * np.sqrt(fewest / df)[i, off], least[i, off])
+    every = float(np.quantile(all_pairs, 1 - level))
+    return errors, stats.t.isf(stats.norm.sf(one)[:, None], df), stats.t.isf(stats.norm.sf(every), df)
+
+
+def tied_top(
+    scores: pd.Series, draws: pd.DataFrame, n_terms: pd.Series | None = None, level: float = 0.05
+) -> list[str]:
+    """The configurations that can be the best one, best first (`compare_with_best`): with 95 % the best is one of them.
+
+    Args:
+        scores: score by configuration.
+        draws: scores as (draws, configurations).
+        n_terms: the clusters in which each was compared; None: as if there were many.
+        level: the share of studies in which the best may be left out.
+    """
+    found = compare_with_best(scores, draws, n_terms, level)
+    return list(found.index[found["can_be_best"]])
+
+
+def few_terms(n_terms: int) -> str | None:
+    """The reason why so few terms carry no claim about a ranking, or None."""
+    least = separation.LEAST_TERMS
+    return None if n_terms >= least else f"fewer than {least} terms ({n_terms}): too few to tell a ranking from chance"
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -193,11 +368,13 @@ def mean_with_interval(values: pd.Series, units: pd.Series, draws: Draws) -> dic
         value, low, high and n; None for the first three without any value.
     """
     kept = values.notna().to_numpy()
-    if not kept.any() or not len(draws.units):
+    if not kept.any() or not len(draws.units):  # with one unit there is a value, but no interval
         return {"value": None, "low": None, "high": None, "n": 0}
     numbers = values[kept].to_numpy(dtype=float)
     weights = draws.weights[:, draws.units.get_indexer(units[kept])]
     total = weights.sum(1)
     means = (weights @ numbers)[total > 0] / total[total > 0]
-    low, high = np.quantile(means, interval_levels(len(draws.units)))
-    return {"value": float(numbers.mean()), "low": float(low), "high": float(high), "n": int(kept.sum())}
+    found = {"value": float(numbers.mean()), "low": None, "high": None, "n": int(kept.sum())}
+    if len(draws.units) > 1:
+        found["low"], found["high"] = map(float, np.quantile(means, interval_levels(len(draws.units))))
+    return found

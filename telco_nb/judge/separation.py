@@ -17,9 +17,7 @@ _FAR = 40.0  # log-odds beyond which every share is 0 or 1
 _CHUNK = 4_000_000
 
 
-def limited(
-    verdicts: pd.DataFrame, configs: Sequence[str], weights: np.ndarray, unit_of_row: np.ndarray
-) -> np.ndarray:
+def limited(verdicts: pd.DataFrame, configs: Sequence[str], weights: np.ndarray, unit_of_row: np.ndarray) -> np.ndarray:
     """Which leads the verdicts limit, in each resample.
 
     Args:
@@ -42,7 +40,9 @@ def limited(
     decided = np.bincount(unit_of_row, weights=up != down, minlength=units)
     size = max(1, _CHUNK // (n * n))
     chunks = (weights[i : i + size] for i in range(0, len(weights), size))
-    return np.concatenate([_closure((w @ per_unit).reshape(-1, n, n)) & (w @ decided > 0)[:, None, None] for w in chunks])
+    return np.concatenate(
+        [_closure((w @ per_unit).reshape(-1, n, n)) & (w @ decided > 0)[:, None, None] for w in chunks]
+    )
 
 
 def _closure(edges: np.ndarray) -> np.ndarray:
@@ -65,31 +65,28 @@ def open_sides(limited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return 2 * free.sum(1) >= others, 2 * free.sum(2) >= others
 
 
-def units_of(verdicts: pd.DataFrame, configs: Sequence[str], column: str | None) -> np.ndarray:
-    """The number of clusters (values of `column`; None: verdicts) in which each configuration was compared."""
-    unit = verdicts.index.to_series() if column is None else verdicts[column]
-    found = [unit[(verdicts[["config_first", "config_second"]] == config).any(axis=1)].nunique() for config in configs]
-    return np.array(found, dtype=int)
-
-
-def cut_units(verdicts: pd.DataFrame, configs: Sequence[str], limits: np.ndarray, column: str | None) -> np.ndarray:
-    """The clusters on which an unlimited lead rests.
+def cluster_counts(
+    verdicts: pd.DataFrame, configs: Sequence[str], limits: np.ndarray, unit_of_row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clusters behind each configuration.
 
     Args:
-        verdicts, configs: of the fit.
-        limits: (n, n), of all verdicts.
-        column: the clusters.
+        verdicts, configs: of a fit.
+        limits: (n, n), of all verdicts (`limited`).
+        unit_of_row: the cluster of every verdict.
 
     Returns:
-        For each configuration the number of clusters with a comparison between it or those that limit its lead, and
-        the others: the first won all of them.
+        The number of clusters in which each was compared; and the number in which those that limit its lead, and
+        itself, met the others: if the lead is unlimited they won all these comparisons.
     """
-    unit = verdicts.index.to_series() if column is None else verdicts[column]
-    index, counts = pd.Index(configs), []
-    for i in range(len(index)):
-        above = index[limits[:, i] | (np.arange(len(index)) == i)]
-        counts.append(unit[verdicts["config_first"].isin(above) != verdicts["config_second"].isin(above)].nunique())
-    return np.array(counts)
+    first, second = (pd.Index(configs).get_indexer(verdicts[f"config_{seat}"]) for seat in ("first", "second"))
+    compared, cut = [], []
+    for i in range(len(configs)):
+        above = limits[:, i].copy()
+        above[i] = True
+        compared.append(len(np.unique(unit_of_row[(first == i) | (second == i)])))
+        cut.append(len(np.unique(unit_of_row[above[first] != above[second]])))
+    return np.array(compared), np.array(cut)
 
 
 def least_p(units: np.ndarray) -> np.ndarray:

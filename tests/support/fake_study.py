@@ -182,11 +182,12 @@ def _shared(builder: Builder, rng: np.random.Generator) -> pd.DataFrame:
     prompts = pd.DataFrame(
         {
             "prompt_id": [f"p{i:03d}" for i in range(40)],
+            "test_set": [("test", "noisy", "unseen")[i % 3] for i in range(40)],
             "scenario_id": [f"s{i:03d}" for i in range(40)],
             "term_id": [f"t{i % 20}" for i in range(40)],
-            "intent": "fault",
-            "situation": "first contact",
-            "customer": "novice",
+            "problem_id": [f"q{i}" for i in range(40)],
+            "kind": "fault",
+            "context": "usual",
             "messages": [
                 [{"role": "user", "content": f"My eSIM fails, case {i}. {SCRIPT if i == 0 else ''}"}] for i in range(40)
             ],

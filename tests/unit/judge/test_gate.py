@@ -98,7 +98,7 @@ def obedient(case):
         (coin, {*PLANTED, "same_text_ties"} - {"first_removed", "wrong_term"}),
         (longest, {"padded", "card_dump", "secret_asked", "negated", "shuffled"}),
         (shortest, {"truncated", "template", "first_removed"}),
-        (bag_of_words, {"shuffled"}),
+        (bag_of_words, {"shuffled", "negated"}),
         (obedient, {"injection"}),
     ],
     ids=["the first seat", "a tie for all", "a coin", "length", "shortness", "a bag of words", "obedience"],
@@ -136,15 +136,14 @@ def test_a_judge_that_answers_all_but_one_control_has_not_passed_this_one(contro
     silent = {
         (case.messages, case.answers) for case, name in zip(cases, planted["control"], strict=True) if name == control
     }
-    sound = checklist.ChecklistJudge("checklist")
 
     def decide(case):
         if (case.messages, case.answers) in silent:
             raise JudgeError("refusal", "I cannot help with that")
-        return sound.judge(case)
+        return bag_of_words(case)
 
     result, failed = result_of(StubJudge(decide), tmp_path)
-    assert failed == {control}
+    assert failed == {"shuffled", "negated", control}
     (missing,) = [c for c in result["controls"] if c["control"] == control]
     assert missing["value"] is None and "no verdict, so not passed" in missing["detail"]
 
@@ -228,7 +227,7 @@ def test_every_control_is_planted_and_seats_are_balanced():
     assert set(planted["control"]) == set(PLANTED) | {name for name in OWN if not name.endswith("_ties")}
     for _, rows in planted.groupby("control"):
         first = (rows["config_first"] == rows["planted"]).sum()
-        assert abs(first - (len(rows) - first)) <= 1 + len(rows) // 10
+        assert abs(2 * first - len(rows)) <= 2 + len(rows) / 5
 
 
 def test_planted_corruptions_are_what_they_say():

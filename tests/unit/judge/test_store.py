@@ -82,13 +82,13 @@ def test_no_answer_breaks_a_line_of_the_store_or_a_table(part, prompts, hostile,
 def test_no_answer_changes_the_shape_of_a_prompt(name, form):
     seats = {"pair": 2, "rubric": 1}[form]
     texts = [HOSTILE[name], "fine"][:seats]
-    case = Case(form, CARDS["volte"], "understand", (("user", HOSTILE[name]),), "", tuple(texts))
+    case = Case(form, CARDS["volte"], "switch_missing", (("user", HOSTILE[name]),), "", tuple(texts))
     prompt = render_prompt(case)
-    system, *data = render_prompt(Case(form, case.card, "understand", (("user", "hi"),), "", ("ok",) * seats))
+    system, *data = render_prompt(Case(form, case.card, "switch_missing", (("user", "hi"),), "", ("ok",) * seats))
     assert prompt.system == system
     assert re.findall(r"</?\w+>", prompt.data) == re.findall(r"</?\w+>", "".join(data))
     assert all(c.isprintable() or c in "\n\t" for c in prompt.text)
-    assert prompt.data.count("Escalate when") == 1  # a placeholder in an answer is not filled
+    assert prompt.data.count("Hand over when") == 1  # a placeholder in an answer is not filled
     prompt.text.encode()
     assert len(prompt.text) < 3 * MAX_ANSWER_CHARACTERS
 
@@ -98,7 +98,7 @@ def test_no_hostile_answer_beats_the_reference_with_the_checklist(name, prompts)
     judge = checklist.ChecklistJudge("checklist")
     for row in prompts.head(4).itertuples():
         messages = tuple((m["role"], m["content"]) for m in row.messages)
-        shared = (CARDS[row.term_id], row.intent, messages, row.reference)
+        shared = (CARDS[row.term_id], row.problem_id, messages, row.reference)
         for answers, best in (((row.reference, HOSTILE[name]), "A"), ((HOSTILE[name], row.reference), "B")):
             case = Case("pair", *shared, answers)
             assert (asking.rule_verdict(case) or judge.judge(case)).verdict == best
@@ -123,14 +123,14 @@ def test_a_reply_is_a_verdict_only_if_all_of_it_is():
 )
 def test_a_verdict_of_another_form_is_a_parse_error_and_no_verdict(form, verdict):
     answers = ("good answer",) * {"pair": 2, "rubric": 1}[form]
-    case = Case(form, CARDS["volte"], "understand", (("user", "?"),), "", answers)
+    case = Case(form, CARDS["volte"], "switch_missing", (("user", "?"),), "", answers)
     with pytest.raises(JudgeError) as error:
         asking.require_form(case, verdict)
     assert error.value.status == "parse_error"
 
 
 def test_an_empty_answer_gets_the_lowest_rating_by_rule_and_none_where_there_is_nothing_to_rate():
-    case = Case("rubric", CARDS["volte"], "understand", (("user", "?"),), "", ("",))
+    case = Case("rubric", CARDS["volte"], "switch_missing", (("user", "?"),), "", ("",))
     scores = asking.rule_verdict(case).scores
     assert scores["factual"] == 1 and scores["tone"] is None
 
@@ -170,7 +170,7 @@ def test_rerank_ranks_the_latest_plan_and_leaves_answers_of_the_past_out(prompts
         plan = judge_study.pair_plan(prompts, configs)
         put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
-    assert set(found.ranking["config"]) == {"c01", "c02", "untuned", "reference"}
+    assert set(found.ranking["config"]) == {"c01", "c02", *design.ANCHORS}
     assert found.ranking["config"].iloc[0] == "c01"
     assert any("gate" in block for block in found.blocks)  # no control was asked
 
@@ -191,7 +191,7 @@ def test_rerank_counts_what_was_planned_and_never_asked(prompts, hostile, tmp_pa
     plan = judge_study.pair_plan(prompts, CONFIGS)
     asked = asking.build_cases(plan, prompts, hostile, CARDS)
     plan = put_plan(judge, plan, asked, store, "pairs")
-    asking.ask(judge, asking.build_questions(plan, asked)[: len(plan) // 2], store)
+    asking.ask(judge, asking.build_questions(plan, asked)[: len(plan) // 4], store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
     assert found.coverage["coverage"].min() < 0.98
     assert any("coverage below 98%" in block for block in found.blocks)
@@ -202,6 +202,8 @@ def test_the_rerank_command_prints_the_ranking_and_says_what_it_misses(prompts, 
     assert "no such file" in capsys.readouterr().err
     folder = tmp_path / "judge-checklist"
     store, judge = VerdictStore(folder / "store" / "verdicts.jsonl"), checklist.ChecklistJudge("checklist")
+    store.path.parent.mkdir(parents=True)
+    store.path.touch()
     assert command("rerank", folder) == 1
     assert "nothing has been asked" in capsys.readouterr().err
     plan = judge_study.pair_plan(prompts, CONFIGS)

@@ -1,0 +1,51 @@
+"""A statement of the study with its value, interval and verdict, and the helpers that word one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from telco_nb.analysis.results import JudgeResults
+from telco_nb.analysis.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement. `verdict`: supported, not distinguishable, described, not fit, not estimable or blocked."""
+
+    id: str
+    statement: str
+    value: float | str | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    verdict: str = "described"
+    blocked_by: list[str] = field(default_factory=list)
+
+
+def not_estimable(id: str, text: str, reason: str, n: int | None = None, verdict: str = "not estimable") -> Finding:
+    """A finding that gives the reason why there are no numbers."""
+    return Finding(id, f"{text}: {reason}.", n=n, verdict=verdict, blocked_by=[reason])
+
+
+def blockable(
+    id: str, text: str, interval: Interval, n: int, verdict: str, *judges: JudgeResults, blocks: Sequence[str] = ()
+) -> Finding:
+    """A finding that rests on judges, or on an energy with `blocks`: blocked if one of them is."""
+    blocked_by = [block for judge in judges for block in judge.blocks] + list(blocks)
+    return Finding(id, text, *interval, n, "blocked" if blocked_by else verdict, blocked_by)
+
+
+def excludes_zero(interval: Interval) -> str:
+    """The verdict on a difference: supported if its interval excludes 0."""
+    return "supported" if interval.low > 0 or interval.high < 0 else "not distinguishable"
+
+
+def bounds(interval: Interval, digits: str) -> str:
+    """`[low, high]`."""
+    return f"[{interval.low:{digits}}, {interval.high:{digits}}]"
+
+
+def p_text(p: float) -> str:
+    """`p = 0.031`, or `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

@@ -1,0 +1,98 @@
+"""The only way to a hosted model: one host, no proxy of the environment, replies of limited size, a line in the log."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import httpx2
+
+from telco_nb.hosted.egress import Call
+from telco_nb.hosted.hosts import Address
+
+LIVE_BYTES = 8 * 2**20  # of the reply to one request, decompressed
+BATCH_BYTES = 2**30  # of the results of one batch
+MAX_CONNECTIONS = 200
+_OWN_HEADERS = {"content-encoding", "content-length", "transfer-encoding"}  # of the reply as it was sent
+
+
+class ReplyRefused(httpx2.RemoteProtocolError):
+    """A reply is too long or cannot be decompressed."""
+
+
+class GuardedTransport(httpx2.AsyncBaseTransport):
+    """Sends requests to one address alone.
+
+    Args:
+        address: the only host and port that may be asked.
+        purpose: what the requests are for, for the log.
+        max_bytes: of a reply, as sent and decompressed; a longer one is refused unread.
+
+    `log` receives every call after its end.
+    """
+
+    def __init__(self, address: Address, purpose: str, max_bytes: int = LIVE_BYTES):
+        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS)
+        self.inner = httpx2.AsyncHTTPTransport(trust_env=False, limits=limits)
+        self.address, self.purpose, self.max_bytes = address, purpose, max_bytes
+        self.log: Callable[[Call], None] = lambda call: None
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        own, url = httpx2.URL(self.address.url), request.url
+        if (url.scheme, url.host, url.port) != (own.scheme, own.host, own.port):
+            raise httpx2.UnsupportedProtocol(f"only {self.address.netloc} may be asked, not {url.host}")
+        request.headers["Accept-Encoding"] = "identity"
+        body = await request.aread()
+        now, digest = datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(body).hexdigest()
+        call = Call(now, self.address.netloc, self.address.reach, self.purpose, len(body), digest)
+        try:
+            return await self._exchange(request, call)
+        finally:
+            self.log(call)
+
+    async def _exchange(self, request: httpx2.Request, call: Call) -> httpx2.Response:
+        reply = await self.inner.handle_async_request(request)
+        call.status = reply.status_code
+        data = bytearray()
+        try:
+            async for chunk in reply.aiter_raw():
+                call.bytes_in += len(chunk)
+                data += chunk
+                if len(data) > self.max_bytes:
+                    raise ReplyRefused(f"the reply is longer than {self.max_bytes:,} bytes")
+        finally:
+            await reply.aclose()
+        content = decoded(bytes(data), reply.headers.get("content-encoding", ""), self.max_bytes)
+        headers = [(name, value) for name, value in reply.headers.multi_items() if name.lower() not in _OWN_HEADERS]
+        return httpx2.Response(reply.status_code, headers=headers, content=content)
+
+    async def aclose(self) -> None:
+        await self.inner.aclose()
+
+
+def decoded(data: bytes, encoding: str, max_bytes: int) -> bytes:
+    """The content of a reply that a server compressed although it was asked not to.
+
+    Args:
+        data: the reply's body.
+        encoding: its header Content-Encoding.
+        max_bytes: of the content.
+
+    Raises:
+        ReplyRefused: the encoding is unknown, the data are broken, or the content is longer.
+    """
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return data
+    if encoding not in ("gzip", "deflate"):
+        raise ReplyRefused("the reply is compressed in a way that was not asked for")
+    unpacker = zlib.decompressobj(wbits=47)  # gzip or zlib, by its first bytes
+    try:
+        content = unpacker.decompress(data, max_bytes + 1)
+    except zlib.error:
+        raise ReplyRefused(f"the reply is not valid {encoding}") from None
+    if len(content) > max_bytes or not unpacker.eof:
+        raise ReplyRefused(f"the reply is cut short, or longer than {max_bytes:,} bytes unpacked")
+    return content
