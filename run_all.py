@@ -10,7 +10,7 @@ try:
     import typer
 
     from telco_nb.engine import runner
-    from telco_nb.hosted import egress
+    from telco_nb.hosted import egress, lines
     from telco_nb.study import params
 except ModuleNotFoundError as missing:  # started with another Python than the one that was set up: use that one
     ours = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
@@ -54,6 +54,13 @@ def _build_report(*arguments: Any) -> Path:
     return build_report(*arguments)
 
 
+def _finite(value: float | None) -> float | None:
+    """An option that is a number; `nan` would pass every comparison with a limit."""
+    if value is not None and not lines.is_amount(value):
+        raise typer.BadParameter(f"{value} is not a finite number from 0 up")
+    return value
+
+
 @app.command(epilog=EPILOG)
 def main(
     profile: Annotated[
@@ -79,7 +86,9 @@ def main(
     ] = False,
     timeout: Annotated[
         float | None,
-        typer.Option(metavar="MINUTES", min=0.01, help="Give up on a cell after this long. Default: never."),
+        typer.Option(
+            metavar="MINUTES", min=0.01, callback=_finite, help="Give up on a cell after this long. Default: never."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write a machine-readable summary of the run.")
@@ -89,7 +98,9 @@ def main(
     ] = None,
     max_usd: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0.0, help="Never spend more than this on hosted models, in dollars."),
+        typer.Option(
+            metavar="X", min=0.0, callback=_finite, help="Never spend more than this on hosted models, in dollars."
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the hosts that the plan names.")] = False,
     no_egress: Annotated[

@@ -24,6 +24,7 @@ from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, hul
 
 SETS = {"val_loss": "validation", "test_loss": "test", "noisy_loss": "noisy", "unseen_loss": "unseen"}
 WORDS = {"shift": "a shift of distribution", "overfitting": "overfitting", "style": "style instead of content"}
+TABLE_COLUMNS = ["name", "measure", "value", "low", "high", "p", "reason"]
 FEWEST = 5  # configurations: with fewer no rank correlation can be told from chance
 
 
@@ -60,7 +61,14 @@ def divergence_table(study: StudyResults, judge: JudgeResults, seed: int = 0) ->
             continue
         found, p = _compared(compare, [sides[side] for side in needed], relabelled)
         rows.append((name, measure, *found, p, "" if math.isfinite(found.value) else "one side is constant"))
-    return pd.DataFrame(rows, columns=["name", "measure", "value", "low", "high", "p", "reason"])
+    return pd.DataFrame(rows, columns=TABLE_COLUMNS)
+
+
+def divergence_tables(study: StudyResults, seed: int = 0) -> pd.DataFrame:
+    """The `divergence_table` of every judge that has ranked at least FEWEST configurations, with a column judge."""
+    judges = [judge for judge in study.judges if results.paired_draws(study, judge)[0].shape[1] >= FEWEST]
+    tables = [divergence_table(study, judge, seed).assign(judge=judge.label) for judge in judges]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["judge", *TABLE_COLUMNS])
 
 
 def _measures() -> Iterator[tuple[str, str, Callable[..., np.ndarray], list[str]]]:
@@ -165,7 +173,7 @@ def divergence_finding(study: StudyResults, judge: JudgeResults, seed: int = 0) 
     elif together:
         value, end = "none", "Loss and score do not part: a lower loss goes with a better score"
     else:
-        value, end = "not explained", "None of these explains the score where loss does not"
+        value, end = "not explained", "None of these is shown to go with where loss and score part"
     said = f"tau-b with the score of {judge.label} is {name_list(sets)}. {'. '.join(tests)}. {end}; these are "
     said += f"associations over {len(configs)} configurations, not causes."
     blocked = blockable(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from telco_nb.analysis.inference import Error, lack_of_fit, lenth_error, pure_error
+from telco_nb.analysis.inference import FEWEST_CONTRASTS, Error, lack_of_fit, lenth_error, pure_error
 from telco_nb.analysis.results import ENERGY_COLUMNS, StudyResults
 from telco_nb.analysis.statistics import MISSING, Interval
 from telco_nb.judge.ranking import holm
@@ -80,18 +80,20 @@ def main_effects(
     if log and (runs <= 0).any():
         return _without_numbers(table, x, f"{runs.idxmin()} has a value of {runs.min():g}, so there is no ratio")
     y, runs = (np.log(y), np.log(runs)) if log else (y, runs)
-    lenth = lenth_error(configs.loc[y.index, list(FACTORS)], y) if len(y) else None
-    error = pure_error(runs) or lenth
+    pseudo = lenth_error(configs.loc[y.index, list(FACTORS)], y) if len(y) else None
+    error = pure_error(runs) or pseudo
     if error is None or table.empty:
-        return _without_numbers(table, x, "no run was repeated, and Lenth's method needs eight configurations")
-    table = pd.concat([table, _estimates(x, y, error, lenth).loc[table["column"]].reset_index(drop=True)], axis=1)
+        few = len(y) <= FEWEST_CONTRASTS
+        reason = "Lenth's method needs eight configurations" if few else "nothing that could be noise is left over"
+        return _without_numbers(table, x, f"no run was repeated, and {reason}")
+    table = pd.concat([table, _estimates(x, y, error, pseudo).loc[table["column"]].reset_index(drop=True)], axis=1)
     if log:
         table[["effect", "low", "high"]] = np.exp(table[["effect", "low", "high"]])
     fit = lack_of_fit(x, runs)
     return table[EFFECT_COLUMNS].assign(lack_of_fit_f=fit.f, lack_of_fit_p=fit.p, lack_of_fit_df=fit.df, n=len(y))
 
 
-def _estimates(x: pd.DataFrame, y: pd.Series, error: Error, lenth: Error | None) -> pd.DataFrame:
+def _estimates(x: pd.DataFrame, y: pd.Series, error: Error, pseudo: Error | None) -> pd.DataFrame:
     """By column of the model matrix: effect, interval, p, Holm's p over all effects, and what can be estimated."""
     from statsmodels.regression.linear_model import OLS
     from statsmodels.tools.sm_exceptions import SingularMatrixWarning
@@ -106,7 +108,7 @@ def _estimates(x: pd.DataFrame, y: pd.Series, error: Error, lenth: Error | None)
     table.loc[~table["estimable"], ["effect", "low", "high", "p"]] = math.nan
     tested = table.index[table["estimable"] & (table.index != "intercept")]
     table["p_holm"] = pd.Series(holm(table.loc[tested, "p"].to_numpy()), tested) if len(tested) else math.nan
-    margin = stats.t.ppf(0.975, lenth.df) * lenth.sd * scale if lenth else math.nan
+    margin = stats.t.ppf(0.975, pseudo.df) * pseudo.sd * scale if pseudo else math.nan
     table["stands_out"] = table["effect"].abs() > margin
     reason = np.where(table["estimable"], "", "cannot be separated from other factors in this set")
     return table.assign(error=error.source, reason=reason)

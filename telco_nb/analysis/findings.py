@@ -22,11 +22,14 @@ from telco_nb.analysis.fitness import fitness, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
+    claiming_judges,
+    compare,
     describe_config,
     judges_text,
     name_list,
     percent,
     recommend,
+    seed_text,
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
@@ -112,17 +115,27 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
         text = "No configuration can be recommended"
         return not_estimable("deploy", text, "; ".join(choice.blocked_by), n, "blocked")
     row = study.results.loc[choice.config]
-    held = fitness(study, choice.config)
-    energy = f"Training: {energy_text(row) or 'its training energy is not known'}."
+    held, who = fitness(study, choice.config), f"{choice.config} ({describe_config(row)})"
+    rest = f"Training: {energy_text(row) or 'its training energy is not known'}. {seed_text(study)}"
+    why = f"It is chosen thus: {choice.reason}."
+    if choice.cannot_tell:
+        why = f"The data cannot tell which is best: {choice.cannot_tell}. "
+        why += f"The best guess is {choice.config}: {choice.reason}."
     if not held.is_fit:
-        text = (
-            f"No configuration is fit to answer customers. {choice.config} ({describe_config(row)}) answers best of {n}"
+        text = f"No configuration is fit to answer customers. {who} is the first choice of {n}"
+        return Finding(
+            "deploy", f"{text}, but {name_list(held.reasons)}. {why} {rest}", choice.config, n=n, verdict="not fit"
         )
-        text += f", but {name_list(held.reasons)}. It is chosen thus: {choice.reason}. {energy}"
-        return Finding("deploy", text, choice.config, n=n, verdict="not fit")
-    text = f"Deploy {choice.config} ({describe_config(row)}): {choice.reason}. {energy}"
-    better = choice.agreed and len(choice.candidates) < n  # than at least one other configuration, with every judge
-    return Finding("deploy", text, choice.config, n=n, verdict="supported" if better else "not distinguishable")
+    if choice.cannot_tell:
+        text = f"The data cannot tell which is best: {choice.cannot_tell}. Deploy {who} only if one has to be: "
+        return Finding("deploy", f"{text}{choice.reason}. {rest}", choice.config, n=n, verdict="not distinguishable")
+    text = f"Deploy {who}: {choice.reason}."
+    if choice.better_than:
+        text += f" It is surely better than {choice.better_than} of the others."
+    elif n > 1:
+        text += " It is not surely better than any other one."
+    verdict = "supported" if choice.is_supported else "not distinguishable"
+    return Finding("deploy", f"{text} {rest}", choice.config, n=n, verdict=verdict)
 
 
 def energy_text(row: pd.Series) -> str:
@@ -148,16 +161,23 @@ def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> 
     """The share of draws in which the choice scores above the choice of loss; the least sure judge counts."""
     if choice.config is None:
         return not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
-    n = min(len(judge.draws) for judge in study.passed)
+    judges = claiming_judges(study)[0]
+    n = min(len(judge.draws) for judge in judges)
     if choice.config == loss_pick:
         return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
-    shares = {j.label: float((j.draws[choice.config] > j.draws[loss_pick]).mean()) for j in study.passed}
+    placed = [judge for judge in judges if loss_pick in judge.scores.index]
+    if not placed:
+        return not_estimable("confidence", "How sure is not known", f"no judge has ranked {loss_pick}", n)
+    leads = {judge.label: judge.draws[choice.config] - judge.draws[loss_pick] for judge in placed}
+    shares = {label: float((lead > 0).mean() + (lead == 0).mean() / 2) for label, lead in leads.items()}
     often = name_list([f"{percent(share)} with {judge}" for judge, share in shares.items()])
     text = f"Resampled, {choice.config} scores above loss's choice, {loss_pick}, this often: {often}."
     sure = min(shares.values())
     if sure < 0.5:
-        text += f" {loss_pick} may answer better, but not distinguishably; the recommendation rests on energy."
-    return Finding("confidence", text, sure, n=n, verdict="supported" if sure >= 0.975 else "not distinguishable")
+        text += f" {loss_pick} may answer better, but is not shown to."
+    behind = all(table.loc[loss_pick, "behind_at_least"] > 0 for table in compare(study, placed).values())
+    verdict = "supported" if sure >= 0.975 and behind else "not distinguishable"
+    return Finding("confidence", text, sure, n=n, verdict=verdict)
 
 
 def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
@@ -271,9 +291,10 @@ def _energy_findings(study: StudyResults) -> list[Finding]:
     ratio, spread = effects.energy_ratio(study, most, least), effects.energy_spread(study)
     low, high = PAPER["energy_wh"]
     unknown = " (no run was repeated, so its error from run to run is not known)"
+    run_error = unknown if spread is None else f" {bounds(ratio, '.1f')}"
     text = (
         f"Training energy ({study.energy_word}) runs from {energy[least]:.3g} Wh ({least}) to {energy[most]:.3g} Wh "
-        f"({most}): a factor of {ratio.value:.1f}{unknown if spread is None else f' {bounds(ratio, ".1f")}'}. The two "
+        f"({most}): a factor of {ratio.value:.1f}{run_error}. The two "
         f"are picked after the fact. The paper has {low:g}-{high:g} Wh, a factor of {high / low:.1f}."
     )
     if study.energy_word == "estimated":
@@ -357,7 +378,7 @@ def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -
 def _fit_text(row: dict[Any, Any]) -> str:
     """What the lack of fit of main effects says about one of them."""
     if not math.isfinite(row["lack_of_fit_p"]):
-        return "Whether effects add up cannot be tested without repeated runs."
+        return "Without repeated runs it cannot be tested whether effects add up."
     test = f"(lack of fit F = {row['lack_of_fit_f']:.1f}, {p_text(row['lack_of_fit_p'])})"
     if row["lack_of_fit_p"] >= 0.05:
         return f"That effects do not add up is not shown {test}."
@@ -373,10 +394,10 @@ def paper_table(study: StudyResults, base_model: str | None = None) -> pd.DataFr
         ("base model", PAPER["base model"], base_model or "-"),
         ("judges", PAPER["judges"], name_list([j.label for j in study.judges]) or "-"),
         ("lowest validation loss", f"{PAPER['best_loss']}", f"{losses.min():.4f} ({losses.idxmin()})" if n else "-"),
-        ("its rank with the judges", PAPER["best_loss_rank"], _rank_text(study, "idxmin")),
+        ("its rank with the judges", PAPER["best_loss_rank"], _rank_text(study, "lowest")),
         ("probability of 6th place or further down if loss meant nothing", "11/16", f"{n - 5}/{n}" if n > 5 else "-"),
         ("highest validation loss", f"{PAPER['worst_loss']}", f"{losses.max():.4f} ({losses.idxmax()})" if n else "-"),
-        ("its rank with the judges", PAPER["worst_loss_rank"], _rank_text(study, "idxmax")),
+        ("its rank with the judges", PAPER["worst_loss_rank"], _rank_text(study, "highest")),
         ("probability of rank 1 if loss meant nothing", "1/16", f"1/{n}" if n else "-"),
         ("|tau| needed for p < .05 if configurations were exchangeable", _needed_text(PAPER["n"]), _needed_text(n)),
         ("training energy per configuration", _range_text(pd.Series(PAPER["energy_wh"]), "g"),
@@ -401,7 +422,9 @@ def _rank_text(study: StudyResults, end: str) -> str:
     for judge in study.judges:
         losses, _ = results.paired_draws(study, judge)
         if losses.shape[1]:
-            config = getattr(study.losses[losses.columns], end)()
-            place = judge.scores[losses.columns].rank(ascending=False)[config]
+            config = loss_pick(study.losses[losses.columns] * (1 if end == "lowest" else -1))
+            if config is None:
+                continue
+            place = judge.scores[losses.columns].rank(ascending=False, method="min")[config]
             ranks.append(f"{place:g} of {losses.shape[1]} ({judge.name}{', not valid' if judge.blocks else ''})")
     return "; ".join(ranks) or "-"

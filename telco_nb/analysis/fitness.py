@@ -6,13 +6,16 @@ make, is not much less safe than they are, breaks off or loops rarely, and beats
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statistics import Interval, percentile_interval
+from telco_nb.analysis.statistics import Interval
+from telco_nb.judge.best import MANY
+from telco_nb.judge.bradley_terry import interval_levels
 
 LEAST_COVERAGE = 0.5  # of the points that the gold answers make
 MOST_UNSAFE = 0.05  # share of answers, beyond that of the gold answers
@@ -72,11 +75,21 @@ def _broken(faults: pd.DataFrame | None, config: str) -> float | None:
 
 
 def lead_over(judge: JudgeResults, config: str, anchor: str) -> Interval | None:
-    """Lead of a configuration over an anchor in log-odds; None where the judge has not placed both."""
+    """Lead of a configuration over an anchor in log-odds; None where the judge has not placed both.
+
+    Where the score of one of them is open on a side, the bounds are those of the two scores, and open as well.
+    """
     if anchor not in judge.ranking.index or not {config, anchor} <= set(judge.draws):
         return None
-    value = judge.ranking.loc[config, "score"] - judge.ranking.loc[anchor, "score"]
-    return percentile_interval(value, judge.draws[config] - judge.draws[anchor])
+    own, other = judge.ranking.loc[config], judge.ranking.loc[anchor]
+    value, drawn = own["score"] - other["score"], (judge.draws[config] - judge.draws[anchor]).dropna()
+    terms = min(own.get("n_terms", math.inf), other.get("n_terms", math.inf))
+    if pd.isna(value) or drawn.empty or terms < 2:
+        return Interval(value)
+    if pd.isna([own["low"], own["high"], other["low"], other["high"]]).any():
+        return Interval(value, own["low"] - other["high"], own["high"] - other["low"])
+    low, high = drawn.quantile(interval_levels(int(min(terms, MANY))))
+    return Interval(value, low, high)
 
 
 def _not_beaten(judges: Sequence[JudgeResults], config: str) -> list[str]:

@@ -8,6 +8,7 @@ relabelled, and effects against the noise of runs, not of shuffled rows.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import combinations, permutations, product
 from typing import Any, NamedTuple
@@ -160,10 +161,10 @@ def _coding(code: np.ndarray) -> np.ndarray:
 
 
 def lenth_error(levels: pd.DataFrame, y: pd.Series) -> Error | None:
-    """The error of one run from an unreplicated design (Lenth 1989, Technometrics 31:469).
+    """The error of one run from an unreplicated design by Lenth's method (1989, Technometrics 31:469).
 
     Most contrasts are taken to be noise: 1.5 times the median of those that do not stand out, with a third of their
-    number as degrees of freedom. Interactions that are many and strong make it too large, never too small.
+    number as degrees of freedom. Many strong interactions make it larger, not smaller.
 
     Args:
         levels: one column per factor.
@@ -217,11 +218,13 @@ def lack_of_fit(x: pd.DataFrame, runs: pd.Series) -> LackOfFit:
         runs: values indexed by configuration, one row per run, repeats included.
     """
     from statsmodels.regression.linear_model import OLS
+    from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
     if pure_error(runs) is None:
         return LackOfFit()
     means = pd.get_dummies(pd.Series(runs.index), dtype=float).set_axis(runs.index)
-    model, full = OLS(runs, x.loc[runs.index]).fit(), OLS(runs, means).fit()
+    with warnings.catch_warnings(category=SingularMatrixWarning, action="ignore"):  # the fit is the same
+        model, full = OLS(runs, x.loc[runs.index]).fit(), OLS(runs, means).fit()
     if model.df_resid <= full.df_resid:
         return LackOfFit()
     f, p, df = full.compare_f_test(model)

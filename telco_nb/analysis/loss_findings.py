@@ -26,7 +26,11 @@ def loss_findings(study: StudyResults, judge: JudgeResults, seed: int) -> list[F
         return [not_estimable(id, text, reason, n)]
     loss, score = study.losses[losses.columns], judge.scores[losses.columns]
     if equal := _constant(loss, score):
-        return [not_estimable(id, f"Whether loss predicts {judge.label} cannot be told", equal, n)]
+        parts = f"Why loss and the score of {judge.label} part cannot be told"
+        return [
+            not_estimable(id, f"Whether loss predicts {judge.label} cannot be told", equal, n),
+            not_estimable(f"divergence.{judge.name}", parts, equal, n),
+        ]
     place = score.rank(ascending=False, method="min")
     found = [_tau_finding(study, judge, losses, draws, seed), divergence_finding(study, judge, seed)]
     pick, unpicked = loss_pick(loss), f"the lowest loss is shared by {name_list(_lowest(loss))}"

@@ -1,20 +1,28 @@
-"""Which configuration to recommend, and the reasons."""
+"""Which configuration to recommend, and the reasons.
+
+The rule is written down before the run (`params/claims.yaml`). Eligible is who is shown to be not worse than the best
+by more than the margin: a bound on the lead of the best, not a test that failed to tell two apart. Of these the highest
+expected score wins, and energy decides only where expected scores are as good as equal. Where nothing is shown, the
+answer is that the data cannot tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 from scipy.special import expit
 
 from telco_nb.analysis.fitness import lead_over
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.statistics import Interval
-from telco_nb.judge.ranking import tied_top
+from telco_nb.analysis.utility import expected_scores
+from telco_nb.judge.best import compare_with_best
+from telco_nb.judge.ranking import few_terms
+from telco_nb.study.params import Claims, load_claims
 
-ENERGY_TOLERANCE = 0.25  # training is paid once: a saving of less than a quarter does not outweigh a better score
 TARGETS = {"qv": "query and value", "mlp": "MLP", "all": "attention and MLP"}
 
 
@@ -37,60 +45,112 @@ def percent(share: float) -> str:
 
 def win_text(lead: Interval) -> str:
     """A lead in log-odds as the share of decided comparisons won (Bradley-Terry), with its interval."""
-    value, low, high = (percent(float(expit(log_odds))) for log_odds in lead)
+    value, low, high = ("open" if math.isnan(x) else percent(float(expit(x))) for x in lead)
     return f"{value} [{low}, {high}]"
 
 
 class Recommendation(NamedTuple):
-    """The recommended configuration, the tied ones it was chosen from, and the reason.
+    """The recommended configuration and why.
 
-    `agreed` is false if no configuration is at the top with every judge.
+    `candidates` are shown to be not worse than the best by more than the margin, best first; if there are none,
+    `cannot_tell` says why and `config` is only the best guess. `better_than` is the number of configurations that are
+    surely worse than it with every judge. Without a `config`, `blocked_by` holds the reasons.
     """
 
     config: str | None
     candidates: list[str]
     reason: str
     blocked_by: list[str]
-    agreed: bool = True
+    cannot_tell: str = ""
+    better_than: int = 0
+
+    @property
+    def is_supported(self) -> bool:
+        """True if it is shown to be as good as the best, and surely better than one other at least."""
+        return self.config is not None and not self.cannot_tell and self.better_than > 0
+
+
+def claims_of(study: StudyResults) -> Claims:
+    """The claims that were written down before the run; the shipped ones if a study names none."""
+    return study.claims or load_claims()
+
+
+def claiming_judges(study: StudyResults) -> tuple[list[JudgeResults], list[str]]:
+    """The judges on which a claim may rest, and for all others the reasons why not."""
+    reasons = {judge.name: judge.blocks or _too_little(judge) for judge in study.judges}
+    allowed = [judge for judge in study.judges if not reasons[judge.name]]
+    return allowed, [reason for judge in study.judges for reason in reasons[judge.name]]
+
+
+def _too_little(judge: JudgeResults) -> list[str]:
+    found = []
+    if judge.coverage is None or math.isnan(judge.coverage):
+        found.append(f"judge {judge.name}: the share of answered questions is not known")
+    terms = judged_terms(judge)
+    if terms is not None and len(terms) and (reason := few_terms(int(terms.max()))):
+        found.append(f"judge {judge.name}: {reason}")
+    return found
+
+
+def judged_terms(judge: JudgeResults) -> pd.Series | None:
+    """The number of terms in which each configuration was compared; None if the ranking does not say."""
+    if "n_terms" not in judge.ranking:
+        return None
+    return judge.ranking["n_terms"].reindex(judge.scores.index).fillna(0).astype(int)
+
+
+def compare(study: StudyResults, judges: Sequence[JudgeResults]) -> dict[str, pd.DataFrame]:
+    """`compare_with_best` for each judge, by the judge's label."""
+    level = 1 - claims_of(study).confidence
+    return {j.label: compare_with_best(j.scores, j.draws[list(j.scores.index)], judged_terms(j), level) for j in judges}
+
+
+def utilities(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:
+    """The expected score in log-odds, its mean over the judges, highest first."""
+    scores = [expected_scores(judge.scores, judge.draws, study.results) for judge in judges]
+    return pd.concat(scores, axis=1).dropna().mean(axis=1).sort_values(ascending=False, kind="stable")
 
 
 def recommend(study: StudyResults) -> Recommendation:
-    """The configuration to deploy.
+    """The configuration to deploy, by the rule in `claims_of(study)`.
 
-    Of those in the tied top set of every judge that passed its gate, it keeps those within 25 % of the least training
-    energy; the highest mean standardised score among them wins. A configuration whose interval lies below the untuned
-    model with any of these judges is not eligible.
+    A configuration whose interval lies below the untuned model with any of the judges is not eligible.
     """
-    if not study.passed:
-        blocks = [block for judge in study.judges for block in judge.blocks]
+    judges, blocks = claiming_judges(study)
+    if not judges:
         return Recommendation(None, [], "", blocks or ["no judge has ranked the configurations"])
-    top_sets = [tied_top(judge.scores, judge.draws) for judge in study.passed]
-    ranked = _mean_score(study)
-    tied = [str(config) for config in ranked.index if all(config in top for top in top_sets)]
-    best = tied[0] if tied else str(ranked.index[0])
-    candidates = [config for config in tied or [best] if not _worse_than_untuned(study, config)]
-    if not candidates:
-        return Recommendation(None, [], "", _worse_than_untuned(study, best))
-    if not tied:
-        text = "no configuration is at the top with every judge; this one has the highest mean standardised score"
-        return Recommendation(best, candidates, text, [], agreed=False)
-    energy = study.energy.reindex(candidates)
-    comparable = not study.energy_blocks and not energy.isna().any()
-    cheap = list(energy[energy <= energy.min() * (1 + ENERGY_TOLERANCE)].index) if comparable else candidates
-    return Recommendation(cheap[0], candidates, _reason(study, candidates, cheap, comparable), [])
+    claims, compared, expected = claims_of(study), compare(study, judges), utilities(study, judges)
+    eligible = [config for config in expected.index if not _worse_than_untuned(judges, config)]
+    if not eligible:
+        return Recommendation(None, [], "", _worse_than_untuned(judges, str(expected.index[0])))
+    within = [c for c in eligible if all(t.loc[c, "behind_at_most"] <= claims.margin for t in compared.values())]
+    config, by_energy = _choose(study, expected, within) if within else (eligible[0], "")
+    better = min(int(table.loc[config, "better_than"]) for table in compared.values())
+    if within:
+        return Recommendation(config, within, _reason(study, judges, within, config, by_energy), [], "", better)
+    reason = f"it has the highest expected score with {judges_text(judges)}"
+    return Recommendation(config, [], reason, [], _cannot_tell(compared, claims, config), better)
 
 
-def _mean_score(study: StudyResults) -> pd.Series:
-    """Mean standardised score over the judges that passed, highest first."""
-    scores = pd.DataFrame({judge.name: judge.scores for judge in study.passed})
-    standardised = (scores - scores.mean()) / scores.std().replace(0, np.nan)
-    return standardised.fillna(0).mean(axis=1).sort_values(ascending=False, kind="stable")
+def _choose(study: StudyResults, expected: pd.Series, within: list[str]) -> tuple[str, str]:
+    """The choice among the eligible and, if energy made it, in which words."""
+    claims, best = claims_of(study), within[0]
+    equal = [config for config in within if expected[config] >= expected[best] - claims.tie]
+    energy = study.energy.reindex(equal)
+    if study.energy_blocks or energy.isna().any() or (energy <= 0).any():
+        return best, ""
+    cheap = energy[energy <= energy.min() / (1 - claims.energy_saving)].index
+    if best in cheap:
+        return best, ""
+    saved = 1 - energy[cheap[0]] / energy[best]
+    text = f"it takes {saved:.0%} less training energy than {best}, which is expected to be better by at most"
+    return str(cheap[0]), f"{text} {claims.tie:g} log-odds"
 
 
-def _worse_than_untuned(study: StudyResults, config: str) -> list[str]:
+def _worse_than_untuned(judges: Sequence[JudgeResults], config: str) -> list[str]:
     """The judges that place the base model above a configuration with the whole interval, as reasons."""
     reasons = []
-    for judge in study.passed:
+    for judge in judges:
         gain = lead_over(judge, config, "untuned")
         if gain is not None and gain.high < 0:
             share = f"{config}, the best, wins {win_text(gain)} of decided comparisons with it ({judge.label})"
@@ -98,17 +158,38 @@ def _worse_than_untuned(study: StudyResults, config: str) -> list[str]:
     return reasons
 
 
-def _reason(study: StudyResults, candidates: list[str], cheap: list[str], comparable: bool) -> str:
-    judges = judges_text(study.passed)
-    if len(candidates) == 1:
-        return f"it is the only configuration at the top with {judges}"
-    who = f"{len(candidates)} of {len(study.results)} configurations ({', '.join(candidates)})"
-    text = f"{who} are tied at the top with {judges}"
-    if not comparable:
-        return f"{text}, and it has the highest mean score (energies cannot be compared)"
-    if len(cheap) == 1:
-        return f"{text}, and it takes the least training energy of them"
-    return f"{text}; of the {len(cheap)} within {ENERGY_TOLERANCE:.0%} of the least training energy it scores highest"
+def _reason(study: StudyResults, judges: Sequence[JudgeResults], within: list[str], config: str, by_energy: str) -> str:
+    claims, n = claims_of(study), len(study.results)
+    share = f"{claims.margin:g} log-odds ({percent(float(expit(claims.margin)))} of decided comparisons)"
+    shown = f"shown ({claims.confidence:.0%}) to be behind the best by less than {share} with {judges_text(judges)}"
+    if len(within) == 1:
+        return f"it is the only configuration {shown}"
+    who = f"all {n}" if len(within) == n else f"{len(within)} of {n}"
+    text = f"{who} configurations ({', '.join(within)}) are {shown}"
+    return f"{text}; {by_energy}" if by_energy else f"{text}, and it has the highest expected score of them"
+
+
+def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: str) -> str:
+    """Why no configuration is shown to be within the margin of the best."""
+    parts = []
+    for label, table in compared.items():
+        near = table["behind_at_most"].idxmin()
+        behind, rivals = table.loc[near, "behind_at_most"], int(table["can_be_best"].sum())
+        bound = "by any amount" if math.isinf(behind) else f"by up to {behind:.2f} log-odds"
+        parts.append(f"with {label} {rivals} of {len(table)} can be the best, and even {near} can be behind it {bound}")
+    if all((table["behind_at_most"] <= claims.margin).any() for table in compared.values()):
+        parts = [f"the judges differ in which ones are near the best ({name_list(list(compared))})"]
+    return f"{'; '.join(parts)} (margin {claims.margin:g})"
+
+
+def seed_text(study: StudyResults) -> str:
+    """What another training seed could change: known for the loss where runs were repeated, not for the scores."""
+    text = "Scores come from one training run each, so no interval holds the chance of training"
+    spread = study.repeats.groupby("config")["val_loss"].agg(["std", "size"]) if len(study.repeats) else pd.DataFrame()
+    if len(spread) and (spread["size"] > 1).any():
+        sd = math.sqrt((spread["std"] ** 2).mean())
+        text += f": between seeds the loss varies by {sd:.4f} (SD), and by how much the score does is not known"
+    return f"{text}."
 
 
 def describe_config(row: pd.Series) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, kendall_tau, percentile_interval
 from telco_nb.judge.cases import degenerate_answer
+from telco_nb.study.params import Claims
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
 SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per token, and perplexity
@@ -70,7 +71,7 @@ class StudyResults:
     configurations whose energy window was too short or has no reading. `checks` holds what the checklist found in each
     answer (`judge.checklist.checks_table`), `faults` the counts of `answers_table`; None where there are none.
     `set_draws` are draws like `loss_draws` by the name of a test set's loss; `train_losses` are those at the end of
-    training.
+    training. `claims` was written down before the run; None: the shipped file.
     """
 
     results: pd.DataFrame
@@ -82,6 +83,7 @@ class StudyResults:
     faults: pd.DataFrame | None = None
     set_draws: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     train_losses: pd.Series | None = None
+    claims: Claims | None = None
 
     def __post_init__(self) -> None:
         refuse_infinite(self.results)
@@ -264,7 +266,8 @@ def val_loss_draws(val_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: i
 
 def val_loss_interval(val_losses: pd.DataFrame, draws: pd.Series | np.ndarray) -> Interval:
     """Token-weighted validation loss of one configuration with its scenario-bootstrap interval."""
-    return percentile_interval(val_losses["loss_sum_after"].sum() / val_losses["n_tokens"].sum(), draws)
+    value = val_losses["loss_sum_after"].sum() / val_losses["n_tokens"].sum()
+    return percentile_interval(value, draws, val_losses["scenario_id"].nunique())
 
 
 def set_loss_draws(reference_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: int) -> dict[str, pd.DataFrame]:

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from telco_nb.judge.bradley_terry import interval_levels
+
 Numbers = Sequence[float] | np.ndarray | pd.Series
 
 
@@ -24,13 +26,16 @@ class Interval(NamedTuple):
 MISSING = Interval(math.nan)
 
 
-def percentile_interval(value: float, draws: Numbers) -> Interval:
-    """95 % percentile interval of bootstrap draws around a value; draws that are NaN are left out."""
+def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = None) -> Interval:
+    """95 % percentile interval of bootstrap draws around a value; draws that are NaN are left out.
+
+    With the number of resampled clusters the percentiles are expanded, because those of few clusters are too narrow.
+    """
     finite = np.asarray(draws, dtype=float)
     finite = finite[np.isfinite(finite)]
     if finite.size == 0:
         return Interval(float(value))
-    low, high = np.quantile(finite, [0.025, 0.975])
+    low, high = np.quantile(finite, (0.025, 0.975) if n_clusters is None else interval_levels(n_clusters))
     return Interval(float(value), float(low), float(high))
 
 

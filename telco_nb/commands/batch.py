@@ -19,9 +19,9 @@ from telco_nb.commands.estimate import Corpus
 from telco_nb.corpus import llm_writer
 from telco_nb.engine import runner
 from telco_nb.hosted import api, egress, prices
-from telco_nb.hosted.attempts import StoreError
 from telco_nb.hosted.keys import safe
 from telco_nb.hosted.ledger import BatchRecord
+from telco_nb.hosted.lines import StoreError
 from telco_nb.hosted.session import CallsStopped, Session, is_lost, run_async
 from telco_nb.judge import language_model
 from telco_nb.judge.language_model import LanguageModelJudge

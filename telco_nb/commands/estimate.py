@@ -13,7 +13,7 @@ from scipy import stats
 from telco_nb import ROOT
 from telco_nb.corpus import gold, llm_writer, scenarios, variants
 from telco_nb.corpus.cards import load_cards
-from telco_nb.hosted import attempts, prices
+from telco_nb.hosted import attempts, lines, prices
 from telco_nb.hosted.api import HostedModel
 from telco_nb.judge import cases, language_model, protocol
 from telco_nb.judge.language_model import LanguageModelJudge
@@ -150,7 +150,7 @@ def measured(store: Path, model: str) -> tuple[prices.Range, prices.Range] | Non
     """
     counts: dict[str, list[int]] = {}
     for line in attempts.read_attempts(store):
-        is_counted = all(attempts.is_amount(line.get(name)) for name in ("tokens_in", "tokens_out"))
+        is_counted = all(lines.is_amount(line.get(name)) for name in ("tokens_in", "tokens_out"))
         if is_counted and line.get("model_asked") == model:
             total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
             total[0] += line["tokens_in"]

@@ -83,6 +83,6 @@ def main(
             egress.forbid()
         protocol = open_study(profile, judge, params_dir, to_ask=True, max_usd=max_usd)
         model = protocol.judge.hosted_model
-        egress.require_allowed(model)
+        egress.require_allowed(model.address, model.parameter)
         print(f"asked {model.model} at {model.host}: {ask(protocol, calls, max_usd, yes)}")
         print(report(protocol))

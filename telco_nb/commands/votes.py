@@ -1,52 +1,236 @@
-"""Imports human votes into a study as another judge: `python -m telco_nb votes outputs/laptop votes/ann.jsonl`."""
+"""Writes blind pairs for people or another judge outside, and takes their votes back: `python -m telco_nb votes`."""
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+import pandas as pd
 import typer
 
-from telco_nb.commands.common import errors_as_exit_codes
-from telco_nb.judge.gate import planted_controls
-from telco_nb.judge.people import VotesError, add_votes, latest_votes, read_votes
+from telco_nb.commands.common import CommandError, ParamsDir, errors_as_exit_codes
+from telco_nb.judge import blind_pairs
+from telco_nb.judge.blind_pairs import Export, Material
+from telco_nb.judge.panel import open_judge
+from telco_nb.judge.people import HumanJudge, Import, OutsideJudge, check_votes
 from telco_nb.judge.protocol import read_answers, store_path
 from telco_nb.judge.store import VerdictStore
+from telco_nb.judge.votes_file import Line, VotesError, one_vote_each, read_votes, refuse
 from telco_nb.study import params
+from telco_nb.study.params import PARAMS_DIR, ParameterError, StudyParams
+from telco_nb.study.record import write_bytes
+
+PAIRS = 200
+KINDS = "human or language_model_panel"
 
 
-def import_votes(root: Path, path: Path) -> tuple[str, int]:
-    """Imports a votes file into a study: (name of the judge `human-<rater>`, number of new votes).
+def open_study(root: Path, params_dir: Path) -> StudyParams:
+    """The parameters of the study in the folder `outputs/<profile>`. Raises CommandError if there is no such folder."""
+    if not root.is_dir():
+        raise CommandError(f"{root}: no such folder. Name that of a study, such as outputs/laptop.")
+    return params.load_study(root.resolve().name, params_dir)
 
-    `root` is the study's folder `outputs/<profile>`; `path` holds the votes of one rater, one JSON object per line.
-    Raises VotesError if the file holds no vote or a bad one; the message names every bad row, and nothing is imported.
+
+def open_material(root: Path, study: StudyParams) -> Material:
+    """The answers of a study's folder, with what the gate plants.
+
+    Raises:
+        CommandError: fewer than two configurations have answers, or an earlier step has not run.
     """
-    votes = latest_votes(read_votes(path), path)
-    if not votes:
-        raise VotesError(f"{path}: this file holds no valid vote. Nothing was imported.")
-    study = params.load_study(root.name)
     configs = [c for c in study.configs if (root / c / "04_energy" / "artefacts" / "answers.parquet").is_file()]
-    prompts, answers, cards = read_answers(root, configs)
-    _, planted = planted_controls(prompts, answers, cards, configs, seed=study.base["seed"])
-    name = f"human-{votes[0].rater}"
-    store = VerdictStore(store_path(root, name))
-    return name, add_votes(votes, prompts, answers | planted, cards, configs, store, path)
+    make = f"Run: ./run_all.py --profile {study.profile} --steps 01-04"
+    if len(configs) < 2:
+        raise CommandError(f"{root} holds answers of {len(configs)} configurations, and a pair needs two. {make}")
+    try:
+        prompts, answers, cards = read_answers(root, configs)
+    except FileNotFoundError as error:
+        raise CommandError(f"{error.filename} is missing. {make}") from None
+    return blind_pairs.make_material(prompts, answers, cards, configs, study.base["seed"])
 
+
+# ---------------------------------------------------------------- export
+
+
+def export_pairs(
+    root: Path, file: Path, n: int = PAIRS, seed: int | None = None, params_dir: Path = PARAMS_DIR
+) -> tuple[Export, Material]:
+    """Write blind pairs into `file` and their key into the study's folder.
+
+    Args:
+        root: the study's folder `outputs/<profile>`.
+        file: where to; it must not exist.
+        n: the number of pairs, controls and repeats among them.
+        seed: of all random choices; None for the study's.
+        params_dir: the folder of the parameter files.
+
+    Returns:
+        What was written, and what it was chosen from.
+
+    Raises:
+        CommandError: the file exists or would be taken for a key, or the study has no answers to show.
+    """
+    study = open_study(root, params_dir)
+    if file.exists():
+        raise CommandError(f"{file} exists, and it may hold votes. Name another file.")
+    if file.resolve().parent == (root / blind_pairs.KEY_FOLDER).resolve():
+        raise CommandError(f"{file}: the keys are in this folder. Name a file outside it.")
+    material = open_material(root, study)
+    seed = study.base["seed"] if seed is None else seed
+    export = blind_pairs.make_export(material, n, seed, score_draws(root))
+    if not export.count("ranking"):
+        raise CommandError(f"{root}: of every pair one answer is empty or loops, so there is nothing to vote on.")
+    write_bytes(blind_pairs.key_path(root, export), blind_pairs.json_lines(export.key))
+    write_bytes(file, blind_pairs.json_lines(export.pairs))
+    return export, material
+
+
+def score_draws(root: Path) -> list[pd.DataFrame]:
+    """The draws of all rankings that a study has so far, (draws, configurations) each."""
+    tables = map(pd.read_parquet, sorted(root.glob("judge-*/05_judge/tables/score_draws.parquet")))
+    return [table.pivot(index="draw", columns="config", values="score") for table in tables]
+
+
+def export_report(root: Path, file: Path, export: Export, material: Material) -> str:
+    """What the command prints after an export."""
+    counts = f"{export.count('ranking')} comparisons, {export.count('control')} planted controls"
+    lines = [
+        f"{file}: {len(export.pairs)} pairs: {counts}, {export.count('swap')} repeats with exchanged seats",
+        f"{blind_pairs.key_path(root, export)}: the key; it stays here, a rater must not see it",
+        f"Take the votes back with: python -m telco_nb votes import {root} FILE",
+    ]
+    planted = {row["control"] for row in export.key} - {None}
+    if missing := set(material.controls["control"]) - planted:
+        lines.insert(1, f"{len(missing)} kinds of controls found no place, so no gate can be passed: export more pairs")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- import
+
+
+def import_votes(root: Path, file: Path, judge: str | None = None, params_dir: Path = PARAMS_DIR) -> list[Import]:
+    """Import a votes file into a study: the whole file, or nothing of it.
+
+    Args:
+        root: the study's folder `outputs/<profile>`.
+        file: JSONL, or CSV; see `votes_file.Vote`.
+        judge: the judge whose votes they are; None for one judge human-<rater> per rater.
+        params_dir: the folder of the parameter files.
+
+    Returns:
+        What was added, one entry per judge.
+
+    Raises:
+        VotesError: a vote is bad; every bad one is named by file, line and field.
+        ParameterError: there is no such judge, or it takes no votes.
+    """
+    lines = read_votes(file)
+    by_judge = {name: one_vote_each(votes) for name, votes in _by_judge(lines, judge).items()}
+    study = open_study(root, params_dir)
+    judges = {name: open_outside(name, study, root, params_dir) for name in by_judge}
+    try:
+        keys = blind_pairs.read_keys(root)
+    except ValueError as error:
+        raise VotesError(str(error)) from None
+    material = open_material(root, study)
+    imports = [
+        check_votes(judges[name], votes, keys, material, VerdictStore(store_path(root, name)))
+        for name, votes in by_judge.items()
+    ]
+    replace_all({found.store.path: found.stored() for found in imports if found.lines})
+    return imports
+
+
+def _by_judge(lines: Sequence[Line], judge: str | None) -> dict[str, list[Line]]:
+    if judge is not None:
+        return {judge: list(lines)}
+    refuse(
+        [f"{w}: rater: who voted? Add this field, or name the judge: --judge" for w, vote in lines if not vote.rater]
+    )
+    by_judge: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        by_judge[f"human-{line.vote.rater}"].append(line)
+    return by_judge
+
+
+def open_outside(name: str, study: StudyParams, root: Path, params_dir: Path = PARAMS_DIR) -> OutsideJudge:
+    """The judge outside of that name: by its file in params/judges, or a person human-<rater> without one.
+
+    Raises ParameterError if there is no such judge, or if it takes no votes.
+    """
+    file = params_dir / "judges" / f"{name}.yaml"
+    if name not in study.judge_files:
+        if not name.startswith("human-") or Path(name).name != name:
+            raise ParameterError(f"{file}: no such file. Write one with judge_kind: {KINDS}, or name a human-<rater>.")
+        return HumanJudge(name)
+    values = study.values(f"judge-{name}")
+    params.validate(values, str(file))
+    judge = open_judge(values, root)
+    if not isinstance(judge, OutsideJudge) or judge.name != name:
+        raise ParameterError(f"{file}: only a judge of this name whose judge_kind is {KINDS} takes votes.")
+    return judge
+
+
+def replace_all(files: Mapping[Path, bytes]) -> None:
+    """Write all files or, if one of them cannot be written, none."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    try:
+        for path, data in files.items():
+            write_bytes(temporary[path], data)
+        for path in files:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def import_report(root: Path, file: Path, found: Import) -> str:
+    """What the command prints after an import."""
+    name = found.judge.name
+    known = f"; {found.n_known} pairs were judged in an earlier export, whose votes count" if found.n_known else ""
+    return f"{file}: {found.n_new} new votes of {name}{known}. Rank them: python -m telco_nb rerank {root}/judge-{name}"
+
+
+# ---------------------------------------------------------------- the command
 
 EPILOG = """
-**Example**
+**Examples**
 
-- `python -m telco_nb votes outputs/laptop votes/ann.jsonl votes/ben.jsonl`
+- `python -m telco_nb votes export outputs/laptop pairs.jsonl`: 200 blind pairs; their key stays in outputs/laptop/votes
+- `python -m telco_nb votes export outputs/laptop more.jsonl --n 480 --seed 2`: more of them, and other ones
+- `python -m telco_nb votes import outputs/laptop votes.csv`: each rater becomes a judge, human-RATER
+- `python -m telco_nb votes import outputs/laptop votes.jsonl --judge panel`: a judge of params/judges
+
+**A votes file** has one JSON object a line, or is a CSV table. Its fields: `pair_id`; `vote`, which is `a`, `b`,
+`tie` or `skip`; and if you like `margin` (1 somewhat, 2 clearly better), `seconds`, `reason`, `rater`, `time`. Write
+the votes into the lines of the exported file, or into a table of your own:
+
+    pair_id;vote;margin;rater;reason
+    3f0c9a1b2d4e;a;2;ann;it names the next step
 """
 
 
 def main(
+    action: Annotated[Literal["export", "import"], typer.Argument(help="What to do.")],
     root: Annotated[Path, typer.Argument(metavar="STUDY", help="The study's folder, such as outputs/laptop.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Votes files, one per rater.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, or the votes.")],
+    n: Annotated[int | None, typer.Option(min=10, max=100_000, help="export: pairs to write; else 200.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="export: of the choice; else the study's.")] = None,
+    judge: Annotated[str | None, typer.Option(metavar="NAME", help="import: whose votes they are.")] = None,
+    params_dir: ParamsDir = PARAMS_DIR,
 ) -> None:
-    """Import the votes of a blind panel as another judge. Either all of a file is good, or nothing is imported."""
+    """Export blind pairs, with planted controls and no names, or import the votes on them as another judge.
+
+    The pairs whose vote is worth most come first. Either all of a votes file is good, or nothing of it is imported.
+    """
+    foreign = {"export": {"--judge": judge}, "import": {"--n": n, "--seed": seed}}[action]
+    if given := [name for name, value in foreign.items() if value is not None]:
+        raise typer.BadParameter(f"votes {action} has no such option", param_hint=given)
     with errors_as_exit_codes("votes"):
-        for path in files:
-            name, n_new = import_votes(root, path)
-            ranking = f"python -m telco_nb rerank {root}/judge-{name}"
-            print(f"{path}: {n_new} new votes of {name}. Rank them: {ranking}")
+        if action == "export":
+            print(export_report(root, file, *export_pairs(root, file, n or PAIRS, seed, params_dir)))
+            return
+        for found in import_votes(root, file, judge, params_dir):
+            print(import_report(root, file, found))

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from telco_nb.engine.progress import State, plan_table, remaining_text
-from telco_nb.hosted import api, attempts, egress, prices
+from telco_nb.hosted import api, attempts, egress, lines, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, describe_difference, is_current
 from telco_nb.study.plan import Job, unused_parameters
@@ -227,11 +227,11 @@ def show_price(
     """
     chosen = [(state, source) for state in states if (source := hosted_model(state.job)) and state.decision != "skip"]
     for _, source in chosen:
-        egress.require_allowed(source)
+        egress.require_allowed(source.address, source.parameter)
     try:
         spent = attempts.spent_usd(root) if chosen else 0.0
         estimates = [(state, *estimate_job(state.job, source, jobs, root)) for state, source in chosen]
-    except attempts.StoreError as error:
+    except lines.StoreError as error:
         raise params.ParameterError(str(error)) from None
     for state, estimate, data in estimates:
         console.print(f"{state.job.id}: {estimate}. Sent there: {data}.", markup=False, soft_wrap=True)

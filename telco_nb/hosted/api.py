@@ -199,6 +199,8 @@ UnreadableReply = tuple[str, str]  # (the reply, its fault)
 class ApiClient:
     """A client for one hosted model. `ask` sends exactly one HTTP request and never raises for a provider's failure.
 
+    Nothing in the environment but the key counts: no proxy, no other host, no other account.
+
     `batch`: the client is for batches, which not every protocol of a provider supports.
     """
 
@@ -207,12 +209,13 @@ class ApiClient:
 
         from telco_nb.hosted import transport
 
-        egress.require_allowed(hosted_model)
+        egress.require_allowed(hosted_model.address, hosted_model.parameter)
+        egress.drop_provider_variables()
         self.hosted_model = hosted_model
         purpose = f"{hosted_model.purpose}, batch" if batch else hosted_model.purpose
         limit = transport.BATCH_BYTES if batch else transport.LIVE_BYTES
         self.transport = transport.GuardedTransport(hosted_model.address, purpose, limit)
-        with warnings.catch_warnings(), egress.without_provider_variables():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about settings that a model ignores; the record shows what was sent
             self.http = httpx2.AsyncClient(
                 timeout=hosted_model.timeout_s,

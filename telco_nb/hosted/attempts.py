@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MONEY = ("usd", "usd_at_most")  # the fields of a line that count as spent
-LEDGER = "batches.jsonl"  # the file beside a store that says what batches may cost (ledger.BatchLedger)
-
-
-class StoreError(ValueError):
-    """A store or ledger holds a line that no sum of money can be trusted with. Exit code 2."""
+from telco_nb.hosted.ledger import LEDGER, BatchLedger
+from telco_nb.hosted.lines import append_lines, check_money, parse_line
 
 
 class AttemptStore:
@@ -77,35 +70,6 @@ class AttemptStore:
             self._read(json.loads(line))
 
 
-def append_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Appends whole lines to a file and waits until they are on disk; creates file and folder if need be.
-
-    Writers take turns by a lock on the file, so what precedes without a line feed is of a writer that died: a whole
-    JSON object gets its line feed, because its answer may have cost money, and the beginning of one is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # closing the file gives it back
-        tail = _torn_tail(stream)
-        if tail and _parse(tail) is None:
-            stream.truncate(stream.seek(0, os.SEEK_END) - len(tail))
-        elif tail:
-            lines = [b"\n", *lines]
-        stream.write(b"".join(lines))
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _torn_tail(stream: Any) -> bytes:
-    """What follows the last line feed of a file."""
-    end = stream.seek(0, os.SEEK_END)
-    if end == 0 or (stream.seek(end - 1), stream.read(1))[1] == b"\n":
-        return b""
-    stream.seek(0)
-    data = stream.read()
-    return data[data.rfind(b"\n") + 1 :]
-
-
 def cost_usd(attempt: Mapping[str, Any]) -> float:
     """Dollars that an attempt cost; if its answer was lost, the most that it may have cost."""
     return attempt.get("usd") or attempt.get("usd_at_most") or 0.0
@@ -116,8 +80,6 @@ def spent_usd(root: Path) -> float:
 
     Raises StoreError if an amount cannot be trusted.
     """
-    from telco_nb.hosted.ledger import BatchLedger
-
     stores = sorted(root.glob("*/store/*.jsonl"))
     ledgers = [BatchLedger(path) for path in stores if path.name == LEDGER]
     answered = sum(cost_usd(line) for path in stores if path.name != LEDGER for line in read_attempts(path))
@@ -135,34 +97,7 @@ def _checked_lines(path: Path) -> Iterator[dict[str, Any] | None]:
         return
     with path.open("rb") as stream:
         for number, data in enumerate(stream, 1):
-            line = _parse(data)
+            line = parse_line(data)
             if line is not None:
                 check_money(line, f"{path}:{number}")
             yield line
-
-
-def check_money(line: Mapping[str, Any], where: str) -> None:
-    """Raises StoreError if an amount of dollars in a line is not null or a finite number from 0 up."""
-    for name in MONEY:
-        value = line.get(name)
-        if value is not None and not is_amount(value):
-            raise StoreError(
-                f"{where}: {name} is {value!r:.40}, not a number of dollars from 0 up, and the cap counts on it. Restore "
-                "the file from a copy, or set the amount that the provider billed."
-            )
-
-
-def is_amount(value: Any) -> bool:
-    """True for a finite number from 0 up; text and truth values are none."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floating-point numbers
-        return False
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        attempt = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return attempt if isinstance(attempt, dict) else None

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from telco_nb.hosted.hosts import Address
 from telco_nb.hosted.keys import KEY_VARIABLES
-
-if TYPE_CHECKING:
-    from telco_nb.hosted.api import HostedModel
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -35,18 +32,19 @@ class EgressRefused(CostRefused):
 def forbid() -> None:
     """Refuse every remote host from now on, in this process and in those that it starts."""
     os.environ[NO_EGRESS] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no base model is downloaded either
 
 
 def is_forbidden() -> bool:
     return os.environ.get(NO_EGRESS, "") not in ("", "0")
 
 
-def require_allowed(model: HostedModel) -> None:
-    """Returns if requests may go to the model's host. Raises EgressRefused, with host and parameter, if not."""
-    if is_forbidden() and not model.is_local:
+def require_allowed(address: Address, parameter: str) -> None:
+    """Returns if requests may go to an address, which a parameter chose. Raises EgressRefused, with both, if not."""
+    if is_forbidden() and address.reach == "remote":
         raise EgressRefused(
-            f"--no-egress: the host {model.host} lies outside this network (parameter {model.parameter}). Nothing was "
-            f"sent. Name a server of this network there, choose an offline one, or run without --no-egress."
+            f"--no-egress: the host {address.netloc} lies outside this network (parameter {parameter}). Nothing was "
+            "sent. Name a server of this network there, choose an offline one, or run without --no-egress."
         )
 
 
@@ -56,20 +54,15 @@ def ignored_variables() -> list[str]:
     return [name for name in (*names, *HOSTS) if os.environ.get(name)]
 
 
-@contextlib.contextmanager
-def without_provider_variables() -> Iterator[None]:
-    """Hides the variables with which a provider's SDK changes its host, its headers, its account or its log.
+def drop_provider_variables() -> None:
+    """Remove the variables with which a provider's SDK changes its host, its headers, its account or its log.
 
-    The keys stay: the SDKs are given theirs, and a message must be cleared of all of them at any time.
+    For good, because the SDKs read some of them again with each request. The keys stay: the SDKs are given theirs, and
+    a message must be cleared of all of them at any time.
     """
     keys = {name for names in KEY_VARIABLES.values() for name in names}
-    hidden = {name: text for name, text in os.environ.items() if name.startswith(_PROVIDERS) and name not in keys}
-    for name in hidden:
+    for name in [name for name in os.environ if name.startswith(_PROVIDERS) and name not in keys]:
         del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 # ---------------------------------------------------------------- the log
@@ -95,10 +88,26 @@ def log_path(store: Path) -> Path:
     return folder / "egress.jsonl"
 
 
-def write_call(path: Path, call: Call) -> None:
-    """Append a line, in one write, so that lines of several processes do not mix."""
+@contextlib.contextmanager
+def open_log(path: Path | None) -> Generator[Callable[[Call], None]]:
+    """Yields the function that appends a line to a log; without a path it does nothing.
+
+    The log is opened before a request leaves, so that none leaves unrecorded. Each line is one write, so that lines of
+    several processes do not mix. A disk that is full after the reply loses the line and not the answer, which is paid.
+
+    Raises OSError if the log cannot be opened.
+    """
+    if path is None:
+        yield lambda call: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(call: Call) -> None:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, json.dumps(asdict(call)).encode("ascii") + b"\n")
+
     try:
-        os.write(descriptor, json.dumps(asdict(call)).encode("ascii") + b"\n")
+        yield write
     finally:
         os.close(descriptor)

@@ -7,7 +7,7 @@ import re
 import socket
 from dataclasses import dataclass
 from functools import lru_cache
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 # Addresses of this machine, and private ones of RFC 1918 and RFC 4193. Others that never leave a network, such as
 # link-local ones (where clouds keep credentials) and documentation ranges, are not where a model server should be.
@@ -62,16 +62,24 @@ def parse_address(url: str) -> Address:
         raise AddressError("it holds a space, a control character or one of " + " ".join(sorted(_FORBIDDEN)))
     try:
         parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise AddressError(f"{error}" if "port" in str(error).lower() else "it is not a URL") from None
+    except ValueError:
+        raise AddressError("it is not a URL") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise AddressError("credentials or a query would write a secret into the record")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise AddressError("it is not an http(s) URL")
+    return Address(parts.scheme, _normalised(parts.hostname), _port(parts), parts.path)
+
+
+def _port(parts: SplitResult) -> int | None:
+    """The port; None for that of the scheme."""
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
     if port == 0 or parts.netloc.endswith(":"):
         raise AddressError("the port must be a number from 1 to 65535")
-    return Address(parts.scheme, _normalised(parts.hostname), port, parts.path)
+    return port
 
 
 def _normalised(host: str) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telco_nb.hosted.attempts import LEDGER, StoreError, append_lines, is_amount
+from telco_nb.hosted.lines import StoreError, append_lines, is_amount
+
+LEDGER = "batches.jsonl"  # the ledger's name, beside the store whose requests it lists
 
 
 @dataclass

@@ -9,8 +9,8 @@ from importlib import metadata
 from typing import Any
 
 from telco_nb.hosted.api import HostedModel, ProviderError, Request
-from telco_nb.hosted.attempts import is_amount
 from telco_nb.hosted.egress import CostRefused
+from telco_nb.hosted.lines import is_amount
 
 # Batches cost half the price at all three providers, as published in November 2026. genai-prices does not know this.
 BATCH_FACTOR = 0.5

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, TypeVar
 
 from telco_nb import __version__
 from telco_nb.hosted.api import ApiClient, ProviderError, Request, Response, UnreadableReply
 from telco_nb.hosted.attempts import AttemptStore
-from telco_nb.hosted.egress import log_path, write_call
+from telco_nb.hosted.egress import log_path
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.hosted.prices import Budget, BudgetStop, Prices
 from telco_nb.hosted.throttle import RetryPolicy, Throttle
@@ -96,7 +95,7 @@ class Session:
         self.failures_in_a_row = 0
         self.ledger = ledger_of(store.path)
         self.under_way = self.ledger.under_way
-        client.transport.log = partial(write_call, log_path(store.path))
+        client.transport.log = log_path(store.path)
 
     async def ask(self, request: Request) -> dict[str, Any] | None:
         """The stored line of the good answer, after a request if none is stored; None if all attempts failed.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx2
 
-from telco_nb.hosted.egress import Call
+from telco_nb.hosted.egress import Call, open_log
 from telco_nb.hosted.hosts import Address
 
 LIVE_BYTES = 8 * 2**20  # of the reply to one request, decompressed
@@ -30,14 +30,14 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         purpose: what the requests are for, for the log.
         max_bytes: of a reply, as sent and decompressed; a longer one is refused unread.
 
-    `log` receives every call after its end.
+    `log` is the file that gets a line per call, None for no record.
     """
 
     def __init__(self, address: Address, purpose: str, max_bytes: int = LIVE_BYTES):
         limits = httpx2.Limits(max_connections=MAX_CONNECTIONS)
         self.inner = httpx2.AsyncHTTPTransport(trust_env=False, limits=limits)
         self.address, self.purpose, self.max_bytes = address, purpose, max_bytes
-        self.log: Callable[[Call], None] = lambda call: None
+        self.log: Path | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         own, url = httpx2.URL(self.address.url), request.url
@@ -48,9 +48,13 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         now, digest = datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(body).hexdigest()
         call = Call(now, self.address.netloc, self.address.reach, self.purpose, len(body), digest)
         try:
-            return await self._exchange(request, call)
-        finally:
-            self.log(call)
+            with open_log(self.log) as write:
+                try:
+                    return await self._exchange(request, call)
+                finally:
+                    write(call)
+        except OSError as error:  # nothing was sent: httpx2 has its own exceptions for the network
+            raise httpx2.ConnectError(f"the log {self.log} cannot be written: {error.strerror}") from None
 
     async def _exchange(self, request: httpx2.Request, call: Call) -> httpx2.Response:
         reply = await self.inner.handle_async_request(request)

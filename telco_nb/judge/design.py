@@ -68,7 +68,7 @@ def plan_comparisons(
     rng = np.random.default_rng(seed)
     keys = _shuffled(prompts, rng)
     base = _ranking_rows(keys, list(configs), len(configs) if complete else matchings_per_prompt, rng)
-    swapped = [_swapped(row) for row in _sample(base, swap_share, rng)]
+    swapped = [with_swapped_seats(row) for row in _sample(base, swap_share, rng)]
     again = [r | {"purpose": "retest", "repeat": 1} for r in _sample(base, retest_share, rng)]
     anchored_keys = keys if complete and anchor_share else _sample(keys, anchor_share, rng)
     anchored = _anchor_rows(anchored_keys, list(configs), anchors, len(configs) if complete else ANCHOR_OPPONENTS, rng)
@@ -89,26 +89,39 @@ def pair_row(key: Mapping[str, str], purpose: str, first: str, second: str) -> d
     return {**key, "purpose": purpose, **seats, "order": "ab", "repeat": 0}
 
 
-def _swapped(row: dict[str, Any]) -> dict[str, Any]:
+def with_swapped_seats(row: dict[str, Any]) -> dict[str, Any]:
     return pair_row(row, "swap", row["config_second"], row["config_first"]) | {"order": "ba"}
 
 
 def _ranking_rows(keys: list[dict], configs: list[str], per_prompt: int, rng: np.random.Generator) -> list[dict]:
     rounds = matchings(len(configs))
     per_prompt = min(per_prompt, len(rounds))  # never the same pair twice on one prompt
-    lead = np.zeros((len(configs), len(configs)), int)  # lead[i, j]: times i sat before j minus times j sat before i
+    seats = Seats(len(configs), rng)
     rows = []
     for k, key in enumerate(keys):
         for m in range(per_prompt * k, per_prompt * (k + 1)):
             for i, j in rounds[m % len(rounds)]:
-                a, b = (i, j) if rng.random() < 0.5 else (j, i)
-                # First sits who sat second more often against this opponent, then in all pairs; else chance decides.
-                if (lead[a, b], lead[a].sum()) > (lead[b, a], lead[b].sum()):
-                    a, b = b, a
-                lead[a, b] += 1
-                lead[b, a] -= 1
+                a, b = seats.take(i, j)
                 rows.append(pair_row(key, "ranking", configs[a], configs[b]))
     return rows
+
+
+class Seats:
+    """Balances who sits first, per pair, then per configuration; chance decides the rest."""
+
+    def __init__(self, n: int, rng: np.random.Generator):
+        self.rng = rng
+        self.lead = np.zeros((n, n), int)  # lead[i, j]: times i sat before j minus times j sat before i
+
+    def take(self, i: int, j: int) -> tuple[int, int]:
+        """The two by seat. First sits who sat second more often against this opponent, then in all pairs."""
+        lead = self.lead
+        a, b = (i, j) if self.rng.random() < 0.5 else (j, i)
+        if (lead[a, b], lead[a].sum()) > (lead[b, a], lead[b].sum()):
+            a, b = b, a
+        lead[a, b] += 1
+        lead[b, a] -= 1
+        return a, b
 
 
 def _sample(items: list, share: float, rng: np.random.Generator) -> list:

@@ -71,6 +71,7 @@ OWN: dict[str, tuple[str, str, float, str]] = {
     "padded": ("planted_wins_half_ties", "<=", 0.60, "a configuration's answer with 60 % more words and no more said"),
 }
 GATE = (*PLANTED, *OWN)
+TOGETHER = "all_planted"
 
 
 def needed(n: int) -> int:
@@ -81,12 +82,21 @@ def needed(n: int) -> int:
     passes all of them with a probability below PASS_POOR; `passes_all` gives both.
     """
     each = PASS_GOOD ** (1 / len(PLANTED))
-    return int(max((k for k in range(n + 1) if stats.binom.sf(k - 1, n, GOOD) >= each), default=0))
+    allowed = max((k for k in range(n + 1) if stats.binom.sf(k - 1, n, GOOD) >= each), default=0)
+    return max(int(allowed), min(n, 1))  # a single question must be decided rightly
 
 
 def passes_all(n: int, right: float) -> float:
     """The probability that a judge which decides rightly with probability `right` passes all planted controls."""
     return float(stats.binom.sf(needed(n) - 1, n, right) ** len(PLANTED))
+
+
+def needed_together(n: int) -> int:
+    """The number of right decisions, of `n` on all planted controls together, that a small gate demands.
+
+    It is the largest number that a judge which is right with probability GOOD reaches with probability PASS_GOOD.
+    """
+    return int(stats.binom.ppf(1 - PASS_GOOD, n, GOOD))
 
 
 def planted_controls(
@@ -272,7 +282,8 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection
         {judge, passed, controls: [{control, value, low, high, threshold, rule, n, passed, detail}], passes_all_good,
         passes_all_poor}. low and high are the exact 95 % bounds of a share (Clopper-Pearson). A control without any
         verdict has value None; it is not passed, unless no prompt allows it, as `first_removed` without a protective
-        step. The last two are the chances that a good and a poor judge pass all controls with these numbers.
+        step. The last two are the chances that a good and a poor judge pass all controls with these numbers. With few
+        questions a control even a poor judge would pass all of them too often; then they are held together as well.
     """
     controls = [_planted_result(judged, name, name in planned) for name in PLANTED]
     controls += [_own_result(judged, name) for name in OWN]
@@ -281,7 +292,24 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection
             control["detail"] += "; the reference is compared with itself here, so only small corruptions can fail"
     n = int(judged.loc[judged["control"] == "template", "control"].size)
     power = {"passes_all_good": passes_all(n, GOOD), "passes_all_poor": passes_all(n, POOR)}
+    decided = sum(control["n"] for control in controls[: len(PLANTED)])
+    if decided and power["passes_all_poor"] > PASS_POOR:
+        together, power = _together(controls[: len(PLANTED)])
+        controls.append(together)
     return {"judge": judge, "passed": all(c["passed"] for c in controls), "controls": controls, **power}
+
+
+def _together(planted: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
+    """One more control where each has few questions: right decisions on all planted ones, and what passes then."""
+    n = sum(control["n"] for control in planted)
+    right = sum(round(control["value"] * control["n"]) for control in planted if control["n"])
+    least = needed_together(n)
+    interval = stats.binomtest(right, n).proportion_ci(0.95, method="exact")
+    bounds = {"value": right / n, "low": float(interval.low), "high": float(interval.high)}
+    result = {"control": TOGETHER, **bounds, "threshold": least / n, "rule": ">=", "n": n, "passed": right >= least}
+    detail = "the planted controls above together, because each has few questions"
+    chance = {name: float(stats.binom.sf(least - 1, n, right)) for name, right in (("good", GOOD), ("poor", POOR))}
+    return result | {"detail": detail}, {f"passes_all_{name}": p for name, p in chance.items()}
 
 
 OPTIONAL = ("other_problem", "wrong_term", "first_removed", "nearest", "other_scenario", "injection")

@@ -11,12 +11,13 @@ from telco_nb.judge.cases import Judge, OfflineJudge
 from telco_nb.judge.checklist import ChecklistJudge
 from telco_nb.judge.embedding import EmbeddingJudge
 from telco_nb.judge.language_model import LanguageModelJudge
-from telco_nb.judge.people import HumanJudge
+from telco_nb.judge.people import HumanJudge, LanguageModelPanelJudge
 
 OFFLINE_KINDS: dict[str, type[OfflineJudge]] = {
     "checklist": ChecklistJudge,
     "reference": EmbeddingJudge,
     "human": HumanJudge,
+    "language_model_panel": LanguageModelPanelJudge,
 }
 
 

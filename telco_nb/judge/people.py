@@ -1,246 +1,230 @@
-"""People as judges: imports the votes of a blind panel into a store of verdicts.
+"""Judges outside this machine: people, or a panel of language models, whose votes on blind pairs are imported.
 
-`python -m telco_nb votes outputs/laptop votes/ann.jsonl` checks a rater's file against the study and appends the votes
-to `judge-human-ann/store/verdicts.jsonl`. One line of a votes file is one JSON object, see `Vote`. If one is wrong,
-nothing of the file is imported. `python -m telco_nb rerank outputs/laptop/judge-human-ann` then ranks the votes; a file
-`params/judges/human-ann.yaml` with `judge_kind: human` makes the person a judge of the study.
+`python -m telco_nb votes export` writes the pairs, `votes import` puts the votes into a store of verdicts, and 05_judge
+ranks them like those of any other judge. A vote counts for the two texts that were shown: if an answer has changed
+since, it is refused.
 
-The plan of a person holds the questions that the panel showed, so a skipped question counts as not judged. Planted
-controls count only if the panel showed them; without them the gate is not passed.
+The plan of such a judge holds what it was shown: every pair up to the last one that has a vote. A pair without a vote
+there, or with `skip`, counts as not judged. Planted controls count only if they were shown; without them the gate is
+not passed.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb.corpus.cards import Card
-from telco_nb.judge import asking, design, gate
-from telco_nb.judge.cases import Answers, Case, JudgeError, OfflineJudge, Question, Verdict, printable
+from telco_nb.judge import asking, design
+from telco_nb.judge.blind_pairs import KEY_COLUMNS, SEATS, Material
+from telco_nb.judge.cases import Case, JudgeError, OfflineJudge, Question, Verdict
 from telco_nb.judge.store import VerdictStore, text_sha256
+from telco_nb.judge.votes_file import Line, Vote, VotesError, refuse
 
 CONTROL_COLUMNS = [*design.PLAN_COLUMNS, "control", "planted"]
+PARTS = ("controls", "pairs")
 
 
-class Vote(BaseModel):
-    """One line of a votes file, in the order in which the person voted.
+class OutsideJudge(OfflineJudge):
+    """A judge whose votes were imported. It cannot be asked again, so missing votes stay missing."""
 
-    The hashes are those of the two texts shown (`store.text_sha256`), so a vote cannot count for other answers.
-    `both_bad` counts as a tie with a flag, `undo` removes the last vote on the same question, and `skip` means that the
-    question was shown and not answered. `repeat` is 1 if the same question is shown again. `control` names a planted
-    control, whose planted side is `control:<name>`.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    rater: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")
-    time: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
-    prompt_id: str
-    config_first: str
-    config_second: str
-    sha256_first: str = Field(pattern=r"^[0-9a-f]{64}$")
-    sha256_second: str = Field(pattern=r"^[0-9a-f]{64}$")
-    choice: Literal["first", "second", "tie", "both_bad", "skip", "undo"]
-    repeat: int = Field(default=0, ge=0, le=1)
-    control: str | None = None
-    seconds: float | None = Field(default=None, ge=0)
-    note: str | None = Field(default=None, max_length=2000)
-
-    @property
-    def question(self) -> tuple[str, str, str, int]:
-        return (self.prompt_id, self.config_first, self.config_second, self.repeat)
-
-    def verdict(self) -> Verdict | None:
-        """The verdict, None without a decision. The panel asks for no margin, so the margin is the smallest, 1."""
-        note = printable(self.note or "")
-        if self.choice in ("first", "second"):
-            return Verdict("A" if self.choice == "first" else "B", 1, note)
-        flags = ("A:bad", "B:bad") if self.choice == "both_bad" else ()
-        return Verdict("tie", 0, note, flags) if self.choice in ("tie", "both_bad") else None
-
-
-class VotesError(ValueError):
-    """A votes file cannot be imported; the message names every bad row and field."""
-
-
-class HumanJudge(OfflineJudge):
-    """A person whose votes were imported. The person cannot be asked again, so missing votes stay missing."""
-
-    kind = "human"
     is_proxy = False
     forms = ("pair",)
-    description = "a person: the votes of a blind panel"
+    instrument: ClassVar[dict[str, str]]  # how the verdicts were made; part of every stored line
 
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         super().__init__(name, model, endpoint)
-        if not name.startswith("human-") or model is not None:
-            raise ValueError(f"judge {name!r}: a person is named human-<rater> and has no judge_model.")
-        self.parameters = {"instrument": "blind panel"}
+        if model is not None:
+            raise ValueError(f"judge {name!r}: the votes of a {self.kind} are imported; remove judge_model.")
+        self.parameters = dict(self.instrument)
 
     def judge(self, case: Case) -> Verdict:
-        raise JudgeError("provider_error", "there is no vote of this person on these answers; import a file with one")
+        raise JudgeError("provider_error", "there is no vote of this judge on these answers; import a file with one")
+
+
+class HumanJudge(OutsideJudge):
+    """A person."""
+
+    kind = "human"
+    instrument: ClassVar = {"instrument": "blind pairs"}
+    description = "a person: votes on blind pairs"
+
+    def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
+        super().__init__(name, model, endpoint)
+        if not name.startswith("human-"):
+            raise ValueError(f"judge {name!r}: a person is named human-<rater>.")
+
+
+class LanguageModelPanelJudge(OutsideJudge):
+    """A panel of language models that nobody asked through this project."""
+
+    kind = "language_model_panel"
+    instrument: ClassVar = {
+        "instrument": "blind pairs",
+        "made_by": "language models outside this project read the pairs one by one and gave a reason with each vote",
+        "model": "not known to this record",
+    }
+    description = (
+        "a panel of language models outside this project: blind pairs were exported, read and voted on one by one with "
+        "a reason, and the votes imported; which models they were is not known to this record"
+    )
 
 
 def shown_pairs(store: VerdictStore, part: str) -> pd.DataFrame:
-    """A person's plan of a part (pairs or controls): the questions that the panel showed.
+    """The plan of a part (pairs or controls): the questions that the judge was shown.
 
     Raises VotesError if no votes were imported.
     """
     if not store.plans:
-        raise VotesError(f"{store.path}: no votes yet. Import them: python -m telco_nb votes <study> <votes file>")
+        raise VotesError(f"{store.path}: no votes yet. Import them: python -m telco_nb votes import STUDY FILE")
     plan = store.planned(part).drop(columns="judgement_id")
-    return plan.reindex(columns=CONTROL_COLUMNS if part == "controls" else design.PLAN_COLUMNS) if plan.empty else plan
+    return plan.reindex(columns=_columns(part)) if plan.empty else plan
 
 
-# ---------------------------------------------------------------- reading
-
-
-def read_votes(path: Path) -> list[Vote]:
-    """The votes of a file. Raises VotesError with the number, the field and the fault of each bad row."""
-    votes, faults = [], []
-    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # not splitlines(), because a note may hold U+2028
-    for number, line in enumerate(lines, 1):
-        try:
-            votes.append(Vote.model_validate_json(line))
-        except ValidationError as error:
-            for detail in error.errors():
-                field = ".".join(map(str, detail["loc"])) or "the line"
-                faults.append(f"{path}:{number}: {field}: {detail['msg']}")
-    raters = {vote.rater for vote in votes}
-    if len(raters) > 1:
-        faults.append(f"{path}: rater: one file holds one person's votes, not those of {', '.join(sorted(raters))}")
-    _refuse(faults)
-    return votes
-
-
-def latest_votes(votes: Sequence[Vote], path: Path) -> list[Vote]:
-    """The votes that remain after all `undo`, one per question. Raises VotesError for a second vote on a question."""
-    latest: dict[tuple, Vote] = {}
-    faults = []
-    for number, vote in enumerate(votes, 1):
-        earlier = latest.get(vote.question)
-        if vote.choice == "undo":
-            if latest.pop(vote.question, None) is None:
-                faults.append(f"{path}:{number}: choice: nothing to undo on {vote.prompt_id}")
-        elif earlier is None or earlier.choice == "skip":
-            latest[vote.question] = vote
-        else:
-            faults.append(f"{path}:{number}: repeat: voted twice on one question; undo the first, or mark repeat 1")
-    _refuse(faults)
-    return list(latest.values())
-
-
-def _refuse(faults: Sequence[str]) -> None:
-    if faults:
-        more = f"\n... and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise VotesError("\n".join(faults[:20]) + more + "\nNothing was imported.")
+def _columns(part: str) -> list[str]:
+    return CONTROL_COLUMNS if part == "controls" else design.PLAN_COLUMNS
 
 
 # ---------------------------------------------------------------- importing
 
 
-def add_votes(
-    votes: Sequence[Vote],
-    prompts: pd.DataFrame,
-    answers: Answers,
-    cards: Mapping[str, Card],
-    configs: Sequence[str],
+class Import(NamedTuple):
+    """Checked votes of one judge: the lines to add to its store, new votes among them, and pairs judged before."""
+
+    judge: OutsideJudge
+    store: VerdictStore
+    lines: list[dict[str, Any]]
+    n_new: int
+    n_known: int
+
+    def stored(self) -> bytes:
+        """The whole store with the new lines. A last line that a kill cut short is left out."""
+        data = self.store.path.read_bytes() if self.store.path.is_file() else b""
+        new = [json.dumps(line, allow_nan=False).encode("ascii") + b"\n" for line in self.lines]
+        return data[: data.rfind(b"\n") + 1] + b"".join(new)
+
+
+def check_votes(
+    judge: OutsideJudge,
+    votes: Sequence[Line],
+    keys: Sequence[Sequence[Mapping[str, Any]]],
+    material: Material,
     store: VerdictStore,
-    path: Path,
-) -> int:
-    """Checks all votes, then adds them to the store of the judge human-<rater>.
+) -> Import:
+    """Check all votes of a judge against the study; nothing is written.
 
     Args:
-        votes: the votes of one rater (`latest_votes`).
-        prompts: the test prompts, one row each.
-        answers: text by (configuration, prompt_id), the planted controls included.
-        cards: card by term_id.
-        configs: the configurations of the study.
-        store: the store of the judge.
-        path: the votes file, for messages.
+        judge: the judge.
+        votes: its votes, at most one a pair (`votes_file.one_vote_each`).
+        keys: those of all exports of the study (`blind_pairs.read_keys`).
+        material: the study's prompts, answers and controls.
+        store: the judge's store.
 
     Returns:
-        The number of new votes.
+        What is to be added to the store.
 
     Raises:
-        VotesError: a vote does not fit the study or an earlier vote; nothing is imported.
+        VotesError: a vote is on no exported pair, on answers that have changed, or differs from an earlier import.
     """
-    judge = HumanJudge(f"human-{votes[0].rater}")
-    plan = _plan_votes(votes, prompts, answers, configs, path)
-    cases = asking.build_cases(plan, prompts, answers, cards)
-    plan = asking.with_judgement_ids(judge, plan, cases)
-    is_control = plan["purpose"] == "control"
-    parts = {"controls": plan[is_control], "pairs": plan[~is_control].drop(columns=["control", "planted"])}
-    lines = _lines(judge, plan, cases, votes, store, path)
-    for part, rows in parts.items():
-        store.plan(part, rows)
-    store.append(lines)
-    return len(lines)
-
-
-def _plan_votes(
-    votes: Sequence[Vote], prompts: pd.DataFrame, answers: Answers, configs: Sequence[str], path: Path
-) -> pd.DataFrame:
-    """The votes as a plan. Raises VotesError for votes that do not fit the study."""
-    keys = {row["prompt_id"]: row for row in prompts[design.PROMPT_COLUMNS].to_dict("records")}
-    rows, faults, shown = [], [], set()
-    for number, vote in enumerate(votes, 1):
-        sides = (vote.config_first, vote.config_second)
-        where = f"{path}: vote {number} ({vote.prompt_id}, {' and '.join(sides)})"
-        faults += [f"{where}: {fault}" for fault in _vote_faults(vote, keys, answers, configs)]
-        row = design.pair_row(keys.get(vote.prompt_id, {}), "control", *sides) | {"repeat": vote.repeat}
-        if vote.control:
-            rows.append(row | {"control": vote.control, "planted": f"control:{vote.control}"})
+    by_id = {line.vote.pair_id: line for line in votes}
+    rows = [row for key in keys for row in _shown(key, by_id)]
+    _refuse_unfit(votes, rows, material)
+    rows = [row for row in rows if _is_current(row, material)]
+    plans, questions = _plans(judge, rows, material, store)
+    lines, n_known, faults = [], 0, []
+    taken = dict(store.ok)
+    for row, question in zip(rows, questions, strict=True):
+        line = by_id.get(row["pair_id"])
+        fresh = _attempt(judge, question, line.vote if line else None, row["pair_id"], store)
+        if fresh is None:
             continue
-        again, swapped = (vote.prompt_id, *sides) in shown, (vote.prompt_id, *reversed(sides)) in shown
-        purpose = "anchor" if set(sides) & set(design.ANCHORS) else "swap" if swapped else "ranking"
-        if vote.repeat and not again:
-            faults.append(f"{where}: repeat: 1, but the question was not shown before")
-        rows.append(row | {"purpose": "retest" if vote.repeat else purpose, "order": "ba" if swapped else "ab"})
-        shown.add((vote.prompt_id, *sides))
-    _refuse(faults)
-    return pd.DataFrame(rows, columns=CONTROL_COLUMNS)
+        earlier = taken.setdefault(question.id, fresh)
+        if earlier is fresh:
+            lines.append(fresh)
+        elif line and earlier.get("pair_id") != row["pair_id"]:
+            n_known += 1
+        elif line and any(earlier[name] != fresh[name] for name in ("verdict", "margin")):
+            faults.append(f"{line.where}: vote: {line.vote.vote!r} differs from the vote imported earlier")
+    refuse(faults)
+    planned = [line for part in PARTS for line in store.plan_lines(part, plans[part])]
+    return Import(judge, store, [*planned, *lines], sum(line["source"] == "votes" for line in lines), n_known)
 
 
-def _vote_faults(vote: Vote, keys: Mapping[str, Any], answers: Answers, configs: Sequence[str]) -> list[str]:
-    """The reasons why a vote does not fit the study; empty if it fits."""
-    planted = f"control:{vote.control}"
-    known = {*configs, *design.ANCHORS} | ({planted} if vote.control in gate.GATE else set())
+def _shown(key: Sequence[Mapping[str, Any]], voted: Mapping[str, Line]) -> list[Mapping[str, Any]]:
+    """The rows of a key that the judge was shown: those up to the last one with a vote."""
+    last = max((row["position"] for row in key if row["pair_id"] in voted), default=0)
+    return [row for row in key if row["position"] <= last]
+
+
+def _refuse_unfit(votes: Sequence[Line], rows: Sequence[Mapping[str, Any]], material: Material) -> None:
+    known = {row["pair_id"]: row for row in rows if row["pair_id"]}
     faults = []
-    if vote.prompt_id not in keys:
-        faults.append(f"prompt_id: {vote.prompt_id!r} is not a test prompt of this study")
-    for seat in ("first", "second"):
-        config, digest = getattr(vote, f"config_{seat}"), getattr(vote, f"sha256_{seat}")
-        text = answers.get((config, vote.prompt_id))
-        if config not in known:
-            faults.append(f"config_{seat}: {config!r} is not in this study")
-        elif text is None or text_sha256(text) != digest:
-            problem = "has no answer to it" if text is None else "has another answer to it now"
-            faults.append(f"sha256_{seat}: {config} {problem}")
-    if vote.config_first == vote.config_second:
-        faults.append("config_second: a configuration cannot meet itself")
-    if vote.control is not None and planted not in (vote.config_first, vote.config_second):
-        faults.append(f"control: no side is {planted}")
-    return faults
+    for where, vote in votes:
+        row = known.get(vote.pair_id)
+        if row is None:
+            faults.append(f"{where}: pair_id: {vote.pair_id!r:.40} is no pair that this study has exported")
+        elif not _is_current(row, material):
+            faults.append(f"{where}: pair_id: an answer of {vote.pair_id!r} has changed since the export; export again")
+    refuse(faults)
 
 
-def _lines(
-    judge: HumanJudge, plan: pd.DataFrame, cases: list[Case], votes: Sequence[Vote], store: VerdictStore, path: Path
-) -> list[dict[str, Any]]:
-    """The lines of the votes that are not in the store. Raises VotesError for a vote that differs from a stored one."""
-    lines, faults = [], []
-    for row, case, vote in zip(plan.to_dict("records"), cases, votes, strict=True):
-        verdict, stored = vote.verdict(), store.ok.get(row["judgement_id"])
-        if stored and verdict and stored["verdict"] != verdict.verdict:
-            faults.append(f"{path}: {vote.prompt_id}: choice: differs from the vote imported earlier")
-        if stored or verdict is None:
-            continue
-        row = row if vote.control else {k: v for k, v in row.items() if k not in ("control", "planted")}
-        question = Question(row["judgement_id"], row, case)
-        seconds = vote.seconds and round(vote.seconds, 6)
-        lines.append(store.attempt_line(judge, question, verdict, source="human", latency_s=seconds, time=vote.time))
-    _refuse(faults)
-    return lines
+def _is_current(row: Mapping[str, Any], material: Material) -> bool:
+    hashes = [row["sha256_first"], row["sha256_second"]]
+    there = all((row[seat], row["prompt_id"]) in material.answers for seat in SEATS)
+    return there and [text_sha256(text) for text in material.texts(row)] == hashes
+
+
+def _plans(
+    judge: OutsideJudge, rows: Sequence[Mapping[str, Any]], material: Material, store: VerdictStore
+) -> tuple[dict[str, pd.DataFrame], list[Question]]:
+    """The plan of each part, earlier imports included, and the question of every row."""
+    cases, plan = _with_ids(judge, pd.DataFrame(rows, columns=KEY_COLUMNS)[CONTROL_COLUMNS], material)
+    plans = {}
+    for part in PARTS:
+        own = plan[(plan["purpose"] == "control") == (part == "controls")]
+        both = pd.concat([_earlier(judge, part, material, store), own[[*_columns(part), "judgement_id"]]])
+        plans[part] = both.drop_duplicates([*_columns(part)], ignore_index=True)
+    records = [
+        {
+            name: value
+            for name, value in row.items()
+            if row["purpose"] == "control" or name not in ("control", "planted")
+        }
+        for row in plan.to_dict("records")
+    ]
+    pairs = zip(records, cases, strict=True)
+    return plans, [Question(row["judgement_id"], row, case) for row, case in pairs]
+
+
+def _with_ids(judge: OutsideJudge, plan: pd.DataFrame, material: Material) -> tuple[list[Case], pd.DataFrame]:
+    cases = asking.build_cases(plan, material.prompts, material.answers, material.cards)
+    return cases, asking.with_judgement_ids(judge, plan, cases)
+
+
+def _earlier(judge: OutsideJudge, part: str, material: Material, store: VerdictStore) -> pd.DataFrame:
+    """The stored plan of a part without the questions whose answers have changed since."""
+    plan = store.planned(part)
+    seats = [zip(plan[seat], plan["prompt_id"], strict=True) for seat in SEATS] if len(plan) else []
+    there = [all(answer in material.answers for answer in pair) for pair in zip(*seats, strict=True)]
+    plan = plan[there] if len(plan) else plan
+    if plan.empty:
+        return pd.DataFrame(columns=[*_columns(part), "judgement_id"])
+    _, now = _with_ids(judge, plan.drop(columns="judgement_id"), material)
+    return plan[now["judgement_id"] == plan["judgement_id"]]
+
+
+def _attempt(
+    judge: OutsideJudge, question: Question, vote: Vote | None, pair_id: str | None, store: VerdictStore
+) -> dict[str, Any] | None:
+    """The line of a vote, or of a verdict by rule; None without a decision."""
+    if pair_id is None:
+        by_rule = asking.rule_verdict(question.case)
+        return store.attempt_line(judge, question, by_rule, source="rule", latency_s=0.0) if by_rule else None
+    verdict = vote.verdict() if vote else None
+    if vote is None or verdict is None:
+        return None
+    seconds = vote.seconds and round(vote.seconds, 6)
+    told = {"source": "votes", "latency_s": seconds, "pair_id": pair_id, "rater": vote.rater}
+    return store.attempt_line(judge, question, verdict, **told, **({"time": vote.time} if vote.time else {}))

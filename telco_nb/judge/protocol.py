@@ -21,7 +21,7 @@ from telco_nb.judge.cases import Answers, Case, OfflineJudge, Question
 from telco_nb.judge.gate import CONTROL_PROMPTS, GATE, gate_result, planted_controls
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.panel import open_judge
-from telco_nb.judge.people import shown_pairs
+from telco_nb.judge.people import OutsideJudge, shown_pairs
 from telco_nb.judge.store import VerdictStore, coverage_block, judged_rows
 from telco_nb.study import params, record
 from telco_nb.study.content_key import is_current
@@ -134,7 +134,7 @@ def build_protocol(
     """Builds the protocol of a judge on given answers.
 
     Args:
-        judge: the judge; the plan of a person is what the blind panel showed.
+        judge: the judge; the plan of one outside is what it was shown.
         store: the judge's store.
         values: the judge's parameters.
         prompts: the test prompts, one row each, as 02_synth writes them.
@@ -146,9 +146,10 @@ def build_protocol(
     """
     gate_plan, planted = planted_controls(prompts, answers, cards, values["configs"], seed=values["seed"])
     anchors = {config for config, _ in answers} & set(design.ANCHORS)
-    complete = judge.is_free and judge.kind != "human"
+    outside = isinstance(judge, OutsideJudge)
+    complete = judge.is_free and not outside
     plans = {"controls": gate_plan, **plan_parts(values, prompts, judge.forms, complete, anchors)}
-    if judge.kind == "human":
+    if outside:
         plans |= {part: shown_pairs(store, part) for part in ("controls", "pairs")}
     cases = {part: asking.build_cases(plan, prompts, {**answers, **planted}, cards) for part, plan in plans.items()}
     plans = {part: asking.with_judgement_ids(judge, plan, cases[part]) for part, plan in plans.items()}

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb.judge import separation
+from telco_nb.judge.best import compare_with_best
 from telco_nb.judge.bradley_terry import Draws, Fit, interval_levels, place_anchor
 from telco_nb.judge.design import ANCHORS
 
@@ -94,7 +95,7 @@ def _bounds(
     first = (rows["config_first"] == config).to_numpy()
     won, lost = _decided(rows, first)
     if won.all() or lost.all():
-        exact = separation.won_all_bound(_share_of_wins(rows, first, fitted, won.all()), units)
+        exact = separation.won_all_bound(_share_of_wins(rows, first, fitted, bool(won.all())), units)
         exact = _centred_bound(exact if won.all() else -exact, config, fitted)
         return (exact, np.nan) if won.all() else (np.nan, exact)
     if sides[0].all() or sides[1].all():  # the group of which it is one won or lost everything against the others
@@ -252,72 +253,10 @@ def _pair_p(gap: np.ndarray, drawn: np.ndarray, units: np.ndarray) -> np.ndarray
     return np.maximum(np.where(units > 1, p, 1.0), separation.least_p(units))
 
 
-def compare_with_best(
-    scores: pd.Series, draws: pd.DataFrame, n_terms: pd.Series | None = None, level: float = 0.05
-) -> pd.DataFrame:
-    """Compares every configuration with the best of the others, whichever that is, for all of them at once.
-
-    Multiple comparisons with the best (Hsu 1996, Multiple Comparisons, chapter 4), with the joint draws in the place of
-    normal errors: for each configuration the largest standardised error of its lead over any other one has a quantile
-    in the draws, which is carried over to t on (clusters - 1) degrees of freedom. `worse_than_one` takes the largest
-    error over all pairs instead (as Tukey's test), so it is wrong in at most 5 % of studies in which all are equal.
-
-    Args:
-        scores: score by configuration.
-        draws: scores as (draws, configurations).
-        n_terms: the clusters in which each was compared; None: as if there were many.
-        level: the share of studies in which a statement may be wrong.
-
-    Returns:
-        By configuration, best first: score; can_be_best; behind_at_most, the upper bound of the lead of the best of the
-        others over it, in log-odds; worse_than_one, true if another one is surely better.
-    """
-    names = list(scores.sort_values(ascending=False, kind="stable").index)
-    gaps = scores[names].to_numpy(float)[:, None] - scores[names].to_numpy(float)
-    units = np.full(len(names), np.inf) if n_terms is None else n_terms[names].to_numpy(float)
-    errors, one, every = _max_errors(draws[names].to_numpy(float), gaps, units, level)
-    known = np.isfinite(errors)
-    reach = np.where(known, gaps + one * np.where(known, errors, 0.0), np.inf)  # of row i over column j, at most
-    np.fill_diagonal(reach, np.inf)
-    can_be_best = (reach >= 0).all(1)
-    np.fill_diagonal(reach, -np.inf)
-    behind = np.maximum(0.0, np.where(can_be_best[:, None], reach, -np.inf).max(0)) if len(names) > 1 else np.zeros(1)
-    worse = (known & (gaps - every * np.where(known, errors, 0.0) > 0)).any(0)
-    table = {"score": scores[names], "can_be_best": can_be_best, "behind_at_most": behind, "worse_than_one": worse}
-    return pd.DataFrame(table, index=pd.Index(names, name="config"))
-
-
-def _max_errors(
-    drawn: np.ndarray, gaps: np.ndarray, units: np.ndarray, level: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standard errors of all differences (n, n), and the quantiles of their largest standardised error.
-
-    The quantiles are one-sided over the leads of each configuration, and two-sided over all pairs; both are (n, n),
-    as they depend on the clusters of the pair. An error is at least so large that no difference passes here that could
-    not pass a sign test over the clusters; with one cluster it is infinite.
-    """
-    n, fewest = len(units), np.minimum(np.minimum(units[:, None], units), 1e9)
-    df = np.maximum(fewest - 1, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        least = np.abs(gaps) / stats.t.isf(separation.least_p(fewest) / 2, df)
-    least[fewest < 2] = np.inf
-    errors, one, all_pairs = np.ones((n, n)), np.zeros(n), np.zeros(len(drawn))
-    for i in range(n):
-        off = np.delete(np.arange(n), i)
-        error = drawn[:, [i]] - drawn[:, off]
-        spread = np.maximum(error.std(0), 1e-12)
-        largest = (error - error.mean(0)) / spread
-        one[i] = np.quantile(-largest.min(1, initial=0.0), 1 - level)
-        all_pairs = np.maximum(all_pairs, np.abs(largest).max(1, initial=0.0))
-        errors[i, off] = np.maximum(spread * np.sqrt(fewest / df)[i, off], least[i, off])
-    every = float(np.quantile(all_pairs, 1 - level))
-    return errors, stats.t.isf(stats.norm.sf(one)[:, None], df), stats.t.isf(stats.norm.sf(every), df)
-
-
 def tied_top(
     scores: pd.Series, draws: pd.DataFrame, n_terms: pd.Series | None = None, level: float = 0.05
 ) -> list[str]:
-    """The configurations that can be the best one, best first (`compare_with_best`): with 95 % the best is one of them.
+    """The configurations that can be the best one, best first (`best.compare_with_best`): with 95 % it is one of them.
 
     Args:
         scores: score by configuration.
@@ -333,6 +272,11 @@ def few_terms(n_terms: int) -> str | None:
     """The reason why so few terms carry no claim about a ranking, or None."""
     least = separation.LEAST_TERMS
     return None if n_terms >= least else f"fewer than {least} terms ({n_terms}): too few to tell a ranking from chance"
+
+
+def interval_text(low: float, high: float, digits: str = "+.2f") -> str:
+    """`[low, high]`, with `open` for a bound that is missing."""
+    return f"[{', '.join('open' if pd.isna(bound) else format(bound, digits) for bound in (low, high))}]"
 
 
 def holm(p: np.ndarray) -> np.ndarray:

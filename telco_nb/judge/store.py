@@ -57,10 +57,15 @@ class VerdictStore(AttemptStore):
 
     def plan(self, part: str, plan: pd.DataFrame) -> None:
         """Stores the plan of a part, unless the latest plan of the part has the same questions."""
+        self.append(self.plan_lines(part, plan))
+
+    def plan_lines(self, part: str, plan: pd.DataFrame) -> list[dict[str, Any]]:
+        """The line of a plan; none if the latest plan of the part has the same questions."""
         questions = {name: [_json_value(v) for v in plan[name]] for name in plan.columns}
         digest = hashlib.sha256(json.dumps(questions, sort_keys=True).encode()).hexdigest()
-        if self.plans.get(part, {}).get("sha256") != digest:
-            self.append([{"plan": part, "sha256": digest, "n": len(plan), "time": _now(), "questions": questions}])
+        if self.plans.get(part, {}).get("sha256") == digest:
+            return []
+        return [{"plan": part, "sha256": digest, "n": len(plan), "time": _now(), "questions": questions}]
 
     def planned(self, part: str) -> pd.DataFrame:
         """The latest plan of a part, empty if there is none."""
@@ -74,7 +79,8 @@ class VerdictStore(AttemptStore):
             question: the question.
             verdict: the verdict, None for a failed attempt.
             **fields: values that replace the defaults: status `ok`, error None, source `judge` (the others are `rule`,
-                where no judge was needed, and `human`), latency_s None, time now, and the receipt of a provider.
+                where no judge was needed, and `votes`, where it was imported), latency_s None, time now, and the
+                receipt of a provider; or more fields.
         """
         case, receipt = question.case, verdict.receipt if verdict else {}
         return {

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,6 +32,9 @@ class ParameterError(ValueError):
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_Model = TypeVar("_Model", bound=_Strict)
 
 
 class LoraParameters(_Strict):
@@ -64,7 +67,9 @@ class JudgeParameters(_Strict):
     """The parameters that one judge may set: a file of `params/judges`."""
 
     judge: str
-    judge_kind: Literal["checklist", "reference", "human", "anthropic", "openai", "google", "openai-compatible"]
+    judge_kind: Literal[
+        "checklist", "reference", "human", "language_model_panel", "anthropic", "openai", "google", "openai-compatible"
+    ]
     judge_model: str | None
     judge_endpoint: str | None
     judge_max_tokens: int = Field(ge=64)
@@ -133,8 +138,21 @@ class Parameters(LoraParameters, JudgeParameters):
     cpu_watts_per_core: float = Field(gt=0)
     cpu_watts_per_core_high: float = Field(gt=0)
     idle_share: float = Share
-    # ranking
+    # ranking and claims
     bootstrap_draws: int = Field(ge=100)
+    claims_path: str
+
+
+class Claims(_Strict):
+    """What is claimed, written down before the run: a file such as `params/claims.yaml`, which holds the meanings."""
+
+    claim: str = Field(min_length=1)
+    rule: str = Field(min_length=1)
+    outcome: Literal["judged_quality"]
+    margin: float = Field(gt=0, le=3)
+    confidence: float = Field(ge=0.8, lt=1)
+    tie: float = Field(ge=0)
+    energy_saving: float = Field(ge=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -168,6 +186,8 @@ class StudyParams:
 
 LORA_KEYS = {*LoraParameters.model_fields, "seed"}
 JUDGE_KEYS = {*JudgeParameters.model_fields}
+# What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
+RESERVED_NAMES = {"shared", "study", "untuned", "reference", "template", "echo", "nearest", "tie"}
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 
@@ -200,6 +220,12 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
 
 
 def _check_all(study: StudyParams, params_dir: Path) -> None:
+    for config in study.lora:
+        if config in RESERVED_NAMES or "-seed" in config or config.startswith("judge-"):
+            raise ParameterError(
+                f"{params_dir / 'lora' / config}.yaml: a configuration cannot be called {config!r}: the study uses "
+                "that name itself. Rename the file."
+            )
     scopes = {"shared": "base.yaml"} | {c: f"lora/{c}.yaml" for c in study.lora}
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base.get("judges", [])}
     for scope, name in scopes.items():
@@ -207,6 +233,7 @@ def _check_all(study: StudyParams, params_dir: Path) -> None:
     for judge in study.base["judges"]:
         if study.judge_files[judge].get("judge") != judge:
             raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
+    load_claims(study.base["claims_path"])
 
 
 def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
@@ -226,14 +253,31 @@ def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
         seen[text] = config
 
 
-def validate(values: dict[str, Any], where: str) -> Parameters:
-    """Validate a whole set of values. Raises ParameterError naming `where`, the key and what is expected."""
+def load_claims(path: str | Path = "params/claims.yaml") -> Claims:
+    """Read the claims of a study strictly; a relative path is below the project's folder.
+
+    Raises ParameterError for an unknown key, a missing one, a wrong value, or a tie wider than the margin.
+    """
+    file = ROOT / path
+    claims = _checked(Claims, _read_file(file, set(Claims.model_fields)), str(file))
+    if claims.tie > claims.margin:
+        raise ParameterError(f"{file}: tie: {claims.tie} is more than the margin, {claims.margin}. Make it smaller.")
+    return claims
+
+
+def _checked(model: type[_Model], values: dict[str, Any], where: str) -> _Model:
     try:
-        checked = Parameters.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ParameterError(f"{where}: {key}: {_fix(first)}") from None
+        fix = _fix(first) if first["type"] != "missing" or model is Parameters else "no value is given. Add the key."
+        raise ParameterError(f"{where}: {key}: {fix}") from None
+
+
+def validate(values: dict[str, Any], where: str) -> Parameters:
+    """Validate a whole set of values. Raises ParameterError naming `where`, the key and what is expected."""
+    checked = _checked(Parameters, values, where)
     watts = (checked.cpu_watts_per_core_low, checked.cpu_watts_per_core, checked.cpu_watts_per_core_high)
     if list(watts) != sorted(watts):
         raise ParameterError(f"{where}: cpu_watts_per_core: low <= mid <= high is needed, got {watts}.")

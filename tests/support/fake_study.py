@@ -264,6 +264,10 @@ def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.
     if scope == "c02":
         answers.loc[:4, ["answer", "finish_reason"]] = ["restart the phone " * 9, "length"]
     answers.to_parquet(run.artefact("answers.parquet"))
+    losses = prompts[["prompt_id", "test_set", "term_id"]].assign(n_tokens=20)
+    run.table("reference_losses", losses.assign(loss_sum=20 * rng.normal(0.6, 0.1, len(prompts))))
+    by_set = losses["test_set"].unique()
+    run.metric(**{f"{name}_{part}": 0.6 + rng.normal(0, 0.05) for name in by_set for part in ("loss", "perplexity")})
     run.table("energy", energy_table("answer", wh / 3))
     run.metric(answer_energy_wh=wh / 3, answer_energy_low_wh=wh / 6, answer_energy_high_wh=wh / 2,
                energy_kind="estimated", energy_source="cpu_time_model", answers=len(prompts),
@@ -303,6 +307,7 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     metrics = [("p_first_seat", 0.52), ("swap_consistency", 0.9), ("tie_share", 0.14), ("test_retest", 0.97)]
     agreement = pd.DataFrame([(m, v, v - 0.03, v + 0.03, 390) for m, v in metrics])
     run.table("agreement", agreement.set_axis(["metric", "value", "low", "high", "n"], axis=1))
+    run.table("checks", checks_of(everyone))
     write_judgements(run, score)
     ids = {"judgement_id": "x", "prompt_id": "p000", "scenario_id": "s000", "config": list(score.index)}
     rated = {criterion: rng.integers(1, 6, len(score)) for criterion in cases.CRITERIA}
@@ -314,6 +319,16 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     run.artefact("validity.json").write_text(json.dumps(validity))
     run.metric(judge_kind=name, gate_passed=passed, coverage=1.0, n_judgements=3120, p_first_seat=0.52,
                swap_consistency=0.9, tie_share=0.14, missingness_p=None)  # fmt: skip
+
+
+def checks_of(score: pd.Series) -> pd.DataFrame:
+    """What the checklist finds in answers that make more points, the higher their configuration scores."""
+    rng = np.random.default_rng(6)
+    rows = pd.DataFrame([(c, f"p{i:03d}", f"t{i}") for c in score.index for i in range(20)])
+    rows = rows.set_axis(["config", "prompt_id", "term_id"], axis=1)
+    level = 0.5 + 0.1 * rows["config"].map(score.fillna(0)) + rng.normal(0, 0.05, len(rows))
+    rows["test_set"], rows["coverage"], rows["content"] = "test", level.clip(0, 1), level.clip(0, 1)
+    return rows.assign(style=rng.uniform(0.5, 1, len(rows)), n_words=40, unsafe=False, asks_for_secret=False, flags="")
 
 
 def write_judgements(run: Run, score: pd.Series) -> None:
@@ -343,6 +358,7 @@ def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> d
         "judges": list(judges),
         "bootstrap_draws": 400,
         "seed": 20260605,
+        "claims_path": "params/claims.yaml",
     }
     job = Job("06_analysis", "study", values, inputs_of("06_analysis", values))
     work = record.prepare_work_dir(job, root, "0" * 64)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 # For children that are killed: the server that forks them is one for the whole test run, and imports this once.
-PRELOAD = ["test_llm_writer", "test_language_model", "pydantic_ai.models.openai", "pydantic_ai.providers.openai_compatible"]
+PRELOAD = [
+    "test_llm_writer",
+    "test_language_model",
+    "pydantic_ai.models.openai",
+    "pydantic_ai.providers.openai_compatible",
+]
 KINDS = ("anthropic", "openai", "google", "openai-compatible")
 FAULTS = (
     "429", "429-after", "500", "529", "slow", "cut", "not-json", "half-json", "refusal", "filter", "length", "empty",
@@ -58,18 +64,20 @@ def error_body(kind: str, status: int, code: str = "") -> dict:
     return {"error": {"message": f"said {status}", "type": "server_error", "code": code or None}}
 
 
-Answer = Callable[[dict, int], "str | tuple[int, dict, dict | bytes]"]
+Answer = Callable[[dict, int], "str | tuple[int, dict, dict | bytes | Iterator[bytes]]"]
 
 
 class Server:
     """Answers each request with `script(body, number)`: a text, a fault's name, or (status, headers, body).
 
-    A text that names a fault is that fault. `requests` holds every body received, `answered` counts the good replies.
+    The body is JSON, bytes, or a generator of bytes. A text that names a fault is that fault.
+    `requests` holds every request received, `bodies` its bytes, `statuses` counts the replies by fault or as answered.
     """
 
     def __init__(self, kind: str, script: Answer, good: str = "{}", slow_s: float = 3.0):
         self.kind, self.script, self.good, self.slow_s = kind, script, good, slow_s
         self.requests: list[dict] = []
+        self.bodies: list[bytes] = []
         self.statuses: Counter[str] = Counter()
         self.lock = threading.Lock()
         outer = self
@@ -85,6 +93,7 @@ class Server:
                 body = json.loads(data)
                 with outer.lock:
                     outer.requests.append({"path": self.path, "headers": dict(self.headers), **body})
+                    outer.bodies.append(data)
                     number = len(outer.requests)
                 outer._answer(self, body, number)
 
@@ -125,6 +134,9 @@ class Server:
             handler.close_connection = True
             return
         status, headers, payload = self._reply(said, model)
+        if isinstance(payload, Iterator):
+            _stream(handler, status, payload)
+            return
         data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         handler.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -158,6 +170,17 @@ class Server:
             case "half-json" | "wrong-schema" | "empty":
                 return 200, {}, answer_body(kind, model, texts[said])
         return 200, {}, answer_body(kind, model, str(said))
+
+
+def _stream(handler: BaseHTTPRequestHandler, status: int, payload: Iterator[bytes]) -> None:
+    """Send a body of unknown length, until its end or until the client hangs up."""
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    handler.close_connection = True
+    with contextlib.suppress(OSError):
+        for part in payload:
+            handler.wfile.write(part)
 
 
 def killed_at_random(work: Callable[..., None], arguments: tuple[Any, ...], kills: int, seed: int) -> None:

@@ -150,13 +150,14 @@ def test_validation_loss_is_token_weighted():
     assert val_loss_interval(frame, draws["c"]).value == pytest.approx(0.55)
 
 
-def test_loss_interval_covers_the_true_mean_of_scenarios():
+@pytest.mark.parametrize("scenarios", [12, 60])
+def test_loss_interval_covers_the_true_mean_of_scenarios(scenarios):
     rng, hits = np.random.default_rng(2), 0
-    for _ in range(200):
-        frame = losses(rng.normal(1.0, 0.2, 60))
-        interval = val_loss_interval(frame, val_loss_draws({"c": frame}, 300, 1)["c"])
+    for _ in range(300):
+        frame = losses(rng.normal(1.0, 0.2, scenarios))
+        interval = val_loss_interval(frame, val_loss_draws({"c": frame}, 400, 1)["c"])
         hits += interval.low <= 1.0 <= interval.high
-    assert 0.89 <= hits / 200 <= 0.99
+    assert 0.92 <= hits / 300 <= 0.98
 
 
 def test_configurations_share_their_draws_so_differences_are_paired():
@@ -181,14 +182,15 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
     table = results_table(training, {"c01": {"answer_energy_wh": 0.0}}, {"c01": Interval(0.5, 0.4, 0.6)}, [judge])
     expected = (
         "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low "
-        "val_loss_high train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source "
+        "val_loss_high test_loss test_perplexity noisy_loss noisy_perplexity unseen_loss "
+        "unseen_perplexity train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source "
         "answer_energy_wh train_seconds tokens_per_second checklist_score checklist_low checklist_high "
         "checklist_rank checklist_rank_low checklist_rank_high checklist_gate"
     )
     assert list(table.columns) == expected.split()
     first, second = table.to_csv(index=False).splitlines()[1:]
-    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,none,,0.0,,,0.3,")
-    assert second == "c02" + "," * 25 + "failed"
+    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,,,,,,,none,,0.0,,,0.3,")
+    assert second == "c02" + "," * 31 + "failed"
 
 
 def test_a_configuration_that_the_judge_left_out_has_no_score():
@@ -207,15 +209,12 @@ def test_main_effects_equal_statsmodels():
     ours = main_effects(configs, response).set_index("contrast")
     levels = "C(target_modules, Treatment('qv')) + C(rank) + C(epochs) + C(learning_rate)"
     fit = smf.ols(f"y ~ {levels}", configs.assign(y=response)).fit()
-    bounds = fit.conf_int()
     for contrast, term in (
         ("qv -> all", "C(target_modules, Treatment('qv'))[T.all]"),
         ("1 -> 4", "C(epochs)[T.4]"),
         ("0.0002 -> 0.001", "C(learning_rate)[T.0.001]"),
     ):
         assert ours.loc[contrast, "effect"] == pytest.approx(fit.params[term])
-        assert ours.loc[contrast, ["low", "high"]].to_list() == pytest.approx(bounds.loc[term].to_list())
-    assert set(ours["df_resid"]) == {9}
 
 
 def test_main_effects_of_a_balanced_design_are_differences_of_level_means():
@@ -230,9 +229,12 @@ def test_main_effects_of_a_balanced_design_are_differences_of_level_means():
 def test_energy_effects_are_ratios():
     configs = fake_study.design()
     energy = pd.Series(np.where(configs["epochs"] == 4, 40.0, 10.0), configs.index)
-    effects = main_effects(configs, energy, log=True).set_index("contrast")
-    assert effects.loc["1 -> 4", "effect"] == pytest.approx(4)
-    assert effects.loc["8 -> 64", "effect"] == pytest.approx(1)
+    noisy = energy * np.exp(np.random.default_rng(0).normal(0, 1e-4, 16))
+    effects = main_effects(configs, noisy, log=True).set_index("contrast")
+    assert effects.loc["1 -> 4", "effect"] == pytest.approx(4, rel=1e-3)
+    assert effects.loc["8 -> 64", "effect"] == pytest.approx(1, rel=1e-3)
+    exact = main_effects(configs, energy, log=True)
+    assert not exact["estimable"].any() and "nothing that could be noise" in exact["reason"].iloc[0]
 
 
 def test_the_default_design_is_orthogonal_and_clear_of_two_factor_interactions():
@@ -423,7 +425,7 @@ def test_the_gate_is_shown_control_by_control_for_every_judge():
     table = gate_table([good, bad]).set_index("control")
     assert table.loc["wrong_number", "reference (offline proxy)"] == "0.750 (n = 40) FAILED"
     assert table.loc["truncated", "checklist (offline proxy)"] == "0.975 (n = 40) passed"
-    assert table.loc["late", "reference (offline proxy)"] == "no verdict FAILED"
+    assert table.loc["late", "reference (offline proxy)"] == "no question FAILED"
     assert pd.isna(table.loc["late", "checklist (offline proxy)"])
 
 
@@ -441,16 +443,6 @@ def test_a_judge_that_has_ranked_nothing_is_blocked_and_leaves_the_others_as_the
 
 
 # ---------------------------------------------------------------- what may be said
-
-
-def test_the_choice_is_cheap_among_the_tied_and_best_among_the_cheap():
-    score = pd.Series({"c01": 0.0, "c02": 0.05, "c03": 0.1, "c04": -3.0})
-    energy = [1.0, 1.1, 4.0, 0.1]
-    study = make_study(4, [make_judge(score)], train_energy_wh=energy)
-    choice = recommendation.recommend(study)
-    assert set(choice.candidates) == {"c01", "c02", "c03"}
-    assert "3 of 4 configurations (c03, c02, c01) are tied" in choice.reason
-    assert choice.config == "c02"  # c03 scores higher but takes four times the energy; c01 is no real saving
 
 
 def test_a_judge_that_failed_its_gate_neither_chooses_nor_carries_a_headline():

@@ -99,7 +99,7 @@ def test_useless_answers_are_counted_by_kind():
         }
     )
     assert answers_table({"c01": table}).to_dict("records") == [
-        {"config": "c01", "answers": 3, "empty": 1, "looping": 1, "cut off": 1, "median tokens": 10.0}
+        {"config": "c01", "answers": 3, "empty": 1, "looping": 1, "cut off": 1, "broken": 2, "median tokens": 10.0}
     ]
 
 

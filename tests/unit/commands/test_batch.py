@@ -6,13 +6,14 @@ import json
 import re
 import shutil
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import judge_study
 import matplotlib
 import pandas as pd
 import pytest
-from hosted_fixtures import GOOD, Verdict, keys, lines  # noqa: F401
+from hosted_fixtures import GOOD, SECRET, Verdict, keys, lines  # noqa: F401
 from provider_server import answer_body, error_body
 from typer.testing import CliRunner
 
@@ -42,6 +43,7 @@ class AnthropicBatches:
         self.fates: dict[str, str] = {}
         self.ended = False
         self.refuse_create = False
+        self.error = ""  # instead of every state and result
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,14 +60,16 @@ class AnthropicBatches:
 
             def do_GET(self) -> None:
                 batch = self.path.split("?")[0].split("/")[4]
-                if "/results" in self.path:
+                if outer.error:
+                    self.reply({"type": "error", "error": {"type": "x", "message": outer.error}}, 400)
+                elif "/results" in self.path:
                     self.reply(b"".join(json.dumps(r).encode() + b"\n" for r in outer.results(batch)))
                 else:
                     self.reply(outer.job(batch))
 
-            def reply(self, payload: dict | bytes) -> None:
+            def reply(self, payload: dict | bytes, status: int = 200) -> None:
                 data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -99,6 +103,8 @@ class AnthropicBatches:
                 result["message"] = answer_body("anthropic", "claude-sonnet-4-5", self.answer(request["params"]))
             elif fate == "unreadable":
                 result = {"type": "succeeded", "message": answer_body("anthropic", "claude-sonnet-4-5", "Sure!")}
+            elif fate == "odd":
+                result["message"] = {"id": 7, "content": None, "usage": None}
             elif fate == "errored":
                 result["error"] = error_body("anthropic", 500) | {"request_id": None}
             yield {"custom_id": request["custom_id"], "result": result}
@@ -271,6 +277,36 @@ def test_openai_takes_batches_in_another_protocol_with_the_same_lines_and_keeps_
     }
 
 
+def test_a_result_that_no_sdk_can_read_has_a_status_and_counts_at_its_worst_case(server, tmp_path):
+    server.fates, server.ended = {QUESTIONS[0].id: "odd"}, True
+    act(server, tmp_path, submit, QUESTIONS, max_usd=1.0)
+    assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 6, "provider_error": 1}
+    odd = next(line for line in lines(tmp_path / "a.jsonl") if line["call_id"] == QUESTIONS[0].id)
+    price = prices.Prices(HostedModel(*ANTHROPIC, server.url, max_tokens=50), factor=prices.BATCH_FACTOR)
+    assert odd["usd"] is None and odd["usd_at_most"] == pytest.approx(price.worst_case(QUESTIONS[0]))
+
+
+@pytest.mark.parametrize("step", [poll, lambda session: collect(session, QUESTIONS)])
+def test_an_error_of_the_provider_ends_a_command_in_one_printable_line_without_the_key(step, server, tmp_path):
+    act(server, tmp_path, submit, QUESTIONS)
+    server.error = "x" * 350 + SECRET + "\x1b[2J" + SECRET
+    with pytest.raises(CallsStopped) as stopped:
+        act(server, tmp_path, step)
+    said = "".join(traceback.format_exception(stopped.value))
+    assert SECRET[:8] not in said
+    assert "[key]" in said and str(stopped.value).isprintable()
+    assert BatchLedger(tmp_path / "batches.jsonl").under_way == {question.id for question in QUESTIONS}
+
+
+def test_results_at_another_host_are_not_fetched(server, tmp_path, monkeypatch):
+    act(server, tmp_path, submit, QUESTIONS)
+    server.ended = True
+    job = server.job
+    monkeypatch.setattr(server, "job", lambda batch: job(batch) | {"results_url": "http://127.0.0.2:9/results"})
+    with pytest.raises(CallsStopped, match="only 127"):
+        act(server, tmp_path, collect, QUESTIONS)
+
+
 def test_what_is_under_way_in_a_batch_is_not_asked_live_as_well(server, tmp_path):
     act(server, tmp_path, submit, QUESTIONS[:1])
     model = HostedModel("anthropic", "claude-sonnet-4-5", server.url)
@@ -383,7 +419,7 @@ def test_nothing_more_is_submitted_for_a_judge_that_failed_its_gate_unless_told_
     step(root, values, "submit", capsys)
     step(root, values, "collect", capsys)
     said = step(root, values, "submit", capsys)
-    assert "the gate failed (wrong_term" in said and "submitted: 0" in said and len(server.created) == 1
+    assert "the gate failed (" in said and "submitted: 0" in said and len(server.created) == 1
     step(root, values | {"judge_after_failed_gate": True}, "submit", capsys)
     assert len(server.created) == 2
 

@@ -47,6 +47,9 @@ def test_the_help_of_every_command_shows_an_example_of_its_call(name):
         ("rerank", "no/such/judge"),
         ("rerank", "no/such/judge", "--draws", "many"),
         ("votes", "outputs/laptop"),
+        ("votes", "export", "outputs/laptop", "pairs.jsonl", "--n", "9"),
+        ("votes", "export", "outputs/laptop", "pairs.jsonl", "--judge", "panel"),
+        ("votes", "import", "outputs/laptop", "votes.jsonl", "--seed", "1"),
         ("dataset", "import", "folder"),
     ],
 )
@@ -60,7 +63,9 @@ MISTAKES = [
     (("pilot", "--profile", "smoke", "--judge", "nobody"), 2, "nobody"),
     (("batch", "poll", "--profile", "smoke", "--params", "no/such/folder"), 2, "no/such/folder"),
     (("rerank", "no/such/judge"), 2, "no such file"),
-    (("votes", "outputs/smoke", "no/such/votes.jsonl"), 3, "no/such/votes.jsonl"),
+    (("votes", "import", "outputs/smoke", "no/such/votes.jsonl"), 3, "no/such/votes.jsonl"),
+    (("votes", "import", "outputs/smoke", "no/such/votes.CSV"), 3, "no/such/votes.CSV"),
+    (("votes", "export", "no/such/study", "pairs.jsonl"), 2, "no/such/study: no such folder"),
     (("publish", "--profile", "nobody"), 3, "holds no finished study"),
     (("dataset", "export", "no/such/folder", "--profile", "nobody"), 2, "nobody"),
 ]
@@ -72,12 +77,6 @@ def test_a_mistake_is_explained_in_one_line_without_a_traceback(words, code, mes
     assert isinstance(result.exception, SystemExit) and result.exit_code == code
     assert result.stderr.startswith(f"{words[0]}: ") and message in result.stderr
     assert "Traceback" not in result.output
-
-
-def test_votes_that_are_not_json_are_named_row_by_row(tmp_path):
-    (tmp_path / "ann.jsonl").write_text("this is not JSON\n")
-    result = run("votes", "outputs/smoke", tmp_path / "ann.jsonl")
-    assert result.exit_code == 2 and result.stderr.startswith("votes: ") and "ann.jsonl" in result.stderr
 
 
 def test_a_readme_without_its_markers_is_named_and_kept(tmp_path, monkeypatch):

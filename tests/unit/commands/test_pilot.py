@@ -8,7 +8,7 @@ import json
 import judge_study
 import matplotlib
 import pytest
-from hosted_fixtures import keys  # noqa: F401
+from hosted_fixtures import keys, lines  # noqa: F401
 from provider_server import Server, answer_body
 
 from telco_nb.commands import estimate, pilot
@@ -57,6 +57,8 @@ def test_twenty_calls_price_the_whole_plan_and_05_asks_only_the_others(served, m
     assert "1,000 [952, 1,048]" in said and f"the whole plan: {n} calls" in said and f"yet: {n - 20} calls" in said
     judge_study.run_judge(root, monkeypatch, **values | {"judge_after_failed_gate": True})
     assert len(server.requests) == n
+    logged = lines(root / "egress.jsonl")
+    assert len(logged) == n and {line["purpose"] for line in logged} == {"judge"}
 
 
 def test_the_plan_of_a_run_counts_with_the_measured_lengths(served):

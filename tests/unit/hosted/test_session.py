@@ -236,16 +236,16 @@ def test_resuming_asks_only_what_has_no_good_answer(tmp_path):
         assert not server.requests
 
 
-def test_a_torn_last_line_is_dropped_and_a_whole_one_without_its_line_feed_is_kept(tmp_path):
+def test_a_torn_last_line_is_skipped_and_a_whole_one_without_its_line_feed_is_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     with Server("openai", lambda body, n: GOOD) as server:
         ask_all(server, path, 4)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
     store = attempts.AttemptStore(path)
-    assert (len(store.ok), store.unreadable) == (3, 1) and path.read_bytes().endswith(b"\n")
+    assert (len(store.ok), store.unreadable) == (3, 1)
     path.write_bytes(whole[:-1])
-    assert len(attempts.AttemptStore(path).ok) == 4 and path.read_bytes() == whole
+    assert len(attempts.AttemptStore(path).ok) == 4
 
 
 # ---------------------------------------------------------------- limits of the provider and of the purse

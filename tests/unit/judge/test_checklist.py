@@ -220,6 +220,24 @@ def test_the_checklist_rates_what_it_checks_and_leaves_the_rest_empty():
     assert rated(f"{gold_answer(stolen)} {gate.SECRET_REQUEST}", stolen)["on_policy"] == 1
 
 
+def test_the_table_of_checks_has_a_row_for_every_answer_with_what_the_pairs_are_judged_by():
+    prompts = judge_study.make_prompts(3)
+    answers = judge_study.make_answers(prompts, ["c01", "c02"])
+    answers["c02", prompts["prompt_id"][0]] = f"Hello. {gate.SECRET_REQUEST}"
+    answers["c02", prompts["prompt_id"][1]] = ""
+    table = checklist.checks_table(JUDGE, prompts, answers, CARDS)
+    assert len(table) == len(answers) and not table.duplicated(["config", "prompt_id"]).any()
+    rows = table.set_index(["config", "prompt_id"])
+    for row in prompts.itertuples():
+        found = JUDGE.check(case_of(row.scenario_id, ""), row.reference)
+        shown = rows.loc[("reference", row.prompt_id)]
+        assert (shown["coverage"], shown["content"], shown["style"]) == (found.coverage, found.content, found.style)
+        assert not shown["unsafe"] and not shown["asks_for_secret"]
+    asking, empty = (rows.loc[("c02", name)] for name in prompts["prompt_id"][:2])
+    assert asking["asks_for_secret"] and asking["unsafe"] and "asks_for_secret" in asking["flags"]
+    assert empty["n_words"] == 0 == empty["coverage"]
+
+
 def test_the_checklist_needs_neither_torch_nor_network():
     code = (
         "import sys; from telco_nb.judge import asking, panel, ranking; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,7 +32,11 @@ PAIR = json.dumps({"analysis": "A says more.", "verdict": "A", "margin": 1, "fla
 RATING = json.dumps({"analysis": "x", "factual": 4, "resolves": 3, "on_policy": 5, "tone": 4, "concise": 2})
 
 
-prompts = judge_study.make_prompts
+PROMPTS = judge_study.make_prompts(12)  # made at import, so that children that are forked and killed need not
+
+
+def prompts(n: int) -> pd.DataFrame:
+    return PROMPTS.head(n)
 
 
 def plan(n: int) -> tuple[pd.DataFrame, list[Case]]:
@@ -165,7 +171,8 @@ def test_a_model_that_always_takes_the_first_seat_fails_the_gate(tmp_path):
     assert not validity["passed"] and {"same_text", "same_text_ties", "negated", "injection"} <= failed
 
 
-def test_killed_at_20_random_moments_every_verdict_is_there_once(tmp_path):
+def test_killed_at_20_random_moments_every_verdict_is_there_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the children's server imports this module once
     served: Counter[str] = Counter()
     lock, in_flight, kills, n = threading.Lock(), 4, 20, 8
 

@@ -138,3 +138,17 @@ def test_base_yaml_explains_every_key():
     lines = (params.PARAMS_DIR / "base.yaml").read_text().splitlines()
     keys = yaml.safe_load("\n".join(lines))
     assert set(keys) == set(params.Parameters.model_fields) - params.RUNNER_KEYS - {"profile"}
+
+
+@pytest.mark.parametrize("name", ["tie", "untuned", "reference", "c01-seed2", "judge-x"])
+def test_a_configuration_cannot_have_a_name_that_means_something_else(folder, name):
+    text = (folder / "lora" / "c16.yaml").read_text().replace("rank: 64", "rank: 65").replace("rank: 8", "rank: 9")
+    (folder / "lora" / f"{name}.yaml").write_text(text)
+    with pytest.raises(ParameterError, match="uses that name itself"):
+        load_study("laptop", folder)
+
+
+def test_a_missing_file_of_claims_is_refused_before_anything_runs(folder):
+    edit(folder / "base.yaml", "claims_path: params/claims.yaml", "claims_path: params/nothing.yaml")
+    with pytest.raises(ParameterError, match=r"nothing\.yaml: no such file"):
+        load_study("laptop", folder)

@@ -1,0 +1,41 @@
+"""The primary claim: the one statement that was written down before the run, with its margin and its rule."""
+
+from __future__ import annotations
+
+import math
+
+from telco_nb.analysis.loss_findings import loss_pick
+from telco_nb.analysis.recommendation import claiming_judges, claims_of, compare, name_list
+from telco_nb.analysis.results import StudyResults
+from telco_nb.analysis.statements import Finding, not_estimable
+
+VERDICTS = {"supported": "Upheld", "refuted": "Refuted", "not distinguishable": "The data cannot tell"}
+
+
+def primary_finding(study: StudyResults) -> Finding:
+    """The primary claim with its answer: supported (upheld), refuted, not distinguishable, or blocked.
+
+    The lead is that of the best other configuration over the choice of loss, with bounds that hold for all
+    configurations at once. Of several judges the least certain one gives the numbers.
+    """
+    claims, (judges, blocks) = claims_of(study), claiming_judges(study)
+    text, pick = f"Primary claim: {claims.claim}", loss_pick(study.losses) if len(study.losses) else None
+    judges = [judge for judge in judges if pick in judge.scores.index]
+    if pick is None or not judges:
+        reason = "; ".join(blocks) or "no judge has ranked it"
+        return not_estimable("primary", f"{text} No answer", reason if pick else "no loss is the lowest", 0, "blocked")
+    leads = {}
+    for label, table in compare(study, judges).items():
+        ahead = max(0.0, table["score"].drop(pick).max() - table.loc[pick, "score"]) if len(table) > 1 else 0.0
+        leads[label] = ahead, table.loc[pick, "behind_at_least"], table.loc[pick, "behind_at_most"]
+    upheld = all(high <= claims.margin for _, _, high in leads.values())
+    refuted = all(low > claims.margin for _, low, _ in leads.values())
+    verdict = "supported" if upheld else "refuted" if refuted else "not distinguishable"
+    told = [f"{_lead_text(*lead)} with {label}" for label, lead in leads.items()]
+    text += f" {VERDICTS[verdict]}: {pick} is behind the best of the others by {name_list(told)} (log-odds; margin "
+    least = max(leads.values(), key=lambda lead: lead[2] - lead[1])
+    return Finding("primary", f"{text}{claims.margin:g}).", *least, n=len(study.losses), verdict=verdict)
+
+
+def _lead_text(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}, {'open' if math.isinf(high) else f'{high:.2f}'}]"

@@ -1,0 +1,250 @@
+"""Exports a trained configuration for use outside of the study: `python -m telco_nb export CONFIG FOLDER --to hf`.
+
+Every folder holds a model card (README.md), a description of the base model and the checksums of all files. It names no
+path of this machine, and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from telco_nb import ROOT
+from telco_nb.commands import model_card
+from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.commands.trained import (
+    BASE_FILE,
+    Config,
+    Trained,
+    find_trained,
+    load_base,
+    load_deployed,
+    model_errors,
+)
+from telco_nb.engine.runner import UnfitError
+from telco_nb.study.record import sha256
+
+if TYPE_CHECKING:
+    import torch
+
+Target = Literal["hf", "merged", "gguf", "ollama", "vllm"]
+DTypeName = Literal["auto", "float32", "bfloat16"]
+CONVERTER = "convert_hf_to_gguf.py"
+SUMS = "SHA256SUMS"
+CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"  # a message as most chat templates write it
+CHATML_OLLAMA = (
+    "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+)
+
+
+def export(
+    trained: Trained,
+    folder: Path,
+    to: Target,
+    dtype: DTypeName = "auto",
+    converter: Path | None = None,
+    replace: bool = False,
+) -> list[Path]:
+    """Write a trained configuration into a folder.
+
+    Args:
+        trained: the configuration.
+        folder: where to; it must not exist, or be empty.
+        to: hf (adapter and base model), merged (one model), gguf, ollama or vllm (merged, with what these need).
+        dtype: number format of the weights; auto is that in which the base model is stored.
+        converter: llama.cpp's converter, for gguf; None: the one on PATH.
+        replace: replace an earlier export.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        CommandError: the folder is in use, the converter is missing, or the base model has changed.
+        UnfitError: the base model cannot be loaded, or the converter fails.
+    """
+    folder = folder.resolve()
+    refuse_folder(folder, replace)
+    program = find_converter(converter) if to == "gguf" else None
+    wanted = weights_dtype(trained, dtype)
+    with written_whole(folder) as temporary:
+        if to == "hf":
+            write_adapter(trained, temporary, wanted)
+        elif program is not None:
+            write_gguf(trained, temporary, wanted, program)
+        else:
+            write_merged(trained, temporary, wanted)
+        if to == "ollama":
+            (temporary / "Modelfile").write_text(modelfile(trained, temporary), encoding="utf-8")
+        elif to == "vllm":
+            (temporary / "vllm.txt").write_text(model_card.vllm_line(trained) + "\n", encoding="utf-8")
+        _describe(trained, temporary, to)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def weights_dtype(trained: Trained, dtype: DTypeName) -> torch.dtype:
+    """The number format that `dtype` names; auto is that in which the base model is stored."""
+    import torch
+    from transformers import AutoConfig
+
+    from telco_nb.lora.base_model import resolve_model
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    with model_errors():
+        source = resolve_model(trained.values["base_model"])
+    return AutoConfig.from_pretrained(source, trust_remote_code=False).dtype or torch.float32
+
+
+# ---------------------------------------------------------------- the kinds of export
+
+
+def write_adapter(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
+    """The adapter as 03_train saved it, and the base model in `base`."""
+    shutil.copytree(trained.adapter, folder, dirs_exist_ok=True)
+    model, tokenizer = load_base(trained)
+    _save_model(model.to(dtype), tokenizer, folder / "base")
+
+
+def write_merged(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
+    """A whole transformers model: the adapter merged into the base weights."""
+    _save_model(*load_deployed(trained, dtype), folder)
+    shutil.copyfile(trained.adapter / BASE_FILE, folder / BASE_FILE)
+
+
+def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    from telco_nb.lora.adapter import generation_config
+
+    model.generation_config = generation_config(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def find_converter(path: Path | None) -> Path:
+    """llama.cpp's converter. Raises CommandError if it is not there; the message says where it comes from."""
+    found = shutil.which(CONVERTER) if path is None else str(path)
+    if found is None or not Path(found).is_file():
+        where = "on PATH" if path is None else f"at {path}"
+        raise CommandError(
+            f"gguf needs llama.cpp's converter, and there is no {CONVERTER} {where}. Get it with `git clone "
+            f"https://github.com/ggml-org/llama.cpp`, then add --converter llama.cpp/{CONVERTER}."
+        )
+    return Path(found)
+
+
+def write_gguf(trained: Trained, folder: Path, dtype: torch.dtype, converter: Path) -> None:
+    """One GGUF file, made from the merged model. Raises UnfitError if the converter fails."""
+    merged = folder / trained.config  # the converter writes this name into the file
+    write_merged(trained, merged, dtype)
+    program = [sys.executable, str(converter.resolve()), trained.config]
+    options = ["--outfile", f"{trained.config}.gguf", "--outtype", "auto"]
+    done = subprocess.run([*program, *options], cwd=folder, capture_output=True, text=True)
+    if done.returncode or not (folder / f"{trained.config}.gguf").is_file():
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
+        raise UnfitError(f"{converter.name} failed (exit code {done.returncode}): {last[0]}")
+    os.replace(merged / BASE_FILE, folder / BASE_FILE)
+    shutil.rmtree(merged)
+
+
+def modelfile(trained: Trained, folder: Path) -> str:
+    """Ollama's Modelfile for the merged model in `folder`: system prompt, chat template, greedy decoding, limits."""
+    from transformers import AutoTokenizer
+
+    from telco_nb.lora.base_model import end_token_id
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    lines = ["FROM ."]
+    if _is_chatml(tokenizer):  # else Ollama must know the template
+        lines.append(f'TEMPLATE """{CHATML_OLLAMA}"""')
+    lines += [
+        f'SYSTEM """{trained.base["system_prompt"]}"""',
+        f'PARAMETER stop "{tokenizer.decode([end_token_id(tokenizer)])}"',
+        f"PARAMETER temperature {trained.values['answer_temperature']:g}",
+        f"PARAMETER num_predict {trained.values['answer_max_tokens']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _is_chatml(tokenizer: Any) -> bool:
+    """Whether the chat template writes each message as `CHATML`."""
+    probe = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    expected = "".join(CHATML.format(**message) for message in probe) + "<|im_start|>assistant\n"
+    return tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True) == expected
+
+
+def _describe(trained: Trained, folder: Path, to: Target) -> None:
+    """Add the model card, the licence and, last, the checksums of all files."""
+    from telco_nb.lora.adapter import readable_by_all
+
+    (folder / "README.md").write_text(model_card.render_card(trained, to), encoding="utf-8")
+    if trained.base["license"] == "apache-2.0":
+        shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
+    readable_by_all(folder)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def refuse_folder(folder: Path, replace: bool) -> None:
+    """Raise CommandError for a place that an export must not overwrite: a file, or a folder with other things."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CommandError(f"{folder} is a file. Name a folder.")
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if names and not replace:
+        raise CommandError(f"{folder} is not empty. Name another folder, or add --replace.")
+    sums = folder / SUMS
+    listed = [line[66:] for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else []
+    if others := sorted(names - {SUMS, *listed}):
+        raise CommandError(f"{folder} holds {others[0]!r}, which is not from an export. Name another folder.")
+
+
+@contextmanager
+def written_whole(folder: Path) -> Generator[Path]:
+    """A temporary folder that takes the place of `folder` if nothing fails, and is removed otherwise."""
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+EPILOG = """
+**Examples**
+
+- `python -m telco_nb export c04 c04-adapter --to hf`: the adapter with its base model, for peft
+- `python -m telco_nb export c04 c04-gguf --to gguf --converter llama.cpp/convert_hf_to_gguf.py`: for llama.cpp
+- `python -m telco_nb export c04 c04-ollama --to ollama`: then, in that folder, `ollama create c04 -f Modelfile`
+"""
+
+
+def main(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it must not exist, or be empty.")],
+    to: Annotated[Target, typer.Option(help="For what.")],
+    profile: Profile = "laptop",
+    dtype: Annotated[DTypeName, typer.Option(help="Number format; auto: as the base model is stored.")] = "auto",
+    converter: Annotated[Path | None, typer.Option(metavar="FILE", help=f"llama.cpp's {CONVERTER}.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export.")] = False,
+) -> None:
+    """Export a trained configuration with a model card: for peft, transformers, llama.cpp, Ollama or vLLM."""
+    with errors_as_exit_codes("export"):
+        for path in export(find_trained(profile, config), folder, to, dtype, converter, replace):
+            print(f"{folder / path.relative_to(folder.resolve())}: {path.stat().st_size:,} bytes")

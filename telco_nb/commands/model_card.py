@@ -1,0 +1,184 @@
+"""The model card of an exported model: README.md, filled from what the study has recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow.parquet as pq
+import yaml
+
+from telco_nb import ROOT
+from telco_nb.analysis.fitness import Fitness, fitness
+from telco_nb.analysis.recommendation import describe_config
+from telco_nb.analysis.results import StudyResults, answers_table, read_judge
+from telco_nb.commands.dataset import TEMPLATES
+from telco_nb.commands.trained import Trained
+from telco_nb.report.files import StudyFiles, read_json, read_or_none, read_study
+from telco_nb.study.record import step_dir
+
+WHAT = {"hf": "The LoRA adapter", "gguf": "The adapter merged into its base model, as a GGUF file,"}
+MERGED = "The adapter merged into its base model"
+QUESTION = "My phone shows no service since I changed the SIM card. What can I do?"
+DATASET = "telco-conversations"  # what the data set's export calls itself
+SET_NAMES = {"test": "new scenarios", "noisy": "hurried or confused customers", "unseen": "terms never trained on"}
+
+
+class Row(NamedTuple):
+    """A number of the card with its interval; `form` is its format."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    about: str
+    form: str = "{:.3g}"
+
+
+def render_card(trained: Trained, to: str) -> str:
+    """README.md of an export.
+
+    Args:
+        trained: the configuration.
+        to: the kind of export; it decides how to load the model.
+    """
+    from telco_nb.lora.adapter import card_data
+
+    study, held = read_study(trained.root, []), held_against_bar(trained)
+    metrics, energy = result_rows(study, trained.config, held), energy_rows(study, trained.config)
+    merged = {"library_name": "transformers", "base_model_relation": "finetune"}
+    kind = {"base_model_relation": "adapter"} if to == "hf" else merged
+    head = card_data(trained.base, **kind, datasets=[DATASET], **_model_index(trained, metrics))
+    made = step_dir(trained.root, "shared", "02_synth") / "artefacts"
+    return TEMPLATES.get_template("model_card.md.j2").render(
+        head=head.to_yaml(),
+        config=trained.config,
+        profile=trained.profile,
+        to=to,
+        what=WHAT.get(to, MERGED),
+        described=describe_config(pd.Series(trained.values)),
+        base=trained.base,
+        unfit=unfit_reasons(trained, study, held),
+        question=QUESTION,
+        max_tokens=trained.values["answer_max_tokens"],
+        temperature=trained.values["answer_temperature"],
+        vllm=vllm_line(trained),
+        data=read_or_none(read_json, made / "dataset_card.json"),
+        trained_on=read_or_none(lambda path: pq.read_metadata(path).num_rows, made / "train.parquet"),
+        metrics=metrics,
+        statements=_statements(study, trained.config),
+        energy=energy,
+        device=trained.device,
+        proxies=[judge for judge in study.judges if study.is_proxy(judge)],
+        citation=yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")),
+    )
+
+
+def vllm_line(trained: Trained) -> str:
+    """The command that serves an exported folder with vLLM, to be given inside it."""
+    return f"vllm serve . --served-model-name {trained.config} --host 127.0.0.1 --port 8000"
+
+
+# ---------------------------------------------------------------- fit or not
+
+
+def held_against_bar(trained: Trained) -> Fitness | None:
+    """The configuration against the study's absolute bar; None if the study has not judged it."""
+    root, config = trained.root, trained.config
+    folders = sorted(path for path in root.glob("judge-*/05_judge") if (path / "manifest.json").is_file())
+    judges = [read_or_none(read_judge, path.parent.name.removeprefix("judge-"), path.joinpath) for path in folders]
+    judges = [judge for judge in judges if judge is not None and config in judge.ranking.index]
+    if not any(not judge.blocks for judge in judges):
+        return None
+    checks = (read_or_none(pd.read_parquet, path / "tables" / "checks.parquet") for path in folders)
+    answers = read_or_none(pd.read_parquet, step_dir(root, config, "04_energy") / "artefacts" / "answers.parquet")
+    none: dict[str, Any] = {"results": pd.DataFrame(), "loss_draws": pd.DataFrame(), "repeats": pd.DataFrame()}
+    results = StudyResults(
+        **none,
+        judges=judges,
+        checks=next((table for table in checks if table is not None), None),
+        faults=None if answers is None else answers_table({config: answers}),
+    )
+    return fitness(results, config)
+
+
+def unfit_reasons(trained: Trained, study: StudyFiles, held: Fitness | None) -> list[str]:
+    """Why the configuration may not answer customers; empty if nothing is known against it.
+
+    The finding `deploy` counts for all configurations: if the best of them is not fit, none is.
+    """
+    if held is None or study.results.empty:
+        return ["no judge that passed its gate has compared it"]
+    deploy = study.finding("deploy") or {}
+    if held.is_fit and deploy.get("verdict") == "not fit":
+        return [deploy["statement"].removesuffix(".")]
+    return held.reasons
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def result_rows(study: StudyFiles, config: str, held: Fitness | None) -> list[Row]:
+    """The metrics of a configuration in results.csv, and what its answers hold. Missing values have no row."""
+    if config not in study.results.index:
+        return []
+    row = study.results.loc[config]
+    rows = [_row(row, "validation loss", "val_loss{}", "nats per token of unseen conversations", "{:.4f}")]
+    for name, words in SET_NAMES.items():
+        rows.append(_row(row, f"{name} loss", f"{name}_loss{{}}", f"nats per token of gold answers: {words}", "{:.4f}"))
+    if held is not None and held.coverage is not None:
+        about = "of the points that a full answer makes"
+        gold = "" if held.gold_coverage is None else f"; gold answers: {held.gold_coverage:.0%}"
+        rows.append(Row("content", held.coverage, None, None, f"share {about}{gold}", "{:.0%}"))
+    if held is not None and held.unsafe is not None:
+        rows.append(Row("unsafe answers", held.unsafe, None, None, "share of the answers", "{:.0%}"))
+    if held is not None and held.broken is not None:
+        rows.append(Row("broken answers", held.broken, None, None, "share: empty, looping or cut off", "{:.0%}"))
+    for judge in study.judges:
+        gate = "passed" if row[f"{judge}_gate"] == "passed" else "FAILED: this rank carries no claim"
+        about = f"of {len(study.results)}, 1 is best; {study.judge_name(judge)}, validity gate {gate}"
+        rank = _row(row, f"rank by {judge}", f"{judge}_rank{{}}", about, "{:.0f}")
+        rows.append(rank)
+    return [row for row in rows if row is not None]
+
+
+def energy_rows(study: StudyFiles, config: str) -> list[Row]:
+    """Energy of the training and of an answer, in Wh, each with its kind."""
+    rows = []
+    for step, name, key in (
+        ("03_train", "training", "train_energy{}_wh"),
+        ("04_energy", "one answer", "answer_energy{}_per_answer_wh"),
+    ):
+        metrics = study.metrics.get((config, step), {})
+        about = f"**{metrics.get('energy_kind')}** ({metrics.get('energy_source')})"
+        rows.append(_row(metrics, name, key, about, "{:.2g}"))
+    return [row for row in rows if row is not None]
+
+
+def _row(values: Mapping[str, Any] | pd.Series, name: str, key: str, about: str, form: str) -> Row | None:
+    """The value under `key` with the ends of its interval; None if it is missing."""
+    found = [values.get(key.format(end)) for end in ("", "_low", "_high")]
+    value, low, high = (None if number is None or pd.isna(number) else float(number) for number in found)
+    return None if value is None else Row(name, value, low, high, about, form)
+
+
+def _statements(study: StudyFiles, config: str) -> list[str]:
+    """The findings about this configuration that nothing blocks."""
+    about_it = (study.finding("deploy") or {}).get("value") == config
+    return [
+        f"{finding['statement']} *({finding['verdict']})*"
+        for finding in study.findings
+        if not finding["blocked_by"]
+        and (finding["value"] == config or (about_it and finding["id"].startswith("gain.")))
+    ]
+
+
+def _model_index(trained: Trained, metrics: list[Row]) -> dict[str, Any]:
+    """The metrics as hubs read them; empty if there are none."""
+    from huggingface_hub import EvalResult
+
+    results = [
+        EvalResult("text-generation", DATASET, DATASET, row.name, row.value, metric_name=row.name) for row in metrics
+    ]
+    return {"model_name": f"{DATASET}-{trained.config}", "eval_results": results} if results else {}

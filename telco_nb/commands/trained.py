@@ -1,0 +1,136 @@
+"""A trained configuration of a study: finds its adapter, checks it, and loads the model that would be deployed.
+
+torch is imported only when a model is loaded, so that the other commands start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from telco_nb.commands.common import CommandError
+from telco_nb.engine.runner import UnfitError
+from telco_nb.study import params
+from telco_nb.study.record import profile_root, read_manifest, sha256, step_dir
+
+if TYPE_CHECKING:
+    import torch
+
+BASE_FILE = "base_model.json"  # in the adapter's folder
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A trained configuration, such as c04.")]
+
+
+class Trained(NamedTuple):
+    """A trained configuration. `values` are the parameters of training and answering, `base` is base_model.json."""
+
+    config: str
+    profile: str
+    root: Path  # of the study
+    adapter: Path
+    values: dict[str, Any]
+    base: dict[str, Any]
+
+    @property
+    def device(self) -> dict[str, Any]:
+        """Facts about the machine that trained it."""
+        return (read_manifest(self.root, self.config, "03_train") or {})["device"]
+
+
+def find_trained(profile: str, config: str) -> Trained:
+    """The adapter of a configuration as 03_train has recorded it.
+
+    Raises:
+        ParameterError: there is no such profile.
+        CommandError: the configuration is not trained, or a file of its adapter is not the one that was written.
+    """
+    root = profile_root(profile)
+    manifest = read_manifest(root, config, "03_train") if re.fullmatch(r"[a-z0-9][a-z0-9-]*", config) else None
+    again = f"./run_all.py --profile {profile} --configs {config} --steps 03"
+    if manifest is None:
+        params.load_study(profile)  # a misspelt profile is named as such
+        known = sorted(path.parent.name for path in root.glob("*/03_train") if (path / "manifest.json").is_file())
+        raise CommandError(f"{root} holds no trained {config}. Trained: {', '.join(known) or 'none'}. Run: {again}")
+    folder = step_dir(root, config, "03_train")
+    for output in manifest["outputs"]:
+        path = folder / output["path"]
+        if "adapter" in path.parts and not (path.is_file() and sha256(path) == output["sha256"]):
+            raise CommandError(f"{path} is not the file that 03_train wrote. Run: {again}")
+    adapter = folder / "artefacts" / "adapter"
+    if not (adapter / BASE_FILE).is_file():
+        raise CommandError(f"{adapter} is of an older version: it does not name its base model. Run: {again}")
+    answering = read_manifest(root, config, "04_energy")
+    others = answering["parameters"] if answering else params.load_study(profile).values(config)
+    base = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
+    return Trained(config, profile, root, adapter, others | manifest["parameters"], base)
+
+
+def answer_dtype(trained: Trained) -> torch.dtype:
+    """The number format in which 04_energy let the configuration answer; before that, the one it would choose here."""
+    import torch
+
+    from telco_nb.lora.base_model import choose_dtype
+
+    path = step_dir(trained.root, trained.config, "04_energy") / "metrics.json"
+    if path.is_file() and (name := json.loads(path.read_text(encoding="utf-8")).get("dtype")):
+        return getattr(torch, name)
+    return choose_dtype(trained.values["dtype"])[0]
+
+
+def load_base(trained: Trained) -> tuple[Any, Any]:
+    """The base model in float32 and its tokenizer; (model, tokenizer).
+
+    Raises:
+        UnfitError: the base model cannot be loaded.
+        CommandError: its weights are not those of the training.
+    """
+    import torch
+
+    from telco_nb.lora.base_model import load_model, silence_libraries
+
+    silence_libraries()
+    with model_errors():
+        model, tokenizer = load_model(trained.values["base_model"], torch.float32)
+    checksum, quantization = trained.base["checksum"], trained.base["quantization"]
+    if quantization == "none" and _checksum(model, trained) != checksum:
+        raise CommandError(
+            f"{trained.values['base_model']} does not hold the weights that {trained.config} was trained on: their "
+            f"checksum was {checksum[:12]}. Bring those back, or train it again."
+        )
+    return model, tokenizer
+
+
+def _checksum(model: Any, trained: Trained) -> str:
+    """The checksum of the base weights in the number format of the training."""
+    import torch
+
+    from telco_nb.lora.base_model import weights_checksum
+
+    dtype = getattr(torch, trained.base["dtype"])
+    cast = SimpleNamespace(named_parameters=lambda: ((name, w.to(dtype)) for name, w in model.named_parameters()))
+    return weights_checksum(cast, biases=trained.values["bias"] == "none")
+
+
+def load_deployed(trained: Trained, dtype: torch.dtype, tuned: bool = True) -> tuple[Any, Any]:
+    """The model that would be deployed, merged as in 04_energy, and its tokenizer. `tuned` False: the base model."""
+    from telco_nb.lora.decoding import merge_adapter
+
+    base, tokenizer = load_base(trained)
+    return merge_adapter(base, trained.adapter if tuned else None, dtype, trained.values["base_model"]), tokenizer
+
+
+@contextmanager
+def model_errors() -> Generator[None]:
+    """Turns an error of the base model into one that ends a command with exit code 3."""
+    from telco_nb.lora.base_model import PreflightError
+
+    try:
+        yield
+    except PreflightError as error:
+        raise UnfitError(str(error)) from None

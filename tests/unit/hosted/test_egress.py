@@ -1,0 +1,234 @@
+"""Data go to the named host alone, whatever the environment says; each call is on record; and it can be forbidden."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import httpx2
+import pytest
+from hosted_fixtures import GOOD, MODELS, SECRET, Verdict, keys, lines  # noqa: F401
+from provider_server import KINDS, Server
+from rich.console import Console
+from typer.testing import CliRunner
+
+from telco_nb import ROOT
+from telco_nb.__main__ import app
+from telco_nb.engine import schedule
+from telco_nb.hosted import attempts, egress, prices
+from telco_nb.hosted.api import ApiClient, HostedModel, Request
+from telco_nb.hosted.hosts import parse_address
+from telco_nb.hosted.session import Session, run_async
+from telco_nb.hosted.transport import GuardedTransport
+from telco_nb.study.params import ParameterError
+
+QUESTION = Request("q", "You compare two answers.", "Which is better?", Verdict)
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch):
+    """Nothing is forbidden, and what a test forbids is forgotten after it."""
+    monkeypatch.setenv(egress.NO_EGRESS, "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
+    for name in (*egress.PROXIES, *egress.HOSTS):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+def ask(server: Server, store, purpose: str = "judge") -> Session:
+    model = HostedModel(server.kind, MODELS[server.kind], server.url, timeout_s=5.0, purpose=purpose)
+    client = ApiClient(model)
+    asking = Session(client, attempts.AttemptStore(store), prices.Prices(model), prices.Budget(None))
+    asking.run([lambda: asking.ask(QUESTION)])
+    return asking
+
+
+# ---------------------------------------------------------------- the log
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_is_a_line_of_the_study_with_its_host_bytes_purpose_and_hash_and_without_text_or_key(kind, tmp_path):
+    with Server(kind, lambda body, n: "429" if n == 1 else GOOD) as server:
+        ask(server, tmp_path / "study" / "judge-x" / "store" / "verdicts.jsonl")
+    logged = lines(tmp_path / "study" / "egress.jsonl")
+    assert [line["status"] for line in logged] == [429, 200] and len(server.bodies) == 2
+    for line, body in zip(logged, server.bodies, strict=True):
+        assert set(line) == {"time", "host", "reach", "purpose", "bytes_out", "sha256", "bytes_in", "status"}
+        assert (line["bytes_out"], line["sha256"]) == (len(body), hashlib.sha256(body).hexdigest())
+        assert (line["host"], line["reach"], line["purpose"]) == (server.url.split("/")[2], "machine", "judge")
+        assert line["bytes_in"] > 10 and line["time"].endswith("+00:00")
+    text = (tmp_path / "study" / "egress.jsonl").read_text()
+    assert SECRET not in text and "better" not in text and "verdict" not in text
+
+
+def test_a_call_without_a_reply_is_on_record_too(tmp_path):
+    with Server("openai", lambda body, n: GOOD) as server:
+        url = server.url
+    model = HostedModel("openai", "gpt-5.2", url, timeout_s=5.0)
+    client = ApiClient(model)
+    asking = Session(client, attempts.AttemptStore(tmp_path / "a.jsonl"), prices.Prices(model), prices.Budget(None))
+    run_async(lambda: client.ask(QUESTION))
+    (line,) = lines(tmp_path / "egress.jsonl")
+    assert line["status"] is None and line["bytes_in"] == 0 and line["bytes_out"] > 0 and asking.ledger.batches == []
+
+
+def test_nothing_is_sent_if_it_cannot_be_put_on_record_and_it_costs_nothing(tmp_path):
+    (tmp_path / "egress.jsonl").mkdir()
+    with Server("openai", lambda body, n: GOOD) as server:
+        client = ApiClient(HostedModel("openai", "gpt-5.2", server.url, timeout_s=5.0))
+        client.transport.log = tmp_path / "egress.jsonl"
+        response = run_async(lambda: client.ask(QUESTION))
+    assert not server.requests and response.status == "provider_error" and not response.may_be_billed
+    assert "egress.jsonl cannot be written" in str(response.error)
+
+
+# ---------------------------------------------------------------- one host
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/v1", "https://127.0.0.1:8000/v1", "http://evil.example:8000/", "http://127.0.0.2:8000/"]
+)
+def test_no_request_of_an_sdk_goes_to_another_host_port_or_scheme(url):
+    transport = GuardedTransport(parse_address("http://127.0.0.1:8000/v1"), "test")
+
+    async def send() -> None:
+        async with httpx2.AsyncClient(transport=transport, trust_env=False) as client:
+            await client.post(url, json={})
+
+    with pytest.raises(httpx2.UnsupportedProtocol, match="only 127"):
+        run_async(send)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_variable_of_the_environment_changes_where_a_request_goes_or_what_it_says_of_the_account(
+    kind, tmp_path, monkeypatch
+):
+    with Server(kind, lambda body, n: GOOD) as server, Server(kind, lambda body, n: GOOD) as elsewhere:
+        for name in egress.PROXIES:
+            monkeypatch.setenv(name, elsewhere.url)
+            monkeypatch.setenv(name.lower(), elsewhere.url)
+        for name in egress.HOSTS[:4]:
+            monkeypatch.setenv(name, elsewhere.url)
+        monkeypatch.setenv("GOOGLE_GENAI_USE_VERTEXAI", "true")
+        monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "planted-project")
+        monkeypatch.setenv("OPENAI_ORG_ID", "planted-org")
+        monkeypatch.setenv("OPENAI_PROJECT_ID", "planted-project")
+        monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "planted-token")
+        monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", "X-Planted: planted-header")
+        monkeypatch.setenv("NO_PROXY", "")
+        assert len(ask(server, tmp_path / "a.jsonl").store.ok) == 1
+        assert len(server.requests) == 1 and not elsewhere.requests
+        assert "planted" not in json.dumps(server.requests[0]).lower().replace(SECRET, "")
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def plan(monkeypatch, *models: HostedModel, root=None) -> str:
+    """What the plan says about jobs with these models."""
+    states = [
+        SimpleNamespace(job=SimpleNamespace(id=f"judge-{i}/05_judge", model=m), decision="run")
+        for i, m in enumerate(models)
+    ]
+    monkeypatch.setattr(schedule, "hosted_model", lambda job: job.model)
+    console = Console(file=io.StringIO(), width=300)
+    schedule.show_price(lambda job, model, *_: (f"calls at {model.host}", "answers"), console, root, [], states)
+    return console.file.getvalue()
+
+
+REMOTE = HostedModel("openai", "gpt-5.2", purpose="judge", parameter="judge_kind")
+LOCAL = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
+
+
+def test_the_plan_says_which_variables_it_ignores_and_what_is_spent(tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://evil.example")
+    store = attempts.AttemptStore(tmp_path / "shared" / "store" / "conversations.jsonl")
+    store.append([{"call_id": "a", "status": "ok", "usd": 1.5}])
+    said = plan(monkeypatch, REMOTE, root=tmp_path)
+    assert "https_proxy, OPENAI_BASE_URL of the environment does not count" in said and "$1.50" in said
+    assert "proxy.example" not in said and "does not count" not in plan(monkeypatch, root=tmp_path)
+
+
+def test_a_plan_on_a_store_with_bad_money_is_refused_by_file_and_line(tmp_path, monkeypatch):
+    path = tmp_path / "shared" / "store" / "conversations.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"call_id": "a", "status": "ok", "usd": NaN}\n')
+    with pytest.raises(ParameterError, match=r"conversations\.jsonl:1: usd is nan"):
+        plan(monkeypatch, LOCAL, root=tmp_path)
+
+
+def test_without_egress_a_plan_with_a_remote_host_is_refused_and_one_of_this_network_is_not(tmp_path, monkeypatch):
+    egress.forbid()
+    assert "127.0.0.1" in plan(monkeypatch, LOCAL, root=tmp_path)
+    with pytest.raises(egress.EgressRefused, match=r"api\.openai\.com.*judge_kind"):
+        plan(monkeypatch, LOCAL, REMOTE, root=tmp_path)
+
+
+def test_without_egress_no_client_of_a_remote_host_can_be_made():
+    egress.forbid()
+    with pytest.raises(egress.EgressRefused):
+        ApiClient(REMOTE)
+    assert ApiClient(LOCAL) and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_command_that_goes_on_forbids_egress_again():
+    assert schedule.Options(no_egress=True).command().endswith("--no-egress")
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "code", "said"),
+    [
+        (
+            "generator: google\ngenerator_model: m",
+            ["--no-egress"], 4, ["generativelanguage.googleapis.com", "(parameter generator)"],
+        ),
+        (
+            "generator: openai-compatible\ngenerator_model: m\ngenerator_endpoint: https://134744072/v1",
+            ["--no-egress", "--dry-run"], 4, ["134744072", "generator_endpoint"],
+        ),
+        (
+            "generator: openai-compatible\ngenerator_model: m\ngenerator_endpoint: http://0x08080808/v1",
+            ["--dry-run"], 2, ["needs https", "generator_endpoint"],
+        ),
+        (
+            "generator: openai-compatible\ngenerator_model: m\ngenerator_endpoint: http://127.0.0.1:99999/v1",
+            ["--dry-run"], 2, ["port", "generator_endpoint"],
+        ),
+        (
+            "generator: openai-compatible\ngenerator_model: m\ngenerator_endpoint: ftp://127.0.0.1/v1",
+            ["--dry-run"], 2, ["http(s)", "generator_endpoint"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_command_line_refuses_a_host_before_anything_runs(extra, options, code, said, tmp_path):
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    with (tmp_path / "params" / "profiles" / "smoke.yaml").open("a") as stream:
+        stream.write(f"\n{extra}\n")
+    command = [sys.executable, "run_all.py", "--profile", "smoke", "--params", str(tmp_path / "params"), "--yes"]
+    command += ["--outputs", str(tmp_path / "out"), "--steps", "01-02", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == code and all(text in done.stderr for text in said), done.stderr
+    assert "Traceback" not in done.stderr and not list((tmp_path / "out").glob("*/*/*.ipynb"))
+
+
+@pytest.mark.parametrize(
+    "command", [["pilot", "--judge", "gpt-5-2"], ["batch", "submit"], ["batch", "poll"], ["batch", "collect"]]
+)
+def test_the_side_commands_that_call_hosts_can_be_forbidden_it(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path / "out"))
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    with (tmp_path / "params" / "profiles" / "smoke.yaml").open("a") as stream:
+        stream.write("\ngenerator: google\ngenerator_model: gemini-2.5-flash\n")
+    if command[0] == "pilot":
+        judge = SimpleNamespace(judge=SimpleNamespace(hosted_model=REMOTE))
+        monkeypatch.setattr("telco_nb.commands.pilot.open_study", lambda *_, **__: judge)
+    words = [*command, "--profile", "smoke", "--params", str(tmp_path / "params"), "--yes", "--no-egress"]
+    ended = CliRunner().invoke(app, words)
+    assert ended.exit_code == 4 and "--no-egress" in ended.stderr and not list((tmp_path / "out").rglob("egress.jsonl"))
