@@ -62,8 +62,9 @@ def curl_line(trained: Trained, port: int) -> str:
             {"role": "user", "content": QUESTION},
         ],
         "max_tokens": trained.values["answer_max_tokens"],
-        "temperature": trained.values["answer_temperature"],
     }
+    if trained.values["answer_temperature"]:  # else the model's own configuration decodes greedily
+        body["temperature"] = trained.values["answer_temperature"]
     url = f"http://{HOST}:{port}/v1/chat/completions"
     return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
