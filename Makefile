@@ -16,7 +16,8 @@ test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, brows
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check telco_nb
 	$(BIN)/codespell
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore=tests/unit
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \

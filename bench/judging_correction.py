@@ -8,6 +8,7 @@ end on the same pairs would give. Good is a share near 95 %, whatever the bias.
 """
 
 import sys
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +18,15 @@ from telco_nb.analysis import correction
 from telco_nb.judge import blind_pairs
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 17)]
-TIE, TERM_SD, PROMPT_SD = -0.7, 0.3, 0.4  # the tie term, and how much scores differ by term and by prompt
+ABILITIES = np.linspace(-1.2, 1.2, len(CONFIGS))
+TIE, FIRST_SEAT = -0.7, 0.3
+TERM_SD, PROMPT_SD = 0.6, 0.8  # how much scores differ by term and by prompt
 ENDLESS = 150  # studies whose votes together are taken for votes without end
 
 
 class Bias(NamedTuple):
-    """What a judge adds to the truth: `reverse` scores upside down, `spread` a bias of each configuration (SD), `shared`
-    the part of what term and prompt add that it sees as well, `tie` its tie term."""
+    """How a judge differs from the voters: `reverse` turns the scores upside down, `spread` is the SD of a bias for
+    each configuration, `shared` how much it sees of what term and prompt add, `tie` its tie term."""
 
     reverse: bool = False
     spread: float = 0.0
@@ -56,55 +59,59 @@ def plan(n_votes: int, abilities: np.ndarray, seed: int) -> list[tuple[int, int]
     return [next(order) for _ in range(n_votes)]
 
 
-def study(
-    pairs: list[tuple[int, int]], abilities: np.ndarray, bias: Bias, n_terms: int, per_term: int, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The votes and the judge's verdicts of one study, with the columns that `correct_scores` reads."""
-    rng = np.random.default_rng(seed)
-    n, k = n_terms * per_term, len(CONFIGS)
-    term = np.repeat(np.arange(n_terms), per_term)
-    local = rng.normal(0, TERM_SD, (n_terms, k))[term] + rng.normal(0, PROMPT_SD, (n, k))
-    own = abilities * (-1 if bias.reverse else 1) + np.random.default_rng(99).normal(0, 1, k) * bias.spread
-    seen = own + bias.shared * local * (3 if bias.shared else 0) + rng.normal(0, 0.3, (n, k))
-    i, j = np.triu_indices(k, 1)
-    judged = _table(np.tile(i, n), np.tile(j, n), np.repeat(np.arange(n), len(i)), term)
-    judged = judged.assign(o=outcome((seen[:, i] - seen[:, j]).ravel(), bias.tie, rng))
+def draw_votes(
+    pairs: list[tuple[int, int]], n_terms: int, per_term: int, rng: np.random.Generator
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Votes on the pairs, each on another prompt; and what term and prompt add to every score, (prompts, configs)."""
+    n, term = n_terms * per_term, np.repeat(np.arange(n_terms), per_term)
+    local = rng.normal(0, TERM_SD, (n_terms, len(CONFIGS)))[term] + rng.normal(0, PROMPT_SD, (n, len(CONFIGS)))
     first, second = np.array(pairs).T
     flip = rng.random(len(pairs)) < 0.5
     first, second = np.where(flip, second, first), np.where(flip, first, second)
-    prompt = np.resize(rng.permutation(n), len(pairs))
-    here = abilities + 2 * local
-    voted = _table(first, second, prompt, term)
-    voted = voted.assign(o=outcome(here[prompt, first] - here[prompt, second] + 0.3, TIE, rng))
-    return _won(voted), _won(judged)
+    prompt, here = np.resize(rng.permutation(n), len(pairs)), ABILITIES + local
+    drawn = outcome(here[prompt, first] - here[prompt, second] + FIRST_SEAT, TIE, rng)
+    return _table(first, second, prompt, term, drawn), local
 
 
-def _table(first: np.ndarray, second: np.ndarray, prompt: np.ndarray, term: np.ndarray) -> pd.DataFrame:
-    names = np.array(CONFIGS)
-    columns = {
-        "config_first": names[first],
-        "config_second": names[second],
-        "prompt_id": prompt,
-        "term_id": term[prompt],
-    }
-    return pd.DataFrame(columns | {"purpose": "ranking", "source": "votes"})
+def study(
+    pairs: list[tuple[int, int]], bias: Bias, n_terms: int, per_term: int, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The votes and the judge's verdicts of one study, with the columns that `correct_scores` reads."""
+    rng = np.random.default_rng(seed)
+    voted, local = draw_votes(pairs, n_terms, per_term, rng)
+    n, k = local.shape
+    own = np.random.default_rng(99).normal(0, 1, k) * bias.spread
+    seen = ABILITIES * (-1 if bias.reverse else 1) + own + bias.shared * local
+    i, j = np.triu_indices(k, 1)
+    drawn = outcome((seen[:, i] - seen[:, j]).ravel(), bias.tie, rng)
+    term, prompt = np.repeat(np.arange(n_terms), per_term), np.repeat(np.arange(n), len(i))
+    return voted, _table(np.tile(i, n), np.tile(j, n), prompt, term, drawn)
 
 
-def _won(table: pd.DataFrame) -> pd.DataFrame:
-    winner = np.select([table["o"] == 1, table["o"] == 0], [table["config_first"], table["config_second"]], "tie")
-    return table.assign(winner=winner, verdict=table["o"].map({1.0: "A", 0.5: "tie", 0.0: "B"}))
+def _table(
+    first: np.ndarray, second: np.ndarray, prompt: np.ndarray, term: np.ndarray, drawn: np.ndarray
+) -> pd.DataFrame:
+    names = np.array([*CONFIGS, "tie"])
+    won = np.select([drawn == 1, drawn == 0], [first, second], len(CONFIGS))
+    columns = {"config_first": names[first], "config_second": names[second], "winner": names[won], "o": drawn}
+    columns |= {"verdict": np.array(["B", "tie", "A"])[(2 * drawn).astype(int)]}
+    return pd.DataFrame(
+        columns | {"prompt_id": prompt, "term_id": term[prompt], "purpose": "ranking", "source": "votes"}
+    )
 
 
-def truth(pairs: list[tuple[int, int]], abilities: np.ndarray, n_terms: int, per_term: int) -> pd.Series:
-    """The scores that votes without end give."""
+@cache
+def truth(n_votes: int, n_terms: int, per_term: int) -> pd.Series:
+    """The scores that votes without end give on the pairs of a plan."""
+    pairs = plan(n_votes, ABILITIES, seed=0)
     votes = pd.concat(
-        [study(pairs, abilities, Bias(), n_terms, per_term, 10_000 + i)[0].assign(i=i) for i in range(ENDLESS)]
+        [draw_votes(pairs, n_terms, per_term, np.random.default_rng(10_000 + i))[0] for i in range(ENDLESS)]
     )
     x = np.zeros((len(votes), len(CONFIGS) + 1))
     for seat, sign in (("first", 1), ("second", -1)):
         x[np.arange(len(votes)), pd.Index(CONFIGS).get_indexer(votes[f"config_{seat}"])] = sign
     x[:, -1] = 1
-    return pd.Series(correction._solve(x, votes["o"].to_numpy())[:-1], index=CONFIGS)
+    return pd.Series(correction.solve(x, votes["o"].to_numpy())[:-1], index=CONFIGS)
 
 
 def coverage(bias: Bias, studies: int, n_votes: int = 160, n_terms: int = 52, per_term: int = 4) -> dict[str, float]:
@@ -116,12 +123,10 @@ def coverage(bias: Bias, studies: int, n_votes: int = 160, n_terms: int = 52, pe
         n_votes: of each study.
         n_terms, per_term: terms, and prompts of each.
     """
-    abilities = np.linspace(-1.2, 1.2, len(CONFIGS))
-    pairs = plan(n_votes, abilities, seed=0)
-    right = truth(pairs, abilities, n_terms, per_term)
+    pairs, right = plan(n_votes, ABILITIES, seed=0), truth(n_votes, n_terms, per_term)
     found = []
     for seed in range(studies):
-        result = correction.correct_scores("j", "v", *study(pairs, abilities, bias, n_terms, per_term, seed), CONFIGS)
+        result = correction.correct_scores("j", "v", *study(pairs, bias, n_terms, per_term, seed), CONFIGS)
         if result is None:
             continue
         table = result.table.set_index("config").loc[CONFIGS]
@@ -139,7 +144,7 @@ def coverage(bias: Bias, studies: int, n_votes: int = 160, n_terms: int = 52, pe
 if __name__ == "__main__":
     studies = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     print(f"shares of 95 % intervals that hold the truth; {studies} studies of 16 configurations each")
-    for n_votes in (100, 160, 400):
-        for name, bias in BIASES.items():
-            found = coverage(bias, studies, n_votes)
-            print(f"{n_votes} votes, {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()), flush=True)
+    designs = [(160, name) for name in BIASES] + [(n, name) for n in (100, 400) for name in ("none", "upside down")]
+    for n_votes, name in designs:
+        found = coverage(BIASES[name], studies, n_votes)
+        print(f"{n_votes} votes, {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()), flush=True)

@@ -1,15 +1,15 @@
-"""Votes correct the scores of a judge that judges everything: prediction-powered inference on Bradley-Terry scores.
+"""Votes correct the scores of a judge that judges everything: prediction-powered Bradley-Terry scores.
 
-A cheap judge compares every pair of answers, a voter (a person, or a panel outside) compares few. The voter decides what
-is true; the judge only takes noise away, as far as it agrees with the votes. For a voted comparison with the vote y, the
+A cheap judge compares every pair of answers, a voter (a person, or a panel outside) compares few. The voter decides
+what is true; the judge only takes noise away, as far as it agrees with the votes. For a comparison with the vote y, the
 judge's verdict f on it, and the judge's mean F over all prompts for the same two configurations (a win is 1, a tie a
 half), the scores solve
 
     sum of x (y - weight (f - F) - sigma(x scores)) = 0
 
-With weight 0 this is the ranking by votes alone. f - F has mean 0 whatever the judge prefers, so a biased judge moves no
-score; with the weight that the data choose it makes the interval narrower, or leaves it (Angelopoulos, Duchi and Zrnic
-2023, PPI++, for M-estimators). Errors are clustered by term, the terms of all the judge's verdicts included.
+With weight 0 this is the ranking by votes alone. f - F has mean 0 whatever the judge prefers, so a biased judge moves
+no score. With the weight that the data choose it makes the intervals narrower, or leaves them (PPI++ for M-estimators,
+Angelopoulos, Duchi and Zrnic 2023). Errors are clustered by term; `bench/judging_correction.py` checks the coverage.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def correct_scores(
     bounds = _bounds(data, corrected, weight), _bounds(data, alone, 0.0)
     columns = {
         "config": list(configs),
-        "judge_score": _solve(data.x, data.mean)[:-1],
+        "judge_score": solve(data.x, data.mean)[:-1],
         "votes_score": alone[:-1],
         "votes_low": bounds[1][0],
         "votes_high": bounds[1][1],
@@ -83,8 +83,9 @@ def correct_scores(
         "low": bounds[0][0],
         "high": bounds[0][1],
     }
-    counts = pd.concat([rows["config_first"], rows["config_second"]])[lambda c: rows.loc[c.index, "source"] != "rule"]
-    table = pd.DataFrame(columns).assign(n_votes=[int((counts == config).sum()) for config in configs])
+    votes = rows[rows["source"] != "rule"]
+    counts = pd.concat([votes["config_first"], votes["config_second"]]).value_counts()
+    table = pd.DataFrame(columns).assign(n_votes=counts.reindex(list(configs), fill_value=0).to_numpy())
     table = table.sort_values("score", ascending=False, ignore_index=True)
     return Correction(judge, voters, table, weight, n_votes, int(rows["term_id"].nunique()))
 
@@ -151,7 +152,7 @@ class _Data(NamedTuple):
 # ---------------------------------------------------------------- the fit
 
 
-def _solve(x: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+def solve(x: np.ndarray, outcome: np.ndarray) -> np.ndarray:
     """The logistic fit of outcomes, which need not lie between 0 and 1: Newton steps on a concave function."""
     beta = np.zeros(x.shape[1])
     for _ in range(100):
@@ -172,7 +173,7 @@ def _information(x: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 
 def _fit(data: _Data, weight: float) -> np.ndarray:
-    return _solve(data.x, data.y - weight * (data.f - data.mean))
+    return solve(data.x, data.y - weight * (data.f - data.mean))
 
 
 def _scores_by_term(data: _Data, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,9 +244,9 @@ def correction_text(correction: Correction) -> str:
         f"for {len(outside)} of {len(table)} the score by {correction.judge} alone lies outside the corrected interval"
     )
     named = f" ({', '.join(outside)})" if len(outside) else ""
+    who = f"{correction.n_votes} votes of {correction.voters} on {correction.n_terms} terms"
     return (
-        f"**{correction.n_votes} votes of {correction.voters} on {correction.n_terms} terms correct "
-        f"{correction.judge}**: {words}{named}; tau-b of the scores before and after is {tau:.2f}. The votes decide, and "
-        f"{correction.judge}, with weight {correction.weight:.2f}, makes the intervals {width:.2f} times as wide as those "
-        "by votes alone."
+        f"**{who} correct {correction.judge}**: {words}{named}. Tau-b of the scores before and after is {tau:.2f}. The "
+        f"votes decide; with a weight of {correction.weight:.2f} {correction.judge} makes the intervals {width:.2f} "
+        "times as wide as those by the votes alone."
     )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Target = Literal["hf", "merged", "gguf", "ollama", "vllm"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 CONVERTER = "convert_hf_to_gguf.py"
+OUTTYPES = {"auto": "auto", "float32": "f32", "bfloat16": "bf16"}  # the converter's names; its auto takes 16 bits
 SUMS = "SHA256SUMS"
 CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"  # a message as most chat templates write it
 CHATML_OLLAMA = (
@@ -72,13 +73,13 @@ def export(
     """
     folder = folder.resolve()
     refuse_folder(folder, replace)
-    program = find_converter(converter) if to == "gguf" else None
+    program = converter_program(converter) if to == "gguf" else None
     wanted = weights_dtype(trained, dtype)
     with written_whole(folder) as temporary:
         if to == "hf":
             write_adapter(trained, temporary, wanted)
         elif program is not None:
-            write_gguf(trained, temporary, wanted, program)
+            write_gguf(trained, temporary, wanted, program, OUTTYPES[dtype])
         else:
             write_merged(trained, temporary, wanted)
         if to == "ollama":
@@ -127,28 +128,33 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def find_converter(path: Path | None) -> Path:
-    """llama.cpp's converter. Raises CommandError if it is not there; the message says where it comes from."""
-    found = shutil.which(CONVERTER) if path is None else str(path)
-    if found is None or not Path(found).is_file():
-        where = "on PATH" if path is None else f"at {path}"
-        raise CommandError(
-            f"gguf needs llama.cpp's converter, and there is no {CONVERTER} {where}. Get it with `git clone "
-            f"https://github.com/ggml-org/llama.cpp`, then add --converter llama.cpp/{CONVERTER}."
-        )
-    return Path(found)
+def converter_program(path: Path | None) -> list[str]:
+    """The command that starts llama.cpp's converter: the one on PATH by itself, a given file with this Python.
+
+    Raises CommandError if it is not there; the message says where it comes from.
+    """
+    found = shutil.which(CONVERTER)
+    if path is None and found:
+        return [found]
+    if path is not None and path.is_file():
+        return [sys.executable, str(path.resolve())]
+    raise CommandError(
+        f"gguf needs llama.cpp's converter, and there is no {path or f'{CONVERTER} on PATH'}. Get it with `git clone "
+        f"https://github.com/ggml-org/llama.cpp`, then add --converter llama.cpp/{CONVERTER}."
+    )
 
 
-def write_gguf(trained: Trained, folder: Path, dtype: torch.dtype, converter: Path) -> None:
+def write_gguf(trained: Trained, folder: Path, dtype: torch.dtype, program: list[str], outtype: str) -> None:
     """One GGUF file, made from the merged model. Raises UnfitError if the converter fails."""
     merged = folder / trained.config  # the converter writes this name into the file
     write_merged(trained, merged, dtype)
-    program = [sys.executable, str(converter.resolve()), trained.config]
-    options = ["--outfile", f"{trained.config}.gguf", "--outtype", "auto"]
+    options = [trained.config, "--outfile", f"{trained.config}.gguf", "--outtype", outtype]
     done = subprocess.run([*program, *options], cwd=folder, capture_output=True, text=True)
     if done.returncode or not (folder / f"{trained.config}.gguf").is_file():
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise UnfitError(f"{converter.name} failed (exit code {done.returncode}): {last[0]}")
+        raise UnfitError(
+            f"{CONVERTER} failed (exit code {done.returncode}): {last[0]}. If it misses a package, install it with pip."
+        )
     os.replace(merged / BASE_FILE, folder / BASE_FILE)
     shutil.rmtree(merged)
 

@@ -18,7 +18,7 @@ from telco_nb.commands.trained import Trained
 from telco_nb.report.files import StudyFiles, read_json, read_or_none, read_study
 from telco_nb.study.record import step_dir
 
-WHAT = {"hf": "The LoRA adapter", "gguf": "The adapter merged into its base model, as a GGUF file,"}
+WHAT = {"hf": "The LoRA adapter", "gguf": "The adapter merged into its base model, as a GGUF file"}
 MERGED = "The adapter merged into its base model"
 QUESTION = "My phone shows no service since I changed the SIM card. What can I do?"
 DATASET = "telco-conversations"  # what the data set's export calls itself

@@ -41,7 +41,8 @@ base = AutoModelForCausalLM.from_pretrained("hf/base")
 merged = AutoModelForCausalLM.from_pretrained("merged")
 bases = [AutoModelForCausalLM.from_pretrained("hf/base") for _ in range(2)]
 exported, saved = (PeftModel.from_pretrained(*pair) for pair in zip(bases, ("hf", "saved")))
-print(merged.dtype, *(distance(exported, other) for other in (base, saved, merged)), distance(exported, merged, torch.float64))
+print(merged.dtype, *(distance(exported, other) for other in (base, saved, merged)))
+print(distance(exported, merged, torch.float64))
 """
 
 

@@ -311,7 +311,8 @@ def test_every_judge_file_opens_and_offline_judges_refuse_an_endpoint(tmp_path):
     study = params.load_study("smoke")
     for name in study.judge_files:
         judge = panel.open_judge(study.values(f"judge-{name}"), tmp_path)
-        assert judge.name == name and judge.is_proxy == judge.is_free == (name in ("checklist", "reference"))
+        assert judge.name == name and judge.is_proxy == (name in ("checklist", "reference"))
+        assert judge.is_free == (judge.is_proxy or name == "panel")  # votes cost nothing here
     values = study.values("judge-checklist")
     with pytest.raises(ValueError, match="judge_endpoint"):
         panel.open_judge(values | {"judge_endpoint": "https://example.com"}, tmp_path)
