@@ -61,7 +61,8 @@ def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranke
     drawn = bradley_terry.bootstrap_fit(rows, fitted, draws=draws, seed=seed)
     table, _ = ranking.with_anchors(ranking.ranking_table(rows, fitted, drawn), plan, judged, fitted, drawn)
     coverage = coverage_table(plan, judged)
-    return Reranked(judge, kind, validity, coverage, table, headline_blocks(validity, coverage, unrankable))
+    few = ranking.few_terms(rows["term_id"].nunique())
+    return Reranked(judge, kind, validity, coverage, table, headline_blocks(validity, coverage, unrankable or few))
 
 
 def settings(folder: Path) -> tuple[int, int]:

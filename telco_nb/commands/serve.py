@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
 from telco_nb.commands.common import Profile, errors_as_exit_codes
@@ -78,7 +80,8 @@ def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
     from telco_nb.lora.base_model import cache_dir
 
     cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="serve-", dir=cache_dir()) as folder:
+    remove_leftovers(cache_dir())
+    with tempfile.TemporaryDirectory(prefix=f"serve-{os.getpid()}-", dir=cache_dir()) as folder:
         write_merged(trained, Path(folder) / trained.config, weights_dtype(trained, "auto"))
         hub = Path(folder) / "hub"  # the server's list of models is that of a hub folder, which must exist
         hub.mkdir()
@@ -92,6 +95,13 @@ def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
         finally:
             server.terminate()
             server.wait()
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove the merged models of servers that were killed."""
+    for folder in cache.glob("serve-*-*"):
+        if not psutil.pid_exists(int(folder.name.split("-")[1])):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait_until_ready(server: subprocess.Popen, port: int) -> None:

@@ -93,14 +93,16 @@ def score_draws(root: Path) -> list[pd.DataFrame]:
     return [table.pivot(index="draw", columns="config", values="score") for table in tables]
 
 
-def export_report(root: Path, file: Path, export: Export, material: Material) -> str:
-    """What the command prints after an export."""
+def export_report(root: Path, file: Path, export: Export, material: Material, n: int = PAIRS) -> str:
+    """What the command prints after an export of `n` pairs, or of fewer where the study has no more."""
     counts = f"{export.count('ranking')} comparisons, {export.count('control')} planted controls"
     lines = [
         f"{file}: {len(export.pairs)} pairs: {counts}, {export.count('swap')} repeats with exchanged seats",
         f"{blind_pairs.key_path(root, export)}: the key; it stays here, a rater must not see it",
         f"Take the votes back with: python -m telco_nb votes import {root} FILE",
     ]
+    if len(export.pairs) < n:
+        lines.insert(1, f"{n} were asked for: the study has no more that are not decided by rule")
     planted = {row["control"] for row in export.key} - {None}
     if missing := set(material.controls["control"]) - planted:
         lines.insert(1, f"{len(missing)} kinds of controls found no place, so no gate can be passed: export more pairs")
@@ -230,7 +232,8 @@ def main(
         raise typer.BadParameter(f"votes {action} has no such option", param_hint=given)
     with errors_as_exit_codes("votes"):
         if action == "export":
-            print(export_report(root, file, *export_pairs(root, file, n or PAIRS, seed, params_dir)))
+            n = n or PAIRS
+            print(export_report(root, file, *export_pairs(root, file, n, seed, params_dir), n))
             return
         for found in import_votes(root, file, judge, params_dir):
             print(import_report(root, file, found))

@@ -28,7 +28,9 @@ from telco_nb.study import imports, params, record
 from telco_nb.study.plan import plan_jobs
 
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
-ERROR_CODES = {"BudgetStop": COST, "PreflightError": UNFIT, "ModelError": UNFIT}  # notebook error: exit code of the run
+ERROR_CODES = {  # error of a notebook: exit code of the run
+    "BudgetStop": COST, "EgressRefused": COST, "StoreError": USAGE, "PreflightError": UNFIT, "ModelError": UNFIT,
+}  # fmt: skip
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2
 

@@ -209,7 +209,7 @@ def coverage_table(plan: pd.DataFrame, judged: pd.DataFrame) -> pd.DataFrame:
 
 def coverage_block(table: pd.DataFrame) -> str | None:
     """The reason why missing verdicts block a headline (too many, or unequally many per configuration), or None."""
-    short = table[table["coverage"] < MIN_COVERAGE]
+    short = table[~(table["coverage"] >= MIN_COVERAGE)]  # an unknown coverage is short as well
     if len(short):
         shares = [f"{config} {share:.1%}" for config, share in zip(short["config"], short["coverage"], strict=True)]
         return f"coverage below {MIN_COVERAGE:.0%}: {', '.join(shares)}"

@@ -38,7 +38,7 @@ TAU_WORDS = {
     "not shown": "With {n} configurations no relation of loss to the judges' ranking can be shown.",
     "too few to tell": "With {n} configurations no ranking could prove anything.",
 }
-TONES = {"supported": "good", "blocked": "bad", "not fit": "bad"}
+TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad"}
 TEMPLATES = Environment(
     loader=FileSystemLoader(DATA_DIR), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )

@@ -86,6 +86,12 @@ def test_an_export_without_room_for_the_controls_says_that_no_gate_can_be_passed
     assert "no gate can be passed" in capsys.readouterr().out
 
 
+def test_an_export_of_all_that_a_study_has_says_so(study, tmp_path, capsys):
+    assert command("votes", "export", study, tmp_path / "pairs.jsonl", "--n", "900") == 0
+    said = capsys.readouterr().out
+    assert "72 comparisons" in said and "900 were asked for" in said  # three pairs of configurations on 24 prompts
+
+
 def test_the_next_export_asks_first_where_the_rankings_are_unsure(study, tmp_path):
     table = study / "judge-checklist" / "05_judge" / "tables" / "score_draws.parquet"
     table.parent.mkdir(parents=True)
