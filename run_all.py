@@ -9,7 +9,8 @@ from typing import Annotated, Any
 try:
     import typer
 
-    from telco_nb.engine import runner
+    from telco_nb.engine import runner, sealing
+    from telco_nb.engine.progress import make_console
     from telco_nb.hosted import egress, lines
     from telco_nb.study import params
 except ModuleNotFoundError as missing:  # started with another Python than the one that was set up: use that one
@@ -29,11 +30,12 @@ EPILOG = """
 - `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
+- `./run_all.py verify --profile smoke`: name every file that is not as the last run of this study sealed it
 
 **Exit codes**
 
 - 0: all done or up to date
-- 1: a step failed
+- 1: a step failed, or a file is not as it was sealed
 - 2: wrong parameters or usage
 - 3: this machine, the outputs folder or the base model cannot be used as it is
 - 4: refused for cost or for sending: nobody agreed, the limit is reached, or --no-egress; what was paid for is kept
@@ -61,8 +63,9 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
-@app.command(epilog=EPILOG)
+@app.callback(epilog=EPILOG, invoke_without_command=True)
 def main(
+    context: typer.Context,
     profile: Annotated[
         str, typer.Option("--profile", "-p", help="smoke, laptop or paper: a file of params/profiles.")
     ] = "laptop",
@@ -119,6 +122,9 @@ def main(
     ] = params.PARAMS_DIR,
 ) -> None:
     """Run the study: six notebooks, once per study, configuration or judge, skipping what is up to date."""
+    if context.invoked_subcommand:
+        _refuse_options_of_a_run(context)
+        return
     if no_egress:
         egress.forbid()
     options = runner.Options(
@@ -139,6 +145,32 @@ def main(
         no_egress=no_egress,
     )
     sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
+
+
+def _refuse_options_of_a_run(context: typer.Context) -> None:
+    """Options of a run before the name of a command would have no effect."""
+    given = [p.opts[0] for p in context.command.params if _is_given(context, p.name)]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)}: write options behind {context.invoked_subcommand}", context)
+
+
+def _is_given(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@app.command()
+def verify(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
+    outputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
+    ] = None,
+) -> None:
+    """Compare a finished study with the seal of its last run, and name every file that differs, is missing or is new.
+
+    Exit code 0: all as sealed. 1: something differs. 2: wrong usage. 3: there is no seal.
+    """
+    sys.exit(sealing.verify(profile, outputs, make_console()))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from telco_nb.study.record import (
     sha256,
     step_dir,
     write_json,
+    write_manifest,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Run:
         self.max_usd: float | None = None  # set for a batch: what the whole study may spend on hosted models
         self.job, self.root, self.work, self.key, self.key_parts = job, root, work, key, key_parts
         self.batch = batch
+        self.owner = None if batch else os.getpid()  # by hand, the work folder belongs to this process
         self.params = SimpleNamespace(**job.parameters)
         self.started = time.time()
         self._inputs: dict[str, dict[str, Any]] = {}
@@ -172,11 +174,11 @@ class Run:
         from IPython.display import HTML
 
         write_json(self.work / "metrics.json", self._metrics)
-        write_json(self.work / "manifest.json", self._manifest(headline))
+        write_manifest(self.work / "manifest.json", self._manifest(headline))
         # Checkpoints are of no use any more, large, and pickled: they are not part of the record.
         shutil.rmtree(self.work / ".checkpoints", ignore_errors=True)
         if not self.batch:
-            publish_step(self.root, self.job.scope, self.job.step)
+            publish_step(self.root, self.job.scope, self.job.step, self.owner)
         return HTML(
             '<div class="headline" style="border-left:4px solid #0072b2;padding:.6em 1em;font-size:1.1em">'
             f"{html.escape(headline)}</div>"
@@ -265,7 +267,7 @@ def _hand_run(step: str, given: dict[str, Any]) -> Run:
         waiting = [d for d in job.depends if read_manifest(root, *d.split("/")) is None]
         todo = "; ".join(_command(job, *d.split("/")[::-1]) for d in waiting[:1])
         raise RecordError(f"{job.id} needs {', '.join(waiting)} first. Run: {todo}")
-    return Run(job, root, prepare_work_dir(job, root, key), key, parts, batch=False)
+    return Run(job, root, prepare_work_dir(job, root, key, os.getpid()), key, parts, batch=False)
 
 
 def _covers(pattern: str, name: str) -> bool:

@@ -7,6 +7,7 @@ without a heavy library.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import sysconfig
@@ -33,7 +34,13 @@ KINDS = {  # title and advice
         "A step is done when its last cell, `run.finish(...)`, has written `manifest.json`.",
     ),
     "not started": ("Could not run", "The log says more."),
+    "not kept": ("The result could not be kept", "Make room on the disk, or choose another place with `--outputs`."),
 }
+# The last line of a traceback: a class, perhaps with its module, and a text.
+EXCEPTION = re.compile(
+    r"^((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Stop|Refused))(?:: .*)?|Fatal Python error: .*$"
+)
+LONGEST_REASON = 300  # characters
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,20 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{KINDS[self.kind][0].lower()}{f' In [{self.cell}]' if self.cell else ''}: {self.reason}"
+
+
+def describe(error: BaseException) -> str:
+    """The class and the text of an exception on one line, as failures give them."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}".removesuffix(": ")
+
+
+def last_exception(log: Path) -> str | None:
+    """The last exception in a log, as class and text; None if there is none."""
+    try:
+        lines = log.read_bytes()[-LONG_CHARACTERS:].decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line[:LONGEST_REASON] for line in reversed(lines) if EXCEPTION.fullmatch(line)), None)
 
 
 def running_notebook(root: Path, scope: str, step: str) -> Path:
@@ -67,9 +88,12 @@ def failed_log(root: Path, scope: str, step: str) -> Path:
 
 
 def keep_record(root: Path, scope: str, step: str) -> None:
-    """Publish first the executed notebook, then the step's folder, so that no new folder has an old notebook."""
-    notebook = _cleaned(read_running(root, scope, step), root, scope, step)
-    record.write_bytes(root / scope / f"{step}.ipynb", _to_bytes(notebook))
+    """Publish the executed notebook, then the step's folder, whose manifest names the notebook by its hash."""
+    notebook = _to_bytes(_cleaned(read_running(root, scope, step), root, scope, step))
+    path = record.work_dir(root, scope, step) / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    record.write_manifest(path, manifest | {"notebook_sha256": hashlib.sha256(notebook).hexdigest()})
+    record.write_bytes(root / scope / f"{step}.ipynb", notebook)
     record.publish_step(root, scope, step)
     for leftover in (running_notebook, running_log, failed_notebook, failed_log):
         leftover(root, scope, step).unlink(missing_ok=True)
@@ -94,7 +118,7 @@ def read_running(root: Path, scope: str, step: str) -> dict[str, Any]:
     """Return the notebook as papermill last saved it; an empty one if the file is missing or incomplete."""
     try:
         return json.loads(running_notebook(root, scope, step).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
 

@@ -8,6 +8,7 @@ reports success for a killed kernel and for `sys.exit(0)` in a cell.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -27,6 +29,8 @@ from telco_nb import ROOT
 from telco_nb.engine import archive
 from telco_nb.engine.archive import Failure, is_executed
 from telco_nb.study import record
+from telco_nb.study.manifest import load_manifest
+from telco_nb.study.memory import oom_kills
 
 if TYPE_CHECKING:  # heavy; imported when the signal handlers are in place
     from telco_nb.engine.kernel_manager import WaitingKernel
@@ -34,6 +38,7 @@ if TYPE_CHECKING:  # heavy; imported when the signal handlers are in place
 END_SECONDS = 5.0  # for a killed kernel to end
 POLL_SECONDS = 0.3
 MAX_SOCKET_PATH = 104  # bytes; macOS has the shortest limit
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 SOCKET_NAME = 24  # bytes of /tnb-xxxxxxxx/k-ipc-5 and the terminating zero
 
 
@@ -51,25 +56,57 @@ def main(job_path: str, parent: int | None = None, waiting: WaitingKernel | None
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     place = Path(job["root"]), job["scope"], job["step"]
     archive.running_notebook(*place).unlink(missing_ok=True)
-    events, runtime = _redirect_output(archive.running_log(*place)), _runtime_folder()
-    execution = Execution(job, events, runtime, waiting)
-    if parent is not None:
-        threading.Thread(target=execution.die_with, args=(parent,), daemon=True).start()
+    events = _redirect_output(archive.running_log(*place))
+    execution: Execution | None = None
     try:
-        os.environ.update(kernel_environment(job_path, job["parameters"], runtime))
+        execution = Execution(job, events, _runtime_folder(), waiting)
+        if parent is not None:
+            threading.Thread(target=execution.die_with, args=(parent,), daemon=True).start()
+        failure = _execute(execution, job_path)
+    except Exception as error:  # such as a full disk; the runner would only see an exit code
+        _log_traceback()
+        failure = Failure("not kept" if execution and execution.ended else "not started", archive.describe(error))
+    if failure is not None:
+        _keep_failed(place, failure)
+    if execution is not None:
+        execution.wait_for_kernel()
+    _send(events, end=failure and asdict(failure))
+    return 0 if failure is None else 1
+
+
+def _execute(execution: Execution, job_path: str) -> Failure | None:
+    """Run the notebook of a job and publish its result; return what went wrong, or None."""
+    try:
+        os.environ.update(kernel_environment(job_path, execution.job["parameters"], execution.runtime))
         failure = execution.run()
+        execution.ended = failure is None
     finally:
         execution.kill_kernel()
-        shutil.rmtree(runtime, ignore_errors=True)
+        shutil.rmtree(execution.runtime, ignore_errors=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # the rest is short and must not be interrupted
         signal.signal(number, signal.SIG_IGN)
     if failure is None:
-        archive.keep_record(*place)
-    else:
+        archive.keep_record(*execution.place)
+    return failure
+
+
+def _keep_failed(place: tuple[Path, str, str], failure: Failure) -> None:
+    try:
         archive.keep_failed(*place, failure)
-    execution.wait_for_kernel()
-    execution.send(end=failure and asdict(failure))
-    return 0 if failure is None else 1
+    except OSError:  # the disk is full: the reason still reaches the runner
+        _log_traceback()
+
+
+def _log_traceback() -> None:
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+
+
+def _send(events: IO[str], **event: Any) -> None:
+    """Send an event to the runner; do nothing if the runner is gone."""
+    with contextlib.suppress(BrokenPipeError, ValueError):
+        events.write(json.dumps(event) + "\n")
+        events.flush()
 
 
 class Execution:
@@ -81,12 +118,10 @@ class Execution:
         self.kernel: Any = None  # the kernel's process: subprocess.Popen or ForkedKernel
         self.cell: int | None = None  # number of the code cell that runs, from 1
         self.interrupted = False
+        self.ended = False  # every cell ran, and the manifest is there
 
     def send(self, **event: Any) -> None:
-        """Send an event to the runner; do nothing if the runner is gone."""
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            self.events.write(json.dumps(event) + "\n")
-            self.events.flush()
+        _send(self.events, **event)
 
     def run(self) -> Failure | None:
         """Run the notebook; return None if it succeeded and left a valid manifest."""
@@ -185,19 +220,22 @@ class Execution:
             return Failure("error", f"{error.ename}: {text}".removesuffix(": "), error.exec_count or self.cell)
         if isinstance(error, CellTimeoutError):
             return Failure("timeout", f"the cell did not end within {self.job['timeout_seconds']} s", self.cell)
+        if (full := disk_error(error)) is not None:  # papermill then kills the kernel, whose death says nothing
+            return Failure("not kept", archive.describe(full), self.cell)
         code = self.kernel.poll() if self.kernel else None
         if isinstance(error, DeadKernelError) or code is not None:
-            return Failure("died", death_reason(code, out_of_memory), self.cell)
-        return Failure("not started", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", self.cell)
+            reason = death_reason(code, out_of_memory, archive.last_exception(archive.running_log(*self.place)))
+            return Failure("died", reason, self.cell)
+        return Failure("not started", archive.describe(error), self.cell)
 
     def _check_manifest(self) -> Failure | None:
-        try:
-            manifest = json.loads((Path(self.job["work"]) / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = Path(self.job["work"]) / "manifest.json"
+        if not path.exists():
             return self._no_result()
-        except json.JSONDecodeError:
-            return Failure("no result", "manifest.json is not readable")
-        if manifest.get("status") != "ok" or manifest.get("key") != self.job["key"]:
+        manifest, fault = load_manifest(path, self.job["scope"], self.job["step"])
+        if manifest is None:
+            return Failure("no result", fault)
+        if manifest["key"] != self.job["key"]:
             return Failure("no result", "manifest.json is not of this execution")
         return None
 
@@ -271,18 +309,15 @@ def is_hub_id(model: str | None) -> bool:
     return not (ROOT / model).exists() and not Path(model).exists()
 
 
-def oom_kills() -> int:
-    """Return how many processes the system has killed for lack of memory; 0 if it does not count them."""
-    for name in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
-        with contextlib.suppress(OSError):
-            match = re.search(r"^oom_kill (\d+)$", Path(name).read_text(encoding="utf-8"), flags=re.M)
-            if match:
-                return int(match.group(1))
-    return 0
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of a disk that is full, broken or read-only, among an exception and those that it came from."""
+    while error is not None and not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        error = error.__cause__ or error.__context__
+    return error
 
 
-def death_reason(code: int | None, out_of_memory: bool) -> str:
-    """Explain the death of a kernel by its exit code (negative: a signal)."""
+def death_reason(code: int | None, out_of_memory: bool, exception: str | None = None) -> str:
+    """Explain the death of a process by its exit code (negative: a signal) and the last exception in its log."""
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     used = f"; its largest memory use was {peak / 2**30:.1f} GiB"
     if out_of_memory:
@@ -291,7 +326,9 @@ def death_reason(code: int | None, out_of_memory: bool) -> str:
         return f"killed by SIGKILL, most often for lack of memory{used}"
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"it ended with exit code {code}" if code is not None else "it stopped answering"
+    if code is None:
+        return "it stopped answering"
+    return f"it ended with exit code {code}" + (f"; its log ends with {exception}" if code and exception else "")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import IO, Any
 from rich.console import Console
 
 from telco_nb import DATA_DIR
-from telco_nb.engine import archive, machine_checks, schedule
+from telco_nb.engine import archive, machine_checks, schedule, sealing
 from telco_nb.engine.progress import State, duration_text, make_console, status_table
 from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
 from telco_nb.hosted import prices
-from telco_nb.study import imports, params, record
-from telco_nb.study.plan import plan_jobs
+from telco_nb.study import imports, params, record, seal
+from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ERROR_CODES = {  # error of a notebook: exit code of the run
@@ -49,6 +50,8 @@ class RunOutcome:
     root: str | None = None
     seconds: float = 0.0
     report: str | None = None
+    seal: str | None = None  # hash over all that the study shows
+    restored: list[str] = field(default_factory=list)  # exports that were missing, old or changed
     command: str = ""
     jobs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -76,6 +79,9 @@ def run(options: Options, services: Services) -> int:
         result.exit_code, result.error = UNFIT, f"{error.strerror or error}: {error.filename or result.root}"
     except KeyboardInterrupt:
         result.exit_code, result.error = INTERRUPTED, "interrupted"
+    except Exception as error:
+        traceback.print_exc()
+        result.exit_code, result.error = FAILED, archive.describe(error)
     if result.error:
         Console(stderr=True, highlight=False).print(f"run_all: {result.error}", markup=False, soft_wrap=True)
     result.seconds = round(time.monotonic() - start, 3)
@@ -93,9 +99,11 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
     result.root = str(root)
     jobs = plan_jobs(study)
     chosen = schedule.choose_steps(jobs, options.steps)
+    refuse_too_few(chosen)
     gpu_groups = gpus_per_worker(options.gpus, chosen)
     forced = schedule.choose_forced(chosen, options.force)
     if options.dry_run:
+        sealing.show_changes(console, sealing.changes_since(root))
         states = schedule.plan_states(chosen, root, forced)
         result.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
@@ -103,6 +111,9 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         check_machine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
+        record.sweep(root)
+        changes = sealing.changes_since(root)
+        sealing.show_changes(console, changes)
         states = schedule.plan_states(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
@@ -112,9 +123,29 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         runner.go()
         result.jobs = [_summary(state, root) for state in states]
         result.exit_code = exit_code(states, stopped=runner.stops > 0)
-        if result.exit_code != INTERRUPTED:
-            _make_report(services.build_report, console, root, states, result)
+        _conclude(services.build_report, console, root, jobs, states, changes, result)
         show_end(console, root, states, result)
+
+
+def _conclude(
+    build_report: Callable[..., Path],
+    console: Console,
+    root: Path,
+    jobs: list[Job],
+    states: list[State],
+    changes: list[seal.Difference],
+    result: RunOutcome,
+) -> None:
+    """Bring exports and report up to date, and seal the study. What fails goes to `result`."""
+    try:
+        result.restored = sealing.restore_exports(root, jobs)
+        if result.exit_code != INTERRUPTED:
+            changed_report = any(change.path.startswith("report/") for change in changes)
+            _make_report(build_report, console, root, states, result, changed_report)
+        result.seal = seal.seal_study(root)
+    except OSError as error:  # such as a full disk
+        result.exit_code = result.exit_code or FAILED
+        result.error = f"exports, report or seal could not be written: {archive.describe(error)}"
 
 
 def _ask_consent() -> bool:
@@ -201,14 +232,22 @@ def _summary(state: State, root: Path) -> dict[str, Any]:
 
 
 def _make_report(
-    build_report: Callable[..., Path], console: Console, root: Path, states: list[State], result: RunOutcome
+    build_report: Callable[..., Path],
+    console: Console,
+    root: Path,
+    states: list[State],
+    result: RunOutcome,
+    changed: bool,
 ) -> None:
-    """Build the report if anything that it shows has changed. An error goes to `result` and makes the run a failure."""
+    """Build the report if anything that it shows, or (`changed`) its own files, have changed.
+
+    An error goes to `result` and makes the run a failure.
+    """
     try:
         result.report = str(root / "report" / "telco_report.html")
         key_file, key = root / "report" / ".key", report_key(root)
         ran = any(state.seconds is not None for state in states)
-        current = key_file.is_file() and key_file.read_text() == key and Path(result.report).is_file()
+        current = _text_or_none(key_file) == key and Path(result.report).is_file() and not changed
         if ran or not current:
             console.print("Building the report ...")
             build_report(root, result.jobs)
@@ -216,6 +255,13 @@ def _make_report(
     except Exception as error:
         result.report, result.exit_code = None, result.exit_code or FAILED
         result.error = f"the report could not be built: {type(error).__name__}: {error}"
+
+
+def _text_or_none(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
 
 
 def report_key(root: Path) -> str:
@@ -241,7 +287,11 @@ def show_end(console: Console, root: Path, states: list[State], result: RunOutco
     counts = {status: sum(s.status == status for s in states) for status in dict.fromkeys(s.status for s in states)}
     total = sum(state.seconds or 0 for state in states)
     console.print(f"{', '.join(f'{n} {status}' for status, n in counts.items())}; {duration_text(total)} of execution.")
+    for text in result.restored:
+        console.print(text, markup=False, soft_wrap=True)
     if result.exit_code != OK:
         console.print(f"Go on with:  {result.command}", markup=False, soft_wrap=True)
     if result.report:
         console.print(f"Report:  {result.report}", markup=False, soft_wrap=True)
+    if result.seal:
+        console.print(f"Sealed:  {result.seal[:16]} in {seal.SEAL_NAME}; ./run_all.py verify compares", markup=False)

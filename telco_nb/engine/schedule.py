@@ -14,6 +14,7 @@ from telco_nb.engine.progress import State, plan_table, remaining_text
 from telco_nb.hosted import api, attempts, egress, lines, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, describe_difference, is_current
+from telco_nb.study.manifest import whole_number
 from telco_nb.study.plan import Job, unused_parameters
 
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
@@ -170,13 +171,13 @@ def estimate_durations(states: Collection[State], root: Path) -> None:
     for state in states:
         manifest = record.read_manifest(root, state.job.scope, state.job.step)
         if manifest:
-            own[state.job.id] = manifest["seconds"] / (manifest["parameters"].get("epochs") or 1)
+            own[state.job.id] = manifest["seconds"] / whole_number(manifest["parameters"].get("epochs"))
             rates.setdefault(state.job.step, []).append(own[state.job.id])
     for state in states:
         known = rates.get(state.job.step)
         if known and not state.ended:
             rate = own.get(state.job.id, sum(known) / len(known))
-            state.expected_seconds = OVERHEAD_SECONDS + rate * (state.job.parameters.get("epochs") or 1)
+            state.expected_seconds = OVERHEAD_SECONDS + rate * whole_number(state.job.parameters.get("epochs"))
 
 
 def show_plan(console: Console, root: Path, states: list[State], explain: bool) -> None:

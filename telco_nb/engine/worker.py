@@ -24,11 +24,12 @@ from telco_nb import ROOT
 from telco_nb.engine import archive, schedule
 from telco_nb.engine.archive import Failure
 from telco_nb.engine.fork_server import ForkedJob, ForkServer, is_useful
-from telco_nb.engine.job import common_environment
+from telco_nb.engine.job import common_environment, death_reason
 from telco_nb.engine.progress import State, open_display
 from telco_nb.engine.schedule import Options, UsageError
 from telco_nb.study import machine, params, record
 from telco_nb.study.content_key import content_key, is_current
+from telco_nb.study.memory import oom_kills
 from telco_nb.study.plan import Job
 
 INTERRUPT_SECONDS, TERMINATE_SECONDS = 20.0, 5.0
@@ -204,9 +205,16 @@ class Worker:
 
     def run(self, state: State) -> Failure | None:
         """Run a job to its end; return None if it left a valid result."""
+        try:
+            return self._run(state)
+        except OSError as error:  # such as a full disk: other jobs may need less
+            return Failure("not started", archive.describe(error))
+
+    def _run(self, state: State) -> Failure | None:
         job_file = self.runner.write_job(state)
         if job_file is None:
             return Failure("not started", "its inputs are not there")
+        kills = oom_kills()
         log = archive.running_log(self.runner.root, state.job.scope, state.job.step)
         with log.open("wb") as errors:
             forked = self.runner.fork(job_file, errors) if self.gpus is None else None
@@ -216,7 +224,7 @@ class Worker:
         finally:
             job_file.unlink(missing_ok=True)
         state.exit_code = child.returncode
-        return failure if ended else self._record_death(state)
+        return failure if ended else self._record_death(state, oom_kills() > kills)
 
     def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
         gpus = {"CUDA_VISIBLE_DEVICES": str(self.gpus), machine.AT_ONCE_VARIABLE: str(len(self.runner.workers))}
@@ -255,19 +263,20 @@ class Worker:
                 stopping.send(self.runner.stops)
             self.runner.display.tick()
 
-    def _record_death(self, state: State) -> Failure:
+    def _record_death(self, state: State, out_of_memory: bool) -> Failure:
         """Write the failed record of a process that died before it could, and kill the kernel that it left."""
         if self.kernel_pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.kernel_pid, signal.SIGKILL)
         if self.runtime is not None:
             shutil.rmtree(self.runtime, ignore_errors=True)
-        code = state.exit_code or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook {how}")
+        place = self.runner.root, state.job.scope, state.job.step
+        how = death_reason(state.exit_code, out_of_memory, archive.last_exception(archive.running_log(*place)))
+        failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook: {how}")
         if self.runner.stops:
             failure = Failure("interrupted", "did not stop in time and was killed")
-        archive.keep_failed(self.runner.root, state.job.scope, state.job.step, failure)
+        with contextlib.suppress(OSError):  # a full disk: the summary has the reason
+            archive.keep_failed(*place, failure)
         return failure
 
 

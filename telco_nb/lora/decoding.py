@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface
 
-from telco_nb.lora.base_model import chat_messages, end_token_id, map_weights
+from telco_nb.lora.adapter_check import check_adapter
+from telco_nb.lora.base_model import ModelError, chat_messages, end_token_id, map_weights
 
 CACHED_ATTENTION = "cached_sdpa"  # name under which transformers knows `cached_attention`
 DROP_SHARE = 0.8  # ended rows leave the batch when at most this share of it still writes; a guess, any value is exact
@@ -38,13 +39,17 @@ def merge_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mod
 
     Returns:
         The merged model in evaluation mode.
+
+    Raises:
+        ModelError: the adapter does not fit the model or its configuration; nothing was merged.
     """
     if adapter is not None:
-        config = LoraConfig.from_pretrained(str(adapter))
+        config, weights = _read_adapter(adapter)
+        check_adapter(model, adapter, config, weights)
         if config.use_dora or config.bias != "none":
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
             return tuned.merge_and_unload().to(dtype).eval()
-        _merge_lora(model, adapter, config, dtype)
+        _merge_lora(model, weights, config, dtype)
     cast = map_weights(base_model, dtype) if base_model and dtype != torch.float32 else None
     for name, weight in cast.named_parameters() if cast else ():
         own = model.get_parameter(name)
@@ -53,14 +58,26 @@ def merge_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mod
     return model.to(dtype).eval()
 
 
+def _read_adapter(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Options and weights of an adapter, in safetensors only. Raises ModelError naming what cannot be read."""
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+        weights = load_file(adapter / "adapter_model.safetensors")
+    except Exception as error:  # these libraries raise whatever a damaged file leads to
+        raise ModelError(f"the adapter {adapter} cannot be read: {type(error).__name__}: {error}") from None
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"the adapter {adapter} is no LoRA adapter but {config.peft_type}.")
+    return config, weights
+
+
 @torch.no_grad()
-def _merge_lora(model: Any, adapter: Path, config: LoraConfig, dtype: torch.dtype) -> None:
+def _merge_lora(model: Any, weights: dict[str, Tensor], config: LoraConfig, dtype: torch.dtype) -> None:
     """The same weights to the last bit as peft's merge, in half the time.
 
     peft would first wrap every layer and then write into the pages of the file that the base weights are mapped from.
     """
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    weights = load_file(adapter / "adapter_model.safetensors", device=str(model.device))
+    weights = {name: weight.to(model.device) for name, weight in weights.items()}
     for name in filter(lambda name: name.endswith(".lora_A.weight"), weights):
         layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
         update = (weights[name.replace("lora_A", "lora_B")] @ weights[name]).mul_(scaling)

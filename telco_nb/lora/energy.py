@@ -1,7 +1,8 @@
 """Energy of a window of work: measured where a sensor exists, otherwise an interval that is labelled as an estimate.
 
 The primary reading is the device's own counter (NVML on NVIDIA cards, RAPL on bare-metal Intel and AMD). Without one,
-the CPU's energy is modelled from CPU time and assumed watts per core. carbontracker watches the same window.
+the CPU's energy is modelled from CPU time and assumed watts per core. carbontracker watches the same window. A sensor
+that fails makes its component invalid, with the reason; it never ends the work that it measures.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import io
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from telco_nb.lora.sensors import SensorError, elapsed_j, find_rapl, gpu_name, has_power, nvml_handle, read_gpu_j
 from telco_nb.study.machine import AT_ONCE_VARIABLE, device_facts
 
 RAPL = Path("/sys/class/powercap")
@@ -31,30 +34,6 @@ SHOWN_COLUMNS = [  # columns of a statement that a notebook shows; the saved tab
 ]  # fmt: skip
 
 
-def rapl_domains() -> list[Path]:
-    """CPU packages with an energy counter that this process may read."""
-    return [
-        d for d in sorted(RAPL.glob("intel-rapl:?")) if os.access(d / "energy_uj", os.R_OK) and _read_microjoules(d) > 0
-    ]
-
-
-def _read_microjoules(domain: Path, name: str = "energy_uj") -> int:
-    return int((domain / name).read_text())
-
-
-def nvml_handle() -> Any | None:
-    """NVML handle of the CUDA device in use, matched by UUID; None without an NVIDIA card or driver."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    import pynvml
-
-    pynvml.nvmlInit()
-    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
-
-
 class Meter:
     """Adds up time, CPU time and sensor readings over one or more windows: `start`, `pause`, ..., `stop`, `statement`.
 
@@ -68,11 +47,25 @@ class Meter:
     def __init__(self, watts: tuple[float, float, float], idle_share: float):
         self.watts, self.idle_share = watts, idle_share
         self.cores, self.at_once = device_facts()["cores"], int(os.environ.get(AT_ONCE_VARIABLE, "1"))
-        self.rapl, self.gpu = rapl_domains(), nvml_handle()
-        self.tracker = _Carbontracker(self.gpu)
+        zones = find_rapl(RAPL)
+        self.rapl, self.apart, self.rapl_note = zones.packages, zones.apart, zones.reason
+        self.failures: dict[str, str] = {}  # component: why its sensor gives no figure
+        self.gpu = self._find_gpu()
+        self.tracker = _Carbontracker(self.gpu if self.gpu is not None and has_power(self.gpu) else None)
         self.total = dict.fromkeys(("window_s", "cpu_s", "rapl_j", "gpu_j", "tracker_cpu_s", "tracker_gpu_j"), 0.0)
+        self.apart_j = {zone.name: 0.0 for zone in self.apart}
         self.n_windows = 0
         self._window_start: dict[str, Any] | None = None
+
+    def _find_gpu(self) -> Any | None:
+        try:
+            gpu = nvml_handle()
+            if gpu is not None:
+                read_gpu_j(gpu)
+            return gpu
+        except SensorError as error:
+            self.failures["gpu"] = str(error)
+            return None
 
     def start(self) -> None:
         """Open a window; does nothing if one is open."""
@@ -88,9 +81,10 @@ class Meter:
         self._window_start = None
         for name in ("window_s", "cpu_s", "gpu_j"):
             self.total[name] += after[name] - before[name]
-        for domain, first, last in zip(self.rapl, before["rapl"], after["rapl"], strict=True):
-            wrapped = _read_microjoules(domain, "max_energy_range_uj") if last < first else 0
-            self.total["rapl_j"] += (last - first + wrapped) / 1e6
+        for zone in self.rapl:
+            self.total["rapl_j"] += elapsed_j(zone, before["zones"][zone.name], after["zones"][zone.name])
+        for zone in self.apart:
+            self.apart_j[zone.name] += elapsed_j(zone, before["zones"][zone.name], after["zones"][zone.name])
         cpu_s, gpu_j = self.tracker.pause()
         self.total["tracker_cpu_s"] += cpu_s
         self.total["tracker_gpu_j"] += gpu_j
@@ -103,24 +97,28 @@ class Meter:
 
     def readings(self) -> dict[str, float]:
         """The totals so far, for a checkpoint."""
-        return {**self.total, "n_windows": self.n_windows}
+        return {**self.total, **self.apart_j, "n_windows": self.n_windows}
 
     def restore(self, readings: dict[str, float]) -> None:
         """Continue from the totals of an earlier process."""
         self.n_windows = int(readings["n_windows"])
         self.total = {name: float(readings[name]) for name in self.total}
+        self.apart_j = {name: float(readings.get(name, math.nan)) for name in self.apart_j}
 
     def _snapshot(self) -> dict[str, Any]:
-        gpu_j = 0.0
-        if self.gpu is not None:
-            import pynvml
-            import torch
-
-            torch.cuda.synchronize()
-            gpu_j = pynvml.nvmlDeviceGetTotalEnergyConsumption(self.gpu) / 1e3
+        gpu_j = 0.0 if self.gpu is None else self._read("gpu", read_gpu_j, self.gpu)
         cpu_s = sum(os.times()[:4])  # user and system, of this process and its children
-        rapl = [_read_microjoules(domain) for domain in self.rapl]
-        return {"window_s": time.perf_counter(), "cpu_s": cpu_s, "gpu_j": gpu_j, "rapl": rapl}
+        zones = {zone.name: self._read("cpu", zone.read_uj) for zone in self.rapl}
+        zones |= {zone.name: self._read(zone.name, zone.read_uj) for zone in self.apart}
+        return {"window_s": time.perf_counter(), "cpu_s": cpu_s, "gpu_j": gpu_j, "zones": zones}
+
+    def _read(self, component: str, read: Callable[..., float], *arguments: Any) -> float:
+        """A reading; NaN after a failure, which all sums with it, also those of a checkpoint, then show."""
+        try:
+            return read(*arguments)
+        except SensorError as error:
+            self.failures.setdefault(component, str(error))
+            return math.nan
 
     def _watts(self, watts_per_core: float, utilisation: float) -> float:
         """Power of the cores: the idle part, shared by jobs that run at once, and the busy part times utilisation."""
@@ -141,9 +139,11 @@ class Meter:
         Returns:
             One row per component (cpu, gpu, total): energy in J (gross_j in the interval low_j to high_j, net_j above
             idle), its kind (one of KINDS) and source, and whether it is valid. Missing values are None, never 0.
+            Further rows show counters that the total leaves out, such as `package-0 dram`.
         """
         rows = [self._cpu_row(), self._gpu_row()]
-        total = _total_row([row for row in rows if row["kind"] != "none"])
+        total = _total_row(rows if self._has_gpu else rows[:1])
+        rows += [self._apart_row(name, joules) for name, joules in self.apart_j.items()]
         window_s = self.total["window_s"]
         common = {"window": window, "scope": "work window", "window_s": window_s, "n_samples": self.n_windows}
         common |= {"n_repeats": 1, "utilisation": self.utilisation, "device": self._device_name()}
@@ -152,31 +152,44 @@ class Meter:
         share = self.total["tracker_cpu_s"] / window_s if window_s else math.nan
         tracked = rows[0]["gross_j"] * share + self.total["tracker_gpu_j"]
         ratio = tracked / total["gross_j"] if total["gross_j"] else math.nan
-        frame["carbontracker_j"] = [None, None, tracked]
-        frame["carbontracker_pue_removed_ratio"] = [None, None, ratio]
+        frame["carbontracker_j"] = [*[None] * len(rows), tracked]
+        frame["carbontracker_pue_removed_ratio"] = [*[None] * len(rows), ratio]
         return frame
 
-    def _device_name(self) -> str:
-        if self.gpu is None:
-            return device_facts()["cpu"]
-        import pynvml
+    @property
+    def _has_gpu(self) -> bool:
+        return self.gpu is not None or "gpu" in self.failures
 
-        return pynvml.nvmlDeviceGetName(self.gpu)
+    def _device_name(self) -> str:
+        return device_facts()["cpu"] if self.gpu is None else gpu_name(self.gpu)
 
     def _cpu_row(self) -> dict[str, Any]:
-        if self.rapl:
+        failure = self._failure("cpu", self.total["rapl_j"])
+        if self.rapl and not failure:
             row = self._row("cpu", "measured", "rapl", self.total["rapl_j"], idle_w=None)
             reason = f"cpu: the counter holds all {self.at_once} jobs that ran at once"
             return row | ({"valid": False, "invalid_reason": reason} if self.at_once > 1 else {})
         low, middle, high = (self._watts(w, self.utilisation) * self.total["window_s"] for w in self.watts)
         row = self._row("cpu", "estimated", "cpu_time_model", middle, idle_w=self._watts(self.watts[1], 0.0))
-        return row | {"low_j": low, "high_j": high}
+        row |= {"low_j": low, "high_j": high, "note": f"no counter: {self.rapl_note}" if self.rapl_note else None}
+        return row | ({"valid": False, "invalid_reason": failure} if failure else {})
 
     def _gpu_row(self) -> dict[str, Any]:
-        if self.gpu is not None:
+        failure = self._failure("gpu", self.total["gpu_j"])
+        if self.gpu is not None and not failure:
             return self._row("gpu", "measured", "nvml_energy_counter", self.total["gpu_j"], idle_w=None)
-        row = {"component": "gpu", "kind": "none", "source": "none", "valid": False, "invalid_reason": "no GPU"}
-        return row | dict.fromkeys(("gross_j", "idle_w", "net_j", "low_j", "high_j"))
+        return _missing_row("gpu", failure or "no GPU")
+
+    def _apart_row(self, name: str, joules: float) -> dict[str, Any]:
+        failure = self._failure(name, joules)
+        row = _missing_row(name, failure) if failure else self._row(name, "measured", "rapl", joules, idle_w=None)
+        return row | {"note": "shown apart: not in the total"}
+
+    def _failure(self, component: str, joules: float) -> str | None:
+        """Why a component has no figure of its sensor; None if it has one."""
+        if component not in self.failures and not math.isnan(joules):
+            return None
+        return f"{component}: {self.failures.get(component, 'a reading failed before the training was resumed')}"
 
     def _row(self, component: str, kind: str, source: str, gross_j: float, idle_w: float | None) -> dict[str, Any]:
         shortest = SHORTEST_WINDOW_S[source]
@@ -186,8 +199,13 @@ class Meter:
             "component": component, "kind": kind, "source": source, "gross_j": gross_j, "idle_w": idle_w,
             "net_j": None if idle_w is None else gross_j - idle_w * self.total["window_s"],
             "low_j": gross_j * (1 - SENSOR_ACCURACY), "high_j": gross_j * (1 + SENSOR_ACCURACY),
-            "valid": valid, "invalid_reason": None if valid else reason,
+            "valid": valid, "invalid_reason": None if valid else reason, "note": None,
         }  # fmt: skip
+
+
+def _missing_row(component: str, reason: str) -> dict[str, Any]:
+    row = {"component": component, "kind": "none", "source": "none", "valid": False, "invalid_reason": reason}
+    return row | dict.fromkeys(("gross_j", "idle_w", "net_j", "low_j", "high_j", "note"))
 
 
 def _total_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,22 +232,28 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
 
     Returns:
         `<prefix>_energy_wh`, `<prefix>_energy_low_wh` and `<prefix>_energy_high_wh` in Wh, energy_kind,
-        energy_source, energy_valid and carbontracker_ratio.
+        energy_source, energy_valid and carbontracker_ratio. An energy that is missing is NaN.
     """
     rows = statement.set_index("component")
     row = rows.loc["gpu" if rows.loc["gpu", "kind"] == "measured" else "total"]
     columns = {"energy_wh": "gross_j", "energy_low_wh": "low_j", "energy_high_wh": "high_j"}
-    return {f"{prefix}_{name}": float(row[column]) / JOULES_PER_WH for name, column in columns.items()} | {
+    return {f"{prefix}_{name}": _number(row[column]) / JOULES_PER_WH for name, column in columns.items()} | {
         "energy_kind": row["kind"],
         "energy_source": row["source"],
         "energy_valid": bool(row["valid"]),
-        "carbontracker_ratio": float(rows.loc["total", "carbontracker_pue_removed_ratio"]),
+        "carbontracker_ratio": _number(rows.loc["total", "carbontracker_pue_removed_ratio"]),
     }
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def carbontracker_note(statement: pd.DataFrame) -> str:
     """A sentence that compares carbontracker's figure with ours, and a warning beyond MAX_DISAGREEMENT."""
-    ratio = statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"]
+    ratio = _number(statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"])
+    if math.isnan(ratio):
+        return "There is no total and reading of carbontracker to compare."
     text = f"Over the same windows carbontracker reads **{ratio:.3f}** times the total."
     if abs(ratio - 1) <= MAX_DISAGREEMENT:
         return text
@@ -250,11 +274,14 @@ class _Carbontracker:
     def __init__(self, gpu: Any | None):
         from carbontracker.components.gpu.nvidia import NvidiaGPU
         from carbontracker.emissions.intensity.intensity import IntensityService
-        from carbontracker.tracker import CarbonTracker
+        from carbontracker.tracker import CarbonTracker, CarbonTrackerThread
 
         # The constructor would ask a web service for this machine's location and has no option against it.
         IntensityService._fetch_geo_location = lambda _: None  # ty: ignore[invalid-assignment]  (replaced on purpose)
         NvidiaGPU._get_handles = lambda _: [gpu]  # ty: ignore[invalid-assignment]  (else it reads all of the machine)
+        # Both would end the whole process after an error of a sensor.
+        for kind in (CarbonTracker, CarbonTrackerThread):
+            kind._handle_error = lambda *_: None  # ty: ignore[invalid-assignment]
         self._output = io.StringIO()
         with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):
             self._tracker = CarbonTracker(
@@ -271,10 +298,13 @@ class _Carbontracker:
         self._tracker.epoch_start()
 
     def pause(self) -> tuple[float, float]:
-        """(seconds of the cores, joules of the GPU) of the window that ends now."""
+        """(seconds of the cores, joules of the GPU) of the window that ends now; NaN if it saw an error."""
         self._tracker.epoch_end()
-        values = {c.name: c.energy_usage(self._thread.epoch_times)[-1] * 3.6e6 for c in self._thread.components}
-        return float(values["cpu"]), float(values.get("gpu", 0.0))
+        times = self._thread.epoch_times
+        if not self._thread.running or not times:
+            return math.nan, math.nan
+        values = {c.name: c.energy_usage(times)[-1] * 3.6e6 for c in self._thread.components}
+        return float(values.get("cpu", math.nan)), float(values.get("gpu", 0.0))
 
     def close(self) -> None:
         with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):

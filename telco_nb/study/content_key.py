@@ -18,7 +18,7 @@ from typing import Any
 from telco_nb import ROOT
 from telco_nb.study import imports, params
 from telco_nb.study.plan import Job
-from telco_nb.study.record import read_manifest, sha256, step_dir
+from telco_nb.study.record import find_manifest, read_manifest, sha256, step_dir
 
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
@@ -103,13 +103,16 @@ def versions() -> dict[str, str | None]:
 
 def is_current(job: Job, root: Path) -> tuple[bool, str]:
     """True if a job's record is current, with the reason in words."""
-    manifest = read_manifest(root, job.scope, job.step)
+    manifest, reason = find_manifest(root, job.scope, job.step)
     if manifest is None:
-        return False, "no result yet"
+        return False, reason
     if manifest["executor"] != "papermill":
         return False, "was run by hand in Jupyter: there is no executed record"
-    if not (root / job.scope / f"{job.step}.ipynb").is_file():
+    notebook = root / job.scope / f"{job.step}.ipynb"
+    if not notebook.is_file():
         return False, "the executed notebook is missing"
+    if sha256(notebook) != manifest.get("notebook_sha256"):
+        return False, "the executed notebook is not the one of its manifest"
     key, parts = content_key(job, root)
     if key is None:
         return False, "an input is not there yet"
@@ -126,9 +129,6 @@ def _outputs_intact(manifest: dict[str, Any], root: Path) -> tuple[bool, str]:
             return False, f"output {output['path']} is missing"
         if path.stat().st_size != output["bytes"] or sha256(path) != output["sha256"]:
             return False, f"output {output['path']} was changed"
-    for name in manifest["exports"]:
-        if not (root / name).is_file():
-            return False, f"{name} is missing"
     return True, "up to date"
 
 

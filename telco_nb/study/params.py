@@ -187,7 +187,7 @@ class StudyParams:
 LORA_KEYS = {*LoraParameters.model_fields, "seed"}
 JUDGE_KEYS = {*JudgeParameters.model_fields}
 # What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
-RESERVED_NAMES = {"shared", "study", "untuned", "reference", "template", "echo", "nearest", "tie"}
+RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "template", "echo", "nearest", "tie"}
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 
@@ -201,6 +201,7 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
     base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
     lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / "lora").glob("*.yaml"))}
+    _check_names(lora, params_dir / "lora")
     judges = {p.stem: _read_file(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
     for key, known, folder in (
         ("configs", lora, "lora"),
@@ -219,13 +220,17 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     return study
 
 
+def _check_names(names: Iterable[str], folder: Path) -> None:
+    """Refuse names of configurations that a study uses itself, or that cannot be the name of a folder everywhere."""
+    for name in names:
+        where = f"{folder / name}.yaml: a configuration cannot be called {name!r}"
+        if name in RESERVED_NAMES or "-seed" in name or name.startswith("judge-"):
+            raise ParameterError(f"{where}: the study uses that name itself. Rename the file.")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+            raise ParameterError(f"{where}: a name has small letters, digits and - only. Rename the file.")
+
+
 def _check_all(study: StudyParams, params_dir: Path) -> None:
-    for config in study.lora:
-        if config in RESERVED_NAMES or "-seed" in config or config.startswith("judge-"):
-            raise ParameterError(
-                f"{params_dir / 'lora' / config}.yaml: a configuration cannot be called {config!r}: the study uses "
-                "that name itself. Rename the file."
-            )
     scopes = {"shared": "base.yaml"} | {c: f"lora/{c}.yaml" for c in study.lora}
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base.get("judges", [])}
     for scope, name in scopes.items():

@@ -116,6 +116,18 @@ def plan_jobs(study: StudyParams) -> list[Job]:
     return [make_job(step, study.values(scope)) for step, scope in scopes]
 
 
+def refuse_too_few(jobs: list[Job]) -> None:
+    """Raise ParameterError if judges are to rank fewer than two configurations: nothing would be compared."""
+    for job in jobs:
+        configs = job.parameters.get("configs", [])
+        if job.step in ("05_judge", "06_analysis") and len(configs) < 2:
+            raise ParameterError(
+                f"{job.id}: a ranking needs two configurations or more, and this study has "
+                f"{', '.join(configs) or 'none'}. Name more with --configs or in configs of the profile, or leave the "
+                "judges out with --steps 01-04."
+            )
+
+
 def unused_parameters(study: StudyParams) -> list[str]:
     """Keys of the parameter files that no notebook declares and the plan itself does not use."""
     used = {"repeat_configs", "repeat_seeds"} | {name for step in STEPS for name in declared(step)}

@@ -6,18 +6,24 @@ step's folder. So a folder with a manifest is a finished step, whatever died in 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from telco_nb import ROOT
+from telco_nb.study.manifest import SCHEMA_VERSION as SCHEMA_VERSION
+from telco_nb.study.manifest import load_manifest, sealed
 from telco_nb.study.plan import Job
 
-SCHEMA_VERSION = 1
 JOB_VARIABLE = "TELCO_NB_JOB"
+OWNED = re.compile(r"\..+\.(\d+)\.(tmp|work|old)")  # files and folders of one process: .<name>.<pid>.<kind>
 
 
 class RecordError(RuntimeError):
@@ -33,15 +39,16 @@ def step_dir(root: Path, scope: str, step: str) -> Path:
     return root / scope / step
 
 
-def work_dir(root: Path, scope: str, step: str) -> Path:
-    return root / scope / f".{step}.work"
+def work_dir(root: Path, scope: str, step: str, owner: int | None = None) -> Path:
+    """The folder in which a step is made: the runner's, or that of the process `owner` which runs it by hand."""
+    return root / scope / (f".{step}.work" if owner is None else f".{step}.{owner}.work")
 
 
-def prepare_work_dir(job: Job, root: Path, key: str) -> Path:
+def prepare_work_dir(job: Job, root: Path, key: str, owner: int | None = None) -> Path:
     """The work folder of a job: emptied if it belongs to another content key, kept (for resuming) if to this one."""
-    work = work_dir(root, job.scope, job.step)
+    work = work_dir(root, job.scope, job.step, owner)
     key_file = work / ".key"
-    if work.exists() and (not key_file.is_file() or key_file.read_text() != key):
+    if work.exists() and (not key_file.is_file() or key_file.read_text(errors="replace") != key):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     (work / "manifest.json").unlink(missing_ok=True)
@@ -49,46 +56,123 @@ def prepare_work_dir(job: Job, root: Path, key: str) -> Path:
     return work
 
 
-def publish_step(root: Path, scope: str, step: str) -> None:
+@contextlib.contextmanager
+def _publishing(root: Path) -> Generator[None]:
+    """Only one process at a time replaces steps of a study; the next one waits for the moment that it takes."""
+    with (root / ".publish.lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def publish_step(root: Path, scope: str, step: str, owner: int | None = None) -> None:
     """Put the finished work folder in the place of the step's folder, and its exports into the profile's folder."""
-    work, final = work_dir(root, scope, step), step_dir(root, scope, step)
+    work, final = work_dir(root, scope, step, owner), step_dir(root, scope, step)
     old = final.with_name(f".{step}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(work, final)
-    shutil.rmtree(old, ignore_errors=True)
-    for name, source in (read_manifest(root, scope, step) or {}).get("exports", {}).items():
-        write_bytes(root / name, (final / source).read_bytes())
+    with _publishing(root):
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(work, final)
+        shutil.rmtree(old, ignore_errors=True)
+    export_again(root, scope, step)
+
+
+def export_again(root: Path, scope: str, step: str) -> list[str]:
+    """Write the exports of a finished step that are missing, old or changed; returns what was wrong with them."""
+    manifest = read_manifest(root, scope, step)
+    outputs = {output["path"]: output["sha256"] for output in manifest["outputs"]} if manifest else {}
+    done = []
+    for name, source in manifest["exports"].items() if manifest else ():
+        fault = export_fault(root / name, outputs.get(source))
+        data = _bytes_or_none(step_dir(root, scope, step) / source)
+        if fault and data is not None and hashlib.sha256(data).hexdigest() == outputs.get(source):
+            write_bytes(root / name, data)
+            done.append(f"{name} {fault}")
+    return done
+
+
+def export_fault(path: Path, expected: str | None) -> str | None:
+    """What is wrong with an exported file, given the hash of its source: "was missing", "was not ...", or nothing."""
+    data = _bytes_or_none(path)
+    if data is None:
+        return "was missing"
+    return None if hashlib.sha256(data).hexdigest() == expected else "was not that of the last analysis"
+
+
+def _bytes_or_none(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete temporary files and work folders of processes that are gone; returns them. Needs the study's lock."""
+    swept = []
+    for folder, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            match = OWNED.fullmatch(name)
+            if match and not _is_alive(int(match.group(1))):
+                path = Path(folder, name)
+                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
+                swept.append(path)
+        folders[:] = [name for name in folders if not OWNED.fullmatch(name)]
+    return swept
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: at any moment it is absent, the old one, or whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # such as a full disk
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON (no NaN), atomically."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the seal over its content, atomically."""
+    write_json(path, sealed({name: value for name, value in manifest.items() if name != "seal"}))
 
 
 def read_manifest(root: Path, scope: str, step: str) -> dict[str, Any] | None:
-    """The manifest of a finished step, or None. An interrupted swap is completed first."""
+    """The manifest of a finished step; None if there is none, or one that is damaged (see `find_manifest`)."""
+    return find_manifest(root, scope, step)[0]
+
+
+def find_manifest(root: Path, scope: str, step: str) -> tuple[dict[str, Any] | None, str]:
+    """The manifest of a finished step, or None with the reason in words. An interrupted swap is completed first."""
     final = step_dir(root, scope, step)
     old = final.with_name(f".{step}.old")
-    if old.exists() and not final.exists():  # died between the two renames of publish_step
-        os.replace(old, final)
-    try:
-        manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return None
-    return manifest if manifest.get("schema_version") == SCHEMA_VERSION else None
+    if old.exists() and not final.exists():  # died between the two renames of publish_step, or is between them now
+        with contextlib.suppress(OSError), _publishing(root):
+            if old.exists() and not final.exists():
+                os.replace(old, final)
+    return load_manifest(final / "manifest.json", scope, step)
 
 
 def sha256(path: Path) -> str:

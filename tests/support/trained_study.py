@@ -28,7 +28,7 @@ def random_adapter(folder: Path) -> None:
     base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
     checksum = base_model.weights_checksum(base)
     torch.manual_seed(3)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=step.TARGET_MODULES["qv"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=64, lora_alpha=128, target_modules=step.TARGET_MODULES["qv"], task_type="CAUSAL_LM")
     tuned = step.attach_adapters(base, lora)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:

@@ -25,6 +25,7 @@ from telco_nb import ROOT
 from telco_nb.__main__ import app
 from telco_nb.commands import export, serve, trained
 from telco_nb.lora import adapter, base_model, decoding
+from telco_nb.study import record
 
 USER, HOST = "made_up_user", "made-up-host"
 PROMPT = "My phone shows no service since I changed the SIM card."
@@ -342,9 +343,9 @@ def test_a_changed_adapter_and_one_of_an_older_version_are_refused(study):
     result = run("chat", "c04", "--prompt", "Hi")
     assert result.exit_code == 2 and "base_model.json" in result.stderr and "--steps 03" in result.stderr
     manifest = folder.parents[1] / "manifest.json"
-    record = json.loads(manifest.read_text())
-    record["outputs"] = [output for output in record["outputs"] if "base_model" not in output["path"]]
-    manifest.write_text(json.dumps(record))
+    facts = json.loads(manifest.read_text())
+    facts["outputs"] = [output for output in facts["outputs"] if "base_model" not in output["path"]]
+    record.write_manifest(manifest, facts)
     (folder / "base_model.json").unlink()
     result = run("chat", "c04", "--prompt", "Hi")
     assert result.exit_code == 2 and "older version" in result.stderr

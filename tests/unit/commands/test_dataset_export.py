@@ -18,7 +18,7 @@ from telco_nb.__main__ import app
 from telco_nb.commands import dataset as command
 from telco_nb.corpus import dataset, gold, scenarios
 from telco_nb.corpus.cards import Card, load_cards, write_cards
-from telco_nb.study.record import sha256
+from telco_nb.study.record import sha256, write_manifest
 
 TERMS, UNSEEN = ("dns", "esim", "voicemail"), ["voicemail"]
 COUNTS = {
@@ -212,7 +212,7 @@ def test_noisy_exchanges_that_changed_since_the_study_are_refused(study, tmp_pat
 def test_cards_of_ones_own_get_no_licence_and_no_claims_of_this_project(study, tmp_path):
     path = tmp_path / "outputs/smoke/shared/01_glossary/manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"parameters": {"glossary_path": "my/cards"}}))
+    write_manifest(path, manifest | {"parameters": {"glossary_path": "my/cards"}})
     assert export(tmp_path / "export").exit_code == 0
     head, text = readme(tmp_path / "export")
     assert head["license"] == "other" and not (tmp_path / "export" / "LICENSE").exists()

@@ -58,7 +58,8 @@ def test_twenty_calls_price_the_whole_plan_and_05_asks_only_the_others(served, m
     judge_study.run_judge(root, monkeypatch, **values | {"judge_after_failed_gate": True})
     assert len(server.requests) == n
     logged = lines(root / "egress.jsonl")
-    assert len(logged) == n and {line["purpose"] for line in logged} == {"judge"}
+    answered = [line for line in logged if line["status"] == 200]  # a dropped connection is logged as well
+    assert len(answered) == n and {line["purpose"] for line in logged} == {"judge"}
 
 
 def test_the_plan_of_a_run_counts_with_the_measured_lengths(served):

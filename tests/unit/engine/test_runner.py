@@ -22,7 +22,7 @@ from telco_nb.engine.archive import Failure
 from telco_nb.engine.job import death_reason, kernel_environment
 from telco_nb.engine.progress import State
 from telco_nb.study import params, record
-from telco_nb.study.plan import Job
+from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
 
 def job(step: str, scope: str, *depends: str, **parameters) -> Job:
@@ -335,6 +335,19 @@ def test_the_reason_of_a_death_depends_on_exit_code_and_memory():
     assert "most often for lack of memory" in death_reason(-9, out_of_memory=False)
     assert death_reason(-11, False) == "killed by SIGSEGV"
     assert death_reason(7, False) == "it ended with exit code 7"
+    with_log = death_reason(1, False, "OSError: [Errno 28] No space left on device")
+    assert with_log == "it ended with exit code 1; its log ends with OSError: [Errno 28] No space left on device"
+
+
+def test_an_unexpected_error_of_a_run_is_in_the_summary_by_class_and_text(tmp_path, monkeypatch, capsys):
+    def fail(_: object) -> None:
+        raise LookupError("nothing there")
+
+    monkeypatch.setattr(runner, "load_study", fail)
+    options = runner.Options(json_file=tmp_path / "run.json")
+    assert runner.run(options, runner.Services(None, None)) == 1
+    assert json.loads((tmp_path / "run.json").read_text())["error"] == "LookupError: nothing there"
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_machine_checks_name_a_missing_model_and_a_full_disk(tmp_path, monkeypatch):
@@ -369,6 +382,7 @@ def run_all(*words: str) -> subprocess.CompletedProcess:
         (["--profile", "lapdog"], "lapdog.yaml"),
         (["--configs", "c99"], "--configs c99"),
         (["--nonsense"], "--nonsense"),
+        (["--configs", "c01"], "a ranking needs two configurations or more, and this study has c01"),
         (["--params", "no/such/folder"], "base.yaml"),
     ],
 )
@@ -387,6 +401,21 @@ def test_a_wrong_parameter_file_exits_2_with_file_key_and_fix_and_is_in_the_json
     summary = json.loads((tmp_path / "run.json").read_text())
     assert summary["exit_code"] == 2
     assert "1.0e-4" in summary["error"]
+
+
+def test_one_configuration_may_be_trained_but_not_judged():
+    study = params.load_study("smoke", configs=["c01"])
+    jobs = plan_jobs(study)
+    refuse_too_few(schedule.choose_steps(jobs, "01-04"))
+    for steps in (None, "05", "06"):
+        with pytest.raises(params.ParameterError, match=r"Name more with --configs .* --steps 01-04"):
+            refuse_too_few(schedule.choose_steps(jobs, steps))
+    refuse_too_few(plan_jobs(params.load_study("smoke")))
+
+
+def test_options_of_a_run_before_verify_are_refused():
+    done = run_all("--profile", "smoke", "verify")
+    assert done.returncode == 2 and "write options behind verify" in done.stderr
 
 
 def test_help_shows_examples_and_exit_codes():

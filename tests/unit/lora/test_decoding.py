@@ -1,6 +1,7 @@
 """Answers: batching changes nothing, and a model that does not stop is not hidden."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from telco_nb.lora import base_model, decoding
+from telco_nb.lora import base_model, decoding, unpacked
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +104,66 @@ def test_the_bfloat16_copy_is_the_float32_weights_cast(real):
     assert all(torch.equal(found[name], wanted[name].to(torch.bfloat16)) for name in wanted)
 
 
-def test_a_cache_without_the_bfloat16_copy_is_unpacked_anew(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of the packaged model in a cache of its own, with small files instead of weights."""
     monkeypatch.setenv("TELCO_NB_CACHE", str(tmp_path))
     monkeypatch.setattr(base_model, "unpack_gguf", lambda gguf, folder: folder.with_name("anew"))
-    old = tmp_path / f"{base_model.PACKAGED_MODEL}-{base_model.PACKAGED_SHA256[:12]}"
-    old.mkdir()
-    (old / "source.json").write_text("{}")
-    assert base_model.resolve_model(base_model.PACKAGED_MODEL) == str(tmp_path / "anew")
-    (old / base_model.BFLOAT16).mkdir()
-    assert base_model.resolve_model(base_model.PACKAGED_MODEL) == str(old)
+    monkeypatch.setattr(unpacked, "_right", set())
+    folder = base_model.packaged_folder()
+    (folder / base_model.BFLOAT16).mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", f"{base_model.BFLOAT16}/model.safetensors"):
+        (folder / name).write_bytes(name.encode() * 1000)
+    unpacked.write_record(folder, {"source": "a.gguf"})
+    return folder
+
+
+def resolved() -> str:
+    unpacked._right.clear()  # as in a new process
+    return base_model.resolve_model(base_model.PACKAGED_MODEL)
+
+
+@pytest.mark.parametrize("fault", ["no copy", "no hashes"])
+def test_a_cache_of_an_older_version_is_unpacked_anew(cache, fault):
+    assert resolved() == str(cache)
+    if fault == "no copy":
+        shutil.rmtree(cache / base_model.BFLOAT16)
+    else:
+        (cache / unpacked.RECORD).write_text("{}")
+    assert resolved() == str(cache.with_name("anew"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", f"{base_model.BFLOAT16}/model.safetensors"])
+def test_one_flipped_byte_in_the_unpacked_model_is_refused_even_with_its_old_time(cache, name):
+    state, data = (cache / name).stat(), bytearray((cache / name).read_bytes())
+    data[500] ^= 1
+    (cache / name).write_bytes(data)
+    os.utime(cache / name, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(base_model.ModelError, match=f"{name} was changed. Delete the folder"):
+        resolved()
+    base_model.preload()
+    assert not any(str(cache) in key for key in base_model._preloaded)
+
+
+def test_a_missing_or_added_file_of_the_unpacked_model_is_refused_by_name(cache):
+    (cache / "adapter_config.json").write_text("{}")
+    with pytest.raises(base_model.ModelError, match=r"adapter_config\.json does not belong there"):
+        resolved()
+    (cache / "adapter_config.json").unlink()
+    (cache / "config.json").unlink()
+    with pytest.raises(base_model.ModelError, match=r"config\.json is missing"):
+        resolved()
+
+
+def test_a_right_copy_is_hashed_once_and_then_known_by_its_stamp(cache, monkeypatch):
+    read = []
+    monkeypatch.setattr(unpacked, "sha256", lambda path, true=unpacked.sha256: read.append(path.name) or true(path))
+    resolved()
+    assert read == []
+    (cache / "config.json").write_bytes((cache / "config.json").read_bytes())  # the same bytes, another time
+    resolved()
+    resolved()
+    assert read == ["config.json"]
 
 
 def test_merging_the_adapter_gives_the_same_logits(real, tmp_path):

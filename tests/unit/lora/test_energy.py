@@ -1,12 +1,17 @@
 """Energy: what is measured is counted right, what is estimated says so, and nobody is asked where we are."""
 
+import json
+import math
 import socket
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
-from telco_nb.lora import energy
+from telco_nb.lora import energy, sensors
 from telco_nb.study import machine
 
 WATTS = (2.0, 5.0, 12.0)
@@ -26,15 +31,30 @@ def no_sensors(monkeypatch, tmp_path):
 
 @pytest.fixture
 def rapl(tmp_path):
-    domain = tmp_path / "intel-rapl:0"
-    domain.mkdir()
-    (domain / "max_energy_range_uj").write_text("1000000000")
+    write_zone(tmp_path / "intel-rapl:0", "package-0", 990_000_000)
+    return (tmp_path / "intel-rapl:0" / "energy_uj").write_text
 
-    def write(microjoules: int) -> None:
-        (domain / "energy_uj").write_text(str(microjoules))
 
-    write(990_000_000)
-    return write
+def write_zone(folder: Path, name: str, microjoules: int) -> None:
+    folder.mkdir(parents=True)
+    for file, text in (("name", name), ("energy_uj", microjoules), ("max_energy_range_uj", 1_000_000_000)):
+        (folder / file).write_text(f"{text}\n")
+
+
+def spend(folder: Path, joules: int) -> None:
+    file = folder / "energy_uj"
+    file.write_text(str(int(file.read_text()) + joules * 10**6))
+
+
+def measured(root: Path, joules: dict[str, int]) -> pd.DataFrame:
+    """The statement of a window of 30 s in which these zones counted these joules."""
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    for zone, spent in joules.items():
+        spend(root / zone, spent)
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    return meter.statement("train").set_index("component")
 
 
 def test_without_a_sensor_the_statement_is_an_interval_labelled_estimated():
@@ -64,7 +84,7 @@ def test_the_estimate_is_time_times_cores_times_the_declared_watts():
 def test_a_rapl_counter_that_wraps_around_is_added_up_right(rapl):
     meter = energy.Meter(WATTS, 0.3)
     meter.start()
-    rapl(20_000_000)  # from 990 J over the top at 1000 J to 20 J
+    rapl(str(20_000_000))  # from 990 J over the top at 1000 J to 20 J
     meter.stop()
     meter.total["window_s"] = 12.0
     row = meter.statement("train").set_index("component").loc["cpu"]
@@ -75,7 +95,7 @@ def test_a_counter_that_several_jobs_share_is_no_figure_of_one_of_them(rapl, mon
     monkeypatch.setenv(machine.AT_ONCE_VARIABLE, "2")
     meter = energy.Meter(WATTS, 0.3)
     meter.start()
-    rapl(995_000_000)
+    rapl(str(995_000_000))
     meter.stop()
     meter.total["window_s"] = 60.0
     row = meter.statement("train").set_index("component").loc["total"]
@@ -87,30 +107,181 @@ def test_a_measured_processor_over_the_same_window_is_no_reason_for_a_warning(ra
     meter = energy.Meter(WATTS, 0.3)
     meter.start()
     busy(1.5)
-    rapl(20_000_000)  # 30 J: far from what the declared watts would say of this window
+    rapl(str(20_000_000))  # 30 J: far from what the declared watts would say of this window
     meter.stop()
     statement = meter.statement("train")
     assert statement.set_index("component").loc["total", "gross_j"] == pytest.approx(30.0)
     assert "apart" not in energy.carbontracker_note(statement)
 
 
-def test_an_unreadable_or_empty_rapl_counter_is_no_sensor(rapl):
-    rapl(0)
-    assert energy.rapl_domains() == []
+@pytest.mark.parametrize(
+    ("zones", "spent", "joules", "apart"),
+    [
+        (
+            {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "psys"},
+            {"intel-rapl:0": 300, "intel-rapl:0:0": 200, "intel-rapl:0:1": 60, "intel-rapl:1": 700},
+            300,
+            {"package-0 core": 200, "package-0 dram": 60, "psys": 700},
+        ),
+        (
+            {"intel-rapl:0": "package-0", "intel-rapl-mmio:0": "package-0", "intel-rapl:1": "package-0"},
+            {"intel-rapl:0": 300, "intel-rapl-mmio:0": 299, "intel-rapl:1": 301},
+            300,
+            {},
+        ),
+        (
+            {f"intel-rapl:{i}": f"package-{i}" for i in range(12)},
+            {f"intel-rapl:{i}": 10 + i for i in range(12)},
+            186,
+            {},
+        ),
+        (
+            {"intel-rapl:0": "package-0-die-0", "intel-rapl:1": "package-0-die-1"},
+            {"intel-rapl:0": 20, "intel-rapl:1": 30},
+            50,
+            {},
+        ),
+    ],
+    ids=["psys and parts beside a package", "the same package twice", "twelve packages", "two dies"],
+)
+def test_rapl_zones_are_taken_by_name_and_each_package_once(tmp_path, zones, spent, joules, apart):
+    for zone, name in zones.items():
+        write_zone(tmp_path / zone, name, 10**6)
+    rows = measured(tmp_path, spent)
+    assert (rows.loc["cpu", "source"], rows.loc["cpu", "gross_j"]) == ("rapl", pytest.approx(joules))
+    assert rows.loc["total", "gross_j"] == pytest.approx(joules) and rows.loc["total", "valid"]
+    shown = rows.drop(index=["cpu", "gpu", "total"])["gross_j"]
+    assert dict(shown) == pytest.approx(apart)
+
+
+@pytest.mark.parametrize("fault", ["reads 0", "no number", "no name", "no range", "of two packages one"])
+def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_says_why(tmp_path, rapl, fault):
+    zone = tmp_path / "intel-rapl:0"
+    if fault == "reads 0":
+        rapl("0")
+    elif fault == "no number":
+        rapl("")
+    elif fault == "no name":
+        (zone / "name").unlink()
+    elif fault == "no range":
+        (zone / "max_energy_range_uj").unlink()
+    else:
+        write_zone(tmp_path / "intel-rapl:1", "package-1", 10**6)
+        (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    row = measured(tmp_path, {}).loc["cpu"]
+    assert (row.kind, row.source, row.valid) == ("estimated", "cpu_time_model", True)
+    assert row.note.startswith("no counter: ") and "intel-rapl:" in row.note
+
+
+def test_a_rapl_counter_that_fails_in_mid_window_invalidates_its_component_and_nothing_else(tmp_path, rapl):
+    write_zone(tmp_path / "intel-rapl:0:0", "dram", 10**6)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    statement = meter.statement("train")
+    rows = statement.set_index("component")
+    assert (rows.loc["cpu", "kind"], rows.loc["cpu", "valid"]) == ("estimated", False)
+    assert "energy_uj cannot be read: No such file" in rows.loc["cpu", "invalid_reason"]
+    assert not rows.loc["total", "valid"] and "energy_uj" in rows.loc["total", "invalid_reason"]
+    assert rows.loc["package-0 dram", "gross_j"] == 0
+    figures = energy.energy_metrics(statement, "train")
+    assert (figures["energy_kind"], figures["energy_valid"]) == ("estimated", False)
+
+
+def test_a_failure_before_a_checkpoint_is_still_known_after_it(tmp_path, rapl):
+    first = energy.Meter(WATTS, 0.3)
+    first.start()
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    first.stop()
+    rapl(str(991_000_000))
+    second = energy.Meter(WATTS, 0.3)
+    second.restore(json.loads(json.dumps(first.readings())))
+    second.start()
+    second.stop()
+    second.total["window_s"] = 30.0
+    row = second.statement("train").set_index("component").loc["cpu"]
+    assert not row.valid and "before the training was resumed" in row.invalid_reason
+
+
+def not_supported(*_: object) -> int:
+    raise RuntimeError("Not Supported")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card whose energy counter and power are functions that a test replaces."""
+    fake = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetName=lambda _: "Test GPU",
+        nvmlDeviceGetTotalEnergyConsumption=lambda _: 1_000_000,
+        nvmlDeviceGetPowerUsage=not_supported,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(energy, "nvml_handle", sensors.nvml_handle)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="1"))
+    return fake
+
+
+@pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"])
+def test_a_card_without_an_energy_counter_is_invalid_with_the_reason_and_has_no_total(card, broken):
+    setattr(card, broken, not_supported)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    statement = meter.statement("train")
+    rows = statement.set_index("component")
+    assert (rows.loc["gpu", "kind"], rows.loc["gpu", "valid"]) == ("none", False)
+    assert "Not Supported" in rows.loc["gpu", "invalid_reason"]
+    assert rows.loc["total", "kind"] == "none" and not rows.loc["total", "valid"]
+    figures = energy.energy_metrics(statement, "train")
+    assert math.isnan(figures["train_energy_wh"]) and not figures["energy_valid"]
+    assert "no total" in energy.carbontracker_note(statement)
+
+
+def test_a_card_whose_counter_fails_in_mid_window_is_invalid_with_the_reason(card):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    card.nvmlDeviceGetTotalEnergyConsumption = not_supported
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    rows = meter.statement("train").set_index("component")
+    assert not rows.loc["gpu", "valid"] and "Not Supported" in rows.loc["gpu", "invalid_reason"]
+    assert rows.loc["cpu", "valid"] and not rows.loc["total", "valid"]
+
+
+def test_an_error_inside_carbontracker_does_not_end_the_process(monkeypatch):
+    from carbontracker.tracker import CarbonTrackerThread
+
+    def fail(_: object) -> None:
+        raise OSError("the sensor is gone")
+
+    monkeypatch.setattr(CarbonTrackerThread, "_collect_measurements", fail)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    busy(1.1)
+    meter.stop()
+    statement = meter.statement("train")
+    assert statement.set_index("component").loc["total", "valid"]
+    assert "no total" in energy.carbontracker_note(statement)
 
 
 def test_a_window_too_short_for_its_sensor_is_marked_invalid_with_the_reason(rapl):
     meter = energy.Meter(WATTS, 0.3)
     meter.start()
-    rapl(995_000_000)
+    rapl(str(995_000_000))
     meter.stop()
     row = meter.statement("train").set_index("component").loc["cpu"]
     assert not row.valid and "under 10 s" in row.invalid_reason
 
 
 def test_a_measured_gpu_is_the_headline_and_the_total_inherits_the_weakest_label(monkeypatch):
-    import sys
-
     counter = iter([1_000_000, 1_900_000])
     fake = SimpleNamespace(
         nvmlDeviceGetTotalEnergyConsumption=lambda _: next(counter), nvmlDeviceGetName=lambda _: "Test GPU"

@@ -140,11 +140,16 @@ def test_base_yaml_explains_every_key():
     assert set(keys) == set(params.Parameters.model_fields) - params.RUNNER_KEYS - {"profile"}
 
 
-@pytest.mark.parametrize("name", ["tie", "untuned", "reference", "c01-seed2", "judge-x"])
-def test_a_configuration_cannot_have_a_name_that_means_something_else(folder, name):
-    text = (folder / "lora" / "c16.yaml").read_text().replace("rank: 64", "rank: 65").replace("rank: 8", "rank: 9")
-    (folder / "lora" / f"{name}.yaml").write_text(text)
-    with pytest.raises(ParameterError, match="uses that name itself"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tie", "untuned", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
+        "c01-seed9", "c01-seedx", "a-seed", "C01", "c 1", "c01.x", "-c",
+    ],
+)  # fmt: skip
+def test_a_configuration_whose_name_means_something_else_is_refused_with_its_file(folder, name):
+    (folder / "lora" / f"{name}.yaml").write_text("rank: 3\n")
+    with pytest.raises(ParameterError, match=rf"{name}\.yaml: a configuration cannot be called"):
         load_study("laptop", folder)
 
 

@@ -1,0 +1,133 @@
+"""The seal of a study: the hash of every file that it shows, sealed by its own hash and chained to the seal before.
+
+A run writes `seal.json` as its last act; `run_all.py verify` compares. Hidden files are working files and not shown.
+The stores of judges and of the generator only ever grow, so a store that is longer than it was sealed is told apart
+from one whose sealed lines have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, read_any_json, sealed
+from telco_nb.study.record import RecordError, json_bytes, write_json
+
+SEAL_NAME = "seal.json"
+STORE = "store"  # name of the folder of a store
+CHUNK_BYTES = 1 << 20
+
+
+class NoSeal(RecordError):
+    """A study has no seal; the message says how to get one."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A file that is not as it was sealed: `kind` is changed, missing, new or grown (a store with more lines)."""
+
+    kind: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.kind:8} {self.path}"
+
+
+def shown_files(root: Path) -> Iterator[str]:
+    """Every file below a study's folder that is not hidden, by its path from there, in order, without the seal."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder, name).relative_to(root).as_posix()
+            if not name.startswith(".") and path != SEAL_NAME:
+                yield path
+
+
+def seal_study(root: Path) -> str:
+    """Write the seal of a study as it is now, unless the last one still holds; returns the seal's hash."""
+    files = {path: _entry(root / path, is_store(path)) for path in shown_files(root)}
+    last = _read_seal(root)
+    if last and last["files"] == files:
+        return last[SEAL]
+    content = {"schema_version": SCHEMA_VERSION, "previous": last and last[SEAL], "files": files}
+    write_json(root / SEAL_NAME, sealed(content))
+    return sealed(content)[SEAL]
+
+
+def check_seal(root: Path, wanted: Callable[[str], bool] = lambda _: True) -> list[Difference]:
+    """What is not as it was sealed among the `wanted` paths, in their order. Raises NoSeal if there is no seal."""
+    if not (root / SEAL_NAME).exists():
+        raise NoSeal(f"{root} has no {SEAL_NAME}. A run writes it at its end: ./run_all.py --profile {root.name}")
+    seal = _read_seal(root)
+    if seal is None:
+        return [Difference("changed", SEAL_NAME)]
+    found = {path: _difference(root, path, entry) for path, entry in seal["files"].items() if wanted(path)}
+    found |= {path: "new" for path in shown_files(root) if path not in seal["files"] and wanted(path)}
+    return [Difference(kind, path) for path, kind in sorted(found.items()) if kind]
+
+
+def is_store(path: str) -> bool:
+    """True for a file that only ever grows by lines."""
+    parts = path.split("/")
+    return STORE in parts[:-1] and path.endswith(".jsonl")
+
+
+def _difference(root: Path, path: str, entry: dict[str, Any]) -> str | None:
+    target = root / path
+    if not target.is_file():
+        return "missing"
+    now = _entry(target, is_store(path))
+    if now == entry:
+        return None
+    if is_store(path) and now["bytes"] > entry["bytes"] and _entry(target, True, entry["bytes"]) == entry:
+        return "grown"
+    return "changed"
+
+
+def _entry(path: Path, whole_lines: bool, at_most: int | None = None) -> dict[str, Any]:
+    """Hash and size of a file, of its whole lines only, or of its first bytes; an unreadable one has no hash."""
+    try:
+        size = _whole_lines_bytes(path) if whole_lines else path.stat().st_size
+        size = size if at_most is None else at_most
+        return {"sha256": _sha256_of_first(path, size), "bytes": size}
+    except OSError as error:
+        return {"sha256": None, "bytes": None, "error": error.strerror}
+
+
+def _whole_lines_bytes(path: Path) -> int:
+    """The size without a last line that has no end: the owner of a store cuts such a line off."""
+    end = path.stat().st_size
+    with path.open("rb") as stream:
+        while end > 0:
+            start = max(0, end - CHUNK_BYTES)
+            stream.seek(start)
+            found = stream.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _sha256_of_first(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while size > 0 and (chunk := stream.read(min(size, CHUNK_BYTES))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _read_seal(root: Path) -> dict[str, Any] | None:
+    """The seal of a study; None if there is none or a byte of it differs from what was written."""
+    try:
+        seal = read_any_json(root / SEAL_NAME)
+        exact = json_bytes(seal) == (root / SEAL_NAME).read_bytes()
+    except (OSError, ValueError, RecursionError):
+        return None
+    files = seal.get("files") if exact and is_sealed(seal) else None
+    whole = isinstance(files, dict) and all(isinstance(entry, dict) and "bytes" in entry for entry in files.values())
+    return seal if whole else None

@@ -1,0 +1,135 @@
+"""The seal of a study: one flipped byte anywhere is noticed, and the file is named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from telco_nb import ROOT
+from telco_nb.engine import sealing
+from telco_nb.study import record, seal
+
+FILES = (
+    "shared/01_glossary.ipynb", "shared/01_glossary/manifest.json", "shared/01_glossary/log.txt",
+    "shared/01_glossary/tables/terms.csv", "c01/03_train.ipynb", "c01/03_train.failed.ipynb",
+    "c01/03_train/artefacts/adapter/adapter_model.safetensors", "judge-checklist/store/verdicts.jsonl",
+    "judge-checklist/store/batches.jsonl", "shared/store/conversations.jsonl", "results.csv", "findings.json",
+    "report/index.html", "report/telco_report.html", "study/06_analysis.ipynb",
+)  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Path:
+    """A small finished study, sealed, with working files that are not shown."""
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path))
+    root = tmp_path / "smoke"
+    for name in (*FILES, ".lock", "c01/.03_train.running.log", "report/.key"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f'{{"file": "{name}"}}\n' * 3)
+    seal.seal_study(root)
+    return root
+
+
+def told(root: Path) -> dict[str, str]:
+    return {difference.path: difference.kind for difference in seal.check_seal(root)}
+
+
+def verify(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "run_all.py", "verify", "--profile", "smoke", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_an_untouched_study_is_as_it_was_sealed(study):
+    assert told(study) == {}
+    done = verify()
+    assert (done.returncode, "every file is as" in done.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("name", [*FILES, "seal.json"])
+@pytest.mark.parametrize("place", [0, 20, -1])
+def test_one_flipped_byte_in_any_file_of_a_study_is_noticed(study, name, place):
+    data = bytearray((study / name).read_bytes())
+    data[place] ^= 1
+    (study / name).write_bytes(data)
+    assert told(study) == {name: "changed"}
+
+
+def test_white_space_in_the_seal_counts_too(study):
+    (study / "seal.json").write_bytes((study / "seal.json").read_bytes().replace(b"\n", b" ", 1))
+    assert told(study) == {"seal.json": "changed"}
+
+
+def test_verify_names_changed_missing_and_new_files_and_exits_1(study):
+    (study / "results.csv").write_text("forged\n")
+    (study / "report" / "index.html").unlink()
+    (study / "c01" / "notes.txt").write_text("new\n")
+    done = verify()
+    assert done.returncode == 1
+    for words in (
+        "changed  results.csv",
+        "missing  report/index.html",
+        "new      c01/notes.txt",
+        "1 new, 1 missing, 1 changed",
+    ):
+        assert words in done.stdout
+
+
+def test_verify_without_a_seal_exits_3_and_a_wrong_name_2(study):
+    (study / "seal.json").unlink()
+    done = verify()
+    assert (done.returncode, "has no seal.json" in done.stderr) == (3, True)
+    assert verify("--profile", "../smoke").returncode == 2
+    assert verify("--profile", "nope").returncode == 3
+
+
+def test_two_verdicts_that_change_places_are_noticed(study):
+    store = study / "judge-checklist/store/verdicts.jsonl"
+    store.write_text('{"verdict": "A"}\n{"verdict": "B"}\n')
+    seal.seal_study(study)
+    store.write_text('{"verdict": "B"}\n{"verdict": "A"}\n')
+    assert told(study) == {"judge-checklist/store/verdicts.jsonl": "changed"}
+    with pytest.raises(record.RecordError, match=r"verdicts\.jsonl changed since .*Restore it from a copy, or delete"):
+        sealing.changes_since(study)
+
+
+def test_a_store_that_has_grown_is_told_apart_and_a_torn_last_line_is_not_sealed(study):
+    store = study / "judge-checklist/store/verdicts.jsonl"
+    whole = store.read_bytes()
+    store.write_bytes(whole + b'{"torn": ')
+    assert told(study) == {}
+    store.write_bytes(whole + b'{"more": 1}\n')
+    assert told(study) == {"judge-checklist/store/verdicts.jsonl": "grown"}
+    assert [change.kind for change in sealing.changes_since(study)] == ["grown"]
+    store.write_bytes(whole[:-20])
+    assert told(study) == {"judge-checklist/store/verdicts.jsonl": "changed"}
+
+
+def test_each_seal_names_the_one_before_and_an_unchanged_study_keeps_its_seal(study):
+    first = json.loads((study / "seal.json").read_text())
+    assert first["previous"] is None and seal.seal_study(study) == first["seal"]
+    (study / "results.csv").write_text("another run\n")
+    second = seal.seal_study(study)
+    assert json.loads((study / "seal.json").read_text())["previous"] == first["seal"] != second
+    assert told(study) == {}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"files": 3}', '{"files": {"a": 1}, "seal": "x"}', "[" * 9999])
+def test_a_damaged_seal_is_a_difference_and_no_traceback(study, content):
+    (study / "seal.json").write_text(content)
+    assert told(study) == {"seal.json": "changed"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_cannot_be_read_is_named(study):
+    (study / "results.csv").chmod(0)
+    assert told(study) == {"results.csv": "changed"}
+
+
+def test_a_run_names_what_was_changed_beside_it_but_not_what_manifests_name(study):
+    (study / "shared/01_glossary/tables/terms.csv").write_text("changed\n")
+    (study / "shared/01_glossary/log.txt").write_text("changed\n")
+    (study / "c01" / "notes.txt").write_text("new\n")
+    assert [str(change) for change in sealing.changes_since(study)] == ["changed  shared/01_glossary/log.txt"]
