@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
 
-.PHONY: study test smoke lab bench reference lint lock clean
+.PHONY: study test nightly smoke lab bench reference lint lock clean
 
 study: .venv/installed  ## the whole study on this machine; finished steps are skipped
 	$(BIN)/python run_all.py --profile $(PROFILE)
@@ -16,8 +16,11 @@ test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, brows
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check telco_nb
 	$(BIN)/codespell
-	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/unit -n 3 --dist loadfile
 	$(BIN)/python -m pytest --ignore=tests/unit
+
+nightly: .venv/installed  ## the slow tests that `make test` leaves out
+	$(BIN)/python -m pytest -m nightly
 
 lab: .venv/installed  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \

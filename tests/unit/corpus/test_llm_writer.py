@@ -289,6 +289,7 @@ def test_a_plan_has_its_price_before_anything_is_sent():
 # ---------------------------------------------------------------- killed at any moment
 
 
+@pytest.mark.nightly  # the judges' 20 kills, in every run, go through the same store
 def test_killed_at_20_random_moments_the_planned_set_is_written_and_nothing_is_paid_twice_beyond_what_was_in_flight(
     tmp_path,
 ):
