@@ -16,8 +16,8 @@ test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, brows
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check telco_nb
 	$(BIN)/codespell
-	$(BIN)/python -m pytest tests/unit -n 3 --dist loadfile
-	$(BIN)/python -m pytest --ignore=tests/unit
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore=tests/unit -n 2 --dist loadfile
 
 nightly: .venv/installed  ## the slow tests that `make test` leaves out
 	$(BIN)/python -m pytest -m nightly
