@@ -23,7 +23,7 @@ ENERGY_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
 )  # fmt: skip
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
-PROXY_KINDS = ("checklist", "reference")
+PROXY_KINDS = ("checklist", "embedding")
 
 
 @dataclass(frozen=True)
@@ -321,12 +321,12 @@ def own_answers(
     """The names in the ranking whose answers count as a judge's own: those that its own model has written.
 
     Args:
-        kind, model: of the judge. The reference answers are the judge `reference`'s own as well.
+        kind, model: of the judge. The gold answers (`reference`) are the judge `embedding`'s own as well.
         base_model: the model that is trained.
         generator_model: the model that wrote the conversations, None for the grammar.
         configs: the configurations.
     """
-    own = {"reference"} if kind == "reference" or (model and model == generator_model) else set()
+    own = {"reference"} if kind == "embedding" or (model and model == generator_model) else set()
     return own | ({*configs, "untuned"} if model and model == base_model else set())
 
 

@@ -1,4 +1,4 @@
-"""The offline judge `reference`: the similarity of an answer to the reference answer, by sentence embeddings."""
+"""The offline judge `embedding`: the similarity of an answer to the reference answer, by sentence embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EmbeddingJudge(OfflineJudge):
     The embedding model cuts texts after 256 word pieces.
     """
 
-    kind = "reference"
+    kind = "embedding"
     forms = ("pair",)  # similarity to one text says nothing about a single criterion
     description = "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
 

@@ -287,7 +287,7 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection
     """
     controls = [_planted_result(judged, name, name in planned) for name in PLANTED]
     controls += [_own_result(judged, name) for name in OWN]
-    if kind == "reference":
+    if kind == "embedding":
         for control in controls[: len(PLANTED)]:
             control["detail"] += "; the reference is compared with itself here, so only small corruptions can fail"
     n = int(judged.loc[judged["control"] == "template", "control"].size)

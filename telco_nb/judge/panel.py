@@ -15,7 +15,7 @@ from telco_nb.judge.people import HumanJudge, LanguageModelPanelJudge
 
 OFFLINE_KINDS: dict[str, type[OfflineJudge]] = {
     "checklist": ChecklistJudge,
-    "reference": EmbeddingJudge,
+    "embedding": EmbeddingJudge,
     "human": HumanJudge,
     "language_model_panel": LanguageModelPanelJudge,
 }

@@ -25,7 +25,21 @@ FILES = {
     "report/telco_report.html": "telco_report.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
-README_FINDINGS = ("deploy", "gain.", "tau.", "loss_choice", "misplaced.", "noise_floor", "energy_ratio")
+PROXY_WORDS = {
+    "checklist": "rules that hold each answer against the points of the customer's problem",
+    "embedding": "likeness to the gold answer by sentence embeddings",
+}
+README_FINDINGS = (
+    "primary",
+    "deploy",
+    "gain.",
+    "tau.",
+    "divergence.",
+    "loss_choice",
+    "misplaced.",
+    "noise_floor",
+    "energy_ratio",
+)
 
 
 def publish_study(root: Path, folder: Path = REFERENCE) -> None:
@@ -58,8 +72,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
     lines = [
         f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}; brackets are 95 % "
-        f"intervals). Energy is **{kinds}**. The judges are **offline proxies**, a fact checklist and an embedding "
-        f"similarity, not language models and not people.{_failed(failed)}",
+        f"intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}",
         "",
         *(f"- {f['statement']}" for f in shown),
         "",
@@ -70,6 +83,16 @@ def readme_block(folder: Path = REFERENCE) -> str:
         "The whole report of this run is one file: [telco_report.html](outputs/reference/telco_report.html).",
     ]
     return "\n".join(lines)
+
+
+def _proxies(judges: list[str]) -> str:
+    """Say which judges are offline proxies, and what they look at."""
+    named = [f"`{judge}` ({PROXY_WORDS[judge]})" for judge in judges if judge in PROXY_WORDS]
+    if not named:
+        return ""
+    one = len(named) == 1
+    noun = "is an **offline proxy**, no language model" if one else "are **offline proxies**, no language models"
+    return f" The judge{'' if one else 's'} {' and '.join(named)} {noun} and no person."
 
 
 def _failed(judges: list[str]) -> str:

@@ -68,7 +68,7 @@ class JudgeParameters(_Strict):
 
     judge: str
     judge_kind: Literal[
-        "checklist", "reference", "human", "language_model_panel", "anthropic", "openai", "google", "openai-compatible"
+        "checklist", "embedding", "human", "language_model_panel", "anthropic", "openai", "google", "openai-compatible"
     ]
     judge_model: str | None
     judge_endpoint: str | None

@@ -16,7 +16,7 @@ from telco_nb import ROOT
 from telco_nb.report import build
 from telco_nb.study import record
 
-N, JUDGES, REPEATS = 16, ("checklist", "reference"), 2
+N, JUDGES, REPEATS = 16, ("checklist", "embedding"), 2
 
 
 def execute_06(root: Path) -> None:

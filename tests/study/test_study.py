@@ -127,10 +127,9 @@ def test_the_records_hold_no_machine_paths_and_no_noise(study):
             assert sum(len(o["text"]) for o in streams) < 3000, notebook
 
 
-def test_both_judges_went_through_the_gate_and_the_report_is_there(study):
-    for judge in ("checklist", "reference"):
-        validity = json.loads((study.root / f"judge-{judge}" / "05_judge" / "artefacts" / "validity.json").read_text())
-        assert validity["controls"] and isinstance(validity["passed"], bool)
+def test_the_judge_passed_its_gate_and_the_report_is_there(study):
+    validity = json.loads((study.root / "judge-checklist" / "05_judge" / "artefacts" / "validity.json").read_text())
+    assert len(validity["controls"]) >= 19 and validity["passed"] is True
     assert (study.root / "report" / "telco_report.html").stat().st_size < 5_000_000
     assert (study.root / "report" / "index.html").is_file()
 
@@ -149,7 +148,6 @@ def test_a_changed_parameter_runs_again_exactly_what_depends_on_it(study):
         "c01/03_train",
         "c01/04_energy",
         "judge-checklist/05_judge",
-        "judge-reference/05_judge",
         "study/06_analysis",
     }
     reasons = {f"{job['scope']}/{job['step']}": job["reason"] for job in summary["jobs"]}

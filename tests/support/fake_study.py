@@ -153,7 +153,7 @@ def executed_notebook(step: str, scope: str, headline: str) -> nbformat.Notebook
 
 
 def build_study(
-    root: Path, n: int = 16, judges: tuple[str, ...] = ("checklist", "reference"), repeats: int = 2, seed: int = 7
+    root: Path, n: int = 16, judges: tuple[str, ...] = ("checklist", "embedding"), repeats: int = 2, seed: int = 7
 ) -> Path:
     """The whole tree up to 05 for n configurations; returns the profile's folder."""
     builder, rng = Builder(root), np.random.default_rng(seed)

@@ -395,7 +395,7 @@ def test_self_preference_is_the_surplus_over_the_other_judges():
 def test_whose_answers_are_a_judges_own():
     configs = ["c01", "c02"]
     assert own_answers("checklist", None, "tiny", None, configs) == set()
-    assert own_answers("reference", "mini", "tiny", None, configs) == {"reference"}
+    assert own_answers("embedding", "mini", "tiny", None, configs) == {"reference"}
     assert own_answers("openai-compatible", "tiny", "tiny", None, configs) == {"c01", "c02", "untuned"}
     assert own_answers("anthropic", "big", "tiny", "big", configs) == {"reference"}
 
@@ -420,12 +420,12 @@ def test_the_gate_is_shown_control_by_control_for_every_judge():
     score = pd.Series({"c01": 1.0, "c02": 0.0})
     good = make_judge(score, controls=(control("truncated", 0.975, True), control("wrong_number", 1.0, True)))
     bad = make_judge(
-        score, name="reference", controls=(control("wrong_number", 0.75, False), control("late", None, False))
+        score, name="embedding", controls=(control("wrong_number", 0.75, False), control("late", None, False))
     )
     table = gate_table([good, bad]).set_index("control")
-    assert table.loc["wrong_number", "reference (offline proxy)"] == "0.750 (n = 40) FAILED"
+    assert table.loc["wrong_number", "embedding (offline proxy)"] == "0.750 (n = 40) FAILED"
     assert table.loc["truncated", "checklist (offline proxy)"] == "0.975 (n = 40) passed"
-    assert table.loc["late", "reference (offline proxy)"] == "no question FAILED"
+    assert table.loc["late", "embedding (offline proxy)"] == "no question FAILED"
     assert pd.isna(table.loc["late", "checklist (offline proxy)"])
 
 
@@ -591,7 +591,7 @@ def test_a_component_without_a_meter_gets_no_bar_of_zero():
 
 @pytest.mark.parametrize(
     ("n", "judges", "repeats"),
-    [(2, ("checklist",), 0), (5, ("checklist", "reference", "third"), 1), (24, ("reference",), 2)],
+    [(2, ("checklist",), 0), (5, ("checklist", "embedding", "third"), 1), (24, ("embedding",), 2)],
 )
 def test_06_runs_for_any_number_of_configurations_and_judges(tmp_path, monkeypatch, n, judges, repeats):
     root = fake_study.build_study(tmp_path, n, judges, repeats)

@@ -242,7 +242,7 @@ def test_the_checklist_needs_neither_torch_nor_network():
     code = (
         "import sys; from telco_nb.judge import asking, panel, ranking; "
         "named = lambda kind: dict(judge=kind, judge_kind=kind, judge_model=None, judge_endpoint=None); "
-        "[panel.open_judge(named(kind), None) for kind in ('checklist', 'reference')]; print('torch' in sys.modules)"
+        "[panel.open_judge(named(kind), None) for kind in ('checklist', 'embedding')]; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"

@@ -288,13 +288,13 @@ def counting_embedder(monkeypatch):
 
 
 def test_the_reference_judge_prefers_what_is_nearer_to_the_reference(counting_embedder):
-    judge = embedding.EmbeddingJudge("reference")
+    judge = embedding.EmbeddingJudge("embedding")
     assert judge.judge(case_of(NAME, "abc ab", "xyz xyz", reference="abc abc")).verdict == "A"
     assert judge.judge(case_of(NAME, "abc", "cba", reference="abc abc")).verdict == "tie"
 
 
 def test_the_reference_judge_embeds_every_text_once(counting_embedder, prompts, answers, tmp_path):
-    judge = embedding.EmbeddingJudge("reference")
+    judge = embedding.EmbeddingJudge("embedding")
     plan = design.plan_comparisons(prompts, ["c01", "c02"], **SHARES)
     asked = asking.build_cases(plan, prompts, answers, CARDS)
     put(judge, plan, asked, VerdictStore(tmp_path / "v.jsonl"))
@@ -311,7 +311,7 @@ def test_every_judge_file_opens_and_offline_judges_refuse_an_endpoint(tmp_path):
     study = params.load_study("smoke")
     for name in study.judge_files:
         judge = panel.open_judge(study.values(f"judge-{name}"), tmp_path)
-        assert judge.name == name and judge.is_proxy == (name in ("checklist", "reference"))
+        assert judge.name == name and judge.is_proxy == (name in ("checklist", "embedding"))
         assert judge.is_free == (judge.is_proxy or name == "panel")  # votes cost nothing here
     values = study.values("judge-checklist")
     with pytest.raises(ValueError, match="judge_endpoint"):
@@ -336,7 +336,7 @@ def test_habits_of_a_judge_that_always_takes_the_first_seat(study):
 
 
 def test_the_reference_judge_rates_nothing():
-    assert "rubric" not in embedding.EmbeddingJudge("reference").forms
+    assert "rubric" not in embedding.EmbeddingJudge("embedding").forms
 
 
 def test_the_instructions_of_a_prompt_are_the_same_for_all_cases_of_a_form():

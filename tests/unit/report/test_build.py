@@ -21,7 +21,7 @@ from telco_nb.report import build, config_cards, pages
 from telco_nb.report.files import Page, duration
 
 matplotlib.use("Agg")
-N, JUDGES, REPEATS = 4, ("checklist", "reference"), 1
+N, JUDGES, REPEATS = 4, ("checklist", "embedding"), 1
 
 
 @pytest.fixture(scope="module")
@@ -242,11 +242,11 @@ def test_a_judge_that_failed_its_gate_is_shown_and_marked(tmp_path, monkeypatch)
     root = fake_study.build_study(tmp_path, 4, ("checklist",), 0)
     planted = fake_study.truth(fake_study.design(4))["quality"]
     builder = fake_study.Builder(tmp_path)
-    fake_study.add_judge(builder, np.random.default_rng(0), "reference", planted, passed=False)
-    fake_study.run_analysis(root, 4, ("checklist", "reference"), 0, monkeypatch)
+    fake_study.add_judge(builder, np.random.default_rng(0), "embedding", planted, passed=False)
+    fake_study.run_analysis(root, 4, ("checklist", "embedding"), 0, monkeypatch)
     page = soup(build.build_report(root))
-    assert "The judge reference failed the validity gate" in page.find(role="alert").get_text()
-    assert "reference, not valid" in page.find(id="answer").get_text()
+    assert "The judge embedding failed the validity gate" in page.find(role="alert").get_text()
+    assert "embedding, not valid" in page.find(id="answer").get_text()
     assert "failed" in page.select_one("table.sortable").get_text()
 
 

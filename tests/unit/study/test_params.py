@@ -88,7 +88,7 @@ def test_a_missing_value_names_the_key_and_where_to_add_it(folder):
 
 
 def test_an_unknown_configuration_or_judge_is_refused(folder):
-    edit(folder / "base.yaml", "judges: [checklist, reference]", "judges: [checklist, oracle]")
+    edit(folder / "base.yaml", "judges: [checklist]", "judges: [checklist, oracle]")
     with pytest.raises(ParameterError, match=r"judges: there is no .*oracle\.yaml. Known: checklist"):
         load_study("laptop", folder)
 
@@ -119,7 +119,7 @@ def test_a_whole_number_is_accepted_where_a_float_is_meant(folder):
 def test_every_given_parameter_is_declared_by_a_notebook_and_the_other_way_round():
     study = load_study("laptop")
     assert unused_parameters(study) == []
-    assert len(plan_jobs(study)) == 3 + 2 * 16 + len(study.repeats) + 2 + 1
+    assert len(plan_jobs(study)) == 3 + 2 * 16 + len(study.repeats) + 1 + 1
 
 
 def test_the_notebooks_defaults_are_the_smoke_values():
