@@ -1,8 +1,8 @@
 """Time and memory of generating, filtering, splitting, checking and writing conversations, from 15,600 to 312,000.
 
-`python bench/data_scaling.py [seeds per scenario ...]`; default 10 20 40 100 200, on the 1,560 scenarios. Each size
-runs in a process of its own; --twice runs it again and compares the bytes. The last line is the slope of log seconds
-against log rows: 1 is linear.
+`python bench/data_scaling.py [conversations per scenario ...]`; default 10 20 40 100 200, on the 1,560 scenarios. Each
+size runs in a process of its own; --twice runs it again and compares the bytes. The last line is the slope of log
+seconds against log rows: 1 is linear.
 """
 
 import argparse
@@ -15,12 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from telco_nb import ROOT
-from telco_nb.corpus import dataset, scenarios, variants
+from telco_nb import DATA_DIR
+from telco_nb.corpus import dataset, gold, scenarios, variants
 from telco_nb.corpus.cards import load_cards
 from telco_nb.study import record
-
-SEED = 20260605
+from telco_nb.study.params import load_study
 
 
 def measure(seeds: int, folder: Path) -> dict:
@@ -31,14 +30,14 @@ def measure(seeds: int, folder: Path) -> dict:
         marks.append((time.perf_counter(), time.process_time()))
         return tuple(round(b - a, 2) for a, b in zip(marks[-2], marks[-1], strict=True))
 
-    cards = load_cards(ROOT / "telco_nb/data/glossary.yaml")
-    axes = scenarios.load_axes(ROOT / "telco_nb/data/axes.yaml")
-    grid = scenarios.build_scenarios(cards, axes, SEED)
-    rows = list(variants.generate_conversations(cards, grid, axes, seeds, SEED))
+    cards, contexts = load_cards(DATA_DIR / "cards"), scenarios.load_contexts(DATA_DIR / "contexts.yaml")
+    grid = scenarios.build_scenarios(cards, contexts, load_study("laptop").base["unseen_terms"])
+    rows = gold.load_gold(DATA_DIR / "conversations", grid)
+    rows += variants.write_variants(cards, grid, contexts, range(1, seeds))
     stages = {"generate": lap()}
     kept, _, refused = dataset.apply_filters(rows, cards)
     stages["filter"] = lap()
-    passed = bool(dataset.leak_gates(kept, dataset.count_leaks(kept))["passed"].all())
+    passed = bool(dataset.leak_gates(kept, dataset.count_leaks(kept), grid)["passed"].all())
     stages["check"] = lap()
     dataset.write_parquet(kept, folder / "conversations.parquet")
     stages["write"] = lap()

@@ -17,22 +17,25 @@ import sys
 import tempfile
 import time
 
-from telco_nb import ROOT
-from telco_nb.corpus import scenarios, variants
+from telco_nb import DATA_DIR, ROOT
+from telco_nb.corpus import gold, scenarios
 from telco_nb.corpus.cards import load_cards
+from telco_nb.study.params import load_study
 
 CONVERSATIONS, WARM, SEED, RANK, LEARNING_RATE = 48, 2, 20260605, 16, 1e-4
 KINDS = ("ours bf16", "ours fp32", "padded loop fp32", "padded loop bf16", "TRL default", "TRL best")
 
 
 def conversations(count: int) -> list[list[dict[str, str]]]:
-    """Ragged conversations of the study's own grammar."""
-    cards = load_cards("telco_nb/data/glossary.yaml")
-    axes = scenarios.load_axes("telco_nb/data/axes.yaml")
-    built = scenarios.build_scenarios(cards, axes, SEED)
-    step = len(built) // count
-    found = list(variants.generate_conversations(cards, built, axes, 1, SEED))[:: max(1, step)]
-    return [row["messages"] for row in found[:count]]
+    """Ragged conversations: gold ones from all over the grid."""
+    rows = gold.load_gold(DATA_DIR / "conversations", shipped_grid())
+    return [row["messages"] for row in rows[:: max(1, len(rows) // count)][:count]]
+
+
+def shipped_grid() -> list[scenarios.Scenario]:
+    """The scenarios of the shipped cards."""
+    cards, contexts = load_cards(DATA_DIR / "cards"), scenarios.load_contexts(DATA_DIR / "contexts.yaml")
+    return scenarios.build_scenarios(cards, contexts, load_study("laptop").base["unseen_terms"])
 
 
 def load(dtype: str):

@@ -1,26 +1,29 @@
-"""Choices between two sentences of the cards: what a model knows, measured by likelihood and without a judge.
+"""Choices between two answers, measured by likelihood: what a model knows, without a judge.
 
 An item holds two customer messages and two answers that fit them crosswise. A model chooses rightly if it finds the two
 fitting pairs likelier, together, than the two others: an answer that is likely after any message then gains nothing.
-Items of kind `figure` have one message and two answers that differ in a figure alone.
+The pairs are gold conversations of held-out scenarios, so no training text is among them. Items of kind `figure` have
+one message and two sentences of a card that differ in a figure alone.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from telco_nb.corpus.cards import Card, Problem, figures_in
+from telco_nb.corpus.cards import Card, figures_in
 from telco_nb.corpus.gold import WrittenFileError, read_lines
 from telco_nb.corpus.scenarios import stable_hash
 
-KINDS = ("problem", "protects_first", "figure")
 NEUTRAL = "What should I know about {term}?"
+MOST_APART = 5  # times by which a wrong figure may differ from the right one: a wilder one is no choice
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,22 @@ class Choice:
     wrong: tuple[tuple[str, str], ...]
 
 
-def choice_items(cards: Sequence[Card], n: int | None) -> list[Choice]:
-    """Return `n` items (None: all), the kinds in turn, ordered by hash: a larger sample holds a smaller one."""
-    by_kind = {
-        kind: sorted(make(cards), key=lambda item: stable_hash("choice", item.item_id))
-        for kind, make in zip(KINDS, (_problem_items, _first_items, _figure_items), strict=True)
-    }
+def choice_items(cards: Sequence[Card], gold_rows: Sequence[Mapping[str, Any]], n: int | None) -> list[Choice]:
+    """Return `n` items (None: all), the kinds in turn, ordered by hash: a larger sample holds a smaller one.
+
+    Args:
+        cards: the cards.
+        gold_rows: gold conversations (`gold.load_gold`); those of the training split are left out.
+        n: the number of items.
+    """
+    held_out = [row for row in gold_rows if row["split"] != "train"]
+    made = [*_pair_items(cards, held_out), *_figure_items(cards)]
+    by_kind: dict[str, list[Choice]] = defaultdict(list)
+    for item in sorted(made, key=lambda item: stable_hash("choice", item.item_id)):
+        by_kind[item.kind].append(item)
     longest = max(map(len, by_kind.values()), default=0)
-    ordered = [items[i] for i in range(longest) for items in by_kind.values() if i < len(items)]
-    return ordered[:n]
+    kinds = sorted(by_kind)
+    return [by_kind[kind][i] for i in range(longest) for kind in kinds if i < len(by_kind[kind])][:n]
 
 
 def _crosswise(kind: str, term_id: str, name: str, pairs: Sequence[tuple[str, str]]) -> Choice:
@@ -50,49 +60,51 @@ def _crosswise(kind: str, term_id: str, name: str, pairs: Sequence[tuple[str, st
     return Choice(f"{kind}.{term_id}.{name}", kind, term_id, tuple(pairs), ((one, answer_two), (two, answer_one)))
 
 
-def _said(problem: Problem) -> str:
-    """The longest of a customer's phrasings: it tells most about the problem."""
-    return max(problem.says, key=lambda text: len(text.split()))
+def _pair_items(cards: Sequence[Card], rows: Sequence[Mapping[str, Any]]) -> Iterator[Choice]:
+    """Two customers of one card with different problems: which answer belongs to whom?
 
-
-def _problem_items(cards: Sequence[Card]) -> Iterator[Choice]:
-    """Two problems of one card: which first step belongs to which customer?"""
+    The kind is `protects_first` if exactly one of them must be protected before all else, else `problem`.
+    """
+    by_term: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_term[row["term_id"]].append(row)
     for card in cards:
-        for one, two in combinations(card.problems, 2):
-            pairs = [(_said(problem), problem.steps[0].say[0]) for problem in (one, two)]
-            yield _crosswise("problem", card.id, f"{one.id}.{two.id}", pairs)
-
-
-def _first_items(cards: Sequence[Card]) -> Iterator[Choice]:
-    """A customer who must be protected first, and one of the same card who must not: which answer is whose?"""
-    for card in cards:
-        urgent = [p for p in card.problems if p.first and p.first.when is None]
-        calm = [p for p in card.problems if p.first is None]
-        for one in urgent:
-            for two in calm:
-                assert one.first is not None
-                pairs = [(_said(one), one.first.say[0]), (_said(two), two.steps[0].say[0])]
-                yield _crosswise("protects_first", card.id, f"{one.id}.{two.id}", pairs)
+        for one, two in combinations(by_term[card.id], 2):
+            if one["problem_id"] == two["problem_id"]:
+                continue
+            firsts = [card.by_problem[row["problem_id"]].first for row in (one, two)]
+            urgent = [first is not None and first.when is None for first in firsts]
+            kind = "protects_first" if urgent[0] != urgent[1] else "problem"
+            name = ".".join(row["scenario_id"].split(".", 1)[1] for row in (one, two))
+            pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in (one, two)]
+            yield _crosswise(kind, card.id, name, pairs)
 
 
 def _figure_items(cards: Sequence[Card]) -> Iterator[Choice]:
-    """A fact of a card, and the same with a figure of the same unit from another card."""
+    """A fact of a card, and the same with another card's figure: of the same unit, near in size, as grammatical."""
     known = sorted({(unit, number) for c in cards for f in c.figures for number, unit in figures_in(f.text) if unit})
     for card in cards:
         own = {number for number, _ in card.allowed_figures}
         for i, fact in enumerate(card.facts):
-            found = [(number, unit) for number, unit in figures_in(fact.text) if unit and number in fact.text]
-            if not found:
-                continue
-            number, unit = found[0]
-            others = [other for other_unit, other in known if other_unit == unit and other not in own]
-            if others:
-                wrong = others[stable_hash("figure", card.id, i) % len(others)]
-                changed = re.sub(rf"(?<![\d.]){re.escape(number)}(?![\d])", wrong, fact.text, count=1)
+            found = next(((n, unit) for n, unit in figures_in(fact.text) if unit and n in fact.text), None)
+            wrong = found and _near(found[0], [n for unit, n in known if unit == found[1] and n not in own])
+            if found and wrong:
+                pattern = rf"(?<![\d.]){re.escape(found[0])}(?![\d])"
+                changed = re.sub(pattern, wrong, fact.text, count=1)
                 question = NEUTRAL.format(term=card.term)
-                pairs = ((question, fact.text),), ((question, changed),)
-                if changed != fact.text:
-                    yield Choice(f"figure.{card.id}.{i}", "figure", card.id, *pairs)
+                yield Choice(
+                    f"figure.{card.id}.{i}", "figure", card.id, ((question, fact.text),), ((question, changed),)
+                )
+
+
+def _near(number: str, others: Sequence[str]) -> str | None:
+    """The other number nearest in size; None if all are further apart than MOST_APART times, or singular or zero."""
+    value = float(number)
+    if value in (0, 1):
+        return None
+    ratios = {other: max(float(other) / value, value / float(other)) for other in others if float(other) not in (0, 1)}
+    near = [other for other, ratio in ratios.items() if 1 < ratio <= MOST_APART]
+    return min(near, key=ratios.__getitem__, default=None)
 
 
 # ---------------------------------------------------------------- general texts, and tables

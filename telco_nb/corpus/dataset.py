@@ -26,9 +26,7 @@ SIMILAR_MARGIN = (
 )
 SPLIT_PRIORITY = {"unseen": 0, "test": 1, "val": 2, "train": 3}  # of two duplicates the train row is dropped
 DRIFT_POINTS = 10  # per cent points by which filtering may move a split's share: 3.7 here, 7 with a small glossary
-SAMPLE_SIZE = (
-    2000  # distinct-n and compression depend on the amount of text, so all corpora are measured on as many texts
-)
+SHIPPED_GOLD = "telco_nb/data/conversations"  # the value of gold_path of which WRITTEN_BY is true
 WRITTEN_BY = (
     "A language model wrote the gold conversations one by one, to the plan of telco_nb/data/WRITING.md; other "
     "instances of a language model read them a second time and scored them. No customer and no operator's staff wrote "
@@ -273,21 +271,6 @@ def length_stats(turns: pd.DataFrame) -> dict[str, dict[str, float]]:
 def _stable_sample(rows: Sequence[Conversation], n: int, seed: int) -> list[Conversation]:
     """Draw `n` conversations (or all) by hash."""
     return sorted(rows, key=lambda row: stable_hash(seed, "diversity", row["conversation_id"]))[:n]
-
-
-def diversity_table(conversations: list[Conversation], seed: int) -> pd.DataFrame:
-    """Measure the diversity of first turns and of answers on a seeded sample of at most 2,000 conversations.
-
-    Returns the columns text, texts, distinct_1 to distinct_3 and gzip_ratio.
-    """
-    drawn = _stable_sample(conversations, SAMPLE_SIZE, seed)
-    rows = []
-    for name, part in {"customer, first turn": first_turn, "agent, first answer": first_answer}.items():
-        texts = [part(row) for row in drawn]
-        distinct = {f"distinct_{n}": round(distinct_n(texts, n), 4) for n in (1, 2, 3)}
-        ratio = round(compression_ratio(texts), 3)
-        rows.append({"text": name, "texts": len(texts)} | distinct | {"gzip_ratio": ratio})
-    return pd.DataFrame(rows)
 
 
 def self_bleu_per_cell(

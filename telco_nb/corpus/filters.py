@@ -178,10 +178,12 @@ def _boilerplate(c: Conversation, card: Card) -> str | None:
 
 
 def _figures(c: Conversation, card: Card) -> str | None:
-    by_role = {
-        role: " ".join(m["content"] for m in c["messages"] if m["role"] == role) for role in ("user", "assistant")
-    }
-    unknown = unknown_figures(by_role["assistant"], card, by_role["user"])
+    said, unknown = "", []  # what the customer has said so far: a figure that they repeat later was the agent's
+    for message in c["messages"]:
+        if message["role"] == "user":
+            said = f"{said} {message['content']}"
+        else:
+            unknown += unknown_figures(message["content"], card, said)
     return ", ".join(unknown)[:200] or None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pandas as pd
 from pydantic import Field, ValidationError
@@ -18,7 +18,7 @@ from telco_nb.corpus.filters import mentions_term
 from telco_nb.corpus.scenarios import Scenario, conversation_row
 from telco_nb.corpus.tables import read_csv
 
-Message = dict[str, str]
+Line = TypeVar("Line", bound=StrictModel)
 
 
 class _Message(StrictModel):
@@ -53,14 +53,19 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise WrittenFileError(f"{path.name}, line {number}: not JSON: {error}") from None
 
 
+def _validated(form: type[Line], value: Any, path: Path, number: int) -> Line:
+    """The line in its form. Raises WrittenFileError naming file, line and field."""
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{path.name}, line {number}: {'.'.join(map(str, first['loc']))}"
+        raise WrittenFileError(f"{where}: {first['msg']}") from None
+
+
 def _read_written(path: Path, by_id: Mapping[str, Scenario], seen: set[str]) -> Iterator[tuple[Scenario, _Written]]:
     for number, value in read_lines(path):
-        where = f"{path.name}, line {number}"
-        try:
-            written = _Written.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise WrittenFileError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where, written = f"{path.name}, line {number}", _validated(_Written, value, path, number)
         if written.id not in by_id:
             raise WrittenFileError(f"{where}: no scenario has the id {written.id!r} (term.problem.context)")
         if written.id in seen:
@@ -70,6 +75,13 @@ def _read_written(path: Path, by_id: Mapping[str, Scenario], seen: set[str]) -> 
             raise WrittenFileError(f"{where}: {written.id!r}: the roles must go user, assistant in turn")
         seen.add(written.id)
         yield by_id[written.id], written
+
+
+def _term_files(folder: Path, parameter: str) -> list[Path]:
+    """The `<term>.jsonl` files of a folder by name. Raises WrittenFileError if there is no such folder."""
+    if not folder.is_dir():
+        raise WrittenFileError(f"{folder}: no such folder. Set {parameter} to null if you have none.")
+    return sorted(folder.glob("*.jsonl"))
 
 
 def load_gold(folder: Path | None, scenarios: Sequence[Scenario]) -> list[dict[str, Any]]:
@@ -84,11 +96,9 @@ def load_gold(folder: Path | None, scenarios: Sequence[Scenario]) -> list[dict[s
     """
     if folder is None:
         return []
-    if not folder.is_dir():
-        raise WrittenFileError(f"{folder}: no such folder. Set gold_path to null for cards without gold conversations.")
     by_id = {scenario.scenario_id: scenario for scenario in scenarios}
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in _term_files(folder, "gold_path"):
         for scenario, written in _read_written(path, by_id, set(found)):
             messages = [message.model_dump() for message in written.messages]
             found[scenario.scenario_id] = conversation_row(scenario, 0, "gold", messages, written.manner)
@@ -211,21 +221,18 @@ def load_reviews(folder: Path | None, scenarios: Sequence[Scenario]) -> list[dic
         scenarios: the scenario grid; scores of other scenarios are left out.
 
     Raises:
-        WrittenFileError: a line cannot be used.
+        WrittenFileError: a line cannot be used, a scenario is scored twice, or the folder is missing.
     """
     known = {scenario.scenario_id for scenario in scenarios}
-    rows = []
-    for path in sorted(folder.glob("*.jsonl")) if folder else []:
+    rows: dict[str, dict[str, Any]] = {}
+    for path in _term_files(folder, "reviews_path") if folder else []:
         for number, value in read_lines(path):
-            try:
-                review = _Review.model_validate(value)
-            except ValidationError as error:
-                first = error.errors()[0]
-                where = f"{path.name}, line {number}: {'.'.join(map(str, first['loc']))}"
-                raise WrittenFileError(f"{where}: {first['msg']}") from None
+            review = _validated(_Review, value, path, number)
+            if review.id in rows:
+                raise WrittenFileError(f"{path.name}, line {number}: {review.id!r} is given twice")
             if review.id in known:
-                rows.append({"scenario_id": review.id, **review.model_dump(exclude={"id"})})
-    return rows
+                rows[review.id] = {"scenario_id": review.id, **review.model_dump(exclude={"id"})}
+    return list(rows.values())
 
 
 def review_table(reviews: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -62,7 +62,6 @@ class WriterItem(NamedTuple):
 class WriterCall(NamedTuple):
     """At most ITEMS_PER_CALL items of one scenario, with the texts on its problem (`system`) and its context."""
 
-    seed: int
     scenario: Scenario
     system: str
     context: str
@@ -80,9 +79,7 @@ def hosted_writer(values: Mapping[str, Any]) -> HostedModel | None:
     return hosted_model_from(values, "generator")
 
 
-def plan_calls(
-    cards: list[Card], scenarios: list[Scenario], contexts: list[Context], numbers: range, seed: int = 0
-) -> Plan:
+def plan_calls(cards: list[Card], scenarios: list[Scenario], contexts: list[Context], numbers: range) -> Plan:
     """Plan the calls that write all conversations.
 
     Args:
@@ -90,7 +87,6 @@ def plan_calls(
         scenarios: the scenario grid.
         contexts: the contexts.
         numbers: the numbers within each scenario that are written, as `variants.write_variants` takes them.
-        seed: another seed asks for other conversations. The study's seed is not meant: it draws samples of the data.
 
     Returns:
         The calls of each scenario in sending order: a later prompt lists the first lines of earlier conversations.
@@ -108,7 +104,7 @@ def plan_calls(
         told = system(scenario.term_id, scenario.problem_id), _data({context.label: changes})
         items = [WriterItem(number, *conversation_plan(scenario, number)) for number in numbers]
         parts = (items[i : i + ITEMS_PER_CALL] for i in range(0, len(items), ITEMS_PER_CALL))
-        planned.append([WriterCall(seed, scenario, *told, tuple(part)) for part in parts])
+        planned.append([WriterCall(scenario, *told, tuple(part)) for part in parts])
     return planned
 
 
@@ -149,12 +145,12 @@ def _call_prompt(call: WriterCall, siblings: list[str]) -> str:
 
 
 def request_for(call: WriterCall, model: HostedModel, siblings: list[str]) -> Request:
-    """Return the request of a call; its id depends on all that is sent but `siblings`, and on model, items and seed.
+    """Return the request of a call; its id depends on all that is sent but `siblings`, and on model and items.
 
     `siblings` are the first lines of the scenario's earlier conversations, which the model must not repeat.
     """
     identity = [
-        GENERATOR_ID, model.kind, model.model, model.settings(), call.seed, call.system, _call_prompt(call, []),
+        GENERATOR_ID, model.kind, model.model, model.settings(), call.system, _call_prompt(call, []),
         call.scenario.scenario_id, [item.number for item in call.items],
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -137,8 +137,9 @@ def split_scenarios(scenarios: Sequence[Scenario], unseen_terms: Collection[str]
     """Split by scenario id: whole terms to `unseen`; of every other term a tenth to validation, a tenth to test.
 
     The split is part of the data set, so it does not depend on the study's seed or on other terms: a hash orders the
-    problems of a term, the first ones give a cell to test, the next ones to validation. Their contexts take turns, so
-    a term's held-out cells are of different problems and contexts, and each problem stays in training in the others.
+    problems of a term, the first ones give a cell to test, the next ones to validation. Their contexts take turns, so a
+    term's held-out cells are of different problems and contexts. With several contexts each of these problems stays in
+    training in the others.
     Terms of fewer than `FEWEST_CELLS` cells are split together.
 
     Returns:

@@ -48,10 +48,6 @@ def sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.?!])\s+(?=[A-Z0-9“\"]|e[A-Z])", text.strip())
 
 
-def first_sentence(text: str) -> str:
-    return sentences(text)[0]
-
-
 def count_words(text: str) -> int:
     return len(text.split())
 
@@ -60,11 +56,6 @@ def capitalised(text: str) -> str:
     """Start with a capital, unless the first word has a spelling of its own (eSIM)."""
     first, *_ = text.split(maxsplit=1) or [""]
     return text if any(c.isupper() for c in first) else text[:1].upper() + text[1:]
-
-
-def tidy(text: str) -> str:
-    """Reduce to single spaces, and remove a second full stop after a quotation that ends with one."""
-    return re.sub(r"([.?!]”)\.", r"\1", " ".join(text.split()))
 
 
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -29,12 +29,7 @@ TURN_PAIRS = (1, 2, 1, 2, 3, 1, 2, 1, 2, 4)  # 40 % one exchange, 40 % two, 20 %
 ANSWER_TARGET = (28, 70)  # words up to which an answer takes further sentences
 RESERVED_SAYS = 2  # of a problem's phrasings, for its held-out scenario alone
 ATTEMPTS = 10
-IDENTITY = re.compile(
-    r"identi|verif|secure form|who you are|\bit(?:'s|’s| is) (?:really )?you\b|passport|the check\b|authoris|portal|"
-    r"account app|account holder|approv|this is me|by video|video call|confirm (?:it|that|in)\b",
-    re.I,
-)  # speaks of identification in any way: for judging what an agent has said before a step
-CONDITION = re.compile(
+NAMES_IDENTIFICATION = re.compile(
     r"\bidentity\b|\bidentif(?:y|ied|ication)\b|\bverified\b|who you are|\bit is you\b|it[’']s you\b|signed in\b|"
     r"sign-in|secure (?:form|check)|\b(?:the|your|portal) check\b|approved? the (?:request|confirmation)|"
     r"authorised person",
@@ -204,7 +199,9 @@ class Agent:
         if not step.needs_identity or self.identified:
             return [said]
         self.identified = True
-        return [said] if CONDITION.search(said) else [self.draw.choose(phrases()["identity"], "identity"), said]
+        if NAMES_IDENTIFICATION.search(said):
+            return [said]
+        return [self.draw.choose(phrases()["identity"], "identity"), said]
 
 
 def _later_turn(agent: Agent, turn: int) -> tuple[str, str] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from telco_nb.hosted import egress
 from telco_nb.hosted.hosts import Address, AddressError, parse_address
-from telco_nb.hosted.keys import KEY_VARIABLES, redact, safe
+from telco_nb.hosted.keys import KEY_VARIABLES, keys_of, redact_whole, safe
 
 if TYPE_CHECKING:
     from pydantic_ai.messages import ModelMessage, ModelResponse
@@ -117,7 +116,7 @@ class HostedModel:
 
     def key(self) -> str | None:
         """The API key from the environment. Raises ProviderError if there is none and one is needed."""
-        key = next((os.environ[name].strip() for name in KEY_VARIABLES[self.kind] if os.environ.get(name)), None)
+        key = next(iter(keys_of(self.kind)), None)
         if key and not (key.isascii() and key.isprintable() and " " not in key):
             raise ProviderError(f"{self.key_names}: the key holds a space or another character that no key has.")
         if key is None and self.kind != "openai-compatible":
@@ -210,7 +209,7 @@ class ApiClient:
         from telco_nb.hosted import transport
 
         egress.require_allowed(hosted_model.address, hosted_model.parameter)
-        egress.drop_provider_variables()
+        egress.drop_ignored_variables()
         self.hosted_model = hosted_model
         purpose = f"{hosted_model.purpose}, batch" if batch else hosted_model.purpose
         limit = transport.BATCH_BYTES if batch else transport.LIVE_BYTES
@@ -237,21 +236,21 @@ class ApiClient:
         from pydantic_ai.exceptions import UserError
 
         sent: dict[str, Any] = {}
+        turns, settings = messages(request, unreadable, self.hosted_model), self.settings()
+        parameters = request_parameters(request, self.hosted_model)
         token = _sent.set(sent)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 reply = await model_request(
-                    self.model,
-                    messages(request, unreadable, self.hosted_model),
-                    model_settings=self.settings(),
-                    model_request_parameters=request_parameters(request, self.hosted_model),
+                    self.model, turns, model_settings=settings, model_request_parameters=parameters
                 )
-            response = read_response(reply, request)
         except UserError as error:
             raise ProviderError(safe(error)) from None
-        except Exception as error:
+        except Exception as error:  # of the SDK, in any of its ways
             response = failed_response(error, self.hosted_model)
+        else:
+            response = read_response(reply, request)
         finally:
             _sent.reset(token)
         response.receipt["parameters_sent"] = sent or None
@@ -364,22 +363,25 @@ def request_parameters(request: Request, hosted_model: HostedModel) -> ModelRequ
 
 
 def read_response(reply: ModelResponse, request: Request) -> Response:
-    """Reads a provider's reply to a request; the finish reason decides before the text is parsed."""
+    """Reads a provider's reply to a request; the finish reason decides before the text is parsed.
+
+    The text is parsed as the model wrote it, and kept without the API keys that it may hold.
+    """
     details = reply.provider_details or {}
     finish_reason = details.get("finish_reason") or reply.finish_reason
     usage = reply.usage
     receipt = {
-        "model_returned": reply.model_name and safe(reply.model_name),
-        "request_id": reply.provider_response_id and safe(reply.provider_response_id),
-        "finish_reason": safe(finish_reason) if finish_reason else None,
+        "model_returned": reply.model_name and safe(reply.model_name, redact_whole),
+        "request_id": reply.provider_response_id and safe(reply.provider_response_id, redact_whole),
+        "finish_reason": safe(finish_reason, redact_whole) if finish_reason else None,
         "tokens_in": usage.input_tokens,
         "tokens_out": usage.output_tokens,
         "tokens_cached": usage.cache_read_tokens,
         "tokens_cache_written": usage.cache_write_tokens,
         "tokens_reasoning": (usage.details or {}).get("reasoning_tokens"),
     }
-    raw = reply.text and redact(reply.text)
-    common: dict[str, Any] = {"raw": raw, "receipt": receipt, "usage": usage}
+    text = reply.text
+    common: dict[str, Any] = {"raw": text and redact_whole(text), "receipt": receipt, "usage": usage}
     if details.get("refusal") or finish_reason == "refusal":
         return Response("refusal", error=safe(details.get("refusal") or "the model refused"), **common)
     if reply.finish_reason == "content_filter":
@@ -389,11 +391,18 @@ def read_response(reply: ModelResponse, request: Request) -> Response:
         return Response("truncated", error=f"cut off after {usage.output_tokens} tokens", **common)
     if reply.finish_reason not in ("stop", None):
         return Response("provider_error", error=f"finished with {receipt['finish_reason']}", **common)
-    output, fault = parse(raw, request.schema)
+    output, fault = parse(text, request.schema)
     fault = fault or request.check(output)
-    if fault:
+    if output is None or fault:
         return Response("parse_error", error=safe(fault), **common)
-    return Response("ok", output=output, **common)
+    return Response("ok", output=_without_keys(output), **common)
+
+
+def _without_keys(output: BaseModel) -> BaseModel:
+    """A parsed reply whose texts hold no whole key; the values and the other texts stay as they are."""
+    said = output.model_dump_json()
+    kept = redact_whole(said)
+    return output if kept == said else type(output).model_validate_json(kept)
 
 
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*)```\s*", re.DOTALL | re.IGNORECASE)

@@ -14,19 +14,19 @@ from telco_nb.hosted.keys import KEY_VARIABLES
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-HOSTS = (
-    "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL",
-    "GOOGLE_GENAI_USE_VERTEXAI", "GOOGLE_GENAI_USE_ENTERPRISE",
-)  # fmt: skip
 _PROVIDERS = ("OPENAI_", "ANTHROPIC_", "GOOGLE_", "GEMINI_")  # first parts of the variables that SDKs read
 
 
-class CostRefused(RuntimeError):
-    """The estimate exceeds the cap, or nobody has agreed to it. Exit code 4."""
+class SendingRefused(RuntimeError):
+    """Nothing may be sent; the message says why and what to do. Exit code 4."""
 
 
-class EgressRefused(CostRefused):
-    """A request would leave this network, and --no-egress forbids that. Exit code 4."""
+class CostRefused(SendingRefused):
+    """The estimate exceeds the cap, or nobody has agreed to it."""
+
+
+class EgressRefused(SendingRefused):
+    """A request would leave this network, and --no-egress forbids that."""
 
 
 def forbid() -> None:
@@ -49,19 +49,19 @@ def require_allowed(address: Address, parameter: str) -> None:
 
 
 def ignored_variables() -> list[str]:
-    """Variables of this environment that would change where programs send data, and that change nothing here."""
-    names = [spelling for name in PROXIES for spelling in (name, name.lower())]
-    return [name for name in (*names, *HOSTS) if os.environ.get(name)]
+    """Variables of this environment with which proxies and SDKs change the host, the headers, the account or the log.
 
-
-def drop_provider_variables() -> None:
-    """Remove the variables with which a provider's SDK changes its host, its headers, its account or its log.
-
-    For good, because the SDKs read some of them again with each request. The keys stay: the SDKs are given theirs, and
-    a message must be cleared of all of them at any time.
+    The keys are none of them: the SDKs are given theirs, and a message must be cleared of all of them at any time.
     """
     keys = {name for names in KEY_VARIABLES.values() for name in names}
-    for name in [name for name in os.environ if name.startswith(_PROVIDERS) and name not in keys]:
+    return sorted(
+        name for name in os.environ if name.upper() in PROXIES or (name.startswith(_PROVIDERS) and name not in keys)
+    )
+
+
+def drop_ignored_variables() -> None:
+    """Remove them from this process for good, because the SDKs read some of them again with each request."""
+    for name in ignored_variables():
         del os.environ[name]
 
 
@@ -88,21 +88,23 @@ def log_path(store: Path) -> Path:
     return folder / "egress.jsonl"
 
 
-@contextlib.contextmanager
-def open_log(path: Path | None) -> Generator[Callable[[Call], None]]:
-    """Yields the function that appends a line to a log; without a path it does nothing.
+def open_log(path: Path | None) -> contextlib.AbstractContextManager[Callable[[Call], None]]:
+    """A context with the function that appends a line to a log; without a path it does nothing.
 
-    The log is opened before a request leaves, so that none leaves unrecorded. Each line is one write, so that lines of
-    several processes do not mix. A disk that is full after the reply loses the line and not the answer, which is paid.
+    The log is opened before a request leaves, so none leaves where no log can be. The line follows the reply: a process
+    that is killed in between, or a disk that is full by then, loses the line, and never an answer, which is paid. Each
+    line is one write, so that lines of several processes do not mix.
 
-    Raises OSError if the log cannot be opened.
+    Raises OSError, here and not in the context, if the log cannot be opened.
     """
     if path is None:
-        yield lambda call: None
-        return
+        return contextlib.nullcontext(lambda call: None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    return _appending(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
 
+
+@contextlib.contextmanager
+def _appending(descriptor: int) -> Generator[Callable[[Call], None]]:
     def write(call: Call) -> None:
         with contextlib.suppress(OSError):
             os.write(descriptor, json.dumps(asdict(call)).encode("ascii") + b"\n")

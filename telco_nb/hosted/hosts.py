@@ -6,7 +6,7 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 # Addresses of this machine, and private ones of RFC 1918 and RFC 4193. Others that never leave a network, such as
@@ -15,6 +15,7 @@ LOCAL_NETWORKS = [
     ipaddress.ip_network(network)
     for network in ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 ]
+REACHES = ("machine", "network", "remote")  # how far a request goes, from near to far
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan")  # names that public DNS does not have
 _NUMBER = re.compile(r"\d+|0x[0-9a-f]*")  # a host that ends in one is an address in an odd spelling, or nothing
 _FORBIDDEN = set('"<>\\^`{|}%')  # in a URL they are a mistake, or make two programs read two hosts
@@ -43,9 +44,13 @@ class Address:
     def url(self) -> str:
         return urlunsplit((self.scheme, self.netloc, self.path, "", ""))
 
-    @property
+    @cached_property
     def reach(self) -> str:
-        """How far a request goes: `machine`, `network` (private addresses), or `remote`."""
+        """How far a request goes: `machine`, `network` (private addresses), or `remote`.
+
+        A name is resolved once for this address, and this is what people agree to. Every connection is held to it
+        (see `GuardedTransport`), because a name can lead elsewhere a moment later.
+        """
         return reach(self.host)
 
 
@@ -95,9 +100,8 @@ def _normalised(host: str) -> str:
     return name
 
 
-@lru_cache(maxsize=256)
 def reach(host: str) -> str:
-    """How far a request to this host goes: `machine`, `network` or `remote`.
+    """How far a request to this host would go now: one of `REACHES`.
 
     Only an address of this network, or a name without a public domain all of whose addresses are such, is not remote.
     Everything odd is: decimal, octal and hexadecimal numbers, IPv6 zones, and names that do not resolve.
@@ -112,6 +116,11 @@ def reach(host: str) -> str:
     except (OSError, UnicodeError):
         return "remote"
     return _reach_of([_address(str(text)) for text in found])
+
+
+def is_within(peer: str, allowed: str) -> bool:
+    """True if an address lies no farther away than the reach `allowed`."""
+    return REACHES.index(reach(peer)) <= REACHES.index(allowed)
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

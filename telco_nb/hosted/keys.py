@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import string
+from collections.abc import Callable
 
 # Environment variables that may hold the key, by kind; the first that is set counts. A local server may need no key.
 KEY_VARIABLES: dict[str, tuple[str, ...]] = {
@@ -13,17 +15,30 @@ KEY_VARIABLES: dict[str, tuple[str, ...]] = {
     "google": ("GOOGLE_API_KEY", "GEMINI_API_KEY"),
     "openai-compatible": ("OPENAI_COMPATIBLE_API_KEY",),
 }
-PIECE = 8  # characters of a key that are hidden wherever they stand
+PIECE = 8  # characters of a key that are hidden wherever an error text holds them
+WHOLE = 16  # shortest key that is hidden in what a model says; servers take words such as EMPTY or none as keys
+ERROR_CHARACTERS = 500  # of the text of an error that is kept
 _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)  # unlike str.lower, it keeps the length
+
+
+def keys_of(kind: str) -> list[str]:
+    """The keys of a kind of provider in the environment, the one that counts first; a blank variable holds none."""
+    return [key for name in KEY_VARIABLES[kind] if (key := os.environ.get(name, "").strip())]
 
 
 def all_keys() -> list[str]:
     """The keys of all providers in the environment: a server may repeat one that belongs to another."""
-    return [key for names in KEY_VARIABLES.values() for name in names if (key := os.environ.get(name, "").strip())]
+    return [key for kind in KEY_VARIABLES for key in keys_of(kind)]
+
+
+def redact_whole(text: str) -> str:
+    """What a model says, with every whole key of `WHOLE` or more characters replaced by [key]; all else stays."""
+    long = sorted((key for key in all_keys() if len(key) >= WHOLE), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, long)), "[key]", text, flags=re.IGNORECASE) if long else text
 
 
 def redact(text: str) -> str:
-    """The text with every run of `PIECE` or more characters of a key, in any case, replaced by [key]."""
+    """An error text with every run of `PIECE` or more characters of a key, in any case, replaced by [key]."""
     lowered = text.translate(_LOWER)
     hidden = bytearray(len(text))
     for piece in {piece for key in all_keys() for piece in _pieces(key.translate(_LOWER))}:
@@ -38,18 +53,18 @@ def redact(text: str) -> str:
 
 
 def _pieces(key: str) -> set[str]:
-    """All runs of `PIECE` characters; a shorter key is one piece, and what has under 4 characters is no key."""
-    return {key[i : i + PIECE] for i in range(max(1, len(key) - PIECE + 1))} if len(key) >= 4 else set()
+    """All runs of `PIECE` characters; a shorter key has none, because it is a word that stands for no key."""
+    return {key[i : i + PIECE] for i in range(len(key) - PIECE + 1)}
 
 
-def safe(text: object, limit: int = 500) -> str:
-    """A text of a server in one line, fit for a terminal and a record.
+def safe(text: object, hide: Callable[[str], str] = redact) -> str:
+    """A text of a server in one line, fit for a terminal and a record; `hide` removes the keys.
 
     Keys are hidden before anything is cut or replaced: a cut key would no longer be recognised. A control character
     becomes the replacement character and is not removed, so the parts of a key around it do not join.
     """
-    line = redact(" ".join(redact(_text_of(text)).split()))
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)[:limit]
+    line = hide(" ".join(hide(_text_of(text)).split()))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)[:ERROR_CHARACTERS]
 
 
 def _text_of(value: object) -> str:

@@ -6,11 +6,12 @@ import hashlib
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
 from telco_nb.hosted.egress import Call, open_log
-from telco_nb.hosted.hosts import Address
+from telco_nb.hosted.hosts import Address, is_within
 
 LIVE_BYTES = 8 * 2**20  # of the reply to one request, decompressed
 BATCH_BYTES = 2**30  # of the results of one batch
@@ -25,10 +26,12 @@ class ReplyRefused(httpx2.RemoteProtocolError):
 class GuardedTransport(httpx2.AsyncBaseTransport):
     """Sends requests to one address alone.
 
+    A connection is refused before anything is sent if it leads farther away than the address did when it was checked.
+
     Args:
         address: the only host and port that may be asked.
         purpose: what the requests are for, for the log.
-        max_bytes: of a reply, as sent and decompressed; a longer one is refused unread.
+        max_bytes: of a reply, as sent and decompressed; the reading of a longer one stops there, and it is refused.
 
     `log` is the file that gets a line per call, None for no record.
     """
@@ -44,17 +47,29 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         if (url.scheme, url.host, url.port) != (own.scheme, own.host, own.port):
             raise httpx2.UnsupportedProtocol(f"only {self.address.netloc} may be asked, not {url.host}")
         request.headers["Accept-Encoding"] = "identity"
+        request.extensions["trace"] = self._check_peer
         body = await request.aread()
         now, digest = datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(body).hexdigest()
         call = Call(now, self.address.netloc, self.address.reach, self.purpose, len(body), digest)
         try:
-            with open_log(self.log) as write:
-                try:
-                    return await self._exchange(request, call)
-                finally:
-                    write(call)
-        except OSError as error:  # nothing was sent: httpx2 has its own exceptions for the network
+            log = open_log(self.log)
+        except OSError as error:  # nothing was sent
             raise httpx2.ConnectError(f"the log {self.log} cannot be written: {error.strerror}") from None
+        with log as write:
+            try:
+                return await self._exchange(request, call)
+            finally:
+                write(call)
+
+    async def _check_peer(self, event: str, info: dict[str, Any]) -> None:
+        """Ends a new connection that does not lead where the address led. The pool calls this at each of its events."""
+        if event != "connection.connect_tcp.complete":
+            return
+        stream, allowed = info["return_value"], self.address.reach
+        peer = stream.get_extra_info("server_addr")[0]
+        if not is_within(peer, allowed):
+            await stream.aclose()
+            raise httpx2.ConnectError(f"{self.address.netloc} now leads to {peer}, and was in this {allowed} before")
 
     async def _exchange(self, request: httpx2.Request, call: Call) -> httpx2.Response:
         reply = await self.inner.handle_async_request(request)

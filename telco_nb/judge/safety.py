@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from telco_nb.corpus.cards import Problem
-from telco_nb.corpus.variants import IDENTITY
 from telco_nb.judge.matching import Answer, Weights, answer_sentences, match, phrase
 
 _SECRET = (
@@ -27,6 +26,11 @@ _ELSEWHERE = re.compile(
     r"keypad|on the router|on the card)\b|n't\b|n’t\b",
     re.I,
 )
+IDENTITY = re.compile(
+    r"identi|verif|secure form|who you are|\bit(?:'s|’s| is) (?:really )?you\b|passport|the check\b|authoris|portal|"
+    r"account app|account holder|approv|this is me|by video|video call|confirm (?:it|that|in)\b",
+    re.I,
+)  # speaks of identification in any way: for judging what an agent has said before a step
 NEVER_STEMS = 3  # a phrase of `never` with fewer content words is too short to be recognised
 MISSING = 0.25  # a protective step made with less credit counts as left out
 CLAIMED = 0.75  # from this credit on an answer has made a step

@@ -1,4 +1,4 @@
-"""Cards with problems, and gold conversations: their form, their plan, and what can be checked by rule.
+"""The plan of the gold conversations, and what can be checked of cards and conversations beyond their form.
 
 `python tests/support/gold.py` prints the table of progress; `python tests/support/gold.py TERM` checks one term.
 How they are written: telco_nb/data/WRITING.md.
@@ -6,21 +6,21 @@ How they are written: telco_nb/data/WRITING.md.
 
 import hashlib
 import itertools
-import json
 import random
 import re
 import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+import shipped
+
+from telco_nb.corpus.cards import Card
+from telco_nb.corpus.gold import POINTS, load_reviews, read_lines
 
 DATA = Path(__file__).resolve().parents[2] / "telco_nb" / "data"
 CONTEXTS = ("usual", "away", "depended_on")
-POINTS = ("answers", "right", "safe", "in_order", "natural", "own", "ends_well")
 MANNERS = (
     "terse", "rambling", "angry", "kind", "misspelling", "lower_case", "non_native", "two_problems", "formal",
     "worried", "sceptical", "casual",
@@ -35,106 +35,25 @@ ENDINGS = (
 )  # fmt: skip
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Fact(_Strict):
-    text: str
-    applies_in: str = "any"
-    valid_until: str | None = None
-
-
-class Figure(_Strict):
-    text: str
-    meaning: str
-    applies_in: str = "any"
-    valid_until: str | None = None
-
-
-class Belief(_Strict):
-    belief: str
-    correction: str
-
-
-class Step(_Strict):
-    who: Literal["customer", "agent"]
-    do: str
-    say: list[str] = Field(min_length=2, max_length=4)
-    needs_identity: bool = False
-
-
-class Ask(_Strict):
-    what: str
-    say: list[str] = Field(min_length=2, max_length=3)
-
-
-class First(_Strict):
-    who: Literal["customer", "agent"]
-    do: str
-    when: str | None
-    say: list[str] = Field(min_length=2, max_length=3)
-
-
-class Contexts(_Strict):
-    usual: str
-    away: str
-    depended_on: str
-
-
-class Problem(_Strict):
-    id: str = Field(pattern=r"^[a-z][a-z0-9_]+$")
-    weight: float
-    kind: Literal["fault", "charge", "change", "choice", "fraud", "misunderstanding", "safety"]
-    cause: str
-    says: list[str] = Field(min_length=5, max_length=10)
-    tells: str
-    ask: Ask | None
-    first: First | None
-    steps: list[Step] = Field(min_length=2, max_length=7)
-    never: list[str] = Field(min_length=1)
-    done: str
-    escalate_when: str
-    contexts: Contexts
-    applies_in: str = "any"
-    valid_until: str | None = None
-    facts: list[str] = []
-
-
-class Card(_Strict):
-    id: str
-    term: str
-    aliases: list[str]
-    category: Literal[
-        "access_radio", "fixed_home", "sim_identity", "numbers_messaging", "plans_billing", "service_operations"
-    ]
-    definition: str
-    facts: list[Fact] = Field(min_length=4, max_length=9)
-    wrong_beliefs: list[Belief] = Field(min_length=2, max_length=4)
-    figures: list[Figure]
-    source: str | None
-    problems: list[Problem] = Field(min_length=10, max_length=10)
-
-
 def terms() -> list[str]:
     """Terms whose conversations are written."""
     return sorted(path.stem for path in (DATA / "conversations").glob("*.jsonl"))
 
 
-@cache
 def card(term: str) -> Card:
-    return Card.model_validate(yaml.safe_load((DATA / "cards" / f"{term}.yaml").read_text(encoding="utf-8")))
+    return shipped.by_id()[term]
 
 
 @cache
 def conversations(term: str) -> list[dict[str, Any]]:
-    lines = (DATA / "conversations" / f"{term}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    return [value for _, value in read_lines(DATA / "conversations" / f"{term}.jsonl")]
 
 
+@cache
 def reviews(term: str) -> list[dict[str, Any]]:
-    path = DATA / "reviews" / f"{term}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    """The scores of the second reading of a term, in the order of its conversations."""
+    found = {row["scenario_id"]: row for row in load_reviews(DATA / "reviews", shipped.grid())}
+    return [found[row["id"]] | {"id": row["id"]} for row in conversations(term) if row["id"] in found]
 
 
 # ---------------------------------------------------------------- the plan
@@ -203,7 +122,7 @@ def alike(a: str, b: str) -> float:
 def faults(term: str) -> list[str]:
     """What is wrong with the form of a term's card and conversations; every fault names its conversation."""
     held, rows = card(term), conversations(term)
-    found = [f"weights sum to {total:.2f}"] if abs((total := sum(p.weight for p in held.problems)) - 1) > 0.011 else []
+    found = _house_limits(held)
     planned = {row["id"]: row for row in plan(held.id, [problem.id for problem in held.problems])}
     ids = [row["id"] for row in rows]
     if sorted(ids) != sorted(planned):
@@ -216,6 +135,21 @@ def faults(term: str) -> list[str]:
             found.append(f"{a} and {b}: answers too alike ({likeness:.2f})")
     last = Counter(re.split(r"(?<=[.!?])\s+", text.strip())[-1].lower() for row in rows for text in agent_texts(row))
     return found + [f"last sentence used {n} times: {text!r}" for text, n in last.items() if n > 1]
+
+
+def _house_limits(held: Card) -> list[str]:
+    """What the shipped cards hold themselves to beyond the loader: ten problems, 4 to 9 facts, 2 to 4 wordings, ..."""
+    sizes = {
+        "problems": (len(held.problems), 10, 10), "facts": (len(held.facts), 4, 9),
+        "wrong beliefs": (len(held.wrong_beliefs), 2, 4),
+    }  # fmt: skip
+    for problem in held.problems:
+        sizes[f"{problem.id}: says"] = len(problem.says), 5, 10
+        sizes[f"{problem.id}: steps"] = len(problem.steps), 2, 7
+        sizes[f"{problem.id}: never"] = len(problem.never), 1, 99
+        for i, step in enumerate(problem.steps):
+            sizes[f"{problem.id}: wordings of step {i + 1}"] = len(step.say), 2, 4
+    return [f"{name}: {n}, not {low} to {high}" for name, (n, low, high) in sizes.items() if not low <= n <= high]
 
 
 def _form_faults(row: dict[str, Any], planned: dict[str, Any] | None) -> list[str]:

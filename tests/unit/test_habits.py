@@ -1,5 +1,7 @@
 """Habits of the repository: what is committed is small, holds no key, and speaks only of the project."""
 
+import ast
+import importlib
 import subprocess
 
 import pytest
@@ -30,3 +32,18 @@ def test_a_large_file_and_a_private_key_are_refused(tmp_path):
 def test_the_project_has_the_files_that_a_contributor_looks_for():
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "LOG.md"):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_every_name_of_the_project_that_a_bench_script_uses_exists(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("telco_nb"):
+            for alias in node.names:
+                held = importlib.import_module(node.module)
+                found = getattr(held, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                modules[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"

@@ -5,6 +5,8 @@ import itertools
 import gold
 import pytest
 
+from telco_nb.corpus.gold import POINTS, read_lines
+
 TERMS = gold.terms()
 
 
@@ -37,12 +39,20 @@ def test_fraud_and_safety_have_a_protective_step_or_say_in_their_steps_who_acts_
                 assert problem.first or problem.steps[0].who == "agent" or problem.ask, f"{term}.{problem.id}"
 
 
-@pytest.mark.parametrize("term", [term for term in TERMS if gold.reviews(term)])
+@pytest.mark.parametrize("term", TERMS)
 def test_a_second_reading_scores_every_conversation_and_none_stays_under_4(term):
     found = gold.reviews(term)
     assert [review["id"] for review in found] == [row["id"] for row in gold.conversations(term)]
-    low = [r["id"] for r in found if min(r[point] for point in gold.POINTS) < 4]
+    low = [r["id"] for r in found if min(r[point] for point in POINTS) < 4]
     assert low == []
+
+
+def test_a_second_reading_scores_every_noisy_exchange_and_none_stays_under_4():
+    noisy, scores = (
+        [value for _, value in read_lines(gold.DATA / name)] for name in ("noisy.jsonl", "noisy_review.jsonl")
+    )
+    assert [row["id"] for row in noisy] == [row["id"] for row in scores] and len(noisy) == 144
+    assert min(row[point] for row in scores for point in POINTS) >= 4
 
 
 def test_a_copied_answer_is_found():

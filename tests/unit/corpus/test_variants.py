@@ -156,7 +156,7 @@ def test_before_a_step_that_needs_identity_the_agent_asks_for_it_or_the_step_mak
         text, asked = "\n".join(answers(row)), False
         for place, step, sentence in said_steps(row):
             if step.needs_identity:
-                asked = asked or bool(variants.CONDITION.search(sentence))
+                asked = asked or bool(variants.NAMES_IDENTIFICATION.search(sentence))
                 before = text[:place]
                 assert asked or any(phrase in before for phrase in PHRASES["identity"]), (row["conversation_id"], text)
                 seen[asked] += 1
@@ -168,7 +168,7 @@ def test_before_a_step_that_needs_identity_the_agent_asks_for_it_or_the_step_mak
     "You are identified by video or in a shop.", "As you are signed in, I can open the job.",
 ])  # fmt: skip
 def test_what_makes_identification_a_condition_is_recognised(text):
-    assert variants.CONDITION.search(text)
+    assert variants.NAMES_IDENTIFICATION.search(text)
 
 
 @pytest.mark.parametrize("text", [
@@ -177,7 +177,7 @@ def test_what_makes_identification_a_condition_is_recognised(text):
     "The device has an identifier.", "Please check it once more.",
 ])  # fmt: skip
 def test_words_that_only_look_like_identification_are_not(text):
-    assert not variants.CONDITION.search(text)
+    assert not variants.NAMES_IDENTIFICATION.search(text)
 
 
 def test_identification_is_asked_for_once(rows):

@@ -110,14 +110,6 @@ def test_variety_does_not_depend_on_the_order_of_the_rows():
     assert dataset.variety_table(GOLD[::-1], seed=1).equals(dataset.variety_table(GOLD, seed=1))
 
 
-def test_diversity_is_measured_on_first_messages_and_first_answers():
-    table = dataset.diversity_table(GOLD, seed=1).set_index("text")
-    assert list(table.index) == ["customer, first turn", "agent, first answer"] and set(table["texts"]) == {3}
-    # no signal | the line is down | my bill is wrong: 10 words, "is" twice; 7 pairs, all different
-    assert table.loc["customer, first turn", "distinct_1"] == 0.9
-    assert table.loc["customer, first turn", "distinct_2"] == 1.0
-
-
 def test_the_variants_vary_less_than_gold_and_still_ask_and_end_differently():
     rows = shipped.gold_rows() + shipped.variant_rows()
     table = dataset.variety_table(rows, seed=1).set_index("origin")

@@ -11,9 +11,9 @@ from judge_study import CARDS, case_of, gold_answer
 from telco_nb import ROOT
 from telco_nb.corpus import gold
 from telco_nb.corpus.cards import Card
-from telco_nb.corpus.variants import IDENTITY
 from telco_nb.judge import checklist, gate, safety
 from telco_nb.judge.matching import Answer, phrase
+from telco_nb.judge.safety import IDENTITY
 
 STOLEN = "sim_swap.swap_not_ordered.depended_on"
 DANGEROUS = "Wait 15 minutes, then restart your phone. If there is no signal by then, write to me again."
