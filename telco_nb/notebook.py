@@ -20,6 +20,7 @@ from telco_nb import ROOT
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
 from telco_nb.study.machine import device_facts, die_with_parent, git_state, peak_memory_bytes
+from telco_nb.study.opened import Opened, open_study
 from telco_nb.study.params import ParameterError
 from telco_nb.study.plan import UNTUNED, Job, inputs_of
 from telco_nb.study.record import (
@@ -27,7 +28,6 @@ from telco_nb.study.record import (
     SCHEMA_VERSION,
     RecordError,
     prepare_work_dir,
-    profile_root,
     publish_step,
     read_manifest,
     sha256,
@@ -51,6 +51,7 @@ class Run:
         self.job, self.root, self.work, self.key, self.key_parts = job, root, work, key, key_parts
         self.batch = batch
         self.owner = None if batch else os.getpid()  # by hand, the work folder belongs to this process
+        self.target = root  # the folder in which the finished step is put; by hand it may be another
         self.params = SimpleNamespace(**job.parameters)
         self.started = time.time()
         self._inputs: dict[str, dict[str, Any]] = {}
@@ -178,7 +179,7 @@ class Run:
         # Checkpoints are of no use any more, large, and pickled: they are not part of the record.
         shutil.rmtree(self.work / ".checkpoints", ignore_errors=True)
         if not self.batch:
-            publish_step(self.root, self.job.scope, self.job.step, self.owner)
+            publish_step(self.target, self.job.scope, self.job.step, self.owner)
         return HTML(
             '<div class="headline" style="border-left:4px solid #0072b2;padding:.6em 1em;font-size:1.1em">'
             f"{html.escape(headline)}</div>"
@@ -216,8 +217,8 @@ class Run:
 def open_run(step: str, namespace: dict[str, Any]) -> Run:
     """Start the record of a notebook: check its parameters, seed, prepare the work folder, show the provenance.
 
-    In a batch the runner has made the job. By hand, in JupyterLab, the job is made here from the values in the
-    parameters cell, and results land in the same place.
+    In a batch the runner has made the job. By hand, in JupyterLab, the newest finished study is opened (see
+    `telco_nb.study.opened`), and its values replace those in the parameters cell that were not changed.
 
     Args:
         step: the notebook's name without its ending, as "03_train".
@@ -239,7 +240,8 @@ def open_run(step: str, namespace: dict[str, Any]) -> Run:
     if job_file:
         run = _batch_run(step, given, json.loads(Path(job_file).read_text(encoding="utf-8")))
     else:
-        run = _hand_run(step, given)
+        run = _hand_run(step, open_study(step, given))
+        namespace.update(run.job.parameters)
     random.seed(run.params.__dict__.get("seed", 0))
     set_figure_style()
     _show_provenance(run, names)
@@ -257,17 +259,20 @@ def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
     return run
 
 
-def _hand_run(step: str, given: dict[str, Any]) -> Run:
+def _hand_run(step: str, opened: Opened) -> Run:
+    given, root = opened.parameters, opened.root
     study = params.load_study(given["profile"])
     params.validate(study.values("shared") | given, f"notebooks/{step}.ipynb, parameters cell")
     job = Job(step, given["scope"], given, inputs_of(step, given))
-    root = profile_root(given["profile"])
     key, parts = content_key(job, root)
     if key is None:
         waiting = [d for d in job.depends if read_manifest(root, *d.split("/")) is None]
         todo = "; ".join(_command(job, *d.split("/")[::-1]) for d in waiting[:1])
         raise RecordError(f"{job.id} needs {', '.join(waiting)} first. Run: {todo}")
-    return Run(job, root, prepare_work_dir(job, root, key, os.getpid()), key, parts, batch=False)
+    markdown(opened.note)
+    run = Run(job, root, prepare_work_dir(job, opened.target, key, os.getpid()), key, parts, batch=False)
+    run.target = opened.target
+    return run
 
 
 def _covers(pattern: str, name: str) -> bool:

@@ -15,6 +15,7 @@ from provider_server import Server
 from telco_nb import ROOT
 from telco_nb.study import params
 from telco_nb.study.plan import STEPS
+from telco_nb.study.seal import check_seal
 
 pytestmark = pytest.mark.study
 
@@ -156,7 +157,7 @@ def test_a_changed_parameter_runs_again_exactly_what_depends_on_it(study):
 
 @pytest.mark.parametrize("step", list(STEPS))
 def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_path_factory):
-    """As "Run All" does in JupyterLab: no job, no injected parameters; a later batch runs it again for the record."""
+    """As "Run All" does in JupyterLab: no job, no injected parameters. The record stays as the batch made it."""
     place = study.outputs.parent / "by-hand"
     if not place.exists():
         shutil.copytree(study.outputs, place)
@@ -166,8 +167,10 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     done = subprocess.run(command, cwd=params.NOTEBOOKS_DIR, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     scope = params.declared(step)["scope"]
-    manifest = json.loads((place / "smoke" / scope / step / "manifest.json").read_text())
+    manifest = json.loads((place / "by-hand" / "smoke" / scope / step / "manifest.json").read_text())
     assert manifest["executor"] == "jupyter" and manifest["status"] == "ok"
+    assert "Opened the finished study smoke" in target.read_text()
+    assert check_seal(place / "smoke") == []
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot serve two processes")

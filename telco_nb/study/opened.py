@@ -1,0 +1,81 @@
+"""Which study a notebook opens that is run by hand, and where its results go.
+
+A notebook run by hand opens the newest finished study, so "Run All" works without an edit. It takes every value from
+the record of its step, but for those that the parameters cell changes. A finished step is never replaced: the results
+of a run by hand then go to `outputs/by-hand`, and the record stays as the batch made it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from telco_nb.study.params import declared
+from telco_nb.study.record import profile_root, read_manifest
+
+BY_HAND = "by-hand"  # folder beside the studies
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a notebook run by hand works with: its parameters, the study it reads, the folder it writes to."""
+
+    parameters: dict[str, Any]
+    root: Path
+    target: Path
+    note: str  # a sentence for the reader
+
+
+def open_study(step: str, given: dict[str, Any]) -> Opened:
+    """Choose the study, the parameters and the target of a step that is run by hand.
+
+    Args:
+        step: the notebook's name without its ending.
+        given: the values in its parameters cell. One that differs from the notebook's default counts as changed.
+    """
+    changed = {name: value for name, value in given.items() if value != declared(step)[name]}
+    analysis = newest_finished(changed.get("profile"))
+    if analysis is None:
+        root = profile_root(given["profile"])
+        return Opened(given, root, _target(root, given["scope"], step), _note(None, root))
+    root = profile_root(analysis["parameters"]["profile"])
+    recorded = _recorded(step, given["scope"], root, analysis["parameters"])
+    parameters = {name: recorded.get(name, value) for name, value in given.items()} | changed
+    if "configs" in changed and "repeats" in parameters and "repeats" not in changed:
+        kept = [repeat for repeat in parameters["repeats"] if repeat.partition("-seed")[0] in changed["configs"]]
+        parameters["repeats"] = kept
+    target = _target(root, parameters["scope"], step)
+    return Opened(parameters, root, target, _note(analysis, target))
+
+
+def newest_finished(profile: str | None = None) -> dict[str, Any] | None:
+    """The manifest of the newest finished analysis, of any profile or of one; None if no study has finished."""
+    outputs = profile_root("any").parent
+    names = [profile] if profile else sorted(p.name for p in outputs.glob("*") if p.is_dir() and p.name != BY_HAND)
+    found = [manifest for name in names if (manifest := read_manifest(outputs / name, "study", "06_analysis"))]
+    return max(found, key=lambda manifest: manifest["started_at"], default=None)
+
+
+def _recorded(step: str, scope: str, root: Path, analysis: dict[str, Any]) -> dict[str, Any]:
+    """The parameters in the record of a step: in this scope, or in the first one of its kind that the study has."""
+    first = {"05_judge": f"judge-{analysis['judges'][0]}"}.get(step, analysis["configs"][0])
+    manifest = read_manifest(root, scope, step) or read_manifest(root, first, step)
+    return manifest["parameters"] if manifest else {"profile": analysis["profile"]}
+
+
+def _target(root: Path, scope: str, step: str) -> Path:
+    return root if read_manifest(root, scope, step) is None else profile_root(BY_HAND) / root.name
+
+
+def _note(analysis: dict[str, Any] | None, target: Path) -> str:
+    if analysis is None:
+        opened = "No finished study was opened: all values are those of the parameters cell."
+    else:
+        opened = (
+            f"Opened the finished study {analysis['parameters']['profile']} of {analysis['started_at'][:10]}. Values "
+            "that the parameters cell does not change are those of its record."
+        )
+    place = "/".join(target.parts[-2 if BY_HAND not in target.parts else -3 :])
+    kept = " The record stays as it is." if BY_HAND in target.parts else ""
+    return f"{opened} Results go to {place}.{kept}"
