@@ -22,8 +22,8 @@ test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, brows
 nightly: .venv/installed  ## the slow tests that `make test` leaves out
 	$(BIN)/python -m pytest -m nightly
 
-lab: .venv/installed  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks \
+lab: .venv/installed  ## JupyterLab, on the page that says where to start
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url='/lab/tree/notebooks/README.md?factory=Markdown%20Preview' \
 	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 REPEATS ?= 5
@@ -52,4 +52,4 @@ lock: ## write requirements.txt from what is installed now, the CUDA libraries t
 	mv .lock.new requirements.txt
 
 clean: ## remove everything that is made: environment and outputs
-	rm -rf .venv outputs/smoke outputs/laptop outputs/paper
+	rm -rf .venv $(filter-out outputs/reference,$(wildcard outputs/*))

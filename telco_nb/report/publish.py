@@ -78,7 +78,11 @@ def readme_block(folder: Path = REFERENCE) -> str:
         "",
         "![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)",
         "",
+        "<details><summary>All configurations</summary>",
+        "",
         *_table(rows, judges),
+        "",
+        "</details>",
         "",
         "The whole report of this run is one file: [telco_report.html](outputs/reference/telco_report.html).",
     ]
@@ -103,12 +107,15 @@ def _failed(judges: list[str]) -> str:
 
 
 def _table(rows: list[dict[str, str]], judges: list[str]) -> list[str]:
-    names = ["config", "target modules", "rank", "epochs", "learning rate", "validation loss", "training energy, Wh"]
+    names = ["config", "target modules", "rank", "epochs", "learning rate", "validation loss"]
+    names += ["training energy, times the least", "training energy, Wh"]
+    least = min((float(row["train_energy_wh"]) for row in rows if row["train_energy_wh"]), default=None)
     names += [f"rank by {j}{'' if rows[0][f'{j}_gate'] == 'passed' else ' (gate failed)'}" for j in judges]
     table = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in sorted(rows, key=lambda r: float(r["val_loss"] or "inf")):
         cells = [row["config"], row["target_modules"], row["rank"], row["epochs"], row["learning_rate"]]
-        cells += [_interval(row, "val_loss", "{:.3f}"), _interval(row, "train_energy{}_wh", "{:.3g}")]
+        ratio = f"{float(row['train_energy_wh']) / least:.1f}" if least and row["train_energy_wh"] else ""
+        cells += [_interval(row, "val_loss", "{:.3f}"), ratio, _interval(row, "train_energy{}_wh", "{:.3g}")]
         cells += [_interval(row, f"{judge}_rank", "{:.0f}") for judge in judges]
         table.append(f"| {' | '.join(cells)} |")
     return table
