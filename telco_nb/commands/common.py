@@ -12,9 +12,10 @@ import typer
 
 from telco_nb.engine import runner
 from telco_nb.hosted.api import ProviderError
+from telco_nb.hosted.egress import SendingRefused
 from telco_nb.hosted.keys import redact
 from telco_nb.hosted.lines import StoreError, is_amount
-from telco_nb.hosted.prices import BudgetStop, CostRefused
+from telco_nb.hosted.prices import BudgetStop
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
@@ -52,7 +53,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     CallsStopped: runner.FAILED,
     runner.UnfitError: runner.UNFIT,
     OSError: runner.UNFIT,
-    CostRefused: runner.COST,
+    SendingRefused: runner.COST,
     BudgetStop: runner.COST,
 }
 

@@ -24,7 +24,7 @@ from telco_nb.engine import archive, machine_checks, schedule, sealing
 from telco_nb.engine.progress import State, duration_text, make_console, status_table
 from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
-from telco_nb.hosted import prices
+from telco_nb.hosted import egress, prices
 from telco_nb.study import imports, params, record, seal
 from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
@@ -71,7 +71,7 @@ def run(options: Options, services: Services) -> int:
         _run(options, services, make_console(), result)
     except (params.ParameterError, UsageError) as error:
         result.exit_code, result.error = USAGE, str(error)
-    except prices.CostRefused as error:
+    except egress.SendingRefused as error:
         result.exit_code, result.error = COST, str(error)
     except (UnfitError, record.RecordError) as error:
         result.exit_code, result.error = UNFIT, str(error)

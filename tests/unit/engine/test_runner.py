@@ -331,11 +331,13 @@ def test_kernels_are_forked_for_more_than_one_job_never_beside_a_gpu_and_never_i
 
 
 def test_the_reason_of_a_death_depends_on_exit_code_and_memory():
-    assert "out of memory" in death_reason(-9, out_of_memory=True)
-    assert "most often for lack of memory" in death_reason(-9, out_of_memory=False)
+    used = "its largest memory use was 3.0 GiB"
+    assert death_reason(-9, True, 3 * 2**30) == f"out of memory: the system killed it; {used}"
+    assert death_reason(-9, False, 3 * 2**30) == f"killed by SIGKILL, most often for lack of memory; {used}"
+    assert death_reason(-9, True) == "out of memory: the system killed it", "an unknown use is not 0"
     assert death_reason(-11, False) == "killed by SIGSEGV"
     assert death_reason(7, False) == "it ended with exit code 7"
-    with_log = death_reason(1, False, "OSError: [Errno 28] No space left on device")
+    with_log = death_reason(1, False, exception="OSError: [Errno 28] No space left on device")
     assert with_log == "it ended with exit code 1; its log ends with OSError: [Errno 28] No space left on device"
 
 
