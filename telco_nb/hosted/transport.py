@@ -70,7 +70,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         if not is_within(peer, allowed):
             await stream.aclose()
             raise httpx2.ConnectError(
-                f"{self.address.netloc} now leads to {peer}, and was within this {allowed} before"
+                f"{self.address.netloc} now leads to {peer}, was within this {allowed}"
             )
 
     async def _exchange(self, request: httpx2.Request, call: Call) -> httpx2.Response:

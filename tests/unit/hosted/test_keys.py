@@ -185,7 +185,7 @@ def test_a_blank_variable_holds_no_key(blank, monkeypatch):
     monkeypatch.setenv("GOOGLE_API_KEY", blank)
     monkeypatch.setenv("OPENAI_API_KEY", blank)
     assert HostedModel("google", "gemini-2.5-flash").key() == OTHER
-    with pytest.raises(ProviderError, match="no key for gpt-5.2. Set the environment variable OPENAI_API_KEY"):
+    with pytest.raises(ProviderError, match=r"no key for gpt-5\.2\. Set the environment variable OPENAI_API_KEY"):
         HostedModel("openai", "gpt-5.2").key()
 
 
