@@ -30,7 +30,8 @@ EPILOG = """
 - `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
-- `./run_all.py verify --profile smoke`: name every file that is not as the last run of this study sealed it
+- `./run_all.py verify --profile smoke`: name every file that is not as a run of this study last sealed it
+- `./run_all.py verify --seal 0123456789abcdef`: the same, and the seal must be the one that an earlier run printed
 
 **Exit codes**
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from telco_nb import ROOT
-from telco_nb.study.manifest import SEAL, load_manifest, sealed
+from telco_nb.study.manifest import load_manifest, sealed
 from telco_nb.study.plan import Job
 
 JOB_VARIABLE = "TELCO_NB_JOB"
@@ -91,7 +91,7 @@ def export_again(root: Path, scope: str, step: str) -> list[str]:
     outputs = {output["path"]: output["sha256"] for output in manifest["outputs"]} if manifest else {}
     done = []
     for name, source in manifest["exports"].items() if manifest else ():
-        fault = export_fault(root / name, outputs.get(source))
+        fault = _export_fault(root / name, outputs.get(source))
         data = _bytes_or_none(step_dir(root, scope, step) / source)
         if fault and data is not None and hashlib.sha256(data).hexdigest() == outputs.get(source):
             write_bytes(root / name, data)
@@ -99,7 +99,7 @@ def export_again(root: Path, scope: str, step: str) -> list[str]:
     return done
 
 
-def export_fault(path: Path, expected: str | None) -> str | None:
+def _export_fault(path: Path, expected: str | None) -> str | None:
     """What is wrong with an exported file, given the hash of its source: "was missing", "was not ...", or nothing."""
     data = _bytes_or_none(path)
     if data is None:
@@ -164,7 +164,7 @@ def json_bytes(value: Any) -> bytes:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest with the seal over its content, atomically."""
-    write_json(path, sealed({name: value for name, value in manifest.items() if name != SEAL}))
+    write_json(path, sealed(manifest))
 
 
 def read_manifest(root: Path, scope: str, step: str) -> dict[str, Any] | None:
