@@ -439,6 +439,34 @@ def jobs_with(*processes: int) -> list[Job]:
     return [Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
 
 
+@pytest.fixture
+def state_and_worker(tmp_path):
+    """A job to run, and a worker whose runner has no folder to start it in yet."""
+    state = progress.State(Job("01_a", "s", {}, ()), "run", "first")
+    job_file = tmp_path / "s" / ".01_a.job.json"
+    job_file.parent.mkdir()
+    owner = SimpleNamespace(root=tmp_path, write_job=lambda _: job_file, job_file=lambda _: job_file)
+    return state, worker.Worker(owner, "0")
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_process_that_cannot_be_started_fails_its_job_alone(state_and_worker, monkeypatch):
+    state, busy = state_and_worker
+    monkeypatch.setattr(busy, "_start_afresh", full_disk)
+    assert str(busy.run(state)) == "could not run: OSError: [Errno 28] No space left on device"
+
+
+def test_an_error_while_a_process_is_followed_is_no_failure_to_start(state_and_worker, monkeypatch):
+    state, busy = state_and_worker
+    monkeypatch.setattr(busy, "_start", lambda _: SimpleNamespace(returncode=None))
+    monkeypatch.setattr(busy, "_follow", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        busy.run(state)
+
+
 def test_workers_get_as_many_gpus_as_a_training_has_processes():
     assert worker.gpus_per_worker((), jobs_with(2)) == [None]
     assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
