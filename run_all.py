@@ -9,9 +9,9 @@ from typing import Annotated, Any
 try:
     import typer
 
-    from telco_nb.engine import runner, sealing
-    from telco_nb.engine.progress import make_console
-    from telco_nb.hosted import egress, lines
+    from telco_nb.engine import runner
+    from telco_nb.engine.schedule import finite
+    from telco_nb.hosted import egress
     from telco_nb.study import params
 except ModuleNotFoundError as missing:  # started with another Python than the one that was set up: use that one
     ours = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
@@ -30,7 +30,8 @@ EPILOG = """
 - `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
-- `./run_all.py verify --profile smoke`: name every file that is not as the last run of this study sealed it
+- `./run_all.py verify --profile smoke`: name every file that is not as a run of this study last sealed it
+- `./run_all.py verify --seal 0123456789abcdef`: the same, and the seal must be the one that an earlier run printed
 
 **Exit codes**
 
@@ -54,13 +55,6 @@ def _build_report(*arguments: Any) -> Path:
     from telco_nb.report.build import build_report  # needs pandas, which the runner does without
 
     return build_report(*arguments)
-
-
-def _finite(value: float | None) -> float | None:
-    """An option that is a number; `nan` would pass every comparison with a limit."""
-    if value is not None and not lines.is_amount(value):
-        raise typer.BadParameter(f"{value} is not a finite number from 0 up")
-    return value
 
 
 @app.callback(epilog=EPILOG, invoke_without_command=True)
@@ -90,7 +84,7 @@ def main(
     timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="MINUTES", min=0.01, callback=_finite, help="Give up on a cell after this long. Default: never."
+            metavar="MINUTES", min=0.01, callback=finite, help="Give up on a cell after this long. Default: never."
         ),
     ] = None,
     json_file: Annotated[
@@ -102,7 +96,7 @@ def main(
     max_usd: Annotated[
         float | None,
         typer.Option(
-            metavar="X", min=0.0, callback=_finite, help="Never spend more than this on hosted models, in dollars."
+            metavar="X", min=0.0, callback=finite, help="Never spend more than this on hosted models, in dollars."
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the hosts that the plan names.")] = False,
@@ -165,12 +159,16 @@ def verify(
     outputs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
     ] = None,
+    seal: Annotated[
+        str | None,
+        typer.Option(metavar="HASH", help="The seal must be this one: the characters that the run printed, or all."),
+    ] = None,
 ) -> None:
-    """Compare a finished study with the seal of its last run, and name every file that differs, is missing or is new.
+    """Compare a study with its last seal, and name every file that differs, is missing or is new.
 
     Exit code 0: all as sealed. 1: something differs. 2: wrong usage. 3: there is no seal.
     """
-    sys.exit(sealing.verify(profile, outputs, make_console()))
+    sys.exit(runner.verify(profile, outputs, seal))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ from telco_nb import ROOT
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
 from telco_nb.study.machine import device_facts, die_with_parent, git_state, peak_memory_bytes
+from telco_nb.study.manifest import SCHEMA_VERSION
 from telco_nb.study.opened import Opened, open_study
 from telco_nb.study.params import ParameterError
 from telco_nb.study.plan import UNTUNED, Job, inputs_of
 from telco_nb.study.record import (
     JOB_VARIABLE,
-    SCHEMA_VERSION,
     RecordError,
+    altered_outputs,
     prepare_work_dir,
     publish_step,
     read_manifest,
@@ -74,18 +75,20 @@ class Run:
         if scope not in declared:
             undeclared = f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/study/plan.py does not declare."
             raise RecordError(undeclared)
-        written = self._manifest_of(step, scope)["outputs"]
-        outputs = [o for o in written if o["path"] == name or o["path"].startswith(f"{name}/")]
+
+        def is_asked(path: str) -> bool:
+            return path == name or path.startswith(f"{name}/")
+
+        manifest = self._manifest_of(step, scope)
+        outputs = [output for output in manifest["outputs"] if is_asked(output["path"])]
         if not outputs:
             raise RecordError(f"{scope}/{step} did not write {name}. Run it again: {_command(self.job, step, scope)}")
-        folder = step_dir(self.root, scope, step)
+        for path, fault in altered_outputs(self.root, manifest, is_asked):
+            raise RecordError(f"{path} {fault} after {step}. Run {_command(self.job, step, scope)}")
         for output in outputs:
-            path = folder / output["path"]
-            if not path.is_file() or sha256(path) != output["sha256"]:
-                raise RecordError(f"{path} is missing or altered. Run {_command(self.job, step, scope)}")
             relative = f"{scope}/{step}/{output['path']}"
             self._inputs[relative] = {"path": relative, "sha256": output["sha256"], "bytes": output["bytes"]}
-        return folder / name
+        return step_dir(self.root, scope, step) / name
 
     def parameters_of(self, step: str, scope: str) -> dict[str, Any]:
         """The parameters with which another step of this study ran. Raises RecordError if it has not finished."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -21,7 +21,6 @@ from telco_nb.engine import runner
 from telco_nb.hosted import api, egress, prices
 from telco_nb.hosted.keys import safe
 from telco_nb.hosted.ledger import BatchRecord
-from telco_nb.hosted.lines import StoreError
 from telco_nb.hosted.session import CallsStopped, Session, is_lost, run_async
 from telco_nb.judge import language_model
 from telco_nb.judge.language_model import LanguageModelJudge
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from pydantic_ai.models.batch import Batch, BatchRequest
 
 T = TypeVar("T")
-# Errors that say themselves what to do; any other comes from the provider or its SDK.
-_OWN_ERRORS = (CommandError, prices.BudgetStop, api.ProviderError, StoreError, OSError)
 Action = Literal["submit", "poll", "collect", "forget"]
 
 
@@ -60,10 +57,10 @@ async def submit(session: Session, requests: Sequence[api.Request]) -> int:
     for i in range(0, len(worst), limit):
         part = waiting[: len(worst)][i : i + limit]
         known = [usd for usd in worst[i : i + limit] if usd is not None]
-        encoded = [await model.batch_encode(_batch_request(session, request)) for request in part]
+        encoded = [await _asked(session, model.batch_encode(_batch_request(session, request))) for request in part]
         at_most = sum(known) if len(known) == len(part) else None
         ledger.write("submitting", ids=[request.id for request in part], usd_at_most=at_most)
-        handle = _batch_type().dump_python(await model.batch_create(encoded), mode="json")
+        handle = _batch_type().dump_python(await _asked(session, model.batch_create(encoded)), mode="json")
         ledger.write("submitted", entry=len(ledger.batches) - 1, handle=handle)
     return len(worst)
 
@@ -89,8 +86,17 @@ def _batch_type() -> TypeAdapter[Batch]:
     return TypeAdapter(Batch)
 
 
+async def _asked(session: Session, call: Awaitable[T]) -> T:
+    """What a call of the provider's SDK returns; each of its errors becomes CallsStopped, without its traceback."""
+    try:
+        return await call
+    except Exception as error:  # of the SDK, in any of its ways
+        response = api.failed_response(error, session.client.hosted_model)
+    raise CallsStopped(response.status, str(response.error))
+
+
 async def _status(session: Session, batch: BatchRecord) -> Batch:
-    return await session.client.model.batch_status(_batch_type().validate_python(batch.handle))
+    return await _asked(session, session.client.model.batch_status(_batch_type().validate_python(batch.handle)))
 
 
 def _batch_request(session: Session, request: api.Request) -> BatchRequest:
@@ -128,7 +134,7 @@ async def collect(session: Session, requests: Sequence[api.Request]) -> dict[str
     for i, batch in list(session.ledger.open()):
         if batch.handle is None or (status := await _status(session, batch)).status != "ended":
             continue
-        results = await session.client.model.batch_results(status)
+        results = await _asked(session, session.client.model.batch_results(status))
         known = [(by_id[result.custom_id], result) for result in results if result.custom_id in by_id]
         stored = session.store.batches[safe(status.id)]
         lines = [_line(session, request, result, status.id) for request, result in known if request.id not in stored]
@@ -140,11 +146,13 @@ async def collect(session: Session, requests: Sequence[api.Request]) -> dict[str
 
 
 def _line(session: Session, request: api.Request, result: Any, batch_id: str) -> dict[str, Any]:
+    asked = _batch_request(session, request)
     try:
-        reply = session.client.model.batch_decode(result, _batch_request(session, request))
-        response = api.read_response(reply, request)
-    except Exception as error:  # also a result that an SDK cannot digest
+        reply = session.client.model.batch_decode(result, asked)
+    except Exception as error:  # of the SDK: the request failed, or its result cannot be read
         response = api.failed_response(error, session.client.hosted_model)
+    else:
+        response = api.read_response(reply, request)
     response.receipt["parameters_sent"] = {"batch": True}
     usd = session.prices.usd(response.usage) if response.usage else None
     at_most = session.prices.worst_case(request) if is_lost(response, usd) else None
@@ -260,16 +268,11 @@ def _act(action: Action, work: BatchWork, yes: bool) -> None:
 
 
 def _run(session: Session, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work with the provider; an error of the provider becomes CallsStopped, without its traceback."""
+    """The result of work with the provider, whose client is then closed."""
 
     async def run() -> T:
         try:
             return await work
-        except _OWN_ERRORS:
-            raise
-        except Exception as error:
-            response = api.failed_response(error, session.client.hosted_model)
-            raise CallsStopped(response.status, str(response.error)) from None
         finally:
             await session.client.close()
 

@@ -31,28 +31,37 @@ def load_speakers(trained: Trained, beside: bool) -> list[Speaker]:
     """The trained model and, with `beside`, the untuned one."""
     from telco_nb.lora.adapter import generation_config
 
-    speakers = []
-    for name, tuned in [(trained.config, True), ("untuned", False)][: 1 + beside]:
+    def load(name: str, tuned: bool) -> Speaker:
         model, tokenizer = load_deployed(trained, answer_dtype(trained), tuned)
         model.generation_config = generation_config(tokenizer)
-        speakers.append(Speaker(name, model, tokenizer))
+        return Speaker(name, model, tokenizer)
+
+    speakers = [load(trained.config, tuned=True)]
+    if beside:
+        speakers.append(load("untuned", tuned=False))
     return speakers
 
 
 def answer(trained: Trained, speaker: Speaker, prompt: str, max_tokens: int) -> str:
-    """The answer to one message, decoded as in 04_energy."""
+    """The answer to one message, decoded as in 04_energy, of at most `max_tokens` tokens."""
     from telco_nb.lora.decoding import answer_prompts
 
     asked = pd.DataFrame({"prompt_id": ["prompt"], "messages": [[{"role": "user", "content": prompt}]]})
     values = trained.values
     answers = answer_prompts(
-        speaker.model, speaker.tokenizer, asked, max_tokens, 1, values["answer_temperature"], values["seed"]
+        speaker.model,
+        speaker.tokenizer,
+        asked,
+        max_tokens,
+        batch_size=1,
+        temperature=values["answer_temperature"],
+        seed=values["seed"],
     )
     return str(answers["answer"].iloc[0])
 
 
 def stream(speaker: Speaker, messages: list[dict[str, str]], max_tokens: int, temperature: float) -> str:
-    """Print the answer to a conversation word by word, and return it."""
+    """Print the answer to a conversation word by word, and return it; it is empty if the model cannot read so much."""
     from transformers import TextStreamer
 
     from telco_nb.lora.base_model import chat_messages
@@ -116,7 +125,7 @@ def main(
     with errors_as_exit_codes("chat"):
         trained = find_trained(profile, config)
         limit = max_tokens or trained.values["answer_max_tokens"]
-        unfit = unfit_reasons(trained, read_study(trained.root, []), held_against_bar(trained))
+        unfit = unfit_reasons(read_study(trained.root, []), held_against_bar(trained))
         if unfit:
             print(f"{config} is NOT FIT to answer customers: {'; '.join(unfit)}.", file=sys.stderr)
         speakers = load_speakers(trained, beside)
@@ -125,4 +134,5 @@ def main(
             converse(trained, speakers, limit)
             return
         for speaker in speakers:
-            print(f"{speaker.name}: " * beside + answer(trained, speaker, prompt, limit))
+            text = answer(trained, speaker, prompt, limit)
+            print(f"{speaker.name}: {text}" if beside else text)

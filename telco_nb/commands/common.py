@@ -11,28 +11,23 @@ from typing import Annotated
 import typer
 
 from telco_nb.engine import runner
+from telco_nb.engine.schedule import finite
 from telco_nb.hosted.api import ProviderError
+from telco_nb.hosted.egress import SendingRefused
 from telco_nb.hosted.keys import redact
-from telco_nb.hosted.lines import StoreError, is_amount
-from telco_nb.hosted.prices import BudgetStop, CostRefused
+from telco_nb.hosted.lines import StoreError
+from telco_nb.hosted.prices import BudgetStop
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
 from telco_nb.judge.votes_file import VotesError
 from telco_nb.study.params import ParameterError
 
-
-def _finite(value: float | None) -> float | None:
-    if value is not None and not is_amount(value):
-        raise typer.BadParameter(f"{value} is not a finite number from 0 up")
-    return value
-
-
 Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
 ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
 MaxUsd = Annotated[
     float | None,
-    typer.Option(metavar="X", min=0.0, callback=_finite, help="Never spend more than this, in dollars."),
+    typer.Option(metavar="X", min=0.0, callback=finite, help="Never spend more than this, in dollars."),
 ]
 NoEgress = Annotated[bool, typer.Option("--no-egress", help="Refuse every host outside this network.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
@@ -52,7 +47,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     CallsStopped: runner.FAILED,
     runner.UnfitError: runner.UNFIT,
     OSError: runner.UNFIT,
-    CostRefused: runner.COST,
+    SendingRefused: runner.COST,
     BudgetStop: runner.COST,
 }
 

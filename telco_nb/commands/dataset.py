@@ -1,12 +1,12 @@
 """Exports a study's data set as a public one: `python -m telco_nb dataset export FOLDER`.
 
-The folder holds Parquet files and a README.md whose head tells `datasets.load_dataset` which files belong together.
+The folder holds Parquet files, their checksums and a README.md whose head tells `datasets.load_dataset` which files
+belong together.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,15 +21,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from telco_nb import DATA_DIR, ROOT
 from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.commands.export_folder import whole_folder
 from telco_nb.corpus.cards import Card, GlossaryError, load_cards
 from telco_nb.corpus.gold import POINTS, WrittenFileError, load_noisy, load_reviews
 from telco_nb.corpus.scenarios import Scenario
+from telco_nb.notebook import data_path
 from telco_nb.study import params
-from telco_nb.study.record import profile_root, read_manifest, sha256, step_dir
+from telco_nb.study.content_key import path_hashes
+from telco_nb.study.record import profile_root, read_manifest, step_dir
 
 Tables = dict[str, dict[str, pa.Table]]  # by config and split
 
 SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test", "unseen": "unseen"}
+SHIPPED = {"glossary_path": "cards", "gold_path": "conversations", "reviews_path": "reviews"}  # folders of the data
 LEGAL_FILES = ("LICENSE", "CITATION.cff")  # copied where the texts are the project's own
 # Sixty gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
 BLIND_READING = {"conversations": 60, "mean": 4.39, "second_reading_of_the_same": 4.79}
@@ -84,12 +88,11 @@ class Study(NamedTuple):
     scenarios: list[Scenario]
     cards: list[Card]
     dataset_card: dict[str, Any]
-    is_shipped: bool  # cards and gold conversations are those of the project
+    is_shipped: bool  # cards, gold conversations and their scores are those of the project
 
     def path(self, parameter: str) -> Path | None:
         """The file or folder that a parameter of 02_synth names."""
-        value = self.manifest["parameters"][parameter]
-        return None if value is None else ROOT / value
+        return data_path(self.manifest["parameters"][parameter])
 
 
 def open_study(profile: str) -> Study:
@@ -107,29 +110,31 @@ def open_study(profile: str) -> Study:
         params.load_study(profile)  # a misspelt profile is named as such
         raise CommandError(f"{root} holds no finished data set. {make}")
     if changed := _changed_files(manifest):
-        raise CommandError(f"{changed[0]} is not the file that the study has read. {make}")
+        raise CommandError(f"{changed[0]} is not as the study has read it. {make}")
     made = step_dir(root, "shared", "02_synth") / "artefacts"
     rows = pq.read_table(made / "scenarios.parquet").to_pylist()
-    paths = glossary["parameters"].get("glossary_path"), manifest["parameters"]["gold_path"]
+    values = glossary["parameters"] | manifest["parameters"]
     return Study(
         manifest,
         made / "conversations.parquet",
-        [Scenario(**row, position=i) for i, row in enumerate(rows)],
+        [Scenario(**row) for row in rows],
         load_cards(step_dir(root, "shared", "01_glossary") / "artefacts" / "glossary.json"),
         json.loads((made / "dataset_card.json").read_text(encoding="utf-8")),
-        [path and ROOT / path for path in paths] == [DATA_DIR / "cards", DATA_DIR / "conversations"],
+        all(data_path(values.get(name)) == DATA_DIR / folder for name, folder in SHIPPED.items()),
     )
 
 
 def _changed_files(manifest: Mapping[str, Any]) -> list[str]:
-    """The files of noisy exchanges and scores that have changed since: they are read again, not from the record."""
+    """The files of noisy exchanges and scores that have changed, come or gone since the study has read them.
+
+    They are read again here, because the record does not hold them.
+    """
     values, inputs = manifest["parameters"], manifest["key_parts"].get("inputs", {})
-    read = tuple(values[name] for name in ("noisy_path", "reviews_path") if values[name])
-    return [
-        name
-        for name, digest in inputs.items()
-        if name.startswith(read) and not ((ROOT / name).is_file() and sha256(ROOT / name) == digest)
-    ]
+    changed: set[str] = set()
+    for place in (values[name] for name in ("noisy_path", "reviews_path") if values[name]):
+        read = {name: digest for name, digest in inputs.items() if Path(name).is_relative_to(place)}
+        changed |= {name for name, _ in read.items() ^ path_hashes(place).items()}
+    return sorted(changed)
 
 
 def build_tables(study: Study) -> Tables:
@@ -247,22 +252,6 @@ def _split_rows(tables: Tables) -> list[dict[str, Any]]:
     return rows
 
 
-# ---------------------------------------------------------------- the folder
-
-
-def refuse_folder(folder: Path, replace: bool) -> None:
-    """Raise CommandError for a place that an export must not overwrite: a file, or a folder with other things."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CommandError(f"{folder} is a file. Name a folder.")
-    names = {path.name for path in folder.iterdir()}
-    if names and not replace:
-        raise CommandError(f"{folder} is not empty. Name another folder, or add --replace.")
-    if others := sorted(names - {"README.md", *LEGAL_FILES, "conversations", "noisy", "problems"}):
-        raise CommandError(f"{folder} holds {others[0]!r}, which is not from an export. Name another folder.")
-
-
 def export(profile: str, folder: Path, replace: bool = False) -> Tables:
     """Write the data set of a study into a folder, whole or not at all.
 
@@ -277,20 +266,13 @@ def export(profile: str, folder: Path, replace: bool = False) -> Tables:
     Raises:
         CommandError: the folder is in use, or the study has no data set that can be read.
     """
-    folder = folder.resolve()
-    refuse_folder(folder, replace)
-    try:
-        study = open_study(profile)
-        tables = build_tables(study)
-    except (GlossaryError, WrittenFileError) as error:
-        raise CommandError(str(error)) from None
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with whole_folder(folder.resolve(), file_name("problems", "train"), replace) as temporary:
+        try:
+            study = open_study(profile)
+            tables = build_tables(study)
+        except (GlossaryError, WrittenFileError) as error:
+            raise CommandError(str(error)) from None
         _write(study, tables, temporary)
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return tables
 
 
@@ -303,15 +285,6 @@ def _write(study: Study, tables: Tables, folder: Path) -> None:
     (folder / "README.md").write_text(render_readme(study, tables), encoding="utf-8")
     for name in LEGAL_FILES if study.is_shipped else ():
         shutil.copyfile(ROOT / name, folder / name)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename the finished folder to its place; an earlier one is moved aside first and then deleted."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 EPILOG = """

@@ -19,6 +19,7 @@ from telco_nb.judge import cases, language_model, protocol
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.prompts import render_prompt
 from telco_nb.judge.store import VerdictStore
+from telco_nb.notebook import data_path
 from telco_nb.study.plan import Job
 
 SENT = {
@@ -60,10 +61,7 @@ class Corpus:
         self.by_id = {card.id: card for card in self.cards}
         self.contexts = scenarios.load_contexts(ROOT / values["contexts_path"])
         self.grid = scenarios.build_scenarios(self.cards, self.contexts, values["unseen_terms"])
-        self.gold = gold.load_gold(self._path("gold_path"), self.grid)
-
-    def _path(self, name: str) -> Path | None:
-        return ROOT / self.values[name] if self.values[name] else None
+        self.gold = gold.load_gold(data_path(values["gold_path"]), self.grid)
 
     def planned(self) -> llm_writer.Plan:
         """The calls of the hosted generator; number 0 of a scenario is its gold conversation, in a study with gold."""
@@ -80,11 +78,11 @@ class Corpus:
     def count_prompts(self) -> int:
         """The largest possible number of prompts in the test sets test, noisy, unseen and own."""
         splits = [scenario.split for scenario in self.grid]
-        noisy = gold.load_noisy(self._path("noisy_path"), self.grid)
+        noisy = gold.load_noisy(data_path(self.values["noisy_path"]), self.grid)
         available = {"test": splits.count("test"), "noisy": len(noisy), "unseen": splits.count("unseen")}
         limits = {name: self.values[f"{name}_prompts"] for name in available}
         taken = [n if limits[name] is None else min(n, limits[name]) for name, n in available.items()]
-        return sum(taken) + len(gold.load_prompts(self._path("prompts_path"), self.cards))
+        return sum(taken) + len(gold.load_prompts(data_path(self.values["prompts_path"]), self.cards))
 
 
 def _estimate_generator(corpus: Corpus, price: prices.Prices, root: Path) -> prices.Estimate:

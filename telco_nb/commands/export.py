@@ -1,7 +1,7 @@
 """Exports a trained configuration for use outside of the study: `python -m telco_nb export CONFIG FOLDER --to hf`.
 
 Every folder holds a model card (README.md), a description of the base model and the checksums of all files. It names no
-path of this machine, and appears whole or not at all.
+path of this machine.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,17 +18,10 @@ import typer
 from telco_nb import ROOT
 from telco_nb.commands import model_card
 from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
-from telco_nb.commands.trained import (
-    BASE_FILE,
-    Config,
-    Trained,
-    find_trained,
-    load_base,
-    load_deployed,
-    model_errors,
-)
+from telco_nb.commands.export_folder import whole_folder
+from telco_nb.commands.trained import Config, Trained, find_trained, load_base, load_deployed, model_errors
 from telco_nb.engine.runner import UnfitError
-from telco_nb.study.record import sha256
+from telco_nb.study.record import BASE_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +30,6 @@ Target = Literal["hf", "merged", "gguf", "ollama", "vllm"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = {"auto": "auto", "float32": "f32", "bfloat16": "bf16"}  # the converter's names; its auto takes 16 bits
-SUMS = "SHA256SUMS"
 CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"  # a message as most chat templates write it
 CHATML_OLLAMA = (
     "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
@@ -72,10 +62,9 @@ def export(
         UnfitError: the base model cannot be loaded, or the converter fails.
     """
     folder = folder.resolve()
-    refuse_folder(folder, replace)
-    program = converter_program(converter) if to == "gguf" else None
-    wanted = weights_dtype(trained, dtype)
-    with written_whole(folder) as temporary:
+    with whole_folder(folder, BASE_FILE, replace) as temporary:
+        program = converter_program(converter) if to == "gguf" else None
+        wanted = weights_dtype(trained, dtype)
         if to == "hf":
             write_adapter(trained, temporary, wanted)
         elif program is not None:
@@ -86,7 +75,9 @@ def export(
             (temporary / "Modelfile").write_text(modelfile(trained, temporary), encoding="utf-8")
         elif to == "vllm":
             (temporary / "vllm.txt").write_text(model_card.vllm_line(trained) + "\n", encoding="utf-8")
-        _describe(trained, temporary, to)
+        (temporary / "README.md").write_text(model_card.render_card(trained, to), encoding="utf-8")
+        if trained.base["license"] == "apache-2.0":
+            shutil.copyfile(ROOT / "LICENSE", temporary / "LICENSE")
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -183,53 +174,6 @@ def _is_chatml(tokenizer: Any) -> bool:
     probe = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
     expected = "".join(CHATML.format(**message) for message in probe) + "<|im_start|>assistant\n"
     return tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True) == expected
-
-
-def _describe(trained: Trained, folder: Path, to: Target) -> None:
-    """Add the model card, the licence and, last, the checksums of all files."""
-    from telco_nb.lora.adapter import readable_by_all
-
-    (folder / "README.md").write_text(model_card.render_card(trained, to), encoding="utf-8")
-    if trained.base["license"] == "apache-2.0":
-        shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
-    readable_by_all(folder)
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def refuse_folder(folder: Path, replace: bool) -> None:
-    """Raise CommandError for a place that an export must not overwrite: a file, or a folder with other things."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CommandError(f"{folder} is a file. Name a folder.")
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if names and not replace:
-        raise CommandError(f"{folder} is not empty. Name another folder, or add --replace.")
-    sums = folder / SUMS
-    listed = [line[66:] for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else []
-    if others := sorted(names - {SUMS, *listed}):
-        raise CommandError(f"{folder} holds {others[0]!r}, which is not from an export. Name another folder.")
-
-
-@contextmanager
-def written_whole(folder: Path) -> Generator[Path]:
-    """A temporary folder that takes the place of `folder` if nothing fails, and is removed otherwise."""
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 EPILOG = """

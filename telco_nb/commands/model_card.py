@@ -59,7 +59,7 @@ def render_card(trained: Trained, to: str) -> str:
         what=WHAT.get(to, MERGED),
         described=describe_config(pd.Series(trained.values)),
         base=trained.base,
-        unfit=unfit_reasons(trained, study, held),
+        unfit=unfit_reasons(study, held),
         question=QUESTION,
         max_tokens=trained.values["answer_max_tokens"],
         temperature=trained.values["answer_temperature"],
@@ -84,7 +84,7 @@ def vllm_line(trained: Trained) -> str:
 
 
 def held_against_bar(trained: Trained) -> Fitness | None:
-    """The configuration against the study's absolute bar; None if the study has not judged it."""
+    """The configuration against the study's absolute bar; None if no judge with a headline has ranked it."""
     root, config = trained.root, trained.config
     folders = sorted(path for path in root.glob("judge-*/05_judge") if (path / "manifest.json").is_file())
     judges = [read_or_none(read_judge, path.parent.name.removeprefix("judge-"), path.joinpath) for path in folders]
@@ -103,8 +103,8 @@ def held_against_bar(trained: Trained) -> Fitness | None:
     return fitness(results, config)
 
 
-def unfit_reasons(trained: Trained, study: StudyFiles, held: Fitness | None) -> list[str]:
-    """Why the configuration may not answer customers; empty if nothing is known against it.
+def unfit_reasons(study: StudyFiles, held: Fitness | None) -> list[str]:
+    """Why the configuration may not answer customers; empty if it meets the bar. What was not judged does not.
 
     The finding `deploy` counts for all configurations: if the best of them is not fit, none is.
     """
@@ -164,7 +164,7 @@ def _row(values: Mapping[str, Any] | pd.Series, name: str, key: str, about: str,
 
 
 def _statements(study: StudyFiles, config: str) -> list[str]:
-    """The findings about this configuration that nothing blocks."""
+    """The findings that name this configuration and that nothing blocks, and the gains of the one to deploy."""
     about_it = (study.finding("deploy") or {}).get("value") == config
     return [
         f"{finding['statement']} *({finding['verdict']})*"

@@ -14,15 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
-import psutil
+import httpx2
 import typer
 
 from telco_nb.commands.common import Profile, errors_as_exit_codes
@@ -30,8 +28,10 @@ from telco_nb.commands.export import weights_dtype, write_merged
 from telco_nb.commands.model_card import QUESTION
 from telco_nb.commands.trained import Config, Trained, find_trained
 from telco_nb.engine.runner import UnfitError
+from telco_nb.study import record
 
 HOST = "127.0.0.1"
+READY_SECONDS, END_SECONDS, POLL_SECONDS = 300.0, 10.0, 0.2
 NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "openai": "openai", "multipart": "python-multipart"}
 # The command line of transformers without its search for updates; it ends with this process, however that dies.
 SERVER = """
@@ -68,22 +68,18 @@ def curl_line(trained: Trained, port: int) -> str:
     if trained.values["answer_temperature"]:  # else the model's own configuration decodes greedily
         body["temperature"] = trained.values["answer_temperature"]
     url = f"http://{HOST}:{port}/v1/chat/completions"
-    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    return f"curl -s --noproxy {HOST} {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 @contextmanager
 def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
     """The server with the merged model, ready for requests; it and its files are gone afterwards.
 
-    Raises UnfitError if it ends before it is ready.
+    Raises UnfitError if it is not ready within READY_SECONDS.
     """
-    from telco_nb.lora.base_model import cache_dir
-
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    remove_leftovers(cache_dir())
-    with tempfile.TemporaryDirectory(prefix=f"serve-{os.getpid()}-", dir=cache_dir()) as folder:
-        write_merged(trained, Path(folder) / trained.config, weights_dtype(trained, "auto"))
-        hub = Path(folder) / "hub"  # the server's list of models is that of a hub folder, which must exist
+    with _folder(trained.config) as folder:
+        write_merged(trained, folder / trained.config, weights_dtype(trained, "auto"))
+        hub = folder / "hub"  # the server's list of models is that of a hub folder, which must exist
         hub.mkdir()
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
         # In the folder itself the model's name is its relative path, so requests need no path of this machine.
@@ -93,29 +89,53 @@ def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
             _wait_until_ready(server, port)
             yield server
         finally:
-            server.terminate()
-            server.wait()
+            _end(server)
 
 
-def remove_leftovers(cache: Path) -> None:
-    """Remove the merged models of servers that were killed."""
-    for folder in cache.glob("serve-*-*"):
-        if not psutil.pid_exists(int(folder.name.split("-")[1])):
-            shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def _folder(config: str) -> Generator[Path]:
+    """A folder of this process in the cache, removed at the end, as are those of servers that were killed."""
+    served = served_dir()
+    record.sweep(served)
+    folder = served / f".{config}.{os.getpid()}.work"  # a name that `sweep` knows
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another server runs
+            served.rmdir()
+
+
+def served_dir() -> Path:
+    """Where the merged models of running servers lie."""
+    from telco_nb.lora.base_model import cache_dir
+
+    return cache_dir() / "served"
 
 
 def _wait_until_ready(server: subprocess.Popen, port: int) -> None:
-    while True:
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
         if server.poll() is not None:
             raise UnfitError(f"the server ended with exit code {server.returncode} before it was ready; see above.")
-        try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
+        with suppress(httpx2.TransportError):
+            if httpx2.get(f"http://{HOST}:{port}/health", timeout=2, trust_env=False).is_success:
                 return
-        except OSError:
-            time.sleep(0.2)
+        time.sleep(POLL_SECONDS)
+    raise UnfitError(f"the server did not answer on port {port} within {READY_SECONDS:.0f} s; see above.")
 
 
-def _stop(number: int, frame: object) -> None:
+def _end(server: subprocess.Popen) -> None:
+    server.terminate()
+    try:
+        server.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -135,7 +155,8 @@ def main(
     with errors_as_exit_codes("serve"):
         trained = find_trained(profile, config)
         require_server(port)
-        signal.signal(signal.SIGTERM, _stop)  # so that the server ends and its files are removed
+        for number in (signal.SIGTERM, signal.SIGHUP):  # so that the server ends and its files are removed
+            signal.signal(number, _stop)
         try:
             with serving(trained, port) as server:
                 print(

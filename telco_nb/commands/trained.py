@@ -6,7 +6,6 @@ torch is imported only when a model is loaded, so that the other commands start 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,12 @@ import typer
 from telco_nb.commands.common import CommandError
 from telco_nb.engine.runner import UnfitError
 from telco_nb.study import params
-from telco_nb.study.record import profile_root, read_manifest, sha256, step_dir
+from telco_nb.study.record import BASE_FILE, altered_outputs, profile_root, read_manifest, step_dir
 
 if TYPE_CHECKING:
     import torch
 
-BASE_FILE = "base_model.json"  # in the adapter's folder
+ADAPTER = "artefacts/adapter/"  # in the folder of 03_train
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A trained configuration, such as c04.")]
 
 
@@ -33,6 +32,7 @@ class Trained(NamedTuple):
     config: str
     profile: str
     root: Path  # of the study
+    manifest: dict[str, Any]  # of 03_train
     adapter: Path
     values: dict[str, Any]
     base: dict[str, Any]
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
     @property
     def device(self) -> dict[str, Any]:
         """Facts about the machine that trained it."""
-        return (read_manifest(self.root, self.config, "03_train") or {})["device"]
+        return self.manifest["device"]
 
 
 def find_trained(profile: str, config: str) -> Trained:
@@ -51,24 +51,21 @@ def find_trained(profile: str, config: str) -> Trained:
         CommandError: the configuration is not trained, or a file of its adapter is not the one that was written.
     """
     root = profile_root(profile)
-    manifest = read_manifest(root, config, "03_train") if re.fullmatch(r"[a-z0-9][a-z0-9-]*", config) else None
+    known = sorted(path.parent.name for path in root.glob("*/03_train") if (path / "manifest.json").is_file())
+    manifest = read_manifest(root, config, "03_train") if config in known else None
     again = f"./run_all.py --profile {profile} --configs {config} --steps 03"
     if manifest is None:
         params.load_study(profile)  # a misspelt profile is named as such
-        known = sorted(path.parent.name for path in root.glob("*/03_train") if (path / "manifest.json").is_file())
         raise CommandError(f"{root} holds no trained {config}. Trained: {', '.join(known) or 'none'}. Run: {again}")
-    folder = step_dir(root, config, "03_train")
-    for output in manifest["outputs"]:
-        path = folder / output["path"]
-        if "adapter" in path.parts and not (path.is_file() and sha256(path) == output["sha256"]):
-            raise CommandError(f"{path} is not the file that 03_train wrote. Run: {again}")
-    adapter = folder / "artefacts" / "adapter"
+    for path, fault in altered_outputs(root, manifest, lambda path: path.startswith(ADAPTER)):
+        raise CommandError(f"{path} {fault} after 03_train. Run: {again}")
+    adapter = step_dir(root, config, "03_train") / ADAPTER
     if not (adapter / BASE_FILE).is_file():
         raise CommandError(f"{adapter} is of an older version: it does not name its base model. Run: {again}")
     answering = read_manifest(root, config, "04_energy")
     others = answering["parameters"] if answering else params.load_study(profile).values(config)
     base = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
-    return Trained(config, profile, root, adapter, others | manifest["parameters"], base)
+    return Trained(config, profile, root, manifest, adapter, others | manifest["parameters"], base)
 
 
 def answer_dtype(trained: Trained) -> torch.dtype:

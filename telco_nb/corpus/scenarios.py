@@ -35,7 +35,7 @@ class _Contexts(StrictModel):
 
 @dataclass(frozen=True)
 class Scenario:
-    """One cell of the grid. `position` counts the cells of its term from 0; `weight` is that of its problem."""
+    """One cell of the grid. `weight` is that of its problem."""
 
     scenario_id: str
     term_id: str
@@ -45,7 +45,6 @@ class Scenario:
     context: str
     weight: float
     reading: str
-    position: int
     split: str = "train"
 
 
@@ -105,10 +104,9 @@ def build_scenarios(cards: list[Card], contexts: list[Context], unseen_terms: Co
             context=context.id,
             weight=problem.weight,
             reading=_reading(problem, context, place),
-            position=i * len(contexts) + place,
         )
         for card in cards
-        for i, problem in enumerate(card.problems)
+        for problem in card.problems
         for place, context in enumerate(contexts)
     ]
     expected = sum(len(card.problems) for card in cards) * len(contexts)

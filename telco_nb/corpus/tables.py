@@ -25,8 +25,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-
 NAMES = ("cards.csv", "problems.csv")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 CONTEXT = "context_"
@@ -182,11 +180,10 @@ def _spoilt(cell: str) -> str:
 REQUIRED, OMITTED = object(), object()
 
 
-class _Codec(NamedTuple):
-    """How a filled cell is read and written, and what an empty one is: a value, refused, or a field left out."""
+class _Cell(NamedTuple):
+    """How a filled cell is read, and what an empty one is: a value, refused, or a field left out."""
 
     read: Callable[[str], Any]
-    write: Callable[[Any], str]
     empty: Any = REQUIRED
 
     def value(self, cell: str) -> Any:
@@ -203,7 +200,7 @@ def _items(cell: str) -> list[str]:
     return items
 
 
-def _mappings(*names: str, empty: Any = REQUIRED) -> _Codec:
+def _mappings(*names: str, empty: Any = REQUIRED) -> _Cell:
     """A list whose items are mappings with these keys; => divides their values."""
 
     def read(cell: str) -> list[dict[str, str]]:
@@ -213,13 +210,13 @@ def _mappings(*names: str, empty: Any = REQUIRED) -> _Codec:
                 raise ValueError(f"item {number}: “{' => '.join(names)}” is expected, not {' => '.join(parts)!r:.60}")
         return [dict(zip(names, parts, strict=True)) for parts in pairs]
 
-    return _Codec(read, lambda value: " | ".join(" => ".join(item[name] for name in names) for item in value), empty)
+    return _Cell(read, empty)
 
 
 _STEP = re.compile(r"(?P<who>\w+)\s*:\s*(?P<do>.+?)\s*(?P<identity>\[identity\])?\s*=>(?P<say>.*)", re.I)
 
 
-def _read_steps(cell: str) -> list[dict[str, Any]]:
+def _steps(cell: str) -> list[dict[str, Any]]:
     steps = []
     for number, item in enumerate(_items(cell), 1):
         match = _STEP.fullmatch(item)
@@ -233,33 +230,25 @@ def _read_steps(cell: str) -> list[dict[str, Any]]:
     return steps
 
 
-def _write_steps(steps: Sequence[Mapping[str, Any]]) -> str:
-    items = []
-    for step in steps:
-        mark = " [identity]" if step.get("needs_identity") else ""
-        items.append(f"{step['who']}: {step['do']}{mark} => {' // '.join(step['say'])}")
-    return " | ".join(items)
-
-
 def _weight(cell: str) -> float:
     if not re.fullmatch(r"\d+([.,]\d+)?", cell):
         raise ValueError(f"{cell!r} is no number such as 0.24. Has the spreadsheet made a date or a percentage of it?")
     return float(cell.replace(",", "."))
 
 
-_TEXT, _TEXT_OR_NONE, _TEXT_IF_ANY = (_Codec(str, str, empty) for empty in (REQUIRED, None, OMITTED))
-_WORD, _WORD_OR_NONE = (_Codec(str.lower, str, empty) for empty in (REQUIRED, None))
-_LIST, _LIST_IF_ANY = (_Codec(_items, " | ".join, empty) for empty in ([], OMITTED))
+_TEXT, _TEXT_OR_NONE, _TEXT_IF_ANY = (_Cell(str, empty) for empty in (REQUIRED, None, OMITTED))
+_WORD, _WORD_OR_NONE = (_Cell(str.lower, empty) for empty in (REQUIRED, None))
+_LIST, _LIST_IF_ANY = (_Cell(_items, empty) for empty in ([], OMITTED))
 CARD_COLUMNS = {
     "id": _TEXT, "term": _TEXT, "aliases": _LIST, "category": _TEXT, "definition": _TEXT, "facts": _mappings("text"),
     "wrong_beliefs": _mappings("belief", "correction", empty=[]), "figures": _mappings("text", "meaning", empty=[]),
     "source": _TEXT_OR_NONE,
 }  # fmt: skip
 PROBLEM_COLUMNS = {
-    "card": _TEXT, "id": _TEXT, "weight": _Codec(_weight, str), "kind": _WORD, "cause": _TEXT,
-    "says": _Codec(_items, " | ".join), "tells": _TEXT, "ask": _TEXT_OR_NONE, "ask_say": _LIST,
+    "card": _TEXT, "id": _TEXT, "weight": _Cell(_weight), "kind": _WORD, "cause": _TEXT,
+    "says": _Cell(_items), "tells": _TEXT, "ask": _TEXT_OR_NONE, "ask_say": _LIST,
     "first_who": _WORD_OR_NONE, "first_do": _TEXT_OR_NONE, "first_when": _TEXT_OR_NONE, "first_say": _LIST,
-    "steps": _Codec(_read_steps, _write_steps), "never": _LIST, "done": _TEXT, "escalate_when": _TEXT,
+    "steps": _Cell(_steps), "never": _LIST, "done": _TEXT, "escalate_when": _TEXT,
     "applies_in": _TEXT_IF_ANY, "valid_until": _TEXT_IF_ANY, "facts": _LIST_IF_ANY,
 }  # fmt: skip
 # Fields of a problem that have several columns, and are null where all of them are empty.
@@ -329,7 +318,7 @@ def _read_problems(
     return by_card
 
 
-def _column_faults(table: _Table, columns: Mapping[str, _Codec]) -> Iterator[Fault]:
+def _column_faults(table: _Table, columns: Mapping[str, _Cell]) -> Iterator[Fault]:
     where = f"{table.name}, row {table.header}"
     contexts = [name for name in table.columns if name.startswith(CONTEXT) and columns is PROBLEM_COLUMNS]
     for name, codec in columns.items():
@@ -342,7 +331,7 @@ def _column_faults(table: _Table, columns: Mapping[str, _Codec]) -> Iterator[Fau
             yield Fault(where, "", "", name, "there is no column of this name")
 
 
-def _row_faults(table: _Table, columns: Mapping[str, _Codec]) -> Iterator[Fault]:
+def _row_faults(table: _Table, columns: Mapping[str, _Cell]) -> Iterator[Fault]:
     """Yield the rows that end before a cell that must be filled."""
     for number, missing in table.cut_off.items():
         if any(columns.get(name, _TEXT).empty is REQUIRED for name in missing):
@@ -351,7 +340,7 @@ def _row_faults(table: _Table, columns: Mapping[str, _Codec]) -> Iterator[Fault]
 
 
 def _read_cells(
-    columns: Mapping[str, _Codec], cells: Mapping[str, str], place: tuple[str, str, str], faults: list[Fault]
+    columns: Mapping[str, _Cell], cells: Mapping[str, str], place: tuple[str, str, str], faults: list[Fault]
 ) -> dict[str, Any]:
     """Read the cells of a row, by column; a cell that cannot be read is added to `faults` and kept as text.
 
@@ -419,47 +408,3 @@ def _column(field: str) -> tuple[str, int | None]:
     elif rest and column == "contexts":
         column = CONTEXT + rest.pop(0)
     return column, next((int(part) + 1 for part in rest if part.isdigit()), None)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def write_tables(cards: Sequence[BaseModel], folder: Path) -> None:
-    """Write cards as cards.csv and problems.csv, which `load_cards` reads back to equal cards.
-
-    Raises:
-        ValueError: a table cannot hold a value, named with card, problem and column; then nothing is written.
-    """
-    card_rows, problem_rows = [], []
-    for card in cards:
-        values = card.model_dump(exclude_defaults=True)
-        card_rows.append(_write_cells(CARD_COLUMNS, values, values["id"]))
-        for problem in values["problems"]:
-            contexts = {CONTEXT + name: text for name, text in problem["contexts"].items()}
-            flat = problem | contexts | {"card": values["id"]}
-            for field, columns in PARTS.items():
-                flat |= {column: (problem[field] or {}).get(key) for key, column in columns.items()}
-            columns = PROBLEM_COLUMNS | dict.fromkeys(contexts, _TEXT)
-            problem_rows.append(_write_cells(columns, flat, f"{values['id']}, problem {problem['id']}"))
-    for name, rows in zip(NAMES, (card_rows, problem_rows), strict=True):
-        with (folder / name).open("w", encoding="utf-8-sig", newline="") as stream:  # Excel needs the byte order mark
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def _write_cells(columns: Mapping[str, _Codec], values: Mapping[str, Any], place: str) -> dict[str, str]:
-    cells = {}
-    for column, codec in columns.items():
-        value = values.get(column)
-        cells[column] = "" if value in (None, []) else codec.write(value)
-        try:
-            same = not cells[column] or (codec.value(cells[column]) == value and not _spoilt(cells[column]))
-        except ValueError:
-            same = False
-        if not same:
-            raise ValueError(
-                f"card {place}, {column}: a table cannot hold this. A text may hold no |, =>, // or [identity] and no "
-                "line break, and a single fact or figure no applies_in and no valid_until. Keep this glossary in YAML."
-            )
-    return cells

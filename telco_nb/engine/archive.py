@@ -36,10 +36,8 @@ KINDS = {  # title and advice
     "not started": ("Could not run", "The log says more."),
     "not kept": ("The result could not be kept", "Make room on the disk, or choose another place with `--outputs`."),
 }
-# The last line of a traceback: a class, perhaps with its module, and a text.
-EXCEPTION = re.compile(
-    r"^((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Stop|Refused))(?:: .*)?|Fatal Python error: .*$"
-)
+# The last line of a traceback (a class, perhaps with its module, and a text), or the first one of a crash of Python.
+EXCEPTION = re.compile(r"(\w+\.)*\w*(Error|Exception|Interrupt|Exit|Stop|Refused)(: .*)?|Fatal Python error: .*")
 LONGEST_REASON = 300  # characters
 
 
@@ -159,22 +157,22 @@ def _map_text(value: Any, root: Path) -> Any:
 
 
 def without_machine_paths(text: str, root: Path) -> str:
-    """Replace the folders of this machine in a text by neutral names."""
-    places = {
+    """Replace the folders of this machine in a text by neutral names; files of the project get their relative path."""
+    places = {  # folders inside others come first
         str(root): f"outputs/{root.name}",
         sysconfig.get_paths()["purelib"]: "site-packages",
         sysconfig.get_paths()["stdlib"]: "python",
-        str(ROOT): ".",
+        str(ROOT): "",
         str(Path.home()): "~",
     }
     for place, name in places.items():
         if place != "/":
-            text = text.replace(f"{place}/", f"{name}/".removeprefix("./"))
+            text = text.replace(f"{place}/", f"{name}/" if name else "")
     return re.sub(rf"{re.escape(tempfile.gettempdir())}/ipykernel_\d+/\d+\.py", "cell", text)
 
 
 def _shortened(output: dict[str, Any]) -> dict[str, Any]:
-    """Cut the middle out of a long stream output, which would make the record unreadable."""
+    """Cut the middle out of a stream output of many lines, or then still of many characters."""
     if output.get("output_type") != "stream":
         return output
     text = "".join(output["text"])
@@ -193,15 +191,20 @@ def _correct_status(notebook: dict[str, Any], failure: Failure) -> None:
     metadata = notebook["metadata"].get("papermill")
     if metadata:
         metadata["exception"] = True
-    number, after = 0, False
-    for cell in notebook["cells"]:
-        number += is_executed(cell)
-        state = cell["metadata"].get("papermill")
-        if state and after:
-            state["status"] = "pending"
-        elif state and is_executed(cell) and number == failure.cell:
-            state |= {"status": "failed", "exception": True}
-            after = True
+    cells = notebook["cells"]
+    executed = [place for place, cell in enumerate(cells) if is_executed(cell)]
+    if failure.cell is None or failure.cell > len(executed):
+        return
+    failed = executed[failure.cell - 1]
+    _change_state(cells[failed], status="failed", exception=True)
+    for cell in cells[failed + 1 :]:
+        _change_state(cell, status="pending")
+
+
+def _change_state(cell: dict[str, Any], **values: Any) -> None:
+    """Change what papermill has noted about a cell, if it has."""
+    if state := cell["metadata"].get("papermill"):
+        state.update(values)
 
 
 def _banner(failure: Failure, step: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from telco_nb import ROOT
 from telco_nb.engine import archive
 from telco_nb.engine.archive import Failure, is_executed
 from telco_nb.study import record
+from telco_nb.study.machine import peak_memory_bytes
 from telco_nb.study.manifest import load_manifest
 from telco_nb.study.memory import oom_kills
 
@@ -224,8 +225,9 @@ class Execution:
             return Failure("not kept", archive.describe(full), self.cell)
         code = self.kernel.poll() if self.kernel else None
         if isinstance(error, DeadKernelError) or code is not None:
-            reason = death_reason(code, out_of_memory, archive.last_exception(archive.running_log(*self.place)))
-            return Failure("died", reason, self.cell)
+            peak = None if code is None else peak_memory_bytes(resource.RUSAGE_CHILDREN)  # the kernel is the only child
+            exception = archive.last_exception(archive.running_log(*self.place))
+            return Failure("died", death_reason(code, out_of_memory, peak, exception), self.cell)
         return Failure("not started", archive.describe(error), self.cell)
 
     def _check_manifest(self) -> Failure | None:
@@ -316,10 +318,18 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def death_reason(code: int | None, out_of_memory: bool, exception: str | None = None) -> str:
-    """Explain the death of a process by its exit code (negative: a signal) and the last exception in its log."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    used = f"; its largest memory use was {peak / 2**30:.1f} GiB"
+def death_reason(
+    code: int | None, out_of_memory: bool, peak_bytes: int | None = None, exception: str | None = None
+) -> str:
+    """Explain the death of a process.
+
+    Args:
+        code: Its exit code; negative: a signal; None: it still lives.
+        out_of_memory: The system has killed a process for lack of memory meanwhile.
+        peak_bytes: The largest memory use of the process, if known.
+        exception: The last exception in its log.
+    """
+    used = f"; its largest memory use was {peak_bytes / 2**30:.1f} GiB" if peak_bytes else ""
     if out_of_memory:
         return f"out of memory: the system killed it{used}"
     if code == -signal.SIGKILL:

@@ -24,7 +24,7 @@ from telco_nb.engine import archive, machine_checks, schedule, sealing
 from telco_nb.engine.progress import State, duration_text, make_console, status_table
 from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
-from telco_nb.hosted import prices
+from telco_nb.hosted import egress, prices
 from telco_nb.study import imports, params, record, seal
 from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
@@ -67,11 +67,34 @@ class Services:
 def run(options: Options, services: Services) -> int:
     """Plan and run a study, print the plan, the progress and the result, and return the exit code."""
     result, start = RunOutcome(profile=options.profile, command=options.command()), time.monotonic()
-    try:
+    with _errors_as_exit_codes(result):
         _run(options, services, make_console(), result)
+    result.seconds = round(time.monotonic() - start, 3)
+    if options.json_file:
+        record.write_json(options.json_file, asdict(result))
+    return result.exit_code
+
+
+def verify(profile: str, outputs: Path | None, known_seal: str | None) -> int:
+    """Compare a study with its seal (see `sealing.verify`), print what differs, and return the exit code."""
+    result = RunOutcome(profile=profile)
+    with _errors_as_exit_codes(result):
+        record.use_outputs(outputs)
+        root = record.profile_root(profile)
+        if not (root / seal.SEAL_NAME).exists():
+            params.load_study(profile)  # a misspelt profile is named as such
+        result.exit_code = OK if sealing.verify(root, known_seal, make_console()) else FAILED
+    return result.exit_code
+
+
+@contextlib.contextmanager
+def _errors_as_exit_codes(result: RunOutcome) -> Generator[None]:
+    """Write an error and its exit code to `result`, and print it as one line."""
+    try:
+        yield
     except (params.ParameterError, UsageError) as error:
         result.exit_code, result.error = USAGE, str(error)
-    except prices.CostRefused as error:
+    except egress.SendingRefused as error:
         result.exit_code, result.error = COST, str(error)
     except (UnfitError, record.RecordError) as error:
         result.exit_code, result.error = UNFIT, str(error)
@@ -84,16 +107,11 @@ def run(options: Options, services: Services) -> int:
         result.exit_code, result.error = FAILED, archive.describe(error)
     if result.error:
         Console(stderr=True, highlight=False).print(f"run_all: {result.error}", markup=False, soft_wrap=True)
-    result.seconds = round(time.monotonic() - start, 3)
-    if options.json_file:
-        record.write_json(options.json_file, asdict(result))
-    return result.exit_code
 
 
 def _run(options: Options, services: Services, console: Console, result: RunOutcome) -> None:
     """Plan, run and report the study of the options; `result` receives the outcome."""
-    if options.outputs:
-        os.environ["TELCO_NB_OUTPUTS"] = str(options.outputs.expanduser().resolve())
+    record.use_outputs(options.outputs)
     study = load_study(options)
     root = record.profile_root(study.profile)
     result.root = str(root)
@@ -294,4 +312,5 @@ def show_end(console: Console, root: Path, states: list[State], result: RunOutco
     if result.report:
         console.print(f"Report:  {result.report}", markup=False, soft_wrap=True)
     if result.seal:
-        console.print(f"Sealed:  {result.seal[:16]} in {seal.SEAL_NAME}; ./run_all.py verify compares", markup=False)
+        compare = f"./run_all.py verify --profile {result.profile} --seal {sealing.short(result.seal)}"
+        console.print(f"Sealed:  {compare}", markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from telco_nb.engine.progress import State, plan_table, remaining_text
@@ -61,6 +62,13 @@ class Options:
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
         words += ["--no-egress"] if self.no_egress else []
         return shlex.join(["./run_all.py", *words])
+
+
+def finite(value: float | None) -> float | None:
+    """Check an option of the command line that is a number: `nan` would pass every comparison with a limit."""
+    if value is not None and not lines.is_amount(value):
+        raise typer.BadParameter(f"{value} is not a finite number from 0 up")
+    return value
 
 
 def load_study(options: Options) -> params.StudyParams:

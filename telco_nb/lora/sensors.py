@@ -1,4 +1,4 @@
-"""Energy counters of this machine: found once, named, and read without ever raising.
+"""Energy counters of this machine: found, named and read. What cannot be read raises SensorError with the reason.
 
 RAPL counts microjoules per zone (Intel and AMD). A zone is what its `name` file says, not what its number is:
 `package-N` is a processor, `core` and `uncore` are parts of one, `dram` is its memory, and `psys` is the whole board,

@@ -260,14 +260,15 @@ def _progress_file(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json"
 
 
-def sum_readings(meter: Any) -> dict[str, float]:
+def sum_readings(meter: Any) -> dict[str, float | None]:
     """The readings of all processes of a training as one: the first one's clock, everybody's CPU time and GPUs."""
     own = meter.readings()
     if not torch.distributed.is_initialized():
         return own
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
-    return gathered[0] | {name: sum(readings[name] for readings in gathered) for name in PER_PROCESS_READINGS}
+    per_process = {name: [readings[name] for readings in gathered] for name in PER_PROCESS_READINGS}
+    return gathered[0] | {name: None if None in found else sum(found) for name, found in per_process.items()}
 
 
 def broadcast_from_rank0(value: bool) -> bool:

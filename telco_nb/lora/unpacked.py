@@ -1,17 +1,18 @@
 """A folder of unpacked weights: the hashes of its files, recorded when it is made and compared before it is used.
 
-Hashing a gigabyte takes a second, so a stamp beside the files notes size, times and place of each file that was found
-right. What has the same stamp is not read again. Flipped bytes and replaced files change the stamp.
+Hashing a gigabyte takes a second, so a stamp beside the files notes size, times and inode of each file that was found
+right, and what has the same stamp is not read again. A program that writes to a file or replaces it changes the stamp.
+Bytes that decay on the disk, and a writer who forges the stamp, are not noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from telco_nb.study.record import sha256, write_json
 
 RECORD = "source.json"  # where the weights come from, and the hash of every file
 STAMP = ".verified.json"
@@ -19,16 +20,11 @@ STAMP = ".verified.json"
 _right: set[str] = set()  # folders that this process, or the one it was forked from, has found right
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_record(folder: Path, facts: dict[str, Any]) -> None:
     """Record the hashes of all files of a new folder, with `facts` about their origin."""
     hashes = {name: sha256(folder / name) for name in _files(folder)}
-    (folder / RECORD).write_text(json.dumps(facts | {"files": hashes}, indent=1))
-    (folder / STAMP).write_text(json.dumps({name: _state(folder / name) for name in hashes}))
+    write_json(folder / RECORD, facts | {"files": hashes})
+    write_json(folder / STAMP, {name: _state(folder / name) for name in hashes})
 
 
 def recorded_hashes(folder: Path) -> dict[str, str] | None:
@@ -53,15 +49,13 @@ def find_change(folder: Path) -> str | None:
             return f"{name} was changed"
     if stamps != states:
         with contextlib.suppress(OSError):  # a cache that may not be written is hashed each time
-            temporary = folder / f"{STAMP}.{os.getpid()}"
-            temporary.write_text(json.dumps(states))
-            os.replace(temporary, folder / STAMP)
+            write_json(folder / STAMP, states)
     _right.add(str(folder))
     return None
 
 
 def _files(folder: Path) -> set[str]:
-    paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(STAMP))
+    paths = (p for p in folder.rglob("*") if p.is_file() and STAMP not in p.name)  # also one that is being written
     return {p.relative_to(folder).as_posix() for p in paths} - {RECORD}
 
 

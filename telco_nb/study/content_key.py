@@ -18,7 +18,7 @@ from typing import Any
 from telco_nb import ROOT
 from telco_nb.study import imports, params
 from telco_nb.study.plan import Job
-from telco_nb.study.record import find_manifest, read_manifest, sha256, step_dir
+from telco_nb.study.record import altered_outputs, find_manifest, read_manifest, sha256, step_dir
 
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
@@ -118,17 +118,8 @@ def is_current(job: Job, root: Path) -> tuple[bool, str]:
         return False, "an input is not there yet"
     if key != manifest["key"]:
         return False, describe_difference(manifest["key_parts"], parts)
-    return _outputs_intact(manifest, root)
-
-
-def _outputs_intact(manifest: dict[str, Any], root: Path) -> tuple[bool, str]:
-    folder = step_dir(root, manifest["scope"], manifest["step"])
-    for output in manifest["outputs"]:
-        path = folder / output["path"]
-        if not path.is_file():
-            return False, f"output {output['path']} is missing"
-        if path.stat().st_size != output["bytes"] or sha256(path) != output["sha256"]:
-            return False, f"output {output['path']} was changed"
+    for path, fault in altered_outputs(root, manifest):
+        return False, f"output {path.relative_to(step_dir(root, job.scope, job.step))} {fault}"
     return True, "up to date"
 
 

@@ -46,9 +46,9 @@ def device_facts() -> dict[str, Any]:
     return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": f"{platform.system()} {platform.release()}"}
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_memory_bytes(whose: int = resource.RUSAGE_SELF) -> int:
+    """Largest resident set so far of this process; with RUSAGE_CHILDREN, of the largest child that has ended."""
+    peak = resource.getrusage(whose).ru_maxrss  # KiB on Linux, bytes on macOS
     return peak if sys.platform == "darwin" else peak * 1024
 
 

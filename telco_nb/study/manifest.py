@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -110,7 +109,7 @@ def load_manifest(path: Path, scope: str | None = None, step: str | None = None)
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """The content with the hash over it under the key `seal`."""
+    """The content with the hash over it under the key `seal`; an earlier seal does not count."""
     return {**content, SEAL: _digest(content)}
 
 
@@ -127,7 +126,6 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def whole_number(value: Any, otherwise: int = 1) -> int:
-    """A count from a manifest, or `otherwise` if it is none."""
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < math.inf
-    return value if is_count else otherwise
+def whole_number(value: Any) -> int:
+    """A count from a manifest, from 1 up; 1 for everything else."""
+    return value if type(value) is int and value > 0 else 1

@@ -2,85 +2,103 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 UNLIMITED = 2**60  # bytes; version 1 writes "no limit" as a number near 2^63
-# Files of a control group by version: limits, use, and the cache in that use which the system gives back at once.
-FILES = {
-    2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
-    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
-}
+
+
+class Files(NamedTuple):
+    """The files of a control group in one version of them, and the name of a line in `memory.stat`."""
+
+    limits: tuple[str, ...]
+    use: str
+    kills: str
+    idle_cache: str  # the part of the use that the system gives back at once
+
+
+VERSION_1 = Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", "memory.oom_control", "total_inactive_file")
+VERSION_2 = Files(("memory.max", "memory.high"), "memory.current", "memory.events", "inactive_file")
 
 
 def free_main_memory(processes: int = 1) -> float:
-    """Free bytes for each of `processes` processes: the least of `free_by_limit`, which all but one's own share."""
-    found = free_by_limit()
-    own = found.pop("RLIMIT_AS", float("inf"))
-    return max(0.0, min(own, min(found.values()) / processes))
+    """Free bytes for each of `processes` processes.
+
+    They share what the machine and the control groups have left; a limit of the address space is each one's own.
+    """
+    return max(0.0, min(_free_address_space(), _free_together() / processes))
 
 
-def free_by_limit() -> dict[str, float]:
-    """Free bytes by what limits them: the machine, each control group around this process, its address space."""
+def _free_together() -> float:
+    """Free bytes of the machine or, if one has fewer, of a control group around this process."""
     import psutil
 
-    found = {"machine": float(psutil.virtual_memory().available)}
-    for folder, version in control_groups():
-        free = _free_in_group(folder, version)
-        if free is not None:
-            found[str(folder)] = free
+    groups = (_free_in_group(folder, files) for folder, files in control_groups())
+    return float(min([psutil.virtual_memory().available, *(free for free in groups if free is not None)]))
+
+
+def _free_address_space() -> float:
+    import psutil
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        found["RLIMIT_AS"] = float(limit - psutil.Process().memory_info().vms)
-    return found
+    return math.inf if limit == resource.RLIM_INFINITY else float(limit - psutil.Process().memory_info().vms)
 
 
-def control_groups() -> Iterator[tuple[Path, int]]:
-    """The folders of this process's memory control group and of all around it, each with its version, 1 or 2."""
-    for line in (_text(MEMBERSHIP) or "").splitlines():
+def control_groups() -> Iterator[tuple[Path, Files]]:
+    """The folders of this process's memory control group and of all around it, each with the names of its files."""
+    for line in _text(MEMBERSHIP).splitlines():  # number:controllers:path; version 2 names no controllers
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
+        if not controllers:
+            top, files = CONTROL_GROUPS, VERSION_2
+        elif "memory" in controllers.split(","):
+            top, files = CONTROL_GROUPS / "memory", VERSION_1
+        else:
             continue
-        top, version = (CONTROL_GROUPS / "memory", 1) if controllers else (CONTROL_GROUPS, 2)
         folder = top / path.lstrip("/")
         for group in (folder, *folder.parents):
             if group.is_relative_to(top):
-                yield group, version
+                yield group, files
 
 
-def _free_in_group(folder: Path, version: int) -> float | None:
+def _free_in_group(folder: Path, files: Files) -> int | None:
     """Bytes that a control group may still take; None without a limit. Its idle file cache counts as free."""
-    limit_names, use_name, cache_name = FILES[version]
-    limits = [n for n in (_number(folder / name) for name in limit_names) if n is not None and n < UNLIMITED]
-    use = _number(folder / use_name)
+    numbers = [_number(_text(folder / name)) for name in files.limits]
+    limits = [number for number in numbers if number is not None and number < UNLIMITED]
+    use = _number(_text(folder / files.use))
     if not limits or use is None:
         return None
-    cache = re.search(rf"^{cache_name} (\d+)$", _text(folder / "memory.stat") or "", flags=re.M)
-    return float(min(limits) - use + (int(cache.group(1)) if cache else 0))
+    return min(limits) - use + (_entry(folder / "memory.stat", files.idle_cache) or 0)
 
 
 def oom_kills() -> int:
-    """How many processes the system has killed for lack of memory; 0 if it does not count them."""
-    files = [
-        folder / ("memory.events" if version == 2 else "memory.oom_control") for folder, version in control_groups()
-    ]
-    for path in (*files, Path("/proc/vmstat")):
-        if match := re.search(r"^oom_kill (\d+)$", _text(path) or "", flags=re.M):
-            return int(match.group(1))
-    return 0
+    """How many processes the system has killed for lack of memory; 0 if it does not count them.
+
+    Counted is in the nearest control group that does so, else on the whole machine.
+    """
+    paths = [folder / files.kills for folder, files in control_groups()]
+    counts = (_entry(path, "oom_kill") for path in (*paths, Path("/proc/vmstat")))
+    return next((count for count in counts if count is not None), 0)
 
 
-def _text(path: Path) -> str | None:
+def _entry(path: Path, name: str) -> int | None:
+    """The number of a line such as `oom_kill 3`; None if there is none."""
+    lines = (line.partition(" ") for line in _text(path).splitlines())
+    return next((_number(value) for key, _, value in lines if key == name), None)
+
+
+def _text(path: Path) -> str:
+    """The text of a file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return None
+        return ""
 
 
-def _number(path: Path) -> int | None:
-    text = (_text(path) or "").strip()
-    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\s*\d{1,20}\s*", text) else None

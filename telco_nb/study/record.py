@@ -13,16 +13,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from telco_nb import ROOT
-from telco_nb.study.manifest import SCHEMA_VERSION as SCHEMA_VERSION
 from telco_nb.study.manifest import load_manifest, sealed
 from telco_nb.study.plan import Job
 
 JOB_VARIABLE = "TELCO_NB_JOB"
+CHUNK_BYTES = 1 << 20  # that are read at once
+OUTPUTS_VARIABLE = "TELCO_NB_OUTPUTS"
+BASE_FILE = "base_model.json"  # in the folder of an adapter: the base model on which it rests
 OWNED = re.compile(r"\..+\.(\d+)\.(tmp|work|old)")  # files and folders of one process: .<name>.<pid>.<kind>
 
 
@@ -32,7 +34,13 @@ class RecordError(RuntimeError):
 
 def profile_root(profile: str) -> Path:
     """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`."""
-    return Path(os.environ.get("TELCO_NB_OUTPUTS") or ROOT / "outputs").resolve() / profile
+    return Path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs").resolve() / profile
+
+
+def use_outputs(folder: Path | None) -> None:
+    """Let `folder` replace `outputs` in this process and those that it starts; None changes nothing."""
+    if folder is not None:
+        os.environ[OUTPUTS_VARIABLE] = str(folder.expanduser().resolve())
 
 
 def step_dir(root: Path, scope: str, step: str) -> Path:
@@ -83,7 +91,7 @@ def export_again(root: Path, scope: str, step: str) -> list[str]:
     outputs = {output["path"]: output["sha256"] for output in manifest["outputs"]} if manifest else {}
     done = []
     for name, source in manifest["exports"].items() if manifest else ():
-        fault = export_fault(root / name, outputs.get(source))
+        fault = _export_fault(root / name, outputs.get(source))
         data = _bytes_or_none(step_dir(root, scope, step) / source)
         if fault and data is not None and hashlib.sha256(data).hexdigest() == outputs.get(source):
             write_bytes(root / name, data)
@@ -91,7 +99,7 @@ def export_again(root: Path, scope: str, step: str) -> list[str]:
     return done
 
 
-def export_fault(path: Path, expected: str | None) -> str | None:
+def _export_fault(path: Path, expected: str | None) -> str | None:
     """What is wrong with an exported file, given the hash of its source: "was missing", "was not ...", or nothing."""
     data = _bytes_or_none(path)
     if data is None:
@@ -156,7 +164,7 @@ def json_bytes(value: Any) -> bytes:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write a manifest with the seal over its content, atomically."""
-    write_json(path, sealed({name: value for name, value in manifest.items() if name != "seal"}))
+    write_json(path, sealed(manifest))
 
 
 def read_manifest(root: Path, scope: str, step: str) -> dict[str, Any] | None:
@@ -173,6 +181,46 @@ def find_manifest(root: Path, scope: str, step: str) -> tuple[dict[str, Any] | N
             if old.exists() and not final.exists():
                 os.replace(old, final)
     return load_manifest(final / "manifest.json", scope, step)
+
+
+def altered_outputs(
+    root: Path, manifest: dict[str, Any], wanted: Callable[[str], bool] = lambda path: True
+) -> Iterator[tuple[Path, str]]:
+    """The outputs of a finished step that are not as it wrote them, each with "is missing" or "was changed".
+
+    Args:
+        root: the study's folder.
+        manifest: of the step.
+        wanted: chooses outputs by their path in the step's folder.
+    """
+    folder = step_dir(root, manifest["scope"], manifest["step"])
+    for output in manifest["outputs"]:
+        path = folder / output["path"]
+        if not wanted(output["path"]):
+            continue
+        if not path.is_file():
+            yield path, "is missing"
+        elif path.stat().st_size != output["bytes"] or sha256(path) != output["sha256"]:
+            yield path, "was changed"
+
+
+def whole_lines_bytes(stream: BinaryIO) -> int:
+    """The size of a file of lines without what follows its last line feed: a writer died there, or still writes."""
+    end = stream.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - CHUNK_BYTES)
+        stream.seek(start)
+        found = stream.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def readable_by_all(folder: Path) -> None:
+    """Give files the mode 0644 and folders 0755: safetensors writes weights that only their owner may read."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def sha256(path: Path) -> str:

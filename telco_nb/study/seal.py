@@ -1,6 +1,10 @@
-"""The seal of a study: the hash of every file that it shows, sealed by its own hash and chained to the seal before.
+"""The seal of a study: the hash of every file that it shows, sealed by its own hash.
 
-A run writes `seal.json` as its last act; `run_all.py verify` compares. Hidden files are working files and not shown.
+A run writes `seal.json` as its last act, also after a failure or Ctrl-C; one that is killed writes none, and the next
+run seals what both have done. `run_all.py verify` compares. Hidden files are working files and not shown.
+
+Whoever changes files can write a new seal for them. So the hash of the seal, which each run prints, is worth keeping
+elsewhere.
 The stores of judges and of the generator only ever grow, so a store that is longer than it was sealed is told apart
 from one whose sealed lines have changed.
 """
@@ -12,14 +16,13 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, read_any_json, sealed
-from telco_nb.study.record import RecordError, json_bytes, write_json
+from telco_nb.study.record import CHUNK_BYTES, RecordError, json_bytes, whole_lines_bytes, write_json
 
 SEAL_NAME = "seal.json"
 STORE = "store"  # name of the folder of a store
-CHUNK_BYTES = 1 << 20
 
 
 class NoSeal(RecordError):
@@ -53,17 +56,35 @@ def seal_study(root: Path) -> str:
     last = _read_seal(root)
     if last and last["files"] == files:
         return last[SEAL]
-    content = {"schema_version": SCHEMA_VERSION, "previous": last and last[SEAL], "files": files}
-    write_json(root / SEAL_NAME, sealed(content))
-    return sealed(content)[SEAL]
+    content = sealed({"schema_version": SCHEMA_VERSION, "files": files})
+    write_json(root / SEAL_NAME, content)
+    return content[SEAL]
 
 
-def check_seal(root: Path, wanted: Callable[[str], bool] = lambda _: True) -> list[Difference]:
-    """What is not as it was sealed among the `wanted` paths, in their order. Raises NoSeal if there is no seal."""
+def seal_hash(root: Path) -> str | None:
+    """The hash of a study's seal; None if it has no whole one."""
+    seal = _read_seal(root)
+    return None if seal is None else seal[SEAL]
+
+
+def check_seal(root: Path, wanted: Callable[[str], bool] = lambda _: True, known: str = "") -> list[Difference]:
+    """What is not as it was sealed.
+
+    Args:
+        root: the study's folder.
+        wanted: chooses the paths to compare.
+        known: the first characters of the seal's hash, where somebody has kept it.
+
+    Returns:
+        The differences in the order of their paths.
+
+    Raises:
+        NoSeal: there is no seal.
+    """
     if not (root / SEAL_NAME).exists():
         raise NoSeal(f"{root} has no {SEAL_NAME}. A run writes it at its end: ./run_all.py --profile {root.name}")
     seal = _read_seal(root)
-    if seal is None:
+    if seal is None or not seal[SEAL].startswith(known):
         return [Difference("changed", SEAL_NAME)]
     found = {path: _difference(root, path, entry) for path, entry in seal["files"].items() if wanted(path)}
     found |= {path: "new" for path in shown_files(root) if path not in seal["files"] and wanted(path)}
@@ -91,33 +112,20 @@ def _difference(root: Path, path: str, entry: dict[str, Any]) -> str | None:
 def _entry(path: Path, whole_lines: bool, at_most: int | None = None) -> dict[str, Any]:
     """Hash and size of a file, of its whole lines only, or of its first bytes; an unreadable one has no hash."""
     try:
-        size = _whole_lines_bytes(path) if whole_lines else path.stat().st_size
-        size = size if at_most is None else at_most
-        return {"sha256": _sha256_of_first(path, size), "bytes": size}
+        with path.open("rb") as stream:
+            size = whole_lines_bytes(stream) if whole_lines else path.stat().st_size
+            size = size if at_most is None else at_most
+            return {"sha256": _sha256_of_first(stream, size), "bytes": size}
     except OSError as error:
         return {"sha256": None, "bytes": None, "error": error.strerror}
 
 
-def _whole_lines_bytes(path: Path) -> int:
-    """The size without a last line that has no end: the owner of a store cuts such a line off."""
-    end = path.stat().st_size
-    with path.open("rb") as stream:
-        while end > 0:
-            start = max(0, end - CHUNK_BYTES)
-            stream.seek(start)
-            found = stream.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            end = start
-    return 0
-
-
-def _sha256_of_first(path: Path, size: int) -> str:
+def _sha256_of_first(stream: BinaryIO, size: int) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while size > 0 and (chunk := stream.read(min(size, CHUNK_BYTES))):
-            digest.update(chunk)
-            size -= len(chunk)
+    stream.seek(0)
+    while size > 0 and (chunk := stream.read(min(size, CHUNK_BYTES))):
+        digest.update(chunk)
+        size -= len(chunk)
     return digest.hexdigest()
 
 

@@ -2,16 +2,7 @@
 
 import json
 
-import pytest
 from fault_study import FINISH
-from test_runner_faults import Study, wait_for
-
-
-@pytest.fixture(params=["0", "1"], ids=["plain", "warm"])
-def study(tmp_path, request):
-    study = Study(tmp_path, request.param)
-    yield study
-    wait_for(lambda: not [*study.temporary.glob("tnb-*")], 2.5)  # no temporary folder is left
 
 
 def test_a_disk_that_is_full_for_the_record_is_named_in_the_summary_and_the_log(study):

@@ -24,6 +24,7 @@ from telco_nb.__main__ import app
 from telco_nb.commands import serve
 from telco_nb.commands.model_card import QUESTION
 from telco_nb.lora import base_model
+from telco_nb.study import record
 
 pytestmark = pytest.mark.study
 
@@ -175,10 +176,10 @@ def test_serve_answers_as_chat_does_and_when_killed_leaves_no_server(desk):
     assert answer["choices"][0]["message"]["content"].strip() == chat.stdout.strip()
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as listed:
         assert str(Path.home()) not in listed.read().decode()
-    (left,) = base_model.cache_dir().glob(f"serve-{server.pid}-*")
+    (left,) = serve.served_dir().glob(f".c04.{server.pid}.work")
     server.kill()
     server.wait()
-    serve.remove_leftovers(base_model.cache_dir())
+    record.sweep(serve.served_dir())
     assert not left.exists()
     for _ in range(100):
         with socket.socket() as probe:

@@ -363,6 +363,43 @@ def test_a_base_model_that_is_missing_ends_with_exit_code_3(home):
         trained.load_base(found._replace(values=found.values | {"base_model": "nothing"}))
 
 
+def test_a_server_that_never_answers_is_given_up_and_leaves_no_file(home, monkeypatch):
+    monkeypatch.setattr(serve, "READY_SECONDS", 0.5)
+    monkeypatch.setattr(serve, "SERVER", "import time; time.sleep(60)")
+    monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
+    killed = serve.served_dir() / ".c04.4194305.work"  # above the largest process id
+    killed.mkdir(parents=True)
+    (killed / "model.safetensors").write_text("left by a killed server")
+    with pytest.raises(trained.UnfitError, match="did not answer on port 18765 within"):
+        serve.serving(trained.find_trained("laptop", "c04"), 18765).__enter__()
+    assert not serve.served_dir().exists()
+
+
+HEALTHY = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
+"""
+
+
+def test_no_proxy_stands_between_a_server_and_who_waits_for_it(home, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
+    with socket.socket() as free:
+        free.bind((serve.HOST, 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(serve, "SERVER", HEALTHY.format(port=port))
+    found = trained.find_trained("laptop", "c04")
+    with serve.serving(found, port) as server:
+        assert server.poll() is None
+        assert serve.curl_line(found, port).startswith(f"curl -s --noproxy 127.0.0.1 http://127.0.0.1:{port}/v1/")
+    assert server.returncode is not None and not serve.served_dir().exists()
+
+
 def test_serve_refuses_a_port_in_use_and_names_a_missing_package(home, monkeypatch):
     with socket.socket() as busy:
         busy.bind((serve.HOST, 0))

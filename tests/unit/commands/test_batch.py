@@ -197,6 +197,15 @@ def act(server, folder, step, *arguments, max_usd=None, of=ANTHROPIC):
     return _run(session, step(session, *arguments))
 
 
+def test_a_mistake_of_our_own_is_no_failure_of_the_provider(server, tmp_path, monkeypatch):
+    def mistake(*_):
+        raise LookupError("ours")
+
+    monkeypatch.setattr("telco_nb.hosted.api.request_parameters", mistake)
+    with pytest.raises(LookupError, match="ours"):
+        act(server, tmp_path, submit, QUESTIONS)
+
+
 def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_once_at_half_price(server, tmp_path):
     assert act(server, tmp_path, submit, QUESTIONS) == 7
     assert act(server, tmp_path, submit, QUESTIONS) == 0

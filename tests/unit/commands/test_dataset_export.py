@@ -18,6 +18,7 @@ from telco_nb.__main__ import app
 from telco_nb.commands import dataset as command
 from telco_nb.corpus import dataset, gold, scenarios
 from telco_nb.corpus.cards import Card, load_cards, write_cards
+from telco_nb.study.content_key import path_hashes
 from telco_nb.study.record import sha256, write_manifest
 
 TERMS, UNSEEN = ("dns", "esim", "voicemail"), ["voicemail"]
@@ -83,7 +84,8 @@ def study(tmp_path, monkeypatch):
     run = builder.open(
         "02_synth", "shared", values | {"unseen_terms": UNSEEN, "gold_path": "telco_nb/data/conversations"}
     )
-    run.key_parts["inputs"] = {values["noisy_path"]: sha256(files["noisy_path"])}
+    run.key_parts["inputs"] = path_hashes(values["noisy_path"]) | path_hashes(values["reviews_path"])
+    monkeypatch.setitem(command.SHIPPED, "reviews_path", str(files["reviews_path"]))  # as if they were the project's
     scenarios.scenarios_table(grid).to_parquet(run.artefact("scenarios.parquet"), index=False)
     dataset.write_parquet(rows, run.artefact("conversations.parquet"))
     run.artefact("dataset_card.json").write_text(json.dumps(card_of_dataset(rows, reviews)))
@@ -167,21 +169,70 @@ def test_no_file_holds_an_absolute_path_or_a_user_name(folder, tmp_path):
             assert not re.search(rf"{re.escape(secret)}(?!\w)", text), f"{path}: {secret}"
 
 
-def test_a_second_export_is_refused_without_replace_and_then_replaces_all(folder):
-    (folder / "noisy" / "stale.parquet").write_bytes(b"old")
-    before = (folder / "README.md").read_bytes()
+def test_a_second_export_is_refused_without_replace_and_then_takes_the_place_of_the_first(folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     result = export(folder)
-    assert result.exit_code == 2 and "--replace" in result.stderr and (folder / "noisy" / "stale.parquet").exists()
+    assert result.exit_code == 2 and "--replace" in result.stderr
+    (folder / "noisy" / "test.parquet").unlink()  # what is left is still all of an export
     assert export(folder, "--replace").exit_code == 0
-    assert not (folder / "noisy" / "stale.parquet").exists() and (folder / "README.md").read_bytes() == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in folder.parent.glob(".export.*")] == []
+
+
+def test_the_checksums_name_every_file_of_an_export(folder):
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    found = {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+    assert dict(line.split("  ")[::-1] for line in lines) == {n: h for n, h in found.items() if n != "SHA256SUMS"}
+
+
+def plant_nested(folder: Path) -> None:
+    (folder / "noisy" / "mine").mkdir()
+    (folder / "noisy" / "mine" / "thesis.txt").write_text("years of work")
+
+
+def edit(folder: Path) -> None:
+    (folder / "README.md").write_text("thesis.txt, rewritten by hand")
+
+
+def link(folder: Path) -> None:
+    (folder / "thesis.txt").symlink_to(folder / "noisy", target_is_directory=True)
+
+
+def forget(folder: Path) -> None:
+    (folder / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (plant_nested, "'noisy/mine/thesis.txt', which is not from an export"),
+        (edit, "README.md was changed after its export"),
+        (link, "'thesis.txt', which is not from an export"),
+        (forget, "no SHA256SUMS names problems/train.parquet"),
+    ],
+)
+def test_replace_deletes_nothing_but_what_an_export_has_written(folder, change, said):
+    change(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = export(folder, "--replace")
+    assert result.exit_code == 2 and said in result.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_replace_leaves_folders_of_others_that_have_checksums_too(study, tmp_path):
+    (tmp_path / "iso").mkdir()
+    (tmp_path / "iso" / "disk.iso").write_text("")
+    (tmp_path / "iso" / "SHA256SUMS").write_text(f"{sha256(tmp_path / 'iso' / 'disk.iso')}  disk.iso\n")
+    result = export(tmp_path / "iso", "--replace")
+    assert result.exit_code == 2 and "no export of this kind" in result.stderr
+    assert (tmp_path / "iso" / "disk.iso").is_file()
 
 
 def test_replace_never_deletes_a_folder_that_holds_other_things(study, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     result = export(tmp_path / "home", "--replace")
-    assert result.exit_code == 2 and "thesis.txt" in result.stderr
+    assert result.exit_code == 2 and "no export of this kind" in result.stderr
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 
 
@@ -207,6 +258,21 @@ def test_noisy_exchanges_that_changed_since_the_study_are_refused(study, tmp_pat
     study["noisy_path"].write_text("")
     result = export(tmp_path / "export")
     assert result.exit_code == 2 and "noisy.jsonl" in result.stderr and not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "more.jsonl"])
+def test_scores_that_changed_or_came_since_the_study_are_refused(study, name, tmp_path):
+    (study["reviews_path"] / name).write_text("")
+    (tmp_path / "reviews_of_another_study").mkdir()
+    (tmp_path / "reviews_of_another_study" / "a.jsonl").write_text("")  # begins with the same letters and is not read
+    result = export(tmp_path / "export")
+    assert result.exit_code == 2 and f"reviews/{name} is not as the study has read it" in result.stderr
+
+
+def test_scores_of_ones_own_get_no_claims_of_this_project(study, monkeypatch, tmp_path):
+    monkeypatch.setitem(command.SHIPPED, "reviews_path", "reviews")
+    assert export(tmp_path / "export").exit_code == 0
+    assert readme(tmp_path / "export")[0]["license"] == "other" and not (tmp_path / "export" / "LICENSE").exists()
 
 
 def test_cards_of_ones_own_get_no_licence_and_no_claims_of_this_project(study, tmp_path):

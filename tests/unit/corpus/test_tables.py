@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import card_tables
 import pytest
 import shipped
 from hypothesis import given, settings
@@ -70,7 +71,7 @@ def test_the_banking_tables_hold_the_same_cards_as_the_yaml_files():
 
 
 def test_written_tables_are_read_back_to_equal_cards_in_the_same_order(folder):
-    tables.write_tables(BANKING[::-1], folder)
+    card_tables.write_tables(BANKING[::-1], folder)
     assert load_cards(folder) == BANKING[::-1]
 
 
@@ -79,12 +80,12 @@ def test_all_shipped_cards_survive_tables_apart_from_countries_and_dates_of_sing
         return [item.model_copy(update={"applies_in": "any", "valid_until": None}) for item in items]
 
     cards = [c.model_copy(update={"facts": plain(c.facts), "figures": plain(c.figures)}) for c in shipped.cards()]
-    tables.write_tables(cards, tmp_path)
+    card_tables.write_tables(cards, tmp_path)
     assert load_cards(tmp_path) == cards
 
 
 def test_a_spreadsheet_reads_the_written_tables_as_utf8(folder):
-    tables.write_tables(BANKING, folder)
+    card_tables.write_tables(BANKING, folder)
     assert all((folder / name).read_bytes().startswith(b"\xef\xbb\xbf") for name in tables.NAMES)
 
 
@@ -107,7 +108,7 @@ def test_any_text_is_read_back_as_it_was_or_refused_at_writing(text, place):
     card = Card.model_validate(values)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tables.write_tables([card], Path(folder))
+            card_tables.write_tables([card], Path(folder))
         except ValueError as error:
             assert re.match(r"card standing_order(, problem amount_to_change)?, \w+: a table cannot hold", str(error))
         else:
@@ -133,11 +134,11 @@ FACT = BANKING[0].facts[0]
 def test_what_a_table_cannot_hold_is_refused_by_card_and_column_and_nothing_is_written(tmp_path, update, column):
     card = BANKING[0].model_copy(update=update)
     if column is None:  # => divides nothing in a list of plain texts
-        tables.write_tables([card], tmp_path)
+        card_tables.write_tables([card], tmp_path)
         assert load_cards(tmp_path) == [card]
         return
-    with pytest.raises(ValueError, match=rf"card card_block, {column}: a table cannot hold this.*in YAML"):
-        tables.write_tables([card], tmp_path)
+    with pytest.raises(ValueError, match=rf"card card_block, {column}: a table cannot hold this"):
+        card_tables.write_tables([card], tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -331,11 +331,13 @@ def test_kernels_are_forked_for_more_than_one_job_never_beside_a_gpu_and_never_i
 
 
 def test_the_reason_of_a_death_depends_on_exit_code_and_memory():
-    assert "out of memory" in death_reason(-9, out_of_memory=True)
-    assert "most often for lack of memory" in death_reason(-9, out_of_memory=False)
+    used = "its largest memory use was 3.0 GiB"
+    assert death_reason(-9, True, 3 * 2**30) == f"out of memory: the system killed it; {used}"
+    assert death_reason(-9, False, 3 * 2**30) == f"killed by SIGKILL, most often for lack of memory; {used}"
+    assert death_reason(-9, True) == "out of memory: the system killed it", "an unknown use is not 0"
     assert death_reason(-11, False) == "killed by SIGSEGV"
     assert death_reason(7, False) == "it ended with exit code 7"
-    with_log = death_reason(1, False, "OSError: [Errno 28] No space left on device")
+    with_log = death_reason(1, False, exception="OSError: [Errno 28] No space left on device")
     assert with_log == "it ended with exit code 1; its log ends with OSError: [Errno 28] No space left on device"
 
 
@@ -435,6 +437,34 @@ def test_the_command_line_starts_with_any_python():
 
 def jobs_with(*processes: int) -> list[Job]:
     return [Job("03_train", f"c{i}", {"processes": n}, ()) for i, n in enumerate(processes)]
+
+
+@pytest.fixture
+def state_and_worker(tmp_path):
+    """A job to run, and a worker whose runner has no folder to start it in yet."""
+    state = progress.State(Job("01_a", "s", {}, ()), "run", "first")
+    job_file = tmp_path / "s" / ".01_a.job.json"
+    job_file.parent.mkdir()
+    owner = SimpleNamespace(root=tmp_path, write_job=lambda _: job_file, job_file=lambda _: job_file)
+    return state, worker.Worker(owner, "0")
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_process_that_cannot_be_started_fails_its_job_alone(state_and_worker, monkeypatch):
+    state, busy = state_and_worker
+    monkeypatch.setattr(busy, "_start_afresh", full_disk)
+    assert str(busy.run(state)) == "could not run: OSError: [Errno 28] No space left on device"
+
+
+def test_an_error_while_a_process_is_followed_is_no_failure_to_start(state_and_worker, monkeypatch):
+    state, busy = state_and_worker
+    monkeypatch.setattr(busy, "_start", lambda _: SimpleNamespace(returncode=None))
+    monkeypatch.setattr(busy, "_follow", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        busy.run(state)
 
 
 def test_workers_get_as_many_gpus_as_a_training_has_processes():

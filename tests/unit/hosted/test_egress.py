@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from telco_nb import ROOT
 from telco_nb.__main__ import app
 from telco_nb.engine import schedule
-from telco_nb.hosted import attempts, egress, prices
+from telco_nb.hosted import attempts, egress, hosts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request
 from telco_nb.hosted.hosts import parse_address
 from telco_nb.hosted.session import Session, run_async
@@ -36,9 +36,11 @@ def allowed(monkeypatch):
     """Nothing is forbidden, and what a test forbids is forgotten after it."""
     monkeypatch.setenv(egress.NO_EGRESS, "")
     monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
-    for name in (*egress.PROXIES, *egress.HOSTS):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
+    for name in egress.ignored_variables():
+        monkeypatch.delenv(name)
+
+
+HOSTS = ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "GOOGLE_GEMINI_BASE_URL", "GOOGLE_VERTEX_BASE_URL")
 
 
 def ask(server: Server, store, purpose: str = "judge") -> Session:
@@ -106,6 +108,18 @@ def test_no_request_of_an_sdk_goes_to_another_host_port_or_scheme(url):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_name_that_leads_elsewhere_when_it_is_asked_gets_nothing_and_costs_nothing(kind, monkeypatch):
+    with Server(kind, lambda body, n: GOOD) as server:
+        model = HostedModel(kind, MODELS[kind], server.url.replace("127.0.0.1", "localhost"), timeout_s=5.0)
+        assert model.address.reach == "machine"
+        monkeypatch.setattr(hosts, "reach", lambda host: "remote")  # as if another address answered from now on
+        response = run_async(lambda: ApiClient(model).ask(QUESTION))
+        assert not server.requests
+    assert response.status == "provider_error" and not response.may_be_billed
+    assert "now leads to 127.0.0.1, was within this machine" in str(response.error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_variable_of_the_environment_changes_where_a_request_goes_or_what_it_says_of_the_account(
     kind, tmp_path, monkeypatch
 ):
@@ -113,7 +127,7 @@ def test_no_variable_of_the_environment_changes_where_a_request_goes_or_what_it_
         for name in egress.PROXIES:
             monkeypatch.setenv(name, elsewhere.url)
             monkeypatch.setenv(name.lower(), elsewhere.url)
-        for name in egress.HOSTS[:4]:
+        for name in HOSTS:
             monkeypatch.setenv(name, elsewhere.url)
         monkeypatch.setenv("GOOGLE_GENAI_USE_VERTEXAI", "true")
         monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "planted-project")
@@ -152,8 +166,22 @@ def test_the_plan_says_which_variables_it_ignores_and_what_is_spent(tmp_path, mo
     store = attempts.AttemptStore(tmp_path / "shared" / "store" / "conversations.jsonl")
     store.append([{"call_id": "a", "status": "ok", "usd": 1.5}])
     said = plan(monkeypatch, REMOTE, root=tmp_path)
-    assert "https_proxy, OPENAI_BASE_URL of the environment does not count" in said and "$1.50" in said
+    assert "OPENAI_BASE_URL, https_proxy of the environment does not count" in said and "$1.50" in said
     assert "proxy.example" not in said and "does not count" not in plan(monkeypatch, root=tmp_path)
+
+
+def test_the_variables_that_the_plan_names_are_those_that_are_dropped_and_no_key_is_among_them(tmp_path, monkeypatch):
+    before = set(os.environ)
+    planted = {
+        "HTTPS_PROXY", "all_proxy", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "ANTHROPIC_AUTH_TOKEN",
+        "ANTHROPIC_CUSTOM_HEADERS", "GOOGLE_CLOUD_PROJECT", "GEMINI_ANYTHING",
+    }  # fmt: skip
+    for name in planted:
+        monkeypatch.setenv(name, "x")
+    said = plan(monkeypatch, LOCAL, root=tmp_path)
+    assert f"these hosts: {', '.join(sorted(planted))} of the environment" in said
+    ApiClient(LOCAL)
+    assert set(os.environ) == before
 
 
 def test_a_plan_on_a_store_with_bad_money_is_refused_by_file_and_line(tmp_path, monkeypatch):

@@ -25,10 +25,8 @@ def resolver(monkeypatch):
             raise socket.gaierror("no such name")
         return [(None, None, None, "", (address, 0)) for address in found[host]]
 
-    hosts.reach.cache_clear()
     monkeypatch.setattr(hosts.socket, "getaddrinfo", getaddrinfo)
-    yield found
-    hosts.reach.cache_clear()
+    return found
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "127.8.8.8", "[::1]:8000", "[::ffff:127.0.0.1]"])
@@ -89,6 +87,22 @@ def test_a_name_that_does_not_resolve_or_has_a_public_domain_is_remote(resolver)
     assert {parse_address(f"https://{name}").reach for name in ("nobody", "no.local", "models.example.com")} == {
         "remote"
     }
+
+
+@pytest.mark.parametrize(
+    ("peer", "allowed"),
+    [("127.0.0.1", {"machine", "network", "remote"}), ("10.0.0.7", {"network", "remote"}), ("8.8.8.8", {"remote"})],
+)
+def test_a_connection_may_lead_nearer_than_agreed_and_never_farther(peer, allowed):
+    assert {reach for reach in hosts.REACHES if hosts.is_within(peer, reach)} == allowed
+
+
+def test_a_name_is_resolved_once_for_an_address_so_that_what_was_agreed_to_stays(resolver):
+    resolver["gpu-box"] = ["10.0.0.7"]
+    address = parse_address("http://gpu-box/v1")
+    assert address.reach == "network"
+    resolver["gpu-box"] = ["8.8.8.8"]
+    assert address.reach == "network" and parse_address("https://gpu-box/v1").reach == "remote"
 
 
 BAD = [

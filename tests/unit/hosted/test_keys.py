@@ -154,6 +154,41 @@ def test_what_a_model_answers_is_stored_without_the_key_it_repeats(kind, tmp_pat
     assert store.ok["q"]["output"]["analysis"] == "Your key is [key]." and not pieces(store.path.read_text())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("word", ["none", "EMPTY", "verdict", "fifteen-letters"])
+def test_a_word_that_stands_for_a_key_stays_in_what_a_model_says(word, kind, monkeypatch):
+    monkeypatch.setenv(keys.KEY_VARIABLES[kind][0], word)
+    answer = json.dumps({"verdict": "A", "margin": 1, "analysis": f"{word} of them, {CANARY[:12]}"})
+
+    class Reply(Verdict):
+        analysis: str
+
+    with Server(kind, lambda body, n: (200, {}, answer_body(kind, f"model-{word}", answer))) as server:
+        client = ApiClient(HostedModel(kind, MODELS[kind], server.url, timeout_s=5.0))
+        response = run_async(lambda: client.ask(Request("q", "s", "?", Reply)))
+    assert (response.status, response.raw) == ("ok", answer)
+    assert response.output.analysis == f"{word} of them, {CANARY[:12]}", "a piece of a key is no key either"
+
+
+def test_the_original_reply_is_parsed_and_a_key_in_any_case_is_hidden_afterwards(monkeypatch):
+    monkeypatch.setenv("OPENAI_COMPATIBLE_API_KEY", '"verdict":"A"   ')
+    monkeypatch.setenv("OPENAI_API_KEY", "sixteen-letters!")
+    assert keys.redact_whole("say SIXTEEN-letters! and sixteen-letters") == "say [key] and sixteen-letters"
+    with Server("openai-compatible", lambda body, n: GOOD) as server:
+        client = ApiClient(HostedModel("openai", "gpt-5.2", server.url, timeout_s=5.0))
+        response = run_async(lambda: client.ask(Request("q", "s", "?", Verdict)))
+    assert response.output == Verdict(verdict="A", margin=1)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_variable_holds_no_key(blank, monkeypatch):
+    monkeypatch.setenv("GOOGLE_API_KEY", blank)
+    monkeypatch.setenv("OPENAI_API_KEY", blank)
+    assert HostedModel("google", "gemini-2.5-flash").key() == OTHER
+    with pytest.raises(ProviderError, match=r"no key for gpt-5\.2\. Set the environment variable OPENAI_API_KEY"):
+        HostedModel("openai", "gpt-5.2").key()
+
+
 def test_an_error_of_the_parameters_names_no_key(monkeypatch):
     from pydantic_ai.exceptions import UserError
 

@@ -256,6 +256,40 @@ def test_a_card_whose_counter_fails_in_mid_window_is_invalid_with_the_reason(car
     assert rows.loc["cpu", "valid"] and not rows.loc["total", "valid"]
 
 
+def test_a_card_without_power_is_measured_and_has_nothing_to_compare_carbontracker_with(card):
+    counter = iter(range(0, 10_000_000, 900_000))
+    card.nvmlDeviceGetTotalEnergyConsumption = lambda _: next(counter)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    statement = meter.statement("train")
+    assert statement.set_index("component").loc["gpu", "gross_j"] == pytest.approx(900.0)
+    assert meter.readings()["tracker_gpu_j"] is None and "no total" in energy.carbontracker_note(statement)
+
+
+def test_what_has_no_reading_is_null_in_a_checkpoint_and_missing_after_it(card):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    card.nvmlDeviceGetTotalEnergyConsumption = not_supported
+    meter.stop()
+    saved = json.loads(json.dumps(meter.readings(), allow_nan=False))
+    assert saved["gpu_j"] is None and saved["cpu_s"] is not None
+    meter.restore(saved)
+    assert math.isnan(meter.total["gpu_j"]) and not math.isnan(meter.total["cpu_s"])
+
+
+def test_without_a_gpu_carbontracker_is_compared_with_the_cores_alone():
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    busy(1.1)
+    meter.stop()
+    statement = meter.statement("train")
+    assert meter.readings()["gpu_j"] is None and meter.readings()["tracker_gpu_j"] is None
+    assert statement.set_index("component").loc["gpu", "invalid_reason"] == "no GPU"
+    assert "times the total" in energy.carbontracker_note(statement)
+
+
 def test_an_error_inside_carbontracker_does_not_end_the_process(monkeypatch):
     from carbontracker.tracker import CarbonTrackerThread
 

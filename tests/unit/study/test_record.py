@@ -221,3 +221,13 @@ def test_a_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         record.write_bytes(tmp_path / "results.csv", b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"torn", b"a\n", b"a\nbc\n", b"a\nbc\ntorn line", b"\n", b"a\n\n\nlonger than a chunk"]
+)
+def test_the_whole_lines_of_a_file_end_at_its_last_line_feed(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(record, "CHUNK_BYTES", 3)
+    (tmp_path / "lines").write_bytes(data)
+    with (tmp_path / "lines").open("rb") as stream:
+        assert record.whole_lines_bytes(stream) == data.rfind(b"\n") + 1

@@ -77,12 +77,36 @@ def test_verify_names_changed_missing_and_new_files_and_exits_1(study):
         assert words in done.stdout
 
 
-def test_verify_without_a_seal_exits_3_and_a_wrong_name_2(study):
+def test_verify_without_a_seal_exits_3_and_a_misspelt_profile_2(study):
     (study / "seal.json").unlink()
     done = verify()
     assert (done.returncode, "has no seal.json" in done.stderr) == (3, True)
+    done = verify("--profile", "smok")
+    assert (done.returncode, "smok.yaml: no such file" in done.stderr) == (2, True)
     assert verify("--profile", "../smoke").returncode == 2
-    assert verify("--profile", "nope").returncode == 3
+
+
+def test_verify_reads_the_outputs_folder_that_its_option_names(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path / "nowhere"))
+    assert verify().returncode == 3
+    assert verify("--outputs", str(tmp_path)).returncode == 0
+
+
+def test_a_seal_that_was_made_anew_is_noticed_by_the_hash_that_somebody_kept(study):
+    kept = seal.seal_hash(study)
+    assert verify("--seal", kept).returncode == verify("--seal", kept[:16]).returncode == 0
+    assert f"Its seal is {kept[:16]}." in verify().stdout
+    (study / "results.csv").write_text("forged\n")
+    seal.seal_study(study)
+    assert verify().returncode == 0, "the forger has sealed it as well"
+    done = verify("--seal", kept[:16])
+    assert (done.returncode, "changed  seal.json" in done.stdout) == (1, True)
+
+
+@pytest.mark.parametrize("known", ["", "abc", "x" * 16, "a" * 65])
+def test_a_hash_too_short_to_prove_anything_is_refused(study, known):
+    done = verify("--seal", known)
+    assert (done.returncode, "give the 16 characters" in done.stderr) == (2, True)
 
 
 def test_two_verdicts_that_change_places_are_noticed(study):
@@ -107,12 +131,11 @@ def test_a_store_that_has_grown_is_told_apart_and_a_torn_last_line_is_not_sealed
     assert told(study) == {"judge-checklist/store/verdicts.jsonl": "changed"}
 
 
-def test_each_seal_names_the_one_before_and_an_unchanged_study_keeps_its_seal(study):
+def test_an_unchanged_study_keeps_its_seal_and_a_changed_one_gets_another(study):
     first = json.loads((study / "seal.json").read_text())
-    assert first["previous"] is None and seal.seal_study(study) == first["seal"]
+    assert seal.seal_study(study) == first["seal"] == seal.seal_hash(study)
     (study / "results.csv").write_text("another run\n")
-    second = seal.seal_study(study)
-    assert json.loads((study / "seal.json").read_text())["previous"] == first["seal"] != second
+    assert seal.seal_study(study) == seal.seal_hash(study) != first["seal"]
     assert told(study) == {}
 
 
