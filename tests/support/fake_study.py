@@ -68,7 +68,7 @@ def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **
     draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(score))), columns=score.index)
     ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
     ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
-    ranking["is_anchor"] = False
+    ranking["is_anchor"], ranking["n_terms"] = False, 10_000  # so many that standard errors count as known
     known = {"kind": name, "gate_passed": True, "coverage": 1.0, "headline_blocks": ()} | facts
     return JudgeResults(name=name, ranking=ranking, draws=draws, **known)
 
@@ -296,7 +296,7 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     ranking["rank_high"] = ranked.quantile(0.975).reindex(everyone.index).to_numpy().round()
     ranking["p_best"] = (ranked == 1).mean().reindex(everyone.index).to_numpy()
     ranking["n_judgements"], ranking["mean_words"] = 390, rng.normal(45, 5, len(everyone))
-    ranking["is_anchor"] = ~ranking["config"].isin(score.index)
+    ranking["is_anchor"], ranking["n_terms"] = ~ranking["config"].isin(score.index), 20
     run.table("ranking", ranking)
     long = draws.rename_axis("draw").reset_index().melt("draw", var_name="config", value_name="score")
     run.table("score_draws", long)
