@@ -236,7 +236,9 @@ def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
     answering = study.metrics.get((chosen, "04_energy"), {})
     if (per_answer := answering.get("answer_energy_per_answer_wh")) is not None:
         lines.append(f"Each answer: {per_answer * 1000:.2g} mWh, {answering.get('energy_kind') or 'of unknown kind'}.")
-    tag = "of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
+    kind = "of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
+    tag = kind if kind in (*GUESSED, "of unknown kind") else None
+    lines += [] if tag else [f"It is {kind}."]
     return Tile(title, f"{row['train_energy_wh']:.3g} Wh", lines, tag)
 
 
@@ -301,9 +303,9 @@ def _number(value: float | None) -> float:
 
 def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     """The verdict on which all valid judges agree."""
-    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable")]
+    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable") and tau["value"] is not None]
     if not valid:
-        return "cannot be told" if any(tau["verdict"] == "not estimable" for tau in taus) else "no valid judge"
+        return "cannot be told" if any(tau["verdict"] != "blocked" for tau in taus) else "no valid judge"
     signs = {0 if tau["verdict"] != "supported" else -1 if tau["value"] < 0 else 1 for tau in valid}
     words = {-1: "yes, it tends to", 0: "not shown", 1: "no, the opposite"}
     return words[signs.pop()] if len(signs) == 1 else "the judges differ"

@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from telco_nb import ROOT, notebook
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.judge import cases
+from telco_nb.judge.anchors import FLOORS, GOLD
 from telco_nb.notebook import Run
 from telco_nb.study import record
 from telco_nb.study.plan import Job
@@ -285,7 +286,8 @@ def add_judge(builder: Builder, rng: np.random.Generator, name: str, quality: pd
 def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series, passed: bool = True) -> None:
     """Tables and artefacts of 05 for one judge whose scores are given."""
     score = score - score.mean()
-    everyone = pd.concat([score, pd.Series({"untuned": score.min() - 1, "reference": score.max() + 1})])
+    anchors = dict.fromkeys(FLOORS, score.min() - 1) | {GOLD: score.max() + 1}
+    everyone = pd.concat([score, pd.Series(anchors)])
     noise = rng.normal(0, 0.18, (400, len(everyone)))
     draws = pd.DataFrame(everyone.to_numpy() + noise, columns=everyone.index)
     ranked = draws[score.index].rank(axis=1, ascending=False)
