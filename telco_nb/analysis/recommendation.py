@@ -95,6 +95,10 @@ def _too_little(judge: JudgeResults) -> list[str]:
     terms = judged_terms(judge)
     if reason := few_terms(None if terms is None or terms.empty else int(terms.max())):
         found.append(f"judge {judge.name}: {reason}")
+    resampled = judge.draws.reindex(columns=judge.scores.index).notna().all()
+    if not resampled.all():
+        missing = name_list([str(config) for config in resampled.index[~resampled]])
+        found.append(f"judge {judge.name}: resampled scores of {missing} are missing")
     return found
 
 

@@ -34,6 +34,7 @@ def degenerate():
     """Studies in which a number is missing, by what is missing."""
     judge = make_judge(pd.concat([PLANTED, pd.Series({"untuned": -3.0})]), 0.2)
     judge.ranking.loc["untuned", "is_anchor"] = True
+    judge.ranking["n_terms"] = 20
     flat = make_judge(PLANTED * 0, 0.0)
     draws = dataclasses.replace(judge, draws=judge.draws * math.nan)
     some = judge.draws.copy()
@@ -62,6 +63,12 @@ def degenerate():
         "judges": make_study(8, []),
         "configurations but one": make_study(1, [make_judge(PLANTED.head(1))]),
     }
+
+
+def test_a_judge_without_all_resamples_carries_no_claim_and_says_why():
+    for missing, named in (("resamples of one", "of c03 are"), ("resamples", "of c01, c02, c03")):
+        choice = recommendation.recommend(degenerate()[missing])
+        assert choice.config is None and named in choice.blocked_by[0]
 
 
 @pytest.mark.parametrize("missing", list(degenerate()))
