@@ -36,7 +36,7 @@ class Fitness(NamedTuple):
     @property
     def reasons(self) -> list[str]:
         """Why the configuration is not shown to be fit; empty if it is fit."""
-        return [*self.failed, *(f"{part} was not measured" for part in self.not_measured)]
+        return self.failed + ([f"not measured: {', '.join(self.not_measured)}"] if self.not_measured else [])
 
     @property
     def is_fit(self) -> bool:

@@ -70,7 +70,9 @@ def test_a_choice_of_loss_that_is_better_but_not_fit_is_called_that():
 )
 def test_a_part_that_was_not_measured_is_a_reason_and_never_passes(missing, part):
     found = fitness(held(**missing), "c04")
-    assert f"{part} was not measured" in found.reasons and not found.is_fit and not found.failed
+    assert part in found.not_measured and not found.is_fit and not found.failed
+    (reason,) = found.reasons
+    assert reason.startswith("not measured: ") and part in reason
 
 
 def test_a_missing_share_of_unsafe_answers_counts_as_not_measured():
