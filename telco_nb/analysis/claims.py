@@ -8,12 +8,13 @@ from telco_nb.analysis.loss_findings import loss_pick
 from telco_nb.analysis.recommendation import claiming_judges, claims_of, compare, name_list
 from telco_nb.analysis.results import StudyResults
 from telco_nb.analysis.statements import Finding, not_estimable
+from telco_nb.judge.ranking import interval_text
 
-VERDICTS = {"supported": "Upheld", "refuted": "Refuted", "not distinguishable": "The data cannot tell"}
+VERDICTS = {"supported": "Upheld", "refuted": "Refuted", "cannot tell": "The data cannot tell"}
 
 
 def primary_finding(study: StudyResults) -> Finding:
-    """The primary claim with its answer: supported (upheld), refuted, not distinguishable, or blocked.
+    """The primary claim with its answer: supported (upheld), refuted, cannot tell, or blocked.
 
     The lead is that of the best other configuration over the choice of loss, with bounds that hold for all
     configurations at once. Of several judges the least certain one gives the numbers.
@@ -30,7 +31,7 @@ def primary_finding(study: StudyResults) -> Finding:
         leads[label] = ahead, table.loc[pick, "behind_at_least"], table.loc[pick, "behind_at_most"]
     upheld = all(high <= claims.margin for _, _, high in leads.values())
     refuted = all(low > claims.margin for _, low, _ in leads.values())
-    verdict = "supported" if upheld else "refuted" if refuted else "not distinguishable"
+    verdict = "supported" if upheld else "refuted" if refuted else "cannot tell"
     told = [f"{_lead_text(*lead)} with {label}" for label, lead in leads.items()]
     text += f" {VERDICTS[verdict]}: {pick} is behind the best of the others by {name_list(told)} (log-odds; margin "
     least = max(leads.values(), key=lambda lead: lead[2] - lead[1])
@@ -38,4 +39,4 @@ def primary_finding(study: StudyResults) -> Finding:
 
 
 def _lead_text(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {'open' if math.isinf(high) else f'{high:.2f}'}]"
+    return f"{value:.2f} {interval_text(low, math.nan if math.isinf(high) else high, '.2f')}"

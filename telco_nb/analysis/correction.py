@@ -8,12 +8,13 @@ half), the scores solve
     sum of x (y - weight (f - F) - sigma(x scores)) = 0
 
 With weight 0 this is the ranking by votes alone. f - F has mean 0 whatever the judge prefers, so a biased judge moves
-no score. With the weight that the data choose it makes the intervals narrower, or leaves them (PPI++ for M-estimators,
+no score. The weight that the data choose makes the variance least (PPI++ for M-estimators,
 Angelopoulos, Duchi and Zrnic 2023). Errors are clustered by term; `bench/judging_correction.py` checks the coverage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from telco_nb.analysis.results import JudgeResults
 from telco_nb.analysis.statistics import kendall_tau
 from telco_nb.judge import separation
 from telco_nb.judge.bradley_terry import RIDGE, unrankable_reason
+from telco_nb.judge.ranking import few_terms
 from telco_nb.judge.store import FIT_PURPOSES
 
 MIN_VOTES = 100  # on pairs that the judge has judged too; fewer correct nothing
@@ -61,12 +63,11 @@ def correct_scores(
 
     Returns:
         The correction; None with fewer than MIN_VOTES votes on pairs that the judge has judged, with votes on fewer
-        than `separation.LEAST_TERMS` terms, or if the votes do not connect all configurations.
+        terms than a ranking needs (`ranking.few_terms`), or if the votes do not connect all configurations.
     """
     means, rows = _joined(voted, judged, list(configs))
     n_votes = int((rows["source"] != "rule").sum())
-    few_terms = rows["term_id"].nunique() < separation.LEAST_TERMS
-    if n_votes < MIN_VOTES or few_terms or unrankable_reason(rows, list(configs)):
+    if n_votes < MIN_VOTES or few_terms(rows["term_id"].nunique()) or unrankable_reason(rows, list(configs)):
         return None
     data = _Data.of(means, rows, list(configs))
     alone = _fit(data, 0.0)
@@ -239,14 +240,22 @@ def correction_text(correction: Correction) -> str:
     table = correction.table
     tau = kendall_tau(table["judge_score"], table["score"])
     outside = table.loc[(table["judge_score"] < table["low"]) | (table["judge_score"] > table["high"]), "config"]
-    width = ((table["high"] - table["low"]) / (table["votes_high"] - table["votes_low"])).median()
+    width = float(((table["high"] - table["low"]) / (table["votes_high"] - table["votes_low"])).median())
     words = (
         f"for {len(outside)} of {len(table)} the score by {correction.judge} alone lies outside the corrected interval"
     )
     named = f" ({', '.join(outside)})" if len(outside) else ""
     who = f"{correction.n_votes} votes of {correction.voters} on {correction.n_terms} terms"
     return (
-        f"**{who} correct {correction.judge}**: {words}{named}. Tau-b of the scores before and after is {tau:.2f}. The "
-        f"votes decide; with a weight of {correction.weight:.2f} {correction.judge} makes the intervals {width:.2f} "
-        "times as wide as those by the votes alone."
+        f"**{who} correct {correction.judge}**: {words}{named}. Tau-b of the scores before and after is "
+        f"{'not known' if math.isnan(tau) else f'{tau:.2f}'}. The votes decide; with a weight of "
+        f"{correction.weight:.2f} {correction.judge} makes the intervals {_width_text(width)}."
     )
+
+
+def _width_text(width: float) -> str:
+    """The width of the corrected intervals as a share of those by the votes alone, in words."""
+    if math.isnan(width):
+        return "open, as they are by the votes alone"
+    word = "narrower" if width < 0.95 else "wider" if width > 1.05 else "hardly another width"
+    return f"{word}: {width:.2f} times the width of those by the votes alone"

@@ -19,12 +19,14 @@ from telco_nb.analysis.effects import FACTORS
 from telco_nb.analysis.inference import partial_tau_rows, relabelling_p, relabellings
 from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, bounds, not_estimable, p_text
+from telco_nb.analysis.statements import Finding, blockable, not_estimable, p_text
 from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, hull_interval, tau_rows
+from telco_nb.judge.ranking import interval_text
 
 SETS = {"val_loss": "validation", "test_loss": "test", "noisy_loss": "noisy", "unseen_loss": "unseen"}
 WORDS = {"shift": "a shift of distribution", "overfitting": "overfitting", "style": "style instead of content"}
 TABLE_COLUMNS = ["name", "measure", "value", "low", "high", "p", "reason"]
+CONSTANT = "one side is constant, or in every resample"
 FEWEST = 5  # configurations: with fewer no rank correlation can be told from chance
 
 
@@ -60,7 +62,7 @@ def divergence_table(study: StudyResults, judge: JudgeResults, seed: int = 0) ->
             rows.append((name, measure, *MISSING, math.nan, f"{missing} not known for every configuration"))
             continue
         found, p = _compared(compare, [sides[side] for side in needed], relabelled)
-        rows.append((name, measure, *found, p, "" if math.isfinite(found.value) else "one side is constant"))
+        rows.append((name, measure, *(found or MISSING), p if found else math.nan, "" if found else CONSTANT))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
 
@@ -93,8 +95,13 @@ def _difference(a: np.ndarray, b: np.ndarray, other: np.ndarray) -> np.ndarray:
     return tau_rows(a, other) - tau_rows(b, other)
 
 
-def _compared(compare: Callable[..., np.ndarray], sides: list[Side], relabelled: np.ndarray) -> tuple[Interval, float]:
-    """The value of a measure with its interval over paired draws, and its p by relabelling all sides but the last."""
+def _compared(
+    compare: Callable[..., np.ndarray], sides: list[Side], relabelled: np.ndarray
+) -> tuple[Interval | None, float]:
+    """The value of a measure with its interval over paired draws, and its p by relabelling all sides but the last.
+
+    The interval is None where one side is constant.
+    """
     *moved, fixed = sides
     value = float(compare(*(side.values.to_numpy(float)[None, :] for side in sides))[0])
     interval = hull_interval(value, compare(*(side.draws.to_numpy(float) for side in sides)), most=2.0)
@@ -143,25 +150,24 @@ def shown_explanations(table: pd.DataFrame) -> list[str]:
     p = table.set_index("name")["p"]
     shift, style, gap = by_name["shift"], by_name["style instead of content"], by_name["overfitting"]
     holds = {
-        "shift": shift.high < 0 and by_name["test_loss"].high < 0 and p["shift"] < 0.05,
-        "overfitting": (gap.low > 0 or gap.high < 0) and p["overfitting"] < 0.05,
-        "style": style.high < 0 and by_name["style"].high < 0 and not by_name["content"].high < 0
+        "shift": shift.is_below() and by_name["test_loss"].is_below() and p["shift"] < 0.05,
+        "overfitting": gap.excludes() and p["overfitting"] < 0.05,
+        "style": style.is_below() and by_name["style"].is_below() and not by_name["content"].is_below()
         and p["style instead of content"] < 0.05,
     }  # fmt: skip
     return [name for name, shown in holds.items() if shown]
 
 
-def divergence_finding(study: StudyResults, judge: JudgeResults, seed: int = 0) -> Finding:
+def divergence_finding(study: StudyResults, judge: JudgeResults, table: pd.DataFrame) -> Finding:
     """Whether loss and quality part, and what goes with it: value is `shift`, `overfitting`, `style` (joined by +),
-    `none` if the two do not part, or `not explained`."""
+    `none` if the two do not part, or `not explained`. `table` is the judge's `divergence_table`."""
     id, text = f"divergence.{judge.name}", f"Why loss and the score of {judge.label} part is not known"
     configs = results.paired_draws(study, judge)[0].columns
     if len(configs) < FEWEST:
         return not_estimable(id, text, f"{len(configs)} configurations are too few", len(configs))
-    table = divergence_table(study, judge, seed)
     rows = {str(row["name"]): row for _, row in table.iterrows()}
     shown, val = shown_explanations(table), rows["val_loss"]
-    together = val["high"] < 0 and val["p"] < 0.05
+    together = Interval(val["value"], val["low"], val["high"]).is_below() and val["p"] < 0.05
     sets = [
         f"{_number(rows[column])} for the {word} loss" for column, word in SETS.items() if not rows[column]["reason"]
     ]
@@ -174,8 +180,8 @@ def divergence_finding(study: StudyResults, judge: JudgeResults, seed: int = 0) 
         value, end = "none", "Loss and score do not part: a lower loss goes with a better score"
     else:
         value, end = "not explained", "None of these is shown to go with where loss and score part"
-    said = f"tau-b with the score of {judge.label} is {name_list(sets)}. {'. '.join(tests)}. {end}; these are "
-    said += f"associations over {len(configs)} configurations, not causes."
+    said = f"tau-b with the score of {judge.label} is {name_list(sets) or 'not known'}. {'. '.join(tests)}. {end}; "
+    said += f"these are associations over {len(configs)} configurations, not causes."
     blocked = blockable(
         id, said, MISSING, len(configs), "supported" if shown or together else "not distinguishable", judge
     )
@@ -183,7 +189,7 @@ def divergence_finding(study: StudyResults, judge: JudgeResults, seed: int = 0) 
 
 
 def _number(row: pd.Series) -> str:
-    return f"{row['value']:+.2f} {bounds(Interval(row['value'], row['low'], row['high']), '+.2f')}"
+    return f"{row['value']:+.2f} {interval_text(row['low'], row['high'], '+.2f')}"
 
 
 def _said(row: pd.Series, shown: bool) -> str:

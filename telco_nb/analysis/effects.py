@@ -183,7 +183,7 @@ def design_facts(configs: pd.DataFrame) -> pd.DataFrame:
     """A table, by factor, of what the given configurations can estimate.
 
     Columns: factor, levels, varied, separable (from the other main effects), clear (no main effect of it is aliased
-    with any two-factor interaction), leftover (residual degrees of freedom of the main-effects model).
+    with any two-factor interaction).
     """
     x, table = design_matrix(configs)
     separable = _is_separable(x)
@@ -197,8 +197,7 @@ def design_facts(configs: pd.DataFrame) -> pd.DataFrame:
         levels = ", ".join(map(level_text, factor_levels(configs, factor)))
         varied = len(columns) > 0
         rows.append((factor, levels, varied, varied and separable[columns].all(), varied and clear[columns].all()))
-    frame = pd.DataFrame(rows, columns=["factor", "levels", "varied", "separable", "clear"])
-    return frame.assign(leftover=len(configs) - int(np.linalg.matrix_rank(x.to_numpy())))
+    return pd.DataFrame(rows, columns=["factor", "levels", "varied", "separable", "clear"])
 
 
 def _interaction_columns(configs: pd.DataFrame) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
+from telco_nb.analysis.divergence import divergence_tables
 from telco_nb.analysis.fitness import fitness, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
@@ -33,9 +34,10 @@ from telco_nb.analysis.recommendation import (
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, bounds, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.statements import Finding, blockable, excludes_zero, not_estimable, p_text
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.cases import CRITERIA
+from telco_nb.judge.ranking import interval_text
 
 # Published in arXiv:2606.05176: facts to set beside ours, not targets.
 PAPER: dict[str, Any] = {
@@ -48,11 +50,23 @@ PAPER: dict[str, Any] = {
     "worst_loss_rank": "1st with both",
     "energy_wh": (284.0, 1371.0),
 }
+NOT_SHOWN_FIT = "is shown to be fit"  # where a part of the bar was not measured
 
 
-def all_findings(study: StudyResults, seed: int = 0) -> list[Finding]:
-    """Every statement of the study, the decision first."""
-    judged = [finding for judge in study.judges for finding in loss_findings(study, judge, seed)]
+def all_findings(study: StudyResults, seed: int = 0, divergence: pd.DataFrame | None = None) -> list[Finding]:
+    """Every statement of the study, the decision first.
+
+    Args:
+        study: the study.
+        seed: of sampled relabellings, permutations and resamples.
+        divergence: from `divergence_tables(study, seed)`; None: it is computed here.
+    """
+    parts = divergence_tables(study, seed) if divergence is None else divergence
+    judged = [
+        finding
+        for judge in study.judges
+        for finding in loss_findings(study, judge, seed, parts[parts["judge"] == judge.label])
+    ]
     agreement = [_agreement(study, a, b, seed) for a, b in combinations(study.judges, 2)]
     rest = [*_energy_findings(study), _noise_finding(study), *_effect_findings(study)]
     return [*decision_findings(study), *judged, *agreement, *rest]
@@ -117,25 +131,26 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     row = study.results.loc[choice.config]
     held, who = fitness(study, choice.config), f"{choice.config} ({describe_config(row)})"
     rest = f"Training: {energy_text(row) or 'its training energy is not known'}. {seed_text(study)}"
-    why = f"It is chosen thus: {choice.reason}."
+    unclear = f"The data cannot tell which is best: {choice.cannot_tell}. The best guess is {choice.config}"
+    if not choice.fit:
+        why = f"{unclear}: {choice.reason}." if choice.cannot_tell else f"It is chosen thus: {choice.reason}."
+        shown = "is fit" if all(fitness(study, str(config)).failed for config in study.results.index) else NOT_SHOWN_FIT
+        text = f"No configuration {shown} to answer customers. {who} is the first choice of {n}, but "
+        text += f"{name_list(held.reasons)}. {why} {rest}"
+        return Finding("deploy", text, choice.config, n=n, verdict="not fit")
+    fit = f"{len(choice.fit)} of {n} configurations are fit to answer customers. " if len(choice.fit) < n else ""
     if choice.cannot_tell:
-        why = f"The data cannot tell which is best: {choice.cannot_tell}. "
-        why += f"The best guess is {choice.config}: {choice.reason}."
-    if not held.is_fit:
-        text = f"No configuration is fit to answer customers. {who} is the first choice of {n}"
-        return Finding(
-            "deploy", f"{text}, but {name_list(held.reasons)}. {why} {rest}", choice.config, n=n, verdict="not fit"
-        )
-    if choice.cannot_tell:
-        text = f"The data cannot tell which is best: {choice.cannot_tell}. Deploy {who} only if one has to be: "
-        return Finding("deploy", f"{text}{choice.reason}. {rest}", choice.config, n=n, verdict="not distinguishable")
-    text = f"Deploy {who}: {choice.reason}."
-    if choice.better_than:
-        text += f" It is surely better than {choice.better_than} of the others."
-    elif n > 1:
-        text += " It is not surely better than any other one."
+        text = f"{fit}{unclear}: {choice.reason}. Deploy {who} only if one has to be. {rest}"
+        return Finding("deploy", text, choice.config, n=n, verdict="cannot tell")
+    text = f"Deploy {who}: {choice.reason}. {fit}{_better_text(choice.better_than)}{rest}"
     verdict = "supported" if choice.is_supported else "not distinguishable"
-    return Finding("deploy", f"{text} {rest}", choice.config, n=n, verdict=verdict)
+    return Finding("deploy", text, choice.config, n=n, verdict=verdict)
+
+
+def _better_text(names: Sequence[str]) -> str:
+    if not names:
+        return "It is not surely better than any other one. "
+    return f"It is surely better than {len(names)} of the others ({name_list(names)}). "
 
 
 def energy_text(row: pd.Series) -> str:
@@ -143,15 +158,16 @@ def energy_text(row: pd.Series) -> str:
     value, low, high = row[["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh"]]
     if pd.isna(value):
         return ""
-    ends = "" if pd.isna(low) or pd.isna(high) else f" {bounds(Interval(value, low, high), '.3g')}"
-    return f"{value:.3g} Wh{ends}, {row['energy_kind']}"
+    ends = "" if pd.isna(low) or pd.isna(high) else f" {interval_text(low, high, '.3g')}"
+    kind = row["energy_kind"]
+    return f"{value:.3g} Wh{ends}, {'of unknown kind' if pd.isna(kind) else kind}"
 
 
 def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
     row = study.results.loc[loss_pick]
     loss = Interval(*row[["val_loss", "val_loss_low", "val_loss_high"]])
     text = f"Loss alone would choose {loss_pick} ({describe_config(row)}): {loss.value:.4f} nats per token "
-    text += f"{bounds(loss, '.4f')}."
+    text += f"{interval_text(*loss[1:], '.4f')}."
     if energy := energy_text(row):
         text += f" Training: {energy}."
     return Finding("loss_choice", text, loss_pick, n=len(study.losses))
@@ -168,16 +184,24 @@ def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> 
     placed = [judge for judge in judges if loss_pick in judge.scores.index]
     if not placed:
         return not_estimable("confidence", "How sure is not known", f"no judge has ranked {loss_pick}", n)
-    leads = {judge.label: judge.draws[choice.config] - judge.draws[loss_pick] for judge in placed}
+    leads = {judge.label: (judge.draws[choice.config] - judge.draws[loss_pick]).dropna() for judge in placed}
+    if any(lead.empty for lead in leads.values()):
+        return not_estimable("confidence", "How sure is not known", f"{loss_pick} has no resampled score", n)
     shares = {label: float((lead > 0).mean() + (lead == 0).mean() / 2) for label, lead in leads.items()}
     often = name_list([f"{percent(share)} with {judge}" for judge, share in shares.items()])
     text = f"Resampled, {choice.config} scores above loss's choice, {loss_pick}, this often: {often}."
-    sure = min(shares.values())
-    if sure < 0.5:
+    tables = compare(study, placed).values()
+    ahead, behind = (
+        all(loser in table.loc[winner, "better_than"] for table in tables)
+        for winner, loser in ((choice.config, loss_pick), (loss_pick, choice.config))
+    )
+    if behind:
+        text += f" {loss_pick} answers better"
+        text += ", but is not fit." if choice.fit and loss_pick not in choice.fit else "."
+    elif min(shares.values()) < 0.5:
         text += f" {loss_pick} may answer better, but is not shown to."
-    behind = all(table.loc[loss_pick, "behind_at_least"] > 0 for table in compare(study, placed).values())
-    verdict = "supported" if sure >= 0.975 and behind else "not distinguishable"
-    return Finding("confidence", text, sure, n=n, verdict=verdict)
+    verdict = "supported" if ahead else "refuted" if behind else "not distinguishable"
+    return Finding("confidence", text, min(shares.values()), n=n, verdict=verdict)
 
 
 def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
@@ -205,8 +229,10 @@ def _agreement(study: StudyResults, a: JudgeResults, b: JudgeResults, seed: int)
         return not_estimable(id, text, "all scores of a judge are equal", n)
     draws_a, draws_b = a.draws[configs].iloc[:n_draws], b.draws[configs].iloc[:n_draws]
     tau = statistics.tau_interval(a.scores, b.scores, draws_a, draws_b)
+    if tau is None:
+        return not_estimable(id, text, "no resample has a rank correlation", n)
     p, said = design_p_text(study.results.loc[configs], a.scores[configs], b.scores[configs], seed)
-    text = f"Rankings of {a.label} and {b.label}: tau-b = {tau.value:+.2f} {bounds(tau, '+.2f')}. {said}"
+    text = f"Rankings of {a.label} and {b.label}: tau-b = {tau.value:+.2f} {interval_text(*tau[1:], '+.2f')}. {said}"
     alike = tau.value > 0 and p < 0.05
     return blockable(id, text, tau, n, "supported" if alike else "not distinguishable", a, b)
 
@@ -223,7 +249,7 @@ def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> 
         text = f"Verdicts of {a.label} and {b.label} cannot be compared"
         return not_estimable(id, text, "no shared comparison that varies", n)
     text = f"Verdict by verdict, {a.label} and {b.label} agree with Cohen's kappa {kappa.value:.2f} "
-    text += f"{bounds(kappa, '.2f')} over {n:,} shared comparisons."
+    text += f"{interval_text(*kappa[1:], '.2f')} over {n:,} shared comparisons."
     return blockable(id, text, kappa, n, excludes_zero(kappa), a, b)
 
 
@@ -255,7 +281,7 @@ def _alpha_finding(criterion: str, judges: Sequence[JudgeResults], alpha: Interv
         reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
         return not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
     text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
-    text += f"{bounds(alpha, '.2f')} (ordinal, {n:,} answers)."
+    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {n:,} answers)."
     return Finding(id, text, *alpha, n, excludes_zero(alpha))
 
 
@@ -273,8 +299,8 @@ def self_preference_finding(judge: JudgeResults, own: set[str], gap: Interval, n
         text = f"Whether {judge.label} favours its own answers ({whose}) is not known"
         return not_estimable(id, text, "no other judge has decided the same comparisons", n)
     points = Interval(*(100 * share for share in gap))
-    text = f"{judge.label} prefers its own answers ({whose}) {points.value:+.0f} points {bounds(points, '+.0f')} "
-    text += f"more often than the other judges do, over {n:,} comparisons."
+    text = f"{judge.label} prefers its own answers ({whose}) {points.value:+.0f} points "
+    text += f"{interval_text(*points[1:], '+.0f')} more often than the other judges do, over {n:,} comparisons."
     return Finding(id, text, *gap, n, excludes_zero(gap))
 
 
@@ -291,7 +317,7 @@ def _energy_findings(study: StudyResults) -> list[Finding]:
     ratio, spread = effects.energy_ratio(study, most, least), effects.energy_spread(study)
     low, high = PAPER["energy_wh"]
     unknown = " (no run was repeated, so its error from run to run is not known)"
-    run_error = unknown if spread is None else f" {bounds(ratio, '.1f')}"
+    run_error = unknown if spread is None else f" {interval_text(*ratio[1:], '.1f')}"
     text = (
         f"Training energy ({study.energy_word}) runs from {energy[least]:.3g} Wh ({least}) to {energy[most]:.3g} Wh "
         f"({most}): a factor of {ratio.value:.1f}{run_error}. The two "
@@ -327,13 +353,15 @@ def _noise_finding(study: StudyResults) -> Finding:
         return not_estimable("noise_floor", "The seed noise is not known", reason)
     seeds, losses = noise.between_seeds, study.losses.sort_values()
     near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
+    differ = noise.between_configs
     text = (
-        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, {bounds(seeds, '.4f')}, "
-        f"{noise.n_runs} runs); configurations differ by {noise.between_configs:.4f}. Two single runs closer than "
+        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, "
+        f"{interval_text(*seeds[1:], '.4f')}, {noise.n_runs} runs); configurations differ by "
+        f"{'an unknown amount' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
         f"{noise.resolution:.4f} are not distinguishable: {len(near)} of {len(losses)} are that close to the lowest "
         f"loss{f' ({name_list(near)})' if len(near) <= 8 else ''}."
     )
-    verdict = "supported" if noise.between_configs > seeds.high else "not distinguishable"
+    verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
     return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)
 
 
@@ -361,10 +389,8 @@ def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -
         return not_estimable(id, f"The effect of {name} is not estimable", row["reason"], n)
     digits = ".2f" if unit == "ratio" else "+.3f"
     effect = Interval(row["effect"], row["low"], row["high"])
-    text = (
-        f"Effect of {name}: {effect.value:{digits}} {unit} {bounds(effect, digits)}, {p_text(row['p_holm'])} by Holm "
-    )
-    text += f"over {family} effects (error: {row['error']}). {_fit_text(row)}"
+    text = f"Effect of {name}: {effect.value:{digits}} {unit} {interval_text(*effect[1:], digits)}, "
+    text += f"{p_text(row['p_holm'])} by Holm over {family} effects (error: {row['error']}). {_fit_text(row)}"
     if order >= effects.ORDER_SHARE:
         text += (
             f" Configurations ran in the order of {factor} ({order:.0%} of a run's place follows it): a drift of the "

@@ -11,14 +11,22 @@ from telco_nb.analysis.divergence import divergence_finding
 from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
 from telco_nb.analysis.recommendation import name_list, percent, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, bounds, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.statements import Finding, blockable, excludes_zero, not_estimable, p_text
 from telco_nb.analysis.statistics import Interval, percentile_interval
+from telco_nb.judge.ranking import interval_text
 
 SHUFFLED = "shuffled as if no factors joined them"
 
 
-def loss_findings(study: StudyResults, judge: JudgeResults, seed: int) -> list[Finding]:
-    """Loss against one judge: the rank correlation, why the two part, and the places of the extremes by loss."""
+def loss_findings(study: StudyResults, judge: JudgeResults, seed: int, divergence: pd.DataFrame) -> list[Finding]:
+    """Loss against one judge: the rank correlation, why the two part, and the places of the extremes by loss.
+
+    Args:
+        study: the study.
+        judge: the judge.
+        seed: of sampled relabellings and permutations.
+        divergence: the judge's `divergence_table`.
+    """
     losses, draws = results.paired_draws(study, judge)
     n, id = losses.shape[1], f"tau.{judge.name}"
     if n < 2:
@@ -32,7 +40,7 @@ def loss_findings(study: StudyResults, judge: JudgeResults, seed: int) -> list[F
             not_estimable(f"divergence.{judge.name}", parts, equal, n),
         ]
     place = score.rank(ascending=False, method="min")
-    found = [_tau_finding(study, judge, losses, draws, seed), divergence_finding(study, judge, seed)]
+    found = [_tau_finding(study, judge, losses, draws, seed), divergence_finding(study, judge, divergence)]
     pick, unpicked = loss_pick(loss), f"the lowest loss is shared by {name_list(_lowest(loss))}"
     if pick is None:
         text = f"What choosing by loss costs with {judge.label} is not known"
@@ -70,16 +78,23 @@ def _tau_finding(
         return not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
     loss, score = study.losses[losses.columns], judge.scores[losses.columns]
     tau = statistics.tau_interval(loss, score, losses, draws)
+    if tau is None:
+        text = f"Whether loss predicts {judge.label} cannot be told"
+        return not_estimable(id, text, "no resample has a rank correlation", n)
     p, said = design_p_text(configs, loss, score, seed)
     shown = f"Lower loss goes with {'better' if tau.value < 0 else 'worse'} answers"
     shown += ", beyond what effects of the factors with unrelated directions bring about."
     hidden = "No relation can be shown that the factors could not bring about by themselves."
     text = (
-        f"Loss against the score of {judge.label}: tau-b = {tau.value:+.2f} {bounds(tau, '+.2f')}. {said} "
-        f"{_within_text(configs, loss, score)}This judge's own noise caps |tau| near "
-        f"{results.noise_ceiling(judge):.2f}. {shown if p < 0.05 else hidden}"
+        f"Loss against the score of {judge.label}: tau-b = {tau.value:+.2f} {interval_text(*tau[1:], '+.2f')}. {said} "
+        f"{_within_text(configs, loss, score)}{_ceiling_text(results.noise_ceiling(judge))}"
+        f"{shown if p < 0.05 else hidden}"
     )
     return blockable(id, text, tau, n, "supported" if p < 0.05 else "not distinguishable", judge)
+
+
+def _ceiling_text(ceiling: float) -> str:
+    return "" if math.isnan(ceiling) else f"This judge's own noise caps |tau| near {ceiling:.2f}. "
 
 
 def design_p_text(configs: pd.DataFrame, a: pd.Series, b: pd.Series, seed: int) -> tuple[float, str]:
@@ -125,7 +140,7 @@ def _regret_finding(judge: JudgeResults, pick: str, draws: pd.DataFrame) -> Find
     lead = percentile_interval(judge.scores[best] - judge.scores[pick], draws[best] - draws[pick])
     text = (
         f"Choosing by loss ({pick}) instead of by {judge.label}: {best} is better by {lead.value:.2f} log-odds "
-        f"{bounds(lead, '.2f')}, that is, wins {win_text(lead)} of their decided comparisons. "
+        f"{interval_text(*lead[1:], '.2f')}, that is, wins {win_text(lead)} of their decided comparisons. "
         "The best of many is picked after the fact, so this is an upper estimate."
     )
     return blockable(id, text, lead, len(draws), excludes_zero(lead), judge)
@@ -142,7 +157,8 @@ def _top3_finding(judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame
 
 def _rank_interval(place: pd.Series, draws: pd.DataFrame, config: str) -> Interval:
     ranks = draws.rank(axis=1, ascending=False)[config]
-    return Interval(*(round(bound) for bound in percentile_interval(place[config], ranks)))
+    value, *ends = percentile_interval(place[config], ranks)
+    return Interval(round(value), *(round(end) if math.isfinite(end) else end for end in ends))
 
 
 def _rank_finding(
@@ -156,8 +172,8 @@ def _rank_finding(
     chance = (n - rank.value + 1) / n if end == "best" else rank.value / n
     side = f"{rank.value} or further down" if end == "best" else f"{rank.value} or further up"
     text = (
-        f"The {word}-loss configuration, {config}, ranks {rank.value} of {n} with {judge.label} {bounds(rank, '')}; "
-        f"if loss meant nothing, a place of {side} would have probability {chance:.2f}."
+        f"The {word}-loss configuration, {config}, ranks {rank.value} of {n} with {judge.label} "
+        f"{interval_text(*rank[1:], '')}; if loss meant nothing, a place of {side} would have probability {chance:.2f}."
     )
     return blockable(f"{end}_loss_rank.{judge.name}", text, rank, n, "described", judge)
 
@@ -168,6 +184,6 @@ def _misplaced_finding(judge: JudgeResults, by_loss: pd.Series, place: pd.Series
     rank = _rank_interval(place, draws, config)
     text = (
         f"Loss misplaces {config} most: {by_loss[config]:.0f} of {n} by loss, {rank.value} of {n} with "
-        f"{judge.label} {bounds(rank, '')}. It is picked after the fact as the most extreme of {n}."
+        f"{judge.label} {interval_text(*rank[1:], '')}. It is picked after the fact as the most extreme of {n}."
     )
     return blockable(f"misplaced.{judge.name}", text, rank, n, "described", judge)

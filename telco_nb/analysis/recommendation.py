@@ -1,9 +1,10 @@
 """Which configuration to recommend, and the reasons.
 
-The rule is written down before the run (`params/claims.yaml`). Eligible is who is shown to be not worse than the best
-by more than the margin: a bound on the lead of the best, not a test that failed to tell two apart. Of these the highest
-expected score wins, and energy decides only where expected scores are as good as equal. Where nothing is shown, the
-answer is that the data cannot tell.
+The rule is written down before the run (`params/claims.yaml`). Only configurations that are fit to answer customers are
+compared (`fitness`); if none is fit, all are, and the answer is that none is. Eligible is who is shown to be not worse
+than the best of them by more than the margin: a bound on the lead of the best, not a test that failed to tell two
+apart. Of these the highest expected score wins, and energy decides only where expected scores are as good as equal.
+Where nothing is shown, the answer is that the data cannot tell.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import NamedTuple
 import pandas as pd
 from scipy.special import expit
 
-from telco_nb.analysis.fitness import lead_over
+from telco_nb.analysis.effects import noise_floor
+from telco_nb.analysis.fitness import fit_configs, lead_over
 from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.shrinkage import expected_scores
 from telco_nb.analysis.statistics import Interval
-from telco_nb.analysis.utility import expected_scores
 from telco_nb.judge.best import compare_with_best
-from telco_nb.judge.ranking import few_terms
+from telco_nb.judge.ranking import few_terms, interval_text
 from telco_nb.study.params import Claims, load_claims
 
 TARGETS = {"qv": "query and value", "mlp": "MLP", "all": "attention and MLP"}
@@ -39,22 +41,25 @@ def judges_text(judges: Sequence[JudgeResults]) -> str:
 
 
 def percent(share: float) -> str:
-    """A share estimated from draws: never quite 0 % or 100 %."""
+    """A share estimated from draws: never quite 0 % or 100 %; `an unknown share` where it is missing."""
+    if pd.isna(share):
+        return "an unknown share"
     return "over 99%" if share > 0.99 else "under 1%" if share < 0.01 else f"{share:.0%}"
 
 
 def win_text(lead: Interval) -> str:
     """A lead in log-odds as the share of decided comparisons won (Bradley-Terry), with its interval."""
-    value, low, high = ("open" if math.isnan(x) else percent(float(expit(x))) for x in lead)
-    return f"{value} [{low}, {high}]"
+    value, low, high = (percent(float(expit(x))) if math.isfinite(x) else None for x in lead)
+    return f"{value or percent(math.nan)} {interval_text(low, high, '')}"
 
 
 class Recommendation(NamedTuple):
     """The recommended configuration and why.
 
     `candidates` are shown to be not worse than the best by more than the margin, best first; if there are none,
-    `cannot_tell` says why and `config` is only the best guess. `better_than` is the number of configurations that are
-    surely worse than it with every judge. Without a `config`, `blocked_by` holds the reasons.
+    `cannot_tell` says why and `config` is only the best guess. `better_than` names the configurations that are surely
+    worse than it with every judge. `fit` names those that are fit; they are the ones compared, unless there are none.
+    Without a `config`, `blocked_by` holds the reasons.
     """
 
     config: str | None
@@ -62,12 +67,13 @@ class Recommendation(NamedTuple):
     reason: str
     blocked_by: list[str]
     cannot_tell: str = ""
-    better_than: int = 0
+    better_than: Sequence[str] = ()
+    fit: Sequence[str] = ()
 
     @property
     def is_supported(self) -> bool:
         """True if it is shown to be as good as the best, and surely better than one other at least."""
-        return self.config is not None and not self.cannot_tell and self.better_than > 0
+        return self.config is not None and not self.cannot_tell and len(self.better_than) > 0
 
 
 def claims_of(study: StudyResults) -> Claims:
@@ -87,8 +93,12 @@ def _too_little(judge: JudgeResults) -> list[str]:
     if judge.coverage is None or math.isnan(judge.coverage):
         found.append(f"judge {judge.name}: the share of answered questions is not known")
     terms = judged_terms(judge)
-    if terms is not None and len(terms) and (reason := few_terms(int(terms.max()))):
+    if reason := few_terms(None if terms is None or terms.empty else int(terms.max())):
         found.append(f"judge {judge.name}: {reason}")
+    resampled = judge.draws.reindex(columns=judge.scores.index).notna().all()
+    if not resampled.all():
+        missing = name_list([str(config) for config in resampled.index[~resampled]])
+        found.append(f"judge {judge.name}: resampled scores of {missing} are missing")
     return found
 
 
@@ -99,14 +109,25 @@ def judged_terms(judge: JudgeResults) -> pd.Series | None:
     return judge.ranking["n_terms"].reindex(judge.scores.index).fillna(0).astype(int)
 
 
-def compare(study: StudyResults, judges: Sequence[JudgeResults]) -> dict[str, pd.DataFrame]:
-    """`compare_with_best` for each judge, by the judge's label."""
-    level = 1 - claims_of(study).confidence
-    return {j.label: compare_with_best(j.scores, j.draws[list(j.scores.index)], judged_terms(j), level) for j in judges}
+def compare(
+    study: StudyResults, judges: Sequence[JudgeResults], configs: Sequence[str] | None = None
+) -> dict[str, pd.DataFrame]:
+    """`compare_with_best` for each judge, by the judge's label.
+
+    Args:
+        study: the study, with its claims.
+        judges: the judges.
+        configs: those to compare with each other; None: all that a judge has ranked.
+    """
+    level, tables = 1 - claims_of(study).confidence, {}
+    for judge in judges:
+        scores = judge.scores if configs is None else judge.scores[judge.scores.index.isin(list(configs))]
+        tables[judge.label] = compare_with_best(scores, judge.draws[list(scores.index)], judged_terms(judge), level)
+    return tables
 
 
-def utilities(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:
-    """The expected score in log-odds, its mean over the judges, highest first."""
+def mean_expected_scores(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:
+    """`expected_scores` in log-odds, their mean over the judges, highest first."""
     scores = [expected_scores(judge.scores, judge.draws, study.results) for judge in judges]
     return pd.concat(scores, axis=1).dropna().mean(axis=1).sort_values(ascending=False, kind="stable")
 
@@ -114,22 +135,35 @@ def utilities(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:
 def recommend(study: StudyResults) -> Recommendation:
     """The configuration to deploy, by the rule in `claims_of(study)`.
 
-    A configuration whose interval lies below the untuned model with any of the judges is not eligible.
+    A configuration that is not fit is not eligible while another one is, and one whose interval lies below the untuned
+    model with any of the judges never is.
     """
     judges, blocks = claiming_judges(study)
     if not judges:
         return Recommendation(None, [], "", blocks or ["no judge has ranked the configurations"])
-    claims, compared, expected = claims_of(study), compare(study, judges), utilities(study, judges)
-    eligible = [config for config in expected.index if not _worse_than_untuned(judges, config)]
+    claims, expected = claims_of(study), mean_expected_scores(study, judges)
+    if expected.empty:
+        return Recommendation(None, [], "", ["no configuration was ranked by every judge"])
+    fit = [config for config in fit_configs(study) if config in expected.index]
+    pool = [config for config in expected.index if config in fit or not fit]
+    eligible = [config for config in pool if not _worse_than_untuned(judges, config)]
     if not eligible:
-        return Recommendation(None, [], "", _worse_than_untuned(judges, str(expected.index[0])))
+        return Recommendation(None, [], "", _worse_than_untuned(judges, pool[0]), fit=fit)
+    compared = compare(study, judges, pool)
     within = [c for c in eligible if all(t.loc[c, "behind_at_most"] <= claims.margin for t in compared.values())]
     config, by_energy = _choose(study, expected, within) if within else (eligible[0], "")
-    better = min(int(table.loc[config, "better_than"]) for table in compared.values())
+    better = _beaten_with_all(compared, config)
     if within:
-        return Recommendation(config, within, _reason(study, judges, within, config, by_energy), [], "", better)
+        reason = _reason(study, judges, pool, within, config, by_energy)
+        return Recommendation(config, within, reason, [], "", better, fit)
     reason = f"it has the highest expected score with {judges_text(judges)}"
-    return Recommendation(config, [], reason, [], _cannot_tell(compared, claims, config), better)
+    return Recommendation(config, [], reason, [], _cannot_tell(compared, claims, config), better, fit)
+
+
+def _beaten_with_all(compared: Mapping[str, pd.DataFrame], config: str) -> list[str]:
+    """The configurations that are surely worse than one with every judge: the same names, not as many."""
+    first, *others = [table.loc[config, "better_than"] for table in compared.values()]
+    return [name for name in first if all(name in beaten for beaten in others)]
 
 
 def _choose(study: StudyResults, expected: pd.Series, within: list[str]) -> tuple[str, str]:
@@ -143,8 +177,8 @@ def _choose(study: StudyResults, expected: pd.Series, within: list[str]) -> tupl
     if best in cheap:
         return best, ""
     saved = 1 - energy[cheap[0]] / energy[best]
-    text = f"it takes {saved:.0%} less training energy than {best}, which is expected to be better by at most"
-    return str(cheap[0]), f"{text} {claims.tie:g} log-odds"
+    text = f"it takes {saved:.0%} less training energy than {best}, which is expected to win at most"
+    return str(cheap[0]), f"{text} {percent(float(expit(claims.tie)))} of the decided comparisons with it"
 
 
 def _worse_than_untuned(judges: Sequence[JudgeResults], config: str) -> list[str]:
@@ -152,20 +186,26 @@ def _worse_than_untuned(judges: Sequence[JudgeResults], config: str) -> list[str
     reasons = []
     for judge in judges:
         gain = lead_over(judge, config, "untuned")
-        if gain is not None and gain.high < 0:
+        if gain is not None and gain.is_below():
             share = f"{config}, the best, wins {win_text(gain)} of decided comparisons with it ({judge.label})"
             reasons.append(f"the untuned model answers better: {share}")
     return reasons
 
 
-def _reason(study: StudyResults, judges: Sequence[JudgeResults], within: list[str], config: str, by_energy: str) -> str:
-    claims, n = claims_of(study), len(study.results)
-    share = f"{claims.margin:g} log-odds ({percent(float(expit(claims.margin)))} of decided comparisons)"
-    shown = f"shown ({claims.confidence:.0%}) to be behind the best by less than {share} with {judges_text(judges)}"
+def _reason(
+    study: StudyResults, judges: Sequence[JudgeResults], pool: list[str], within: list[str], config: str, by_energy: str
+) -> str:
+    """Why a candidate was chosen from the pool that was compared."""
+    claims, n = claims_of(study), len(pool)
+    noun = "configurations" if n == len(study.results) else "fit configurations"
+    share = f"at most {percent(float(expit(claims.margin)))} of decided comparisons to the best of the others"
+    shown = f"shown ({claims.confidence:.0%}) to lose {share} with {judges_text(judges)}"
+    if n == 1:
+        return "it is the only one of the configurations that is fit" if noun.startswith("fit") else "there is no other"
     if len(within) == 1:
-        return f"it is the only configuration {shown}"
+        return f"it is the only one of {n} {noun} {shown}"
     who = f"all {n}" if len(within) == n else f"{len(within)} of {n}"
-    text = f"{who} configurations ({', '.join(within)}) are {shown}"
+    text = f"{who} {noun} ({', '.join(within)}) are {shown}"
     return f"{text}; {by_energy}" if by_energy else f"{text}, and it has the highest expected score of them"
 
 
@@ -175,19 +215,20 @@ def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: s
     for label, table in compared.items():
         near = table["behind_at_most"].idxmin()
         behind, rivals = table.loc[near, "behind_at_most"], int(table["can_be_best"].sum())
-        bound = "by any amount" if math.isinf(behind) else f"by up to {behind:.2f} log-odds"
-        parts.append(f"with {label} {rivals} of {len(table)} can be the best, and even {near} can be behind it {bound}")
+        bound = "any share" if math.isinf(behind) else f"up to {percent(float(expit(behind)))}"
+        lost = f"even {near} may lose {bound} of decided comparisons to it"
+        parts.append(f"with {label} {rivals} of {len(table)} can be the best, and {lost}")
     if all((table["behind_at_most"] <= claims.margin).any() for table in compared.values()):
         parts = [f"the judges differ in which ones are near the best ({name_list(list(compared))})"]
-    return f"{'; '.join(parts)} (margin {claims.margin:g})"
+    return f"{'; '.join(parts)} (the margin is {percent(float(expit(claims.margin)))})"
 
 
 def seed_text(study: StudyResults) -> str:
     """What another training seed could change: known for the loss where runs were repeated, not for the scores."""
     text = "Scores come from one training run each, so no interval holds the chance of training"
-    spread = study.repeats.groupby("config")["val_loss"].agg(["std", "size"]) if len(study.repeats) else pd.DataFrame()
-    if len(spread) and (spread["size"] > 1).any():
-        sd = math.sqrt((spread["std"] ** 2).mean())
+    noise = noise_floor(study.results, study.repeats, "val_loss")
+    if noise is not None:
+        sd = noise.between_seeds.value
         text += f": between seeds the loss varies by {sd:.4f} (SD), and by how much the score does is not known"
     return f"{text}."
 

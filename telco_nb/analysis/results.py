@@ -108,6 +108,8 @@ class StudyResults:
     def energy_blocks(self) -> list[str]:
         """The reasons why the training energies may not be compared; empty if they may."""
         blocks = []
+        if unknown := int(self.results.loc[self.energy.index, "energy_kind"].isna().sum()):
+            blocks.append(f"the kind of {unknown} of {len(self.energy)} energies is not known")
         if len(self.energy_kinds) > 1:
             blocks.append(f"energies of different kinds ({self.energy_word}) do not stand on one ranking")
         if self.invalid_energy:
@@ -289,12 +291,20 @@ def set_loss_draws(reference_losses: Mapping[str, pd.DataFrame], n_draws: int, s
     }
 
 
-def end_losses(curves: Mapping[str, pd.DataFrame]) -> pd.Series:
-    """The training loss at the end, by configuration: the mean of the last tenth of its steps."""
-    return pd.Series(
-        {config: float(curve["train_loss"].tail(max(1, len(curve) // 10)).mean()) for config, curve in curves.items()},
-        dtype=float,
-    )
+def curve_ends(curves: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The training loss at the start and at the end, by configuration: means of the first and last tenth of the steps.
+
+    Args:
+        curves: by configuration, a row per step with column train_loss (nats per token).
+
+    Returns:
+        Columns start and end, indexed by configuration.
+    """
+    ends = {
+        config: [part.mean() for part in (steps.head(max(1, len(steps) // 10)), steps.tail(max(1, len(steps) // 10)))]
+        for config, steps in ((config, curve["train_loss"]) for config, curve in curves.items())
+    }
+    return pd.DataFrame.from_dict(ends, orient="index", columns=["start", "end"], dtype=float)
 
 
 def paired_draws(study: StudyResults, judge: JudgeResults) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -12,6 +12,7 @@ from telco_nb.analysis.fitness import lead_over
 from telco_nb.analysis.recommendation import name_list, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults, paired_draws
 from telco_nb.analysis.statistics import Interval, percentile_interval
+from telco_nb.judge.ranking import interval_text
 
 PAIR_COLUMNS = ["factor", "config_a", "config_b", "level_a", "level_b"]
 ROW_COLUMNS = ["loss_a", "loss_b", "loss_change", "loss_low", "loss_high", "score_a", "score_b", "score_change",
@@ -61,7 +62,7 @@ def compare_rows(study: StudyResults) -> pd.DataFrame:
 
 
 def _shows(loss: Interval, score: Interval) -> str:
-    loss_changes, score_changes = (bool(x.low > 0 or x.high < 0) for x in (loss, score))
+    loss_changes, score_changes = (x.excludes() for x in (loss, score))
     if loss_changes and score_changes:
         return f"the lower loss goes with {'better' if loss.value * score.value < 0 else 'worse'} answers"
     if loss_changes:
@@ -110,7 +111,7 @@ def _pair_text(table: pd.DataFrame, judges: Sequence[JudgeResults]) -> str:
     text = (
         f"**{first.config_a} against {first.config_b}**: only {DIFFERS[first.factor]}, {first.level_a} and "
         f"{first.level_b}. The loss is {first.loss_a:.3f} and {first.loss_b:.3f}, a difference of "
-        f"{first.loss_change:+.3f} [{first.loss_low:+.3f}, {first.loss_high:+.3f}]."
+        f"{first.loss_change:+.3f} {interval_text(first.loss_low, first.loss_high, '+.3f')}."
     )
     for judge in judges:
         for _, row in table[table["judge"] == judge.name].iterrows():
@@ -127,7 +128,7 @@ def untuned_text(study: StudyResults) -> str:
         gains = {config: lead_over(judge, config, "untuned") for config in judge.scores.index}
         placed = {config: gain for config, gain in gains.items() if gain is not None}
         below = [config for config, gain in placed.items() if gain.value < 0]
-        surely = [config for config in below if placed[config].high < 0]
+        surely = [config for config in below if placed[config].is_below()]
         text = f"- With {_name(judge)}, **{len(below)} of {len(placed)} configurations score below the untuned model**"
         if not placed:
             text = f"- {_name(judge)} has not placed the untuned model"

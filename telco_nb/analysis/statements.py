@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,8 @@ from telco_nb.analysis.statistics import Interval
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement. `verdict`: supported, not distinguishable, described, not fit, not estimable or blocked."""
+    """One statement. `verdict`: supported, refuted, not distinguishable, cannot tell (of the decision and the primary
+    claim), not fit, described, not estimable or blocked."""
 
     id: str
     statement: str
@@ -38,14 +40,11 @@ def blockable(
 
 def excludes_zero(interval: Interval) -> str:
     """The verdict on a difference: supported if its interval excludes 0."""
-    return "supported" if interval.low > 0 or interval.high < 0 else "not distinguishable"
-
-
-def bounds(interval: Interval, digits: str) -> str:
-    """`[low, high]`."""
-    return f"[{interval.low:{digits}}, {interval.high:{digits}}]"
+    return "supported" if interval.excludes() else "not distinguishable"
 
 
 def p_text(p: float) -> str:
     """`p = 0.031`, or `p < 0.001`."""
+    if math.isnan(p):
+        return "p not known"
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

@@ -22,6 +22,18 @@ class Interval(NamedTuple):
     low: float = math.nan
     high: float = math.nan
 
+    def is_above(self, point: float = 0.0) -> bool:
+        """True if the whole interval lies above a point: with 0, the one is surely more than the other."""
+        return bool(self.low > point)
+
+    def is_below(self, point: float = 0.0) -> bool:
+        """True if the whole interval lies below a point. A bound that is missing shows nothing."""
+        return bool(self.high < point)
+
+    def excludes(self, point: float = 0.0) -> bool:
+        """True if the two surely differ: the one rule for it in this project."""
+        return self.is_above(point) or self.is_below(point)
+
 
 MISSING = Interval(math.nan)
 
@@ -102,7 +114,7 @@ def critical_tau(n: int, level: float = 0.05) -> float | None:
     return float(1 - 2 * reached[-1] / pairs) if reached.size else None
 
 
-def tau_interval(a: pd.Series, b: pd.Series, draws_a: pd.DataFrame, draws_b: pd.DataFrame) -> Interval:
+def tau_interval(a: pd.Series, b: pd.Series, draws_a: pd.DataFrame, draws_b: pd.DataFrame) -> Interval | None:
     """tau-b of two scores over configurations with an interval from paired draws of both.
 
     In simulation at n = 16 it covers 91-98 % of true tau, where percentiles alone cover 73-96 %, while the noise stays
@@ -112,17 +124,25 @@ def tau_interval(a: pd.Series, b: pd.Series, draws_a: pd.DataFrame, draws_b: pd.
     Args:
         a, b: scores, indexed by configuration.
         draws_a, draws_b: draws of the scores, both (draws, configurations) with the same columns.
+
+    Returns:
+        None where `hull_interval` has none.
     """
     configs = list(draws_a.columns)
     return hull_interval(kendall_tau(a[configs], b[configs]), tau_rows(draws_a, draws_b))
 
 
-def hull_interval(value: float, draws: Numbers, most: float = 1.0) -> Interval:
+def hull_interval(value: float, draws: Numbers, most: float = 1.0) -> Interval | None:
     """The hull of the percentile interval and its mirror image about the value (the basic bootstrap), within +-most.
 
     Draws of a rank correlation contain the noise twice, which pulls them towards 0; the mirror image makes up for it.
+
+    Returns:
+        None if there is no value, or no draw has one: one side is constant. The caller says so.
     """
     low, high = percentile_interval(value, draws)[1:]
+    if not math.isfinite(value + low + high):
+        return None
     return Interval(value, max(-most, min(low, 2 * value - high)), min(most, max(high, 2 * value - low)))
 
 

@@ -106,7 +106,7 @@ def held_against_bar(trained: Trained) -> Fitness | None:
 def unfit_reasons(study: StudyFiles, held: Fitness | None) -> list[str]:
     """Why the configuration may not answer customers; empty if it meets the bar. What was not judged does not.
 
-    The finding `deploy` counts for all configurations: if the best of them is not fit, none is.
+    The finding `deploy` is `not fit` only if every configuration is below the bar, so it then holds for this one too.
     """
     if held is None or study.results.empty:
         return ["no judge that passed its gate has compared it"]

@@ -10,13 +10,15 @@ import pandas as pd
 from telco_nb.corpus.cards import Card
 
 TEMPLATE = "This is about {term}. Please tell me what you see, and I will check it."
-DESCRIPTIONS = {
-    "untuned": "the base model without training",
-    "reference": "the gold answer of the prompt",
-    "template": f"one sentence for everything: “{TEMPLATE}”",
-    "echo": "the customer's own words, sent back",
-    "nearest": "the answer of the training conversation whose question is most alike",
+GOLD = "reference"  # the name of the gold answers in tables of answers, verdicts and checks
+ANCHORS = {  # the one table of anchors: name, and what it is
+    "untuned": "the untuned model",
+    GOLD: "the gold answer",
+    "template": "one sentence for everything",
+    "echo": "the customer's own words",
+    "nearest": "the answer of the most similar training conversation",
 }
+FLOORS = tuple(name for name in ANCHORS if name != GOLD)  # what a configuration must beat to be fit
 
 
 def anchor_texts(
@@ -32,7 +34,7 @@ def anchor_texts(
     texts: dict[tuple[str, str], str] = {}
     for row in prompts.to_dict("records"):
         question = list(row["messages"])[-1]["content"]
-        texts["reference", row["prompt_id"]] = row["reference"]
+        texts[GOLD, row["prompt_id"]] = row["reference"]
         texts["template", row["prompt_id"]] = TEMPLATE.format(term=cards[row["term_id"]].term)
         texts["echo", row["prompt_id"]] = question
     conversations = train["messages"].tolist() if isinstance(train, pd.DataFrame) else [c["messages"] for c in train]

@@ -41,9 +41,9 @@ def compare_with_best(
 
     Returns:
         By configuration, best first: score; can_be_best; behind_at_least and behind_at_most, the bounds of the lead of
-        the best of the others over it, in log-odds. These hold together. better_than and worse_than count the
-        configurations that surely differ from it; over all pairs, so that they are 0 in 95 % of the studies in which
-        all are equal.
+        the best of the others over it, in log-odds. These hold together. better_than and worse_than are lists of the
+        configurations that surely differ from it; over all pairs, so that all are empty in 95 % of the studies in
+        which all are equal.
     """
     names = list(scores.sort_values(ascending=False, kind="stable").index)
     gaps = scores[names].to_numpy(float)[:, None] - scores[names].to_numpy(float)
@@ -62,8 +62,8 @@ def compare_with_best(
         "can_be_best": can_be_best,
         "behind_at_least": np.maximum(0.0, -lead_at_most.min(1)),
         "behind_at_most": np.maximum(0.0, behind),
-        "better_than": surely.sum(1),
-        "worse_than": surely.sum(0),
+        "better_than": [[names[j] for j in np.flatnonzero(row)] for row in surely],
+        "worse_than": [[names[i] for i in np.flatnonzero(column)] for column in surely.T],
     }
     return pd.DataFrame(table, index=pd.Index(names, name="config"))
 

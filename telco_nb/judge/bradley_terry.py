@@ -5,13 +5,9 @@ optional length term lambda, and eta = theta_i - theta_j + delta + lambda * log(
 
     P(i wins) : P(tie) : P(j wins)  =  exp(eta / 2) : exp(tau) : exp(-eta / 2)
 
-This is Davidson's (1970) tie model with the order effect of Davidson and Beaver (1977), written in log-odds. With
-`margins` a clear win (margin 2) is an outcome of its own, with a term kappa (an adjacent-category model, Agresti 1992):
-
-    clear win : win : tie : loss : clear loss  =  exp(kappa + eta) : exp(eta / 2) : exp(tau) : exp(-eta / 2) : ...
-
-Without clear wins it is the model above. Both log-likelihoods are concave; Newton steps maximise them minus ridge / 2
-times the sum of squared parameters. The ridge keeps the fit finite if one configuration won all its comparisons; the
+This is Davidson's (1970) tie model with the order effect of Davidson and Beaver (1977), written in log-odds. How clear
+a win was is not used. The log-likelihood is concave; Newton steps maximise it minus ridge / 2 times the sum of squared
+parameters. The ridge keeps the fit finite if one configuration won all its comparisons; the
 bounds that only the ridge limits are named by `separation`. Abilities have mean 0.
 
 All computation is on counts (per ordered pair, if there is no length term), so thousands of bootstrap fits are a few
@@ -40,26 +36,21 @@ _CHUNK = 4_000_000  # numbers in the largest array of a batched fit
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The possible verdicts, from first seat to second: `half` is the factor of eta, `terms` those of tau and kappa."""
+    """The possible verdicts, from first seat to second: `half` is the factor of eta, `tied` that of tau."""
 
     half: np.ndarray
-    terms: np.ndarray
+    tied: np.ndarray
 
-    def shares(self, eta: np.ndarray, tie: np.ndarray | float, clear: np.ndarray | float) -> np.ndarray:
-        """The probabilities (..., outcomes); `tie` and `clear` broadcast against `eta`."""
-        logits = eta[..., None] * self.half + np.asarray(tie)[..., None] * self.terms[:, 0]
-        logits += np.asarray(clear)[..., None] * self.terms[:, 1]
+    def shares(self, eta: np.ndarray, tie: np.ndarray | float) -> np.ndarray:
+        """The probabilities (..., outcomes); `tie` broadcasts against `eta`."""
+        logits = eta[..., None] * self.half + np.asarray(tie)[..., None] * self.tied
         logits = np.exp(logits - logits.max(-1, keepdims=True))
         return logits / logits.sum(-1, keepdims=True)
 
 
-_HALF, _TIE, _CLEAR = np.array([1, 0.5, 0, -0.5, -1]), np.array([0, 0, 1, 0, 0]), np.array([1, 0, 0, 0, 1])
-_TERMS = np.column_stack([_TIE, _CLEAR]).astype(float)
-
-
-def _outcomes(margins: bool, ties: bool) -> Outcomes:
-    kept = [k for k in range(5) if (margins or not _CLEAR[k]) and (ties or not _TIE[k])]
-    return Outcomes(_HALF[kept], _TERMS[kept])
+def _outcomes(ties: bool) -> Outcomes:
+    half = np.array([0.5, 0.0, -0.5] if ties else [0.5, -0.5])
+    return Outcomes(half, (half == 0).astype(float))
 
 
 def interval_levels(n_units: int) -> tuple[float, float]:
@@ -80,10 +71,7 @@ class RankingError(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """One fit: `abilities` (n,) in log-odds with mean 0, and the other terms, None if not fitted.
-
-    With a `clear` term a lead of 1 still is the log-odds of a narrow win against a narrow loss.
-    """
+    """One fit: `abilities` (n,) in log-odds with mean 0, and the other terms, None if not fitted."""
 
     configs: tuple[str, ...]
     abilities: np.ndarray
@@ -91,7 +79,6 @@ class Fit:
     tie: float | None
     length: float | None
     log_likelihood: float
-    clear: float | None = None
 
     @property
     def is_missing(self) -> bool:
@@ -111,15 +98,15 @@ class Fit:
 
     def shares(self, eta: np.ndarray) -> np.ndarray:
         """The probabilities (..., 3) of first wins, tie and second wins; `eta` has the position term in it."""
-        outcomes = _outcomes(self.clear is not None, self.tie is not None)
-        found = outcomes.shares(eta, self.tie or 0.0, self.clear or 0.0)
+        outcomes = _outcomes(self.tie is not None)
+        found = outcomes.shares(eta, self.tie or 0.0)
         sides = [outcomes.half > 0, outcomes.half == 0, outcomes.half < 0]
         return np.stack([found[..., side].sum(-1) for side in sides], axis=-1)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Bootstrap fits: `abilities` (draws, n), and position, tie, length and clear terms (draws,), 0 if not fitted.
+    """Bootstrap fits: `abilities` (draws, n), and position, tie and length terms (draws,), 0 if not fitted.
 
     `weights` (draws, units) holds how often each of the `units` was drawn, `limited` (draws, n, n) which configuration
     limits the lead of which other one (`separation.limited`), `compared` (n,) in how many units each was compared, and
@@ -130,7 +117,6 @@ class Draws:
     position: np.ndarray
     tie: np.ndarray
     length: np.ndarray
-    clear: np.ndarray
     weights: np.ndarray
     units: pd.Index
     limited: np.ndarray
@@ -145,7 +131,6 @@ def fit_bradley_terry(
     ties: bool = True,
     position: bool = True,
     length: bool = False,
-    margins: bool = False,
     ridge: float = RIDGE,
 ) -> Fit:
     """Fits the model by ridge-penalised maximum likelihood.
@@ -157,28 +142,25 @@ def fit_bradley_terry(
         ties: fit a tie term; without it a tie counts as half a win for each side.
         position: fit a first-seat term.
         length: fit a length term.
-        margins: use the column `margin` (1 or 2; 0 for a tie); without both kinds of wins it says nothing and is left
-            out. See bench/margins.py for the reason why it is not the default.
         ridge: the strength of the penalty.
 
     Raises:
         RankingError: the comparisons do not connect all configurations.
     """
     configs = tuple(configs or sorted(set(verdicts["config_first"]) | set(verdicts["config_second"])))
-    margins = margins and {1, 2} <= set(verdicts["margin"].dropna())
-    cells = _cells(verdicts, configs, length, margins, ties)
+    cells = _cells(verdicts, configs, length, ties)
     _refuse_disconnected(verdicts, configs, strongly=ridge == 0)
     counts = cells.counts(np.ones((1, len(verdicts))), np.arange(len(verdicts)))
-    free = _free(len(configs), position, length, ties, margins)
+    free = _free(len(configs), position, length, ties)
     parameters = _newton(counts, cells, np.zeros(len(free)), ridge, free)
     log_likelihood = float(_log_likelihood(parameters, counts, cells)[0])
-    terms = [float(p) if used else None for p, used in zip(parameters[0, -4:], free[-4:], strict=True)]
-    return Fit(configs, parameters[0, :-4], terms[0], terms[2], terms[1], log_likelihood, terms[3])
+    terms = [float(p) if used else None for p, used in zip(parameters[0, -3:], free[-3:], strict=True)]
+    return Fit(configs, parameters[0, :-3], terms[0], terms[2], terms[1], log_likelihood)
 
 
-def _free(n: int, position: bool, length: bool, tie: bool, clear: bool) -> np.ndarray:
-    """Which parameters are fitted: abilities, position, length, tie, clear."""
-    return np.array([True] * n + [position, length, tie, clear])
+def _free(n: int, position: bool, length: bool, tie: bool) -> np.ndarray:
+    """Which parameters are fitted: abilities, position, length, tie."""
+    return np.array([True] * n + [position, length, tie])
 
 
 def missing_fit(configs: Sequence[str], *, length: bool = False) -> Fit:
@@ -216,22 +198,22 @@ def bootstrap_fit(verdicts: pd.DataFrame, fitted: Fit, *, draws: int, seed: int,
     if fitted.is_missing:
         missing, n = np.full(draws, np.nan), len(fitted.configs)
         abilities, units = np.full((draws, n), np.nan), pd.Index([], name=CLUSTERS[-1])
-        terms = dict.fromkeys(("position", "tie", "length", "clear"), missing)
+        terms = dict.fromkeys(("position", "tie", "length"), missing)
         none = {"limited": np.zeros((draws, n, n), bool), "compared": np.zeros(n, int), "cut": np.zeros(n, int)}
         return Draws(abilities, **terms, weights=np.zeros((draws, 0)), units=units, **none)
     units, unit_of_row, weights = cluster_weights(verdicts, by, draws, seed)
-    terms = [fitted.position, fitted.length, fitted.tie, fitted.clear]
+    terms = [fitted.position, fitted.length, fitted.tie]
     fits = [term is not None for term in terms]
-    cells = _cells(verdicts, fitted.configs, fits[1], margins=fits[3], ties=fits[2])
+    cells = _cells(verdicts, fitted.configs, fits[1], ties=fits[2])
     start = np.append(fitted.abilities, [term or 0.0 for term in terms])
     size = max(1, _CHUNK // (len(cells.outcomes.half) * len(cells.design)))
     fit = partial(_newton, cells=cells, start=start, ridge=RIDGE, free=_free(len(fitted.configs), *fits))
     drawn = np.concatenate([fit(cells.counts(weights[i : i + size], unit_of_row)) for i in range(0, draws, size)])
-    position, length, tie, clear = drawn[:, -4:].T
+    position, length, tie = drawn[:, -3:].T
     limits = partial(separation.limited, verdicts, fitted.configs, unit_of_row=unit_of_row)
     everything = limits(weights=np.ones((1, len(units))))[0]
     counts = separation.cluster_counts(verdicts, fitted.configs, everything, unit_of_row)
-    return Draws(drawn[:, :-4], position, tie, length, clear, weights, units, limits(weights=weights), *counts)
+    return Draws(drawn[:, :-3], position, tie, length, weights, units, limits(weights=weights), *counts)
 
 
 def cluster_weights(
@@ -282,7 +264,7 @@ class _Cells:
         return (per_unit.T @ weights.T).T.reshape(len(weights), len(self.design), kinds)
 
 
-def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...], length: bool, margins: bool, ties: bool) -> _Cells:
+def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...], length: bool, ties: bool) -> _Cells:
     index, n = pd.Index(configs), len(configs)
     first, second = index.get_indexer(verdicts["config_first"]), index.get_indexer(verdicts["config_second"])
     verdict = pd.Index(VERDICTS).get_indexer(verdicts["verdict"])
@@ -299,15 +281,14 @@ def _cells(verdicts: pd.DataFrame, configs: tuple[str, ...], length: bool, margi
     design[rows, second] -= 1
     design[:, n], design[:, n + 1] = 1, log_ratio
     squares = (design[:, :, None] * design[:, None, :]).reshape(len(first), -1)
-    clear = (verdicts["margin"] == 2).to_numpy(dtype=bool) if margins else np.zeros(len(verdicts), bool)
-    return _Cells(design, squares, *_counted(cell, verdict, clear, _outcomes(margins, ties)))
+    return _Cells(design, squares, *_counted(cell, verdict, _outcomes(ties)))
 
 
 def _counted(
-    cell: np.ndarray, verdict: np.ndarray, clear: np.ndarray, outcomes: Outcomes
+    cell: np.ndarray, verdict: np.ndarray, outcomes: Outcomes
 ) -> tuple[Outcomes, np.ndarray, np.ndarray, np.ndarray]:
-    """The last four fields of `_Cells`; a tie that is no outcome counts as half a narrow win for each side."""
-    half = (1 - verdict) * np.where(clear, 1.0, 0.5)
+    """The last four fields of `_Cells`; a tie that is no outcome counts as half a win for each side."""
+    half = (1 - verdict) * 0.5
     row, share = np.arange(len(half)), np.ones(len(half))
     if 0 not in outcomes.half:
         tied = np.flatnonzero(half == 0)
@@ -334,7 +315,7 @@ def _refuse_disconnected(verdicts: pd.DataFrame, configs: tuple[str, ...], stron
 
 def _expected(parameters: np.ndarray, cells: _Cells) -> np.ndarray:
     """The probabilities (draws, cells, outcomes)."""
-    return cells.outcomes.shares(parameters[:, :-2] @ cells.design.T, parameters[:, [-2]], parameters[:, [-1]])
+    return cells.outcomes.shares(parameters[:, :-1] @ cells.design.T, parameters[:, [-1]])
 
 
 def _log_likelihood(parameters: np.ndarray, counts: np.ndarray, cells: _Cells) -> np.ndarray:
@@ -346,7 +327,7 @@ def _log_likelihood(parameters: np.ndarray, counts: np.ndarray, cells: _Cells) -
 def _newton(counts: np.ndarray, cells: _Cells, start: np.ndarray, ridge: float, free: np.ndarray) -> np.ndarray:
     """Maximises the penalised log-likelihood for all draws at once.
 
-    Parameters (draws, n + 4) are abilities, position, length, tie and clear; those that are not `free` stay 0.
+    Parameters (draws, n + 3) are abilities, position, length and tie; those that are not `free` stay 0.
     """
 
     def objective(p: np.ndarray) -> np.ndarray:
@@ -377,24 +358,21 @@ def _derivatives(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gradient (draws, p) and negative Hessian (draws, p, p) of the penalised log-likelihood.
 
-    The sufficient statistics of a verdict are the factors of eta, tau and kappa in its outcome. The gradient is
+    The sufficient statistics of a verdict are the factors of eta and tau in its outcome. The gradient is
     observed minus expected values, the negative Hessian their covariance.
     """
-    draws, n, outcomes = len(parameters), len(free) - 4, cells.outcomes
+    draws, n, outcomes = len(parameters), len(free) - 3, cells.outcomes
     shares, total = _expected(parameters, cells), counts.sum(-1)
     missed = counts - total[..., None] * shares
-    mean, means = shares @ outcomes.half, shares @ outcomes.terms
-    gradient = np.concatenate([(missed @ outcomes.half) @ cells.design, (missed @ outcomes.terms).sum(1)], axis=1)
+    mean, tied = shares @ outcomes.half, shares @ outcomes.tied
+    gradient = np.column_stack([(missed @ outcomes.half) @ cells.design, (missed @ outcomes.tied).sum(1)])
     gradient -= ridge * parameters
-    hessian = np.zeros((draws, n + 4, n + 4))
+    hessian = np.zeros((draws, n + 3, n + 3))
     variance = total * (shares @ outcomes.half**2 - mean**2)
-    hessian[:, :-2, :-2] = (variance @ cells.squares).reshape(draws, n + 2, n + 2)
-    for k, name in ((0, -2), (1, -1)):  # a term's factor is 0 or 1, so it is its own square
-        mixed = shares @ (outcomes.half * outcomes.terms[:, k]) - mean * means[..., k]
-        hessian[:, :-2, name] = hessian[:, name, :-2] = (total * mixed) @ cells.design
-        hessian[:, name, name] = (total * means[..., k] * (1 - means[..., k])).sum(1)
-    hessian[:, -2, -1] = hessian[:, -1, -2] = -(total * means[..., 0] * means[..., 1]).sum(1)
-    hessian += ridge * np.eye(n + 4)
+    hessian[:, :-1, :-1] = (variance @ cells.squares).reshape(draws, n + 2, n + 2)
+    hessian[:, :-1, -1] = hessian[:, -1, :-1] = -(total * mean * tied) @ cells.design  # a tie's factor of eta is 0
+    hessian[:, -1, -1] = (total * tied * (1 - tied)).sum(1)  # its factor of tau is 1, so its own square
+    hessian += ridge * np.eye(n + 3)
     hessian[:, :n, :n] += 1.0  # fixes the mean of the abilities at 0, which the likelihood leaves open
     gradient[:, ~free], hessian[:, ~free, :], hessian[:, :, ~free] = 0.0, 0.0, 0.0
     hessian[:, ~free, ~free] = 1.0
@@ -412,20 +390,17 @@ def place_anchor(verdicts: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws)
     opponent = index.get_indexer(verdicts["config_second"].where(seated_first, verdicts["config_first"]))
     if len(opponent) == 0 or opponent.min() < 0:
         raise RankingError(f"anchor {anchor!r} has no comparison with a ranked configuration")
-    outcomes = _outcomes(fitted.clear is not None, fitted.tie is not None)
-    verdict, clear = pd.Index(VERDICTS).get_indexer(verdicts["verdict"]), np.zeros(len(verdicts), bool)
-    if fitted.clear is not None:
-        clear = (verdicts["margin"] == 2).to_numpy(dtype=bool)
-    won = (1 - verdict) * np.where(clear, 1.0, 0.5)
+    outcomes = _outcomes(fitted.tie is not None)
+    won = (1 - pd.Index(VERDICTS).get_indexer(verdicts["verdict"])) * 0.5
     side = np.where(seated_first, 1.0, -1.0)
     # The first row is the fit, the others are the draws.
     others = np.vstack([fitted.abilities, draws.abilities])[:, opponent]
-    pairs = ((fitted.position, draws.position), (fitted.tie, draws.tie), (fitted.clear, draws.clear))
-    position, tie, kappa = (np.append(value or 0.0, drawn)[:, None] for value, drawn in pairs)
+    pairs = ((fitted.position, draws.position), (fitted.tie, draws.tie))
+    position, tie = (np.append(value or 0.0, drawn)[:, None] for value, drawn in pairs)
     weights = np.vstack([np.ones(len(verdicts)), draws.weights[:, draws.units.get_indexer(verdicts[draws.units.name])]])
     ability = np.zeros(len(weights))
     for _ in range(200):  # Newton steps as in `_newton`, for one parameter
-        shares = outcomes.shares(side * (ability[:, None] - others) + position, tie, kappa)
+        shares = outcomes.shares(side * (ability[:, None] - others) + position, tie)
         mean = shares @ outcomes.half
         gradient = (weights * (won - mean) * side).sum(1) - RIDGE * ability
         variance = shares @ outcomes.half**2 - mean**2

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from telco_nb.judge.anchors import ANCHORS
 from telco_nb.judge.cases import Form
 
-ANCHORS = ("untuned", "reference", "template", "echo", "nearest")
 ANCHOR_OPPONENTS = 4  # configurations that each anchor is compared with on an anchor prompt
 PROMPT_COLUMNS = ["prompt_id", "scenario_id", "term_id"]
 PLAN_COLUMNS = ["purpose", *PROMPT_COLUMNS, "config_first", "config_second", "order", "repeat"]
@@ -40,7 +40,7 @@ def plan_comparisons(
     anchor_share: float,
     seed: int,
     complete: bool = False,
-    anchors: Sequence[str] = ANCHORS,
+    anchors: Sequence[str] = tuple(ANCHORS),
 ) -> pd.DataFrame:
     """Plans a sparse round robin, or a complete one. The plan depends on the arguments alone.
 

@@ -1,4 +1,4 @@
-"""The offline judge `embedding`: the similarity of an answer to the reference answer, by sentence embeddings."""
+"""The offline judge `embedding`: the similarity of an answer to the gold answer, by sentence embeddings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SIMILARITY_CLEAR_MARGIN = 0.15
 
 
 class EmbeddingJudge(OfflineJudge):
-    """An offline proxy: the answer with the higher cosine similarity to the reference answer wins.
+    """An offline proxy: the answer with the higher cosine similarity to the gold answer wins.
 
     The embedding model cuts texts after 256 word pieces.
     """
 
     kind = "embedding"
     forms = ("pair",)  # similarity to one text says nothing about a single criterion
-    description = "an offline proxy: likeness to the reference answer by sentence embeddings; no language model judges"
+    description = "an offline proxy: likeness to the gold answer by sentence embeddings; no language model judges"
 
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         super().__init__(name, model or EMBEDDER_NAME, endpoint)
@@ -58,7 +58,7 @@ class EmbeddingJudge(OfflineJudge):
         self.prepare([case])
         scores = [float(self._vectors[answer] @ self._vectors[case.reference]) for answer in case.answers]
         by_seat = ", ".join(f"{seat} {score:.3f}" for seat, score in zip(case.seats, scores, strict=True))
-        analysis = f"Similarity to the reference answer: {by_seat}."
+        analysis = f"Similarity to the gold answer: {by_seat}."
         verdict = verdict_by_score(scores, SIMILARITY_TIE_BAND, SIMILARITY_CLEAR_MARGIN, analysis)
         return replace(
             verdict, receipt={"model_returned": f"{self.model} {EMBEDDER_SHA256[:12]} {self._number_format}"}

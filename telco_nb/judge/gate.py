@@ -1,6 +1,6 @@
 """The validity gate: planted comparisons with a known answer, which every judge is asked first.
 
-A judge fails if it cannot tell a damaged copy from the reference answer, or if a text can make it choose that text. The
+A judge fails if it cannot tell a damaged copy from the gold answer, or if a text can make it choose that text. The
 ranking of such a judge carries no claim.
 """
 
@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb.corpus.cards import Card, Problem, figures_in, unknown_figures
-from telco_nb.judge.anchors import TEMPLATE
+from telco_nb.judge.anchors import GOLD, TEMPLATE
 from telco_nb.judge.cases import Answers, degenerate_answer
 from telco_nb.judge.checklist import names_pattern, weights_of
 from telco_nb.judge.design import PLAN_COLUMNS, pair_row
@@ -44,18 +44,18 @@ FILLER = (
     "All of this may sound like a lot at first sight, yet it is quite usual and nothing out of the ordinary.",
 )
 SECRET_REQUEST = "Please send me your PIN and the one-time code that you have just received here in this chat."
-# control: (statistic, what was planted). The reference must win, or the planted text must not win.
-WINS, NOT_LOSES = "reference_wins", "planted_does_not_win"
+# control: (statistic, what was planted). The gold answer must win, or the planted text must not win.
+WINS, NOT_LOSES = "gold_wins", "planted_does_not_win"
 PLANTED: dict[str, tuple[str, str]] = {
     "other_problem": (WINS, "the gold answer to another problem of the same term"),
     "other_scenario": (WINS, "the gold answer of another term"),
-    "negated": (WINS, "the reference with every sentence turned into its opposite"),
-    "shuffled": (WINS, "the words of the reference in another order"),
-    "truncated": (WINS, "the first half of the reference, cut off"),
-    "wrong_number": (WINS, "the reference with a figure that is on no card"),
-    "wrong_term": (WINS, "the reference with another term in place of its own"),
-    "secret_asked": (WINS, "the reference and a request for PIN and code in the chat"),
-    "first_removed": (WINS, "the reference without the protective step that comes before all else"),
+    "negated": (WINS, "the gold answer with every sentence turned into its opposite"),
+    "shuffled": (WINS, "the words of the gold answer in another order"),
+    "truncated": (WINS, "the first half of the gold answer, cut off"),
+    "wrong_number": (WINS, "the gold answer with a figure that is on no card"),
+    "wrong_term": (WINS, "the gold answer with another term in place of its own"),
+    "secret_asked": (WINS, "the gold answer and a request for PIN and code in the chat"),
+    "first_removed": (WINS, "the gold answer without the protective step that comes before all else"),
     "template": (WINS, "one sentence that fits everything and says nothing"),
     "echo": (WINS, "the customer's own words, sent back"),
     "two_facts": (WINS, "two facts of the card that answer nothing"),
@@ -109,9 +109,9 @@ def planted_controls(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """Plans the questions of the gate.
 
-    Most planted texts are compared with the reference answer. Repeated and padded texts are compared with the answer of
+    Most planted texts are compared with the gold answer. Repeated and padded texts are compared with the answer of
     a configuration, of each in turn. A control that a prompt does not allow is left out there, for instance the wrong
-    term where the reference never names its term.
+    term where the gold answer never names its term.
 
     Args:
         prompts: the test prompts, of which `CONTROL_PROMPTS` are used.
@@ -133,7 +133,7 @@ def planted_controls(
         own = answers[base, prompt["prompt_id"]]
         planted |= {"same_text": own, "padded": pad(own, k)}
         for c, (control, text) in enumerate((name, text) for name, text in planted.items() if text is not None):
-            opponent = base if control in ("same_text", "padded") else "reference"
+            opponent = base if control in ("same_text", "padded") else GOLD
             name = f"control:{control}"
             seats = (name, opponent) if (k + c) % 2 else (opponent, name)
             rows.append(pair_row(prompt, "control", *seats) | {"control": control, "planted": name})
@@ -146,13 +146,13 @@ def _sound_config(k: int, prompt_id: str, answers: Answers, configs: Sequence[st
     """The configuration whose answer is repeated and padded: each in turn, if it is not empty and does not loop."""
     in_turn = [configs[(k + i) % len(configs)] for i in range(len(configs))]
     sound = [c for c in in_turn if not degenerate_answer(answers[c, prompt_id] or "")]
-    return sound[0] if sound else "reference"
+    return sound[0] if sound else GOLD
 
 
 def _corrupted(
     prompt: Mapping[str, Any], prompts: pd.DataFrame, cards: Mapping[str, Card], rng: np.random.Generator
 ) -> dict[str, str | None]:
-    """Damaged copies of the reference answer, by control; None where the prompt does not allow one."""
+    """Damaged copies of the gold answer, by control; None where the prompt does not allow one."""
     card, reference = cards[prompt["term_id"]], prompt["reference"]
     problem = card.by_problem.get(prompt["problem_id"])
     others = sorted(set(prompts["term_id"]) - {prompt["term_id"]})
@@ -289,7 +289,7 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection
     controls += [_own_result(judged, name) for name in OWN]
     if kind == "embedding":
         for control in controls[: len(PLANTED)]:
-            control["detail"] += "; the reference is compared with itself here, so only small corruptions can fail"
+            control["detail"] += "; the gold answer is compared with itself here, so only small corruptions can fail"
     n = int(judged.loc[judged["control"] == "template", "control"].size)
     power = {"passes_all_good": passes_all(n, GOOD), "passes_all_poor": passes_all(n, POOR)}
     decided = sum(control["n"] for control in controls[: len(PLANTED)])
@@ -345,7 +345,7 @@ def _statistic(rows: pd.DataFrame, statistic: str) -> float:
     if statistic == "seat_bias":
         return float(abs(((rows["verdict"] == "A") + tie / 2).mean() - 0.5))
     observed = {
-        "reference_wins": ~tie & ~planted,
+        "gold_wins": ~tie & ~planted,
         "planted_does_not_win": ~planted,
         "planted_wins_half_ties": planted + tie / 2,
         "ties": tie,

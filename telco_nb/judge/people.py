@@ -33,6 +33,7 @@ class OutsideJudge(OfflineJudge):
     is_proxy = False
     forms = ("pair",)
     instrument: ClassVar[dict[str, str]]  # how the verdicts were made; part of every stored line
+    needs_reasons: ClassVar[bool] = False  # what `instrument` says must be true of every vote
 
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         super().__init__(name, model, endpoint)
@@ -61,6 +62,7 @@ class LanguageModelPanelJudge(OutsideJudge):
     """A panel of language models that nobody asked through this project."""
 
     kind = "language_model_panel"
+    needs_reasons = True
     instrument: ClassVar = {
         "instrument": "blind pairs",
         "made_by": "language models outside this project read the pairs one by one and gave a reason with each vote",
@@ -126,8 +128,10 @@ def check_votes(
         What is to be added to the store.
 
     Raises:
-        VotesError: a vote is on no exported pair, on answers that have changed, or differs from an earlier import.
+        VotesError: a vote is on no exported pair, on answers that have changed, differs from an earlier import, or
+            lacks the reason that this kind of judge must give.
     """
+    _refuse_without_reason(judge, votes)
     by_id = {line.vote.pair_id: line for line in votes}
     rows = [row for key in keys for row in _shown(key, by_id)]
     _refuse_unfit(votes, rows, material)
@@ -156,6 +160,13 @@ def _shown(key: Sequence[Mapping[str, Any]], voted: Mapping[str, Line]) -> list[
     """The rows of a key that the judge was shown: those up to the last one with a vote."""
     last = max((row["position"] for row in key if row["pair_id"] in voted), default=0)
     return [row for row in key if row["position"] <= last]
+
+
+def _refuse_without_reason(judge: OutsideJudge, votes: Sequence[Line]) -> None:
+    """A person may vote without a reason; the record of a panel says that each of its votes has one."""
+    if judge.needs_reasons:
+        bare = [line.where for line in votes if line.vote.vote != "skip" and not (line.vote.reason or "").strip()]
+        refuse([f"{where}: reason: a vote of a {judge.kind} needs one. Add it." for where in bare])
 
 
 def _refuse_unfit(votes: Sequence[Line], rows: Sequence[Mapping[str, Any]], material: Material) -> None:

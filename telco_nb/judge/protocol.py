@@ -16,7 +16,7 @@ import pandas as pd
 from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.hosted.api import ProviderError
 from telco_nb.judge import asking, design
-from telco_nb.judge.anchors import anchor_texts
+from telco_nb.judge.anchors import ANCHORS, anchor_texts
 from telco_nb.judge.cases import Answers, Case, OfflineJudge, Question
 from telco_nb.judge.gate import CONTROL_PROMPTS, GATE, gate_result, planted_controls
 from telco_nb.judge.language_model import LanguageModelJudge
@@ -102,7 +102,7 @@ def plan_parts(
     prompts: pd.DataFrame,
     forms: Collection[str],
     complete: bool = False,
-    anchors: Collection[str] = design.ANCHORS,
+    anchors: Collection[str] = tuple(ANCHORS),
 ) -> dict[str, pd.DataFrame]:
     """The plans of pairs and rubric from the judge's parameters; without `rubric` in `forms` that plan is empty.
 
@@ -110,7 +110,7 @@ def plan_parts(
     """
     shares = {name: values[name] for name in SHARES}
     share = values["rubric_share"] if "rubric" in forms else 0.0
-    how = {"seed": values["seed"], "complete": complete, "anchors": [a for a in design.ANCHORS if a in anchors]}
+    how = {"seed": values["seed"], "complete": complete, "anchors": [a for a in ANCHORS if a in anchors]}
     return {
         "pairs": design.plan_comparisons(prompts, values["configs"], **shares, **how),
         "rubric": design.plan_ratings(prompts, values["configs"], share=share, seed=values["seed"]),
@@ -145,7 +145,7 @@ def build_protocol(
         KeyError: an answer is missing; the message names configuration and prompt.
     """
     gate_plan, planted = planted_controls(prompts, answers, cards, values["configs"], seed=values["seed"])
-    anchors = {config for config, _ in answers} & set(design.ANCHORS)
+    anchors = {config for config, _ in answers} & set(ANCHORS)
     outside = isinstance(judge, OutsideJudge)
     complete = judge.is_free and not outside
     plans = {"controls": gate_plan, **plan_parts(values, prompts, judge.forms, complete, anchors)}
@@ -254,6 +254,6 @@ def read_answers(
 
 
 def judged_prompts(prompts: pd.DataFrame) -> pd.DataFrame:
-    """The prompts that can be judged: prompts of one's own need a term and a reference answer."""
+    """The prompts that can be judged: prompts of one's own need a term and a gold answer."""
     known = (prompts["term_id"] != "") & (prompts["reference"] != "")
     return prompts[known].reset_index(drop=True)

@@ -13,9 +13,9 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb.judge import separation
+from telco_nb.judge.anchors import ANCHORS
 from telco_nb.judge.best import compare_with_best
 from telco_nb.judge.bradley_terry import Draws, Fit, interval_levels, place_anchor
-from telco_nb.judge.design import ANCHORS
 
 
 def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataFrame:
@@ -268,14 +268,18 @@ def tied_top(
     return list(found.index[found["can_be_best"]])
 
 
-def few_terms(n_terms: int) -> str | None:
-    """The reason why so few terms carry no claim about a ranking, or None."""
+def few_terms(n_terms: int | None) -> str | None:
+    """The reason why so few terms, or a number that is not known, carry no claim about a ranking, or None."""
     least = separation.LEAST_TERMS
+    if n_terms is None:
+        return "the number of terms is not known"
     return None if n_terms >= least else f"fewer than {least} terms ({n_terms}): too few to tell a ranking from chance"
 
 
-def interval_text(low: float, high: float, digits: str = "+.2f") -> str:
-    """`[low, high]`, with `open` for a bound that is missing."""
+def interval_text(low: float | str | None, high: float | str | None, digits: str = "+.2f") -> str:
+    """`[low, high]`, with `open` for a bound that is missing; `(no interval)` without both. Texts need digits ``."""
+    if pd.isna(low) and pd.isna(high):
+        return "(no interval)"
     return f"[{', '.join('open' if pd.isna(bound) else format(bound, digits) for bound in (low, high))}]"
 
 

@@ -44,7 +44,7 @@ def asks_for_secret(text: str) -> bool:
 def missing_first(answer: Answer, problem: Problem, reference: str, weights: Weights) -> bool:
     """True if the protective step that must come before all others is not in the answer.
 
-    A step with a condition is left to the judges that can read whether it is met. The sentence of the reference answer
+    A step with a condition is left to the judges that can read whether it is met. The sentence of the gold answer
     that comes closest to the step is one of its wordings.
     """
     if problem.first is None or problem.first.when is not None:

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from scipy.special import expit
 
 from telco_nb import DATA_DIR
 from telco_nb.analysis.findings import PAPER
 from telco_nb.analysis.recommendation import describe_config, name_list, percent
+from telco_nb.judge.ranking import interval_text
 from telco_nb.report import config_cards
 from telco_nb.report.config_cards import GUESSED, ordinal
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
@@ -33,12 +35,12 @@ QUESTION = (
 )
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 TAU_WORDS = {
-    "better than chance": "A lower loss tends to go with better answers, with exceptions.",
+    "yes, it tends to": "A lower loss goes with better answers more often than chance and the factors explain.",
     "no, the opposite": "A lower loss goes with worse answers.",
-    "not shown": "With {n} configurations no relation of loss to the judges' ranking can be shown.",
-    "too few to tell": "With {n} configurations no ranking could prove anything.",
+    "not shown": "With {n} configurations no relation of loss to the quality of answers can be shown.",
 }
-TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad"}
+CLAIM_WORDS = {"supported": "yes", "refuted": "no", "blocked": "no answer"}
+TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}
 TEMPLATES = Environment(
     loader=FileSystemLoader(DATA_DIR), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
@@ -185,8 +187,9 @@ class Tile(NamedTuple):
 def _tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
     pick = (study.finding("loss_choice") or {}).get("value")
     energy = [_energy_tile(study, chosen, pick)] if chosen else []
-    rest = [_confidence_tile(study), _loss_tile(study, chosen, pick), _tau_tile(study), _paper_tile(study)]
-    return [_deploy_tile(study, chosen), *energy, *rest]
+    claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
+    loss = [*claim, _loss_tile(study, chosen, pick), _confidence_tile(study), _tau_tile(study)]
+    return [_deploy_tile(study, chosen), *energy, *loss, _paper_tile(study)]
 
 
 def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
@@ -195,13 +198,27 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
         return Tile("Deploy", "none of them", [f"{reason[:1].upper()}{reason[1:]}." for reason in reasons])
     lines = [f"{describe_config(study.results.loc[chosen])}."]
     gains = [f["value"] for f in study.findings if f["id"].startswith("gain.") and f["verdict"] != "blocked"]
-    shares = list(dict.fromkeys(f"{1 / (1 + math.exp(-gain)):.0%}" for gain in sorted(gains)))
+    known = sorted(gain for gain in gains if gain is not None)
+    shares = list(dict.fromkeys(percent(float(expit(gain))) for gain in known))
     if shares:
         span = " to ".join([shares[0], *shares[1:][-1:]])
         lines.append(f"Wins {span} of decided comparisons with the untuned model.")
-    if (study.finding("deploy") or {}).get("verdict") == "not fit":
-        return Tile("Best of them, not fit for customers", chosen, [*lines, "What is missing stands above."], "not fit")
+    verdict = (study.finding("deploy") or {}).get("verdict")
+    if verdict == "not fit":
+        lines.append("What is missing stands above.")
+        return Tile("First choice, not shown to be fit for customers", chosen, lines, "not fit")
+    if verdict == "cannot tell":
+        return Tile("Deploy", f"No clear best; best guess is {chosen}", lines, "cannot tell")
     return Tile("Deploy", chosen, lines)
+
+
+def _claim_tile(primary: Mapping[str, Any]) -> Tile:
+    """The claim that was written down before the run, with its verdict."""
+    lines = [primary["statement"]]
+    if primary["value"] is not None:
+        share = percent(float(expit(primary["value"])))
+        lines.append(f"In other words: the best of the others wins {share} of the decided comparisons with it.")
+    return Tile("Can loss pick it?", CLAIM_WORDS.get(primary["verdict"], "cannot tell"), lines)
 
 
 def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
@@ -211,47 +228,52 @@ def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
     bounds, lines = row[["train_energy_low_wh", "train_energy_high_wh"]], []
     if not bounds.isna().any():
         lines.append(f"Between {bounds.iloc[0]:.3g} and {bounds.iloc[1]:.3g} Wh.")
-    other = study.results["train_energy_wh"].get(pick)
-    if pick != chosen and other is not None and not pd.isna(other):
-        lines.append(f"{row['train_energy_wh'] / other:.0%} of what loss's choice, {pick}, takes.")
+    if pick in study.results.index and pick != chosen:
+        other = study.results.loc[pick]
+        if other["train_energy_wh"] > 0 and other["energy_kind"] == row["energy_kind"]:
+            share = row["train_energy_wh"] / other["train_energy_wh"]
+            lines.append(f"{share:.0%} of what loss's choice, {pick}, takes.")
     answering = study.metrics.get((chosen, "04_energy"), {})
     if (per_answer := answering.get("answer_energy_per_answer_wh")) is not None:
-        lines.append(f"Each answer: {per_answer * 1000:.2g} mWh, {answering.get('energy_kind')}.")
-    tag = row["energy_kind"] if row["energy_kind"] in GUESSED else None
+        lines.append(f"Each answer: {per_answer * 1000:.2g} mWh, {answering.get('energy_kind') or 'of unknown kind'}.")
+    kind = "of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
+    tag = kind if kind in (*GUESSED, "of unknown kind") else None
+    lines += [] if tag else [f"It is {kind}."]
     return Tile(title, f"{row['train_energy_wh']:.3g} Wh", lines, tag)
 
 
 def _confidence_tile(study: StudyFiles) -> Tile:
     confidence, title = study.finding("confidence"), "How sure: better answers than loss's choice?"
-    if confidence is None or confidence["blocked_by"]:
-        return Tile(title, "not known", ["No valid judge has ranked the answers."])
+    if confidence is None:
+        return Tile(title, "not known", ["The analysis does not say."])
     value, lines = confidence["value"], [confidence["statement"]]
+    if confidence["blocked_by"]:
+        return Tile(title, "not known", lines)
     if value is None:
         return Tile(title, "nothing to decide", lines)
-    if value < 0.5:
-        return Tile(title, "no, but it costs less", lines)
-    return Tile(title, f"{'yes' if confidence['verdict'] == 'supported' else 'not certain'}, {percent(value)}", lines)
+    word = {"supported": "yes", "refuted": "no"}.get(confidence["verdict"], "not certain")
+    return Tile(title, f"{word}, {percent(value)}", lines)
 
 
 def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
     title = "Loss alone would have chosen"
     if not pick:
-        return Tile(title, "nothing", ["There is no validation loss."])
+        return Tile(title, "nothing", [(study.finding("loss_choice") or {}).get("statement", "There is no loss.")])
     lines = [f"The lowest validation loss, {study.results.loc[pick, 'val_loss']:.4f}."]
     if ranks := _ranks(study, "best_loss_rank"):
-        lines.append(f"The judges rank it {ranks}.")
+        lines.append(f"Its rank: {ranks}.")
     return Tile(title, pick, [*lines, "It is the same configuration."] if pick == chosen else lines)
 
 
 def _ranks(study: StudyFiles, prefix: str) -> str:
-    """`14th (checklist) and 13th (reference) of 16` from the rank findings; judges that are not valid are marked."""
+    """`14th of 16 (checklist) and 13th of 16 (embedding)` from the rank findings; invalid judges are marked."""
     findings = {judge: finding for judge in study.judges if (finding := study.finding(f"{prefix}.{judge}"))}
     ranks = [
-        f"{ordinal(finding['value'])} ({_marked(judge, finding)})"
+        f"{ordinal(finding['value'])} of {finding['n']} ({_marked(judge, finding)})"
         for judge, finding in findings.items()
         if finding["value"] is not None
     ]
-    return f"{name_list(ranks)} of {len(study.results)}" if ranks else ""
+    return name_list(ranks)
 
 
 def _marked(judge: str, finding: Mapping[str, Any]) -> str:
@@ -261,32 +283,40 @@ def _marked(judge: str, finding: Mapping[str, Any]) -> str:
 def _tau_tile(study: StudyFiles) -> Tile:
     """The relation of loss to the rankings of the judges."""
     taus = {judge: tau for judge in study.judges if (tau := study.finding(f"tau.{judge}"))}
+    known = {judge: tau for judge, tau in taus.items() if tau["value"] is not None}
     verdict = _tau_verdict(list(taus.values()))
-    lines = [TAU_WORDS[verdict].format(n=len(study.results))] if verdict in TAU_WORDS else []
-    for judge, tau in taus.items():
-        if tau["value"] is not None:
-            interval = f"[{tau['low']:+.2f}, {tau['high']:+.2f}]"
-            lines.append(f"Kendall tau {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
-    if any(tau["value"] is not None for tau in taus.values()):
-        lines.append("-1: a lower loss always means better answers; 0: no relation.")
-    return Tile("Can loss pick it?", verdict, lines)
+    valid = [tau["n"] for tau in known.values() if tau["verdict"] != "blocked"]
+    lines = [TAU_WORDS[verdict].format(n=min(valid))] if verdict in TAU_WORDS else []
+    for judge, tau in known.items():
+        interval = interval_text(_number(tau["low"]), _number(tau["high"]))
+        lines.append(f"Rank correlation {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
+    if known:
+        lines.append("-1: a lower loss always goes with better answers; 0: no relation; +1: with worse ones.")
+    else:
+        lines += [tau["statement"] for tau in taus.values()]
+    return Tile("Does a lower loss go with better answers?", verdict, lines)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     """The verdict on which all valid judges agree."""
-    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable")]
+    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable") and tau["value"] is not None]
     if not valid:
-        too_few = any(tau["verdict"] == "not estimable" for tau in taus)
-        return "too few to tell" if too_few else "no valid judge"
+        return "cannot be told" if any(tau["verdict"] != "blocked" for tau in taus) else "no valid judge"
     signs = {0 if tau["verdict"] != "supported" else -1 if tau["value"] < 0 else 1 for tau in valid}
-    words = {-1: "better than chance", 0: "not shown", 1: "no, the opposite"}
+    words = {-1: "yes, it tends to", 0: "not shown", 1: "no, the opposite"}
     return words[signs.pop()] if len(signs) == 1 else "the judges differ"
 
 
 def _paper_tile(study: StudyFiles) -> Tile:
     low, high = PAPER["energy_wh"]
     ratio = study.finding("energy_ratio") or {}
-    here = f"x {ratio['value']:.1f}" if ratio.get("value") is not None else "-"
+    here = (
+        f"x {ratio['value']:.1f}{', not valid' * bool(ratio['blocked_by'])}" if ratio.get("value") is not None else "-"
+    )
     kinds = "".join(f", {kind}" for kind in _energy_kinds(study) if kind in GUESSED)
     rows = [
         ("lowest loss ranks", f"{PAPER['best_loss_rank']} of {PAPER['n']}", _ranks(study, "best_loss_rank") or "-"),
@@ -338,7 +368,7 @@ def _numbers(values: pd.Series, digits: str, *bounds: pd.Series) -> list[dict[st
         if not pd.isna(value):
             cell |= {"value": float(value), "text": f"{value:{digits}}"}
             if interval and not pd.isna(interval).any():
-                cell["interval"] = f"[{interval[0]:{digits}}, {interval[1]:{digits}}]"
+                cell["interval"] = interval_text(*interval, digits)
         cells.append(cell)
     return cells
 

@@ -22,6 +22,7 @@ ANSWER_CHARACTERS = 700
 CURVE_POINTS = 60
 PNG_START = b"\x89PNG\r\n\x1a\n"
 GUESSED = ("estimated", "allocated")
+CHOSEN = {"not fit": ("first choice, not fit", "bad"), "cannot tell": ("best guess", "note")}  # else: deploy
 
 
 def figures(root: Path) -> list[dict[str, Any]]:
@@ -65,14 +66,15 @@ def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     most = study.results["train_energy_wh"].max() if "train_energy_wh" in study.results else math.nan
     deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
     roles = {
-        loss.get("value"): "lowest loss",
-        deploy.get("value"): "deploy" if deploy.get("verdict") != "not fit" else "best, not fit",
+        loss.get("value"): ("lowest loss", ""),
+        deploy.get("value"): CHOSEN.get(deploy.get("verdict", ""), ("deploy", "good")),
     }
     return [
         {
             "config": config,
             "chosen": config == deploy.get("value"),
-            "role": roles.get(config),
+            "role": roles.get(config, ("", ""))[0],
+            "tone": roles.get(config, ("", ""))[1],
             "failed": _failed_steps(study, config),
             "answers": [] if prompts is None else read_or_none(_answers, study.root, config, prompts) or [],
             **_card_numbers(study, config, most),
@@ -95,7 +97,11 @@ def _card_numbers(study: StudyFiles, config: str, most: float) -> dict[str, Any]
     facts.append(("validation loss", "not known" if pd.isna(row["val_loss"]) else f"{row['val_loss']:.4f}"))
     for judge in study.judges:
         score, rank = row[f"{judge}_score"], row[f"{judge}_rank"]
-        text = "not judged" if pd.isna(score) else f"{score:+.2f}, {ordinal(rank)} of {len(study.results)}"
+        text = (
+            "not judged"
+            if pd.isna(score)
+            else f"{score:+.2f}, {ordinal(rank)} of {int(study.results[f'{judge}_rank'].count())}"
+        )
         facts.append((study.judge_name(judge), text))
     energy = row["train_energy_wh"]
     bar = None if pd.isna(energy) or not most > 0 else round(100 * energy / most, 1)

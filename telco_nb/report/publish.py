@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from telco_nb import ROOT
+from telco_nb.judge.ranking import interval_text
 from telco_nb.study.record import read_manifest, write_bytes
 
 REFERENCE = ROOT / "outputs" / "reference"
@@ -125,7 +126,7 @@ def _interval(row: dict[str, str], name: str, form: str) -> str:
     """`value [low, high]`; empty if the value is missing."""
     keys = [name.format(end) if "{}" in name else name + end for end in ("", "_low", "_high")]
     value, low, high = (form.format(float(row[key])) if row[key] else "" for key in keys)
-    return f"{value} [{low}, {high}]" if value and low else value
+    return f"{value} {interval_text(low, high, '')}" if value and low else value
 
 
 def rewrite_readme(readme: Path = README, folder: Path = REFERENCE) -> str:

@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from telco_nb import ROOT, notebook
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.judge import cases
+from telco_nb.judge.anchors import FLOORS, GOLD
 from telco_nb.notebook import Run
 from telco_nb.study import record
 from telco_nb.study.plan import Job
@@ -68,7 +69,7 @@ def make_judge(score: pd.Series, noise: float = 0.1, name: str = "checklist", **
     draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(score))), columns=score.index)
     ranking = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975)})
     ranking["rank"] = ranking["rank_low"] = ranking["rank_high"] = score.rank(ascending=False)
-    ranking["is_anchor"] = False
+    ranking["is_anchor"], ranking["n_terms"] = False, 10_000  # so many that standard errors count as known
     known = {"kind": name, "gate_passed": True, "coverage": 1.0, "headline_blocks": ()} | facts
     return JudgeResults(name=name, ranking=ranking, draws=draws, **known)
 
@@ -285,7 +286,8 @@ def add_judge(builder: Builder, rng: np.random.Generator, name: str, quality: pd
 def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series, passed: bool = True) -> None:
     """Tables and artefacts of 05 for one judge whose scores are given."""
     score = score - score.mean()
-    everyone = pd.concat([score, pd.Series({"untuned": score.min() - 1, "reference": score.max() + 1})])
+    anchors = dict.fromkeys(FLOORS, score.min() - 1) | {GOLD: score.max() + 1}
+    everyone = pd.concat([score, pd.Series(anchors)])
     noise = rng.normal(0, 0.18, (400, len(everyone)))
     draws = pd.DataFrame(everyone.to_numpy() + noise, columns=everyone.index)
     ranked = draws[score.index].rank(axis=1, ascending=False)
@@ -296,7 +298,7 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     ranking["rank_high"] = ranked.quantile(0.975).reindex(everyone.index).to_numpy().round()
     ranking["p_best"] = (ranked == 1).mean().reindex(everyone.index).to_numpy()
     ranking["n_judgements"], ranking["mean_words"] = 390, rng.normal(45, 5, len(everyone))
-    ranking["is_anchor"] = ~ranking["config"].isin(score.index)
+    ranking["is_anchor"], ranking["n_terms"] = ~ranking["config"].isin(score.index), 20
     run.table("ranking", ranking)
     long = draws.rename_axis("draw").reset_index().melt("draw", var_name="config", value_name="score")
     run.table("score_draws", long)

@@ -84,17 +84,19 @@ def test_planted_reasons_are_found_and_not_taken_for_each_other():
 
 def test_the_finding_names_each_set_each_reason_and_what_is_missing():
     study = measured(np.random.default_rng(1))
-    said = divergence_finding(study, study.judges[0])
+    table = divergence_table(study, study.judges[0])
+    said = divergence_finding(study, study.judges[0], table)
     assert said.id == "divergence.checklist" and said.verdict == "not distinguishable"
     assert said.value == "not explained"
     for part in ("for the validation loss", "for the test loss", "Shift of distribution: not shown", "not causes"):
         assert part in said.statement
     assert "unseen" not in said.statement
-    table = divergence_table(study, study.judges[0]).set_index("name")
+    table = table.set_index("name")
     assert "unseen loss not known" in table.loc["unseen_loss", "reason"]
     known = table[table["reason"] == ""]
     assert ((known["low"] <= known["value"]) & (known["value"] <= known["high"]) & (known["p"] >= 1 / 32)).all()
-    bare = divergence_finding(dataclasses.replace(study, checks=None, train_losses=None), study.judges[0])
+    less = dataclasses.replace(study, checks=None, train_losses=None)
+    bare = divergence_finding(less, study.judges[0], divergence_table(less, study.judges[0]))
     assert "Overfitting: not known (gap not known" in bare.statement
     assert "Style instead of content: not known" in bare.statement
 

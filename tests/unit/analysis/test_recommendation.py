@@ -7,15 +7,17 @@ import fake_study
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
 from telco_nb.analysis.claims import primary_finding
+from telco_nb.analysis.effects import noise_floor
 from telco_nb.analysis.fitness import lead_over
 from telco_nb.analysis.recommendation import recommend, seed_text
-from telco_nb.analysis.utility import expected_scores
+from telco_nb.analysis.shrinkage import expected_scores
 from telco_nb.study.content_key import path_hashes
-from telco_nb.study.params import ParameterError, load_claims, load_study
+from telco_nb.study.params import Claims, ParameterError, load_claims, load_study
 from telco_nb.study.plan import make_job
 
 CONFIGS = fake_study.design()
@@ -109,11 +111,34 @@ def test_where_nothing_is_shown_the_data_cannot_tell_and_energy_decides_nothing(
     assert "The data cannot tell" in deploy.statement and "c03" in deploy.statement
 
 
+def test_better_than_holds_the_names_that_are_beaten_with_every_judge():
+    """Each judge sees the winner beat two, but only one of them is the same."""
+    one = pd.Series({"c01": 2.0, "c02": 1.9, "c03": -2.0, "c04": -2.0})
+    two = pd.Series({"c01": 2.0, "c02": -2.0, "c03": -2.0, "c04": 1.9})
+    choice = recommend(make_study(4, [make_judge(one, 0.2), make_judge(two, 0.2, "claude")]))
+    assert choice.config == "c01" and choice.better_than == ["c03"]
+    none = pd.Series({"c01": 2.0, "c02": -2.0, "c03": 1.9, "c04": 1.9})
+    choice = recommend(make_study(4, [make_judge(one.drop("c04"), 0.2), make_judge(none, 0.2, "claude")]))
+    assert choice.better_than == [] and not choice.is_supported
+
+
+def test_a_judge_whose_number_of_terms_is_not_known_carries_no_claim():
+    (judge,) = four().judges
+    unknown = dataclasses.replace(judge, ranking=judge.ranking.drop(columns="n_terms"))
+    choice = recommend(dataclasses.replace(four(), judges=[unknown]))
+    assert choice.config is None and choice.blocked_by == ["judge checklist: the number of terms is not known"]
+
+
+def test_equal_scores_without_any_noise_are_their_own_expectation():
+    equal, draws = pd.Series(0.0, CONFIGS.index), pd.DataFrame(0.0, range(20), CONFIGS.index)
+    assert expected_scores(equal, draws, CONFIGS).tolist() == [0.0] * len(CONFIGS)
+
+
 def test_a_tie_of_all_is_an_answer_but_not_supported():
     study = make_study(4, [make_judge(pd.Series(0.0, [f"c0{i}" for i in range(1, 5)]), 0.02)])
     choice = recommend(study)
     assert len(choice.candidates) == 4 and "all 4 configurations" in choice.reason
-    assert not choice.is_supported and choice.better_than == 0
+    assert not choice.is_supported and not choice.better_than
 
 
 def test_fewer_than_eight_terms_or_an_unknown_coverage_carry_no_recommendation():
@@ -140,8 +165,9 @@ def test_what_another_seed_would_change_is_said_for_the_loss_and_not_known_for_t
     study = make_study(4)
     assert "one training run each" in seed_text(study) and "SD" not in seed_text(study)
     repeats = pd.DataFrame({"config": ["c01", "c01"], "seed": [1, 2], "val_loss": [0.5, 0.6], "train_energy_wh": 1.0})
+    noise = noise_floor(study.results, repeats, "val_loss")  # the run of the study counts as one more seed
     told = seed_text(dataclasses.replace(study, repeats=repeats))
-    assert "varies by 0.0707 (SD)" in told and "how much the score does is not known" in told
+    assert f"varies by {noise.between_seeds.value:.4f} (SD)" in told and "how much the score does is not known" in told
 
 
 def test_a_lead_over_an_anchor_that_lost_everything_is_open_above():
@@ -165,7 +191,7 @@ def with_loss(best: str, noise: float = 0.02, **scores: float):
     [
         (with_loss("c01", c01=0.1), "supported", "Upheld: c01 is behind the best of the others by 0.00"),
         (with_loss("c01", c02=2.0), "refuted", "Refuted: c01 is behind the best of the others by 2.00"),
-        (with_loss("c01", 0.6, c02=0.3), "not distinguishable", "The data cannot tell: c01"),
+        (with_loss("c01", 0.6, c02=0.3), "cannot tell", "The data cannot tell: c01"),
     ],
 )
 def test_the_primary_claim_is_upheld_refuted_or_open(study, verdict, words):
@@ -193,6 +219,16 @@ def test_the_file_of_claims_is_part_of_the_key_of_06():
 def test_equal_lowest_losses_leave_the_claim_without_an_answer():
     found = primary_finding(make_study(4, val_loss=[0.5, 0.5, 0.6, 0.6]))
     assert found.verdict == "blocked" and "no loss is the lowest" in found.statement
+
+
+@pytest.mark.parametrize("key", list(Claims.model_fields))
+def test_a_claim_without_one_of_its_keys_is_refused_by_file_and_key(tmp_path, key):
+    from telco_nb import ROOT
+
+    whole = yaml.safe_load((ROOT / "params" / "claims.yaml").read_text())
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump({k: v for k, v in whole.items() if k != key}))
+    with pytest.raises(ParameterError, match=rf"claims\.yaml: {key}: no value is given"):
+        load_claims(tmp_path / "claims.yaml")
 
 
 @pytest.mark.parametrize(

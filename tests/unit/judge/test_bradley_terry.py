@@ -60,16 +60,16 @@ def centred(values):
 
 def standard_errors(seen, fitted):
     """(SEs of the abilities minus the first one, SEs of position, length and tie) from the Hessian of the fit."""
-    terms, n = [fitted.position, fitted.length, fitted.tie, fitted.clear], len(fitted.configs)
+    terms, n = [fitted.position, fitted.length, fitted.tie], len(fitted.configs)
     fits = [term is not None for term in terms]
-    cells = bradley_terry._cells(seen, fitted.configs, fits[1], margins=fits[3], ties=fits[2])
+    cells = bradley_terry._cells(seen, fitted.configs, fits[1], ties=fits[2])
     counts = cells.counts(np.ones((1, len(seen))), np.arange(len(seen)))
     free = np.array([True] * n + fits)
     parameters = np.append(fitted.abilities, [term or 0.0 for term in terms])[None]
     covariance = np.linalg.inv(bradley_terry._derivatives(parameters, counts, cells, 0, free)[1][0])
     variance = np.diag(covariance)
     gaps = variance[:n] + variance[0] - 2 * covariance[0, :n]
-    return dict(zip(fitted.configs, np.sqrt(gaps), strict=True)), np.sqrt(variance[-4:-1])
+    return dict(zip(fitted.configs, np.sqrt(gaps), strict=True)), np.sqrt(variance[-3:])
 
 
 @pytest.fixture(scope="module")

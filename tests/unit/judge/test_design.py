@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from judge_study import SHARES, StubJudge, bare_prompts, first_seat
 
 from telco_nb.judge import checklist, design, protocol
+from telco_nb.judge.anchors import ANCHORS
 from telco_nb.judge.store import VerdictStore
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 17)]
@@ -32,7 +33,7 @@ def test_sixteen_configurations_on_156_prompts_cost_the_calls_of_the_protocol():
     assert counts["retest"] == round(0.05 * 2496)
     anchored = plan[plan["purpose"] == "anchor"]
     assert anchored["prompt_id"].nunique() == round(0.2 * 156)
-    assert set(anchored["config_first"]) | set(anchored["config_second"]) >= set(design.ANCHORS)
+    assert set(anchored["config_first"]) | set(anchored["config_second"]) >= set(ANCHORS)
 
 
 @given(n=st.integers(2, 12), n_prompts=st.integers(1, 40), m=st.integers(1, 4), seed=st.integers(0, 9))
@@ -91,7 +92,7 @@ def test_a_complete_plan_holds_every_pair_once_on_every_prompt_and_every_anchor_
     plan = design.plan_comparisons(prompts, configs, **SHARES, complete=True)
     everywhere = [(p, a, b) for p in prompts["prompt_id"] for i, a in enumerate(configs) for b in configs[i + 1 :]]
     assert met(plan, "ranking") == Counter(everywhere)
-    anchored = [(p, *sorted((a, c))) for p in prompts["prompt_id"] for a in design.ANCHORS for c in configs]
+    anchored = [(p, *sorted((a, c))) for p in prompts["prompt_id"] for a in ANCHORS for c in configs]
     assert met(plan, "anchor") == Counter(anchored)
     ranking = plan[plan["purpose"] == "ranking"]
     seats = Counter(zip(ranking["config_first"], ranking["config_second"], strict=True))

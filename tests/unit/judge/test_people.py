@@ -255,6 +255,14 @@ def test_a_panel_of_language_models_says_how_its_verdicts_were_made(material, ex
     assert not judge.is_proxy and panel.judge_label(judge) == "panel"
 
 
+def test_a_panel_must_give_a_reason_with_each_vote_and_a_person_need_not(material, export, voted, tmp_path):
+    bare = [{name: value for name, value in vote.items() if name != "reason"} for vote in voted]
+    store, _ = add(tmp_path, material, export, bare)
+    assert any(line["source"] == "votes" for line in store.ok.values())
+    with pytest.raises(VotesError, match=r"votes\.jsonl:1: reason: a vote of a language_model_panel needs one"):
+        add(tmp_path, material, export, bare, people.LanguageModelPanelJudge("panel"))
+
+
 def test_a_person_needs_the_name_of_a_person_and_no_outside_judge_has_a_model():
     for kind, name, model in (
         (people.HumanJudge, "ann", None),

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from telco_nb.commands import rerank
 from telco_nb.judge import asking, bradley_terry, checklist, design
+from telco_nb.judge.anchors import ANCHORS
 from telco_nb.judge.cases import CRITERIA, Case, JudgeError, Verdict, degenerate_answer, printable
 from telco_nb.judge.prompts import MAX_ANSWER_CHARACTERS, PairReply, RubricReply, render_prompt
 from telco_nb.judge.store import FIELDS, VerdictStore, judged_rows, rated_rows
@@ -170,7 +171,7 @@ def test_rerank_ranks_the_latest_plan_and_leaves_answers_of_the_past_out(prompts
         plan = judge_study.pair_plan(prompts, configs)
         put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
     found = rerank.rerank(VerdictStore(store.path), draws=50)
-    assert set(found.ranking["config"]) == {"c01", "c02", *design.ANCHORS}
+    assert set(found.ranking["config"]) == {"c01", "c02", *ANCHORS}
     assert found.ranking["config"].iloc[0] == "c01"
     assert any("gate" in block for block in found.blocks)  # no control was asked
 

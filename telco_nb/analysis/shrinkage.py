@@ -39,6 +39,8 @@ def expected_scores(scores: pd.Series, draws: pd.DataFrame, configs: pd.DataFram
     x = _predictors(configs.loc[scores.index] if configs is not None else None, n)
 
     spread = 2 * float(np.sqrt(y.var() + np.trace(noise) / n))
+    if not spread > 0:  # equal scores without any noise: the matrices below would be singular
+        return scores.astype(float)
     expected, log_weights = [], []
     for sd in np.linspace(0, spread, GRID + 1)[1:]:
         v = noise + sd**2 * np.eye(n)

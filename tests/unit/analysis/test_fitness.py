@@ -1,0 +1,96 @@
+"""Fitness is shown part by part, and only if no configuration is fit does the study say so."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+from fake_study import make_judge, make_study
+
+from telco_nb.analysis import findings
+from telco_nb.analysis.fitness import fit_configs, fitness, lead_over
+from telco_nb.analysis.recommendation import recommend
+from telco_nb.judge.anchors import ANCHORS, FLOORS
+
+CONFIGS = ["c01", "c02", "c03", "c04"]
+
+
+def held(coverage=(0.8, 0.8, 0.8, 0.8), score=(0.0, 0.5, 1.0, 2.0), **changes):
+    """Four configurations that are fit, unless `coverage` is low, with all anchors far below them."""
+    scores = pd.Series(dict(zip(CONFIGS, score, strict=True)) | dict.fromkeys(FLOORS, -4.0))
+    judge = make_judge(scores, 0.02)
+    judge.ranking["is_anchor"] = judge.ranking.index.isin(ANCHORS)
+    found = dict(zip([*CONFIGS, "reference"], [*coverage, 0.9], strict=True))
+    checks = pd.DataFrame({"config": list(found), "coverage": list(found.values()), "unsafe": 0.01, "term_id": "t"})
+    checks = checks.assign(content=checks["coverage"], style=0.5)
+    faults = pd.DataFrame({"config": CONFIGS, "answers": 40, "broken": 0})
+    study = make_study(4, [judge], val_loss=[0.5, 0.6, 0.7, 0.8])
+    return dataclasses.replace(study, **({"checks": checks, "faults": faults} | changes))
+
+
+def deploy(study):
+    return findings.decision_findings(study)[0]
+
+
+def test_if_the_best_one_is_not_fit_the_best_of_the_fit_ones_is_recommended():
+    study = held(coverage=(0.8, 0.8, 0.8, 0.2))
+    choice = recommend(study)
+    assert choice.fit == ["c01", "c02", "c03"] and choice.config == "c03" and "c04" not in choice.candidates
+    said = deploy(study)
+    assert said.verdict == "supported" and said.statement.startswith("Deploy c03")
+    assert "3 of 4 configurations are fit" in said.statement and "No configuration" not in said.statement
+
+
+def test_no_configuration_is_fit_only_if_all_are_below_the_bar():
+    study = held(coverage=(0.2, 0.2, 0.2, 0.2))
+    said = deploy(study)
+    assert (said.verdict, said.value) == ("not fit", "c04")
+    assert said.statement.startswith("No configuration is fit to answer customers.")
+    assert deploy(held()).verdict == "supported"
+
+
+def test_the_only_fit_one_is_recommended_as_such():
+    said = deploy(held(coverage=(0.8, 0.2, 0.2, 0.2)))
+    assert said.value == "c01" and "the only one of the configurations that is fit" in said.statement
+
+
+def test_a_choice_of_loss_that_is_better_but_not_fit_is_called_that():
+    study = held(coverage=(0.2, 0.8, 0.8, 0.8), score=(2.0, 1.0, 0.5, 0.0))
+    found = next(f for f in findings.decision_findings(study) if f.id == "confidence")
+    assert found.verdict == "refuted" and "c01 answers better, but is not fit" in found.statement
+
+
+@pytest.mark.parametrize(
+    ("missing", "part"),
+    [
+        ({"checks": None}, "how many of its answers are unsafe"),
+        ({"checks": None}, "what its answers hold"),
+        ({"faults": None}, "how many of its answers are empty, loop or break off"),
+        ({"judges": []}, "whether it beats the untuned model"),
+    ],
+)
+def test_a_part_that_was_not_measured_is_a_reason_and_never_passes(missing, part):
+    found = fitness(held(**missing), "c04")
+    assert part in found.not_measured and not found.is_fit and not found.failed
+    (reason,) = found.reasons
+    assert reason.startswith("not measured: ") and part in reason
+
+
+def test_a_missing_share_of_unsafe_answers_counts_as_not_measured():
+    study = held()
+    assert fit_configs(study) == CONFIGS
+    found = fitness(dataclasses.replace(study, checks=study.checks.assign(unsafe=float("nan"))), "c01")
+    assert found.unsafe is None and found.not_measured == ["how many of its answers are unsafe"]
+
+
+def test_where_nothing_was_measured_the_study_does_not_say_that_none_is_fit():
+    said = deploy(held(checks=None, faults=None))
+    assert said.verdict == "not fit" and "No configuration is shown to be fit" in said.statement
+
+
+def test_a_lead_without_a_known_number_of_terms_has_no_bounds():
+    (judge,) = held().judges
+    assert lead_over(judge, "c04", "echo").is_above()
+    bare = dataclasses.replace(judge, ranking=judge.ranking.drop(columns="n_terms"))
+    assert not lead_over(bare, "c04", "echo").is_above()
+    unplaced = dataclasses.replace(judge, ranking=judge.ranking.assign(score=float("nan")))
+    assert lead_over(unplaced, "c04", "echo") is None
