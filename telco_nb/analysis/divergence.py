@@ -59,7 +59,7 @@ def divergence_table(study: StudyResults, judge: JudgeResults, seed: int = 0) ->
             missing = name_list([side.replace("_", " ") for side in absent])
             rows.append((name, measure, *MISSING, math.nan, f"{missing} not known for every configuration"))
             continue
-        found, p = _compared(compare, [sides[side] for side in needed], relabelled)
+        found, p = compared(compare, [sides[side] for side in needed], relabelled)
         rows.append((name, measure, *found, p, "" if math.isfinite(found.value) else "one side is constant"))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
@@ -93,7 +93,7 @@ def _difference(a: np.ndarray, b: np.ndarray, other: np.ndarray) -> np.ndarray:
     return tau_rows(a, other) - tau_rows(b, other)
 
 
-def _compared(compare: Callable[..., np.ndarray], sides: list[Side], relabelled: np.ndarray) -> tuple[Interval, float]:
+def compared(compare: Callable[..., np.ndarray], sides: list[Side], relabelled: np.ndarray) -> tuple[Interval, float]:
     """The value of a measure with its interval over paired draws, and its p by relabelling all sides but the last."""
     *moved, fixed = sides
     value = float(compare(*(side.values.to_numpy(float)[None, :] for side in sides))[0])

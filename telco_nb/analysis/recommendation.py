@@ -184,6 +184,9 @@ def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: s
 
 def seed_text(study: StudyResults) -> str:
     """What another training seed could change: known for the loss where runs were repeated, not for the scores."""
+    known = [f"{judge.luck.sd.value:.2f} with {judge.label}" for judge in study.judges if judge.luck is not None]
+    if known:
+        return f"Intervals hold the chance of training where it is known: SD {name_list(known)}, between seeds."
     text = "Scores come from one training run each, so no interval holds the chance of training"
     spread = study.repeats.groupby("config")["val_loss"].agg(["std", "size"]) if len(study.repeats) else pd.DataFrame()
     if len(spread) and (spread["size"] > 1).any():

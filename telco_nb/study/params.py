@@ -1,7 +1,7 @@
 """Parameter files: strict loading, merging and checking, before any kernel starts.
 
-`base.yaml` + `profiles/<profile>.yaml` + one `<lora_folder>/<config>.yaml` or `judges/<judge>.yaml` give the flat set of
-values that notebooks receive. Merging is by key. Every fault names the file, the key and the fix.
+`base.yaml` + `profiles/<profile>.yaml` + one `<lora_folder>/<config>.yaml` or `judges/<judge>.yaml` give the flat set
+of values that notebooks receive. Merging is by key. Every fault names the file, the key and the fix.
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ def test_the_papers_profile_has_its_ranks_and_2_4_and_7_target_modules_in_a_bala
     study = load_study("paper")
     modules = {name: len(TARGET_MODULES[name]) for name in ("qv", "attention", "all")}
     rows = [study.lora[config] for config in study.configs]
-    factors = [
-        (row["rank"], modules[row["target_modules"]], row["epochs"], row["learning_rate"]) for row in rows
-    ]
+    factors = [(row["rank"], modules[row["target_modules"]], row["epochs"], row["learning_rate"]) for row in rows]
     assert len(rows) == len(set(factors)) == 16
     assert {row[0] for row in factors} == {16, 32} and {row[1] for row in factors} == {2, 4, 7}
     for i, j in combinations(range(4), 2):  # proportional frequencies: no factor says anything about another
