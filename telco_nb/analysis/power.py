@@ -163,7 +163,7 @@ def _least(judge: JudgeResults, errors: Errors, n_prompts: int) -> Finding:
     least = least_difference(*errors.of())
     share = 1 / (1 + math.exp(-least))
     text = (
-        f"With {n_prompts} prompts ({errors.terms} terms) and one training run each, this study finds a difference of "
+        f"With {n_prompts} prompts and one training run each, this study finds a difference of "
         f"{least:.2f} log-odds between two configurations with {POWER:.0%} chance ({share:.0%} of decided comparisons "
         f"by {judge.label}; one comparison alone, 5 % level)"
     )
@@ -180,14 +180,12 @@ def _apart(judge: JudgeResults, table: pd.DataFrame, n_prompts: int) -> Finding:
         if not pd.isna(row["prompts_top_two"])
     ]
     text = f"{first} and {second}, the best two with {judge.label}, lie {lead.value:.2f} log-odds apart. "
-    text += (
-        f"If that lead is real, to tell them apart with {POWER:.0%} chance takes {', or '.join(parts)}"
-        if parts
-        else (
-            f"If that lead is real, no number of prompts with up to {table['seeds'].max()} seeds each tells them apart"
-        )
-    )
-    text += f"; this study has {n_prompts}. The lead of a best of many is too large, so these numbers are too small."
+    if parts:
+        text += f"If that lead is real, to tell them apart with {POWER:.0%} chance takes {', or '.join(parts)} (this "
+        text += f"study has {n_prompts}). The lead of a best of many is too large, so these numbers are too small."
+    else:
+        text += f"No number of prompts with up to {table['seeds'].max()} seeds each tells them apart with {POWER:.0%} "
+        text += "chance, even if that lead is real."
     return blockable(f"power_top.{judge.name}", text, lead, n_prompts, "described", judge)
 
 

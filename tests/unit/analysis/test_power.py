@@ -79,7 +79,7 @@ def test_the_findings_say_what_is_missing_and_never_a_number_for_it():
     level = make_study(16, [make_judge(score * 0, 0.05)])
     equal = {finding.id: finding for finding in power.power_findings(level, 48)}
     assert equal["equivalence.checklist"].verdict == "supported"
-    assert "no number of prompts" in equal["power_top.checklist"].statement
+    assert "No number of prompts" in equal["power_top.checklist"].statement
     none = make_study(16, [make_judge(score * np.nan, 0.05)])
     assert [finding.verdict for finding in power.power_findings(none, 48)] == ["not estimable"]
 
