@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -134,6 +134,7 @@ class Parameters(LoraParameters, JudgeParameters):
     answer_max_tokens: int = Field(ge=8)
     answer_batch_size: int = Field(ge=1)
     answer_temperature: float = Field(ge=0)
+    adapter_strengths: list[Annotated[float, Field(ge=0, le=4)]] = Field(min_length=1)
     # energy
     cpu_watts_per_core_low: float = Field(gt=0)
     cpu_watts_per_core: float = Field(gt=0)

@@ -39,7 +39,7 @@ class Job:
 _TRAINED = ("metrics.json", "tables/loss_curve.parquet", "tables/val_losses.parquet", "tables/energy.parquet")
 _ANSWERED = (
     "metrics.json", "tables/energy.parquet", "artefacts/answers.parquet", "tables/reference_losses.parquet",
-    "tables/choices.parquet", "tables/general_losses.parquet",
+    "tables/choices.parquet", "tables/general_losses.parquet", "tables/strengths.parquet",
 )  # fmt: skip
 _JUDGED = (
     "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "artefacts/ratings.parquet",

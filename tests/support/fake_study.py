@@ -276,6 +276,9 @@ def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.
     run.table("choices", items.assign(right=items["margin"] > 0))
     texts = [f"g{i}" for i in range(12)]
     run.table("general_losses", pd.DataFrame({"text_id": texts, "loss": 3.0 + rng.normal(0, 0.1, 12)}))
+    strengths = [(s, f"p{i:03d}", f"t{i}", 20, 20 * (0.6 + (s - 0.9) ** 2)) for s in (0.5, 1.0) for i in range(12)]
+    columns = ["strength", "prompt_id", "term_id", "n_tokens", "loss_sum"]
+    run.table("strengths", pd.DataFrame(strengths if scope != "untuned" else [], columns=columns))
     by_set = losses["test_set"].unique()
     run.metric(**{f"{name}_{part}": 0.6 + rng.normal(0, 0.05) for name in by_set for part in ("loss", "perplexity")})
     run.table("energy", energy_table("answer", wh / 3))
