@@ -67,7 +67,7 @@ def test_a_folder_of_configurations_that_does_not_exist_is_refused_by_name(folde
 def test_second_seeds_are_answered_and_judged_but_not_shown_to_voters(folder):
     text = (folder / "judges" / "panel.yaml").read_text()
     study = load_study("overnight", folder)
-    assert study.repeats == [f"{c}-seed1" for c in ("c01", "c04", "c06", "c11", "c13", "c16")]
+    assert study.repeats == [f"{c}-seed1" for c in ("c01", "c02", "c06", "c08", "c11", "c15")]
     jobs = {job.id: job for job in plan_jobs(study)}
     assert all(f"{run}/04_energy" in jobs for run in study.repeats)
     judge = jobs["judge-checklist/05_judge"]
@@ -194,3 +194,12 @@ def test_a_missing_file_of_claims_is_refused_before_anything_runs(folder):
     edit(folder / "base.yaml", "claims_path: params/claims.yaml", "claims_path: params/nothing.yaml")
     with pytest.raises(ParameterError, match=r"nothing\.yaml: no such file"):
         load_study("laptop", folder)
+
+
+def test_the_second_seeds_of_the_night_are_balanced_over_the_factors():
+    study = load_study("overnight")
+    rows = [study.lora[config] for config in study.base["repeat_configs"]]
+    assert len(rows) == 6 and {row["target_modules"] for row in rows} == {"qv", "attention", "mlp", "all"}
+    for factor in ("rank", "epochs", "learning_rate"):
+        levels = [row[factor] for row in rows]
+        assert {levels.count(level) for level in levels} == {3}, factor
