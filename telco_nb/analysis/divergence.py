@@ -61,7 +61,7 @@ def divergence_table(study: StudyResults, judge: JudgeResults, seed: int = 0) ->
             missing = name_list([side.replace("_", " ") for side in absent])
             rows.append((name, measure, *MISSING, math.nan, f"{missing} not known for every configuration"))
             continue
-        found, p = _compared(compare, [sides[side] for side in needed], relabelled)
+        found, p = compared(compare, [sides[side] for side in needed], relabelled)
         rows.append((name, measure, *(found or MISSING), p if found else math.nan, "" if found else CONSTANT))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
@@ -95,7 +95,7 @@ def _difference(a: np.ndarray, b: np.ndarray, other: np.ndarray) -> np.ndarray:
     return tau_rows(a, other) - tau_rows(b, other)
 
 
-def _compared(
+def compared(
     compare: Callable[..., np.ndarray], sides: list[Side], relabelled: np.ndarray
 ) -> tuple[Interval | None, float]:
     """The value of a measure with its interval over paired draws, and its p by relabelling all sides but the last.

@@ -225,6 +225,9 @@ def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: s
 
 def seed_text(study: StudyResults) -> str:
     """What another training seed could change: known for the loss where runs were repeated, not for the scores."""
+    known = [f"{judge.luck.sd.value:.2f} with {judge.label}" for judge in study.judges if judge.luck is not None]
+    if known:
+        return f"Intervals hold the chance of training where it is known: SD {name_list(known)}, between seeds."
     text = "Scores come from one training run each, so no interval holds the chance of training"
     noise = noise_floor(study.results, study.repeats, "val_loss")
     if noise is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, kendall_tau, percentile_interval
+from telco_nb.analysis.statistics import MISSING, Interval, Luck, cluster_weights, kendall_tau, percentile_interval
 from telco_nb.judge.cases import degenerate_answer
 from telco_nb.study.params import Claims
 
@@ -28,7 +28,11 @@ PROXY_KINDS = ("checklist", "embedding")
 
 @dataclass(frozen=True)
 class JudgeResults:
-    """The results of 05 for one judge. `ranking` is indexed by configuration, `draws` is (draws, configurations)."""
+    """The results of 05 for one judge. `ranking` is indexed by configuration, `draws` is (draws, configurations).
+
+    `runs`, `run_draws` and `luck` are known where configurations were trained again (`seeds.merge_runs`): score and
+    draws of every run, and the variance between seeds.
+    """
 
     name: str
     kind: str | None
@@ -39,11 +43,19 @@ class JudgeResults:
     draws: pd.DataFrame
     model: str | None = None
     controls: tuple[Mapping[str, Any], ...] = ()  # of the validity gate: control, value, rule, threshold, n, passed
+    runs: pd.Series | None = None
+    run_draws: pd.DataFrame | None = None
+    luck: Luck | None = None
 
     @property
     def scores(self) -> pd.Series:
         """Bradley-Terry ability (log-odds) of the ranked configurations, anchors left out."""
         return self.ranking.loc[~self.ranking["is_anchor"].astype(bool), "score"].dropna()
+
+    @property
+    def first_scores(self) -> pd.Series:
+        """Like `scores`, of the first run of each configuration: comparable with single repeats."""
+        return self.scores if self.runs is None else self.runs[self.scores.index]
 
     @property
     def failed_controls(self) -> list[str]:

@@ -265,3 +265,21 @@ def _alpha(pairs: np.ndarray, values: np.ndarray, level: str) -> float:
     distance = distances[level]
     expected = (np.outer(seen, seen) * distance).sum() / max(seen.sum() - 1, 1)
     return float(1 - (pairs * distance).sum() / expected) if expected > 0 else math.nan
+
+
+class Luck(NamedTuple):
+    """The variance between runs of one configuration, pooled: `total`, and `noise`, the part that verdicts explain."""
+
+    total: float
+    noise: float
+    df: int
+
+    @property
+    def sd(self) -> Interval:
+        """The standard deviation between seeds with its interval (chi-square), 0 where noise explains all."""
+        tails = (1.0, *(self.df / stats.chi2.ppf(q, self.df) for q in (0.975, 0.025)))
+        return Interval(*(math.sqrt(max(0.0, self.total * factor - self.noise)) for factor in tails))
+
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """Standard deviations (n,) as the few degrees of freedom allow them."""
+        return np.sqrt(np.maximum(0.0, self.total * self.df / rng.chisquare(self.df, n) - self.noise))

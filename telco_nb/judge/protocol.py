@@ -215,7 +215,7 @@ def open_study(
     params.validate(values, f"{params_dir / 'judges' / judge}.yaml (with base.yaml and profiles/{profile}.yaml)")
     root = record.profile_root(profile)
     for job in plan_jobs(study) if to_ask else []:
-        if job.step < "05" and job.scope not in study.repeats and not (checked := is_current(job, root))[0]:
+        if job.step < "05" and not (checked := is_current(job, root))[0]:
             raise ParameterError(
                 f"{job.id} has to run first ({checked[1]}), or the verdicts would be on other answers: "
                 f"./run_all.py --profile {profile} --steps 01-04"

@@ -27,7 +27,9 @@ CACHED_ATTENTION = "cached_sdpa"  # name under which transformers knows `cached_
 DROP_SHARE = 0.8  # ended rows leave the batch when at most this share of it still writes; a guess, any value is exact
 
 
-def merge_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_model: str | None = None) -> Any:
+def merge_adapter(
+    model: Any, adapter: Path | None, dtype: torch.dtype, base_model: str | None = None, strength: float = 1.0
+) -> Any:
     """Build the model that would be deployed: merge LoRA into the base weights, then cast them.
 
     Args:
@@ -36,20 +38,27 @@ def merge_adapter(model: Any, adapter: Path | None, dtype: torch.dtype, base_mod
         dtype: number format of the result.
         base_model: name of the base model. If there is a file of its weights in `dtype`, matrices without an adapter
             are mapped from it: a cast would write all of them into fresh memory.
+        strength: factor of the adapter's update; 0 would be the untuned model.
 
     Returns:
         The merged model in evaluation mode.
 
     Raises:
-        ModelError: the adapter does not fit the model or its configuration; nothing was merged.
+        ModelError: the adapter does not fit the model or its configuration, or is not plain LoRA and cannot be scaled;
+            nothing was merged.
     """
     if adapter is not None:
         config, weights = _read_adapter(adapter)
         check_adapter(model, adapter, config, weights)
-        if config.use_dora or config.bias != "none":
+        plain = not config.use_dora and config.bias == "none"
+        if strength != 1 and not plain:
+            raise ModelError(
+                f"the adapter {adapter} is not plain LoRA, so it cannot be scaled. Use adapter_strengths: [1.0]."
+            )
+        if not plain:
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
             return tuned.merge_and_unload().to(dtype).eval()
-        _merge_lora(model, weights, config, dtype)
+        _merge_lora(model, weights, config, dtype, strength)
     cast = map_weights(base_model, dtype) if base_model and dtype != torch.float32 else None
     for name, weight in cast.named_parameters() if cast else ():
         own = model.get_parameter(name)
@@ -71,12 +80,14 @@ def _read_adapter(adapter: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _merge_lora(model: Any, weights: dict[str, Tensor], config: LoraConfig, dtype: torch.dtype) -> None:
+def _merge_lora(
+    model: Any, weights: dict[str, Tensor], config: LoraConfig, dtype: torch.dtype, strength: float
+) -> None:
     """The same weights to the last bit as peft's merge, in half the time.
 
     peft would first wrap every layer and then write into the pages of the file that the base weights are mapped from.
     """
-    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    scaling = strength * config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     weights = {name: weight.to(model.device) for name, weight in weights.items()}
     for name in filter(lambda name: name.endswith(".lora_A.weight"), weights):
         layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))

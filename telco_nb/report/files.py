@@ -86,9 +86,8 @@ def expected_steps(scope: str) -> tuple[str, ...]:
     """The steps that belong to a scope, by its name."""
     if scope.startswith("judge-"):
         return ("05_judge",)
-    trained = ("03_train",) if "-seed" in scope else ("03_train", "04_energy")
     fixed = {"shared": ("01_glossary", "02_synth"), "untuned": ("04_energy",), "study": ("06_analysis",)}
-    return fixed.get(scope, trained)
+    return fixed.get(scope, ("03_train", "04_energy"))
 
 
 def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> StudyFiles:

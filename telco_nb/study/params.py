@@ -1,7 +1,7 @@
 """Parameter files: strict loading, merging and checking, before any kernel starts.
 
-`base.yaml` + `profiles/<profile>.yaml` + one `lora/<config>.yaml` or `judges/<judge>.yaml` give the flat set of
-values that notebooks receive. Merging is by key. Every fault names the file, the key and the fix.
+`base.yaml` + `profiles/<profile>.yaml` + one `<lora_folder>/<config>.yaml` or `judges/<judge>.yaml` give the flat set
+of values that notebooks receive. Merging is by key. Every fault names the file, the key and the fix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -92,6 +92,7 @@ class Parameters(LoraParameters, JudgeParameters):
     # which study, which part of it
     profile: str
     scope: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    lora_folder: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     configs: list[str] = Field(min_length=1)
     repeats: list[str]
     repeat_configs: list[str]
@@ -133,6 +134,7 @@ class Parameters(LoraParameters, JudgeParameters):
     answer_max_tokens: int = Field(ge=8)
     answer_batch_size: int = Field(ge=1)
     answer_temperature: float = Field(ge=0)
+    adapter_strengths: list[Annotated[float, Field(ge=0, le=4)]] = Field(min_length=1)
     # energy
     cpu_watts_per_core_low: float = Field(gt=0)
     cpu_watts_per_core: float = Field(gt=0)
@@ -181,9 +183,12 @@ class StudyParams:
             merged["seed"] = int(seed)
         if scope.startswith("judge-"):
             merged |= self.judge_files[scope.removeprefix("judge-")]
+            if merged["judge_kind"] not in VOTED_KINDS:  # voters were shown the first run of each configuration
+                merged["configs"] = [*self.configs, *self.repeats]
         return merged
 
 
+VOTED_KINDS = ("human", "language_model_panel")
 LORA_KEYS = {*LoraParameters.model_fields, "seed"}
 JUDGE_KEYS = {*JudgeParameters.model_fields}
 # What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
@@ -200,18 +205,19 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     base = _read_file(params_dir / "base.yaml", set(Parameters.model_fields) - RUNNER_KEYS)
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
     base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
-    lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / "lora").glob("*.yaml"))}
-    _check_names(lora, params_dir / "lora")
+    folder = str(base.get("lora_folder", "lora"))
+    lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / folder).glob("*.yaml"))}
+    _check_names(lora, params_dir / folder)
     judges = {p.stem: _read_file(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
-    for key, known, folder in (
-        ("configs", lora, "lora"),
-        ("repeat_configs", lora, "lora"),
+    for key, known, place in (
+        ("configs", lora, folder),
+        ("repeat_configs", lora, folder),
         ("judges", judges, "judges"),
     ):
         for name in base.get(key, []):
             if name not in known:
                 raise ParameterError(
-                    f"{profile_file}: {key}: there is no {params_dir / folder / name}.yaml. "
+                    f"{profile_file}: {key}: there is no {params_dir / place / name}.yaml. "
                     f"Known: {', '.join(known) or 'none'}."
                 )
     study = StudyParams(profile, base, lora, judges, list(configs or base.get("configs", [])))
@@ -231,7 +237,7 @@ def _check_names(names: Iterable[str], folder: Path) -> None:
 
 
 def _check_all(study: StudyParams, params_dir: Path) -> None:
-    scopes = {"shared": "base.yaml"} | {c: f"lora/{c}.yaml" for c in study.lora}
+    scopes = {"shared": "base.yaml"} | {c: f"{study.base.get('lora_folder')}/{c}.yaml" for c in study.lora}
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base.get("judges", [])}
     for scope, name in scopes.items():
         validate(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
@@ -252,7 +258,7 @@ def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
         text = json.dumps(override, sort_keys=True)
         if text in seen:
             raise ParameterError(
-                f"{params_dir / 'lora' / config}.yaml: the same configuration as {seen[text]}.yaml. "
+                f"{params_dir / study.base['lora_folder'] / config}.yaml: the same configuration as {seen[text]}.yaml. "
                 "Change a value or delete one of the files."
             )
         seen[text] = config

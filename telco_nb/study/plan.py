@@ -39,6 +39,7 @@ class Job:
 _TRAINED = ("metrics.json", "tables/loss_curve.parquet", "tables/val_losses.parquet", "tables/energy.parquet")
 _ANSWERED = (
     "metrics.json", "tables/energy.parquet", "artefacts/answers.parquet", "tables/reference_losses.parquet",
+    "tables/choices.parquet", "tables/general_losses.parquet", "tables/strengths.parquet",
 )  # fmt: skip
 _JUDGED = (
     "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "artefacts/ratings.parquet",
@@ -110,7 +111,7 @@ def plan_jobs(study: StudyParams) -> list[Job]:
     scopes = [("01_glossary", "shared"), ("02_synth", "shared"), ("04_energy", UNTUNED)]
     for config in study.configs:
         scopes += [("03_train", config), ("04_energy", config)]
-    scopes += [("03_train", repeat) for repeat in study.repeats]
+    scopes += [(step, repeat) for repeat in study.repeats for step in ("03_train", "04_energy")]
     scopes += [("05_judge", f"judge-{judge}") for judge in study.base["judges"]]
     scopes += [("06_analysis", "study")]
     return [make_job(step, study.values(scope)) for step, scope in scopes]
@@ -130,6 +131,6 @@ def refuse_too_few(jobs: list[Job]) -> None:
 
 def unused_parameters(study: StudyParams) -> list[str]:
     """Keys of the parameter files that no notebook declares and the plan itself does not use."""
-    used = {"repeat_configs", "repeat_seeds"} | {name for step in STEPS for name in declared(step)}
+    used = {"lora_folder", "repeat_configs", "repeat_seeds"} | {name for step in STEPS for name in declared(step)}
     given = set(study.base).union(*study.lora.values(), *study.judge_files.values())
     return sorted(given - used)

@@ -169,8 +169,12 @@ def build_study(
         for s in (1, 2):
             shift = planted.loc[config] + [rng.normal(0, 0.004), 0, 0]
             _train(builder, rng, f"{config}-seed{s}", configs.loc[config], shift, s)
+            _answer(builder, rng, f"{config}-seed{s}", prompts, planted.loc[config, "energy"])
+    again = [f"{config}-seed{s}" for config in list(configs.index)[:repeats] for s in (1, 2)]
+    luck = np.random.default_rng(seed + 1).normal(0, 0.3, len(again))
+    runs = pd.Series(planted["quality"].reindex([run.split("-")[0] for run in again]).to_numpy() + luck, again)
     for name in judges:
-        add_judge(builder, rng, name, planted["quality"])
+        add_judge(builder, rng, name, pd.concat([planted["quality"], runs]))
     return builder.root
 
 
@@ -267,6 +271,15 @@ def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.
     answers.to_parquet(run.artefact("answers.parquet"))
     losses = prompts[["prompt_id", "test_set", "term_id"]].assign(n_tokens=20)
     run.table("reference_losses", losses.assign(loss_sum=20 * rng.normal(0.6, 0.1, len(prompts))))
+    known = np.random.default_rng(len(scope)).uniform(0.6, 0.9)
+    items = pd.DataFrame({"item_id": [f"i{i}" for i in range(30)], "kind": ["problem", "figure", "general"] * 10})
+    items = items.assign(term_id=[f"t{i % 10}" for i in range(30)], margin=known - rng.uniform(0, 1, 30))
+    run.table("choices", items.assign(right=items["margin"] > 0))
+    texts = [f"g{i}" for i in range(12)]
+    run.table("general_losses", pd.DataFrame({"text_id": texts, "loss": 3.0 + rng.normal(0, 0.1, 12)}))
+    strengths = [(s, f"p{i:03d}", f"t{i}", 20, 20 * (0.6 + (s - 0.9) ** 2)) for s in (0.5, 1.0) for i in range(12)]
+    columns = ["strength", "prompt_id", "term_id", "n_tokens", "loss_sum"]
+    run.table("strengths", pd.DataFrame(strengths if scope != "untuned" else [], columns=columns))
     by_set = losses["test_set"].unique()
     run.metric(**{f"{name}_{part}": 0.6 + rng.normal(0, 0.05) for name in by_set for part in ("loss", "perplexity")})
     run.table("energy", energy_table("answer", wh / 3))

@@ -76,6 +76,30 @@ def test_an_adapter_is_merged_bit_for_bit_as_peft_does_it(options, tmp_path):
     assert not all(torch.equal(tiny("qwen2").to(torch.bfloat16).state_dict()[name], found[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=str)
+def test_a_strength_scales_the_update_of_every_adapted_layer_and_touches_nothing_else(options, tmp_path):
+    made = attached(init_lora_weights=False, **options)
+    kernels.unfuse(made)
+    made.save_pretrained(tmp_path)
+    base = tiny("qwen2").state_dict()
+    full, half, none = (
+        decoding.merge_adapter(tiny("qwen2"), tmp_path, torch.float32, strength=s).state_dict() for s in (1.0, 0.5, 0.0)
+    )
+    for name, weight in base.items():
+        torch.testing.assert_close(half[name] - weight, (full[name] - weight) / 2, rtol=1e-4, atol=1e-6)
+        assert torch.equal(none[name], weight)
+    assert sum(not torch.equal(full[name], base[name]) for name in base) == len(ALL) * 2
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}], ids=str)
+def test_an_adapter_that_is_not_plain_lora_is_not_scaled(options, tmp_path):
+    made = attached(init_lora_weights=False, **options)
+    kernels.unfuse(made)
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"not plain LoRA, so it cannot be scaled. Use adapter_strengths: \[1.0\]"):
+        decoding.merge_adapter(tiny("qwen2"), tmp_path, torch.float32, strength=0.5)
+
+
 def test_only_the_named_layers_get_adapters_and_an_unknown_layer_is_refused():
     names = [n for n, p in attached(layers_to_transform=[1]).named_parameters() if p.requires_grad]
     assert names and all(".layers.1." in n for n in names)

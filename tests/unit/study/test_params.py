@@ -1,11 +1,13 @@
 """Parameter files: what is refused, and with which words."""
 
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import yaml
 
+from telco_nb.lora.step import TARGET_MODULES
 from telco_nb.study import params
 from telco_nb.study.params import ParameterError, load_study
 from telco_nb.study.plan import plan_jobs, unused_parameters
@@ -23,7 +25,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize("profile", ["smoke", "laptop", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "laptop", "overnight", "paper"])
 def test_every_shipped_profile_loads(profile):
     study = load_study(profile)
     assert study.configs and study.base["profile"] == profile
@@ -40,8 +42,43 @@ def test_the_sixteen_configurations_are_an_orthogonal_array():
             assert len({pairs.count(pair) for pair in pairs}) == 1, (factors[i], factors[j])
 
 
-def test_lora_alpha_is_twice_the_rank_everywhere():
-    study = load_study("laptop")
+def test_the_papers_profile_has_its_ranks_and_2_4_and_7_target_modules_in_a_balanced_design():
+    study = load_study("paper")
+    modules = {name: len(TARGET_MODULES[name]) for name in ("qv", "attention", "all")}
+    rows = [study.lora[config] for config in study.configs]
+    factors = [(row["rank"], modules[row["target_modules"]], row["epochs"], row["learning_rate"]) for row in rows]
+    assert len(rows) == len(set(factors)) == 16
+    assert {row[0] for row in factors} == {16, 32} and {row[1] for row in factors} == {2, 4, 7}
+    for i, j in combinations(range(4), 2):  # proportional frequencies: no factor says anything about another
+        pairs = [(row[i], row[j]) for row in factors]
+        for a, b in pairs:
+            alone = sum(row[i] == a for row in factors) * sum(row[j] == b for row in factors)
+            assert pairs.count((a, b)) * 16 == alone
+    trained = [job.parameters["rank"] for job in plan_jobs(study) if job.step == "03_train"]
+    assert len(trained) == 20 and set(trained) == {16, 32}
+
+
+def test_a_folder_of_configurations_that_does_not_exist_is_refused_by_name(folder):
+    edit(folder / "profiles" / "paper.yaml", "lora_folder: lora-paper", "lora_folder: lora-mine")
+    with pytest.raises(ParameterError, match=r"configs: there is no .*lora-mine/p01\.yaml. Known: none"):
+        load_study("paper", folder)
+
+
+def test_second_seeds_are_answered_and_judged_but_not_shown_to_voters(folder):
+    text = (folder / "judges" / "panel.yaml").read_text()
+    study = load_study("overnight", folder)
+    assert study.repeats == [f"{c}-seed1" for c in ("c01", "c02", "c06", "c08", "c11", "c15")]
+    jobs = {job.id: job for job in plan_jobs(study)}
+    assert all(f"{run}/04_energy" in jobs for run in study.repeats)
+    judge = jobs["judge-checklist/05_judge"]
+    assert judge.parameters["configs"] == [*study.configs, *study.repeats]
+    assert {f"{run}/04_energy" for run in study.repeats} < set(judge.depends)
+    assert "language_model_panel" in text and study.values("judge-panel")["configs"] == study.configs
+
+
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_lora_alpha_is_twice_the_rank_everywhere(profile):
+    study = load_study(profile)
     assert all(study.lora[c]["lora_alpha"] == 2 * study.lora[c]["rank"] for c in study.configs)
 
 
@@ -77,7 +114,7 @@ def test_a_faulty_line_is_refused_with_file_key_and_fix(folder, text, fix):
 
 
 def test_a_missing_profile_names_those_that_exist(folder):
-    with pytest.raises(ParameterError, match=r"profiles/nope\.yaml: no such file.*laptop, paper, smoke"):
+    with pytest.raises(ParameterError, match=r"profiles/nope\.yaml: no such file.*laptop, overnight, paper, smoke"):
         load_study("nope", folder)
 
 
@@ -119,7 +156,7 @@ def test_a_whole_number_is_accepted_where_a_float_is_meant(folder):
 def test_every_given_parameter_is_declared_by_a_notebook_and_the_other_way_round():
     study = load_study("laptop")
     assert unused_parameters(study) == []
-    assert len(plan_jobs(study)) == 3 + 2 * 16 + len(study.repeats) + 1 + 1
+    assert len(plan_jobs(study)) == 3 + 2 * 16 + 2 * len(study.repeats) + 1 + 1
 
 
 def test_the_notebooks_defaults_are_the_smoke_values():
@@ -157,3 +194,12 @@ def test_a_missing_file_of_claims_is_refused_before_anything_runs(folder):
     edit(folder / "base.yaml", "claims_path: params/claims.yaml", "claims_path: params/nothing.yaml")
     with pytest.raises(ParameterError, match=r"nothing\.yaml: no such file"):
         load_study("laptop", folder)
+
+
+def test_the_second_seeds_of_the_night_are_balanced_over_the_factors():
+    study = load_study("overnight")
+    rows = [study.lora[config] for config in study.base["repeat_configs"]]
+    assert len(rows) == 6 and {row["target_modules"] for row in rows} == {"qv", "attention", "mlp", "all"}
+    for factor in ("rank", "epochs", "learning_rate"):
+        levels = [row[factor] for row in rows]
+        assert {levels.count(level) for level in levels} == {3}, factor

@@ -1,0 +1,208 @@
+"""What a study of this size can tell: the least difference it finds, and what telling the best two apart would take.
+
+The error of a difference between two scores has two sources. That of prompts falls with their number, if terms grow
+with them. That of training falls with the seeds of each configuration alone: more prompts never outweigh it. The error
+of prompts is taken from the draws of single runs; that further seeds make it a little smaller is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from telco_nb.analysis.recommendation import claims_of, judged_terms
+from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.seeds import config_of
+from telco_nb.analysis.statements import Finding, blockable, not_estimable
+from telco_nb.analysis.statistics import Interval
+from telco_nb.judge.best import MANY
+from telco_nb.judge.ranking import interval_text
+
+LEVEL, POWER = 0.05, 0.8
+SEEDS = (1, 2, 3, 5)
+FAR = 30.0  # standard errors: found with near certainty
+MOST = 1e6  # times the prompts: more are as good as never
+
+
+class Errors(NamedTuple):
+    """The variance of a difference between two configurations of one run each: of prompts, and of training."""
+
+    prompts: float
+    terms: int
+    training: float | None  # None: no run was repeated, so it is not known
+    df_training: int
+    configs: int
+
+    def of(self, times: float = 1.0, runs: tuple[int, int] = (1, 1)) -> tuple[float, float]:
+        """The standard error and its degrees of freedom (Satterthwaite).
+
+        Args:
+            times: as many prompts, and terms, as the study has.
+            runs: of the two configurations.
+        """
+        prompts, df_prompts = self.prompts / times, max(1.0, self.terms * times - 1)
+        training = (self.training or 0.0) / 2 * sum(1 / n for n in runs)
+        planned = self.configs * (min(runs) - 1)  # if all configurations had as many runs
+        parts = prompts**2 / df_prompts + (training**2 / max(self.df_training, planned) if training else 0.0)
+        return math.sqrt(prompts + training), (prompts + training) ** 2 / parts
+
+
+def errors_of(judge: JudgeResults) -> Errors | None:
+    """The errors of a judge's scores; None without a ranking, or with fewer than two terms."""
+    drawn = judge.draws[list(judge.scores.index)] if judge.run_draws is None else judge.run_draws
+    names = [name for name in drawn if name == config_of(name)]
+    terms = judged_terms(judge)
+    n_terms = MANY if terms is None else 0 if terms.empty else int(terms.median())
+    if len(names) < 2 or n_terms < 2 or drawn[names].isna().any().any():
+        return None
+    spread = float(np.median([(drawn[a] - drawn[b]).var() for a, b in combinations(names, 2)]))
+    luck = judge.luck
+    training = None if luck is None else 2 * luck.sd.value**2
+    return Errors(spread * n_terms / (n_terms - 1), n_terms, training, luck.df if luck else 0, len(names))
+
+
+def power_of(difference: float, error: float, df: float) -> float:
+    """The chance that a two-sided t test finds a difference."""
+    away, least = min(difference / error, FAR), stats.t.isf(LEVEL / 2, df)
+    wrong_side = stats.nct.cdf(-least, df, away)  # scipy's is not finite in places where it is below 1e-9
+    return float(stats.nct.sf(least, df, away) + np.nan_to_num(wrong_side))
+
+
+def least_difference(error: float, df: float) -> float:
+    """The difference, in log-odds, that a two-sided t test finds with a chance of POWER."""
+    return float(optimize.brentq(lambda x: power_of(x, error, df) - POWER, 1e-9 * error, FAR * error))
+
+
+def equivalence_power(margin: float, error: float, df: float) -> float:
+    """The chance that two one-sided tests show a difference of 0 to be within the margin."""
+    return max(0.0, 2 * float(stats.t.cdf(margin / error - stats.t.isf(LEVEL, df), df)) - 1)
+
+
+def prompts_needed(errors: Errors, runs: tuple[int, int], difference: float, margin: float | None = None) -> float:
+    """As many times the prompts of the study as a chance of POWER takes, infinite if no number is enough.
+
+    Args:
+        errors: of the study.
+        runs: of the two configurations.
+        difference: to find; unused with a margin.
+        margin: of an equivalence to show.
+    """
+
+    def lacking(log_times: float) -> float:
+        error, df = errors.of(math.exp(log_times), runs)
+        return POWER - (power_of(difference, error, df) if margin is None else equivalence_power(margin, error, df))
+
+    ends = math.log(2 / errors.terms), math.log(MOST)
+    if lacking(ends[1]) > 0:
+        return math.inf
+    return math.exp(optimize.brentq(lacking, *ends)) if lacking(ends[0]) > 0 else math.exp(ends[0])
+
+
+def top_two(judge: JudgeResults) -> tuple[str, str]:
+    """The two configurations with the highest scores."""
+    first, second = judge.scores.sort_values(ascending=False, kind="stable").index[:2]
+    return str(first), str(second)
+
+
+def power_table(study: StudyResults, judge: JudgeResults, n_prompts: int) -> pd.DataFrame:
+    """What the study could tell with other numbers of seeds.
+
+    Args:
+        study: the study.
+        judge: whose scores; of a judge that saw no repeats only one seed is known.
+        n_prompts: the prompts of the study.
+
+    Returns:
+        By seeds: seeds, least_difference (log-odds, at the present prompts), prompts_top_two (to tell the best two
+        apart if their lead is real) and prompts_equivalent (to show two equal ones to be within the margin). Missing
+        where no number is enough. No rows without a ranking.
+    """
+    errors, rows = errors_of(judge), []
+    for seeds in SEEDS if errors and errors.training is not None else SEEDS[:1]:
+        if errors is None:
+            break
+        first, second = top_two(judge)
+        runs, lead = (seeds, seeds), float(judge.scores[first] - judge.scores[second])
+        times = [
+            prompts_needed(errors, runs, lead) if lead > 0 else math.inf,
+            prompts_needed(errors, runs, 0.0, claims_of(study).margin),
+        ]
+        needed = [math.ceil(n_prompts * x) if math.isfinite(x) else math.nan for x in times]
+        rows.append((seeds, least_difference(*errors.of(1.0, runs)), *needed))
+    columns = ["seeds", "least_difference", "prompts_top_two", "prompts_equivalent"]
+    return pd.DataFrame(rows, columns=columns).astype({"prompts_top_two": "Int64", "prompts_equivalent": "Int64"})
+
+
+def power_findings(study: StudyResults, n_prompts: int) -> list[Finding]:
+    """Per judge: the least difference that this study finds, if the best two are equal, and what parting them takes."""
+    found = []
+    for judge in study.judges:
+        errors, text = errors_of(judge), f"What this study can tell with {judge.label} is not known"
+        if errors is None:
+            found.append(not_estimable(f"power.{judge.name}", text, "there is no ranking with two terms or more"))
+            continue
+        found += [_least(judge, errors, n_prompts), _equivalence(study, judge, errors)]
+        found.append(_apart(judge, power_table(study, judge, n_prompts), n_prompts))
+    return found
+
+
+def _runs(judge: JudgeResults, configs: Sequence[str]) -> list[int]:
+    """How many runs of each configuration the judge has ranked."""
+    if judge.runs is None:
+        return [1] * len(configs)
+    counts = judge.runs.groupby(judge.runs.index.map(config_of)).size()
+    return [int(counts[config]) for config in configs]
+
+
+def _least(judge: JudgeResults, errors: Errors, n_prompts: int) -> Finding:
+    least = least_difference(*errors.of())
+    share = 1 / (1 + math.exp(-least))
+    text = (
+        f"With {n_prompts} prompts and one training run each, this study finds a difference of "
+        f"{least:.2f} log-odds between two configurations with {POWER:.0%} chance ({share:.0%} of decided comparisons "
+        f"by {judge.label}; one comparison alone, 5 % level)"
+    )
+    luck = "the luck of training is in it" if errors.training is not None else "the luck of training is not known"
+    return blockable(f"power.{judge.name}", f"{text}; {luck}.", Interval(least), n_prompts, "described", judge)
+
+
+def _apart(judge: JudgeResults, table: pd.DataFrame, n_prompts: int) -> Finding:
+    first, second = top_two(judge)
+    lead = Interval(float(judge.scores[first] - judge.scores[second]))
+    parts = [
+        f"{row['prompts_top_two']:,} prompts with {row['seeds']} seed{'s' * (row['seeds'] > 1)} each"
+        for row in table.to_dict("records")
+        if not pd.isna(row["prompts_top_two"])
+    ]
+    text = f"{first} and {second}, the best two with {judge.label}, lie {lead.value:.2f} log-odds apart. "
+    if parts:
+        text += f"If that lead is real, to tell them apart with {POWER:.0%} chance takes {', or '.join(parts)} (this "
+        text += f"study has {n_prompts}). The lead of a best of many is too large, so these numbers are too small."
+    else:
+        text += f"No number of prompts with up to {table['seeds'].max()} seeds each tells them apart with {POWER:.0%} "
+        text += "chance, even if that lead is real."
+    return blockable(f"power_top.{judge.name}", text, lead, n_prompts, "described", judge)
+
+
+def _equivalence(study: StudyResults, judge: JudgeResults, errors: Errors) -> Finding:
+    """Two one-sided tests of the best two against the margin that was claimed before the run."""
+    margin, (first, second) = claims_of(study).margin, top_two(judge)
+    a, b = _runs(judge, (first, second))
+    error, df = errors.of(1.0, (a, b))
+    lead = float(judge.scores[first] - judge.scores[second])
+    half = float(stats.t.isf(LEVEL, df)) * error
+    interval = Interval(lead, lead - half, lead + half)
+    shown = interval.low > -margin and interval.high < margin
+    text = (
+        f"{first} and {second}, the best two with {judge.label}, are {'' if shown else 'not '}shown to be equivalent "
+        f"within {margin:g} log-odds: they differ by {lead:+.2f} {interval_text(*interval[1:], '+.2f')} (90 %: two "
+        f"one-sided tests at 5 %)."
+    )
+    verdict = "supported" if shown else "not distinguishable"
+    return blockable(f"equivalence.{judge.name}", text, interval, errors.terms, verdict, judge)

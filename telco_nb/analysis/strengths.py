@@ -1,0 +1,70 @@
+"""Adapters made weaker or stronger after training: does another strength lower the loss of the gold answers?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from telco_nb.analysis.statements import Finding, excludes_zero, not_estimable
+from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval
+from telco_nb.judge.ranking import interval_text
+
+COLUMNS = ["config", "role", "strength", "loss", "change", "low", "high"]
+
+
+def strength_roles(top: str | None, losses: pd.Series) -> dict[str, str]:
+    """Which configurations are looked at and why: the one with the lowest loss, and `top`, the recommended one."""
+    roles = {str(losses.idxmin()): "with the lowest loss"} if len(losses) else {}
+    if top is not None:
+        roles[top] = "recommended and with the lowest loss" if top in roles else "recommended"
+    return roles
+
+
+def strength_table(
+    tables: Mapping[str, pd.DataFrame], roles: Mapping[str, str], n_draws: int, seed: int
+) -> pd.DataFrame:
+    """The loss at every strength, and its change from strength 1.
+
+    Args:
+        tables: by configuration, columns strength, prompt_id, term_id, n_tokens and loss_sum, as 04 writes them.
+        roles: why a configuration is shown, by configuration; those without several strengths are left out.
+        n_draws, seed: of the bootstrap over terms, the same for all strengths.
+
+    Returns:
+        Columns COLUMNS, losses in nats per token.
+    """
+    rows = []
+    for config, role in roles.items():
+        table = tables[config]
+        if table["strength"].nunique() < 2 or not (table["strength"] == 1).any():
+            continue
+        sums = table.pivot_table(["loss_sum", "n_tokens"], "term_id", "strength", aggfunc="sum")
+        weights = cluster_weights(len(sums), n_draws, seed)
+        drawn = (weights @ sums["loss_sum"].to_numpy()) / (weights @ sums["n_tokens"].to_numpy())
+        losses = sums["loss_sum"].sum() / sums["n_tokens"].sum()
+        own = list(losses.index).index(1)
+        for k, (strength, loss) in enumerate(losses.items()):
+            change = percentile_interval(loss - losses[1], drawn[:, k] - drawn[:, own], len(sums))
+            rows.append((config, role, strength, loss, *change))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def strength_findings(table: pd.DataFrame, roles: Mapping[str, str]) -> list[Finding]:
+    """Per configuration, the strength with the lowest loss, and how much lower it is than at strength 1."""
+    found = []
+    for config, role in roles.items():
+        rows, id = table[table["config"] == config].set_index("strength"), f"strength.{config}"
+        if rows.empty:
+            text = f"Whether another strength of {config} ({role}) lowers its loss is not known"
+            found.append(not_estimable(id, text, "only one strength was computed"))
+            continue
+        best, names = rows["loss"].idxmin(), ", ".join(f"{strength:g}" for strength in rows.index)
+        change = Interval(*rows.loc[best, ["change", "low", "high"]])
+        text = f"Of the strengths {names} of {config} ({role}) the loss of the gold answers is lowest at {best:g}"
+        if best != 1:
+            text += f": {change.value:+.3f} nats per token {interval_text(*change[1:], '+.3f')} against strength 1"
+            text += ", picked after the fact; what the answers are like there was not judged"
+        verdict = "described" if best == 1 else excludes_zero(change)
+        found.append(Finding(id, f"{text}.", *change, n=len(rows), verdict=verdict))
+    return found

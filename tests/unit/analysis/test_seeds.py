@@ -1,0 +1,143 @@
+"""The luck of training: runs of a configuration become one score, whose intervals hold what another seed changes."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+from fake_study import make_judge, make_study
+
+from telco_nb.analysis import findings, seeds
+from telco_nb.analysis.recommendation import compare, recommend, seed_text
+from telco_nb.analysis.results import JudgeResults, StudyResults
+
+CONFIGS = [f"c{i:02d}" for i in range(1, 9)]
+RUNS = [*CONFIGS, *(f"{config}-seed1" for config in CONFIGS[:6])]
+
+
+def judged(rng: np.random.Generator, truth: pd.Series, luck: float, noise: float = 0.15) -> JudgeResults:
+    """Runs as 05 ranks them: the truth of the configuration, luck of the run, noise that the draws know of."""
+    score = pd.Series([truth[seeds.config_of(run)] for run in RUNS], RUNS)
+    score += rng.normal(0, luck, len(RUNS)) + rng.normal(0, noise, len(RUNS))
+    score -= score.mean()
+    draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(RUNS))), columns=RUNS)
+    ranks = draws.rank(axis=1, ascending=False)
+    table = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975), "p_best": 0.1})
+    table["rank"], table["rank_low"], table["rank_high"] = 1.0, ranks.quantile(0.025), ranks.quantile(0.975)
+    table = table.assign(is_anchor=False, n_terms=48, n_judgements=390)
+    return JudgeResults("checklist", "checklist", True, 1.0, (), table.rename_axis("config"), draws)
+
+
+def studied(judge: JudgeResults) -> StudyResults:
+    return make_study(8, [judge])
+
+
+def covered(table: pd.DataFrame, truth: pd.Series) -> tuple[float, float]:
+    """The shares of intervals of score and of rank that hold the truth."""
+    table, centred = table.loc[CONFIGS], truth - truth.mean()
+    place = truth.rank(ascending=False)
+    in_score = (table["low"] <= centred) & (centred <= table["high"])
+    return float(in_score.mean()), float(((table["rank_low"] <= place) & (place <= table["rank_high"])).mean())
+
+
+def test_intervals_with_the_luck_of_training_cover_score_and_rank_and_without_it_they_do_not():
+    """200 studies of 8 configurations, 6 of them with a second seed. Ranks are whole numbers, so they cover more."""
+    rng, held, alone = np.random.default_rng(5), [], []
+    for study in range(200):
+        truth = pd.Series(rng.normal(0, 0.6, 8), CONFIGS)
+        judge = judged(rng, truth, 0.3)
+        held.append(covered(seeds.merge_runs(judge, study).ranking, truth))
+        once = judge.ranking.loc[CONFIGS]
+        once[["low", "high"]] -= once["score"].mean()
+        alone.append(covered(once, truth)[0])
+    score, place = np.mean(held, axis=0)
+    assert 0.92 <= score <= 0.97 and 0.92 <= place <= 0.99, (score, place)
+    assert np.mean(alone) < 0.75
+
+
+def test_the_score_of_a_configuration_is_the_mean_of_its_runs_and_one_without_repeats_is_as_unsure():
+    truth = pd.Series(np.linspace(-1, 1, 8), CONFIGS)
+    judge = judged(np.random.default_rng(1), truth, 0.3, noise=0.02)
+    merged = seeds.merge_runs(judge)
+    runs = judge.ranking["score"]
+    means = runs.groupby(runs.index.map(seeds.config_of)).mean()
+    assert list(merged.scores.index) == CONFIGS and np.allclose(merged.scores, means - means.mean())
+    assert np.allclose(merged.draws[CONFIGS].mean(axis=1), 0)
+    width = (merged.ranking["high"] - merged.ranking["low"])[CONFIGS]
+    assert width[CONFIGS[6:]].min() > width[CONFIGS[:6]].max() > 5 * 4 * 0.02
+    assert merged.first_scores.equals(runs[CONFIGS]) and merged.ranking.loc["c01", "n_judgements"] == 780
+
+
+def test_luck_is_found_and_the_noise_of_verdicts_is_not_taken_for_it():
+    rng = np.random.default_rng(3)
+    level = pd.Series(0.0, CONFIGS)
+    found = {luck: [seeds.merge_runs(judged(rng, level, luck)).luck.sd for _ in range(60)] for luck in (0.0, 0.4)}
+    assert abs(np.mean([luck.value for luck in found[0.4]]) - 0.4) < 0.06
+    assert np.median([luck.value for luck in found[0.0]]) < 0.08
+    held = np.mean([luck.low <= 0.4 <= luck.high for luck in found[0.4]])
+    assert held >= 0.88
+
+
+def test_without_repeats_nothing_changes():
+    judge = make_judge(pd.Series({"c01": 0.5, "c02": -0.5}))
+    assert seeds.merge_runs(judge) is judge
+    study = make_study(4)
+    assert seeds.with_loss_luck(study) is study and seeds.luck_findings(study) == []
+
+
+def test_a_judge_without_a_ranking_keeps_one_row_for_each_configuration():
+    judge = judged(np.random.default_rng(1), pd.Series(0.0, CONFIGS), 0.1)
+    numbers = ["score", "low", "high", "rank", "rank_low", "rank_high", "p_best"]
+    missing = dataclasses.replace(judge, ranking=judge.ranking.assign(**dict.fromkeys(numbers, np.nan)))
+    merged = seeds.merge_runs(missing)
+    assert list(merged.ranking.index) == CONFIGS and merged.scores.empty and merged.luck is None
+
+
+def test_anchors_stay_on_the_scale_and_an_open_bound_stays_open():
+    judge = judged(np.random.default_rng(2), pd.Series(np.linspace(-1, 1, 8), CONFIGS), 0.1)
+    judge.ranking.loc["c08", "high"] = np.nan
+    judge.ranking.loc["untuned"] = judge.ranking.loc["c01"].replace({0.1: np.nan})
+    judge.ranking["is_anchor"] = judge.ranking.index == "untuned"
+    judge.draws["untuned"] = judge.draws["c01"]
+    merged = seeds.merge_runs(judge)
+    runs = judge.ranking["score"]
+    lead = runs[["c08"]].mean() - runs["untuned"]
+    assert np.isclose(merged.ranking.loc["c08", "score"] - merged.ranking.loc["untuned", "score"], lead)
+    assert np.isnan(merged.ranking.loc["c08", "high"]) and np.isfinite(merged.ranking.loc["c08", "low"])
+    assert "untuned" in merged.draws and "untuned" not in merged.scores.index
+
+
+def test_luck_reaches_tau_the_comparison_with_the_best_and_the_recommendation():
+    rng = np.random.default_rng(9)
+    truth = pd.Series(np.linspace(-0.6, 0.6, 8), CONFIGS)
+    judge = judged(rng, truth, 0.5, noise=0.02)
+    alone = dataclasses.replace(judge, ranking=judge.ranking.loc[CONFIGS], draws=judge.draws[CONFIGS])
+    with_luck, without = studied(seeds.merge_runs(judge)), studied(alone)
+    widths = []
+    for study in (with_luck, without):
+        found = {f.id: f for f in findings.all_findings(study)}["tau.checklist"]
+        widths.append(found.high - found.low)
+    assert widths[0] > 1.3 * widths[1]
+    rivals = [compare(s, s.judges)["checklist (offline proxy)"]["can_be_best"].sum() for s in (with_luck, without)]
+    assert rivals[0] > rivals[1] == 1
+    assert not recommend(with_luck).is_supported and recommend(without).is_supported
+    assert "Intervals hold the chance of training where it is known" in seed_text(with_luck)
+    said = seeds.luck_findings(with_luck)[0]
+    assert said.id == "luck.checklist" and "6 configurations with 12 runs" in said.statement
+
+
+def test_the_luck_of_a_loss_moves_all_losses_of_a_configuration_together():
+    study = make_study(8)
+    repeats = pd.DataFrame({"config": CONFIGS[:6], "seed": 1, "train_energy_wh": 1.0})
+    repeats["val_loss"] = study.losses[CONFIGS[:6]].to_numpy() + np.array([0.1, -0.1] * 3)
+    study = dataclasses.replace(study, repeats=repeats, set_draws={"test_loss": study.loss_draws + 1})
+    moved = seeds.with_loss_luck(study, 1)
+    assert moved.losses.equals(study.losses)
+    assert moved.loss_draws.std().min() > 5 * study.loss_draws.std().max()
+    assert np.allclose(moved.set_draws["test_loss"] - moved.loss_draws, 1)
+
+
+def test_repeats_get_their_scores_so_that_effects_have_the_error_between_runs():
+    judge = seeds.merge_runs(judged(np.random.default_rng(2), pd.Series(np.linspace(-1, 1, 8), CONFIGS), 0.1))
+    table = seeds.with_scores(pd.DataFrame({"config": CONFIGS[:6], "seed": 1, "val_loss": 0.5}), [judge])
+    assert judge.runs is not None
+    assert table["checklist_score"].tolist() == [judge.runs[f"{config}-seed1"] for config in CONFIGS[:6]]

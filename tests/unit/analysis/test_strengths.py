@@ -1,0 +1,51 @@
+"""Adapters made weaker or stronger: the best strength, paired by term, and words where none was computed."""
+
+import numpy as np
+import pandas as pd
+
+from telco_nb.analysis.strengths import strength_findings, strength_roles, strength_table
+
+STRENGTHS = (0.5, 0.75, 1.0, 1.25)
+
+
+def losses(best: float, size: float = 1.0) -> pd.DataFrame:
+    """Hard and easy terms with one curve around the best strength."""
+    rng = np.random.default_rng(1)
+    hard = np.linspace(1, 4, 24)
+    rows = [
+        (s, f"p{i}", f"t{i // 2}", 20, 20 * (hard[i] + size * (s - best) ** 2 + rng.normal(0, 0.01)))
+        for s in STRENGTHS
+        for i in range(24)
+    ]
+    return pd.DataFrame(rows, columns=["strength", "prompt_id", "term_id", "n_tokens", "loss_sum"])
+
+
+def test_a_weaker_adapter_with_a_lower_loss_is_found_with_a_paired_interval():
+    roles = {"c01": "recommended", "c02": "with the lowest loss"}
+    table = strength_table({"c01": losses(0.7), "c02": losses(1.0)}, roles, 300, 1)
+    assert len(table) == 8 and list(table["config"].unique()) == ["c01", "c02"]
+    found = {f.id: f for f in strength_findings(table, roles)}
+    weaker = found["strength.c01"]
+    assert "lowest at 0.75" in weaker.statement and weaker.verdict == "supported"
+    assert abs(weaker.value - (0.05**2 - 0.3**2)) < 0.02 and weaker.high - weaker.low < 0.03
+    assert found["strength.c02"].verdict == "described" and "lowest at 1." in found["strength.c02"].statement
+
+
+def test_the_interval_of_no_change_holds_0():
+    row = strength_table({"c01": losses(1.0)}, {"c01": "recommended"}, 300, 1).set_index("strength").loc[1.0]
+    assert row["change"] == row["low"] == row["high"] == 0
+
+
+def test_one_strength_alone_gives_words_and_no_number():
+    alone = losses(1.0).query("strength == 1")
+    for table in (alone, alone.iloc[:0]):
+        shown = strength_table({"c01": table}, {"c01": "recommended"}, 300, 1)
+        found = strength_findings(shown, {"c01": "recommended"})
+        assert shown.empty and found[0].verdict == "not estimable" and found[0].value is None
+
+
+def test_the_recommended_and_the_lowest_loss_can_be_the_same():
+    loss = pd.Series({"c01": 0.5, "c02": 0.6})
+    assert strength_roles("c01", loss) == {"c01": "recommended and with the lowest loss"}
+    assert strength_roles("c02", loss) == {"c01": "with the lowest loss", "c02": "recommended"}
+    assert strength_roles(None, loss[:0]) == {}
