@@ -25,7 +25,8 @@ from telco_nb.engine.progress import State, duration_text, make_console, status_
 from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
 from telco_nb.hosted import prices
-from telco_nb.study import imports, params, record, seal
+from telco_nb.study import imports, record, seal
+from telco_nb.study.input_files import InputFileError
 from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -67,9 +68,11 @@ class Services:
 def run(options: Options, services: Services) -> int:
     """Plan and run a study, print the plan, the progress and the result, and return the exit code."""
     result, start = RunOutcome(profile=options.profile, command=options.command()), time.monotonic()
+    json_file = None
     try:
+        json_file = schedule.summary_file(options.json_file)
         _run(options, services, make_console(), result)
-    except (params.ParameterError, UsageError) as error:
+    except (InputFileError, UsageError) as error:
         result.exit_code, result.error = USAGE, str(error)
     except prices.CostRefused as error:
         result.exit_code, result.error = COST, str(error)
@@ -83,17 +86,24 @@ def run(options: Options, services: Services) -> int:
         traceback.print_exc()
         result.exit_code, result.error = FAILED, archive.describe(error)
     if result.error:
-        Console(stderr=True, highlight=False).print(f"run_all: {result.error}", markup=False, soft_wrap=True)
+        _print_error(result.error)
     result.seconds = round(time.monotonic() - start, 3)
-    if options.json_file:
-        record.write_json(options.json_file, asdict(result))
+    try:
+        if json_file:
+            record.write_json(json_file, asdict(result))
+    except OSError as error:
+        _print_error(f"--json {json_file}: {error.strerror}")
+        result.exit_code = result.exit_code or UNFIT
     return result.exit_code
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"run_all: {text}", markup=False, soft_wrap=True)
 
 
 def _run(options: Options, services: Services, console: Console, result: RunOutcome) -> None:
     """Plan, run and report the study of the options; `result` receives the outcome."""
-    if options.outputs:
-        os.environ["TELCO_NB_OUTPUTS"] = str(options.outputs.expanduser().resolve())
+    record.use_outputs(options.outputs)
     study = load_study(options)
     root = record.profile_root(study.profile)
     result.root = str(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from telco_nb.study.content_key import content_key, describe_difference, is_curr
 from telco_nb.study.manifest import whole_number
 from telco_nb.study.plan import Job, unused_parameters
 
+MOST_PID = 2**22  # of Linux, as part of a temporary file's name
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
 HOSTED_STEPS = {"02_synth": "generator", "05_judge": "judge"}  # steps that can use a hosted model: parameter prefix
 
@@ -61,6 +63,26 @@ class Options:
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
         words += ["--no-egress"] if self.no_egress else []
         return shlex.join(["./run_all.py", *words])
+
+
+def summary_file(path: Path | None) -> Path | None:
+    """The absolute path of --json; nothing is written yet. Raises ParameterError or UsageError if no file can be there.
+
+    Args:
+        path: the option's value.
+    """
+    if path is None:
+        return None
+    file = params.given_path(path, "--json")
+    folder = next(parent for parent in file.parents if parent.exists())
+    try:
+        fault = "this is a folder." if file.is_dir() else "" if folder.is_dir() else f"{folder} is no folder."
+        file.with_name(f".{file.name}.{MOST_PID}.tmp").exists()  # raises if the temporary file's name is too long
+    except OSError as error:
+        fault = f"{error.strerror}."
+    if fault or not os.access(folder, os.W_OK):
+        raise UsageError(f"--json {file}: {fault or f'{folder} cannot be written to.'} Name a file.")
+    return file
 
 
 def load_study(options: Options) -> params.StudyParams:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 
-from telco_nb.study import record, seal
+from telco_nb.study import params, record, seal
 from telco_nb.study.plan import STEPS, Job
 
 AS_SEALED, DIFFERS, USAGE, UNFIT = 0, 1, 2, 3  # exit codes of verify
@@ -59,16 +57,12 @@ def restore_exports(root: Path, jobs: list[Job]) -> list[str]:
 
 def verify(profile: str, outputs: Path | None, console: Console) -> int:
     """Compare a study with its seal, and name every file that differs; returns the exit code."""
-    if not re.fullmatch(r"[\w-]+", profile):
-        console.print(
-            f"verify: --profile {profile}: the name of a profile has letters, digits and - only.", markup=False
-        )
-        return USAGE
-    if outputs:
-        os.environ["TELCO_NB_OUTPUTS"] = str(outputs)
-    root = record.profile_root(profile)
     try:
+        record.use_outputs(outputs)
+        root = record.profile_root(profile)
         differences = seal.check_seal(root)
+    except params.ParameterError as error:
+        return _refuse(str(error), USAGE)
     except (seal.NoSeal, OSError) as error:
         return _refuse(str(error), UNFIT)
     for difference in differences:

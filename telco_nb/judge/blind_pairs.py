@@ -24,6 +24,7 @@ from telco_nb.judge.cases import Answers, degenerate_answer, printable
 from telco_nb.judge.gate import planted_controls
 from telco_nb.judge.prompts import card_text
 from telco_nb.judge.store import text_sha256
+from telco_nb.study.input_files import InputFileError, read_json_lines
 
 CONTROL_SHARE, REPEAT_SHARE = 0.15, 0.05
 BALANCED_EVERY = 5  # every fifth pair follows the round robin, so that all configurations hang together
@@ -259,8 +260,8 @@ def read_keys(root: Path) -> list[list[Row]]:
     keys = []
     for path in sorted((root / KEY_FOLDER).glob("*.jsonl")):
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except ValueError:
+            rows = [row for _, row in read_json_lines(path)]
+        except InputFileError:
             rows = [{}]
         if any(not isinstance(row, dict) or set(row) != set(KEY_COLUMNS) for row in rows):
             raise ValueError(f"{path}: this is no key of an export. Put the file back, or remove it.")

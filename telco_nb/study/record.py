@@ -20,9 +20,11 @@ from typing import Any
 from telco_nb import ROOT
 from telco_nb.study.manifest import SCHEMA_VERSION as SCHEMA_VERSION
 from telco_nb.study.manifest import load_manifest, sealed
+from telco_nb.study.params import check_profile_name, given_path
 from telco_nb.study.plan import Job
 
 JOB_VARIABLE = "TELCO_NB_JOB"
+OUTPUTS_VARIABLE = "TELCO_NB_OUTPUTS"
 OWNED = re.compile(r"\..+\.(\d+)\.(tmp|work|old)")  # files and folders of one process: .<name>.<pid>.<kind>
 
 
@@ -31,8 +33,21 @@ class RecordError(RuntimeError):
 
 
 def profile_root(profile: str) -> Path:
-    """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`."""
-    return Path(os.environ.get("TELCO_NB_OUTPUTS") or ROOT / "outputs").resolve() / profile
+    """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`.
+
+    Raises ParameterError if the profile's name leads elsewhere, or the folder's name cannot be used.
+    """
+    check_profile_name(profile)
+    return given_path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs", "the outputs folder") / profile
+
+
+def use_outputs(folder: Path | None) -> None:
+    """Let the results of this process and its children go to a folder, if one is given.
+
+    Raises ParameterError if its name cannot be used.
+    """
+    if folder:
+        os.environ[OUTPUTS_VARIABLE] = str(given_path(folder, "--outputs"))
 
 
 def step_dir(root: Path, scope: str, step: str) -> Path:

@@ -130,7 +130,7 @@ def test_a_missing_folder_or_file_and_bytes_that_are_no_utf_8_are_refused_by_nam
     with pytest.raises(gold.WrittenFileError, match=r"none\.jsonl"):
         gold.load_noisy(tmp_path / "none.jsonl", GRID)
     (tmp_path / "old.jsonl").write_bytes('{"id": "caf\xe9"}'.encode("latin-1"))
-    with pytest.raises(gold.WrittenFileError, match=r"old\.jsonl: .*utf-8"):
+    with pytest.raises(gold.WrittenFileError, match=r"old\.jsonl, line 1: .*not a text in UTF-8"):
         gold.load_gold(tmp_path, GRID)
 
 
