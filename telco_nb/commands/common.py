@@ -18,8 +18,7 @@ from telco_nb.hosted.prices import BudgetStop, CostRefused
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
-from telco_nb.judge.votes_file import VotesError
-from telco_nb.study.params import ParameterError
+from telco_nb.study.input_files import InputFileError
 
 
 def _finite(value: float | None) -> float | None:
@@ -43,11 +42,10 @@ class CommandError(ValueError):
 
 
 EXIT_CODES: dict[type[Exception], int] = {
-    ParameterError: runner.USAGE,
+    InputFileError: runner.USAGE,
     ProviderError: runner.USAGE,
     StoreError: runner.USAGE,
     CommandError: runner.USAGE,
-    VotesError: runner.USAGE,
     RankingError: runner.FAILED,
     CallsStopped: runner.FAILED,
     runner.UnfitError: runner.UNFIT,

@@ -154,8 +154,7 @@ def _prompt_fault(values: Mapping[str, Any]) -> str | None:
     if unknown := sorted(set(values) - set(COLUMNS)):
         return f"unknown column {', '.join(unknown)}"
     for name, value in values.items():
-        text = "" if value is None else value
-        if not isinstance(text, str) or text != text.encode(errors="replace").decode():
+        if not isinstance(value, str | None):
             return f"{name} is not a text"
     return None if (values.get("prompt") or "").strip() else "prompt is empty"
 

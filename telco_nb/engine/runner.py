@@ -32,6 +32,8 @@ from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ERROR_CODES = {  # error of a notebook: exit code of the run
     "BudgetStop": COST, "EgressRefused": COST, "StoreError": USAGE, "PreflightError": UNFIT, "ModelError": UNFIT,
+    "GlossaryError": USAGE, "InputFileError": USAGE, "ParameterError": USAGE, "VotesError": USAGE,
+    "WrittenFileError": USAGE,
 }  # fmt: skip
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2

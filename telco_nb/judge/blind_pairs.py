@@ -255,7 +255,7 @@ def key_path(root: Path, export: Export) -> Path:
 def read_keys(root: Path) -> list[list[Row]]:
     """The keys of all exports of a study, each in the order of its pairs.
 
-    Raises ValueError for a key that cannot be read.
+    Raises InputFileError for a key that cannot be read.
     """
     keys = []
     for path in sorted((root / KEY_FOLDER).glob("*.jsonl")):
@@ -264,6 +264,6 @@ def read_keys(root: Path) -> list[list[Row]]:
         except InputFileError:
             rows = [{}]
         if any(not isinstance(row, dict) or set(row) != set(KEY_COLUMNS) for row in rows):
-            raise ValueError(f"{path}: this is no key of an export. Put the file back, or remove it.")
+            raise InputFileError(f"{path}: this is no key of an export. Put the file back, or remove it.")
         keys.append(rows)
     return keys

@@ -265,6 +265,10 @@ def _check_all(study: StudyParams, params_dir: Path) -> None:
     for judge in study.base["judges"]:
         if study.judge_files[judge].get("judge") != judge:
             raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
+    for name in [name for name in Parameters.model_fields if name.endswith("_path")]:
+        value = study.base[name]
+        if value is not None and not os.path.exists(ROOT / value):  # noqa: PTH110 - raises for a name that is too long
+            raise ParameterError(f"{params_dir}: {name}: {value!r:.200} does not exist below {ROOT}. Correct the path.")
     load_claims(study.base["claims_path"])
 
 

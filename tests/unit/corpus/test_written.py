@@ -215,7 +215,7 @@ def test_what_a_table_reader_refuses_is_refused_as_a_file_of_prompts(tmp_path):
         ("[1]", r"own\.jsonl, line 1: an object is expected"),
         ('{"prompt": ["a"]}', r"own\.jsonl, row 1: prompt is not a text"),
         ('{"prompt": "a b", "term": 7}', r"own\.jsonl, row 1: term is not a text"),
-        ('{"prompt": "\\ud800 b"}', r"own\.jsonl, row 1: prompt is not a text"),
+        ('{"prompt": "\\ud800 b"}', r"own\.jsonl, line 1: prompt: the text holds half a character"),
     ],
 )
 def test_a_jsonl_line_of_another_shape_is_refused(tmp_path, text, message):
