@@ -18,6 +18,7 @@ from telco_nb.hosted.prices import BudgetStop, CostRefused
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
+from telco_nb.study import params, record
 from telco_nb.study.input_files import InputFileError
 
 
@@ -35,6 +36,14 @@ MaxUsd = Annotated[
 ]
 NoEgress = Annotated[bool, typer.Option("--no-egress", help="Refuse every host outside this network.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
+
+
+@contextmanager
+def locked_study(profile: str, params_dir: Path) -> Generator[None]:
+    """Hold the lock of a study. Raises ParameterError for a wrong profile before a folder is made for the lock."""
+    params.load_study(profile, params_dir)
+    with runner.lock(record.profile_root(profile)):
+        yield
 
 
 class CommandError(ValueError):
