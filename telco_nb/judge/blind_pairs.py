@@ -252,6 +252,15 @@ def key_path(root: Path, export: Export) -> Path:
     return root / KEY_FOLDER / f"{export.name}.jsonl"
 
 
+def _is_key_row(row: Any) -> bool:
+    """True for an object with all columns of a key: two numbers, and texts, some of which may be null."""
+    if not isinstance(row, dict) or set(row) != set(KEY_COLUMNS):
+        return False
+    numbers = all(type(row[name]) is int for name in ("position", "repeat"))
+    texts = (value for name, value in row.items() if name not in ("position", "repeat"))
+    return numbers and all(isinstance(value, str | None) for value in texts) and all(row[seat] for seat in SEATS)
+
+
 def read_keys(root: Path) -> list[list[Row]]:
     """The keys of all exports of a study, each in the order of its pairs.
 
@@ -263,7 +272,7 @@ def read_keys(root: Path) -> list[list[Row]]:
             rows = [row for _, row in read_json_lines(path)]
         except InputFileError:
             rows = [{}]
-        if any(not isinstance(row, dict) or set(row) != set(KEY_COLUMNS) for row in rows):
+        if not all(_is_key_row(row) for row in rows):
             raise InputFileError(f"{path}: this is no key of an export. Put the file back, or remove it.")
         keys.append(rows)
     return keys

@@ -55,8 +55,8 @@ def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
 
 def _read_bytes(path: Path, most_bytes: int) -> bytes:
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
-        found = "this is a folder, not a file" if os.path.isdir(path) else "no such file"  # noqa: PTH112
-        raise InputFileError(f"{path}: {found}. Correct the name.")
+        found = "this is a folder" if os.path.isdir(path) else "this is no plain file"  # noqa: PTH112
+        raise InputFileError(f"{path}: {found if os.path.exists(path) else 'no such file'}. Correct the name.")  # noqa: PTH110
     try:
         with path.open("rb") as stream:
             data = stream.read(most_bytes + 1)

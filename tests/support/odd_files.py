@@ -260,7 +260,7 @@ VOTES = "".join(
     )
 )
 VOTES_TABLE = "pair_id,vote,margin,seconds,reason,rater,time\na1,a,2,3.5,short,ann,2026-03-31\nb2,tie,,,,ann,\n"
-KEY = json.dumps(dict.fromkeys(blind_pairs.KEY_COLUMNS, "x") | {"position": 1}) + "\n"
+KEY = json.dumps(dict.fromkeys(blind_pairs.KEY_COLUMNS, "x") | {"position": 1, "repeat": 0}) + "\n"
 LEDGER = (
     '{"event": "submitting", "ids": ["a", "b"], "usd_at_most": 0.5}\n'
     '{"event": "submitted", "entry": 0, "handle": {"id": "x"}}\n'
