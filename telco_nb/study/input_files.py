@@ -110,15 +110,13 @@ def read_yaml(path: Path, check: Callable[[yaml.Node], None] | None = None) -> A
         try:
             node = loader.get_single_node()
             value = loader.construct_document(node) if node else None
-            if check and node:
-                check(node)
         finally:
             loader.dispose()
-    except InputFileError:
-        raise
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a number that Python cannot make
         raise InputFileError(_yaml_fault(path, error)) from None
     refuse_odd(value, str(path))
+    if check and node:
+        check(node)
     return value
 
 
@@ -249,5 +247,5 @@ def _place_text(place: tuple) -> str:
     keys: list[str] = []
     while place:
         place, key = place
-        keys.insert(0, f"{key:.60}")
-    return f"{'.'.join(keys[:8])}: ".encode("ascii", "backslashreplace").decode() if keys else ""
+        keys.insert(0, ascii(key[:60])[1:-1])
+    return f"{'.'.join(keys[:8])}: " if keys else ""

@@ -178,9 +178,7 @@ class StudyParams:
         merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
         config, _, seed = scope.partition("-seed")
         if config in self.lora:
-            merged |= self.lora[config]
-        if seed:
-            merged["seed"] = int(seed)
+            merged |= self.lora[config] | ({"seed": int(seed)} if seed else {})
         if scope.startswith("judge-"):
             merged |= self.judge_files[scope.removeprefix("judge-")]
         return merged
@@ -259,13 +257,14 @@ def _check_names(names: Iterable[str], folder: Path) -> None:
 
 def _check_all(study: StudyParams, params_dir: Path) -> None:
     scopes = {"shared": "base.yaml"} | {c: f"lora/{c}.yaml" for c in study.lora}
+    scopes |= dict.fromkeys(study.repeats, "base.yaml")
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base["judges"]}
     for scope, name in scopes.items():
         validate(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
     for judge in study.base["judges"]:
         if study.judge_files[judge].get("judge") != judge:
             raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
-    for name in [name for name in Parameters.model_fields if name.endswith("_path")]:
+    for name in [name for name in Parameters.model_fields if name.endswith("_path") and name != "claims_path"]:
         value = study.base[name]
         if value is not None and not os.path.exists(ROOT / value):  # noqa: PTH110 - raises for a name that is too long
             raise ParameterError(f"{params_dir}: {name}: {value!r:.200} does not exist below {ROOT}. Correct the path.")

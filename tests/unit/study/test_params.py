@@ -143,7 +143,7 @@ def test_base_yaml_explains_every_key():
 @pytest.mark.parametrize(
     "name",
     [
-        "tie", "untuned", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
+        "tie", "untuned", "gold", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
         "c01-seed9", "c01-seedx", "a-seed", "C01", "c 1", "c01.x", "-c",
     ],
 )  # fmt: skip
@@ -156,4 +156,17 @@ def test_a_configuration_whose_name_means_something_else_is_refused_with_its_fil
 def test_a_missing_file_of_claims_is_refused_before_anything_runs(folder):
     edit(folder / "base.yaml", "claims_path: params/claims.yaml", "claims_path: params/nothing.yaml")
     with pytest.raises(ParameterError, match=r"nothing\.yaml: no such file"):
+        load_study("laptop", folder)
+
+
+def test_a_judges_name_is_never_taken_for_a_seed(folder):
+    shutil.copy(folder / "judges" / "checklist.yaml", folder / "judges" / "my-seedling.yaml")
+    edit(folder / "judges" / "my-seedling.yaml", "judge: checklist", "judge: my-seedling")
+    edit(folder / "base.yaml", "judges: [checklist]", "judges: [my-seedling]")
+    assert load_study("smoke", folder).values("judge-my-seedling")["judge"] == "my-seedling"
+
+
+def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):
+    edit(folder / "profiles" / "laptop.yaml", "repeat_seeds: [1, 2]", "repeat_seeds: [1, -2]")
+    with pytest.raises(ParameterError, match="seed: Input should be greater than or equal to 0, got -2"):
         load_study("laptop", folder)
