@@ -23,10 +23,11 @@ import yaml
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.commands import rerank
+from telco_nb.commands import estimate, rerank
 from telco_nb.corpus import choices, gold, scenarios, variants
 from telco_nb.corpus.cards import load_cards
 from telco_nb.engine import schedule
+from telco_nb.hosted import attempts
 from telco_nb.hosted.ledger import BatchLedger
 from telco_nb.hosted.lines import StoreError
 from telco_nb.judge import asking, blind_pairs
@@ -261,6 +262,11 @@ VOTES = "".join(
 )
 VOTES_TABLE = "pair_id,vote,margin,seconds,reason,rater,time\na1,a,2,3.5,short,ann,2026-03-31\nb2,tie,,,,ann,\n"
 KEY = json.dumps(dict.fromkeys(blind_pairs.KEY_COLUMNS, "x") | {"position": 1, "repeat": 0}) + "\n"
+ATTEMPTS = (
+    '{"call_id": "a", "status": "ok", "usd": 0.1, "model_asked": "m", "tokens_in": 5, "tokens_out": 9}'
+    "\n"
+    '{"call_id": "b", "status": "timeout", "usd": null, "usd_at_most": 0.2, "model_asked": "m"}\n'
+)
 LEDGER = (
     '{"event": "submitting", "ids": ["a", "b"], "usd_at_most": 0.5}\n'
     '{"event": "submitted", "entry": 0, "handle": {"id": "x"}}\n'
@@ -279,6 +285,12 @@ def store_text() -> str:
         cases = asking.build_cases(plan, prompts, answers, judge_study.CARDS)
         judge_study.put(ChecklistJudge("checklist"), plan, cases, store)
         return store.path.read_text()
+
+
+def priced(folder: Path) -> None:
+    attempts.AttemptStore(folder / "store" / "conversations.jsonl")
+    attempts.spent_usd(folder.parent)
+    estimate.measured(folder / "store" / "conversations.jsonl", "m")
 
 
 def store(folder: Path) -> None:
@@ -386,6 +398,7 @@ KINDS = {
         written("votes/key.jsonl", KEY), "votes/key.jsonl", json_lines, blind_pairs.read_keys
     ),
     "store": Kind(store, "judge-checklist/store/verdicts.jsonl", json_lines, ranked),
+    "attempts": Kind(written("store/conversations.jsonl", ATTEMPTS), "store/conversations.jsonl", json_lines, priced),
     "ledger": Kind(
         written("batches.jsonl", LEDGER), "batches.jsonl", json_lines,
         lambda folder: BatchLedger(folder / "batches.jsonl"),
