@@ -167,7 +167,7 @@ def read_json(path: Path, own: bool = False) -> Any:
 
     Args:
         path: the file.
-        own: this program wrote it, so its texts may hold anything, such as a file's name with a control character.
+        own: this program wrote it, so its texts may hold control characters, as names of files do.
 
     Raises:
         InputFileError: it cannot be read, or holds something else than JSON.
@@ -209,7 +209,7 @@ def refuse_odd(value: Any, where: str, any_text: bool = False) -> None:
     Args:
         value: what YAML or JSON gave.
         where: the file, and the line where that is known.
-        any_text: texts are not looked at.
+        any_text: texts may hold control characters.
     """
     nodes: list[tuple[Any, tuple, int]] = [(value, (), 0)]  # value, (place of the parent, own key), depth
     while nodes:
@@ -226,7 +226,7 @@ def refuse_odd(value: Any, where: str, any_text: bool = False) -> None:
 
 def _fault(node: Any, depth: int, any_text: bool) -> str:
     if isinstance(node, str):
-        return "" if any_text else text_fault(node)
+        return text_fault(node, any_text)
     if isinstance(node, float):
         return "" if math.isfinite(node) else f"{node} is no finite number. Correct the value."
     if isinstance(node, int):
@@ -234,9 +234,9 @@ def _fault(node: Any, depth: int, any_text: bool) -> str:
     return f"nested more than {MOST_DEPTH} deep. Write it flat." if depth > MOST_DEPTH else ""
 
 
-def text_fault(text: str) -> str:
+def text_fault(text: str, any_control: bool = False) -> str:
     """What is wrong with a text in general, such as a control character in it, or ""."""
-    if found := _CONTROL.search(text):
+    if not any_control and (found := _CONTROL.search(text)):
         return f"the text holds the control character {found[0]!r}. Remove it."
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         return "the text holds half a character, which is no unicode text. Write it again."

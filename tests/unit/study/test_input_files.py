@@ -96,8 +96,10 @@ def test_odd_json_is_refused_with_file_line_and_fault(tmp_path, text, fault):
             list(read_json_lines(file(tmp_path, f'{{"a": 1}}\n{text}\n', "odd.jsonl")))
 
 
-def test_a_text_that_this_program_wrote_may_hold_anything_and_a_number_may_not(tmp_path):
+def test_a_text_that_this_program_wrote_may_hold_control_characters_and_nothing_else_that_is_odd(tmp_path):
     assert read_json(file(tmp_path, '"\\u001b"'), own=True) == "\x1b"
+    with pytest.raises(InputFileError, match="half a character"):
+        read_json(file(tmp_path, '"\\ud800"'), own=True)
     with pytest.raises(InputFileError, match="no finite number"):
         read_json(file(tmp_path, "[NaN]"), own=True)
 
