@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 MOST_YAML_BYTES = 1 << 20  # the largest shipped card has 45 kB
-MOST_BYTES = 64 << 20
+MOST_BYTES = 32 << 20
 MOST_DEPTH = 30  # of lists and mappings in one another
 LARGEST_INTEGER = 2**63 - 1
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -203,25 +203,25 @@ def _json_value(text: str, where: str, own: bool = False) -> Any:
 # ---------------------------------------------------------------- plain values
 
 
-def refuse_odd(value: Any, where: str, any_text: bool = False) -> None:
+def refuse_odd(value: Any, where: str, any_text: bool = False, place: tuple[str | int, ...] = ()) -> None:
     """Raise InputFileError, naming the key, for a value that is nested too deeply, no finite number or no clean text.
 
     Args:
         value: what YAML or JSON gave.
         where: the file, and the line where that is known.
         any_text: texts may hold control characters.
+        place: the keys that lead to the value.
     """
-    nodes: list[tuple[Any, tuple, int]] = [(value, (), 0)]  # value, (place of the parent, own key), depth
-    while nodes:
-        node, place, depth = nodes.pop()
-        fault = _fault(node, depth, any_text)
-        if fault:
-            raise InputFileError(f"{where}: {_place_text(place)}{fault}")
-        if isinstance(node, dict):
-            nodes += [(key, (place, "(key)"), depth) for key in node]
-            nodes += [(child, (place, key), depth + 1) for key, child in node.items()]
-        elif isinstance(node, list):
-            nodes += [(child, (place, str(i)), depth + 1) for i, child in enumerate(node)]
+    fault = _fault(value, len(place), any_text)
+    if fault:
+        raise InputFileError(f"{where}: {_place_text(place)}{fault}")
+    if isinstance(value, dict):
+        for key, child in value.items():
+            refuse_odd(key, where, any_text, (*place, "(key)"))
+            refuse_odd(child, where, any_text, (*place, key))
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            refuse_odd(child, where, any_text, (*place, i))
 
 
 def _fault(node: Any, depth: int, any_text: bool) -> str:
@@ -243,9 +243,6 @@ def text_fault(text: str, any_control: bool = False) -> str:
     return ""
 
 
-def _place_text(place: tuple) -> str:
-    keys: list[str] = []
-    while place:
-        place, key = place
-        keys.insert(0, ascii(key[:60])[1:-1])
-    return f"{'.'.join(keys[:8])}: " if keys else ""
+def _place_text(place: tuple[str | int, ...]) -> str:
+    keys = [ascii(str(key)[:60])[1:-1] for key in place[:8]]
+    return f"{'.'.join(keys)}: " if keys else ""
