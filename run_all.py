@@ -84,7 +84,11 @@ def main(
     timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="MINUTES", min=0.01, callback=finite, help="Give up on a cell after this long. Default: never."
+            metavar="MINUTES",
+            min=0.01,
+            max=100_000,
+            callback=finite,
+            help="Give up on a cell after this long. Default: never.",
         ),
     ] = None,
     json_file: Annotated[

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 import typer
 from pydantic import TypeAdapter
 
-from telco_nb.commands.common import CommandError, MaxUsd, NoEgress, ParamsDir, Profile, Yes, errors_as_exit_codes
+from telco_nb.commands.common import (
+    CommandError,
+    MaxUsd,
+    NoEgress,
+    ParamsDir,
+    Profile,
+    Yes,
+    errors_as_exit_codes,
+    locked_study,
+)
 from telco_nb.commands.estimate import Corpus
 from telco_nb.corpus import llm_writer
-from telco_nb.engine import runner
 from telco_nb.hosted import api, egress, prices
 from telco_nb.hosted.keys import safe
 from telco_nb.hosted.ledger import BatchRecord
@@ -238,7 +246,7 @@ def main(
 
     Every command can be repeated.
     """
-    with errors_as_exit_codes("batch"), runner.lock(record.profile_root(profile)):
+    with errors_as_exit_codes("batch"), locked_study(profile, params_dir):
         if no_egress:
             egress.forbid()
         if judge:

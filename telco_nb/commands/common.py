@@ -20,8 +20,8 @@ from telco_nb.hosted.prices import BudgetStop
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
-from telco_nb.judge.votes_file import VotesError
-from telco_nb.study.params import ParameterError
+from telco_nb.study import params, record
+from telco_nb.study.input_files import InputFileError
 
 Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
 ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
@@ -33,16 +33,23 @@ NoEgress = Annotated[bool, typer.Option("--no-egress", help="Refuse every host o
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
 
 
+@contextmanager
+def locked_study(profile: str, params_dir: Path) -> Generator[None]:
+    """Hold the lock of a study. Raises ParameterError for a wrong profile before a folder is made for the lock."""
+    params.load_study(profile, params_dir)
+    with runner.lock(record.profile_root(profile)):
+        yield
+
+
 class CommandError(ValueError):
     """A side command cannot do what the user asks; the message says what to do instead. Exit code 2."""
 
 
 EXIT_CODES: dict[type[Exception], int] = {
-    ParameterError: runner.USAGE,
+    InputFileError: runner.USAGE,
     ProviderError: runner.USAGE,
     StoreError: runner.USAGE,
     CommandError: runner.USAGE,
-    VotesError: runner.USAGE,
     RankingError: runner.FAILED,
     CallsStopped: runner.FAILED,
     runner.UnfitError: runner.UNFIT,

@@ -149,8 +149,9 @@ def measured(store: Path, model: str) -> tuple[prices.Range, prices.Range] | Non
     counts: dict[str, list[int]] = {}
     for line in attempts.read_attempts(store):
         is_counted = all(lines.is_amount(line.get(name)) for name in ("tokens_in", "tokens_out"))
-        if is_counted and line.get("model_asked") == model:
-            total = counts.setdefault(line.get("judgement_id") or line["call_id"], [0, 0])
+        question = line.get("judgement_id") or line.get("call_id")
+        if is_counted and line.get("model_asked") == model and isinstance(question, str):
+            total = counts.setdefault(question, [0, 0])
             total[0] += line["tokens_in"]
             total[1] += line["tokens_out"]
     if len(counts) < MEASURED_FROM:

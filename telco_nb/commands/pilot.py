@@ -11,14 +11,13 @@ from typing import Annotated
 import typer
 
 from telco_nb.commands import estimate
-from telco_nb.commands.common import MaxUsd, NoEgress, ParamsDir, Profile, Yes, errors_as_exit_codes
-from telco_nb.engine import runner
+from telco_nb.commands.common import MaxUsd, NoEgress, ParamsDir, Profile, Yes, errors_as_exit_codes, locked_study
 from telco_nb.hosted import egress, prices
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.judge import asking
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.protocol import Protocol, open_study
-from telco_nb.study import params, record
+from telco_nb.study import params
 
 
 def ask(protocol: Protocol[LanguageModelJudge], calls: int, max_usd: float | None = None, yes: bool = False) -> int:
@@ -78,7 +77,7 @@ def main(
     no_egress: NoEgress = False,
 ) -> None:
     """Ask a hosted judge its first questions, and price all of them by the tokens that these took."""
-    with errors_as_exit_codes("pilot"), runner.lock(record.profile_root(profile)):
+    with errors_as_exit_codes("pilot"), locked_study(profile, params_dir):
         if no_egress:
             egress.forbid()
         protocol = open_study(profile, judge, params_dir, to_ask=True, max_usd=max_usd)

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from yaml.constructor import ConstructorError
 
 from telco_nb.corpus import personal_data, tables
 from telco_nb.corpus.tables import Fault, RawCard
 from telco_nb.corpus.text_measures import content_stems, flesch_reading_ease, ngrams, sentences, words
+from telco_nb.study.input_files import InputFileError, read_json, read_yaml
 
 Text = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=2)]
 Name = Annotated[str, StringConstraints(strict=True, pattern=r"^[a-z][a-z0-9_]*$")]
@@ -30,7 +29,7 @@ Who = Literal["customer", "agent"]
 Kind = Literal["fault", "charge", "change", "choice", "fraud", "misunderstanding", "safety"]
 
 
-class GlossaryError(ValueError):
+class GlossaryError(InputFileError):
     """Raised for a glossary that cannot be used; `faults` lists every fault, the message shows the first 40."""
 
     def __init__(self, path: Path | str, faults: Sequence[Fault]):
@@ -255,25 +254,6 @@ def unknown_figures(text: str, card: Card, customer: str = "") -> list[str]:
     return unknown
 
 
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """SafeLoader that refuses a repeated key; PyYAML alone keeps the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise ConstructorError(None, None, f"key {key!r} given {count} times", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path | str) -> Any:
-    """Read a YAML file. Raises ValueError, naming file and line, for repeated keys, syntax errors and bad bytes."""
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{Path(path).name}: {' '.join(str(error).split())}") from error
-
-
 # ---------------------------------------------------------------- loading and validating
 
 
@@ -285,28 +265,25 @@ def load_cards(path: Path | str) -> list[Card]:
 
     Raises:
         GlossaryError: a card is faulty.
-        ValueError: a file cannot be read, or there is no glossary at this place.
+        InputFileError: a file cannot be read, or there is no glossary at this place.
     """
     path = Path(path)
     if path.is_dir():
         found = tables.find_tables(path)
         return parse_cards(*tables.read_tables(*found), path) if found else parse_cards(_read_folder(path), [], path)
     if path.suffix != ".json":
-        raise ValueError(
+        raise InputFileError(
             f"{path}: a glossary is a folder (YAML files, or cards.csv and problems.csv) or a .json file"
             + ("" if path.exists() else "; nothing is there")
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    raw = read_json(path)
     return parse_cards([RawCard(path.name, values) for values in (raw if isinstance(raw, list) else [raw])], [], path)
 
 
 def _read_folder(path: Path) -> list[RawCard]:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".yaml", ".yml"))
     if not files:
-        raise ValueError(f"{path}: no YAML file and no cards.csv with problems.csv in this folder")
+        raise InputFileError(f"{path}: no YAML file and no cards.csv with problems.csv in this folder")
     return [RawCard(file.name, read_yaml(file)) for file in files]
 
 

@@ -5,7 +5,6 @@ All of them are files that people may edit, so every fault is named with its fil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +16,7 @@ from telco_nb.corpus.cards import Card, StrictModel, Text
 from telco_nb.corpus.filters import mentions_term
 from telco_nb.corpus.scenarios import Scenario, conversation_row
 from telco_nb.corpus.tables import read_csv
+from telco_nb.study.input_files import InputFileError, read_json_lines
 
 Line = TypeVar("Line", bound=StrictModel)
 
@@ -35,22 +35,16 @@ class _Written(StrictModel):
     manner: str = "-"
 
 
-class WrittenFileError(ValueError):
+class WrittenFileError(InputFileError):
     """Raised for a file of conversations or prompts that cannot be used; the message names file, line and fault."""
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of a JSONL file. Raises WrittenFileError for a line that is not JSON in UTF-8."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a JSON text may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrittenFileError(f"{path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise WrittenFileError(f"{path.name}, line {number}: not JSON: {error}") from None
+        yield from read_json_lines(path)
+    except InputFileError as error:
+        raise WrittenFileError(str(error)) from None
 
 
 def _validated(form: type[Line], value: Any, path: Path, number: int) -> Line:
@@ -160,8 +154,7 @@ def _prompt_fault(values: Mapping[str, Any]) -> str | None:
     if unknown := sorted(set(values) - set(COLUMNS)):
         return f"unknown column {', '.join(unknown)}"
     for name, value in values.items():
-        text = "" if value is None else value
-        if not isinstance(text, str) or text != text.encode(errors="replace").decode():
+        if not isinstance(value, str | None):
             return f"{name} is not a text"
     return None if (values.get("prompt") or "").strip() else "prompt is empty"
 
@@ -184,7 +177,7 @@ def _prompt_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix.lower() == ".csv":
         try:
             yield from read_csv(path)
-        except (OSError, ValueError) as error:
+        except InputFileError as error:
             raise WrittenFileError(str(error)) from None
         return
     for number, value in read_lines(path):

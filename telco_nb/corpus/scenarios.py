@@ -12,7 +12,9 @@ from typing import Annotated, Any
 import pandas as pd
 from pydantic import Field, ValidationError
 
-from telco_nb.corpus.cards import Card, Name, Problem, StrictModel, Text, read_yaml
+from telco_nb.corpus.cards import Card, Name, Problem, StrictModel, Text
+from telco_nb.study.input_files import InputFileError, read_yaml
+from telco_nb.study.params import ParameterError
 
 SPLITS = ("train", "val", "test", "unseen")
 FACTORS = ("kind", "context")  # the columns over which samples are balanced and counts are shown
@@ -49,16 +51,16 @@ class Scenario:
 
 
 def load_contexts(path: Path | str) -> list[Context]:
-    """Load the contexts from YAML. Raises ValueError naming the file and the faulty key, or an id used twice."""
+    """Load the contexts from YAML. Raises InputFileError naming the file and the faulty key, or an id used twice."""
     path = Path(path)
     try:
         contexts = _Contexts.model_validate(read_yaml(path)).contexts
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise InputFileError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     doubled = [name for name, count in Counter(context.id for context in contexts).items() if count > 1]
     if doubled:
-        raise ValueError(f"{path.name}: context ids must be unique; repeated: {', '.join(doubled)}")
+        raise InputFileError(f"{path.name}: context ids must be unique; repeated: {', '.join(doubled)}")
     return contexts
 
 
@@ -91,7 +93,7 @@ def build_scenarios(cards: list[Card], contexts: list[Context], unseen_terms: Co
         The scenarios by card, problem and context: terms x problems x contexts.
 
     Raises:
-        ValueError: a context or an unseen term is not on the cards, or there are too few cells to hold any out.
+        ParameterError: a context or an unseen term is not on the cards, or there are too few cells to hold any out.
     """
     _check_names(cards, contexts, unseen_terms)
     scenarios = [
@@ -118,17 +120,17 @@ def build_scenarios(cards: list[Card], contexts: list[Context], unseen_terms: Co
 def _check_names(cards: list[Card], contexts: list[Context], unseen_terms: Collection[str]) -> None:
     given, used = {context.id for context in contexts}, set(cards[0].problems[0].contexts)
     if given != used:
-        raise ValueError(
+        raise ParameterError(
             f"the contexts file has {', '.join(sorted(given))}, but the cards' problems have "
             f"{', '.join(sorted(used))}. Set contexts_path to a file with the cards' contexts."
         )
     unknown = sorted(set(unseen_terms) - {card.id for card in cards})
     if unknown:
-        raise ValueError(
+        raise ParameterError(
             f"unseen_terms: no card has the id {', '.join(unknown)}. Set unseen_terms to ids of cards, or []."
         )
     if len(set(unseen_terms)) == len(cards):
-        raise ValueError("unseen_terms: all terms are kept out of training. Leave at least one for it.")
+        raise ParameterError("unseen_terms: all terms are kept out of training. Leave at least one for it.")
 
 
 def split_scenarios(scenarios: Sequence[Scenario], unseen_terms: Collection[str] = ()) -> dict[str, str]:
@@ -150,7 +152,7 @@ def split_scenarios(scenarios: Sequence[Scenario], unseen_terms: Collection[str]
     small = [scenario for cells in by_term.values() if len(cells) < FEWEST_CELLS for scenario in cells]
     groups = [cells for cells in (*by_term.values(), small) if len(cells) >= FEWEST_CELLS]
     if not groups:
-        raise ValueError(
+        raise ParameterError(
             f"{len(small)} scenarios are too few: at least {FEWEST_CELLS} are needed, so that one is held out for "
             "validation and one for test. Add problems, contexts or cards."
         )

@@ -25,6 +25,8 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from telco_nb.study.input_files import InputFileError, NoTextError, read_text
+
 NAMES = ("cards.csv", "problems.csv")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 CONTEXT = "context_"
@@ -79,24 +81,19 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         (row number as the spreadsheet shows it, cells by column name, in lower case and with _ for spaces).
 
     Raises:
-        ValueError: the file is no such table; all faults are named with row and column.
+        InputFileError: the file is no such table; all faults are named with row and column.
     """
     table = _read_table(path)
     if table.faults:
-        raise ValueError("\n".join(map(str, table.faults)))
+        raise InputFileError("\n".join(f"{path.parent}/{fault}" for fault in table.faults))
     yield from table.rows.items()
 
 
 def _text(path: Path) -> str:
-    data = path.read_bytes()
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path.name}, line {line}: this is not a text in UTF-8. {SAVE_AS}") from None
-    if "\0" in text:
-        raise ValueError(f"{path.name}: this is not a text in UTF-8. {SAVE_AS}")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        return read_text(path)
+    except NoTextError as error:
+        raise InputFileError(f"{error} {SAVE_AS}") from None
 
 
 def _records(text: str, separator: str) -> tuple[list[list[str]], str]:
@@ -265,7 +262,7 @@ def find_tables(folder: Path) -> tuple[Path, Path] | None:
     """Return the paths of cards.csv and problems.csv in a folder, in upper or lower case; None if neither is there.
 
     Raises:
-        ValueError: one of them is there without the other, or twice.
+        InputFileError: one of them is there without the other, or twice.
     """
     found = [[path for path in sorted(folder.iterdir()) if path.name.lower() == name] for name in NAMES]
     if not any(found):
@@ -273,7 +270,7 @@ def find_tables(folder: Path) -> tuple[Path, Path] | None:
     for name, paths in zip(NAMES, found, strict=True):
         if len(paths) != 1:
             given = ", ".join(path.name for path in paths) or f"no {name}"
-            raise ValueError(f"{folder}: {given}. A glossary in tables is one {' and one '.join(NAMES)}.")
+            raise InputFileError(f"{folder}: {given}. A glossary in tables is one {' and one '.join(NAMES)}.")
     return found[0][0], found[1][0]
 
 

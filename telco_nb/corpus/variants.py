@@ -16,9 +16,10 @@ from functools import cache
 from typing import Any
 
 from telco_nb import DATA_DIR
-from telco_nb.corpus.cards import Card, Problem, read_yaml
+from telco_nb.corpus.cards import Card, Problem
 from telco_nb.corpus.scenarios import Context, Scenario, conversation_row, stable_hash
 from telco_nb.corpus.text_measures import capitalised, count_words
+from telco_nb.study.input_files import read_yaml
 
 GENERATOR_ID = "variants-1"
 MANNERS = (

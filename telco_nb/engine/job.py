@@ -145,8 +145,8 @@ class Execution:
         total = sum(map(is_executed, cells)) + bool(self.job["parameters"])  # papermill adds a cell with the parameters
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         papermill.execute_notebook(
-            str(notebook),
-            str(archive.running_notebook(*self.place)),
+            _literal(notebook),
+            _literal(archive.running_notebook(*self.place)),
             parameters=self.job["parameters"],
             kernel_name="python3",
             engine_name=kernel_manager.register_engine(),
@@ -343,3 +343,8 @@ def death_reason(
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would put parameters in the place of what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")

@@ -26,11 +26,14 @@ from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
 from telco_nb.hosted import egress, prices
 from telco_nb.study import imports, params, record, seal
+from telco_nb.study.input_files import InputFileError
 from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
 OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ERROR_CODES = {  # error of a notebook: exit code of the run
     "BudgetStop": COST, "EgressRefused": COST, "StoreError": USAGE, "PreflightError": UNFIT, "ModelError": UNFIT,
+    "GlossaryError": USAGE, "InputFileError": USAGE, "ParameterError": USAGE, "VotesError": USAGE,
+    "WrittenFileError": USAGE,
 }  # fmt: skip
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2
@@ -67,11 +70,17 @@ class Services:
 def run(options: Options, services: Services) -> int:
     """Plan and run a study, print the plan, the progress and the result, and return the exit code."""
     result, start = RunOutcome(profile=options.profile, command=options.command()), time.monotonic()
+    json_file = None
     with _errors_as_exit_codes(result):
+        json_file = schedule.summary_file(options.json_file)
         _run(options, services, make_console(), result)
     result.seconds = round(time.monotonic() - start, 3)
-    if options.json_file:
-        record.write_json(options.json_file, asdict(result))
+    try:
+        if json_file:
+            record.write_json(json_file, asdict(result))
+    except OSError as error:
+        _print_error(f"--json {json_file}: {error.strerror}")
+        result.exit_code = result.exit_code or UNFIT
     return result.exit_code
 
 
@@ -92,7 +101,7 @@ def _errors_as_exit_codes(result: RunOutcome) -> Generator[None]:
     """Write an error and its exit code to `result`, and print it as one line."""
     try:
         yield
-    except (params.ParameterError, UsageError) as error:
+    except (InputFileError, UsageError) as error:
         result.exit_code, result.error = USAGE, str(error)
     except egress.SendingRefused as error:
         result.exit_code, result.error = COST, str(error)
@@ -106,7 +115,11 @@ def _errors_as_exit_codes(result: RunOutcome) -> Generator[None]:
         traceback.print_exc()
         result.exit_code, result.error = FAILED, archive.describe(error)
     if result.error:
-        Console(stderr=True, highlight=False).print(f"run_all: {result.error}", markup=False, soft_wrap=True)
+        _print_error(result.error)
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"run_all: {text}", markup=False, soft_wrap=True)
 
 
 def _run(options: Options, services: Services, console: Console, result: RunOutcome) -> None:

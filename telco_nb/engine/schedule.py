@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from telco_nb.study.content_key import content_key, describe_difference, is_curr
 from telco_nb.study.manifest import whole_number
 from telco_nb.study.plan import Job, unused_parameters
 
+MOST_PID = 2**22  # of Linux, as part of a temporary file's name
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
 HOSTED_STEPS = {"02_synth": "generator", "05_judge": "judge"}  # steps that can use a hosted model: parameter prefix
 
@@ -69,6 +71,26 @@ def finite(value: float | None) -> float | None:
     if value is not None and not lines.is_amount(value):
         raise typer.BadParameter(f"{value} is not a finite number from 0 up")
     return value
+
+
+def summary_file(path: Path | None) -> Path | None:
+    """The absolute path of --json; nothing is written yet. Raises ParameterError or UsageError if no file can be there.
+
+    Args:
+        path: the option's value.
+    """
+    if path is None:
+        return None
+    file = params.given_path(path, "--json")
+    folder = next(parent for parent in file.parents if parent.exists())
+    try:
+        fault = "this is a folder." if file.is_dir() else "" if folder.is_dir() else f"{folder} is no folder."
+        file.with_name(f".{file.name}.{MOST_PID}.tmp").exists()  # raises if the temporary file's name is too long
+    except OSError as error:
+        fault = f"{error.strerror}."
+    if fault or not os.access(folder, os.W_OK):
+        raise UsageError(f"--json {file}: {fault or f'{folder} cannot be written to.'} Name a file.")
+    return file
 
 
 def load_study(options: Options) -> params.StudyParams:

@@ -24,6 +24,7 @@ from telco_nb.judge.cases import Answers, degenerate_answer, printable
 from telco_nb.judge.gate import planted_controls
 from telco_nb.judge.prompts import card_text
 from telco_nb.judge.store import text_sha256
+from telco_nb.study.input_files import InputFileError, read_json_lines
 
 CONTROL_SHARE, REPEAT_SHARE = 0.15, 0.05
 BALANCED_EVERY = 5  # every fifth pair follows the round robin, so that all configurations hang together
@@ -251,18 +252,27 @@ def key_path(root: Path, export: Export) -> Path:
     return root / KEY_FOLDER / f"{export.name}.jsonl"
 
 
+def _is_key_row(row: Any) -> bool:
+    """True for an object with all columns of a key: two numbers, and texts, some of which may be null."""
+    if not isinstance(row, dict) or set(row) != set(KEY_COLUMNS):
+        return False
+    numbers = all(type(row[name]) is int for name in ("position", "repeat"))
+    texts = (value for name, value in row.items() if name not in ("position", "repeat"))
+    return numbers and all(isinstance(value, str | None) for value in texts) and all(row[seat] for seat in SEATS)
+
+
 def read_keys(root: Path) -> list[list[Row]]:
     """The keys of all exports of a study, each in the order of its pairs.
 
-    Raises ValueError for a key that cannot be read.
+    Raises InputFileError for a key that cannot be read.
     """
     keys = []
     for path in sorted((root / KEY_FOLDER).glob("*.jsonl")):
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        except ValueError:
+            rows = [row for _, row in read_json_lines(path)]
+        except InputFileError:
             rows = [{}]
-        if any(not isinstance(row, dict) or set(row) != set(KEY_COLUMNS) for row in rows):
-            raise ValueError(f"{path}: this is no key of an export. Put the file back, or remove it.")
+        if not all(_is_key_row(row) for row in rows):
+            raise InputFileError(f"{path}: this is no key of an export. Put the file back, or remove it.")
         keys.append(rows)
     return keys

@@ -6,7 +6,6 @@ exported pair may stay in the file. Every fault is named with file, line and fie
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from telco_nb.corpus import tables
 from telco_nb.judge.cases import Verdict, printable
+from telco_nb.study.input_files import InputFileError, numbered_lines, parse_json
 
 SHOWN = ("conversation", "card", "answer_a", "answer_b")  # fields of an exported pair that a votes file may keep
 MOST_FAULTS = 20  # that one message names
 
 
-class VotesError(ValueError):
+class VotesError(InputFileError):
     """Votes cannot be imported; the message names every bad line and field."""
 
 
@@ -112,8 +112,8 @@ def read_votes(path: Path) -> list[Line]:
                 faults += [f"{path}:{number}: {_fault(detail)}" for detail in error.errors()]
             except ValueError as error:
                 faults.append(f"{path}:{number}: the line: {error}")
-    except ValueError as error:  # the file as a whole
-        faults = [f"{path.parent / line}" for line in str(error).split("\n")]
+    except InputFileError as error:  # the file as a whole
+        faults = str(error).split("\n")
     refuse(faults)
     if not lines:
         raise VotesError(f"{path}: this file holds no vote. Nothing was imported.")
@@ -139,34 +139,18 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:
     """The filled lines of a JSONL file: (line number, object, or what is wrong with the line)."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path.name}:{line}: the line: this is not a text in UTF-8. Save the file as UTF-8."
-        ) from None
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(), because a reason may hold U+2028
-        if line.strip():
-            yield number, _object(line)
+    for number, line in numbered_lines(path):
+        yield number, _object(line)
 
 
 def _object(line: str) -> dict[str, Any] | ValueError:
     try:
-        raw = json.loads(line, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(line)
+    except ValueError as error:
         return ValueError(f"no JSON object can be read here ({error})")
     if not isinstance(raw, dict):
         return ValueError(f"a JSON object is expected, not {line.strip()!r:.60}")
     return {name: value for name, value in raw.items() if name not in SHOWN}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a field is given twice")
-    return fields
 
 
 def one_vote_each(lines: Sequence[Line]) -> list[Line]:

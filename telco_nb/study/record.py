@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from telco_nb import ROOT
 from telco_nb.study.manifest import load_manifest, sealed
+from telco_nb.study.params import check_profile_name, given_path
 from telco_nb.study.plan import Job
 
 JOB_VARIABLE = "TELCO_NB_JOB"
@@ -33,14 +34,21 @@ class RecordError(RuntimeError):
 
 
 def profile_root(profile: str) -> Path:
-    """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`."""
-    return Path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs").resolve() / profile
+    """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`.
+
+    Raises ParameterError if the profile's name leads elsewhere, or the folder's name cannot be used.
+    """
+    check_profile_name(profile)
+    return given_path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs", "the outputs folder") / profile
 
 
 def use_outputs(folder: Path | None) -> None:
-    """Let `folder` replace `outputs` in this process and those that it starts; None changes nothing."""
-    if folder is not None:
-        os.environ[OUTPUTS_VARIABLE] = str(folder.expanduser().resolve())
+    """Let the results of this process and its children go to a folder, if one is given.
+
+    Raises ParameterError if its name cannot be used.
+    """
+    if folder:
+        os.environ[OUTPUTS_VARIABLE] = str(given_path(folder, "--outputs"))
 
 
 def step_dir(root: Path, scope: str, step: str) -> Path:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, read_any_json, sealed
+from telco_nb.study.input_files import InputFileError, read_json
+from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, sealed
 from telco_nb.study.record import CHUNK_BYTES, RecordError, json_bytes, whole_lines_bytes, write_json
 
 SEAL_NAME = "seal.json"
@@ -132,9 +133,9 @@ def _sha256_of_first(stream: BinaryIO, size: int) -> str:
 def _read_seal(root: Path) -> dict[str, Any] | None:
     """The seal of a study; None if there is none or a byte of it differs from what was written."""
     try:
-        seal = read_any_json(root / SEAL_NAME)
+        seal = read_json(root / SEAL_NAME, own=True)
         exact = json_bytes(seal) == (root / SEAL_NAME).read_bytes()
-    except (OSError, ValueError, RecursionError):
+    except (OSError, InputFileError):
         return None
     files = seal.get("files") if exact and is_sealed(seal) else None
     whole = isinstance(files, dict) and all(isinstance(entry, dict) and "bytes" in entry for entry in files.values())

@@ -1,5 +1,6 @@
 """The grid is every term with every problem and context, each cell reads sensibly, and the split is by scenario."""
 
+import copy
 from collections import Counter, defaultdict
 
 import pytest
@@ -182,7 +183,7 @@ def test_keeping_all_terms_out_of_training_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw["contexts"].append(dict(raw["contexts"][0])), "must be unique; repeated: usual"),
+        (lambda raw: raw["contexts"].append(copy.deepcopy(raw["contexts"][0])), "must be unique; repeated: usual"),
         (lambda raw: raw["contexts"][1].pop("reading"), r"contexts\.1\.reading: Field required"),
         (lambda raw: raw["contexts"][2].update(id="Two words"), r"contexts\.2\.id"),
         (lambda raw: raw["contexts"][0].update(clauses="none"), r"contexts\.0\.clauses"),

@@ -130,7 +130,7 @@ def test_a_missing_folder_or_file_and_bytes_that_are_no_utf_8_are_refused_by_nam
     with pytest.raises(gold.WrittenFileError, match=r"none\.jsonl"):
         gold.load_noisy(tmp_path / "none.jsonl", GRID)
     (tmp_path / "old.jsonl").write_bytes('{"id": "caf\xe9"}'.encode("latin-1"))
-    with pytest.raises(gold.WrittenFileError, match=r"old\.jsonl: .*utf-8"):
+    with pytest.raises(gold.WrittenFileError, match=r"old\.jsonl, line 1: .*not a text in UTF-8"):
         gold.load_gold(tmp_path, GRID)
 
 
@@ -215,7 +215,7 @@ def test_what_a_table_reader_refuses_is_refused_as_a_file_of_prompts(tmp_path):
         ("[1]", r"own\.jsonl, line 1: an object is expected"),
         ('{"prompt": ["a"]}', r"own\.jsonl, row 1: prompt is not a text"),
         ('{"prompt": "a b", "term": 7}', r"own\.jsonl, row 1: term is not a text"),
-        ('{"prompt": "\\ud800 b"}', r"own\.jsonl, row 1: prompt is not a text"),
+        ('{"prompt": "\\ud800 b"}', r"own\.jsonl, line 1: prompt: the text holds half a character"),
     ],
 )
 def test_a_jsonl_line_of_another_shape_is_refused(tmp_path, text, message):

@@ -150,6 +150,14 @@ def test_exit_codes(statuses, stopped, code):
     assert runner.exit_code([State(JOBS[0], "run", "", status=s) for s in statuses], stopped) == code
 
 
+@pytest.mark.parametrize(
+    "name", ["GlossaryError", "WrittenFileError", "InputFileError", "ParameterError", "VotesError"]
+)
+def test_a_step_that_refuses_a_file_of_the_users_ends_the_run_with_exit_code_2(name):
+    failed = State(JOBS[0], "run", "", status="failed", failure=Failure("error", f"{name}: a.yaml: term: missing", 3))
+    assert runner.exit_code([failed, State(JOBS[1], "run", "", status="blocked")], stopped=False) == 2
+
+
 def test_the_command_that_goes_on_keeps_the_options_but_forces_nothing():
     options = runner.Options(profile="smoke", configs="c0*", steps="03-04", force=("03",), keep_going=False)
     assert options.command() == "./run_all.py --profile smoke --configs 'c0*' --steps 03-04"

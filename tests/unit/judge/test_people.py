@@ -371,7 +371,7 @@ def test_impossible_seconds_in_a_table_are_named_by_row(tmp_path, seconds):
         ("v.csv", b"pair_id,vote\n", "holds no vote"),
         ("v.csv", b'pair_id,vote\na,"b\n', "quotation marks"),
         ("v.csv", b"pair_id,vote,vote\na,b,a\n", "given 2 times"),
-        ("v.jsonl", jsonl().encode() + b'{"pair_id": "\xff"}', ":3: the line: this is not a text in UTF-8"),
+        ("v.jsonl", jsonl().encode() + b'{"pair_id": "\xff"}', ", line 3: this is not a text in UTF-8"),
         ("v.csv", b"PK\x03\x04\xff\xfe", "not a text in UTF-8"),
     ],
 )

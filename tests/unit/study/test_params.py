@@ -180,7 +180,7 @@ def test_base_yaml_explains_every_key():
 @pytest.mark.parametrize(
     "name",
     [
-        "tie", "untuned", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
+        "tie", "untuned", "gold", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
         "c01-seed9", "c01-seedx", "a-seed", "C01", "c 1", "c01.x", "-c",
     ],
 )  # fmt: skip
@@ -203,3 +203,16 @@ def test_the_second_seeds_of_the_night_are_balanced_over_the_factors():
     for factor in ("rank", "epochs", "learning_rate"):
         levels = [row[factor] for row in rows]
         assert {levels.count(level) for level in levels} == {3}, factor
+
+
+def test_a_judges_name_is_never_taken_for_a_seed(folder):
+    shutil.copy(folder / "judges" / "checklist.yaml", folder / "judges" / "my-seedling.yaml")
+    edit(folder / "judges" / "my-seedling.yaml", "judge: checklist", "judge: my-seedling")
+    edit(folder / "base.yaml", "judges: [checklist]", "judges: [my-seedling]")
+    assert load_study("smoke", folder).values("judge-my-seedling")["judge"] == "my-seedling"
+
+
+def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):
+    edit(folder / "profiles" / "laptop.yaml", "repeat_seeds: [1, 2]", "repeat_seeds: [1, -2]")
+    with pytest.raises(ParameterError, match="seed: Input should be greater than or equal to 0, got -2"):
+        load_study("laptop", folder)
