@@ -83,6 +83,7 @@ def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
     remove_leftovers(cache_dir())
     with tempfile.TemporaryDirectory(prefix=f"serve-{os.getpid()}-", dir=cache_dir()) as folder:
         write_merged(trained, Path(folder) / trained.config, weights_dtype(trained, "auto"))
+        guard_template(Path(folder) / trained.config)
         hub = Path(folder) / "hub"  # the server's list of models is that of a hub folder, which must exist
         hub.mkdir()
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
@@ -95,6 +96,16 @@ def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
         finally:
             server.terminate()
             server.wait()
+
+
+def guard_template(model: Path) -> None:
+    """Let the template of a model's folder keep control tokens in customers' words from having an effect."""
+    from transformers import AutoTokenizer
+
+    from telco_nb.lora.chat_template import guarded_template
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    (model / "chat_template.jinja").write_text(guarded_template(tokenizer), encoding="utf-8")
 
 
 def remove_leftovers(cache: Path) -> None:

@@ -6,17 +6,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from telco_nb.lora.base_model import PreflightError, end_token_id
-from telco_nb.lora.packing import IGNORE_INDEX, Example
+from telco_nb.lora.chat_template import end_token_id
+from telco_nb.lora.errors import PreflightError
+from telco_nb.lora.packing import IGNORE_INDEX, Example, collate
+from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
 from telco_nb.study.machine import device_facts
 
 SPARE = (
     0.2  # share of the free memory that stays free: the estimate of a row is a guess to 30 %, and rows can be halved
 )
+OTHER_MODEL = "Use another base_model; README.md lists the architectures that were tested."
+STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.2)}
 BASE_LOSS = (0.5, 8.0)  # nats per token, wide guesses
 
 
@@ -28,6 +34,72 @@ def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]
     pairs = zip(example.input_ids, example.labels, strict=True)
     if labelled != answers or any(label not in (IGNORE_INDEX, token) for token, label in pairs):
         raise PreflightError(f"{example.conversation_id}: labels cover {labelled!r}, not the answers {answers!r}.")
+
+
+class StepCheck(NamedTuple):
+    """The packed step beside plain transformers: losses of the same tokens (nats), relative differences."""
+
+    packed: torch.Tensor
+    plain: torch.Tensor
+    loss_difference: float
+    gradient_difference: float | None  # of one adapter matrix; None without adapters
+
+
+def check_step(model: Any, examples: list[Example]) -> StepCheck:
+    """Check that the packed step computes what the model's own forward computes, on conversations of the data.
+
+    This notices whatever the step leaves out of an architecture. Differences are norms relative to plain transformers.
+    The gradient is that of the first layer's B, to which it comes through all layers. Nothing is drawn, and no
+    gradient is kept.
+
+    Args:
+        model: after `step.prepare_step`, with or without adapters; it is set to evaluation mode.
+        examples: a few short ones. They are one packed row for the step, and one by one for transformers.
+
+    Raises:
+        PreflightError: the losses or the gradients differ by more than rounding.
+    """
+    model.eval()
+    matrix = next((p for n, p in model.named_parameters() if "lora_B" in n), None)
+    row = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
+    try:
+        packed, packed_gradient = _losses_and_gradient([lambda: token_losses(model, row)], matrix)
+    except PreflightError:
+        raise
+    except Exception as error:  # foreign code computes here, and can raise any type
+        raise PreflightError(
+            f"the training step cannot compute this model ({model.config.model_type}): {type(error).__name__}: "
+            f"{error} {OTHER_MODEL}"
+        ) from error
+    alone = [partial(plain_token_losses, model, example) for example in examples]
+    plain, plain_gradient = _losses_and_gradient(alone, matrix)
+    loss = _relative(packed, plain)
+    gradient = None if matrix is None else _relative(packed_gradient, plain_gradient)
+    limits = STEP_TOLERANCE[base_dtype(model)]
+    for name, difference, most in zip(("losses", "gradients"), (loss, gradient), limits, strict=True):
+        if difference is not None and not difference <= most:  # a NaN is refused as well
+            raise PreflightError(
+                f"the training step does not compute what this model computes: loss {packed.mean():.5f} in a packed "
+                f"row, {plain.mean():.5f} by plain transformers, relative difference of {name} {difference:.2g} (at "
+                f"most {most:g}). Part of its architecture ({model.config.model_type}) is missing from the step. "
+                f"{OTHER_MODEL}"
+            )
+    return StepCheck(packed, plain, loss, gradient)
+
+
+def _losses_and_gradient(parts: Sequence[Callable[[], Any]], matrix: Any) -> tuple[torch.Tensor, Any]:
+    """Losses of all parts in order, and the gradient of their sum for a matrix; computed one by one."""
+    losses, total = [], 0.0
+    with torch.set_grad_enabled(matrix is not None):
+        for part in parts:
+            losses.append(part())
+            if matrix is not None:
+                total = total + torch.autograd.grad(losses[-1].sum(), matrix)[0].double()
+    return torch.cat([part.detach().double().cpu() for part in losses]), total
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def check_base_loss(loss: float) -> None:
