@@ -27,6 +27,10 @@ GUARD = """{{%- set safe = namespace(messages=[]) -%}}
 {{%- set safe.messages = safe.messages + [dict(message, content=text)] -%}}
 {{%- endfor -%}}
 {{%- set messages = safe.messages %}}"""
+FOLD = r"""{%- if messages[0].role == 'system' and messages|length > 1 -%}
+{%- set text = messages[0].content + '\n\n' + messages[1].content -%}
+{%- set messages = [dict(messages[1], content=text)] + messages[2:] -%}
+{%- endif %}"""
 
 
 def fit_messages(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -38,14 +42,19 @@ def fit_messages(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[st
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     if plain[0]["role"] != "system":
         plain = [{"role": "system", "content": SYSTEM_PROMPT}, *plain]
-    if _takes_system(tokenizer, getattr(tokenizer, "chat_template", None)):
+    if _takes_system(tokenizer, _template(tokenizer)):
         return plain
     system, first, *others = plain
     return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *others]
 
 
+def _template(tokenizer: Any) -> str:
+    """The chat template, or several by name, as text: part of a cache's key."""
+    return str(getattr(tokenizer, "chat_template", None))
+
+
 @lru_cache(maxsize=8)
-def _takes_system(tokenizer: Any, template: str | None) -> bool:
+def _takes_system(tokenizer: Any, template: str) -> bool:
     """False if the template (the second part of the cache's key) refuses a system message or drops its text."""
     made = set()
     for text in ("a", "bb"):
@@ -133,16 +142,17 @@ def _splitting_backend(tokenizer: Any) -> tuple[Any, int]:
 
 
 def guarded_template(tokenizer: Any) -> str:
-    """The chat template for a server that renders by itself: forged control tokens get a space of no width inside.
+    """The chat template for a server that renders by itself: what `fit_messages` and `render` do, in the template.
 
-    A template cannot keep them apart without a character, as `render` does.
+    Forged control tokens get a space of no width inside: a template cannot keep them apart without a character.
     """
     sets = [
         f"{{%- set text = text|replace({text!r}, {text[0] + INVISIBLE + text[1:]!r}) -%}}"
         for text in control_tokens(tokenizer)
         if len(text) > 1
     ]
-    return GUARD.format(replacements="".join(sets)) + tokenizer.chat_template
+    fold = "" if _takes_system(tokenizer, _template(tokenizer)) else FOLD
+    return GUARD.format(replacements="".join(sets)) + fold + tokenizer.get_chat_template()
 
 
 def end_token_id(tokenizer: Any) -> int:
@@ -157,12 +167,12 @@ def end_token_id(tokenizer: Any) -> int:
 
 def turn_end_id(tokenizer: Any) -> int:
     """The token with which the chat template ends an assistant's turn; without one, the end of text."""
-    end = _turn_end(tokenizer, getattr(tokenizer, "chat_template", None))
+    end = _turn_end(tokenizer, _template(tokenizer))
     return tokenizer.eos_token_id if end is None else end
 
 
 @lru_cache(maxsize=8)
-def _turn_end(tokenizer: Any, template: str | None) -> int | None:
+def _turn_end(tokenizer: Any, template: str) -> int | None:
     """The first control token after the answer: of what two conversations share that differ in the answer only."""
     chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b", "cc")]
     ids = [render(tokenizer, fit_messages(tokenizer, chat)) for chat in chats]

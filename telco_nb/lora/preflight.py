@@ -22,7 +22,9 @@ SPARE = (
     0.2  # share of the free memory that stays free: the estimate of a row is a guess to 30 %, and rows can be halved
 )
 OTHER_MODEL = "Use another base_model; README.md lists the architectures that were tested."
-STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.2)}
+# Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
+# architecture with less effect than these limits is seen in float32 only.
+STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.3)}
 BASE_LOSS = (0.5, 8.0)  # nats per token, wide guesses
 
 
@@ -54,7 +56,7 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
 
     Args:
         model: after `step.prepare_step`, with or without adapters; it is set to evaluation mode.
-        examples: a few short ones. They are one packed row for the step, and one by one for transformers.
+        examples: two are enough. They are one packed row for the step, and one by one for transformers.
 
     Raises:
         PreflightError: the losses or the gradients differ by more than rounding.
@@ -63,28 +65,31 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     matrix = next((p for n, p in model.named_parameters() if "lora_B" in n), None)
     row = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
     try:
-        packed, packed_gradient = _losses_and_gradient([lambda: token_losses(model, row)], matrix)
+        packed, packed_gradient = _losses_and_gradient([partial(token_losses, model, row)], matrix)
     except PreflightError:
         raise
     except Exception as error:  # foreign code computes here, and can raise any type
-        raise PreflightError(
-            f"the training step cannot compute this model ({model.config.model_type}): {type(error).__name__}: "
-            f"{error} {OTHER_MODEL}"
-        ) from error
+        kind, name = model.config.model_type, type(error).__name__
+        reason = f"the training step cannot compute this model ({kind}): {name}: {error}"
+        raise PreflightError(f"{reason} {OTHER_MODEL}") from error
     alone = [partial(plain_token_losses, model, example) for example in examples]
     plain, plain_gradient = _losses_and_gradient(alone, matrix)
-    loss = _relative(packed, plain)
     gradient = None if matrix is None else _relative(packed_gradient, plain_gradient)
-    limits = STEP_TOLERANCE[base_dtype(model)]
-    for name, difference, most in zip(("losses", "gradients"), (loss, gradient), limits, strict=True):
+    found = StepCheck(packed, plain, _relative(packed, plain), gradient)
+    _refuse_difference(found, STEP_TOLERANCE[base_dtype(model)], model.config.model_type)
+    return found
+
+
+def _refuse_difference(found: StepCheck, limits: tuple[float, float], kind: str) -> None:
+    differences = (found.loss_difference, found.gradient_difference)
+    for name, difference, most in zip(("losses", "gradients"), differences, limits, strict=True):
         if difference is not None and not difference <= most:  # a NaN is refused as well
             raise PreflightError(
-                f"the training step does not compute what this model computes: loss {packed.mean():.5f} in a packed "
-                f"row, {plain.mean():.5f} by plain transformers, relative difference of {name} {difference:.2g} (at "
-                f"most {most:g}). Part of its architecture ({model.config.model_type}) is missing from the step. "
+                f"the training step does not compute what this model computes: loss {found.packed.mean():.5f} in a "
+                f"packed row, {found.plain.mean():.5f} by plain transformers, relative difference of {name} "
+                f"{difference:.2g} (at most {most:g}). Part of its architecture ({kind}) is missing from the step. "
                 f"{OTHER_MODEL}"
             )
-    return StepCheck(packed, plain, loss, gradient)
 
 
 def _losses_and_gradient(parts: Sequence[Callable[[], Any]], matrix: Any) -> tuple[torch.Tensor, Any]:

@@ -78,6 +78,14 @@ def test_training_answering_and_chat_read_the_same_tokens(packaged, monkeypatch)
     assert seen[0] == seen[1] == trained[: len(seen[0])]
 
 
+def test_a_server_renders_the_system_text_of_a_template_without_that_role():
+    tokenizer = tiny_tokenizer("gemma")
+    chat = [{"role": "system", "content": chat_template.SYSTEM_PROMPT}, *conversation("No.")]
+    wanted = chat_template.render_text(tokenizer, chat_template.fit_messages(tokenizer, chat))
+    tokenizer.chat_template = chat_template.guarded_template(tokenizer)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == wanted
+
+
 def test_a_server_renders_with_a_template_that_keeps_forged_tokens_apart(packaged, tmp_path):
     packaged.save_pretrained(tmp_path)
     serve.guard_template(tmp_path)
