@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from telco_nb.lora import base_model, decoding
+from telco_nb.lora import base_model, chat_template, decoding
 
 PROMPTS, NEW_TOKENS, SINGLES = 40, 40, 3
 
@@ -18,8 +18,7 @@ def prompts(tokenizer) -> list[list[int]]:
     texts = [
         f"My eSIM does not activate on phone number {i}. " + "Please help me now. " * (i % 8) for i in range(PROMPTS)
     ]
-    chats = [base_model.chat_messages([{"role": "user", "content": text}]) for text in texts]
-    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+    return [chat_template.prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
 def one_by_one(base, encoded: list[list[int]], end: int) -> list[list[int]]:
@@ -48,7 +47,7 @@ def rate(make, *arguments) -> tuple[float, list[list[int]]]:
 def main(repeats: int) -> None:
     base_model.silence_libraries()
     base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
-    end, encoded = base_model.end_token_id(tokenizer), prompts(tokenizer)
+    end, encoded = chat_template.end_token_id(tokenizer), prompts(tokenizer)
     base.eval()
     exact = decoding.generate(base, encoded[:SINGLES], end, NEW_TOKENS)
     assert exact == one_by_one(base, encoded[:SINGLES], end), "batched and single greedy answers differ in float32"

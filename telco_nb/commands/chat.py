@@ -62,20 +62,20 @@ def answer(trained: Trained, speaker: Speaker, prompt: str, max_tokens: int) -> 
 
 def stream(speaker: Speaker, messages: list[dict[str, str]], max_tokens: int, temperature: float) -> str:
     """Print the answer to a conversation word by word, and return it; it is empty if the model cannot read so much."""
+    import torch
     from transformers import TextStreamer
 
-    from telco_nb.lora.base_model import chat_messages
+    from telco_nb.lora.chat_template import prompt_ids
 
-    inputs = speaker.tokenizer.apply_chat_template(
-        chat_messages(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(speaker.model.device)
-    start = inputs["input_ids"].shape[1]
+    ids = torch.tensor([prompt_ids(speaker.tokenizer, messages)], device=speaker.model.device)
+    start = ids.shape[1]
     if start + max_tokens > speaker.model.config.max_position_embeddings:
         print("(This conversation is too long for the model: type /new.)")
         return ""
     options = {"do_sample": True, "temperature": temperature} if temperature else {}
     written = speaker.model.generate(
-        **inputs,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         **options,
         max_new_tokens=max_tokens,
         streamer=TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -154,7 +154,7 @@ def modelfile(trained: Trained, folder: Path) -> str:
     """Ollama's Modelfile for the merged model in `folder`: system prompt, chat template, greedy decoding, limits."""
     from transformers import AutoTokenizer
 
-    from telco_nb.lora.base_model import end_token_id
+    from telco_nb.lora.chat_template import end_token_id
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     lines = ["FROM ."]

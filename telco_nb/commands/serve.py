@@ -79,6 +79,7 @@ def serving(trained: Trained, port: int) -> Generator[subprocess.Popen]:
     """
     with _folder(trained.config) as folder:
         write_merged(trained, folder / trained.config, weights_dtype(trained, "auto"))
+        guard_template(folder / trained.config)
         hub = folder / "hub"  # the server's list of models is that of a hub folder, which must exist
         hub.mkdir()
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
@@ -112,6 +113,16 @@ def served_dir() -> Path:
     from telco_nb.lora.base_model import cache_dir
 
     return cache_dir() / "served"
+
+
+def guard_template(model: Path) -> None:
+    """Let the template of a model's folder keep control tokens in customers' words from having an effect."""
+    from transformers import AutoTokenizer
+
+    from telco_nb.lora.chat_template import guarded_template
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    (model / "chat_template.jinja").write_text(guarded_template(tokenizer), encoding="utf-8")
 
 
 def _wait_until_ready(server: subprocess.Popen, port: int) -> None:

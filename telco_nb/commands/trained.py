@@ -125,7 +125,7 @@ def load_deployed(trained: Trained, dtype: torch.dtype, tuned: bool = True) -> t
 @contextmanager
 def model_errors() -> Generator[None]:
     """Turns an error of the base model into one that ends a command with exit code 3."""
-    from telco_nb.lora.base_model import PreflightError
+    from telco_nb.lora.errors import PreflightError
 
     try:
         yield

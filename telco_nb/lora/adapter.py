@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from telco_nb.lora import base_model as models
+from telco_nb.lora.chat_template import SYSTEM_PROMPT, end_token_id
 from telco_nb.study.record import BASE_FILE, readable_by_all, sha256, write_bytes, write_json
 
 PACKAGED = {
@@ -57,7 +58,7 @@ def save_adapter(
         "checksum": checksum,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization,
-        "system_prompt": models.SYSTEM_PROMPT,
+        "system_prompt": SYSTEM_PROMPT,
     }
     write_json(folder / BASE_FILE, facts)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -117,6 +118,6 @@ def generation_config(tokenizer: Any) -> Any:
     """How the study decodes: greedily, up to the token that ends an answer."""
     from transformers import GenerationConfig
 
-    end = models.end_token_id(tokenizer)
+    end = end_token_id(tokenizer)
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=pad, do_sample=False)

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from telco_nb.lora.base_model import ModelError
-from telco_nb.lora.step import TARGET_MODULES
+from telco_nb.lora.errors import ModelError
+from telco_nb.lora.step import resolve_targets
 from telco_nb.study.manifest import load_manifest
 
 # Options of peft that change the meaning of the weights and that no configuration of a study sets.
@@ -33,7 +33,7 @@ def check_adapter(model: Any, adapter: Path, config: LoraConfig, weights: dict[s
     """
     options = [name for name in UNKNOWN_OPTIONS if getattr(config, name, None)]
     faults = [f"{', '.join(options)} is set, which is not merged here"] if options else []
-    faults += _configuration_faults(config, _trained_with(adapter)) or _weight_faults(model, config, weights)
+    faults += _configuration_faults(model, config, _trained_with(adapter)) or _weight_faults(model, config, weights)
     if faults:
         raise ModelError(f"the adapter {adapter} does not fit: {'; '.join(faults[:3])}. Train it again: --force 03.")
 
@@ -44,7 +44,7 @@ def _trained_with(adapter: Path) -> dict[str, Any]:
     return manifest["parameters"] if manifest and manifest["step"] == "03_train" else {}
 
 
-def _configuration_faults(config: LoraConfig, parameters: dict[str, Any]) -> list[str]:
+def _configuration_faults(model: Any, config: LoraConfig, parameters: dict[str, Any]) -> list[str]:
     """Differences between the adapter's options and the parameters of its training."""
     found = {
         "rank": config.r,
@@ -57,7 +57,7 @@ def _configuration_faults(config: LoraConfig, parameters: dict[str, Any]) -> lis
     }
     wanted = {name: parameters.get(name, value) for name, value in found.items()}
     if "target_modules" in parameters:
-        wanted["target_modules"] = sorted(TARGET_MODULES[parameters["target_modules"]])
+        wanted["target_modules"] = sorted(resolve_targets(model, parameters["target_modules"]))
     return [
         f"{name} is {found[name]}, and the configuration says {wanted[name]}"
         for name in found

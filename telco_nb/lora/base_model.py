@@ -1,4 +1,4 @@
-"""The base model: locate it, unpack it once, load it, and apply its chat template.
+"""The base model: locate it, unpack it once, load it.
 
 Loading works offline unless the user names a hub id. Weights are safetensors. Remote code is never run.
 """
@@ -13,6 +13,8 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import torch
 
 from telco_nb import ROOT
 from telco_nb.lora import unpacked
+from telco_nb.lora.chat_template import settle_end
+from telco_nb.lora.errors import ModelError
 from telco_nb.study.memory import free_main_memory
 from telco_nb.study.record import sha256
 
@@ -29,17 +33,9 @@ PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 BFLOAT16 = "bfloat16"  # subfolder of the bfloat16 copy
 UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # number format -> place of its weights in an unpacked folder
 BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # nf4: 4 bits and a quantised constant per 64 weights
-SYSTEM_PROMPT = "You are a support agent of a telecom operator."
+CONFIG_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")  # what the estimates read
 PROBE_ROUNDS = 4  # measurements of each format; the best counts
 PROBE_SECONDS = 0.02  # duration of a measurement of matmul speed
-
-
-class PreflightError(RuntimeError):
-    """Training cannot run here, noticed before it starts. The message gives the reason and the remedy."""
-
-
-class ModelError(PreflightError):
-    """The base model cannot be used. The message gives the reason and the remedy."""
 
 
 def cache_dir() -> Path:
@@ -139,20 +135,76 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none") 
         (model, tokenizer), the model on this process's device (`torch_device`).
 
     Raises:
-        ModelError: the model is not there, damaged or without a chat template, or bitsandbytes is missing.
+        ModelError: the model is not there, damaged, without a chat template or of an architecture that cannot be
+            trained here, or bitsandbytes is missing.
     """
     from transformers import AutoTokenizer
 
+    source, options = resolve_model(base_model), {}
+    if quantization != "none":  # quantised weights cannot be moved after loading
+        options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": torch_device()}}
+    tokenizer: Any = _preloaded.pop(f"{source} tokenizer", None)
+    with _library_errors(base_model):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
+        mapped = None if options else map_weights(base_model, dtype)
+        model = mapped or _load_weights(source, dtype, **options)
+    check_supported(base_model, model)
+    settle_end(tokenizer, model.generation_config.eos_token_id)
+    return (model if options else model.to(torch_device())), tokenizer
+
+
+@contextmanager
+def _library_errors(base_model: str) -> Generator[None]:
+    """Turns what transformers raises about a folder or hub id into a ModelError that names it."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # a folder that is no model, or a damaged one, can lead to any type
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ModelError(
+            f"base_model: {base_model} cannot be loaded ({type(error).__name__}: {reason[:200]}). It must hold "
+            "config.json, safetensors weights and a tokenizer with a chat template."
+        ) from error
+
+
+def model_shell(base_model: str) -> Any:
+    """The model without its weights, on the meta device: what its configuration alone says, in a fraction of a second.
+
+    Raises ModelError: there is no model, or one that `check_supported` refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     source = resolve_model(base_model)
-    tokenizer = _preloaded.pop(f"{source} tokenizer", None)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
-    if quantization == "none":
-        return (map_weights(base_model, dtype) or _load_weights(source, dtype)).to(torch_device()), tokenizer
-    # Quantised weights cannot be moved after loading.
-    options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": torch_device()}}
-    return _load_weights(source, dtype, **options), tokenizer
+    with _library_errors(base_model):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.get_text_config() is not config:
+            raise ModelError(_unsupported(base_model, config, "reads more than text"))
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    check_supported(base_model, shell)
+    return shell
+
+
+def check_supported(base_model: str, model: Any) -> None:
+    """Raise ModelError if the model lacks the parts on which training and its estimates rest."""
+    config = model.config
+    if config.get_text_config() is not config:
+        raise ModelError(_unsupported(base_model, config, "reads more than text"))
+    missing = [name for name in CONFIG_FIELDS if not isinstance(getattr(config, name, None), int)]
+    if not isinstance(getattr(model, "lm_head", None), torch.nn.Linear):
+        missing.append("lm_head")
+    if missing:
+        raise ModelError(_unsupported(base_model, config, f"has no {', '.join(missing)}"))
+
+
+def _unsupported(base_model: str, config: Any, reason: str) -> str:
+    return (
+        f"base_model: {base_model} is of the architecture {config.model_type}, which {reason}. Use a text model built "
+        "like Llama; README.md lists the architectures that were tested."
+    )
 
 
 def map_weights(base_model: str, dtype: torch.dtype) -> Any | None:
@@ -220,16 +272,13 @@ def memory_estimate(
         row keeps for the backward pass, about 14 arrays of the hidden and 4 of the inner width per layer, a guess
         to 30 %.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(resolve_model(base_model), trust_remote_code=False)
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
+    shell = model_shell(base_model)
+    config = shell.config
     unquantised = sum(p.numel() for p in shell.get_input_embeddings().parameters())
     if not config.tie_word_embeddings:
         unquantised *= 2  # embeddings and head
     body = sum(p.numel() for p in shell.parameters()) - unquantised
-    targets = [m for n, m in shell.named_modules() if n.rpartition(".")[2] in target_modules]
+    targets: list[Any] = [m for n, m in shell.named_modules() if n.rpartition(".")[2] in target_modules]
     trainable = sum(rank * (m.in_features + m.out_features) for m in targets)
     width = dtype.itemsize
     layer = 14 * config.hidden_size + 4 * config.intermediate_size
@@ -300,30 +349,6 @@ def matmul_gflops(dtype: torch.dtype) -> float:
         (a @ b)[0, 0].item()  # .item() waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * m * k * n / best / 1e9
-
-
-def chat_messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages as plain role/content dicts, with the system prompt in front unless they have one."""
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    return plain if plain[0]["role"] == "system" else [{"role": "system", "content": SYSTEM_PROMPT}, *plain]
-
-
-def end_token_id(tokenizer: Any) -> int:
-    """The token that ends an answer: the template's end of turn if it is the model's end of text, else the latter.
-
-    A base model has a chat template whose end token it never saw (Qwen2.5: <|im_end|>), and LoRA does not train the
-    embeddings. Such a model learns to end with its own end of text.
-    """
-    end = turn_end_id(tokenizer)
-    return end if tokenizer.eos_token_id in (None, end) else tokenizer.eos_token_id
-
-
-def turn_end_id(tokenizer: Any) -> int:
-    """The token with which the chat template ends an assistant's turn."""
-    probe = chat_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    ids = tokenizer.apply_chat_template(probe, tokenize=True, return_dict=False)
-    special = [i for i in ids if i in tokenizer.all_special_ids]
-    return special[-1] if special else tokenizer.eos_token_id
 
 
 def weights_checksum(model: Any, biases: bool = True) -> str:

@@ -21,7 +21,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from telco_nb.lora.adapter_check import check_adapter
-from telco_nb.lora.base_model import ModelError, chat_messages, end_token_id, map_weights
+from telco_nb.lora.base_model import map_weights
+from telco_nb.lora.chat_template import end_token_id, prompt_ids
+from telco_nb.lora.errors import ModelError
+from telco_nb.lora.step import check_attention_options, set_attention
 
 CACHED_ATTENTION = "cached_sdpa"  # name under which transformers knows `cached_attention`
 DROP_SHARE = 0.8  # ended rows leave the batch when at most this share of it still writes; a guess, any value is exact
@@ -124,10 +127,7 @@ def answer_prompts(
         One row per prompt, in order: prompt_id, answer (stripped text without special tokens), n_tokens
         (with the end token), finish_reason ("stop" or "length") and seconds (time of the batch over its size).
     """
-    encoded = [
-        tokenizer.apply_chat_template(chat_messages(list(m)), add_generation_prompt=True, return_dict=False)
-        for m in prompts["messages"]
-    ]
+    encoded = [prompt_ids(tokenizer, list(m)) for m in prompts["messages"]]
     end = end_token_id(tokenizer)
     rows: list[dict[str, Any]] = []
     for batch in length_batches(encoded, batch_size):
@@ -185,9 +185,11 @@ def cached_attention(
     attention_mask: Any,
     scaling: float,
     kv_cache: KVCache,
-    **_: Any,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of new tokens, query (rows, heads, new, width), to all cached ones; key heads are never repeated."""
+    check_attention_options(kv_cache.capacity, **options)
     keys, values = kv_cache.add(module.layer_idx, key, value)
     rows, heads, new, width = query.shape
     visible = kv_cache.visible[:, None, None, : keys.shape[2]]
@@ -217,7 +219,7 @@ def generate(
     With a `temperature`, the array `draws` (prompts, max_tokens) holds the uniform numbers that choose the tokens.
     """
     attention = model.config._attn_implementation
-    model.set_attn_implementation(CACHED_ATTENTION)
+    set_attention(model, CACHED_ATTENTION)
     try:
         return _decode(model, prompts, end, max_tokens, temperature, draws)
     finally:

@@ -25,6 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 
 LONGEST_SEGMENT = 1024  # tokens; the attention matrix kept for the backward pass grows with the square
 QUERY_BLOCK = 128  # tokens per block of queries in float32; twice as many in 16 bits
+LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma, Granite, Cohere
 HEAD_CHUNK = 256  # positions whose logits are in memory at one time; more are hardly faster
 
 
@@ -246,6 +247,12 @@ class HeadLoss(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # ty: ignore[incompatible-method-override]  (stub: *args)
         (gradients,) = ctx.saved_tensors
         return (gradients * gradient[:, None]).to(ctx.dtype), None, None
+
+
+def has_own_head(causal: Any) -> bool:
+    """True if logits are more than the head's product: a bias, a scale or a soft limit. `HeadLoss` has none of them."""
+    scales = (getattr(causal.config, name, None) for name in LOGIT_OPTIONS)
+    return causal.lm_head.bias is not None or any(value not in (None, 1.0) for value in scales)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from telco_nb.lora.base_model import PreflightError, chat_messages, end_token_id, turn_end_id
+from telco_nb.lora.chat_template import end_token_id, fit_messages, render, render_text, turn_end_id
+from telco_nb.lora.errors import PreflightError
 
 IGNORE_INDEX = -100  # label of a token that is not learned, as in transformers
 
@@ -50,18 +51,21 @@ def encode_conversation(
         PreflightError: the conversation is too long, the template rewrites earlier turns, or the tokenizer does not
             reproduce the text.
     """
-    chat = chat_messages(messages)
-    ids = _render(tokenizer, chat)
+    chat = fit_messages(tokenizer, messages)
+    ids = render(tokenizer, chat)
     _check_round_trip(tokenizer, chat, ids, conversation_id)
     labels = [IGNORE_INDEX] * len(ids)
     turn_end, end = turn_end_id(tokenizer), end_token_id(tokenizer)
     ends: list[int] = []
     for position, message in enumerate(chat):
         if message["role"] == "assistant":
-            prefix = _render(tokenizer, chat[:position], generation=True)
+            prefix = render(tokenizer, chat[:position], generation=True)
             if ids[: len(prefix)] != prefix:
                 reason = "the chat template rewrites earlier turns, so answers cannot be labelled exactly."
-                raise PreflightError(f"{conversation_id}: {reason}")
+                raise PreflightError(f"{conversation_id}: {reason} Use another base_model.")
+            if turn_end not in ids[len(prefix) :]:
+                reason = "the chat template ends no turn with a token, so the model could not learn to stop."
+                raise PreflightError(f"{conversation_id}: {reason} Use another base_model.")
             start, stop = len(prefix), ids.index(turn_end, len(prefix)) + 1
             ends.append(stop - 1)
             labels[start:stop] = ids[start:stop]
@@ -74,12 +78,8 @@ def encode_conversation(
     return Example(conversation_id, ids, labels)
 
 
-def _render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False) -> list[int]:
-    return tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=generation, return_dict=False)
-
-
 def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int], conversation_id: str) -> None:
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    text = render_text(tokenizer, chat)
     if (decoded := tokenizer.decode(ids)) != text:
         i = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), len(decoded))
         raise PreflightError(

@@ -6,17 +6,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from telco_nb.lora.base_model import PreflightError, end_token_id
-from telco_nb.lora.packing import IGNORE_INDEX, Example
+from telco_nb.lora.chat_template import end_token_id
+from telco_nb.lora.errors import PreflightError
+from telco_nb.lora.packing import IGNORE_INDEX, Example, collate
+from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
 from telco_nb.study.machine import device_facts
 
 SPARE = (
     0.2  # share of the free memory that stays free: the estimate of a row is a guess to 30 %, and rows can be halved
 )
+OTHER_MODEL = "Use another base_model; README.md lists the architectures that were tested."
+# Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
+# architecture with less effect than these limits is seen in float32 only.
+STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.3)}
 BASE_LOSS = (0.5, 8.0)  # nats per token, wide guesses
 
 
@@ -28,6 +36,75 @@ def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]
     pairs = zip(example.input_ids, example.labels, strict=True)
     if labelled != answers or any(label not in (IGNORE_INDEX, token) for token, label in pairs):
         raise PreflightError(f"{example.conversation_id}: labels cover {labelled!r}, not the answers {answers!r}.")
+
+
+class StepCheck(NamedTuple):
+    """The packed step beside plain transformers: losses of the same tokens (nats), relative differences."""
+
+    packed: torch.Tensor
+    plain: torch.Tensor
+    loss_difference: float
+    gradient_difference: float | None  # of one adapter matrix; None without adapters
+
+
+def check_step(model: Any, examples: list[Example]) -> StepCheck:
+    """Check that the packed step computes what the model's own forward computes, on conversations of the data.
+
+    This notices whatever the step leaves out of an architecture. Differences are norms relative to plain transformers.
+    The gradient is that of the first layer's B, to which it comes through all layers. Nothing is drawn, and no
+    gradient is kept.
+
+    Args:
+        model: after `step.prepare_step`, with or without adapters; it is set to evaluation mode.
+        examples: two are enough. They are one packed row for the step, and one by one for transformers.
+
+    Raises:
+        PreflightError: the losses or the gradients differ by more than rounding.
+    """
+    model.eval()
+    matrix = next((p for n, p in model.named_parameters() if "lora_B" in n), None)
+    row = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
+    try:
+        packed, packed_gradient = _losses_and_gradient([partial(token_losses, model, row)], matrix)
+    except PreflightError:
+        raise
+    except Exception as error:  # foreign code computes here, and can raise any type
+        kind, name = model.config.model_type, type(error).__name__
+        reason = f"the training step cannot compute this model ({kind}): {name}: {error}"
+        raise PreflightError(f"{reason} {OTHER_MODEL}") from error
+    alone = [partial(plain_token_losses, model, example) for example in examples]
+    plain, plain_gradient = _losses_and_gradient(alone, matrix)
+    gradient = None if matrix is None else _relative(packed_gradient, plain_gradient)
+    found = StepCheck(packed, plain, _relative(packed, plain), gradient)
+    _refuse_difference(found, STEP_TOLERANCE[base_dtype(model)], model.config.model_type)
+    return found
+
+
+def _refuse_difference(found: StepCheck, limits: tuple[float, float], kind: str) -> None:
+    differences = (found.loss_difference, found.gradient_difference)
+    for name, difference, most in zip(("losses", "gradients"), differences, limits, strict=True):
+        if difference is not None and not difference <= most:  # a NaN is refused as well
+            raise PreflightError(
+                f"the training step does not compute what this model computes: loss {found.packed.mean():.5f} in a "
+                f"packed row, {found.plain.mean():.5f} by plain transformers, relative difference of {name} "
+                f"{difference:.2g} (at most {most:g}). Part of its architecture ({kind}) is missing from the step. "
+                f"{OTHER_MODEL}"
+            )
+
+
+def _losses_and_gradient(parts: Sequence[Callable[[], Any]], matrix: Any) -> tuple[torch.Tensor, Any]:
+    """Losses of all parts in order, and the gradient of their sum for a matrix; computed one by one."""
+    losses, total = [], 0.0
+    with torch.set_grad_enabled(matrix is not None):
+        for part in parts:
+            losses.append(part())
+            if matrix is not None:
+                total = total + torch.autograd.grad(losses[-1].sum(), matrix)[0].double()
+    return torch.cat([part.detach().double().cpu() for part in losses]), total
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 def check_base_loss(loss: float) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ except ImportError:
     varlen_attn: Any = None
 
 from telco_nb.lora import kernels
+from telco_nb.lora.errors import ModelError
 from telco_nb.lora.packing import IGNORE_INDEX, Example, segment_lengths
 
 TARGET_MODULES = {
@@ -29,9 +32,48 @@ TARGET_MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+MERGED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+NEUTRAL = {"position_ids"}  # handed to every attention function, of use to none here
 SEGMENTED = "segmented_sdpa"  # name under which transformers knows `segmented_attention`
 ROW_MULTIPLE = 16  # tokens; bfloat16 matmuls of 1,007 rows ran at 640 GFLOP/s, of 1,008 at 800 (oneDNN, AVX512-BF16)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt in glibc's malloc.h
+
+
+def resolve_targets(model: Any, group: str) -> list[str]:
+    """The model's own names of the layers that a group of TARGET_MODULES means.
+
+    Args:
+        model: the base model, with weights or on the meta device.
+        group: qv, attention, mlp or all.
+
+    Raises:
+        ModelError: a decoder layer lacks a part of the group, which peft would leave out without a word.
+    """
+    layers = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") and module is not model.lm_head
+    )
+    complete = {name for name, count in layers.items() if count == model.config.num_hidden_layers}
+    named = {name: _own_names(wanted, complete) for name, wanted in TARGET_MODULES.items()}
+    missing = [name for name in named[group] if name not in complete]
+    if missing:
+        usable = [name for name, found in named.items() if complete.issuperset(found)]
+        raise ModelError(
+            f"target_modules: {group} means {', '.join(TARGET_MODULES[group])}, and this model "
+            f"({model.config.model_type}) has no {', '.join(missing)} in every layer; it has "
+            f"{', '.join(sorted(complete)) or 'no linear layers'}. "
+            + (f"Set target_modules to {' or '.join(usable)}." if usable else "Use another base_model.")
+        )
+    return named[group]
+
+
+def _own_names(wanted: list[str], complete: set[str]) -> list[str]:
+    """A group's names, with a merged layer in the place of its parts where the model has it and the group all parts."""
+    for merged, parts in MERGED_MODULES.items():
+        if merged in complete and complete.isdisjoint(parts) and set(parts) <= set(wanted):
+            wanted = [merged if name == parts[0] else name for name in wanted if name not in parts[1:]]
+    return wanted
 
 
 class TrainingError(RuntimeError):
@@ -47,7 +89,7 @@ def segmented_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: list[int] | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each conversation of a packed row, without a (T, T) mask.
 
@@ -55,6 +97,7 @@ def segmented_attention(
     """
     if segments is None or attention_mask is not None:
         raise TrainingError("Packed attention needs segment lengths and no attention mask.")
+    check_attention_options(max(segments), **options)
     if attention_kernel(query.device, query.dtype) == "varlen" and not dropout:
         return _varlen_attention(query, key, value, segments, scaling), None
     parts = [
@@ -62,6 +105,31 @@ def segmented_attention(
         for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
     ]
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def check_attention_options(tokens: int, sliding_window: int | None = None, **options: Any) -> None:
+    """Refuse what a model asks of its attention and the functions here would leave out.
+
+    Args:
+        tokens: the most that one query may look back on. A window that holds them all changes nothing.
+        sliding_window: tokens that a query sees, with itself.
+        options: what else the model hands to its attention function.
+
+    Raises:
+        ModelError: an option has an effect.
+    """
+    if sliding_window is not None and sliding_window < tokens:
+        raise ModelError(
+            f"this model's attention looks back on {sliding_window} tokens, and a conversation or answer may have "
+            f"{tokens}: the window is not computed here. Lower max_length or answer_max_tokens, or use another "
+            "base_model."
+        )
+    unknown = [n for n, value in options.items() if n not in NEUTRAL and value is not None and value is not False]
+    if unknown:
+        raise ModelError(
+            f"this model's attention uses {', '.join(sorted(unknown))}, which is not computed here. Use another "
+            "base_model; README.md lists the architectures that were tested."
+        )
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -121,10 +189,22 @@ def prepare_step(model: Any) -> str:
         "fused" if the model computes with the functions of `kernels`, else "plain" for peft's own arithmetic: with
         DoRA, dropout, trained biases or quantised weights, for other architectures, and on a GPU.
     """
-    causal_model(model).set_attn_implementation(SEGMENTED)
+    set_attention(causal_model(model), SEGMENTED)
     _keep_freed_memory()
     kernels.unfuse(model)
     return "fused" if kernels.fuse(model) else "plain"
+
+
+def set_attention(causal: Any, name: str) -> None:
+    """Let a model compute with the attention function of this name. Raises ModelError if its code allows none."""
+    try:
+        causal.set_attn_implementation(name)
+    except ValueError as error:
+        raise ModelError(
+            f"this model ({causal.config.model_type}) computes its attention in a way of its own, which cannot be "
+            "replaced here (a soft limit of its scores, for instance). Use another base_model; README.md lists the "
+            "architectures that were tested."
+        ) from error
 
 
 def _keep_freed_memory() -> None:
@@ -161,9 +241,10 @@ def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
     supervised = row["shift_labels"] != IGNORE_INDEX
     causal = causal_model(model)
     # Adapters are float32 in every base format: bfloat16's 8 bits are too few for their updates.
-    base_dtype = next(p.dtype for n, p in model.named_parameters() if "lora_" not in n)
-    mixed = base_dtype == torch.bfloat16 and not kernels.is_fused(model)
-    with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), kernels.without_lm_head(causal):
+    mixed = base_dtype(model) == torch.bfloat16 and not kernels.is_fused(model)
+    own_head = kernels.has_own_head(causal)
+    hidden_only = nullcontext() if own_head else kernels.without_lm_head(causal)
+    with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), hidden_only:
         output = model(
             input_ids=row["input_ids"],
             position_ids=row["position_ids"],
@@ -172,28 +253,34 @@ def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
             use_cache=False,
         )
     hidden = output.logits.reshape(-1, output.logits.shape[-1])
+    if own_head:  # these are logits
+        return F.cross_entropy(hidden.float(), row["shift_labels"][supervised], reduction="none")
     return kernels.HeadLoss.apply(hidden, causal.lm_head.weight, row["shift_labels"][supervised])
 
 
-@torch.no_grad()
-def plain_token_losses(model: Any, example: Example) -> np.ndarray:
+def base_dtype(model: Any) -> torch.dtype:
+    """Number format of the base model's weights, or of the computation if they are quantised."""
+    return next(p.dtype for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def plain_token_losses(model: Any, example: Example) -> torch.Tensor:
     """The losses of `token_losses` for one conversation as plain transformers computes them: a check of the step.
 
-    The conversation is not packed, its logits are complete, attention is PyTorch's, and no function of `kernels` is
-    used. Afterwards the model has its attention and its fused functions again.
+    The conversation is not packed, its logits are complete, attention is the model's own definition ("eager"), and no
+    function of `kernels` is used. Afterwards the model has its attention and its fused functions again.
 
     Args:
         model: with or without adapters.
         example: one conversation.
 
     Returns:
-        (supervised positions,) float32, nats, in order.
+        (supervised positions,) float32, nats, in order, with gradient.
     """
     causal = causal_model(model)
     attention, fused = causal.config._attn_implementation, kernels.is_fused(model)
     kernels.unfuse(model)
     try:
-        causal.set_attn_implementation("sdpa")
+        causal.set_attn_implementation("eager")
         logits = model(input_ids=torch.tensor([example.input_ids], device=causal.device), use_cache=False).logits
     finally:
         causal.set_attn_implementation(attention)
@@ -201,7 +288,7 @@ def plain_token_losses(model: Any, example: Example) -> np.ndarray:
             kernels.fuse(model)
     labels = torch.tensor(example.labels[1:], device=causal.device)
     losses = F.cross_entropy(logits[0, :-1].float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return losses[labels != IGNORE_INDEX].cpu().numpy()
+    return losses[labels != IGNORE_INDEX]
 
 
 def causal_model(model: Any) -> Any:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from telco_nb import ROOT
 from telco_nb.__main__ import app
 from telco_nb.commands import export, serve, trained
-from telco_nb.lora import adapter, base_model, decoding
+from telco_nb.lora import adapter, base_model, chat_template, decoding
 from telco_nb.study import record
 
 USER, HOST = "made_up_user", "made-up-host"
@@ -106,7 +106,7 @@ def test_the_saved_folder_holds_tokenizer_chat_template_and_greedy_decoding_up_t
     tokenizer = AutoTokenizer.from_pretrained(folders["saved"])
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     decoding_of = json.loads((folders["saved"] / "generation_config.json").read_text())
-    assert decoding_of["eos_token_id"] == base_model.end_token_id(tokenizer) and not decoding_of["do_sample"]
+    assert decoding_of["eos_token_id"] == chat_template.end_token_id(tokenizer) and not decoding_of["do_sample"]
 
 
 def test_the_saved_folder_says_that_its_base_model_comes_from_a_q4_1_gguf_file(folders):
@@ -178,11 +178,11 @@ def test_ollama_writes_the_prompt_that_the_chat_template_writes(folders):
     before, each, after = re.fullmatch(
         r"(.*)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.DOTALL
     ).groups()
-    messages = base_model.chat_messages([{"role": "user", "content": PROMPT}])
-    said = "".join(each.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages)
     tokenizer = AutoTokenizer.from_pretrained(folders["ollama"])
+    messages = chat_template.fit_messages(tokenizer, [{"role": "user", "content": PROMPT}])
+    said = "".join(each.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages)
     assert before + said + after == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert f'SYSTEM """{base_model.SYSTEM_PROMPT}"""' in text and text.startswith("FROM .\n")
+    assert f'SYSTEM """{chat_template.SYSTEM_PROMPT}"""' in text and text.startswith("FROM .\n")
     limit = trained.find_trained("laptop", "c04").values["answer_max_tokens"]
     lines = {'PARAMETER stop "<|im_end|>"', "PARAMETER temperature 0", f"PARAMETER num_predict {limit}"}
     assert lines <= set(text.splitlines())
@@ -249,7 +249,7 @@ def test_the_card_takes_its_numbers_from_the_record(folders):
     _, text = head_and_text(folders["hf"])
     for part in ("| validation loss | 3.1000 | 3.0000 to 3.2000 |", "| training | 0.06 | 0.025 to 0.15 | **estimated**",
                  "| one answer | 0.002 | 0.0008 to 0.005 | **estimated**", "| rank by checklist | 2 | 1 to 2 |",
-                 "2 conversations, a sample of the 3,084", "Q4_1 GGUF", base_model.SYSTEM_PROMPT,
+                 "2 conversations, a sample of the 3,084", "Q4_1 GGUF", chat_template.SYSTEM_PROMPT,
                  "| broken answers | 50% |", "apache-2.0", "query and value, rank 64, 4 epochs"):  # fmt: skip
         assert part in text, part
     assert not re.search(r"\b(None|nan)\b|\{\{|\{%", text) and "\n\n\n" not in text

@@ -15,8 +15,8 @@ from test_kernels import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import base_model, decoding, kernels, packing, step
-from telco_nb.lora.base_model import ModelError
+from telco_nb.lora import base_model, chat_template, decoding, kernels, packing, step
+from telco_nb.lora.errors import ModelError
 from telco_nb.lora.step import TrainingError
 from telco_nb.lora.trainer import PackedTrainer, constant_arguments
 
@@ -180,7 +180,7 @@ CHAT = [{"role": "user", "content": "a bb"}, {"role": "assistant", "content": "c
 
 def test_a_base_model_learns_to_end_with_a_token_that_it_knows():
     tokenizer = BaseTokenizer()
-    assert (base_model.turn_end_id(tokenizer), base_model.end_token_id(tokenizer)) == (1, 2)
+    assert (chat_template.turn_end_id(tokenizer), chat_template.end_token_id(tokenizer)) == (1, 2)
     example = packing.encode_conversation(tokenizer, CHAT, "c", 99)
     assert [x for x in example.labels if x != packing.IGNORE_INDEX] == [23, 24, 2]
     assert example.input_ids[-1] == 2 and example.input_ids.count(1) == 2  # other turns end as the template says

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from telco_nb.lora import base_model, decoding, unpacked
+from telco_nb.lora import base_model, chat_template, decoding, unpacked
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,9 @@ def test_batched_answers_equal_one_at_a_time_in_float32(real, prompts):
 
 def single(base, tokenizer, messages, **options) -> list[int]:
     """transformers' own generate for one prompt."""
-    ids = tokenizer.apply_chat_template(
-        base_model.chat_messages(messages), add_generation_prompt=True, return_dict=False, return_tensors="pt"
-    )
-    end = base_model.end_token_id(tokenizer)
+    chat = chat_template.fit_messages(tokenizer, messages)
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, return_tensors="pt")
+    end = chat_template.end_token_id(tokenizer)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": end, "pad_token_id": end} | options
     return base.generate(input_ids=ids, **options)[0, ids.shape[1] :].tolist()
 

@@ -9,8 +9,8 @@ from test_adapter_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure
-from telco_nb.lora import base_model, packing, preflight, step, trainer
-from telco_nb.lora.base_model import PreflightError
+from telco_nb.lora import base_model, chat_template, packing, preflight, step, trainer
+from telco_nb.lora.errors import PreflightError
 
 
 def test_an_implausible_base_loss_stops_before_training():
@@ -30,7 +30,7 @@ def test_an_end_token_that_the_base_model_never_saw_stops_before_training():
     preflight.check_end(trainer.answer_losses(base, examples, 512)["c"][-1], base.config.vocab_size)
     with torch.no_grad():
         torch.manual_seed(0)
-        base.get_input_embeddings().weight[base_model.end_token_id(tokenizer)].normal_(0, 0.02)
+        base.get_input_embeddings().weight[chat_template.end_token_id(tokenizer)].normal_(0, 0.02)
     loss = trainer.answer_losses(base, examples, 512)["c"][-1]
     with pytest.raises(PreflightError, match="does not know this token, and its answers would run on"):
         preflight.check_end(loss, base.config.vocab_size)

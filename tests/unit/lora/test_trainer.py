@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import base_model, packing, preflight
-from telco_nb.lora.base_model import PreflightError
+from telco_nb.lora import base_model, chat_template, packing, preflight
+from telco_nb.lora.errors import PreflightError
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.lora.step import SEGMENTED, TrainingError, token_losses
 from telco_nb.lora.trainer import (
@@ -96,7 +96,7 @@ def test_a_conversation_that_is_too_long_is_refused_and_never_cut(real):
 
 
 def test_the_end_token_is_supervised_so_that_the_model_learns_to_stop(real, examples):
-    end = base_model.end_token_id(real[1])
+    end = chat_template.end_token_id(real[1])
     assert [e.labels.count(end) for e in examples] == [1, 2, 1]
 
 

@@ -1,0 +1,196 @@
+"""A conversation as the model reads it: one rendering for training, answering and chat.
+
+A template is the model's own and trusted; what people write is not. `<|im_end|>` in a customer's message is eleven
+characters, and never the token that ends a turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+
+from telco_nb.lora.errors import ModelError
+
+SYSTEM_PROMPT = "You are a support agent of a telecom operator."
+SPLIT = "\ufdd0"  # a noncharacter, which Unicode keeps out of texts: it holds the parts of a forged token apart
+INVISIBLE = "\u200b"  # a space of no width
+# Goes in front of a chat template.
+GUARD = """{{%- set safe = namespace(messages=[]) -%}}
+{{%- for message in messages -%}}
+{{%- set text = message.content -%}}
+{{%- if text is string %}}{replacements}{{% endif -%}}
+{{%- set safe.messages = safe.messages + [dict(message, content=text)] -%}}
+{{%- endfor -%}}
+{{%- set messages = safe.messages %}}"""
+FOLD = r"""{%- if messages[0].role == 'system' and messages|length > 1 -%}
+{%- set text = messages[0].content + '\n\n' + messages[1].content -%}
+{%- set messages = [dict(messages[1], content=text)] + messages[2:] -%}
+{%- endif %}"""
+
+
+def fit_messages(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages as plain role/content dicts that the chat template takes.
+
+    The system prompt stands in front unless they have one. A template without a system role gets its text at the head
+    of the first user message.
+    """
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if plain[0]["role"] != "system":
+        plain = [{"role": "system", "content": SYSTEM_PROMPT}, *plain]
+    if _takes_system(tokenizer, _template(tokenizer)):
+        return plain
+    system, first, *others = plain
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *others]
+
+
+def _template(tokenizer: Any) -> str:
+    """The chat template, or several by name, as text: part of a cache's key."""
+    return str(getattr(tokenizer, "chat_template", None))
+
+
+@lru_cache(maxsize=8)
+def _takes_system(tokenizer: Any, template: str) -> bool:
+    """False if the template (the second part of the cache's key) refuses a system message or drops its text."""
+    made = set()
+    for text in ("a", "bb"):
+        chat = [{"role": "system", "content": text}, {"role": "user", "content": "c"}]
+        try:
+            made.add(tokenizer.apply_chat_template(chat, tokenize=False))
+        except TemplateError:
+            return False
+    return len(made) == 2
+
+
+def render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False) -> list[int]:
+    """Token ids of a conversation from `fit_messages`. No text in it becomes a control token.
+
+    Args:
+        tokenizer: of the base model.
+        chat: the messages.
+        generation: add the head of the assistant's next turn.
+
+    Raises:
+        ModelError: the template refuses the conversation, or the tokenizer cannot keep a forged token apart.
+    """
+    pattern = _control_pattern(tokenizer)
+    safe = [m | {"content": pattern.sub(_split, m["content"])} for m in chat] if pattern else chat
+    if safe == chat:
+        return _apply(tokenizer, chat, tokenize=True, add_generation_prompt=generation, return_dict=False)
+    backend, split_id = _splitting_backend(tokenizer)
+    text = _apply(tokenizer, safe, tokenize=False, add_generation_prompt=generation)
+    return [i for i in backend.encode(text, add_special_tokens=False).ids if i != split_id]
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation that the assistant is to answer."""
+    return render(tokenizer, fit_messages(tokenizer, messages), generation=True)
+
+
+def render_text(tokenizer: Any, chat: list[dict[str, str]]) -> str:
+    """The text of a conversation from `fit_messages`. Raises ModelError if the template refuses it."""
+    return _apply(tokenizer, chat, tokenize=False)
+
+
+def _apply(tokenizer: Any, chat: list[dict[str, str]], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(chat, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in chat)
+        raise ModelError(
+            f"base_model: its chat template refuses a conversation of {roles} ({error}). Use another base_model."
+        ) from error
+
+
+def _split(found: re.Match[str]) -> str:
+    return f"{found[0][0]}{SPLIT}{found[0][1:]}"
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text and id of the tokens that steer the model. Others that were added are only frequent texts: spaces, say."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {t.content: i for i, t in added.items() if t.special or any(map(str.isalnum, t.content))}
+
+
+@lru_cache(maxsize=8)
+def _control_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    texts = sorted((text for text in control_tokens(tokenizer) if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+@lru_cache(maxsize=2)
+def _splitting_backend(tokenizer: Any) -> tuple[Any, int]:
+    """A copy of the tokenizer's core that takes SPLIT for a token, and that token's id."""
+    from tokenizers import AddedToken
+
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        raise ModelError(
+            "base_model: a message holds the text of a control token, and this tokenizer (without tokenizer.json) "
+            "cannot read it as text. Remove it from the data, or use another base_model."
+        )
+    backend = copy.deepcopy(core)
+    backend.no_padding()
+    backend.no_truncation()
+    backend.add_tokens([AddedToken(SPLIT, normalized=False, special=False)])
+    return backend, backend.token_to_id(SPLIT)
+
+
+def guarded_template(tokenizer: Any) -> str:
+    """The chat template for a server that renders by itself: what `fit_messages` and `render` do, in the template.
+
+    Forged control tokens get a space of no width inside: a template cannot keep them apart without a character.
+    """
+    sets = [
+        f"{{%- set text = text|replace({text!r}, {text[0] + INVISIBLE + text[1:]!r}) -%}}"
+        for text in control_tokens(tokenizer)
+        if len(text) > 1
+    ]
+    fold = "" if _takes_system(tokenizer, _template(tokenizer)) else FOLD
+    return GUARD.format(replacements="".join(sets)) + fold + tokenizer.get_chat_template()
+
+
+def end_token_id(tokenizer: Any) -> int:
+    """The token that ends an answer: the template's end of turn if it is the model's end of text, else the latter.
+
+    A base model has a chat template whose end token it never saw (Qwen2.5: <|im_end|>), and LoRA does not train the
+    embeddings. Such a model learns to end with its own end of text.
+    """
+    end = turn_end_id(tokenizer)
+    return end if tokenizer.eos_token_id in (None, end) else tokenizer.eos_token_id
+
+
+def turn_end_id(tokenizer: Any) -> int:
+    """The token with which the chat template ends an assistant's turn; without one, the end of text."""
+    end = _turn_end(tokenizer, _template(tokenizer))
+    return tokenizer.eos_token_id if end is None else end
+
+
+@lru_cache(maxsize=8)
+def _turn_end(tokenizer: Any, template: str) -> int | None:
+    """The first control token after the answer: of what two conversations share that differ in the answer only."""
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b", "cc")]
+    ids = [render(tokenizer, fit_messages(tokenizer, chat)) for chat in chats]
+    tail = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*map(reversed, ids), strict=False))]
+    known = {*tokenizer.all_special_ids, *control_tokens(tokenizer).values()}
+    return next((i for i in reversed(tail) if i in known), None)
+
+
+def settle_end(tokenizer: Any, ends: int | list[int] | None) -> None:
+    """Make the end of turn the tokenizer's end of text if the model stops there.
+
+    Some chat models name another token in their tokenizer (Llama 3: <|end_of_text|>) and end turns with one that only
+    their generation settings list.
+
+    Args:
+        tokenizer: it is changed.
+        ends: `eos_token_id` of the model's generation settings.
+    """
+    end = turn_end_id(tokenizer)
+    if end != tokenizer.eos_token_id and end in (ends if isinstance(ends, list) else [ends]):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
