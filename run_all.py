@@ -9,7 +9,7 @@ from typing import Annotated, Any
 try:
     import typer
 
-    from telco_nb.engine import runner, sealing
+    from telco_nb.engine import rerender, runner, sealing
     from telco_nb.engine.progress import make_console
     from telco_nb.hosted import egress, lines
     from telco_nb.study import params
@@ -31,6 +31,7 @@ EPILOG = """
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
 - `./run_all.py verify --profile smoke`: name every file that is not as the last run of this study sealed it
+- `./run_all.py report --profile smoke --pdf`: the report again, from the files of a finished study, and as PDF
 
 **Exit codes**
 
@@ -171,6 +172,29 @@ def verify(
     Exit code 0: all as sealed. 1: something differs. 2: wrong usage. 3: there is no seal.
     """
     sys.exit(sealing.verify(profile, outputs, make_console()))
+
+
+REPORT_EPILOG = """
+**Examples**
+
+- `./run_all.py report`: the report of the laptop study again, from its files
+- `./run_all.py report --profile smoke --pdf`: and outputs/smoke/report/telco_report.pdf
+
+**Exit codes**: 0 the report stands; 1 it could not be built; 2 wrong usage; 3 there is no finished study, another run
+is using it, or there is no Chromium to print with
+"""
+
+
+@app.command(epilog=REPORT_EPILOG)
+def report(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
+    outputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
+    ] = None,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Print the one-file report as PDF too, by Chromium.")] = False,
+) -> None:
+    """Build the report of a finished study again, without running anything."""
+    sys.exit(rerender.rerender(profile, outputs, pdf, _build_report, make_console()))
 
 
 if __name__ == "__main__":

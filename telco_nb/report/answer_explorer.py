@@ -207,7 +207,7 @@ def _verdict_letters(verdicts: pd.DataFrame, columns: Sequence[str]) -> str:
     letters: dict[tuple[str, str], str] = {}
     for row in verdicts.to_dict("records"):
         first, second, winner = row["config_first"], row["config_second"], row["winner"]
-        clear = row.get("margin") == 2
+        clear = row["margin"] == 2
         for pair, mine in (((first, second), first), ((second, first), second)):
             letter = "t" if winner == "tie" else "a" if winner == mine else "b"
             letter = letter.upper() if clear and letter != "t" else letter
@@ -221,11 +221,9 @@ def _reasons(verdicts: pd.DataFrame, columns: Sequence[str]) -> dict[str, str]:
     places = {column: i for i, column in enumerate(columns)}
     reasons: dict[str, str] = {}
     for row in verdicts.to_dict("records"):
-        pair = [places.get(row[seat]) for seat in ("config_first", "config_second")]
-        text = row.get("analysis")
-        if None in pair or not isinstance(text, str) or not text:
-            continue
-        first, second = row["config_first"], row["config_second"]
-        told = f"A is {first}, B is {second}: {printable(text)}"
-        reasons.setdefault(" ".join(map(str, sorted(pair))), told[:REASON_CHARACTERS])
+        first, second, text = row["config_first"], row["config_second"], row["analysis"]
+        if first in places and second in places and isinstance(text, str) and text:
+            low, high = sorted((places[first], places[second]))
+            told = f"A is {first}, B is {second}: {printable(text)}"
+            reasons.setdefault(f"{low} {high}", told[:REASON_CHARACTERS])
     return reasons

@@ -51,8 +51,8 @@ def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> 
     study = read_study(root, jobs)
     for page in study.pages:
         (work / page.name).write_text(_page(page, study.pages), encoding="utf-8")
-    content = _content(study) | {"explorer": answer_explorer.write_page(study, work)}
-    whole = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
+    content: dict[str, Any] = _content(study) | {"explorer": answer_explorer.write_page(study, work)}
+    whole: dict[str, Any] = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
     for name, values, single in (("index.html", content, False), ("telco_report.html", whole, True)):
         text = render("report.html.j2", **values, contents=_contents(values), single=single)
         (work / name).write_text(text, encoding="utf-8")
