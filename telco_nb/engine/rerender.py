@@ -11,13 +11,11 @@ from rich.console import Console
 
 from telco_nb.engine import sealing
 from telco_nb.engine.runner import FAILED, INTERRUPTED, OK, UNFIT, USAGE, UnfitError, lock, report_key
-from telco_nb.report.pdf import PrintError, print_pdf
+from telco_nb.report.pdf import PrintError, print_pdf, require_chromium
 from telco_nb.study import record, seal
 
 
-def rerender(
-    profile: str, outputs: Path | None, pdf: bool, build_report: Callable[..., Path], console: Console
-) -> int:
+def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callable[..., Path], console: Console) -> int:
     """Build the report of a study again and, if asked for, print it; returns the exit code.
 
     A study that was sealed is sealed again, unless something other than its report has changed since: a new seal would
@@ -40,8 +38,9 @@ def rerender(
         if finished is None:
             told = f"{root} holds no finished study (06_analysis: {reason})."
             return _refuse(f"{told} Run: ./run_all.py --profile {profile}", UNFIT)
+        chromium = require_chromium() if pdf else None
         with lock(root):
-            _build(root, pdf, build_report, console)
+            _build(root, chromium, build_report, console)
         return OK
     except (UnfitError, record.RecordError, PrintError) as error:
         return _refuse(str(error), UNFIT)
@@ -51,15 +50,15 @@ def rerender(
         return _refuse(f"the report could not be built: {type(error).__name__}: {error}", FAILED)
 
 
-def _build(root: Path, pdf: bool, build_report: Callable[..., Path], console: Console) -> None:
+def _build(root: Path, chromium: str | None, build_report: Callable[..., Path], console: Console) -> None:
     changes = _changes_of_others(root)
     sealing.show_changes(console, changes)
     try:
         page = build_report(root)
         record.write_bytes(root / "report" / ".key", report_key(root).encode())
         console.print(f"Report:  {page}", markup=False, soft_wrap=True)
-        if pdf:
-            console.print(f"PDF:     {print_pdf(page)}", markup=False, soft_wrap=True)
+        if chromium:
+            console.print(f"PDF:     {print_pdf(page, chromium)}", markup=False, soft_wrap=True)
     finally:
         if (root / seal.SEAL_NAME).exists() and not changes:
             seal.seal_study(root)

@@ -24,22 +24,27 @@ class PrintError(RuntimeError):
 
 def find_chromium() -> str | None:
     """Path of an installed Chromium: $CHROMIUM, the usual places, or the search path; None if there is none."""
-    given = os.environ.get("CHROMIUM")
-    found = [given, *(place for place in PLACES if Path(place).is_file()), *map(shutil.which, NAMES)]
-    return next((path for path in found if path), None)
+    given = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else [*PLACES, *NAMES]
+    return next((path for name in given if (path := shutil.which(name))), None)
 
 
-def print_pdf(page: Path) -> Path:
-    """Print an HTML file as PDF beside it; returns the path of the PDF.
-
-    Raises PrintError if there is no Chromium, or if it does not print.
-    """
+def require_chromium() -> str:
+    """Path of an installed Chromium. Raises PrintError if there is none."""
     chromium = find_chromium()
     if chromium is None:
+        looked = f"$CHROMIUM ({os.environ.get('CHROMIUM') or 'not set'}), {', '.join([*PLACES, *NAMES])}"
         raise PrintError(
-            f"no Chromium was found to print with. Looked at $CHROMIUM, {', '.join(PLACES)}, and for "
-            f"{', '.join(NAMES)}. Install one (apt-get install chromium), or print {page} from any browser."
+            f"no Chromium was found to print with. Looked for: {looked}. Install one (apt-get install chromium), or "
+            "open report/telco_report.html in any browser and print it."
         )
+    return chromium
+
+
+def print_pdf(page: Path, chromium: str) -> Path:
+    """Print an HTML file as PDF beside it, by this Chromium; returns the path of the PDF.
+
+    Raises PrintError if Chromium does not print.
+    """
     pdf = page.with_suffix(".pdf")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / pdf.name
