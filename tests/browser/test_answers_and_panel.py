@@ -231,3 +231,9 @@ def test_axe_finds_nothing_wrong_and_nothing_is_wider_than_the_window(answers, p
     page = open_page(answers, width=width, scheme=scheme)
     choose(page, left="c01", right="reference")
     assert violations(page) == []
+
+
+def test_a_field_that_loses_its_label_is_found(answers, open_page):
+    page = open_page(answers)
+    page.evaluate("{ const field = document.querySelector('#filters select'); field.closest('label').replaceWith(field); }")
+    assert any("select-name" in fault for fault in violations(page))
