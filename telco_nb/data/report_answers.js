@@ -1,7 +1,8 @@
 "use strict";
 // The answer explorer. Its data stand in the page; all text goes into text nodes, so that no answer can be markup.
-const { columns, judges, questions } = JSON.parse(document.getElementById("data").textContent);
-const form = document.getElementById("filters"), field = form.elements;
+const { columns, judges, questions } = JSON.parse(document.getElementById("data").content.textContent);
+const filters = document.getElementById("filters");
+const field = Object.fromEntries([...filters.querySelectorAll("[name]")].map((part) => [part.name, part]));
 const names = columns.map((column) => column.name);
 const LETTERS = { unsafe: "U", "asks for secret": "S", looping: "L", empty: "E", cut: "C" };
 const WORDS = { A: "clearly better", a: "better", t: "equally good", b: "worse", B: "clearly worse",
@@ -172,13 +173,15 @@ fill("left", names.slice(1), "all");
 fill("right", names, "none");
 fill("verdict", [["a", ""], ["t", "a tie"], ["b", ""], ["differ", "judges differ"], ["x", "changed when asked again"]], "any");
 build();
-const asked = new URLSearchParams(location.hash.slice(1));
+const asked = new URLSearchParams(location.hash.slice(1).replace(/^answers-([\w-]+)$/, "left=$1&right=reference"));
 for (const name of ["left", "right"]) if (names.includes(asked.get(name))) field[name].value = asked.get(name);
 current = (rows.find(({ q }) => q.id === asked.get("q")) ?? rows[0])?.row ?? null;
 apply();
-form.addEventListener("input", apply);
-form.addEventListener("submit", (event) => event.preventDefault());
-form.addEventListener("reset", () => setTimeout(apply));
+filters.addEventListener("input", apply);
+document.getElementById("clear").addEventListener("click", () => {
+  for (const part of Object.values(field)) part.value = "";
+  apply();
+});
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || /INPUT|SELECT|TEXTAREA/.test(event.target.tagName)) return;
   if (event.key === "j" || event.key === "k") step(event.key === "j" ? 1 : -1);

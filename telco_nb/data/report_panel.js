@@ -1,6 +1,6 @@
 "use strict";
 // The blind panel: shows pairs in their order, keeps the votes in this browser, and writes them as a votes file.
-const { name, pairs } = JSON.parse(document.getElementById("data").textContent);
+const { name, pairs } = JSON.parse(document.getElementById("data").content.textContent);
 const at = (id) => document.getElementById(id);
 const who = at("who"), note = at("note");
 let rater = null, votes = [], shownAt = 0;

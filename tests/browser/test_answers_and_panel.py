@@ -80,7 +80,7 @@ def test_filters_leave_what_matches(answers, open_page, study):
     assert len(shown_rows(page)) == (prompts["kind"] == kind).sum() < N_PROMPTS
     assert f"of {N_PROMPTS} questions" in page.locator("#status").inner_text()
     page.get_by_role("button", name="Clear").click()
-    page.wait_for_function(f"document.querySelectorAll('#matrix tbody tr:not([hidden])').length === {N_PROMPTS}")
+    assert len(shown_rows(page)) == N_PROMPTS
     page.get_by_role("searchbox").fill("no such words anywhere")
     assert shown_rows(page) == [] and "Nothing matches" in page.locator("#status").inner_text()
 
@@ -134,6 +134,12 @@ def test_the_explorer_is_used_by_keyboard_and_its_address_keeps_the_place(answer
     page.reload()
     assert page.locator("#matrix [aria-current=true]").inner_text() == chosen
     assert page.locator("#filters [name=left]").input_value() == "c07"
+
+
+def test_a_link_to_a_configuration_shows_it_beside_the_gold_answer(answers, open_page):
+    page = open_page(answers.with_name("telco_report.html"))
+    page.goto(f"{answers.as_uri()}#answers-c07")
+    assert page.locator("#matrix thead th:visible").all_inner_texts() == ["question", "reference", "c07"]
 
 
 def test_a_script_in_an_answer_is_text_in_the_explorer(answers, open_page):
@@ -235,5 +241,7 @@ def test_axe_finds_nothing_wrong_and_nothing_is_wider_than_the_window(answers, p
 
 def test_a_field_that_loses_its_label_is_found(answers, open_page):
     page = open_page(answers)
-    page.evaluate("{ const field = document.querySelector('#filters select'); field.closest('label').replaceWith(field); }")
+    page.evaluate(
+        "{ const field = document.querySelector('#filters select'); field.closest('label').replaceWith(field); }"
+    )
     assert any("select-name" in fault for fault in violations(page))

@@ -14,7 +14,7 @@ from axe_check import SCHEMES, WIDTHS, violations
 from nbclient import NotebookClient
 
 from telco_nb import ROOT
-from telco_nb.report import build
+from telco_nb.report import build, pdf
 from telco_nb.study import record
 
 N, JUDGES, REPEATS = 16, ("checklist", "embedding"), 2
@@ -178,6 +178,13 @@ def test_it_prints_with_answers_unfolded(built, open_page, tmp_path):
     assert pdf.startswith(b"%PDF") and len(pdf) > 100_000
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("#configurations details:not([open])").count() == 0
+
+
+def test_chromium_prints_the_one_file_report(built, browser):
+    printed = pdf.print_pdf(built / "telco_report.html", pdf.require_chromium())
+    assert printed == built / "telco_report.pdf"
+    data = printed.read_bytes()
+    assert data.startswith(b"%PDF") and len(data) > 100_000
 
 
 def test_the_csv_can_be_taken_out_of_the_one_file(built, open_page):
