@@ -3,7 +3,7 @@ PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
 
-.PHONY: study test nightly smoke lab bench reference lint lock clean
+.PHONY: study test nightly smoke lab pdf bench reference lint lock clean
 
 study: .venv/installed  ## the whole study on this machine; finished steps are skipped
 	$(BIN)/python run_all.py --profile $(PROFILE)
@@ -25,6 +25,9 @@ nightly: .venv/installed  ## the slow tests that `make test` leaves out
 lab: .venv/installed  ## JupyterLab, on the page that says where to start
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url='/lab/tree/notebooks/README.md?factory=Markdown%20Preview' \
 	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+
+pdf: .venv/installed  ## the one-file report as PDF; PROFILE=smoke for another study
+	$(BIN)/python run_all.py report --profile $(PROFILE) --pdf
 
 REPEATS ?= 5
 bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, 20 kills; with REPEATS=1 in half an hour

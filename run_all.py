@@ -9,7 +9,8 @@ from typing import Annotated, Any
 try:
     import typer
 
-    from telco_nb.engine import runner
+    from telco_nb.engine import rerender, runner
+    from telco_nb.engine.progress import make_console
     from telco_nb.engine.schedule import finite
     from telco_nb.hosted import egress
     from telco_nb.study import params
@@ -32,6 +33,7 @@ EPILOG = """
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
 - `./run_all.py verify --profile smoke`: name every file that is not as a run of this study last sealed it
 - `./run_all.py verify --seal 0123456789abcdef`: the same, and the seal must be the one that an earlier run printed
+- `./run_all.py report --profile smoke --pdf`: the report again, from the files of a finished study, and as PDF
 
 **Exit codes**
 
@@ -173,6 +175,29 @@ def verify(
     Exit code 0: all as sealed. 1: something differs. 2: wrong usage. 3: there is no seal.
     """
     sys.exit(runner.verify(profile, outputs, seal))
+
+
+REPORT_EPILOG = """
+**Examples**
+
+- `./run_all.py report`: the report of the laptop study again, from its files
+- `./run_all.py report --profile smoke --pdf`: and outputs/smoke/report/telco_report.pdf
+
+**Exit codes**: 0 the report stands; 1 it could not be built; 2 wrong usage; 3 there is no finished study, another run
+is using it, or there is no Chromium to print with
+"""
+
+
+@app.command(epilog=REPORT_EPILOG)
+def report(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
+    outputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
+    ] = None,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Print the one-file report as PDF too, by Chromium.")] = False,
+) -> None:
+    """Build the report of a finished study again, without running anything."""
+    sys.exit(rerender.rerender(profile, outputs, pdf, _build_report, make_console()))
 
 
 if __name__ == "__main__":

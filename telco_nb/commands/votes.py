@@ -19,6 +19,7 @@ from telco_nb.judge.people import HumanJudge, Import, OutsideJudge, check_votes
 from telco_nb.judge.protocol import read_answers, store_path
 from telco_nb.judge.store import VerdictStore
 from telco_nb.judge.votes_file import Line, VotesError, one_vote_each, read_votes, refuse
+from telco_nb.report.blind_panel import panel_page
 from telco_nb.study import params
 from telco_nb.study.params import PARAMS_DIR, ParameterError, StudyParams
 from telco_nb.study.record import write_bytes
@@ -57,11 +58,11 @@ def open_material(root: Path, study: StudyParams) -> Material:
 def export_pairs(
     root: Path, file: Path, n: int = PAIRS, seed: int | None = None, params_dir: Path = PARAMS_DIR
 ) -> tuple[Export, Material]:
-    """Write blind pairs into `file` and their key into the study's folder.
+    """Write blind pairs into `file`, a page to vote on them beside it, and their key into the study's folder.
 
     Args:
         root: the study's folder `outputs/<profile>`.
-        file: where to; it must not exist.
+        file: where to; neither it nor the page (`panel_path`) may exist.
         n: the number of pairs, controls and repeats among them.
         seed: of all random choices; None for the study's.
         params_dir: the folder of the parameter files.
@@ -73,8 +74,11 @@ def export_pairs(
         CommandError: the file exists or would be taken for a key, or the study has no answers to show.
     """
     study = open_study(root, params_dir)
-    if file.exists():
-        raise CommandError(f"{file} exists, and it may hold votes. Name another file.")
+    if panel_path(file) == file:
+        raise CommandError(f"{file}: the pairs are JSON lines, and the page gets this name. Name a file .jsonl.")
+    for path in (file, panel_path(file)):
+        if path.exists():
+            raise CommandError(f"{path} exists, and it may hold votes. Name another file.")
     if file.resolve().parent == (root / blind_pairs.KEY_FOLDER).resolve():
         raise CommandError(f"{file}: the keys are in this folder. Name a file outside it.")
     material = open_material(root, study)
@@ -84,7 +88,13 @@ def export_pairs(
         raise CommandError(f"{root}: of every pair one answer is empty or loops, so there is nothing to vote on.")
     write_bytes(blind_pairs.key_path(root, export), blind_pairs.json_lines(export.key))
     write_bytes(file, blind_pairs.json_lines(export.pairs))
+    write_bytes(panel_path(file), panel_page(export.name, export.pairs).encode())
     return export, material
+
+
+def panel_path(file: Path) -> Path:
+    """The page on which a rater votes on the pairs of `file`: beside it, with the same stem."""
+    return file.with_suffix(".html")
 
 
 def score_draws(root: Path) -> list[pd.DataFrame]:
@@ -98,6 +108,7 @@ def export_report(root: Path, file: Path, export: Export, material: Material, n:
     counts = f"{export.count('ranking')} comparisons, {export.count('control')} planted controls"
     lines = [
         f"{file}: {len(export.pairs)} pairs: {counts}, {export.count('swap')} repeats with exchanged seats",
+        f"{panel_path(file)}: the same for people; a browser shows them offline and saves the votes as a file",
         f"{blind_pairs.key_path(root, export)}: the key; it stays here, a rater must not see it",
         f"Take the votes back with: python -m telco_nb votes import {root} FILE",
     ]
@@ -200,7 +211,8 @@ def import_report(root: Path, file: Path, found: Import) -> str:
 EPILOG = """
 **Examples**
 
-- `python -m telco_nb votes export outputs/laptop pairs.jsonl`: 200 blind pairs; their key stays in outputs/laptop/votes
+- `python -m telco_nb votes export outputs/laptop pairs.jsonl`: 200 blind pairs, and pairs.html to vote on them in any
+  browser, offline; their key stays in outputs/laptop/votes
 - `python -m telco_nb votes export outputs/laptop more.jsonl --n 480 --seed 2`: more of them, and other ones
 - `python -m telco_nb votes import outputs/laptop votes.csv`: each rater becomes a judge, human-RATER
 - `python -m telco_nb votes import outputs/laptop votes.jsonl --judge panel`: a judge of params/judges

@@ -26,6 +26,15 @@ for (const button of document.querySelectorAll("button[data-fold]")) {
     for (const part of document.querySelectorAll(button.dataset.fold)) part.open = open;
   });
 }
+// What scrolls sideways can be reached, and so scrolled, by keyboard.
+function reach() {
+  for (const part of document.querySelectorAll(".scroll, .output_area")) {
+    if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+    else part.removeAttribute("tabindex");
+  }
+}
+reach();
+addEventListener("resize", reach);
 // On paper everything but code is unfolded.
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details:not(.code)")) part.open = true;

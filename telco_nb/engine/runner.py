@@ -71,7 +71,7 @@ def run(options: Options, services: Services) -> int:
     """Plan and run a study, print the plan, the progress and the result, and return the exit code."""
     result, start = RunOutcome(profile=options.profile, command=options.command()), time.monotonic()
     json_file = None
-    with _errors_as_exit_codes(result):
+    with errors_as_exit_codes(result):
         json_file = schedule.summary_file(options.json_file)
         _run(options, services, make_console(), result)
     result.seconds = round(time.monotonic() - start, 3)
@@ -87,7 +87,7 @@ def run(options: Options, services: Services) -> int:
 def verify(profile: str, outputs: Path | None, known_seal: str | None) -> int:
     """Compare a study with its seal (see `sealing.verify`), print what differs, and return the exit code."""
     result = RunOutcome(profile=profile)
-    with _errors_as_exit_codes(result):
+    with errors_as_exit_codes(result):
         record.use_outputs(outputs)
         root = record.profile_root(profile)
         if not (root / seal.SEAL_NAME).exists():
@@ -97,7 +97,7 @@ def verify(profile: str, outputs: Path | None, known_seal: str | None) -> int:
 
 
 @contextlib.contextmanager
-def _errors_as_exit_codes(result: RunOutcome) -> Generator[None]:
+def errors_as_exit_codes(result: RunOutcome) -> Generator[None]:
     """Write an error and its exit code to `result`, and print it as one line."""
     try:
         yield

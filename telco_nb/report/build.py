@@ -8,7 +8,6 @@ allow list, and a content security policy lets only the report's own script run.
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,18 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from scipy.special import expit
 
-from telco_nb import DATA_DIR
 from telco_nb.analysis.findings import PAPER
 from telco_nb.analysis.recommendation import describe_config, name_list, percent
 from telco_nb.judge.ranking import interval_text
-from telco_nb.report import config_cards
+from telco_nb.report import answer_explorer, config_cards
 from telco_nb.report.config_cards import GUESSED, ordinal
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
 from telco_nb.report.pages import notebook_body
+from telco_nb.report.rendering import render
 from telco_nb.study.plan import STEPS
 
 QUESTION = (
@@ -41,9 +38,6 @@ TAU_WORDS = {
 }
 CLAIM_WORDS = {"supported": "yes", "refuted": "no", "blocked": "no answer"}
 TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}
-TEMPLATES = Environment(
-    loader=FileSystemLoader(DATA_DIR), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
 
 
 def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> Path:
@@ -59,10 +53,10 @@ def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> 
     study = read_study(root, jobs)
     for page in study.pages:
         (work / page.name).write_text(_page(page, study.pages), encoding="utf-8")
-    content = _content(study)
-    whole = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
+    content: dict[str, Any] = _content(study) | {"explorer": answer_explorer.write_page(study, work)}
+    whole: dict[str, Any] = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
     for name, values, single in (("index.html", content, False), ("telco_report.html", whole, True)):
-        text = _render("report.html.j2", **values, contents=_contents(values), single=single)
+        text = render("report.html.j2", **values, contents=_contents(values), single=single)
         (work / name).write_text(text, encoding="utf-8")
     for name in ("results.csv", "findings.json"):
         if (root / name).is_file():
@@ -425,18 +419,10 @@ def _distinct(values: Iterable[str]) -> str:
 def _page(page: Page, pages: Sequence[Page]) -> str:
     """The page of one executed notebook, with links to its neighbours in the same scope."""
     neighbours = [(p.step + " (failed)" * p.failed, p.name) for p in pages if p.scope == page.scope and p != page]
-    return _render(
+    return render(
         "report_page.html.j2",
         title=f"{page.scope} {page.step}",
         notebook=notebook_body(page, pages),
         neighbours=neighbours,
         failed=page.failed,
     )
-
-
-def _render(template: str, **values: Any) -> str:
-    script = (DATA_DIR / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    css = (DATA_DIR / "report.css").read_text(encoding="utf-8")
-    shared = {"css": Markup(css), "script": Markup(script), "script_hash": f"sha256-{digest}"}
-    return TEMPLATES.get_template(template).render(**shared, **values)

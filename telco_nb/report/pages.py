@@ -48,7 +48,8 @@ def notebook_body(page: Page, pages: Sequence[Page]) -> Markup:
         body, _ = _exporter().from_notebook_node(notebook)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         body = f"<p>This notebook could not be read: {html.escape(str(error)[:300])}</p>"
-    return Markup(_relink(body, page, pages))
+    # The corner of a table of pandas is no heading.
+    return Markup(_relink(body, page, pages).replace("<th></th>", "<td></td>"))
 
 
 def _relink(body: str, page: Page, pages: Sequence[Page]) -> str:

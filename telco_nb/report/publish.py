@@ -24,6 +24,7 @@ FILES = {
     "results.csv": "results.csv",
     "findings.json": "findings.json",
     "report/telco_report.html": "telco_report.html",
+    "report/answers.html": "answers.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
 PROXY_WORDS = {

@@ -10,10 +10,11 @@ from pathlib import Path
 import fake_study
 import nbformat
 import pytest
+from axe_check import SCHEMES, WIDTHS, violations
 from nbclient import NotebookClient
 
 from telco_nb import ROOT
-from telco_nb.report import build
+from telco_nb.report import build, pdf
 from telco_nb.study import record
 
 N, JUDGES, REPEATS = 16, ("checklist", "embedding"), 2
@@ -42,30 +43,6 @@ def built(browser, tmp_path_factory) -> Path:
     execute_06(root)
     fake_study.Builder(outputs).fail("03_train", "c03")
     return build.build_report(root).parent
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens a page of the report and checks in the end that nothing was asked for and nothing went wrong."""
-    contexts, requests, faults = [], [], []
-
-    def opener(path: Path, width: int = 1280, height: int = 900, scheme: str = "light"):
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on(
-            "request", lambda r: requests.append(r.url) if r.url.partition(":")[0] not in ("file", "data") else None
-        )
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        page.goto(path.as_uri())
-        return page
-
-    yield opener
-    for context in contexts:
-        context.close()
-    assert requests == []
-    assert faults == []
 
 
 def test_the_answer_is_on_the_first_screen(built, open_page, tmp_path):
@@ -203,7 +180,20 @@ def test_it_prints_with_answers_unfolded(built, open_page, tmp_path):
     assert page.locator("#configurations details:not([open])").count() == 0
 
 
+def test_chromium_prints_the_one_file_report(built, browser):
+    printed = pdf.print_pdf(built / "telco_report.html", pdf.require_chromium())
+    assert printed == built / "telco_report.pdf"
+    data = printed.read_bytes()
+    assert data.startswith(b"%PDF") and len(data) > 100_000
+
+
 def test_the_csv_can_be_taken_out_of_the_one_file(built, open_page):
     page = open_page(built / "telco_report.html")
     href = page.get_by_role("link", name="Download as CSV").get_attribute("href")
     assert base64.b64decode(href.partition("base64,")[2]) == (built / "results.csv").read_bytes()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_axe_finds_nothing_wrong_with_the_report(built, open_page, width, scheme):
+    assert violations(open_page(built / "telco_report.html", width=width, scheme=scheme)) == []

@@ -81,6 +81,19 @@ def test_an_export_never_replaces_a_file_and_its_key_folder_takes_none(study, tm
         assert "Name a" in capsys.readouterr().err and files_of(tmp_path) == before
 
 
+def test_the_page_for_people_stands_beside_the_pairs_and_is_never_replaced(study, tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    page = write(tmp_path / "pairs.html", [])
+    assert command("votes", "export", study, file) == 2
+    assert "pairs.html exists" in capsys.readouterr().err and not file.exists() and not (study / "votes").exists()
+    page.unlink()
+    assert command("votes", "export", study, page) == 2 and not page.exists()
+    assert command("votes", "export", study, file) == 0
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert all(json.loads(line)["pair_id"] in text for line in file.read_text(encoding="utf-8").split("\n") if line)
+
+
 def test_an_export_without_room_for_the_controls_says_that_no_gate_can_be_passed(study, tmp_path, capsys):
     assert command("votes", "export", study, tmp_path / "pairs.jsonl", "--n", "20") == 0
     assert "no gate can be passed" in capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Builds the report of a study again from its files, without running anything: `run_all.py report`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from telco_nb.engine import sealing
+from telco_nb.engine.runner import RunOutcome, UnfitError, errors_as_exit_codes, lock, report_key
+from telco_nb.report.pdf import PrintError, print_pdf, require_chromium
+from telco_nb.study import record, seal
+
+
+def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callable[..., Path], console: Console) -> int:
+    """Build the report of a study again and, if asked for, print it; returns the exit code.
+
+    A study that was sealed is sealed again, unless something other than its report has changed since: a new seal would
+    hide that.
+
+    Args:
+        profile: the study.
+        outputs: where results are; None for the usual place.
+        pdf: print the one-file report as well.
+        build_report: report.build.build_report, which this room does not import.
+        console: for what the command says.
+    """
+    result = RunOutcome(profile=profile)
+    with errors_as_exit_codes(result):
+        record.use_outputs(outputs)
+        root = record.profile_root(profile)
+        finished, reason = record.find_manifest(root, "study", "06_analysis")
+        if finished is None:
+            told = f"{root} holds no finished study (06_analysis: {reason})."
+            raise UnfitError(f"{told} Run: ./run_all.py --profile {profile}")
+        try:
+            chromium = require_chromium() if pdf else None
+            with lock(root):
+                _build(root, chromium, build_report, console)
+        except PrintError as error:
+            raise UnfitError(str(error)) from None
+    return result.exit_code
+
+
+def _build(root: Path, chromium: str | None, build_report: Callable[..., Path], console: Console) -> None:
+    changes = _changes_of_others(root)
+    sealing.show_changes(console, changes)
+    try:
+        page = build_report(root)
+        record.write_bytes(root / "report" / ".key", report_key(root).encode())
+        console.print(f"Report:  {page}", markup=False, soft_wrap=True)
+        if chromium:
+            console.print(f"PDF:     {print_pdf(page, chromium)}", markup=False, soft_wrap=True)
+    finally:
+        if (root / seal.SEAL_NAME).exists() and not changes:
+            seal.seal_study(root)
+    if changes:
+        console.print("The study is not sealed again, because more than its report has changed.", markup=False)
+
+
+def _changes_of_others(root: Path) -> list[seal.Difference]:
+    """What was sealed, is no page of the report, and has changed or gone since; stores may have grown."""
+    try:
+        found = seal.check_seal(root)
+    except seal.NoSeal:
+        return []
+    return [c for c in found if c.kind in ("changed", "missing") and not c.path.startswith("report/")]
