@@ -13,6 +13,7 @@ from telco_nb import ROOT
 from telco_nb.analysis.fitness import Fitness, fitness
 from telco_nb.analysis.recommendation import describe_config
 from telco_nb.analysis.results import StudyResults, answers_table, read_judge
+from telco_nb.analysis.seeds import merge_runs
 from telco_nb.commands.dataset import TEMPLATES
 from telco_nb.commands.trained import Trained
 from telco_nb.report.files import StudyFiles, read_json, read_or_none, read_study
@@ -88,7 +89,8 @@ def held_against_bar(trained: Trained) -> Fitness | None:
     root, config = trained.root, trained.config
     folders = sorted(path for path in root.glob("judge-*/05_judge") if (path / "manifest.json").is_file())
     judges = [read_or_none(read_judge, path.parent.name.removeprefix("judge-"), path.joinpath) for path in folders]
-    judges = [judge for judge in judges if judge is not None and config in judge.ranking.index]
+    judges = [merge_runs(judge, trained.values["seed"]) for judge in judges if judge is not None]
+    judges = [judge for judge in judges if config in judge.ranking.index]
     if not any(not judge.blocks for judge in judges):
         return None
     checks = (read_or_none(pd.read_parquet, path / "tables" / "checks.parquet") for path in folders)
