@@ -49,7 +49,7 @@ def table(files: tuple[str, ...]) -> str:
 
 
 def render() -> str:
-    """The whole text of LICENCES.md. Raises PackageNotFoundError for a package that is not installed and not in ELSEWHERE."""
+    """The whole text of LICENCES.md; raises PackageNotFoundError for a package that is unknown here."""
     return (
         f"{HEAD}\n## At run time\n\n{table(RUN)}\n## Tests and tools only\n\n"
         f"Not needed to run a study, and not imported by it.\n\n{table(TESTS)}"

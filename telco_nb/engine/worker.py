@@ -134,6 +134,7 @@ class Runner:
             state.status, state.reason = "blocked", f"blocked by {blockers[0]}"
         elif state.decision == "skip" or (state.reason != "forced" and self._is_current(state)):
             state.status = "skipped"
+            archive.forget_failure(self.root, state.job.scope, state.job.step)
         else:
             self._execute(state, worker)
         self.display.changed(state)
@@ -175,7 +176,7 @@ class Runner:
             "max_usd": self.options.max_usd,  # not a parameter: no result depends on it
             "timeout_seconds": None if minutes is None else round(60 * minutes),
         }
-        path = self.root / job.scope / f".{job.step}.job.json"
+        path = archive.job_file(self.root, job.scope, job.step)
         record.write_json(path, values)
         return path
 
