@@ -65,23 +65,27 @@ def install() -> None:
     io.open = builtins.open = _open
 
 
+def _replace(src: Any, dst: Any, **more: Any) -> None:
+    _change("replace", dst, lambda: _real["replace"](src, dst, **more))
+
+
 def _unlink(path: Any, more: dict[str, Any]) -> None:
     exists = not more.get("dir_fd") and os.path.lexists(path)  # what is not there cannot be half removed
     return _change("unlink" if exists else None, path, lambda: _real["unlink"](path, **more))
 
 
 def _path_of(file: Any) -> str:
-    return os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+    return str(Path(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}").readlink())
 
 
 def _relative(path: Any) -> str | None:
     """The path below the watched folder, without the process id that temporary names carry; None elsewhere."""
     if _watch is None or isinstance(path, int):
         return None
-    whole = os.path.abspath(os.fsdecode(path))
-    if not whole.startswith(_watch.folder + os.sep):
+    whole = Path(os.fsdecode(path)).absolute()
+    if not whole.is_relative_to(_watch.folder) or str(whole) == _watch.folder:
         return None
-    return re.sub(r"\.\d+\.(tmp|work|old)\b", r".PID.\1", os.path.relpath(whole, _watch.folder))
+    return re.sub(r"\.\d+\.(tmp|work|old)\b", r".PID.\1", str(whole.relative_to(_watch.folder)))
 
 
 def _change(kind: str | None, path: Any, act: Any, torn: Any = None) -> Any:
@@ -156,9 +160,7 @@ class _CountingFile(io.FileIO):
         super().write(data)
 
 
-def _open(
-    file: Any, mode: str = "r", buffering: int = -1, encoding=None, errors=None, newline=None, *rest: Any, **more: Any
-):
+def _open(file: Any, mode: str = "r", buffering: int = -1, encoding=None, errors=None, newline=None, *rest, **more):
     if not set(mode) & set("wax+") or _relative(file) is None or rest or more:
         return _real["open"](file, mode, buffering, encoding, errors, newline, *rest, **more)
     raw = _CountingFile(file, mode.replace("b", "").replace("t", ""))

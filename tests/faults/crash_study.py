@@ -1,8 +1,9 @@
 """Runs small studies in forked processes, so that hundreds of crashes take minutes instead of hours.
 
-`python crash_study.py FOLDER` writes the notebooks into FOLDER/notebooks and FOLDER/broken and then reads one JSON object per line: notebooks, outputs, value, and the fields of `Watch`. For each it
-forks a runner and answers with its exit code. Runner, job, record, manifests, stores, exports and seal are the real
-ones; instead of a Jupyter kernel, a forked process executes the cells, and dies with them.
+`python crash_study.py FOLDER` writes the notebooks into FOLDER/notebooks and FOLDER/broken. Then it reads one JSON
+object per line: notebooks, outputs, value, output, and the fields of `Watch`. For each it forks a runner and answers
+with its exit code. Runner, job, record, manifests, stores, exports and seal are the real ones; instead of a Jupyter kernel, a
+forked process executes the cells and dies with them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ from telco_nb.judge.store import VerdictStore, judged_rows
 loss = json.loads(run.input("03_train", "artefacts/adapter/adapter.json", "c01").read_text())["loss"]
 prompts = js.bare_prompts(1)
 plan = js.design.plan_comparisons(prompts, ["c01", "c02"], **(js.SHARES | {"swap_share": 1.0, "anchor_share": 0.0}))
-cases = [js.case_of(js.shipped.gold_rows()[0]["scenario_id"], f"Restart it {loss}.", f"Wait {i}.") for i in range(len(plan))]
+first = js.shipped.gold_rows()[0]["scenario_id"]
+cases = [js.case_of(first, f"Restart it {loss}.", f"Wait {i}.") for i in range(len(plan))]
 store = VerdictStore(store_path(run.root, "x"))
 plan = js.put(js.StubJudge(js.first_seat), plan, cases, store)
 run.artefact("winners.csv").write_text(judged_rows(plan, store)[["winner", "verdict"]].to_csv())

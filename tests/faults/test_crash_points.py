@@ -5,6 +5,7 @@ report and seal is replaced. The process that makes a change stops before it, in
 it; in a second series the runner is killed at the same moment, so that nobody tidies up.
 """
 
+import io
 import json
 import os
 import shutil
@@ -95,7 +96,7 @@ class Crashes:
         """What is wrong after a fault and the run after it; None if nothing is."""
         self.restore()
         _, _, passed = self.run(2, fault)
-        if passed[-1:] != [fault.point] and fault.point not in passed:
+        if fault.point not in passed:
             return "the fault was not reached"
         code, output, _ = self.run(2)
         if code != 0:
@@ -118,7 +119,7 @@ def snapshot(root: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file() or p.name.startswith(".")):
         name = path.relative_to(root).as_posix()
-        if name in KEPT_HIDDEN or path.is_dir() and not path.name.startswith("."):
+        if name in KEPT_HIDDEN or (path.is_dir() and not path.name.startswith(".")):
             continue
         if any(part.startswith(".") for part in path.relative_to(root).parts) and path.name != ".key":
             found[name] = "left over"
@@ -142,9 +143,9 @@ def difference(wanted: dict, found: dict) -> str | None:
 
 
 def verify(outputs: Path) -> str | None:
-    console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    console = Console(file=io.StringIO())
     code = sealing.verify("faults", outputs, console)
-    return None if code == 0 else f"verify ends with {code}: {console.export_text()[-300:]}"
+    return None if code == 0 else f"verify ends with {code}: {console.file.getvalue()[-300:]}"
 
 
 @pytest.fixture(scope="module")
