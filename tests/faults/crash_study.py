@@ -2,8 +2,8 @@
 
 `python crash_study.py FOLDER` writes the notebooks into FOLDER/notebooks and FOLDER/broken. Then it reads one JSON
 object per line: notebooks, outputs, value, output, and the fields of `Watch`. For each it forks a runner and answers
-with its exit code. Runner, job, record, manifests, stores, exports and seal are the real ones; instead of a Jupyter kernel, a
-forked process executes the cells and dies with them.
+with its exit code. Runner, job, record, manifests, stores, exports and seal are the real ones; instead of a Jupyter
+kernel, a forked process executes the cells and dies with them.
 """
 
 from __future__ import annotations
