@@ -8,6 +8,7 @@ import sys
 from importlib import metadata
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from telco_nb import ROOT
 
@@ -46,7 +47,7 @@ def test_a_copyleft_licence_is_told_by_its_name(text, is_copyleft):
 
 def test_what_only_tests_and_tools_use_is_not_imported_by_the_project():
     only_tests = set(licences.locked(*licences.TESTS))
-    modules = {m for m, names in metadata.packages_distributions().items() if {n.lower() for n in names} <= only_tests}
+    modules = {m for m, names in metadata.packages_distributions().items() if {canonicalize_name(n) for n in names} <= only_tests}
     for path in [ROOT / "run_all.py", *(ROOT / "telco_nb").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
