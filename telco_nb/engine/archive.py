@@ -77,6 +77,11 @@ def running_log(root: Path, scope: str, step: str) -> Path:
     return root / scope / f".{step}.running.log"
 
 
+def job_file(root: Path, scope: str, step: str) -> Path:
+    """Return the path of the job as its process and its kernel read it; it is there while the job runs."""
+    return root / scope / f".{step}.job.json"
+
+
 def failed_notebook(root: Path, scope: str, step: str) -> Path:
     return root / scope / f"{step}.failed.ipynb"
 
@@ -93,7 +98,20 @@ def keep_record(root: Path, scope: str, step: str) -> None:
     record.write_manifest(path, manifest | {"notebook_sha256": hashlib.sha256(notebook).hexdigest()})
     record.write_bytes(root / scope / f"{step}.ipynb", notebook)
     record.publish_step(root, scope, step)
-    for leftover in (running_notebook, running_log, failed_notebook, failed_log):
+    sweep_attempt(root, scope, step)
+    forget_failure(root, scope, step)
+
+
+def sweep_attempt(root: Path, scope: str, step: str) -> None:
+    """Delete what an attempt at a step leaves beside it, however it ended. Nothing may be running the step."""
+    for leftover in (running_notebook, running_log, job_file):
+        leftover(root, scope, step).unlink(missing_ok=True)
+    record.sweep_replaced(root, scope, step)
+
+
+def forget_failure(root: Path, scope: str, step: str) -> None:
+    """Delete the failed record of a step that is up to date."""
+    for leftover in (failed_notebook, failed_log):
         leftover(root, scope, step).unlink(missing_ok=True)
 
 

@@ -31,7 +31,7 @@ def find_problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -
     """
     jobs = list(jobs)
     problems = [
-        f"The Python package {name} is missing. Run: pip install -r requirements.txt"
+        f"The Python package {name} is missing. Run: pip install --no-deps -r requirements.txt"
         for name in ("papermill", "nbclient", "ipykernel")
         if importlib.util.find_spec(name) is None
     ]

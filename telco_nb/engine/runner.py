@@ -143,6 +143,8 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         return
     with lock(root) as lock_file:
         record.sweep(root)
+        for job in jobs:
+            archive.sweep_attempt(root, job.scope, job.step)
         changes = sealing.changes_since(root)
         sealing.show_changes(console, changes)
         states = schedule.plan_states(chosen, root, forced)

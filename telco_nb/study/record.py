@@ -93,6 +93,13 @@ def publish_step(root: Path, scope: str, step: str, owner: int | None = None) ->
     export_again(root, scope, step)
 
 
+def sweep_replaced(root: Path, scope: str, step: str) -> None:
+    """Delete the folder that a finished step has replaced, if the process that replaced it died before it could."""
+    final = step_dir(root, scope, step)
+    if final.exists():
+        shutil.rmtree(final.with_name(f".{step}.old"), ignore_errors=True)
+
+
 def export_again(root: Path, scope: str, step: str) -> list[str]:
     """Write the exports of a finished step that are missing, old or changed; returns what was wrong with them."""
     manifest = read_manifest(root, scope, step)
@@ -137,13 +144,15 @@ def sweep(root: Path) -> list[Path]:
 
 
 def _is_alive(pid: int) -> bool:
+    """True for a process that can still write; one that is dead and not yet collected by its parent cannot."""
+    import psutil  # only a run that finds such files pays for it
+
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, OverflowError):
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -23,6 +23,18 @@ def test_what_dead_processes_left_is_swept_by_the_next_run(study):
     assert not [path for path in study.root.rglob(".*") if "999999999" in path.name]
 
 
+def test_the_next_run_tidies_up_after_a_step_that_was_published_and_then_stopped(study):
+    study.add("01_a", FINISH)
+    assert study.run()[0] == 0
+    left = [".01_a.old", "01_a.failed.ipynb", "01_a.failed.log", ".01_a.running.ipynb", ".01_a.running.log"]
+    left = [study.root / "s" / name for name in (*left, ".01_a.job.json")]
+    left[0].mkdir()
+    for path in left[1:]:
+        path.touch()
+    assert study.run()[0] == 0 and study.status("01_a") == "skipped"
+    assert [path for path in left if path.exists()] == []
+
+
 def test_a_stale_export_is_written_again_and_the_run_says_so_and_seals(study):
     study.add(
         "01_a",

