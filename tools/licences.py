@@ -15,10 +15,11 @@ LICENCES = ROOT / "LICENCES.md"
 RUN = ("requirements.txt", "requirements-torch.txt", "requirements-model.txt")
 TESTS = ("requirements-dev.txt",)
 COPYLEFT = re.compile(r"\bA?GPL\b|\bA?GPL-|(?<!Lesser )General Public", re.IGNORECASE)  # the LGPL allows linking
-ELSEWHERE = {  # needed on a Mac only, or by one version of Python only
+ELSEWHERE = {  # needed on a Mac only or by one version of Python only, or without a licence in the metadata
     "aiohappyeyeballs": "PSF-2.0", "aiohttp": "Apache-2.0 AND MIT", "aiosignal": "Apache-2.0",
     "appnope": "BSD-2-Clause", "frozenlist": "Apache-2.0", "multidict": "Apache-2.0", "overrides": "Apache-2.0",
     "propcache": "Apache-2.0", "yarl": "Apache-2.0",
+    "axe-playwright-python": "MIT AND MPL-2.0",  # stated in its files only; MPL-2.0 is that of axe.min.js
 }  # fmt: skip
 HEAD = """# Licences of the packages
 
