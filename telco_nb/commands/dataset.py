@@ -277,7 +277,7 @@ def export(profile: str, folder: Path, replace: bool = False) -> Tables:
     Raises:
         CommandError: the folder is in use, or the study has no data set that can be read.
     """
-    folder = folder.resolve()
+    folder = params.given_path(folder, "FOLDER")
     refuse_folder(folder, replace)
     try:
         study = open_study(profile)

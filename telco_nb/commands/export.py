@@ -30,6 +30,7 @@ from telco_nb.commands.trained import (
     model_errors,
 )
 from telco_nb.engine.runner import UnfitError
+from telco_nb.study.params import given_path
 from telco_nb.study.record import sha256
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def export(
         CommandError: the folder is in use, the converter is missing, or the base model has changed.
         UnfitError: the base model cannot be loaded, or the converter fails.
     """
-    folder = folder.resolve()
+    folder = given_path(folder, "FOLDER")
     refuse_folder(folder, replace)
     program = converter_program(converter) if to == "gguf" else None
     wanted = weights_dtype(trained, dtype)
