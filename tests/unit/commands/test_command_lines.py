@@ -89,6 +89,11 @@ def test_a_summary_is_written_for_a_refused_run_as_well(place):
     assert json.loads((place / "run.json").read_text())["exit_code"] == 2
 
 
+def test_a_summary_is_text_whatever_bytes_the_command_line_held(place):
+    refused(place, "--profile", "a\udcffb", "--json", "run.json")
+    assert json.loads((place / "run.json").read_text())["profile"] == "a?b"
+
+
 def test_braces_in_a_path_stay_braces_through_papermill():
     path = "/a{b}/{0}/{{x}}/{profile}.ipynb"
     assert papermill.execute.parameterize_path(_literal(Path(path)), {"profile": "smoke"}) == path
