@@ -74,7 +74,7 @@ def summary_file(path: Path | None) -> Path | None:
     if path is None:
         return None
     file = params.given_path(path, "--json")
-    folder = next(parent for parent in file.parents if parent.exists())
+    folder = next(parent for parent in (*file.parents, file) if os.path.exists(parent))  # noqa: PTH110 - never raises
     try:
         fault = "this is a folder." if file.is_dir() else "" if folder.is_dir() else f"{folder} is no folder."
         file.with_name(f".{file.name}.{MOST_PID}.tmp").exists()  # raises if the temporary file's name is too long

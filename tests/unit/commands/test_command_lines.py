@@ -53,6 +53,7 @@ def refused(place: Path, *words: str) -> str:
         (("--outputs", "a\udcffb"), "--outputs a\\udcffb: the text holds half a character"),
         (("--outputs", "a\x1b[2J"), "--outputs a"),
         (("--json", "folder"), "this is a folder. Name a file"),
+        (("--json", "/"), "this is a folder. Name a file"),
         (("--json", "file/x.json"), "file is no folder. Name a file"),
         (("--json", "x" * 250), "File name too long. Name a file"),
         (("--json", "~nosuchuser/x"), "--json ~nosuchuser/x"),
