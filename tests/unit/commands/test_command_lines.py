@@ -54,6 +54,7 @@ def refused(place: Path, *words: str) -> str:
         (("--outputs", "a\x1b[2J"), "--outputs a"),
         (("--json", "folder"), "this is a folder. Name a file"),
         (("--json", "/"), "this is a folder. Name a file"),
+        (("--json", "/dev/null"), "this is no plain file. Name a file"),
         (("--json", "file/x.json"), "file is no folder. Name a file"),
         (("--json", "x" * 250), "File name too long. Name a file"),
         (("--json", "~nosuchuser/x"), "--json ~nosuchuser/x"),
