@@ -266,7 +266,7 @@ def export(profile: str, folder: Path, replace: bool = False) -> Tables:
     Raises:
         CommandError: the folder is in use, or the study has no data set that can be read.
     """
-    with whole_folder(folder.resolve(), file_name("problems", "train"), replace) as temporary:
+    with whole_folder(params.given_path(folder, "FOLDER"), file_name("problems", "train"), replace) as temporary:
         try:
             study = open_study(profile)
             tables = build_tables(study)

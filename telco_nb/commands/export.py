@@ -21,6 +21,7 @@ from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
 from telco_nb.commands.export_folder import whole_folder
 from telco_nb.commands.trained import Config, Trained, find_trained, load_base, load_deployed, model_errors
 from telco_nb.engine.runner import UnfitError
+from telco_nb.study.params import given_path
 from telco_nb.study.record import BASE_FILE
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def export(
         CommandError: the folder is in use, the converter is missing, or the base model has changed.
         UnfitError: the base model cannot be loaded, or the converter fails.
     """
-    folder = folder.resolve()
+    folder = given_path(folder, "FOLDER")
     with whole_folder(folder, BASE_FILE, replace) as temporary:
         program = converter_program(converter) if to == "gguf" else None
         wanted = weights_dtype(trained, dtype)

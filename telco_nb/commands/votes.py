@@ -79,7 +79,7 @@ def export_pairs(
     for path in (file, panel_path(file)):
         if path.exists():
             raise CommandError(f"{path} exists, and it may hold votes. Name another file.")
-    if file.resolve().parent == (root / blind_pairs.KEY_FOLDER).resolve():
+    if params.given_path(file, "FILE").parent == (root / blind_pairs.KEY_FOLDER).resolve():
         raise CommandError(f"{file}: the keys are in this folder. Name a file outside it.")
     material = open_material(root, study)
     seed = study.base["seed"] if seed is None else seed

@@ -77,7 +77,7 @@ def run(options: Options, services: Services) -> int:
     result.seconds = round(time.monotonic() - start, 3)
     try:
         if json_file:
-            record.write_json(json_file, asdict(result))
+            record.write_json(json_file, {name: _readable(value) for name, value in asdict(result).items()})
     except OSError as error:
         _print_error(f"--json {json_file}: {error.strerror}")
         result.exit_code = result.exit_code or UNFIT
@@ -116,6 +116,11 @@ def errors_as_exit_codes(result: RunOutcome) -> Generator[None]:
         result.exit_code, result.error = FAILED, archive.describe(error)
     if result.error:
         _print_error(result.error)
+
+
+def _readable(value: Any) -> Any:
+    """A text without bytes of the command line that are no UTF-8; any other value as it is."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _print_error(text: str) -> None:

@@ -82,10 +82,13 @@ def summary_file(path: Path | None) -> Path | None:
     if path is None:
         return None
     file = params.given_path(path, "--json")
-    folder = next(parent for parent in file.parents if parent.exists())
+    folder = next(parent for parent in (*file.parents, file) if os.path.exists(parent))  # noqa: PTH110 - never raises
     try:
-        fault = "this is a folder." if file.is_dir() else "" if folder.is_dir() else f"{folder} is no folder."
-        file.with_name(f".{file.name}.{MOST_PID}.tmp").exists()  # raises if the temporary file's name is too long
+        fault = "" if folder.is_dir() else f"{folder} is no folder."
+        if file.exists() and not file.is_file():  # a device such as /dev/null would be replaced
+            fault = "this is a folder." if file.is_dir() else "this is no plain file."
+        elif not fault:
+            file.with_name(f".{file.name}.{MOST_PID}.tmp").exists()  # raises if a temporary file's name is too long
     except OSError as error:
         fault = f"{error.strerror}."
     if fault or not os.access(folder, os.W_OK):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from telco_nb.corpus.cards import Card
+from telco_nb.study.params import ParameterError
 
 Form = Literal["pair", "rubric"]
 Answers = Mapping[tuple[str, str], str]  # text by (configuration, prompt_id)
@@ -132,7 +133,7 @@ class OfflineJudge(Judge):
 
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         if endpoint is not None:
-            raise ValueError(f"judge {name!r}: kind {self.kind!r} works offline; remove judge_endpoint.")
+            raise ParameterError(f"judge {name!r}: kind {self.kind!r} works offline; remove judge_endpoint.")
         self.name, self.model = name, model
 
     def prepare(self, cases: Sequence[Case]) -> None:

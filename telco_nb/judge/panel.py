@@ -12,6 +12,7 @@ from telco_nb.judge.checklist import ChecklistJudge
 from telco_nb.judge.embedding import EmbeddingJudge
 from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.people import HumanJudge, LanguageModelPanelJudge
+from telco_nb.study.params import ParameterError
 
 OFFLINE_KINDS: dict[str, type[OfflineJudge]] = {
     "checklist": ChecklistJudge,
@@ -32,14 +33,14 @@ def open_judge(
         max_usd: the most that the whole study may spend on hosted models, in dollars; None for no limit.
 
     Raises:
-        ValueError: the kind is unknown, or has a setting that it cannot use.
+        ParameterError: the kind is unknown, or has a setting that it cannot use.
     """
     kind = values["judge_kind"]
     if kind in KEY_VARIABLES:
         return LanguageModelJudge.from_parameters(values, root, max_usd)
     if kind not in OFFLINE_KINDS:
         known = ", ".join([*OFFLINE_KINDS, *KEY_VARIABLES])
-        raise ValueError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")
+        raise ParameterError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")
     return OFFLINE_KINDS[kind](values["judge"], values["judge_model"], values["judge_endpoint"])
 
 

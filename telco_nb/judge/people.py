@@ -22,6 +22,7 @@ from telco_nb.judge.blind_pairs import KEY_COLUMNS, SEATS, Material
 from telco_nb.judge.cases import Case, JudgeError, OfflineJudge, Question, Verdict
 from telco_nb.judge.store import VerdictStore, text_sha256
 from telco_nb.judge.votes_file import Line, Vote, VotesError, refuse
+from telco_nb.study.params import ParameterError
 
 CONTROL_COLUMNS = [*design.PLAN_COLUMNS, "control", "planted"]
 PARTS = ("controls", "pairs")
@@ -38,7 +39,7 @@ class OutsideJudge(OfflineJudge):
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         super().__init__(name, model, endpoint)
         if model is not None:
-            raise ValueError(f"judge {name!r}: the votes of a {self.kind} are imported; remove judge_model.")
+            raise ParameterError(f"judge {name!r}: the votes of a {self.kind} are imported; remove judge_model.")
         self.parameters = dict(self.instrument)
 
     def judge(self, case: Case) -> Verdict:
@@ -55,7 +56,7 @@ class HumanJudge(OutsideJudge):
     def __init__(self, name: str, model: str | None = None, endpoint: str | None = None):
         super().__init__(name, model, endpoint)
         if not name.startswith("human-"):
-            raise ValueError(f"judge {name!r}: a person is named human-<rater>.")
+            raise ParameterError(f"judge {name!r}: a person is named human-<rater>.")
 
 
 class LanguageModelPanelJudge(OutsideJudge):

@@ -23,8 +23,10 @@ from scipy import stats
 from telco_nb import __version__
 from telco_nb.hosted import api
 from telco_nb.hosted.attempts import AttemptStore
+from telco_nb.judge import design
 from telco_nb.judge.cases import CRITERIA, Form, Judge, Question, Verdict, printable
 from telco_nb.judge.prompts import prompt_sha256
+from telco_nb.study.input_files import LARGEST_INTEGER
 
 PROTOCOL_VERSIONS: dict[Form, str] = {"pair": "pairwise-2", "rubric": "rubric-1"}
 FIT_PURPOSES = ("ranking", "swap")  # retests and anchors stay outside the ranking fit
@@ -49,10 +51,14 @@ class VerdictStore(AttemptStore):
 
     def _enter(self, attempt: dict[str, Any]) -> None:
         if "plan" in attempt:
+            _check_plan(attempt)
             self.plans[attempt["plan"]] = attempt
             return
         if attempt["status"] == "ok":  # without this check an `ok` line without a verdict would count as a tie
-            Verdict(attempt["verdict"], attempt["margin"], scores=attempt.get("scores"))
+            if not isinstance(attempt.get("scores"), dict | None):
+                raise TypeError("scores are an object")
+            verdict = Verdict(attempt["verdict"], attempt["margin"], scores=attempt.get("scores"))
+            _check_types(attempt, verdict.form)
         super()._enter(attempt)
 
     def plan(self, part: str, plan: pd.DataFrame) -> None:
@@ -105,6 +111,43 @@ class VerdictStore(AttemptStore):
             "time": _now(),
             "code_version": __version__,
         } | fields
+
+
+_TYPES = {"Int64": int, "Float64": int | float, "str": str}
+_PLANNED = {
+    "pairs": design.PLAN_COLUMNS,
+    "controls": [*design.PLAN_COLUMNS, "control"],
+    "rubric": design.RATING_COLUMNS,
+}
+
+
+def _check_types(attempt: Mapping[str, Any], form: Form) -> None:
+    """Raise TypeError or KeyError for a verdict of which no row of a table can be made."""
+    named = [(attempt[name], "str") for name in ("judge", "judge_kind")]
+    listed = [(text, "str") for text in attempt["flags"]] + [(number, "Int64") for number in attempt["answer_words"]]
+    fields = [(attempt.get(name), dtype) for name, dtype in _TABLE.items() if name != "flags"]
+    for value, dtype in [*named, *listed, *((value, dtype) for value, dtype in fields if value is not None)]:
+        if not isinstance(value, _TYPES[dtype]) or isinstance(value, bool):
+            raise TypeError(f"{value!r:.60} is not of type {dtype}")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise TypeError("an integer is too large for a table")
+    if len(attempt["answer_words"]) != (2 if form == "pair" else 1):
+        raise TypeError("answer_words has a number for each answer")
+
+
+def _check_plan(line: Mapping[str, Any]) -> None:
+    """Raise TypeError or KeyError for a plan of which no table can be made."""
+    part, questions = line["plan"], line["questions"]
+    lengths = {len(questions[name]) for name in ("judgement_id", *_PLANNED.get(part, ["purpose"]))}
+    values = [(name, value) for name, column in questions.items() for value in column]
+    whole = all(isinstance(column, list) for column in questions.values())
+    if not whole or lengths != {len(column) for column in questions.values()} or len(lengths) != 1:
+        raise TypeError("the columns of a plan are lists of one length")
+    for name, value in values:
+        kind = int if name == "repeat" else list if name == "configs" else str
+        empty = value is None and name in ("control", "planted")
+        if not empty and (not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value))):
+            raise TypeError(f"{name} of a plan is {value!r:.60}")
 
 
 def text_sha256(text: str) -> str:

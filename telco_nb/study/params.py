@@ -194,6 +194,7 @@ JUDGE_KEYS = {*JudgeParameters.model_fields}
 # What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
 RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "gold", "template", "echo", "nearest", "tie"}
 PUBLISHED = "reference"  # the folder of outputs that holds the published run
+OFFLINE_KINDS = {"checklist", "embedding", "human", "language_model_panel"}
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
 
@@ -268,8 +269,11 @@ def _check_all(study: StudyParams, params_dir: Path) -> None:
     for scope, name in scopes.items():
         validate(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
     for judge in study.base["judges"]:
+        where, values = f"{params_dir / 'judges' / judge}.yaml", study.values(f"judge-{judge}")
         if study.judge_files[judge].get("judge") != judge:
-            raise ParameterError(f"{params_dir / 'judges' / judge}.yaml: judge: must equal the file name, {judge!r}.")
+            raise ParameterError(f"{where}: judge: must equal the file name, {judge!r}.")
+        if values["judge_kind"] in OFFLINE_KINDS and values["judge_endpoint"] is not None:
+            raise ParameterError(f"{where}: judge_endpoint: a {values['judge_kind']} judge works offline. Remove it.")
     for name in [name for name in Parameters.model_fields if name.endswith("_path") and name != "claims_path"]:
         value = study.base[name]
         if value is not None and not os.path.exists(ROOT / value):  # noqa: PTH110 - raises for a name that is too long

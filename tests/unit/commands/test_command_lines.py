@@ -53,6 +53,8 @@ def refused(place: Path, *words: str) -> str:
         (("--outputs", "a\udcffb"), "--outputs a\\udcffb: the text holds half a character"),
         (("--outputs", "a\x1b[2J"), "--outputs a"),
         (("--json", "folder"), "this is a folder. Name a file"),
+        (("--json", "/"), "this is a folder. Name a file"),
+        (("--json", "/dev/null"), "this is no plain file. Name a file"),
         (("--json", "file/x.json"), "file is no folder. Name a file"),
         (("--json", "x" * 250), "File name too long. Name a file"),
         (("--json", "~nosuchuser/x"), "--json ~nosuchuser/x"),
@@ -87,6 +89,11 @@ def test_verify_refuses_a_link_loop_and_another_folder(place):
 def test_a_summary_is_written_for_a_refused_run_as_well(place):
     refused(place, "--json", "run.json", "--configs", "c99")
     assert json.loads((place / "run.json").read_text())["exit_code"] == 2
+
+
+def test_a_summary_is_text_whatever_bytes_the_command_line_held(place):
+    refused(place, "--profile", "a\udcffb", "--json", "run.json")
+    assert json.loads((place / "run.json").read_text())["profile"] == "a?b"
 
 
 def test_braces_in_a_path_stay_braces_through_papermill():

@@ -216,3 +216,9 @@ def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):
     edit(folder / "profiles" / "laptop.yaml", "repeat_seeds: [1, 2]", "repeat_seeds: [1, -2]")
     with pytest.raises(ParameterError, match="seed: Input should be greater than or equal to 0, got -2"):
         load_study("laptop", folder)
+
+
+def test_an_offline_judge_with_an_endpoint_is_refused_before_anything_runs(folder):
+    edit(folder / "judges" / "checklist.yaml", "judge_endpoint: null", "judge_endpoint: http://127.0.0.1:8000/v1")
+    with pytest.raises(ParameterError, match=r"checklist\.yaml: judge_endpoint: a checklist judge works offline"):
+        load_study("smoke", folder)
