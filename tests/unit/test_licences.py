@@ -47,8 +47,8 @@ def test_a_copyleft_licence_is_told_by_its_name(text, is_copyleft):
 
 def test_what_only_tests_and_tools_use_is_not_imported_by_the_project():
     only_tests = set(licences.locked(*licences.TESTS))
-    found = metadata.packages_distributions()
-    modules = {module for module, names in found.items() if {canonicalize_name(name) for name in names} <= only_tests}
+    packages = metadata.packages_distributions().items()
+    modules = {module for module, names in packages if set(map(canonicalize_name, names)) <= only_tests}
     for path in [ROOT / "run_all.py", *(ROOT / "telco_nb").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
