@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import optimize, stats
+from scipy.special import expit
 
-from telco_nb.analysis.recommendation import claims_of, judged_terms
+from telco_nb.analysis.recommendation import claims_of, judged_terms, percent
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.seeds import config_of
 from telco_nb.analysis.statements import Finding, blockable, not_estimable
@@ -162,10 +163,10 @@ def _runs(judge: JudgeResults, configs: Sequence[str]) -> list[int]:
 
 def _least(judge: JudgeResults, errors: Errors, n_prompts: int) -> Finding:
     least = least_difference(*errors.of())
-    share = 1 / (1 + math.exp(-least))
+    share = percent(float(expit(least)))
     text = (
         f"With {n_prompts} prompts and one training run each, this study finds a difference of "
-        f"{least:.2f} log-odds between two configurations with {POWER:.0%} chance ({share:.0%} of decided comparisons "
+        f"{least:.2f} log-odds between two configurations with {POWER:.0%} chance ({share} of decided comparisons "
         f"by {judge.label}; one comparison alone, 5 % level)"
     )
     luck = "the luck of training is in it" if errors.training is not None else "the luck of training is not known"
