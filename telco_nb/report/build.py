@@ -169,13 +169,17 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 class Tile(NamedTuple):
-    """A box of the first screen: title, the answer in large type, lines, a warning label, and a small table."""
+    """A box of the first screen: title, the answer in large type, lines, a warning label, and a small table.
+
+    `good` marks the one that recommends a deployment: it alone has a green frame.
+    """
 
     title: str
     big: str = ""
     lines: Sequence[str] = ()
     tag: str | None = None
     rows: Sequence[tuple[str, str, str]] = ()
+    good: bool = False
 
 
 def _tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
@@ -203,7 +207,7 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
         return Tile("First choice, not shown to be fit for customers", chosen, lines, "not fit")
     if verdict == "cannot tell":
         return Tile("Deploy", f"No clear best; best guess is {chosen}", lines, "cannot tell")
-    return Tile("Deploy", chosen, lines)
+    return Tile("Deploy", chosen, lines, good=True)
 
 
 def _claim_tile(primary: Mapping[str, Any]) -> Tile:

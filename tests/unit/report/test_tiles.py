@@ -50,9 +50,14 @@ def text(tile: build.Tile) -> str:
 def test_the_first_tile_says_how_far_the_choice_is_shown(verdict, title, big, tag):
     study = files(changes={"deploy": {"verdict": verdict}})
     tile = tiles(study)[title]
-    assert (tile.big, tile.tag) == (big, tag)
+    assert (tile.big, tile.tag, tile.good) == (big, tag, verdict == "supported")
     (card,) = [card for card in config_cards.config_cards(study) if card["config"] == "c04"]
     assert (card["tone"] == "good") == (verdict == "supported")
+
+
+def test_the_tile_of_a_study_without_a_choice_is_not_marked_as_good():
+    tile = tiles(files(changes={"deploy": {"verdict": "blocked", "value": None, "blocked_by": ["so"]}}))["Deploy"]
+    assert tile.big == "none of them" and not tile.good
 
 
 @pytest.mark.parametrize(
