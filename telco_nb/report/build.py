@@ -231,9 +231,7 @@ def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
         if other["train_energy_wh"] > 0 and other["energy_kind"] == row["energy_kind"]:
             share = row["train_energy_wh"] / other["train_energy_wh"]
             lines.append(f"{share:.0%} of what loss's choice, {pick}, takes.")
-    answering = study.metrics.get((chosen, "04_energy"), {})
-    if (per_answer := answering.get("answer_energy_per_answer_wh")) is not None:
-        lines.append(f"Each answer: {per_answer * 1000:.2g} mWh, {answering.get('energy_kind') or 'of unknown kind'}.")
+    lines += [found["statement"] for found in [study.finding("serving")] if found and found["value"] is not None]
     kind = "of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
     tag = kind if kind in (*GUESSED, "of unknown kind") else None
     lines += [] if tag else [f"It is {kind}."]

@@ -41,6 +41,7 @@ README_FINDINGS = (
     "misplaced.",
     "noise_floor",
     "energy_ratio",
+    "serving",
 )
 
 

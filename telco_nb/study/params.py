@@ -142,6 +142,8 @@ class Parameters(LoraParameters, JudgeParameters):
     cpu_watts_per_core: float = Field(gt=0)
     cpu_watts_per_core_high: float = Field(gt=0)
     idle_share: float = Share
+    usd_per_kwh: float = Field(ge=0)
+    carbon_g_per_kwh: float = Field(ge=0)
     # ranking and claims
     bootstrap_draws: int = Field(ge=100)
     claims_path: str

@@ -1,0 +1,81 @@
+"""What answering customers costs: energy, money and CO2e of a million answers, from the energy of one.
+
+Energy per answer is that of 04: this machine, its batches, nothing for an idle server. Prices and carbon are
+parameters: assumptions of the reader, without an interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from telco_nb.analysis.statements import Finding
+from telco_nb.analysis.statistics import Interval
+from telco_nb.judge.ranking import interval_text
+
+MILLION = 1e6
+WH_PER_KWH = 1000.0
+GRAMS_PER_KG = 1000.0
+ENDS = ("", "_low", "_high")
+Metrics = Mapping[str, Mapping[str, Any]]  # by configuration
+
+
+class Rates(NamedTuple):
+    """What a kWh costs: `usd_per_kwh` in US dollars, `carbon_g_per_kwh` in grams of CO2e."""
+
+    usd_per_kwh: float
+    carbon_g_per_kwh: float
+
+
+def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.DataFrame:
+    """What a million answers of each configuration take.
+
+    Args:
+        answering: metrics of 04 by configuration or `untuned`, with `answer_energy_per_answer_wh` and its ends.
+        training: metrics of 03 by configuration, with `train_energy_wh`.
+        rates: prices of a kWh.
+
+    Returns:
+        A DataFrame by configuration: kwh, kwh_low, kwh_high, usd, co2e_kg, and break_even_answers, after which
+        answering has taken more energy than training. A value without a measurement or an estimate is missing.
+    """
+    rows = {}
+    for config, metrics in answering.items():
+        per_answer = [metrics.get(f"answer_energy{end}_per_answer_wh") for end in ENDS]
+        kwh, low, high = (float("nan") if wh is None else wh * MILLION / WH_PER_KWH for wh in per_answer)
+        trained = training.get(config, {}).get("train_energy_wh")
+        even = trained / per_answer[0] if trained is not None and per_answer[0] else None
+        rows[config] = {
+            "kwh": kwh,
+            "kwh_low": low,
+            "kwh_high": high,
+            "usd": kwh * rates.usd_per_kwh,
+            "co2e_kg": kwh * rates.carbon_g_per_kwh / GRAMS_PER_KG,
+            "break_even_answers": even,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("config").astype(float)
+
+
+def serving_finding(table: pd.DataFrame, config: str | None, kind: str, rates: Rates) -> Finding:
+    """The cost of a million answers of one configuration, in words.
+
+    Args:
+        table: from `million_answers`.
+        config: the configuration that is recommended, or the best guess; None if there is none.
+        kind: measured or estimated.
+        rates: those of the table.
+    """
+    if config is None or config not in table.index or pd.isna(table.loc[config, "kwh"]):
+        reason = "no configuration is named" if config is None else f"the energy of an answer of {config} is not known"
+        return Finding("serving", f"What a million answers cost is not known: {reason}.", verdict="not estimable")
+    row = table.loc[config]
+    energy = f"{row['kwh']:.2g} kWh {interval_text(row['kwh_low'], row['kwh_high'], '.2g')} ({kind})"
+    money = f"{row['usd']:.2g} USD at {rates.usd_per_kwh:g} USD a kWh"
+    carbon = f"{row['co2e_kg']:.2g} kg CO2e at {rates.carbon_g_per_kwh:g} g a kWh"
+    text = f"A million answers of {config} take {energy}: {money} and {carbon}, on this machine, without idle servers."
+    if not pd.isna(row["break_even_answers"]):
+        text += f" After {row['break_even_answers']:,.0f} answers, answering has taken more energy than training."
+    kwh = Interval(row["kwh"], row["kwh_low"], row["kwh_high"])
+    return Finding("serving", text, *kwh)
