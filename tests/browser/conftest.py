@@ -1,25 +1,10 @@
-"""Chromium for the browser tests. They are skipped, with the reason, where no Chromium is installed."""
+"""Opens pages of the report in Chromium, and checks that they ask for nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from telco_nb.report.pdf import PLACES, find_chromium
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    path = find_chromium()
-    if path is None:
-        pytest.skip(f"no Chromium found; looked at $CHROMIUM, {', '.join(PLACES)}")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab import RUN_MS, jupyter_lab, run_all
+from playwright.sync_api import expect
 from provider_server import Server
 
 from telco_nb import ROOT
@@ -211,3 +213,22 @@ def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_h
     assert not [f for f in findings if "own-server" in f["id"] and f["verdict"] == "supported"]
     page = (study.root / "report" / "telco_report.html").read_text()
     assert "own-server failed the validity gate: it ranks nothing" in page
+
+
+@pytest.mark.parametrize("step", ["05_judge", "06_analysis"])
+def test_run_all_in_jupyterlab_needs_no_edit_and_its_panels_answer(study, step, browser, tmp_path):
+    place = tmp_path / "outputs"
+    shutil.copytree(study.outputs, place)
+    page = browser.new_page(viewport={"width": 1440, "height": 1000})
+    with jupyter_lab(tmp_path, place) as address:
+        notebook = run_all(page, address, step)
+        assert notebook.get_by_text("Opened the finished study smoke").count() == 1
+        assert notebook.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+        menu, panel = notebook.locator("select").first, notebook.locator(".widget-interact").first
+        menu.wait_for(timeout=RUN_MS)
+        panel.locator(".jp-OutputArea-output").first.wait_for(timeout=RUN_MS)
+        before = panel.inner_text()
+        menu.select_option(index=1)
+        expect(panel).not_to_have_text(before, timeout=RUN_MS)
+        page.screenshot(path=tmp_path / f"{step}.png")
+    assert check_seal(place / "smoke") == []

@@ -1,0 +1,78 @@
+"""JupyterLab on copies of the notebooks, driven in Chromium."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from telco_nb.study.params import NOTEBOOKS_DIR
+
+TOKEN = "only-for-this-test"
+START_SECONDS = 120
+RUN_MS = 300_000  # until a notebook has finished
+TRACKER = "@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def jupyter_lab(folder: Path, outputs: Path) -> Generator[str]:
+    """Starts JupyterLab on copies of the notebooks in `folder`; yields its address. Lab saves what it runs."""
+    shutil.copytree(NOTEBOOKS_DIR, folder / "notebooks")
+    settings = folder / "settings" / TRACKER
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"windowingMode": "none"}))  # every cell is in the page, seen or not
+    port = free_port()
+    words = {"ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "IdentityProvider.token": TOKEN}
+    words |= {"ServerApp.root_dir": folder / "notebooks", "LabApp.news_url": "None"}
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"]
+    environment = os.environ | {
+        "TELCO_NB_OUTPUTS": str(outputs),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTER_CONFIG_DIR": str(folder / "config"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with (folder / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in words.items())], env=environment, stdout=log, stderr=log
+        )
+        try:
+            _wait(f"http://127.0.0.1:{port}/api", server, folder / "lab.log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _wait(url: str, server: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
+
+
+def run_all(page: Any, address: str, notebook: str) -> Any:
+    """Opens a notebook, chooses Run All Cells, and waits for its last box; returns the notebook in the page."""
+    page.goto(f"{address}/lab/tree/{notebook}.ipynb?token={TOKEN}&reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=RUN_MS)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-Notebook .headline").wait_for(timeout=RUN_MS)
+    return page.locator(".jp-Notebook")
