@@ -63,7 +63,8 @@ def _build_report(*arguments: Any) -> Path:
 def main(
     context: typer.Context,
     profile: Annotated[
-        str, typer.Option("--profile", "-p", help="smoke, laptop or paper: a file of params/profiles.")
+        str,
+        typer.Option("--profile", "-p", help="A file of params/profiles: smoke, laptop, overnight, paper or yours."),
     ] = "laptop",
     configs: Annotated[
         str | None, typer.Option(help="A study of these LoRA configurations only: c01,c05 or 'c0*'.")
