@@ -20,6 +20,7 @@ from telco_nb.hosted.prices import BudgetStop
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
+from telco_nb.lora.errors import PreflightError
 from telco_nb.study import params, record
 from telco_nb.study.input_files import InputFileError
 
@@ -53,6 +54,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     RankingError: runner.FAILED,
     CallsStopped: runner.FAILED,
     runner.UnfitError: runner.UNFIT,
+    PreflightError: runner.UNFIT,
     OSError: runner.UNFIT,
     SendingRefused: runner.COST,
     BudgetStop: runner.COST,

@@ -198,4 +198,4 @@ def main(
     """Export a trained configuration with a model card: for peft, transformers, llama.cpp, Ollama or vLLM."""
     with errors_as_exit_codes("export"):
         for path in export(find_trained(profile, config), folder, to, dtype, converter, replace):
-            print(f"{folder / path.relative_to(folder.resolve())}: {path.stat().st_size:,} bytes")
+            print(f"{folder / path.relative_to(given_path(folder, 'FOLDER'))}: {path.stat().st_size:,} bytes")

@@ -40,6 +40,10 @@ def whole_folder(folder: Path, always: str, replace: bool) -> Generator[Path]:
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

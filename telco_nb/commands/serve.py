@@ -27,7 +27,7 @@ from telco_nb.commands.common import Profile, errors_as_exit_codes
 from telco_nb.commands.export import weights_dtype, write_merged
 from telco_nb.commands.model_card import QUESTION
 from telco_nb.commands.trained import Config, Trained, find_trained
-from telco_nb.engine.runner import UnfitError
+from telco_nb.engine.runner import INTERRUPTED, UnfitError
 from telco_nb.study import record
 
 HOST = "127.0.0.1"
@@ -168,13 +168,17 @@ def main(
         require_server(port)
         for number in (signal.SIGTERM, signal.SIGHUP):  # so that the server ends and its files are removed
             signal.signal(number, _stop)
+        answered = False
         try:
             with serving(trained, port) as server:
+                answered = True
                 print(
                     f"{config} answers on http://{HOST}:{port}/v1 until Ctrl-C. Try:\n{curl_line(trained, port)}",
                     flush=True,
                 )
                 server.wait()
         except KeyboardInterrupt:
-            return
+            if answered:  # ending the server is how this command ends
+                return
+            raise typer.Exit(INTERRUPTED) from None
         raise UnfitError(f"the server ended with exit code {server.returncode}; see above.")

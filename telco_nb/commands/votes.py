@@ -74,12 +74,15 @@ def export_pairs(
         CommandError: the file exists or would be taken for a key, or the study has no answers to show.
     """
     study = open_study(root, params_dir)
+    given = params.given_path(file, "FILE")
+    if given.is_dir():
+        raise CommandError(f"{file} is a folder. Name a file .jsonl.")
     if panel_path(file) == file:
         raise CommandError(f"{file}: the pairs are JSON lines, and the page gets this name. Name a file .jsonl.")
     for path in (file, panel_path(file)):
         if path.exists():
             raise CommandError(f"{path} exists, and it may hold votes. Name another file.")
-    if params.given_path(file, "FILE").parent == (root / blind_pairs.KEY_FOLDER).resolve():
+    if given.parent == (root / blind_pairs.KEY_FOLDER).resolve():
         raise CommandError(f"{file}: the keys are in this folder. Name a file outside it.")
     material = open_material(root, study)
     seed = study.base["seed"] if seed is None else seed

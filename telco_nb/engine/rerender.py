@@ -44,6 +44,8 @@ def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callab
 
 
 def _build(root: Path, chromium: str | None, build_report: Callable[..., Path], console: Console) -> None:
+    for text in record.export_again(root, "study", "06_analysis"):  # what was changed is not what the record shows
+        console.print(f"{text}: exported again", markup=False, soft_wrap=True)
     changes = _changes_of_others(root)
     sealing.show_changes(console, changes)
     try:
@@ -60,9 +62,9 @@ def _build(root: Path, chromium: str | None, build_report: Callable[..., Path], 
 
 
 def _changes_of_others(root: Path) -> list[seal.Difference]:
-    """What was sealed, is no page of the report, and has changed or gone since; stores may have grown."""
+    """What differs from the seal and is no page of the report; stores may have grown."""
     try:
         found = seal.check_seal(root)
     except seal.NoSeal:
         return []
-    return [c for c in found if c.kind in ("changed", "missing") and not c.path.startswith("report/")]
+    return [c for c in found if c.kind != "grown" and not c.path.startswith("report/")]

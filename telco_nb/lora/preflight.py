@@ -66,7 +66,7 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     row = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
     try:
         packed, packed_gradient = _losses_and_gradient([partial(token_losses, model, row)], matrix)
-    except PreflightError:
+    except (PreflightError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # foreign code computes here, and can raise any type
         kind, name = model.config.model_type, type(error).__name__

@@ -32,7 +32,7 @@ def require_chromium() -> str:
     """Path of an installed Chromium. Raises PrintError if there is none."""
     chromium = find_chromium()
     if chromium is None:
-        looked = f"$CHROMIUM ({os.environ.get('CHROMIUM') or 'not set'}), {', '.join([*PLACES, *NAMES])}"
+        looked = os.environ.get("CHROMIUM") or ", ".join(["$CHROMIUM", *PLACES, *NAMES])
         raise PrintError(
             f"no Chromium was found to print with. Looked for: {looked}. Install one (apt-get install chromium), or "
             "open report/telco_report.html in any browser and print it."
@@ -46,7 +46,7 @@ def print_pdf(page: Path, chromium: str) -> Path:
     Raises PrintError if Chromium does not print.
     """
     pdf = page.with_suffix(".pdf")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Chromium may still write
         made = Path(folder) / pdf.name
         options = ["--headless", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={folder}/profile"]
         options += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to start as root with one

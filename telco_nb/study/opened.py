@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telco_nb.study.params import declared
+from telco_nb.study.params import BY_HAND, load_study
 from telco_nb.study.record import profile_root, read_manifest
-
-BY_HAND = "by-hand"  # folder beside the studies
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,11 @@ def open_study(step: str, given: dict[str, Any]) -> Opened:
 
     Args:
         step: the notebook's name without its ending.
-        given: the values in its parameters cell. One that differs from the notebook's default counts as changed.
+        given: the values in its parameters cell. One that differs from the smoke profile counts as changed, because
+            the notebook itself may have been saved with it.
     """
-    changed = {name: value for name, value in given.items() if value != declared(step)[name]}
+    defaults = default_values(step)
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
     analysis = newest_finished(changed.get("profile"))
     if analysis is None:
         root = profile_root(given["profile"])
@@ -47,6 +47,14 @@ def open_study(step: str, given: dict[str, Any]) -> Opened:
         parameters["repeats"] = kept
     target = _target(root, parameters["scope"], step)
     return Opened(parameters, root, target, _note(analysis, target))
+
+
+def default_values(step: str) -> dict[str, Any]:
+    """The values with which a notebook is shipped: those of the smoke profile in its first scope."""
+    smoke = load_study("smoke")
+    first = {"05_judge": f"judge-{smoke.base['judges'][0]}", "06_analysis": "study"}
+    first |= dict.fromkeys(("03_train", "04_energy"), smoke.configs[0])
+    return smoke.values(first.get(step, "shared"))
 
 
 def newest_finished(profile: str | None = None) -> dict[str, Any] | None:
@@ -65,7 +73,7 @@ def _recorded(step: str, scope: str, root: Path, analysis: dict[str, Any]) -> di
 
 
 def _target(root: Path, scope: str, step: str) -> Path:
-    return root if read_manifest(root, scope, step) is None else profile_root(BY_HAND) / root.name
+    return root if read_manifest(root, scope, step) is None else root.parent / BY_HAND / root.name
 
 
 def _note(analysis: dict[str, Any] | None, target: Path) -> str:

@@ -196,6 +196,7 @@ JUDGE_KEYS = {*JudgeParameters.model_fields}
 # What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
 RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "gold", "template", "echo", "nearest", "tie"}
 PUBLISHED = "reference"  # the folder of outputs that holds the published run
+BY_HAND = "by-hand"  # the folder of outputs for results of notebooks that are run by hand
 OFFLINE_KINDS = {"checklist", "embedding", "human", "language_model_panel"}
 RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
 
@@ -234,10 +235,11 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
 
 def check_profile_name(profile: str) -> None:
     """Raise ParameterError if a profile's name could lead out of the outputs folder, or to the published run."""
-    if not re.fullmatch(r"[\w-]{1,100}", profile) or profile == PUBLISHED:
+    if not re.fullmatch(r"[\w-]{1,100}", profile) or profile in (PUBLISHED, BY_HAND):
         raise ParameterError(
             f"--profile {profile[:100]!r}: the name of a profile has letters, digits, _ and - only, and is not "
-            f"{PUBLISHED!r}: there the published run is kept. Name a file of params/profiles."
+            f"{PUBLISHED!r} or {BY_HAND!r}: these folders of outputs hold something else. Name a file of "
+            "params/profiles."
         )
 
 
@@ -394,7 +396,7 @@ def _refuse_traps(node: yaml.Node, where: str) -> None:
 def parameters_cell(notebook: Path) -> str:
     """Source of the notebook's cell tagged `parameters`. Raises ParameterError if there is not exactly one."""
     try:
-        cells = read_json(notebook)["cells"]
+        cells = read_json(notebook, own=True)["cells"]  # outputs may hold colours of a terminal
         tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     except (InputFileError, KeyError, TypeError, AttributeError) as error:
         raise ParameterError(f"{notebook}: no notebook can be read here: {error!s:.200}. Restore the file.") from None

@@ -1,11 +1,13 @@
 """Which study a notebook opens that is run by hand, and where its results go."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from telco_nb.study import opened, record
+from telco_nb.study import opened, params, record
+from telco_nb.study.manifest import SCHEMA_VERSION
 from telco_nb.study.params import declared
 from telco_nb.study.plan import STEPS
 
@@ -27,7 +29,7 @@ def finish(outputs: Path, profile: str, started: str, configs=("c01", "c02"), ju
         values |= {"repeats": [f"{configs[0]}-seed1"]} if "repeats" in values else {}
         values |= {"epochs": 7} if "epochs" in values else {}
         content = {
-            "schema_version": record.SCHEMA_VERSION, "step": step, "scope": scope, "key": "0" * 64, "key_parts": {},
+            "schema_version": SCHEMA_VERSION, "step": step, "scope": scope, "key": "0" * 64, "key_parts": {},
             "executor": "papermill", "status": "ok", "error": None, "headline": "", "parameters": values, "inputs": [],
             "outputs": [], "exports": {}, "environment": {}, "device": {}, "started_at": started, "seconds": 1.0,
             "peak_memory_bytes": 1,
@@ -61,6 +63,31 @@ def test_values_come_from_the_record_but_for_those_that_were_changed(outputs):
     finish(outputs, "laptop", "2026-11-26T08:00:00+00:00")
     found = open_with("03_train", rank=3)
     assert (found.parameters["epochs"], found.parameters["rank"]) == (7, 3)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_values_of_a_shipped_notebook_are_those_of_the_smoke_profile(step):
+    shipped = opened.default_values(step)
+    assert declared(step) == {name: shipped[name] for name in declared(step)}
+
+
+def test_an_edit_counts_as_changed_after_the_notebook_was_saved_with_it(outputs, monkeypatch):
+    finish(outputs, "laptop", "2026-11-26T08:00:00+00:00")
+    saved = declared("03_train") | {"rank": 3}
+    monkeypatch.setattr(params, "declared", lambda step: saved)
+    assert opened.open_study("03_train", saved).parameters["rank"] == 3
+
+
+def test_a_notebook_that_was_saved_with_colours_in_its_outputs_is_read(tmp_path):
+    notebook = json.loads((params.NOTEBOOKS_DIR / "03_train.ipynb").read_text())
+    notebook["cells"][-1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "\x1b[31mred\x1b[0m"}]
+    (tmp_path / "03_train.ipynb").write_text(json.dumps(notebook))
+    assert params.declared.__wrapped__("03_train", tmp_path) == declared("03_train")
+
+
+def test_a_profile_cannot_be_called_as_the_folder_of_runs_by_hand(outputs):
+    with pytest.raises(params.ParameterError, match="by-hand"):
+        params.load_study("by-hand")
 
 
 def test_a_profile_alone_is_a_sufficient_change(outputs):
