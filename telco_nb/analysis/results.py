@@ -13,7 +13,7 @@ import pandas as pd
 
 from telco_nb.analysis.statistics import MISSING, Interval, Luck, cluster_weights, kendall_tau, percentile_interval
 from telco_nb.judge.cases import degenerate_answer
-from telco_nb.study.params import Claims
+from telco_nb.study.params import Claims, split_run
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
 SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per token, and perplexity
@@ -30,8 +30,9 @@ PROXY_KINDS = ("checklist", "embedding")
 class JudgeResults:
     """The results of 05 for one judge. `ranking` is indexed by configuration, `draws` is (draws, configurations).
 
-    `runs`, `run_draws` and `luck` are known where configurations were trained again (`seeds.merge_runs`): score and
-    draws of every run, and the variance between seeds.
+    `runs`, `run_draws`, `luck` and `error_draws` are known where configurations were trained again
+    (`seeds.merge_runs`): score and draws of every run, the variance between seeds, and draws like `draws` with as much
+    luck as was estimated: those have the covariance of the scores' errors, while `draws` have the width of t intervals.
     """
 
     name: str
@@ -46,6 +47,7 @@ class JudgeResults:
     runs: pd.Series | None = None
     run_draws: pd.DataFrame | None = None
     luck: Luck | None = None
+    error_draws: pd.DataFrame | None = None
 
     @property
     def scores(self) -> pd.Series:
@@ -207,7 +209,7 @@ def answers_table(answers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def repeats_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row per seed repeat from the metrics of 03, keyed by scope `<config>-seed<seed>`."""
     rows = [
-        (*scope.split("-seed"), values.get("val_loss"), values.get("train_energy_wh"))
+        (*split_run(scope), values.get("val_loss"), values.get("train_energy_wh"))
         for scope, values in metrics.items()
     ]
     frame = pd.DataFrame(rows, columns=["config", "seed", "val_loss", "train_energy_wh"])

@@ -280,6 +280,21 @@ class Luck(NamedTuple):
         tails = (1.0, *(self.df / stats.chi2.ppf(q, self.df) for q in (0.975, 0.025)))
         return Interval(*(math.sqrt(max(0.0, self.total * factor - self.noise)) for factor in tails))
 
-    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Standard deviations (n,) as the few degrees of freedom allow them."""
-        return np.sqrt(np.maximum(0.0, self.total * self.df / rng.chisquare(self.df, n) - self.noise))
+    def widened(self, prompts: np.ndarray, runs: np.ndarray, terms: np.ndarray) -> np.ndarray:
+        """Standard deviations of the normal luck that makes percentiles of draws t intervals.
+
+        The variance of a score is that of prompts and that of luck, with Satterthwaite's degrees of freedom. Luck that is
+        drawn from its own uncertain variance would give the same percentiles, but no variance below 3 degrees of freedom.
+
+        Args:
+            prompts: the variance of draws without luck, (n,).
+            runs: of each configuration, (n,).
+            terms: the clusters in which each was compared, (n,); the percentiles are those of `interval_levels`.
+        """
+        terms = np.maximum(terms, 2)
+        of_prompts, of_runs = prompts * terms / (terms - 1), self.total / runs
+        variance = of_prompts + self.sd.value**2 / runs
+        noise = of_prompts**2 / (terms - 1) + of_runs**2 / self.df  # with the runs' total: luck is what is left of it
+        df = np.maximum(variance**2 / np.maximum(noise, 1e-300), 1.0)
+        wider = stats.t.ppf(0.975, df) / (stats.t.ppf(0.975, terms - 1) * np.sqrt(terms / (terms - 1)))
+        return np.sqrt(np.maximum(0.0, wider**2 * variance - prompts))
