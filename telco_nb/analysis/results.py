@@ -209,8 +209,7 @@ def answers_table(answers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def repeats_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row per seed repeat from the metrics of 03, keyed by scope `<config>-seed<seed>`."""
     rows = [
-        (*split_run(scope), values.get("val_loss"), values.get("train_energy_wh"))
-        for scope, values in metrics.items()
+        (*split_run(scope), values.get("val_loss"), values.get("train_energy_wh")) for scope, values in metrics.items()
     ]
     frame = pd.DataFrame(rows, columns=["config", "seed", "val_loss", "train_energy_wh"])
     return frame.astype({"seed": int, "val_loss": float, "train_energy_wh": float})

@@ -166,8 +166,8 @@ def luck_findings(study: StudyResults) -> list[Finding]:
             f"Another training seed moves the score of {judge.label} by {luck.value:.2f} log-odds (standard deviation, "
             f"{interval_text(*luck[1:], '.2f')}, {(repeated > 1).sum()} configurations with "
             f"{repeated[repeated > 1].sum()} runs); configurations differ by {spread:.2f}. "
-            f"The intervals of its scores and ranks, tau, and the comparison with the best hold that luck; kappa, alpha, "
-            f"self-preference and what votes correct do not: they are about the runs that there are."
+            "The intervals of its scores and ranks, tau, and the comparison with the best hold that luck; kappa, "
+            "alpha, self-preference and what votes correct do not: they are about the runs that there are."
         )
         verdict = "supported" if spread > luck.high else "not distinguishable"
         found.append(blockable(f"luck.{judge.name}", text, luck, n, verdict, judge))

@@ -283,8 +283,8 @@ class Luck(NamedTuple):
     def widened(self, prompts: np.ndarray, runs: np.ndarray, terms: np.ndarray) -> np.ndarray:
         """Standard deviations of the normal luck that makes percentiles of draws t intervals.
 
-        The variance of a score is that of prompts and that of luck, with Satterthwaite's degrees of freedom. Luck that is
-        drawn from its own uncertain variance would give the same percentiles, but no variance below 3 degrees of freedom.
+        The variance of a score is that of prompts and that of luck, with Satterthwaite's degrees of freedom. Luck drawn
+        from its own uncertain variance would give the same percentiles, but below 3 degrees of freedom no variance.
 
         Args:
             prompts: the variance of draws without luck, (n,).
