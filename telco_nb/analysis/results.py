@@ -23,6 +23,7 @@ ENERGY_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
 )  # fmt: skip
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
+JudgeFiles = Callable[[str], Callable[[str], Path]]  # by a judge's name: the path of a file of its 05_judge
 PROXY_KINDS = ("checklist", "embedding")
 
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from telco_nb.analysis import effects
-from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.results import JudgeFiles, JudgeResults, StudyResults, read_judge
 from telco_nb.analysis.statements import Finding, blockable
 from telco_nb.analysis.statistics import Luck
 from telco_nb.judge.best import MANY
@@ -50,6 +50,17 @@ def training_luck(scores: pd.Series, draws: pd.DataFrame | None = None) -> Luck 
         drawn = draws[list(scores.index)].T
         noise = float((drawn - drawn.groupby(groups).transform("mean")).var(axis=1).sum()) / df
     return Luck(float((within**2).sum()) / df, noise, df)
+
+
+def read_panel(judges: Sequence[str], files: JudgeFiles, seed: int) -> list[JudgeResults]:
+    """The results of the judges, one row for each configuration: what 06_analysis and the model card rest on.
+
+    Args:
+        judges: their names.
+        files: where their files are.
+        seed: of the analysis, for the drawn luck of training.
+    """
+    return [merge_runs(read_judge(name, files(name)), seed) for name in judges]
 
 
 def merge_runs(judge: JudgeResults, seed: int = 0) -> JudgeResults:

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from telco_nb import ROOT
-from telco_nb.analysis.fitness import Fitness, fitness
-from telco_nb.analysis.panel import panel_checks, read_panel
+from telco_nb.analysis.fitness import Fitness, fitness, panel_checks
 from telco_nb.analysis.recommendation import describe_config
 from telco_nb.analysis.results import StudyResults, answers_table
+from telco_nb.analysis.seeds import read_panel
 from telco_nb.commands.dataset import TEMPLATES
 from telco_nb.commands.trained import Trained
 from telco_nb.report.files import StudyFiles, read_json, read_or_none, read_study

@@ -168,7 +168,7 @@ def repeat_name(config: str, seed: int) -> str:
 
 def split_run(run: str) -> tuple[str, int | None]:
     """The configuration of a run and the seed of a repeat: (`c06`, 1) for `c06-seed1`, (`c06`, None) for `c06`."""
-    found = re.fullmatch(r"(.+)-seed(\d+)", run)
+    found = re.fullmatch(r"(.+)-seed(-?\d+)", run)
     return (found[1], int(found[2])) if found else (run, None)
 
 
