@@ -188,8 +188,8 @@ def _equivalence(study: StudyResults, judge: JudgeResults) -> Finding:
     Low and high of a finding are those of 95 %, so these bounds stand in the text alone.
     """
     margin, (first, second) = claims_of(study).margin, top_two(judge)
-    terms = judged_terms(judge)
-    n_terms = MANY if terms is None else int(terms[[first, second]].min())
+    terms = judge.terms(first, second)
+    n_terms = MANY if terms is None else terms
     lead, half = float(judge.scores[first] - judge.scores[second]), math.nan
     if n_terms > 1:
         error = float((judge.draws[first] - judge.draws[second]).std()) * math.sqrt(n_terms / (n_terms - 1))

@@ -60,6 +60,12 @@ class JudgeResults:
         """Like `scores`, of the first run of each configuration: comparable with single repeats."""
         return self.scores if self.runs is None else self.runs[self.scores.index]
 
+    def terms(self, *configs: str) -> int | None:
+        """The least number of terms in which the configurations were compared; None if the ranking does not say."""
+        if "n_terms" not in self.ranking:
+            return None
+        return int(self.ranking["n_terms"].reindex(list(configs)).fillna(0).min())
+
     @property
     def failed_controls(self) -> list[str]:
         return [control["control"] for control in self.controls if control["passed"] is not True]
@@ -86,7 +92,8 @@ class StudyResults:
     configurations whose energy window was too short or has no reading. `checks` holds what the checklist found in each
     answer (`judge.checklist.checks_table`), `faults` the counts of `answers_table`; None where there are none.
     `set_draws` are draws like `loss_draws` by the name of a test set's loss; `train_losses` are those at the end of
-    training. `claims` was written down before the run; None: the shipped file.
+    training, `n_scenarios` how many scenarios the draws of the loss resample. `claims` was written down before the run;
+    None: the shipped file.
     """
 
     results: pd.DataFrame
@@ -99,6 +106,7 @@ class StudyResults:
     set_draws: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     train_losses: pd.Series | None = None
     claims: Claims | None = None
+    n_scenarios: int | None = None
 
     def __post_init__(self) -> None:
         refuse_infinite(self.results)
@@ -381,7 +389,7 @@ def self_preference(
     both["gap"] = both["share"] - both["consensus"]
     sums = both.groupby("scenario_id")["gap"].agg(["sum", "size"]).to_numpy(float)
     drawn = cluster_weights(len(sums), n_draws, seed) @ sums
-    return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1]), len(both)
+    return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1], len(sums)), len(both)
 
 
 def _own_shares(judgements: pd.DataFrame, own: set[str]) -> pd.DataFrame:

@@ -152,7 +152,7 @@ def with_loss_luck(study: StudyResults, seed: int = 0) -> StudyResults:
     if noise is None:
         return study
     luck, losses = Luck(noise.between_seeds.value**2, 0.0, noise.df), study.loss_draws
-    once, many = np.ones(losses.shape[1], int), np.full(losses.shape[1], MANY)
+    once, many = np.ones(losses.shape[1], int), np.full(losses.shape[1], study.n_scenarios or MANY)
     moves = drawn_luck(seed, "loss", losses, len(losses)) * luck.widened(losses.var().to_numpy(), once, many)
     moved = {name: drawn + moves.reindex(drawn.index)[list(drawn)] for name, drawn in study.set_draws.items()}
     return replace(study, loss_draws=losses + moves, set_draws=moved)

@@ -41,11 +41,12 @@ MISSING = Interval(math.nan)
 def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = None) -> Interval:
     """95 % percentile interval of bootstrap draws around a value; draws that are NaN are left out.
 
-    With the number of resampled clusters the percentiles are expanded, because those of few clusters are too narrow.
+    With the number of resampled clusters the percentiles are expanded, because those of few clusters are too narrow;
+    one cluster tells no interval.
     """
     finite = np.asarray(draws, dtype=float)
     finite = finite[np.isfinite(finite)]
-    if finite.size == 0:
+    if finite.size == 0 or (n_clusters is not None and n_clusters < 2):
         return Interval(float(value))
     low, high = np.quantile(finite, (0.025, 0.975) if n_clusters is None else interval_levels(n_clusters))
     return Interval(float(value), float(low), float(high))
@@ -200,7 +201,8 @@ def cohen_kappa(a: pd.DataFrame, b: pd.DataFrame, n_draws: int, seed: int) -> tu
     tables = np.zeros((len(scenarios), 3, 3))
     np.add.at(tables, (code, both["verdict"].to_numpy(int), both["verdict_b"].to_numpy(int)), 1)
     draws = np.tensordot(cluster_weights(len(scenarios), n_draws, seed), tables, axes=1)
-    return percentile_interval(_kappa(tables.sum(axis=0)), [_kappa(table) for table in draws]), len(both)
+    drawn = [_kappa(table) for table in draws]
+    return percentile_interval(_kappa(tables.sum(axis=0)), drawn, len(scenarios)), len(both)
 
 
 def _verdicts_by_pair(judgements: pd.DataFrame) -> pd.DataFrame:
@@ -246,7 +248,7 @@ def krippendorff_alpha(ratings: pd.DataFrame, level: str, n_draws: int = 0, seed
     np.add.at(per_cluster, cluster, pairs)
     tables = np.tensordot(cluster_weights(len(names), n_draws, seed), per_cluster, axes=1)
     draws = [_alpha(table, values, level) for table in tables]
-    return percentile_interval(_alpha(per_cluster.sum(0), values, level), draws), len(units)
+    return percentile_interval(_alpha(per_cluster.sum(0), values, level), draws, len(names)), len(units)
 
 
 def _alpha(pairs: np.ndarray, values: np.ndarray, level: str) -> float:
