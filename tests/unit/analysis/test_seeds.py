@@ -9,7 +9,7 @@ from fake_study import make_judge, make_study
 from scipy import stats
 
 from telco_nb.analysis import findings, seeds
-from telco_nb.analysis.recommendation import compare, recommend, seed_text
+from telco_nb.analysis.recommendation import compare, mean_expected_scores, recommend, seed_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 9)]
@@ -76,6 +76,14 @@ def test_the_width_of_luck_is_that_of_t_and_its_variance_finite_down_to_one_degr
         estimated = found.error_draws["c07"].std() / np.sqrt(7 / 8)
         assert estimated == pytest.approx(luck.sd.value, rel=0.12)
         assert found.draws["c07"].std() / found.error_draws["c07"].std() == pytest.approx(wide, rel=0.15)
+
+
+def test_expected_scores_are_shrunk_by_the_luck_that_was_estimated_not_by_the_width_of_t():
+    truth = pd.Series(np.linspace(-0.5, 0.5, 8), CONFIGS)
+    merged = seeds.merge_runs(judged(np.random.default_rng(3), truth, 0.4, 0.05, [*CONFIGS, "c01-seed1"]))
+    as_wide = dataclasses.replace(merged, error_draws=None)
+    expected, wide = (mean_expected_scores(studied(judge), [judge]) for judge in (merged, as_wide))
+    assert expected.std() > 1.1 * wide.std()
 
 
 def test_nobody_is_called_better_by_luck_alone():
