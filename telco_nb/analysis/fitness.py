@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.results import JudgeFiles, JudgeResults, StudyResults
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.anchors import ANCHORS, FLOORS, GOLD
 from telco_nb.judge.best import MANY
@@ -42,6 +42,12 @@ class Fitness(NamedTuple):
     def is_fit(self) -> bool:
         """Every part of the bar was measured, and none is below it."""
         return not self.reasons
+
+
+def panel_checks(panel: Sequence[JudgeResults], files: JudgeFiles) -> pd.DataFrame | None:
+    """What the first checklist that passed its gate found in each answer; None without one."""
+    valid = [judge.name for judge in panel if judge.kind == "checklist" and judge.gate_passed]
+    return pd.read_parquet(files(valid[0])("tables/checks.parquet")) if valid else None
 
 
 def fitness(study: StudyResults, config: str) -> Fitness:

@@ -128,7 +128,8 @@ def compare(
 
 def mean_expected_scores(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:
     """`expected_scores` in log-odds, their mean over the judges, highest first."""
-    scores = [expected_scores(judge.scores, judge.draws, study.results) for judge in judges]
+    drawn = [judge.draws if judge.error_draws is None else judge.error_draws for judge in judges]
+    scores = [expected_scores(j.scores, draws, study.results) for j, draws in zip(judges, drawn, strict=True)]
     return pd.concat(scores, axis=1).dropna().mean(axis=1).sort_values(ascending=False, kind="stable")
 
 

@@ -54,8 +54,8 @@ def compare_rows(study: StudyResults) -> pd.DataFrame:
         for pair in one_factor_pairs(study.results.loc[losses.columns]).to_dict("records"):
             a, b = pair["config_a"], pair["config_b"]
             values = [study.losses[a], study.losses[b], judge.scores[a], judge.scores[b]]
-            loss = percentile_interval(values[1] - values[0], losses[b] - losses[a])
-            score = percentile_interval(values[3] - values[2], draws[b] - draws[a])
+            loss = percentile_interval(values[1] - values[0], losses[b] - losses[a], study.n_scenarios)
+            score = percentile_interval(values[3] - values[2], draws[b] - draws[a], judge.terms(a, b))
             numbers = [*values[:2], *loss, *values[2:], *score, _shows(loss, score)]
             rows.append(pair | {"judge": judge.name} | dict(zip(ROW_COLUMNS, numbers, strict=True)))
     return pd.DataFrame(rows, columns=[*PAIR_COLUMNS, "judge", *ROW_COLUMNS])

@@ -161,6 +161,22 @@ class Claims(_Strict):
     energy_saving: float = Field(ge=0, lt=1)
 
 
+def repeat_name(config: str, seed: int) -> str:
+    """The run of a configuration with another seed: `c06-seed1`. `split_run` takes it apart."""
+    return f"{config}-seed{seed}"
+
+
+def split_run(run: str) -> tuple[str, int | None]:
+    """The configuration of a run and the seed of a repeat: (`c06`, 1) for `c06-seed1`, (`c06`, None) for `c06`."""
+    found = re.fullmatch(r"(.+)-seed(-?\d+)", run)
+    return (found[1], int(found[2])) if found else (run, None)
+
+
+def config_of(run: str) -> str:
+    """The configuration of a run: `c06` for `c06` and for `c06-seed1`."""
+    return split_run(run)[0]
+
+
 @dataclass(frozen=True)
 class StudyParams:
     """The resolved files of one profile: `base` for all steps, one override per configuration and per judge."""
@@ -175,14 +191,14 @@ class StudyParams:
     def repeats(self) -> list[str]:
         """Scopes of the seed repeats, `<config>-seed<seed>`, for the repeated configurations in `configs`."""
         repeated = [c for c in self.base["repeat_configs"] if c in self.configs]
-        return [f"{config}-seed{seed}" for config in repeated for seed in self.base["repeat_seeds"]]
+        return [repeat_name(config, seed) for config in repeated for seed in self.base["repeat_seeds"]]
 
     def values(self, scope: str) -> dict[str, Any]:
         """All parameter values for one scope (`shared`, `c01`, `c01-seed1`, `untuned`, `judge-x`, `study`)."""
         merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
-        config, _, seed = scope.partition("-seed")
+        config, seed = split_run(scope)
         if config in self.lora:
-            merged |= self.lora[config] | ({"seed": int(seed)} if seed else {})
+            merged |= self.lora[config] | ({} if seed is None else {"seed": seed})
         if scope.startswith("judge-"):
             merged |= self.judge_files[scope.removeprefix("judge-")]
             if merged["judge_kind"] not in VOTED_KINDS:  # voters were shown the first run of each configuration

@@ -120,3 +120,17 @@ def test_only_energies_of_one_kind_get_points(kinds, labels):
     fig, data = charts.score_panels(study, "train_energy_wh", "energy (Wh)", {"c01": "deploy"})
     assert len(fig.axes[0].texts) == labels
     assert list(data.columns[:2]) == ["config", "train_energy_wh"] and len(data) == 4
+
+
+def test_a_pair_has_the_interval_of_its_terms_and_none_of_one_term():
+    scores = pd.Series(np.linspace(0.5, -0.5, 16), fake_study.design(16).index)
+    judge = make_judge(scores, 0.2)
+
+    def width(n_terms: int) -> pd.Series:
+        ranking = judge.ranking.assign(n_terms=n_terms)
+        table = rows.compare_rows(make_study(16, [dataclasses.replace(judge, ranking=ranking)]))
+        return table["score_high"] - table["score_low"]
+
+    ratio = width(8) / width(10_000)
+    assert len(ratio) and ratio.median() > 1.2  # t of 7 degrees of freedom instead of the normal: 2.53 / 1.96
+    assert width(1).isna().all()

@@ -9,7 +9,7 @@ import yaml
 
 from telco_nb.lora.step import TARGET_MODULES
 from telco_nb.study import params
-from telco_nb.study.params import ParameterError, load_study
+from telco_nb.study.params import ParameterError, config_of, load_study, repeat_name, split_run
 from telco_nb.study.plan import plan_jobs, unused_parameters
 
 
@@ -210,6 +210,12 @@ def test_a_judges_name_is_never_taken_for_a_seed(folder):
     edit(folder / "judges" / "my-seedling.yaml", "judge: checklist", "judge: my-seedling")
     edit(folder / "base.yaml", "judges: [checklist]", "judges: [my-seedling]")
     assert load_study("smoke", folder).values("judge-my-seedling")["judge"] == "my-seedling"
+
+
+def test_the_name_of_a_repeat_is_put_together_and_taken_apart_in_one_way():
+    assert split_run(repeat_name("c06", 1)) == ("c06", 1) and config_of("c06-seed12") == "c06"
+    for name in ("c06", "untuned", "judge-my-seedling", "c06-seedx"):
+        assert split_run(name) == (name, None)
 
 
 def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):
