@@ -284,7 +284,8 @@ def few_terms(n_terms: int | None) -> str | None:
     least = separation.LEAST_TERMS
     if n_terms is None:
         return "the number of terms is not known"
-    return None if n_terms >= least else f"fewer than {least} terms ({n_terms}): too few to tell a ranking from chance"
+    terms = "1 term was" if n_terms == 1 else f"{n_terms} terms were"
+    return None if n_terms >= least else f"only {terms} judged; a ranking needs {least}"
 
 
 def interval_text(low: float | str | None, high: float | str | None, digits: str = "+.2f") -> str:
