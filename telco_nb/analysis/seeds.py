@@ -21,7 +21,7 @@ from telco_nb.analysis.statements import Finding, blockable
 from telco_nb.analysis.statistics import Luck
 from telco_nb.judge.best import MANY
 from telco_nb.judge.bradley_terry import interval_levels
-from telco_nb.judge.ranking import interval_text
+from telco_nb.judge.ranking import few_terms, interval_text
 
 
 def config_of(run: str) -> str:
@@ -97,7 +97,7 @@ def _merged_table(ranking: pd.DataFrame, ranked: pd.DataFrame, configs: list[str
     exact = means[["low", "high"]].to_numpy(float) - centre
     found = [_bounds(draws[c].to_numpy(), *row, int(terms[c])) for c, row in zip(configs, exact, strict=True)]
     table.loc[configs, ["low", "high"]] = np.array(found)
-    _rank(table, configs, draws, interval_levels(int(terms.max())))
+    _rank(table, configs, draws, int(terms.max()))
     if "n_judgements" in table:
         table.loc[configs, "n_judgements"] = ranked["n_judgements"].groupby(groups).sum()[configs]
     return table
@@ -116,11 +116,18 @@ def _bounds(drawn: np.ndarray, low: float, high: float, n_terms: int) -> tuple[f
     return (min(least, low), math.nan) if math.isnan(high) else (least, most)
 
 
-def _rank(table: pd.DataFrame, configs: list[str], draws: pd.DataFrame, levels: tuple[float, float]) -> None:
-    """Ranks with their intervals, and how often each is the best, into the rows of the configurations."""
+def _rank(table: pd.DataFrame, configs: list[str], draws: pd.DataFrame, n_terms: int) -> None:
+    """Ranks with their intervals, and how often each is the best, into the rows of the configurations.
+
+    With few terms (`few_terms`) the ranks stand alone.
+    """
+    table.loc[configs, "rank"] = (-table.loc[configs, "score"].round(8)).rank(method="min")
+    if few_terms(n_terms):
+        table.loc[configs, [name for name in ("rank_low", "rank_high", "p_best") if name in table]] = np.nan
+        return
+    levels = interval_levels(n_terms)
     scores = np.round(-draws[configs].to_numpy(float), 8)
     best, worst = (stats.rankdata(scores, method=end, axis=1) for end in ("min", "max"))
-    table.loc[configs, "rank"] = (-table.loc[configs, "score"].round(8)).rank(method="min")
     table.loc[configs, "rank_low"] = np.quantile(best, levels[0], axis=0, method="lower")
     table.loc[configs, "rank_high"] = np.quantile(worst, levels[1], axis=0, method="higher")
     if "p_best" in table:

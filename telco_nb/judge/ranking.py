@@ -30,7 +30,8 @@ def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataF
         One row per configuration, best first: score with interval (low, high) in log-odds, rank with interval
         (rank_low, rank_high), p_best (the share of draws in which it is first, shared between equals), n_judgements and
         n_terms (the clusters in which it was compared). Equal scores have equal ranks. Without two clusters there are
-        no bounds; p_best is missing where a bound is.
+        no bounds; p_best is missing where a bound is. With so few clusters that they carry no claim (`few_terms`)
+        rank_low, rank_high and p_best are missing: every place is possible.
     """
     bounds = _score_bounds(verdicts, fitted, draws)
     places = _rank_bounds(fitted, draws, bounds)
@@ -128,7 +129,7 @@ def _share_of_wins(rows: pd.DataFrame, first: np.ndarray, fitted: Fit, wins: boo
 def _rank_bounds(fitted: Fit, draws: Draws, bounds: np.ndarray) -> np.ndarray:
     """Lower and upper rank and p_best, (n, 3); equal scores share the best and the worst of their places."""
     n = len(fitted.configs)
-    if fitted.is_missing or len(draws.units) < 2:
+    if fitted.is_missing or few_terms(len(draws.units)):
         return np.full((n, 3), np.nan)
     scores = _rounded(-draws.abilities)
     best, worst = (stats.rankdata(scores, method=end, axis=1) for end in ("min", "max"))
