@@ -6,7 +6,7 @@ make, is not much less safe than they are, breaks off or loops rarely, and beats
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -47,6 +47,18 @@ class Fitness(NamedTuple):
         return self.failed + ([f"not measured: {', '.join(self.not_measured)}"] if self.not_measured else [])
 
     @property
+    def beyond_numbers(self) -> list[str]:
+        """The reasons that its numbers do not show."""
+        return self.reasons[len(self.below) :]
+
+    @property
+    def numbers(self) -> str:
+        """The three numbers and their bars, shortly; what is not known reads `-`."""
+        made = f"makes {_percent(self.coverage)}"
+        made += "" if self.gold_coverage is None else f" (bar {_percent(LEAST_COVERAGE * self.gold_coverage)})"
+        return f"{made}, {_percent(self.unsafe)} unsafe, {_percent(self.broken)} broken"
+
+    @property
     def is_fit(self) -> bool:
         """Every part of the bar was measured, and none is below it."""
         return not self.reasons
@@ -56,6 +68,27 @@ def panel_checks(panel: Sequence[JudgeResults], files: JudgeFiles) -> pd.DataFra
     """What the first checklist that passed its gate found in each answer; None without one."""
     valid = [judge.name for judge in panel if judge.kind == "checklist" and judge.gate_passed]
     return pd.read_parquet(files(valid[0])("tables/checks.parquet")) if valid else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def fitness_table(held: Mapping[str, Fitness]) -> tuple[pd.DataFrame, list[str]]:
+    """What every configuration is held against, shortly, and the long reasons that stand against all of them.
+
+    Returns:
+        A DataFrame by configuration: what it makes (`Fitness.numbers`), and what else stands against it alone, or fit;
+        and the reasons beyond these numbers that all configurations share, to be said once.
+    """
+    others = {config: found.beyond_numbers for config, found in held.items()}
+    shared = [reason for reason in next(iter(others.values()), []) if all(reason in own for own in others.values())]
+    own = [
+        "fit" if found.is_fit else "; ".join(r for r in others[config] if r not in shared) or "-"
+        for config, found in held.items()
+    ]
+    table = pd.DataFrame({"its answers": [found.numbers for found in held.values()], "besides": own}, index=list(held))
+    return table.rename_axis("config"), shared
 
 
 def fitness(study: StudyResults, config: str) -> Fitness:

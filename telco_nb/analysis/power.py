@@ -27,6 +27,7 @@ from telco_nb.study.params import config_of
 LEVEL, POWER = 0.05, 0.8
 SEEDS = (1, 2, 3, 5)
 FAR = 30.0  # standard errors: found with near certainty
+FORGONE = 4.6  # log-odds: winning 99 of 100 decided comparisons
 MOST = 1e6  # times the prompts: more are as good as never
 
 
@@ -154,6 +155,10 @@ def power_findings(study: StudyResults, n_prompts: int) -> list[Finding]:
 
 def _least(judge: JudgeResults, errors: Errors, n_prompts: int) -> Finding:
     least = least_difference(*errors.of())
+    if least > FORGONE:
+        text = f"With {n_prompts} prompts only a configuration that wins practically always would be noticed"
+        text += f" (by {judge.label}; one comparison alone, 5 % level)."
+        return blockable(f"power.{judge.name}", text, Interval(least), n_prompts, "described", judge)
     share = percent(float(expit(least)))
     text = (
         f"With {n_prompts} prompts and one training run each, this study finds a difference of "

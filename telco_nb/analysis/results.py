@@ -13,6 +13,7 @@ import pandas as pd
 
 from telco_nb.analysis.statistics import MISSING, Interval, Luck, cluster_weights, kendall_tau, percentile_interval
 from telco_nb.judge.cases import degenerate_answer
+from telco_nb.judge.gate import outcome
 from telco_nb.study.params import Claims, split_run
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
@@ -68,7 +69,7 @@ class JudgeResults:
 
     @property
     def failed_controls(self) -> list[str]:
-        return [control["control"] for control in self.controls if control["passed"] is not True]
+        return [control["control"] for control in self.controls if outcome(control) == "FAILED"]
 
     @property
     def is_proxy(self) -> bool:
@@ -183,15 +184,16 @@ def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
 
 
 def gate_table(judges: Sequence[JudgeResults]) -> pd.DataFrame:
-    """One row per planted control: the required value, and each judge's value with passed or FAILED."""
+    """One row per planted control: the required value, and each judge's value with passed, FAILED or not asked."""
     rows: dict[str, dict[str, str]] = {}
     for judge in judges:
         for control in judge.controls:
             threshold = control["threshold"]
             required = "-" if threshold is None else f"{control.get('rule', '')} {threshold:.3g}".strip()
             row = rows.setdefault(control["control"], {"required": required})
-            value = "no question" if control["value"] is None else f"{control['value']:.3f} (n = {control['n']})"
-            row[judge.label] = f"{value} {'passed' if control['passed'] else 'FAILED'}"
+            value = "no verdict: " if control["passed"] is False else ""
+            value = value if control["value"] is None else f"{control['value']:.3f} (n = {control['n']}) "
+            row[judge.label] = f"{value}{outcome(control)}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("control").reset_index()
 
 

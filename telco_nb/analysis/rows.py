@@ -13,6 +13,7 @@ from telco_nb.analysis.recommendation import name_list, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults, paired_draws
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
+from telco_nb.judge.separation import LEAST_TERMS
 
 PAIR_COLUMNS = ["factor", "config_a", "config_b", "level_a", "level_b"]
 ROW_COLUMNS = ["loss_a", "loss_b", "loss_change", "loss_low", "loss_high", "score_a", "score_b", "score_change",
@@ -118,6 +119,29 @@ def _pair_text(table: pd.DataFrame, judges: Sequence[JudgeResults]) -> str:
             lead = Interval(row["score_change"], row["score_low"], row["score_high"])
             text += f" With {_name(judge)} the score is {row['score_a']:+.2f} and {row['score_b']:+.2f}: "
             text += f"{row['config_b']} wins {win_text(lead)} of decided comparisons; {row['shows']}."
+    return text
+
+
+def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_conversations: int, n_terms: int) -> str:
+    """The configuration with the lowest validation loss, and the others that are not distinguishable from it.
+
+    Args:
+        losses: by configuration, nats per token.
+        draws: their paired bootstrap draws, (draws, configurations).
+        n_conversations, n_terms: of the validation set. With as few as carry no ranking either, nothing is told apart.
+    """
+    lowest, *others = losses.sort_values().index
+    text = f"**{lowest} has the lowest loss.** "
+    if min(n_conversations, n_terms) < LEAST_TERMS:
+        return f"{text}{n_conversations} conversations about {n_terms} terms are too few to tell whether it is lower."
+    gaps = draws.sub(draws[lowest], axis=0)
+    paired = {c: percentile_interval(losses[c] - losses[lowest], gaps[c], n_conversations) for c in others}
+    near = [config for config, gap in paired.items() if not gap.excludes()]
+    if near:
+        text += f"{len(near)} of the other {len(others)} are not distinguishable from it ({name_list(near)}): "
+        return f"{text}the interval of the paired difference contains 0."
+    if others:
+        text += "It is distinguishable from all others: no interval of a paired difference contains 0."
     return text
 
 

@@ -36,6 +36,7 @@ class Interval(NamedTuple):
 
 
 MISSING = Interval(math.nan)
+SHARE_DRAWS = 2000  # resamples behind the interval of a share
 
 
 def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = None) -> Interval:
@@ -55,6 +56,26 @@ def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = N
 def cluster_weights(n: int, n_draws: int, seed: int) -> np.ndarray:
     """Bootstrap of n clusters: how often each draw with replacement takes each of them, (draws, clusters)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws)
+
+
+def share_interval(right: pd.Series, clusters: pd.Series, seed: int) -> Interval:
+    """A share with the wider of two 95 % intervals: of whole clusters (bootstrap), of independent items (exact).
+
+    Args:
+        right: True or False, one per item.
+        clusters: the cluster of each item, such as its term.
+        seed: of the bootstrap.
+
+    Returns:
+        The share, 0 to 1, with its bounds; missing without an item.
+    """
+    if not len(right):
+        return MISSING
+    sums = right.groupby(clusters.to_numpy()).agg(["sum", "size"]).to_numpy(float)
+    drawn = cluster_weights(len(sums), SHARE_DRAWS, seed) @ sums
+    whole = percentile_interval(float(right.mean()), drawn[:, 0] / drawn[:, 1], len(sums))
+    exact = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="exact")
+    return Interval(whole.value, float(np.fmin(whole.low, exact.low)), float(np.fmax(whole.high, exact.high)))
 
 
 def kendall_tau(a: Numbers, b: Numbers) -> float:

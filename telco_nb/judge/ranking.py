@@ -30,7 +30,8 @@ def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataF
         One row per configuration, best first: score with interval (low, high) in log-odds, rank with interval
         (rank_low, rank_high), p_best (the share of draws in which it is first, shared between equals), n_judgements and
         n_terms (the clusters in which it was compared). Equal scores have equal ranks. Without two clusters there are
-        no bounds; p_best is missing where a bound is.
+        no bounds; p_best is missing where a bound is. With so few clusters that they carry no claim (`few_terms`)
+        rank_low, rank_high and p_best are missing: every place is possible.
     """
     bounds = _score_bounds(verdicts, fitted, draws)
     places = rank_bounds(draws.abilities, bounds, draws.compared, len(draws.units))
@@ -135,11 +136,11 @@ def rank_bounds(drawn: np.ndarray, bounds: np.ndarray, compared: np.ndarray, n_u
         n_units: the number of resampled clusters.
 
     Returns:
-        Lower and upper rank and p_best, (n, 3). All are missing without a score or with one cluster; p_best also where
-        a bound is.
+        Lower and upper rank and p_best, (n, 3). All are missing without a score or with few clusters (`few_terms`);
+        p_best also where a bound is.
     """
     n = len(bounds)
-    if np.isnan(drawn).all() or n_units < 2:
+    if np.isnan(drawn).all() or few_terms(n_units):
         return np.full((n, 3), np.nan)
     scores = _rounded(-drawn)
     best, worst = (stats.rankdata(scores, method=end, axis=1) for end in ("min", "max"))

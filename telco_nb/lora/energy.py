@@ -28,10 +28,11 @@ SHORTEST_WINDOW_S = {"nvml_energy_counter": 20.0, "rapl": 10.0, "cpu_time_model"
 SENSOR_ACCURACY = 0.05  # published for NVML counters on data-centre cards; for RAPL a guess
 MAX_DISAGREEMENT = 0.05  # between carbontracker's figure and ours, relative; beyond it the reader is warned
 KINDS = ("measured", "external", "allocated", "estimated", "none")  # from the strongest to the weakest
-SHOWN_COLUMNS = [  # columns of a statement that a notebook shows; the saved table has all
-    "component", "kind", "source", "gross_j", "low_j", "high_j", "window_s", "carbontracker_j", "valid",
-    "invalid_reason",
-]  # fmt: skip
+SHOWN_COLUMNS = {  # columns of a statement that a notebook shows, with their headers; the saved table has all
+    "component": "component", "kind": "kind", "source": "source", "gross_j": "energy, Wh", "low_j": "low, Wh",
+    "high_j": "high, Wh", "window_s": "window, s", "carbontracker_j": "carbontracker, Wh", "valid": "valid",
+    "invalid_reason": "why it is not valid",
+}  # fmt: skip
 
 
 class Meter:
@@ -249,6 +250,13 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def shown_statement(statement: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a statement (`Meter.statement`) that a reader needs, with units in the headers, energies in Wh."""
+    joules = [column for column in SHOWN_COLUMNS if column.endswith("_j")]
+    in_wh = statement[joules].astype(float) / JOULES_PER_WH
+    return statement.assign(**in_wh)[list(SHOWN_COLUMNS)].rename(columns=SHOWN_COLUMNS)
 
 
 def carbontracker_note(statement: pd.DataFrame) -> str:
