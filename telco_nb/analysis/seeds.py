@@ -29,6 +29,8 @@ from telco_nb.judge.bradley_terry import interval_levels
 from telco_nb.judge.ranking import interval_text, rank_bounds
 from telco_nb.study.params import config_of, repeat_name
 
+LEAST_DF = 3  # of 138 simulated studies 19 % (with 1) and 10 % (with 2) wrongly call one better; with 4 or 6 about 5 %
+
 
 def training_luck(scores: pd.Series, draws: pd.DataFrame | None = None) -> Luck | None:
     """The variance that training brings in, from runs of the same configuration.
@@ -180,6 +182,9 @@ def luck_findings(study: StudyResults) -> list[Finding]:
             "The intervals of its scores and ranks, tau, and the comparison with the best hold that luck; kappa, "
             "alpha, self-preference and what votes correct do not: they are about the runs that there are."
         )
+        if judge.luck.df < LEAST_DF:
+            text += f" Repeats with {LEAST_DF} degrees of freedom are the least that tell it: of {judge.luck.df} the "
+            text += "intervals are wide, and still hold the truth less often than they say."
         verdict = "supported" if spread > luck.high else "not distinguishable"
         found.append(blockable(f"luck.{judge.name}", text, luck, n, verdict, judge))
     return found

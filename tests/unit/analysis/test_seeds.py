@@ -78,6 +78,16 @@ def test_the_width_of_luck_is_that_of_t_and_its_variance_finite_down_to_one_degr
         assert found.draws["c07"].std() / found.error_draws["c07"].std() == pytest.approx(wide, rel=0.15)
 
 
+def test_the_finding_says_when_too_few_repeats_tell_the_luck():
+    truth, rng = pd.Series(0.0, CONFIGS), np.random.default_rng(3)
+    few, enough = (
+        seeds.luck_findings(studied(seeds.merge_runs(judged(rng, truth, 0.4, runs=runs))))[0].statement
+        for runs in ([*CONFIGS, "c01-seed1"], LAPTOP)
+    )
+    assert "of 1 the intervals are wide, and still hold the truth less often than they say" in few
+    assert "less often" not in enough
+
+
 def test_expected_scores_are_shrunk_by_the_luck_that_was_estimated_not_by_the_width_of_t():
     truth = pd.Series(np.linspace(-0.5, 0.5, 8), CONFIGS)
     merged = seeds.merge_runs(judged(np.random.default_rng(3), truth, 0.4, 0.05, [*CONFIGS, "c01-seed1"]))
