@@ -122,20 +122,20 @@ def _pair_text(table: pd.DataFrame, judges: Sequence[JudgeResults]) -> str:
     return text
 
 
-def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_conversations: int, n_terms: int) -> str:
+def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_scenarios: int, n_terms: int) -> str:
     """The configuration with the lowest validation loss, and the others that are not distinguishable from it.
 
     Args:
         losses: by configuration, nats per token.
         draws: their paired bootstrap draws, (draws, configurations).
-        n_conversations, n_terms: of the validation set. With as few as carry no ranking either, nothing is told apart.
+        n_scenarios, n_terms: of the validation set. With as few as carry no ranking either, nothing is told apart.
     """
     lowest, *others = losses.sort_values().index
     text = f"**{lowest} has the lowest loss.** "
-    if min(n_conversations, n_terms) < LEAST_TERMS:
-        return f"{text}{n_conversations} conversations about {n_terms} terms are too few to tell whether it is lower."
+    if min(n_scenarios, n_terms) < LEAST_TERMS:
+        return f"{text}{n_scenarios} scenarios about {n_terms} terms are too few to tell whether it is lower."
     gaps = draws.sub(draws[lowest], axis=0)
-    paired = {c: percentile_interval(losses[c] - losses[lowest], gaps[c], n_conversations) for c in others}
+    paired = {c: percentile_interval(losses[c] - losses[lowest], gaps[c], n_scenarios) for c in others}
     near = [config for config, gap in paired.items() if not gap.excludes()]
     if near:
         text += f"{len(near)} of the other {len(others)} are not distinguishable from it ({name_list(near)}): "
