@@ -102,3 +102,10 @@ def test_what_was_not_measured_has_a_reason_and_no_number():
     empty = parting.forgetting({"untuned": pd.DataFrame({"text_id": [], "loss": []}), **{
         c: pd.DataFrame({"text_id": [], "loss": []}) for c in DESIGN.index}}, 50, 1)  # fmt: skip
     assert told(study, forgetting=empty)["parting.forgetting.checklist"].verdict == "not estimable"
+
+
+def test_a_configuration_that_general_texts_surprise_less_is_called_that_and_not_a_loss_below_0():
+    table = pd.DataFrame({"value": [-0.2, -0.1, 0.3], "low": [-0.3, -0.2, 0.1], "high": [-0.1, 0.1, 0.5], "n": 6})
+    said = parting.forgetting_text(Measure(table, pd.DataFrame()))
+    assert "1 of 3 configurations are more surprised" in said and "(1 of them surely)" in said
+    assert "2 are less surprised than the untuned model (1 surely)" in said
