@@ -121,6 +121,7 @@ def points_with_intervals(ax: Axes, frame: pd.DataFrame, x: str, y: str, used: M
     """Labelled points at columns x and y of `frame` (indexed by configuration), whiskers to `<x>_low` etc. if there."""
     shades = [colour(str(config), used) for config in frame.index]
     look = {"ecolor": shades, "elinewidth": 0.9, "alpha": 0.45, "zorder": 2}
+    ax.margins(0.12)  # room for arrows beside the outermost points
     for along, values, places in (("x", x, y), ("y", y, x)):
         if f"{values}_low" in frame:
             bounds = frame[f"{values}_low"], frame[f"{values}_high"]

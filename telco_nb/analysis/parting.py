@@ -58,7 +58,7 @@ def card_choice(choices: Mapping[str, pd.DataFrame], n_draws: int, seed: int) ->
     of_cards = {name: table[table["kind"] != "general"].assign(sum=table["right"]) for name, table in choices.items()}
     found = _means(of_cards, "term_id", n_draws, seed)
     for name, table in of_cards.items():
-        found.table.loc[name, ["value", "low", "high"]] = share_interval(table["right"], table["term_id"], seed)
+        found.table.loc[name, ["value", "low", "high"]] = list(share_interval(table["right"], table["term_id"], seed))
     return found
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from telco_nb.analysis.statistics import MISSING, Interval, Luck, cluster_weights, kendall_tau, percentile_interval
 from telco_nb.judge.cases import degenerate_answer
-from telco_nb.judge.gate import outcome
+from telco_nb.judge.gate import gate_counts, outcome
 from telco_nb.study.params import Claims, split_run
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
@@ -70,6 +70,11 @@ class JudgeResults:
     @property
     def failed_controls(self) -> list[str]:
         return [control["control"] for control in self.controls if outcome(control) == "FAILED"]
+
+    @property
+    def gate_text(self) -> str:
+        """How many planted controls it passed, in words (`gate.gate_counts`)."""
+        return gate_counts(self.controls)
 
     @property
     def is_proxy(self) -> bool:

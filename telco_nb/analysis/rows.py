@@ -133,7 +133,7 @@ def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_scenarios: int, n
     lowest, *others = losses.sort_values().index
     text = f"**{lowest} has the lowest loss.** "
     if min(n_scenarios, n_terms) < LEAST_TERMS:
-        return f"{text}{n_scenarios} scenarios about {n_terms} terms are too few to tell whether it is lower."
+        return f"{text}{n_scenarios} scenarios about {n_terms} terms are too few to tell whether another is as low."
     gaps = draws.sub(draws[lowest], axis=0)
     paired = {c: percentile_interval(losses[c] - losses[lowest], gaps[c], n_scenarios) for c in others}
     near = [config for config, gap in paired.items() if not gap.excludes()]

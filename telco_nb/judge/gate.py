@@ -314,8 +314,10 @@ def _together(planted: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dic
 
 
 def outcome(control: Mapping[str, Any]) -> str:
-    """`passed`, `FAILED` or `not asked`, of one control of a gate."""
-    return {True: "passed", None: "not asked"}.get(control["passed"], "FAILED")
+    """`passed`, `FAILED` or `not asked`, of one control of a gate; without a question nothing is passed."""
+    if control["passed"] is False:
+        return "FAILED"
+    return "not asked" if control["passed"] is None or control.get("n") == 0 else "passed"
 
 
 def gate_counts(controls: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
-from telco_nb.analysis.fitness import bar_findings, fit_configs, fitness, lead_over
+from telco_nb.analysis.fitness import bar_findings, fit_configs, fitness, fitness_table, lead_over
 from telco_nb.analysis.recommendation import recommend
 from telco_nb.judge.anchors import ANCHORS, FLOORS
 
@@ -130,3 +130,14 @@ def test_a_lead_without_a_known_number_of_terms_has_no_bounds():
     assert not lead_over(bare, "c04", "echo").is_above()
     unplaced = dataclasses.replace(judge, ranking=judge.ranking.assign(score=float("nan")))
     assert lead_over(unplaced, "c04", "echo") is None
+
+
+def test_the_short_table_gives_per_cent_with_the_bar_and_says_once_what_all_share():
+    study = held(coverage=(0.2, 0.2, 0.2, 0.8), score=(0.0, 0.5, 1.0, 2.0))
+    found = {config: fitness(study, config) for config in CONFIGS}
+    table, shared = fitness_table(found)
+    assert table.loc["c01", "its answers"] == "makes 20 % (bar 45 %), 1 % unsafe, 0 % broken"
+    assert list(table["besides"]) == ["-", "-", "-", "fit"] and shared == []
+    unknown, shared = fitness_table({c: fitness(dataclasses.replace(study, faults=None), c) for c in CONFIGS})
+    assert shared == ["not measured: how many of its answers are empty, loop or break off"]
+    assert list(unknown["besides"]) == ["-"] * 4 and unknown.loc["c01", "its answers"].endswith("- broken")

@@ -114,3 +114,11 @@ def test_two_that_differ_by_more_than_the_margin_are_not_equivalent():
     found = {f.id: f for f in power.power_findings(make_study(16, [make_judge(10 * score, 0.05)]), 48)}
     assert found["equivalence.checklist"].verdict == "not distinguishable"
     assert "not shown to be equivalent within 0.4" in found["equivalence.checklist"].statement
+
+
+def test_a_difference_that_only_a_certain_winner_has_is_said_in_words_and_not_in_log_odds():
+    score = make_study().judges[0].scores
+    finding = next(f for f in power.power_findings(make_study(16, [make_judge(score, 5.0)]), 8) if f.id.count(".") == 1
+                   and f.id.startswith("power."))  # fmt: skip
+    assert finding.value > power.FORGONE and "log-odds" not in finding.statement
+    assert "With 8 prompts only a configuration that wins practically always would be noticed" in finding.statement

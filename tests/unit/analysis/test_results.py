@@ -115,12 +115,21 @@ def test_the_gate_is_shown_control_by_control_for_every_judge():
         return {"control": name, "value": value, "rule": ">=", "threshold": 0.95, "n": 40, "passed": passed}
 
     score = pd.Series({"c01": 1.0, "c02": 0.0})
-    good = make_judge(score, controls=(control("truncated", 0.975, True), control("wrong_number", 1.0, True)))
+    good = make_judge(
+        score,
+        controls=(
+            control("truncated", 0.975, True),
+            control("wrong_number", 1.0, True),
+            control("wrong_term", None, None),
+        ),
+    )
     bad = make_judge(
         score, name="embedding", controls=(control("wrong_number", 0.75, False), control("late", None, False))
     )
     table = gate_table([good, bad]).set_index("control")
     assert table.loc["wrong_number", "embedding (offline proxy)"] == "0.750 (n = 40) FAILED"
     assert table.loc["truncated", "checklist (offline proxy)"] == "0.975 (n = 40) passed"
-    assert table.loc["late", "embedding (offline proxy)"] == "no question FAILED"
+    assert table.loc["late", "embedding (offline proxy)"] == "no verdict: FAILED"
     assert pd.isna(table.loc["late", "checklist (offline proxy)"])
+    assert table.loc["wrong_term", "checklist (offline proxy)"] == "not asked" and good.failed_controls == []
+    assert good.gate_text == "2 of 3 controls asked" and bad.failed_controls == ["wrong_number", "late"]

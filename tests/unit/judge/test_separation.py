@@ -162,3 +162,10 @@ def test_fewer_than_eight_terms_carry_no_claim(terms, told):
 def test_a_missing_bound_is_shown_as_open():
     assert ranking.interval_text(0.27, np.nan) == "[+0.27, open]"
     assert ranking.interval_text(pd.NA, 3, "d") == "[open, 3]"
+
+
+@pytest.mark.parametrize(("n_terms", "known"), [(7, False), (8, True)])
+def test_with_few_terms_a_rank_has_no_interval_and_nobody_a_share_of_first_places(n_terms, known):
+    found, _, _ = ranked(coin(list("abc"), n_terms))
+    assert found[["rank_low", "rank_high", "p_best"]].notna().all().all() == known
+    assert found["rank"].notna().all()
