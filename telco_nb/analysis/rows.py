@@ -133,7 +133,8 @@ def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_conversations: in
     lowest, *others = losses.sort_values().index
     text = f"**{lowest} has the lowest loss.** "
     if min(n_conversations, n_terms) < LEAST_TERMS:
-        return f"{text}{n_conversations} conversations about {n_terms} terms are too few to tell whether another is as low."
+        few = f"{n_conversations} conversations about {n_terms} terms are too few to tell"
+        return f"{text}{few} whether another is as low."
     gaps = draws.sub(draws[lowest], axis=0)
     near = [c for c in others if not percentile_interval(losses[c] - losses[lowest], gaps[c]).excludes()]
     if near:
