@@ -133,11 +133,7 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     n, unfit = len(study.results), unfit_text(study)
     none_fit = f"No configuration is fit for customers: {unfit}."
     if choice.config is None:
-        reasons = why_not(study, choice)
-        if unfit:
-            text = f"{none_fit} They cannot be ranked either: {reasons}."
-            return Finding("deploy", text, n=n, verdict="not fit", blocked_by=[reasons])
-        return not_estimable("deploy", "No configuration can be recommended", reasons, n, "blocked")
+        return _no_choice(study, choice, none_fit if unfit else "")
     row = study.results.loc[choice.config]
     held, who = fitness(study, choice.config), f"{choice.config} ({describe_config(row)})"
     rest = f"Training: {energy_text(row) or 'its training energy is not known'}. {seed_text(study)}"
@@ -155,6 +151,16 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     text = f"Deploy {who}: {choice.reason}. {fit}{_better_text(choice.better_than)}{rest}"
     verdict = "supported" if choice.is_supported else "not distinguishable"
     return Finding("deploy", text, choice.config, n=n, verdict=verdict)
+
+
+def _no_choice(study: StudyResults, choice: Recommendation, none_fit: str) -> Finding:
+    """The decision where nothing is recommended; `none_fit` says by what all fail, or is empty."""
+    reasons, n = why_not(study, choice), len(study.results)
+    if not none_fit:
+        return not_estimable("deploy", "No configuration can be recommended", reasons, n, "blocked")
+    either = "None can be recommended" if claiming_judges(study)[0] else "They cannot be ranked either"
+    text = f"{none_fit} {either}: {reasons}."
+    return Finding("deploy", text, n=n, verdict="not fit", blocked_by=[reasons])
 
 
 def _better_text(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from telco_nb.report.config_cards import GUESSED
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
 from telco_nb.report.pages import first_heading, notebook_body
 from telco_nb.report.rendering import render
-from telco_nb.report.tiles import base_models, energy_kinds, first_tiles
+from telco_nb.report.tiles import base_models, energy_kinds, first_sentence, first_tiles
 from telco_nb.study.plan import STEPS
 
 QUESTION = (
@@ -89,7 +89,7 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "question": QUESTION,
         "tags": _tags(study),
         "alarms": _alarms(study),
-        "lead": _first_sentence(deploy["statement"] if deploy else NO_RESULT),
+        "lead": first_sentence(deploy["statement"] if deploy else NO_RESULT),
         "tiles": first_tiles(study, chosen) if deploy else [],
         "results": _results(study, chosen),
         "legend": f"{energy}Places count from 1, the best.",
@@ -103,10 +103,6 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "status": _status(study),
         "provenance": _provenance(study),
     }
-
-
-def _first_sentence(text: str) -> str:
-    return f"{text.partition('. ')[0].removesuffix('.')}."
 
 
 def _new_reasons(finding: Mapping[str, Any]) -> list[str]:

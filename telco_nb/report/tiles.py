@@ -51,6 +51,11 @@ def energy_kinds(study: StudyFiles) -> list[str]:
     return sorted(study.results["energy_kind"].dropna().unique()) if "energy_kind" in study.results else []
 
 
+def first_sentence(text: str) -> str:
+    """A text up to its first full stop before a blank."""
+    return f"{text.partition('. ')[0].removesuffix('.')}."
+
+
 def base_models(study: StudyFiles) -> list[str]:
     """The names of the base models in the records."""
     models = {m["base_model"] for m in study.metrics.values() if m.get("base_model")}
@@ -68,7 +73,7 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     about = f"{describe_config(study.results.loc[chosen])}"
     if verdict == "not fit":
         big = "none: not fit for customers" if below else "none: not shown to be fit for customers"
-        return Tile("Deploy", big, [f"Best of {len(study.results)}: {chosen} ({about}).", *below], "not fit")
+        return Tile("Deploy", big, [f"Best of {len(study.results)}: {chosen} ({about}).", *below])
     made = [f["statement"] for f in held if f["id"] == "fitness.coverage"]
     lines = [f"{about}.", *_won(study), *made]
     if verdict == "cannot tell":
@@ -102,7 +107,7 @@ def _cost_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
         ends = dict.fromkeys(f"{end:.2g}" for end in (energy.min(), energy.max()))
         kind = " and ".join(energy_kinds(study)) or "of unknown kind"
         lines.append(f"{'All training' if chosen else 'Training'}: {' to '.join(ends)} Wh, {kind}.")
-    lines.append(serving["statement"] if serving else "What a million answers cost is not known.")
+    lines.append(first_sentence(serving["statement"]) if serving else "What a million answers cost is not known.")
     if not chosen:
         return Tile(title, "" if len(energy) else "not known", lines)
     row = study.results.loc[chosen]
@@ -175,9 +180,9 @@ def _tau_tile(study: StudyFiles) -> Tile:
     lines = [TAU_WORDS[verdict].format(n=min(valid))] if verdict in TAU_WORDS else []
     for judge, tau in known.items():
         interval = interval_text(_number(tau["low"]), _number(tau["high"]))
-        lines.append(f"Rank correlation {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
+        lines.append(f"tau {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
     if known:
-        lines.append("-1: a lower loss always goes with better answers; 0: no relation; +1: with worse ones.")
+        lines.append("-1: a lower loss always goes with better answers.")
     else:
         lines += [tau["statement"] for tau in taus.values()]
     return Tile("Does a lower loss go with better answers?", verdict, lines)
@@ -206,8 +211,8 @@ def _paper_tile(study: StudyFiles) -> Tile:
     kinds = "".join(f", {kind}" for kind in energy_kinds(study) if kind in GUESSED)
     best = f"{PAPER['best_loss_rank']} of {PAPER['n']}"
     rows = [
-        ("place of the lowest loss", best, _ranks(study, "best_loss_rank") or "-"),
-        ("place of the highest loss", PAPER["worst_loss_rank"], _ranks(study, "worst_loss_rank") or "-"),
+        ("lowest loss came", best, _ranks(study, "best_loss_rank") or "-"),
+        ("highest loss came", PAPER["worst_loss_rank"], _ranks(study, "worst_loss_rank") or "-"),
         ("energy, most to least", f"x {high / low:.1f}", f"{here}{kinds}"),
     ]
     return Tile("Beside the paper (other model, data and judges)", rows=rows)

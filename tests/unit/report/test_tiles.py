@@ -44,7 +44,7 @@ def text(tile: first_screen.Tile) -> str:
     ("verdict", "title", "big", "tag"),
     [
         ("cannot tell", "Deploy", "No clear best; best guess is c04", "cannot tell"),
-        ("not fit", "Deploy", "none: not shown to be fit for customers", "not fit"),
+        ("not fit", "Deploy", "none: not shown to be fit for customers", None),
         ("supported", "Deploy", "c04", None),
     ],
 )
@@ -208,6 +208,6 @@ def test_a_reason_that_the_statement_gives_is_not_printed_again():
 
 
 def test_the_lead_is_the_first_sentence():
-    assert build._first_sentence("Deploy c04 (learning rate 0.002): x 1.5. Then more.") == (
+    assert first_screen.first_sentence("Deploy c04 (learning rate 0.002): x 1.5. Then more.") == (
         "Deploy c04 (learning rate 0.002): x 1.5."
     )
