@@ -1,5 +1,6 @@
 """Energy: what is measured is counted right, what is estimated says so, and nobody is asked where we are."""
 
+import errno
 import json
 import math
 import socket
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from fake_sensors import install_nvml, not_supported, spend, write_zone
 
-from telco_nb.lora import energy, sensors
+from telco_nb.lora import energy
 from telco_nb.study import machine
 
 WATTS = (2.0, 5.0, 12.0)
@@ -26,6 +28,7 @@ def busy(seconds: float) -> None:
 @pytest.fixture(autouse=True)
 def no_sensors(monkeypatch, tmp_path):
     monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "BATTERIES", tmp_path / "power_supply")
     monkeypatch.setattr(energy, "nvml_handle", lambda: None)
 
 
@@ -33,17 +36,6 @@ def no_sensors(monkeypatch, tmp_path):
 def rapl(tmp_path):
     write_zone(tmp_path / "intel-rapl:0", "package-0", 990_000_000)
     return (tmp_path / "intel-rapl:0" / "energy_uj").write_text
-
-
-def write_zone(folder: Path, name: str, microjoules: int) -> None:
-    folder.mkdir(parents=True)
-    for file, text in (("name", name), ("energy_uj", microjoules), ("max_energy_range_uj", 1_000_000_000)):
-        (folder / file).write_text(f"{text}\n")
-
-
-def spend(folder: Path, joules: int) -> None:
-    file = folder / "energy_uj"
-    file.write_text(str(int(file.read_text()) + joules * 10**6))
 
 
 def measured(root: Path, joules: dict[str, int]) -> pd.DataFrame:
@@ -154,8 +146,13 @@ def test_rapl_zones_are_taken_by_name_and_each_package_once(tmp_path, zones, spe
     assert dict(shown) == pytest.approx(apart)
 
 
-@pytest.mark.parametrize("fault", ["reads 0", "no number", "no name", "no range", "of two packages one"])
-def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_says_why(tmp_path, rapl, fault):
+UNUSABLE = ["reads 0", "no number", "no name", "no range", "of two packages one", "no data"]
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_says_why(
+    tmp_path, rapl, monkeypatch, fault
+):
     zone = tmp_path / "intel-rapl:0"
     if fault == "reads 0":
         rapl("0")
@@ -165,12 +162,26 @@ def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_
         (zone / "name").unlink()
     elif fault == "no range":
         (zone / "max_energy_range_uj").unlink()
+    elif fault == "no data":  # of a counter that the firmware has switched off
+        read = Path.read_text
+
+        def refuse(path: Path, **options: str) -> str:
+            if path.name == "energy_uj":
+                raise OSError(errno.ENODATA, "No data available")
+            return read(path, **options)
+
+        monkeypatch.setattr(Path, "read_text", refuse)
     else:
         write_zone(tmp_path / "intel-rapl:1", "package-1", 10**6)
         (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
     row = measured(tmp_path, {}).loc["cpu"]
     assert (row.kind, row.source, row.valid) == ("estimated", "cpu_time_model", True)
     assert row.note.startswith("no counter: ") and "intel-rapl:" in row.note
+
+
+def test_a_powercap_folder_that_a_container_masks_gives_an_estimate_that_says_so(tmp_path):
+    row = measured(tmp_path, {}).loc["cpu"]
+    assert (row.kind, row.valid) == ("estimated", True) and "lists no processor package" in row.note
 
 
 def test_a_rapl_counter_that_fails_in_mid_window_invalidates_its_component_and_nothing_else(tmp_path, rapl):
@@ -205,27 +216,10 @@ def test_a_failure_before_a_checkpoint_is_still_known_after_it(tmp_path, rapl):
     assert not row.valid and "before the training was resumed" in row.invalid_reason
 
 
-def not_supported(*_: object) -> int:
-    raise RuntimeError("Not Supported")
-
-
 @pytest.fixture
 def card(monkeypatch):
     """A card whose energy counter and power are functions that a test replaces."""
-    fake = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetName=lambda _: "Test GPU",
-        nvmlDeviceGetTotalEnergyConsumption=lambda _: 1_000_000,
-        nvmlDeviceGetPowerUsage=not_supported,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(energy, "nvml_handle", sensors.nvml_handle)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="1"))
-    return fake
+    return install_nvml(monkeypatch)
 
 
 @pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"])
