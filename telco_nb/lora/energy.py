@@ -361,6 +361,20 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
     }
 
 
+def energy_rates(
+    figures: Mapping[str, Any], prefix: str, tokens: int, supervised_tokens: int, window_s: float
+) -> dict[str, float]:
+    """The energy of `energy_metrics` per token, per token that the loss counts, and per second.
+
+    Returns:
+        `<prefix>_joules_per_token`, `<prefix>_joules_per_supervised_token` and `<prefix>_mean_w`; NaN where the energy
+        is missing.
+    """
+    joules = figures[f"{prefix}_energy_wh"] * JOULES_PER_WH
+    per = {"joules_per_token": tokens, "joules_per_supervised_token": supervised_tokens, "mean_w": window_s}
+    return {f"{prefix}_{name}": joules / count if count else math.nan for name, count in per.items()}
+
+
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
