@@ -13,8 +13,6 @@ import numpy as np
 
 from telco_nb.lora.sensors import SensorError
 
-FEWEST_SAMPLES = 3  # below, nothing is known of how the power varies
-
 
 class Periodic:
     """Calls a function again and again in a thread, at irregular times, between `start` and `stop`.
@@ -76,10 +74,11 @@ def integrate(seconds: Sequence[float], watts: Sequence[float], accuracy: float,
     error from the differences of neighbours, so that a change which the samples follow counts little; and the delay
     of the sensor, during which the power may have been any that was seen.
 
-    Raises SensorError for fewer than FEWEST_SAMPLES.
+    Args:
+        seconds: when the samples were read, two or more.
+        watts: the samples.
+        accuracy, lag_s: of the sensor, see PowerSource.
     """
-    if len(seconds) < FEWEST_SAMPLES:
-        raise SensorError(f"{len(seconds)} samples of the power are too few")
     power, jumps, window_s = np.asarray(watts), np.diff(watts), seconds[-1] - seconds[0]
     joules = float(np.trapezoid(power, seconds))
     sampling_w = 2 * float(np.sqrt(np.mean(jumps**2) / 2 / len(jumps)))
@@ -115,7 +114,7 @@ class PowerSampler:
                 self._watts.append(watts)
 
     def stop(self) -> Integral:
-        """The energy of the window that ends now. Raises SensorError if a reading failed or there are too few."""
+        """The energy of the window that ends now. Raises SensorError if a reading failed."""
         self._periodic.stop()
         self.sample()
         if self._failure is not None:

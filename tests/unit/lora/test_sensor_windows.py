@@ -172,6 +172,15 @@ def test_a_card_without_a_counter_is_measured_by_its_power_with_a_wider_interval
     assert row.high_j - row.low_j > counted.high_j - counted.low_j
 
 
+def test_a_window_too_short_for_a_second_sample_adds_little_and_spoils_nothing(clock, powered):
+    meter, true_j = window(clock, 30)
+    meter.start()
+    clock.spend(0.02, 300)
+    meter.stop()
+    row = rows(meter).loc["gpu"]
+    assert row.valid and row.low_j < true_j + 6 < row.high_j and meter.n_windows == 2
+
+
 def test_a_card_whose_power_fails_in_mid_window_has_no_figure(clock, powered, monkeypatch):
     meter = energy.Meter(WATTS, 0.3)
     meter.start()
