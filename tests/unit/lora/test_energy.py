@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import random
 import socket
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from fake_sensors import install_nvml, not_supported, spend, write_zone
 
 from telco_nb.lora import energy
+from telco_nb.lora.power_samples import PowerSampler, PowerSource
 from telco_nb.study import machine
 
 WATTS = (2.0, 5.0, 12.0)
@@ -397,3 +399,20 @@ def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
     tracker.close()
     assert asked and {*asked} == {card}
     assert joules == pytest.approx(300 * 0.3, rel=0.5)
+
+
+def test_a_power_is_sampled_in_the_background_while_the_work_runs():
+    asked, state = [], random.getstate()
+    source = PowerSource(lambda: asked.append(1) or 100.0, interval_s=0.01, accuracy=0.05, lag_s=0.0)
+    sampler = PowerSampler(source)
+    for _ in range(2):
+        start = time.perf_counter()
+        sampler.start()
+        time.sleep(0.3)
+        found = sampler.stop()
+        assert found.joules == pytest.approx(100 * (time.perf_counter() - start), rel=0.1)
+        assert found.half_j == pytest.approx(0.05 * found.joules)  # a steady power: the sensor's own error alone
+    after = len(asked)
+    time.sleep(0.1)
+    assert len(asked) == after > 20
+    assert random.getstate() == state  # the order of a training is drawn from it
