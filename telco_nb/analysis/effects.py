@@ -142,8 +142,10 @@ def order_shares(configs: pd.DataFrame) -> dict[str, float]:
     """How far each factor determines the place of a configuration in the order of runs, 0 to 1.
 
     Args:
-        configs: the levels of FACTORS in the order in which the configurations ran.
+        configs: the levels of FACTORS, by configuration, and train_started_at. Records without it ran as listed.
     """
+    if "train_started_at" in configs and configs["train_started_at"].notna().all():
+        configs = configs.sort_values("train_started_at", kind="stable")
     place = pd.Series(np.arange(len(configs), dtype=float), configs.index)
     total = float(((place - place.mean()) ** 2).sum())
     if not total:

@@ -22,6 +22,7 @@ SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per 
 )  # fmt: skip
 ENERGY_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
+    "train_joules_per_token", "train_joules_per_supervised_token", "train_mean_w",
 )  # fmt: skip
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 JudgeFiles = Callable[[str], Callable[[str], Path]]  # by a judge's name: the path of a file of its 05_judge
@@ -235,7 +236,7 @@ def result_columns(judges: Iterable[str]) -> list[str]:
     """The columns of results.csv, in order."""
     return [
         "config", *PARAMETER_COLUMNS, "train_tokens", "val_loss", "val_loss_low", "val_loss_high",
-        *SET_LOSSES, *ENERGY_COLUMNS, "answer_energy_wh", "train_seconds", "tokens_per_second",
+        *SET_LOSSES, *ENERGY_COLUMNS, "answer_energy_wh", "train_started_at", "train_seconds", "tokens_per_second",
         *(f"{judge}_{part}" for judge in judges for part in JUDGE_PARTS),
     ]  # fmt: skip
 

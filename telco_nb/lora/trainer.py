@@ -23,7 +23,12 @@ from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, p
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.study.record import write_json
 
-PER_PROCESS_READINGS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # readings of a meter that cover its own process only
+PER_PROCESS_READINGS = (
+    "cpu_s",
+    "gpu_j",
+    "gpu_half_j",
+    "tracker_gpu_j",
+)  # readings of a meter that cover its own process only
 
 
 class PackedTrainer(Trainer):

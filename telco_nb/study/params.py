@@ -142,6 +142,7 @@ class Parameters(LoraParameters, JudgeParameters):
     cpu_watts_per_core: float = Field(gt=0)
     cpu_watts_per_core_high: float = Field(gt=0)
     idle_share: float = Share
+    external_wh: float | None = Field(gt=0)
     usd_per_kwh: float = Field(ge=0)
     carbon_g_per_kwh: float = Field(ge=0)
     # ranking and claims
@@ -196,6 +197,7 @@ class StudyParams:
     def values(self, scope: str) -> dict[str, Any]:
         """All parameter values for one scope (`shared`, `c01`, `c01-seed1`, `untuned`, `judge-x`, `study`)."""
         merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
+        merged |= {"external_wh": None}  # only typed into a notebook that is run by hand
         config, seed = split_run(scope)
         if config in self.lora:
             merged |= self.lora[config] | ({} if seed is None else {"seed": seed})
@@ -214,7 +216,8 @@ RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "gold", "
 PUBLISHED = "reference"  # the folder of outputs that holds the published run
 BY_HAND = "by-hand"  # the folder of outputs for results of notebooks that are run by hand
 OFFLINE_KINDS = {"checklist", "embedding", "human", "language_model_panel"}
-RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
+# Never written in a file: what the plan computes, and a wall meter's figure, which is known after a training by hand.
+RUNNER_KEYS = {"scope", "repeats", "external_wh"}
 
 
 def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[str] | None = None) -> StudyParams:
@@ -227,7 +230,7 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     check_profile_name(profile)
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
     base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
-    validate(base | {"scope": "shared", "repeats": []}, f"{profile_file} (with base.yaml)")
+    validate(base | {"scope": "shared", "repeats": [], "external_wh": None}, f"{profile_file} (with base.yaml)")
     folder = base["lora_folder"]
     lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / folder).glob("*.yaml"))}
     _check_names(lora, params_dir / folder)

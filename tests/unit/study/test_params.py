@@ -76,6 +76,24 @@ def test_second_seeds_are_answered_and_judged_but_not_shown_to_voters(folder):
     assert "language_model_panel" in text and study.values("judge-panel")["configs"] == study.configs
 
 
+def trained(folder: Path) -> list[str]:
+    return [job.scope for job in plan_jobs(load_study("laptop", folder)) if job.step == "03_train"]
+
+
+def test_configurations_train_in_an_order_drawn_with_the_seed_and_repeats_after_them(folder):
+    first, study = trained(folder), load_study("laptop", folder)
+    assert first == trained(folder) and first[:16] != study.configs == sorted(first[:16])
+    assert first[16:] == study.repeats
+    edit(folder / "base.yaml", "seed: 20260605", "seed: 1")
+    assert trained(folder) != first
+
+
+def test_what_a_wall_meter_shows_is_typed_into_the_notebook_and_no_file(folder):
+    edit(folder / "base.yaml", "idle_share: 0.3", "external_wh: 3.0\nidle_share: 0.3")
+    with pytest.raises(ParameterError, match=r"base\.yaml:\d+: external_wh: unknown key here"):
+        load_study("laptop", folder)
+
+
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
 def test_lora_alpha_is_twice_the_rank_everywhere(profile):
     study = load_study(profile)
