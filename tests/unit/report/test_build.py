@@ -54,7 +54,8 @@ def built(finished) -> Path:
 def test_the_first_screen_answers_a_manager(built, finished):
     results = {f["id"]: f for f in json.loads((finished / "findings.json").read_text())}
     answer = soup(built / "telco_report.html").find(id="answer").get_text(" ")
-    assert f"Deploy {results['deploy']['value']}" in answer
+    assert results["deploy"]["verdict"] == "cannot tell"  # the widths of few repeats leave two configurations
+    assert f"best guess is {results['deploy']['value']}" in answer
     for told in (
         "Loss alone would have chosen",
         results["loss_choice"]["value"],
