@@ -149,7 +149,7 @@ def result_rows(study: StudyFiles, config: str, held: Fitness | None) -> list[Ro
     for judge in study.judges:
         gate = "passed" if row[f"{judge}_gate"] == "passed" else "FAILED: this rank carries no claim"
         about = f"of {len(study.results)}, 1 is best; {study.judge_name(judge)}, validity gate {gate}"
-        rank = _row(row, f"rank by {judge}", f"{judge}_rank{{}}", about, "{:.0f}")
+        rank = _row(row, f"place by {judge}", f"{judge}_rank{{}}", about, "{:.0f}")
         rows.append(rank)
     return [row for row in rows if row is not None]
 
