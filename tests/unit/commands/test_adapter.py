@@ -248,7 +248,7 @@ def test_the_head_of_the_card_parses_as_hubs_read_it(folders):
 def test_the_card_takes_its_numbers_from_the_record(folders):
     _, text = head_and_text(folders["hf"])
     for part in ("| validation loss | 3.1000 | 3.0000 to 3.2000 |", "| training | 0.06 | 0.025 to 0.15 | **estimated**",
-                 "| one answer | 0.002 | 0.0008 to 0.005 | **estimated**", "| rank by checklist | 2 | 1 to 2 |",
+                 "| one answer | 0.002 | 0.0008 to 0.005 | **estimated**", "| place by checklist | 2 | 1 to 2 |",
                  "2 conversations, a sample of the 3,084", "Q4_1 GGUF", chat_template.SYSTEM_PROMPT,
                  "| broken answers | 50% |", "apache-2.0", "query and value, rank 64, 4 epochs"):  # fmt: skip
         assert part in text, part
