@@ -367,6 +367,7 @@ def test_a_server_that_never_answers_is_given_up_and_leaves_no_file(home, monkey
     monkeypatch.setattr(serve, "READY_SECONDS", 0.5)
     monkeypatch.setattr(serve, "SERVER", "import time; time.sleep(60)")
     monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
+    monkeypatch.setattr(serve, "guard_template", lambda folder: None)  # there is no model in the folder
     killed = serve.served_dir() / ".c04.4194305.work"  # above the largest process id
     killed.mkdir(parents=True)
     (killed / "model.safetensors").write_text("left by a killed server")
@@ -389,6 +390,7 @@ def test_no_proxy_stands_between_a_server_and_who_waits_for_it(home, monkeypatch
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
+    monkeypatch.setattr(serve, "guard_template", lambda folder: None)  # there is no model in the folder
     with socket.socket() as free:
         free.bind((serve.HOST, 0))
         port = free.getsockname()[1]
