@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import trained_study
+from ports import free_port
 from typer.testing import CliRunner
 
 from telco_nb import ROOT
@@ -109,12 +110,6 @@ def section(readme: Path) -> list[str]:
     text = readme.read_text(encoding="utf-8").split("## Put it to work\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if shlex.split(line, comments=True)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
