@@ -281,7 +281,11 @@ def test_without_results_the_card_says_that_nothing_is_shown(study):
     for path in (study / "results.csv", study / "shared", study / "judge-checklist", study / "findings.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     card = model_card.render_card(trained.find_trained("laptop", "c04"), "merged")
-    assert "NOT FIT" in card and "the study is not finished" in card and "no judge that passed its gate" in card
+    assert (
+        "NOT FIT" in card
+        and "the study is not finished" in card
+        and "has not compared it by a judge that passed its gate" in card
+    )
 
 
 # ---------------------------------------------------------------- chat

@@ -274,7 +274,8 @@ def test_two_processes_train_what_one_trains(tmp_path):
         (folder / "worker.py").write_text(WORKER)
         launch = [*several, str(free_port())] if processes == 2 else []
         command = [sys.executable, *launch, str(folder / "worker.py"), str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         found[processes] = [float(x) for x in json.loads((folder / "found.json").read_text())]
