@@ -35,6 +35,7 @@ from telco_nb.analysis.recommendation import (
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.seeds import noise_finding
 from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, not_estimable, p_text, some_of
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.cases import CRITERIA
@@ -70,7 +71,7 @@ def all_findings(study: StudyResults, seed: int = 0, divergence: pd.DataFrame | 
         for finding in loss_findings(study, judge, seed, parts[parts["judge"] == judge.label])
     ]
     agreement = [_agreement(study, a, b, seed) for a, b in combinations(study.judges, 2)]
-    rest = [*_energy_findings(study), _noise_finding(study), *_effect_findings(study)]
+    rest = [*_energy_findings(study), noise_finding(study), *_effect_findings(study)]
     return [*decision_findings(study), *judged, *agreement, *rest]
 
 
@@ -373,26 +374,6 @@ def _pareto_findings(study: StudyResults) -> list[Finding]:
             id, n = f"pareto.{judge.name}", len(study.energy)
             findings.append(blockable(id, text, size, n, "described", judge, blocks=blocks))
     return findings
-
-
-def _noise_finding(study: StudyResults) -> Finding:
-    noise = effects.noise_floor(study.results, study.repeats, "val_loss")
-    if noise is None:
-        reason = "no configuration was repeated with another seed"
-        return not_estimable("noise_floor", "The standard deviation between seeds is not known", reason)
-    seeds, losses = noise.between_seeds, study.losses.sort_values()
-    near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
-    differ = noise.between_configs
-    text = (
-        f"The standard deviation between seeds of the validation loss is {seeds.value:.4f} "
-        f"{interval_text(*seeds[1:], '.4f')} ({counted(noise.n_runs, 'run')}); between configurations it is "
-        f"{'not known' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
-        f"{noise.resolution:.4f} are not distinguishable: that close to the lowest loss "
-        f"{'is' if len(near) == 1 else 'are'} {len(near)} of {len(losses)}"
-        f"{f' ({name_list(near)})' if len(near) <= 8 else ''}, itself included."
-    )
-    verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
-    return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)
 
 
 def _effect_findings(study: StudyResults) -> list[Finding]:

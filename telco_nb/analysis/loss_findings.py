@@ -98,7 +98,8 @@ def _ceiling_text(ceiling: float) -> str:
     if math.isnan(ceiling):
         return ""
     only = "only " if ceiling < 0.5 else ""
-    return f"By chance alone the scores of two runs of the study would on average show |tau| of {only}{ceiling:.2f}. "
+    runs = f"the scores of two runs of the study would on average show |tau| of {only}{ceiling:.2f} with each other"
+    return f"Through noise alone {runs}. "
 
 
 def design_p_text(configs: pd.DataFrame, a: pd.Series, b: pd.Series, seed: int) -> tuple[float, str]:

@@ -67,7 +67,7 @@ class Explanation(NamedTuple):
     above: str
 
 
-_EQUAL = "at equal validation loss, configurations that {} are judged {}"
+_EQUAL = "configurations that {} are judged {} at equal validation loss"
 EXPLANATIONS = {
     "shift": Explanation(
         "A shift of distribution",
@@ -278,10 +278,10 @@ def _summary(judge: JudgeResults, told: Mapping[str, Told], n: int) -> Finding:
         "not to be told from what was measured": [name for name in told if name not in known],
     }
     parts = [f"{_names(names)} {'are' if len(names) > 1 else 'is'} {word}" for word, names in groups.items() if names]
+    over = f"adjusted over {counted(len(known), 'explanation')} by Westfall and Young's step-down"
     text = (
         f"Of {len(told)} explanations of where loss and the score of {judge.label} part, {'; '.join(parts)} (p by "
-        f"relabelled factors, adjusted over {counted(len(known), 'explanation')}). These are associations over "
-        f"{counted(n, 'configuration')}, not causes."
+        f"relabelled factors, {over}). These are associations over {counted(n, 'configuration')}, not causes."
     )
     verdict = "supported" if groups["shown"] else "not distinguishable"
     value = "+".join(groups["shown"]) or "none"
@@ -347,6 +347,7 @@ def _measured_text(row: pd.Series) -> str:
     """Right choices of all with their share, or nats per token."""
     interval = Interval(*row[["value", "low", "high"]])
     if "right" in row:
-        return share_text(int(row["right"]), int(row["n"]), interval)
+        right, n = int(row["right"]), int(row["n"])
+        return f"{right} of {n}" if math.isnan(interval.value) else share_text(right, n, interval)
     less = f" ({LESS_SURPRISED})" if interval.value < 0 else ""
     return f"{interval.value:+.3f} {interval_text(*interval[1:], '+.3f')}{less}"

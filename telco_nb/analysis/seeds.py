@@ -22,8 +22,9 @@ import pandas as pd
 
 from telco_nb.analysis import effects
 from telco_nb.analysis.inference import pure_error
+from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeFiles, JudgeResults, StudyResults, read_judge
-from telco_nb.analysis.statements import Finding, blockable, counted
+from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
 from telco_nb.analysis.statistics import Luck
 from telco_nb.judge.best import MANY
 from telco_nb.judge.bradley_terry import interval_levels
@@ -170,6 +171,27 @@ def with_scores(repeats: pd.DataFrame, panel: list[JudgeResults]) -> pd.DataFram
     runs = pd.Series(list(map(repeat_name, repeats["config"], repeats["seed"])), repeats.index, dtype=object)
     scores = {f"{j.name}_score": runs.map(j.runs).astype(float) for j in panel if j.runs is not None}
     return repeats.assign(**scores)
+
+
+def noise_finding(study: StudyResults) -> Finding:
+    """How much another seed moves the validation loss, beside how much configurations differ."""
+    noise = effects.noise_floor(study.results, study.repeats, "val_loss")
+    if noise is None:
+        reason = "no configuration was repeated with another seed"
+        return not_estimable("noise_floor", "The standard deviation between seeds is not known", reason)
+    seeds, losses = noise.between_seeds, study.losses.sort_values()
+    near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
+    differ = noise.between_configs
+    text = (
+        f"The standard deviation between seeds of the validation loss is {seeds.value:.4f} "
+        f"{interval_text(*seeds[1:], '.4f')} ({counted(noise.n_runs, 'run')}); between configurations it is "
+        f"{'not known' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
+        f"{noise.resolution:.4f} are not distinguishable: that close to the lowest loss "
+        f"{'is' if len(near) == 1 else 'are'} {len(near)} of {len(losses)}"
+        f"{f' ({name_list(near)})' if len(near) <= 8 else ''}, itself included."
+    )
+    verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
+    return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)
 
 
 def luck_findings(study: StudyResults) -> list[Finding]:

@@ -68,7 +68,7 @@ def test_too_few_choices_give_counts_and_no_share_and_the_least_number_is_where_
     found = told(measured(rng), card_choice=measure)["parting.knowledge.checklist"]
     assert found.verdict == "not estimable" and found.value is None
     assert "fewer than 17 choices about the cards tell no share, and 6 were asked" in found.statement
-    assert f"the untuned model {few['untuned']['right'].sum()} of 6 (fewer" in found.statement
+    assert f"the untuned model {few['untuned']['right'].sum()} of 6; extremes" in found.statement
     enough = statistics.share_interval(pd.Series([True] * 20), pd.Series(range(20)), 1)
     assert statistics.share_text(20, 20, enough) == "20 of 20 (100% [83%, 100%])"
 

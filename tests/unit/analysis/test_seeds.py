@@ -163,7 +163,7 @@ def test_the_spread_between_seeds_has_one_name_for_losses_and_scores():
     judge = seeds.merge_runs(judged(np.random.default_rng(3), pd.Series(0.0, CONFIGS), 0.4))
     study = studied(judge)
     repeats = pd.DataFrame({"config": CONFIGS[:6], "seed": 1, "val_loss": 0.5, "train_energy_wh": 1.0})
-    said = [findings._noise_finding(dataclasses.replace(study, repeats=repeats)), *seeds.luck_findings(study)]
+    said = [seeds.noise_finding(dataclasses.replace(study, repeats=repeats)), *seeds.luck_findings(study)]
     assert all(finding.statement.startswith("The standard deviation between seeds of the ") for finding in said)
     assert [finding.n for finding in said] == [12, 12]
 

@@ -14,7 +14,7 @@ import pytest
 from fake_study import make_judge
 from sklearn.metrics import cohen_kappa_score
 
-from telco_nb.analysis import statistics
+from telco_nb.analysis import loss_findings, statistics
 from telco_nb.analysis.results import (
     noise_ceiling,
 )
@@ -117,6 +117,14 @@ def test_the_noise_ceiling_is_the_mean_tau_of_two_runs_of_the_study(noise):
         told.append(noise_ceiling(dataclasses.replace(make_judge(one), draws=draws)))
         true.append(statistics.kendall_tau(one, other))
     assert np.mean(told) == pytest.approx(np.mean(true), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "said"), [(0.31, "|tau| of only 0.31 with"), (0.9, "|tau| of 0.90 with"), (math.nan, "")]
+)
+def test_the_ceiling_is_said_as_what_two_runs_would_show(ceiling, said):
+    text = loss_findings._ceiling_text(ceiling)
+    assert said in text and bool(text) == bool(said)
 
 
 def test_the_noise_ceiling_rests_on_errors_as_they_were_estimated_and_not_on_wider_draws_for_intervals():
