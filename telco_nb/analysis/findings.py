@@ -35,7 +35,8 @@ from telco_nb.analysis.recommendation import (
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.seeds import noise_finding
+from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, not_estimable, p_text, some_of
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.cases import CRITERIA
 from telco_nb.judge.ranking import interval_text
@@ -51,6 +52,7 @@ PAPER: dict[str, Any] = {
     "worst_loss_rank": "1st with both judges",
     "energy_wh": (284.0, 1371.0),
 }
+UNSURE = "How sure it is that another configuration answers better than the choice of loss is not known"
 NOT_SHOWN_FIT = "is shown to be fit"  # where a part of the bar was not measured
 
 
@@ -69,7 +71,7 @@ def all_findings(study: StudyResults, seed: int = 0, divergence: pd.DataFrame | 
         for finding in loss_findings(study, judge, seed, parts[parts["judge"] == judge.label])
     ]
     agreement = [_agreement(study, a, b, seed) for a, b in combinations(study.judges, 2)]
-    rest = [*_energy_findings(study), _noise_finding(study), *_effect_findings(study)]
+    rest = [*_energy_findings(study), noise_finding(study), *_effect_findings(study)]
     return [*decision_findings(study), *judged, *agreement, *rest]
 
 
@@ -144,7 +146,8 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
         text = none_fit if unfit else f"No configuration {shown} to answer customers."
         text += f" {who} is the first choice of {n}, but {name_list(held.reasons)}. {why} {rest}"
         return Finding("deploy", text, choice.config, n=n, verdict="not fit")
-    fit = f"{len(choice.fit)} of {n} configurations are fit to answer customers. " if len(choice.fit) < n else ""
+    fit = some_of(len(choice.fit), n, "configuration", "is", "are") + " fit to answer customers. "
+    fit = f"{fit[0].upper()}{fit[1:]}" if len(choice.fit) < n else ""
     if choice.cannot_tell:
         text = f"{unclear}: {choice.reason}. {fit}Deploy {who} only if one has to be. {rest}"
         return Finding("deploy", text, choice.config, n=n, verdict="cannot tell")
@@ -192,32 +195,40 @@ def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
 def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> Finding:
     """The share of draws in which the choice scores above the choice of loss; the least sure judge counts."""
     if choice.config is None:
-        return not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
-    judges = claiming_judges(study)[0]
-    n = min(len(judge.draws) for judge in judges)
-    if choice.config == loss_pick:
-        return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
+        return not_estimable("confidence", UNSURE, "; ".join(choice.blocked_by), verdict="blocked")
+    judges, own = claiming_judges(study)[0], choice.config
     placed = [judge for judge in judges if loss_pick in judge.scores.index]
+    counts = [judge.counted_terms(own, loss_pick) for judge in placed]
+    n = min((terms for terms in counts if terms is not None), default=None)
+    if own == loss_pick:
+        return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
     if not placed:
-        return not_estimable("confidence", "How sure is not known", f"no judge has ranked {loss_pick}", n)
-    leads = {judge.label: (judge.draws[choice.config] - judge.draws[loss_pick]).dropna() for judge in placed}
+        return not_estimable("confidence", UNSURE, f"no judge has ranked {loss_pick}", n)
+    leads = {judge.label: (judge.draws[own] - judge.draws[loss_pick]).dropna() for judge in placed}
     if any(lead.empty for lead in leads.values()):
-        return not_estimable("confidence", "How sure is not known", f"{loss_pick} has no resampled score", n)
+        return not_estimable("confidence", UNSURE, f"{loss_pick} has no resampled score", n)
     shares = {label: float((lead > 0).mean() + (lead == 0).mean() / 2) for label, lead in leads.items()}
+    text, verdict = _ahead_of_loss(study, choice, placed, loss_pick, shares)
+    return Finding("confidence", text, min(shares.values()), n=n, verdict=verdict)
+
+
+def _ahead_of_loss(
+    study: StudyResults, choice: Recommendation, placed: list[JudgeResults], loss_pick: str, shares: dict[str, float]
+) -> tuple[str, str]:
+    """The sentence on how often the choice scores above that of loss, and its verdict."""
+    own, tables = str(choice.config), list(compare(study, placed).values())
     often = name_list([f"{percent(share)} with {judge}" for judge, share in shares.items()])
-    text = f"Resampled, {choice.config} scores above loss's choice, {loss_pick}, this often: {often}."
-    tables = compare(study, placed).values()
+    text = f"How often {own} scores above loss's choice, {loss_pick}, over resamples of the prompts: {often}."
     ahead, behind = (
         all(loser in table.loc[winner, "better_than"] for table in tables)
-        for winner, loser in ((choice.config, loss_pick), (loss_pick, choice.config))
+        for winner, loser in ((own, loss_pick), (loss_pick, own))
     )
     if behind:
         text += f" {loss_pick} answers better"
         text += ", but is not fit." if choice.fit and loss_pick not in choice.fit else "."
     elif min(shares.values()) < 0.5:
         text += f" {loss_pick} may answer better, but is not shown to."
-    verdict = "supported" if ahead else "refuted" if behind else "not distinguishable"
-    return Finding("confidence", text, min(shares.values()), n=n, verdict=verdict)
+    return text, "supported" if ahead else "refuted" if behind else "not distinguishable"
 
 
 def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
@@ -231,7 +242,8 @@ def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
                 f"Against the untuned model {config} wins {win_text(gain)} of decided comparisons with {judge.label}."
             )
             verdict = excludes_zero(gain)
-            findings.append(blockable(f"gain.{judge.name}", text, gain, len(judge.draws), verdict, judge))
+            n = judge.counted_terms(config, "untuned")
+            findings.append(blockable(f"gain.{judge.name}", text, gain, n, verdict, judge))
     return findings
 
 
@@ -240,7 +252,7 @@ def _agreement(study: StudyResults, a: JudgeResults, b: JudgeResults, seed: int)
     id, n, n_draws = f"judges.{a.name}.{b.name}", len(configs), min(len(a.draws), len(b.draws))
     text = f"Whether {a.label} and {b.label} rank alike cannot be told"
     if n < 2 or statistics.critical_tau(n) is None:
-        return not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
+        return not_estimable(id, text, f"with {counted(n, 'configuration')} no tau reaches p < .05", n)
     if 1 in (a.scores[configs].nunique(), b.scores[configs].nunique()):
         return not_estimable(id, text, "all scores of a judge are equal", n)
     draws_a, draws_b = a.draws[configs].iloc[:n_draws], b.draws[configs].iloc[:n_draws]
@@ -265,7 +277,7 @@ def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> 
         text = f"Verdicts of {a.label} and {b.label} cannot be compared"
         return not_estimable(id, text, "no shared comparison that varies", n)
     text = f"Verdict by verdict, {a.label} and {b.label} agree with Cohen's kappa {kappa.value:.2f} "
-    text += f"{interval_text(*kappa[1:], '.2f')} over {n:,} shared comparisons."
+    text += f"{interval_text(*kappa[1:], '.2f')} over {counted(n, 'shared comparison')}."
     return blockable(id, text, kappa, n, excludes_zero(kappa), a, b)
 
 
@@ -297,7 +309,7 @@ def _alpha_finding(criterion: str, judges: Sequence[JudgeResults], alpha: Interv
         reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
         return not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
     text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
-    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {n:,} answers)."
+    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {counted(n, 'answer')})."
     return Finding(id, text, *alpha, n, excludes_zero(alpha))
 
 
@@ -316,14 +328,16 @@ def self_preference_finding(judge: JudgeResults, own: set[str], gap: Interval, n
         return not_estimable(id, text, "no other judge has decided the same comparisons", n)
     points = Interval(*(100 * share for share in gap))
     text = f"{judge.label} prefers its own answers ({whose}) {points.value:+.0f} points "
-    text += f"{interval_text(*points[1:], '+.0f')} more often than the other judges do, over {n:,} comparisons."
+    text += (
+        f"{interval_text(*points[1:], '+.0f')} more often than the other judges do, over {counted(n, 'comparison')}."
+    )
     return Finding(id, text, *gap, n, excludes_zero(gap))
 
 
 def _energy_findings(study: StudyResults) -> list[Finding]:
     energy, text = study.energy, "Energies cannot be compared"
     if len(energy) < 2:
-        reason = f"{len(energy)} of {len(study.results)} configurations have a training energy"
+        reason = some_of(len(energy), len(study.results), "configuration", "has", "have") + " a training energy"
         return [not_estimable("energy_ratio", text, reason, len(energy))]
     if len(study.energy_kinds) != 1:
         return [not_estimable("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
@@ -362,25 +376,6 @@ def _pareto_findings(study: StudyResults) -> list[Finding]:
     return findings
 
 
-def _noise_finding(study: StudyResults) -> Finding:
-    noise = effects.noise_floor(study.results, study.repeats, "val_loss")
-    if noise is None:
-        reason = "no configuration was repeated with another seed"
-        return not_estimable("noise_floor", "The seed noise is not known", reason)
-    seeds, losses = noise.between_seeds, study.losses.sort_values()
-    near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
-    differ = noise.between_configs
-    text = (
-        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, "
-        f"{interval_text(*seeds[1:], '.4f')}, {noise.n_runs} runs); configurations differ by "
-        f"{'an unknown amount' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
-        f"{noise.resolution:.4f} are not distinguishable: {len(near)} of {len(losses)} are that close to the lowest "
-        f"loss{f' ({name_list(near)})' if len(near) <= 8 else ''}."
-    )
-    verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
-    return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)
-
-
 def _effect_findings(study: StudyResults) -> list[Finding]:
     blocks = {f"{judge.name} score": judge.blocks for judge in study.judges}
     energy, order = f"training energy ({study.energy_word})", effects.order_shares(study.results)
@@ -390,14 +385,22 @@ def _effect_findings(study: StudyResults) -> list[Finding]:
     return [
         _effect(
             row, blocks.get(row["response"], []), int(family.get(row["response"], 0)),
-            order[row["factor"]] if row["response"] == energy else 0.0,
+            order[row["factor"]] if row["response"] == energy else 0.0, effects.order_is_known(study.results),
         )
         for row in rows
     ]  # fmt: skip
 
 
-def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -> Finding:
-    """One effect. It is supported if Holm's p is below .05 and, where main effects do not fit, if it stands out."""
+def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float, known: bool) -> Finding:
+    """One effect. It is supported if Holm's p is below .05 and, where main effects do not fit, if it stands out.
+
+    Args:
+        row: of `effects.effect_tables`.
+        blocks: what blocks the response.
+        family: the number of effects that Holm adjusts over.
+        order: the share of the order of runs that the factor explains; 0 for a response that no drift moves.
+        known: whether that order is recorded.
+    """
     factor, contrast, response, unit, n = (row[key] for key in ("factor", "contrast", "response", "unit", "n"))
     id = f"effect.{response}.{factor}.{contrast}".replace(" ", "")
     name = f"{factor} {contrast} on {response}"
@@ -406,12 +409,14 @@ def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -
     digits = ".2f" if unit == "ratio" else "+.3f"
     effect = Interval(row["effect"], row["low"], row["high"])
     text = f"Effect of {name}: {effect.value:{digits}} {unit} {interval_text(*effect[1:], digits)}, "
-    text += f"{p_text(row['p_holm'])} by Holm over {family} effects (error: {row['error']}). {_fit_text(row)}"
+    text += (
+        f"{p_text(row['p_holm'])} by Holm over {counted(family, 'effect')} (error: {row['error']}). {_fit_text(row)}"
+    )
     if order >= effects.ORDER_SHARE:
-        text += (
-            f" Configurations ran in the order of {factor} ({order:.0%} of a run's place follows it): a drift of the "
-        )
-        text += "machine would look like this effect."
+        when = "" if known else "Start times are missing; if the runs took the order of the list, then "
+        ran = f"{when}{'c' if when else 'C'}onfigurations ran in the order of {factor}"
+        text += f" {ran} (it explains {order:.0%} of the variance of a run's place): a drift of the machine would look "
+        text += "like this effect."
     rejected = row["lack_of_fit_p"] < 0.05
     holds = row["p_holm"] < 0.05 and (row["stands_out"] or not rejected)
     return blockable(id, text, effect, n, "supported" if holds else "not distinguishable", blocks=blocks)

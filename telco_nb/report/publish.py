@@ -39,6 +39,7 @@ README_FINDINGS = (
     "gain.",
     "tau.",
     "divergence.",
+    "parting.all.",
     "loss_choice",
     "misplaced.",
     "noise_floor",
