@@ -1,4 +1,4 @@
-"""The statements of the study: the configuration to deploy, the choice by loss alone, and how sure each of them is.
+"""The statements of the study: the decision, the first choice, the choice by loss alone, and how sure each of them is.
 
 Each is a Finding: a sentence with its value, interval, number of observations and verdict, and the reasons that forbid
 to use it as a headline. The statistics are in the modules below; here they are put into words.
@@ -19,24 +19,33 @@ import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
 from telco_nb.analysis.divergence import divergence_tables
-from telco_nb.analysis.fitness import bar_findings, fitness, lead_over, unfit_text
+from telco_nb.analysis.fitness import bar_findings, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
     claiming_judges,
     compare,
+    deploy_finding,
     describe_config,
+    energy_text,
+    first_choice_finding,
     judges_text,
-    name_list,
     percent,
     recommend,
-    seed_text,
-    why_not,
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.seeds import noise_finding
-from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, not_estimable, p_text, some_of
+from telco_nb.analysis.statements import (
+    Finding,
+    blockable,
+    counted,
+    excludes_zero,
+    name_list,
+    not_estimable,
+    p_text,
+    some_of,
+)
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.cases import CRITERIA
 from telco_nb.judge.ranking import interval_text
@@ -53,7 +62,6 @@ PAPER: dict[str, Any] = {
     "energy_wh": (284.0, 1371.0),
 }
 UNSURE = "How sure it is that another configuration answers better than the choice of loss is not known"
-NOT_SHOWN_FIT = "is shown to be fit"  # where a part of the bar was not measured
 
 
 def all_findings(study: StudyResults, seed: int = 0, divergence: pd.DataFrame | None = None) -> list[Finding]:
@@ -109,16 +117,20 @@ def as_markdown(findings: Sequence[Finding]) -> str:
 
 
 def decision_findings(study: StudyResults) -> list[Finding]:
-    """The configuration to deploy, the choice by loss alone, how sure the difference is, and how fit the choice is."""
-    choice = recommend(study)
-    return [*_decisions(study, choice), *bar_findings(study, choice.config)]
+    """The configuration to deploy and how fit it is, or all are if none is; the first choice, that by loss alone, how
+    sure the difference is, and the gain over the untuned model."""
+    choice, every = recommend(study), [str(config) for config in study.results.index]
+    bar = bar_findings(study, [choice.deploy] if choice.deploy else every, choice.config)
+    first = first_choice_finding(study, choice)
+    return [deploy_finding(study, choice), *bar, *([first] if first else []), *_decisions(study, choice)]
 
 
 def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
-    deploy = _deploy_finding(study, choice)
+    """The choice by loss alone, and what the first choice gains over it and over the untuned model."""
     if study.losses.empty:
         reason = "no configuration has a validation loss"
-        return [deploy, not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")]
+        unknown = not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")
+        return [unknown, *_gains(study, choice)]
     pick = loss_pick(study.losses)
     if pick is None:
         reason = (
@@ -126,60 +138,8 @@ def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
         )
         unsure = not_estimable("confidence", "There is no choice of loss to compare with", reason)
         loss_choice = not_estimable("loss_choice", "Loss alone cannot choose", reason, len(study.losses))
-        return [deploy, loss_choice, unsure, *_gains(study, choice)]
-    return [deploy, _loss_choice(study, pick), _confidence(study, choice, pick), *_gains(study, choice)]
-
-
-def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
-    """The decision. What every configuration fails without any judge comes first: it is known whoever ranks them."""
-    n, unfit = len(study.results), unfit_text(study)
-    none_fit = f"No configuration is fit for customers: {unfit}."
-    if choice.config is None:
-        return _no_choice(study, choice, none_fit if unfit else "")
-    row = study.results.loc[choice.config]
-    held, who = fitness(study, choice.config), f"{choice.config} ({describe_config(row)})"
-    rest = f"Training: {energy_text(row) or 'its training energy is not known'}. {seed_text(study)}"
-    unclear = f"The data cannot tell which is best: {choice.cannot_tell}. The best guess is {choice.config}"
-    if not choice.fit:
-        why = f"{unclear}: {choice.reason}." if choice.cannot_tell else f"It is chosen thus: {choice.reason}."
-        shown = "is fit" if all(fitness(study, str(config)).failed for config in study.results.index) else NOT_SHOWN_FIT
-        text = none_fit if unfit else f"No configuration {shown} to answer customers."
-        text += f" {who} is the first choice of {n}, but {name_list(held.reasons)}. {why} {rest}"
-        return Finding("deploy", text, choice.config, n=n, verdict="not fit")
-    fit = some_of(len(choice.fit), n, "configuration", "is", "are") + " fit to answer customers. "
-    fit = f"{fit[0].upper()}{fit[1:]}" if len(choice.fit) < n else ""
-    if choice.cannot_tell:
-        text = f"{unclear}: {choice.reason}. {fit}Deploy {who} only if one has to be. {rest}"
-        return Finding("deploy", text, choice.config, n=n, verdict="cannot tell")
-    text = f"Deploy {who}: {choice.reason}. {fit}{_better_text(choice.better_than)}{rest}"
-    verdict = "supported" if choice.is_supported else "not distinguishable"
-    return Finding("deploy", text, choice.config, n=n, verdict=verdict)
-
-
-def _no_choice(study: StudyResults, choice: Recommendation, none_fit: str) -> Finding:
-    """The decision where nothing is recommended; `none_fit` says by what all fail, or is empty."""
-    reasons, n = why_not(study, choice), len(study.results)
-    if not none_fit:
-        return not_estimable("deploy", "No configuration can be recommended", reasons, n, "blocked")
-    either = "None can be recommended" if claiming_judges(study)[0] else "They cannot be ranked either"
-    text = f"{none_fit} {either}: {reasons}."
-    return Finding("deploy", text, n=n, verdict="not fit", blocked_by=[reasons])
-
-
-def _better_text(names: Sequence[str]) -> str:
-    if not names:
-        return "It is not surely better than any other one. "
-    return f"It is surely better than {len(names)} of the others ({name_list(names)}). "
-
-
-def energy_text(row: pd.Series) -> str:
-    """Training energy of a configuration with interval and kind; empty if it is missing."""
-    value, low, high = row[["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh"]]
-    if pd.isna(value):
-        return ""
-    ends = "" if pd.isna(low) or pd.isna(high) else f" {interval_text(low, high, '.3g')}"
-    kind = row["energy_kind"]
-    return f"{value:.3g} Wh{ends}, {'of unknown kind' if pd.isna(kind) else kind}"
+        return [loss_choice, unsure, *_gains(study, choice)]
+    return [_loss_choice(study, pick), _confidence(study, choice, pick), *_gains(study, choice)]
 
 
 def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
@@ -232,18 +192,26 @@ def _ahead_of_loss(
 
 
 def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
-    """The choice (or else the judge's best) against the untuned model, per judge that has placed it."""
+    """The choice (or else the judge's best) against the untuned model, per judge that has placed it.
+
+    It was picked after the fact, so its interval is as wide as one that holds for all configurations at once.
+    """
     findings = []
     for judge in (judge for judge in study.judges if len(judge.scores)):
         config = choice.config or str(judge.scores.idxmax())
-        gain = lead_over(judge, config, "untuned")
+        n = len(judge.scores)
+        gain = lead_over(judge, config, "untuned", picked_from=n)
         if gain is not None:
             text = (
                 f"Against the untuned model {config} wins {win_text(gain)} of decided comparisons with {judge.label}."
             )
+            if n > 1:
+                text += (
+                    f" It was picked from {n} after the fact: the share is too high, the interval holds for all {n}."
+                )
             verdict = excludes_zero(gain)
-            n = judge.counted_terms(config, "untuned")
-            findings.append(blockable(f"gain.{judge.name}", text, gain, n, verdict, judge))
+            terms = judge.counted_terms(config, "untuned")
+            findings.append(blockable(f"gain.{judge.name}", text, gain, terms, verdict, judge))
     return findings
 
 

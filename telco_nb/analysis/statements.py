@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from telco_nb.analysis.results import JudgeResults
 from telco_nb.analysis.statistics import Interval
+
+# The words that a reader may not know, each with the pattern that finds it; every page explains those that it uses.
+WORDS = {
+    "LoRA": ("LoRA", "trains small added matrices instead of the whole model; its rank is their size"),
+    "validation loss": ("validation loss", "how much answers that it was not trained on surprise a model, in nats per "
+                        "token; lower is better"),
+    "gold answers": ("gold", "the answers written out beforehand, one to each question: what a full answer says"),
+    "offline proxy": ("proxy|proxies", "a judge of fixed rules, which stands in for a human reader"),
+    "unsafe": ("unsafe", "an answer that leaves out a protective step, asks for a secret, or says what must not be "
+               "said"),
+    "decided comparisons": ("decided comparisons", "the pairs of answers of which the judge prefers one"),
+    "log-odds": ("log-odds", "the unit of scores; a lead of 0 wins 50 % of decided comparisons, of 1 73 %, of 2 88 %"),
+    "expected score": ("expected score", "a score drawn towards what the factors of the configuration predict, "
+                       "because the best of many noisy scores is too high"),
+    "tau-b": (r"tau\b", "how alike two orders are: +1 the same, 0 no relation, -1 the reverse"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,17 @@ class Finding:
     n: int | None = None
     verdict: str = "described"
     blocked_by: list[str] = field(default_factory=list)
+
+
+def words_of(texts: Iterable[str | None]) -> list[tuple[str, str]]:
+    """(word, meaning) of each of `WORDS` that stands in one of the texts."""
+    whole = "\n".join(text for text in texts if text)
+    return [(word, meaning) for word, (pattern, meaning) in WORDS.items() if re.search(rf"\b(?:{pattern})", whole)]
+
+
+def name_list(names: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`; `last` is the word before the last one."""
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def not_estimable(id: str, text: str, reason: str, n: int | None = None, verdict: str = "not estimable") -> Finding:

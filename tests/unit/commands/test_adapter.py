@@ -277,7 +277,7 @@ def test_a_configuration_that_is_not_fit_says_so_before_all_else(folders):
 def test_the_finding_alone_makes_a_configuration_unfit(study, monkeypatch):
     from telco_nb.commands import model_card
 
-    fit = model_card.Fitness(0.9, 0.95, 0.0, 0.0, 0.0, [], [])
+    fit = model_card.Fitness(0.9, 0.95, 0.0, 0.0, 0.2, 0.0, {}, {}, [])
     monkeypatch.setattr(model_card, "held_against_bar", lambda trained: fit)
     found = trained.find_trained("laptop", "c04")
     assert f"NOT FIT to answer customers.** The study's own bar is not met: {trained_study.NOT_FIT[:-1]}" in (
