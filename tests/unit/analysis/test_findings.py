@@ -85,14 +85,15 @@ def test_low_coverage_or_uneven_gaps_or_no_gate_block_the_recommendation(judged,
     assert len(blocks) == 1 and reason in deploy.blocked_by[0]
 
 
-@pytest.mark.parametrize(("untuned", "deployed"), [(9.0, False), (-9.0, True)])
-def test_nothing_is_recommended_if_the_untuned_model_surely_answers_better(untuned, deployed):
+@pytest.mark.parametrize(("untuned", "chosen"), [(9.0, False), (-9.0, True)])
+def test_nothing_is_recommended_if_the_untuned_model_surely_answers_better(untuned, chosen):
     planted = fake_study.truth(fake_study.design())["quality"]
     judge = make_judge(pd.concat([planted, pd.Series({"untuned": untuned})]))
     placed = dataclasses.replace(judge, ranking=judge.ranking.assign(is_anchor=judge.ranking.index == "untuned"))
-    deploy = finding(make_study(16, [placed]), "deploy")
-    assert (deploy.value is not None) == deployed
-    assert deployed or "the untuned model answers better" in deploy.blocked_by[0]
+    found = {f.id: f for f in findings.all_findings(make_study(16, [placed]))}
+    deploy = found["deploy"]
+    assert ("first_choice" in found) == chosen and deploy.value is None
+    assert chosen or "the untuned model answers better" in deploy.blocked_by[0]
 
 
 def test_the_configuration_that_loss_misplaces_most_is_named_with_both_ranks():

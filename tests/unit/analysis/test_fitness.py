@@ -67,7 +67,7 @@ def test_without_a_fit_configuration_nothing_is_deployed_and_the_first_choice_st
 
 def unfit(**columns):
     """All below the bar by all that needs no ranking, the anchors included."""
-    study = held(coverage=(0.2, 0.2, 0.2, 0.2), score=(-5.0, -5.1, -5.2, -5.3))
+    study = held(coverage=(0.2, 0.2, 0.2, 0.2), score=(-4.0, -4.1, -4.2, -4.3))
     unsafe = [0.3, 0.4, 0.3, 0.3, 0.0, 0.23]
     return dataclasses.replace(study, checks=study.checks.assign(unsafe=unsafe), faults=study.faults.assign(broken=20))
 

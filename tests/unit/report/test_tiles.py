@@ -224,7 +224,7 @@ def test_words_that_a_page_uses_are_explained_on_it_and_no_others():
     words = dict(words_of(["c01 wins 60% of decided comparisons; the gold answers make 9%.", "tau +0.1"]))
     assert list(words) == ["gold answers", "decided comparisons", "tau-b"]
     shown = dict(build._words(files(), list(tiles(files()).values())))
-    assert {"LoRA", "validation loss", "log-odds", "tau-b", "expected score"} <= set(shown)
+    assert {"LoRA", "validation loss", "log-odds", "tau-b"} <= set(shown)
 
 
 def test_first_choice_loss_choice_and_cards_name_one_configuration_also_where_none_is_fit():
