@@ -72,7 +72,7 @@ def answer_dtype(trained: Trained) -> torch.dtype:
     """The number format in which 04_energy let the configuration answer; before that, the one it would choose here."""
     import torch
 
-    from telco_nb.lora.base_model import choose_dtype
+    from telco_nb.lora.device import choose_dtype
 
     path = step_dir(trained.root, trained.config, "04_energy") / "metrics.json"
     if path.is_file() and (name := json.loads(path.read_text(encoding="utf-8")).get("dtype")):
@@ -93,7 +93,9 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
 
     silence_libraries()
     with model_errors():
-        model, tokenizer = load_model(trained.values["base_model"], torch.float32)
+        model, tokenizer = load_model(
+            trained.values["base_model"], torch.float32, revision=trained.values.get("base_model_revision")
+        )
     checksum, quantization = trained.base["checksum"], trained.base["quantization"]
     if quantization == "none" and _checksum(model, trained) != checksum:
         raise CommandError(

@@ -10,7 +10,7 @@ import html
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -119,21 +119,34 @@ def pack_rows(examples: list[Example], batch_tokens: int, seed: int) -> list[lis
     return [rows[r] for r in np.random.default_rng(seed + 1).permutation(len(rows))]
 
 
-def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Conversations as one packed row.
+def collate(examples: list[Example]) -> dict[str, Any]:
+    """Conversations as one packed row, with all that the step would otherwise have to ask a GPU for.
 
     Returns:
         int64 tensors of shape (1, T): "input_ids", "position_ids" that restart with each conversation, "labels", and
         "shift_labels": each label at the position that predicts it, so a conversation's last token predicts nothing.
+        Tensors of one dimension: "kept", int64, the positions with a label in shift_labels, and "bounds", int32, where
+        each conversation starts and the last one ends. Lists, one number a conversation, which stay on the host:
+        "segments", its tokens, and "supervised", its labelled positions.
     """
     shifted = [label for e in examples for label in (*e.labels[1:], IGNORE_INDEX)]
+    segments = [len(e.input_ids) for e in examples]
     return {
         "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
-        "position_ids": torch.tensor([[p for e in examples for p in range(len(e.input_ids))]]),
+        "position_ids": torch.tensor([[p for n in segments for p in range(n)]]),
         "shift_labels": torch.tensor([shifted]),
         # The Trainer counts supervised tokens (in shift_labels) only for batches that also hold "labels".
         "labels": torch.tensor([[label for e in examples for label in e.labels]]),
+        "kept": torch.tensor([i for i, label in enumerate(shifted) if label != IGNORE_INDEX], dtype=torch.int64),
+        "bounds": torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
+        "segments": segments,
+        "supervised": [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in examples],
     }
+
+
+def to_device(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A row of `collate` with its tensors on a device."""
+    return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in row.items()}
 
 
 class PackedRows(torch.utils.data.Dataset):
@@ -172,7 +185,7 @@ class PackedRows(torch.utils.data.Dataset):
         rows = [[(e.input_ids, e.labels) for e in row] for row in self.rows]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return collate(share_of_rank(self.rows[index], *self.share))
 
 
@@ -191,23 +204,31 @@ def share_of_rank(row: list[Example], rank: int, processes: int) -> list[Example
     return [example for i, example in enumerate(row) if owners[i] == rank] or [unlabelled]
 
 
-def micro_batches(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(row: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """A row cut between conversations into parts of at most `tokens` tokens, or of one conversation that is longer."""
-    cuts, stop = [0], 0
-    for length in segment_lengths(row["position_ids"]):
-        if stop > cuts[-1] and stop + length - cuts[-1] > tokens:
-            cuts.append(stop)
-        stop += length
-    return [{n: t[:, a:b] for n, t in row.items()} for a, b in pairwise([*cuts, stop])]
+    cuts, held = [0], 0
+    for i, length in enumerate(row["segments"]):
+        if held and held + length > tokens:
+            cuts.append(i)
+            held = 0
+        held += length
+    return [_conversations(row, first, stop) for first, stop in pairwise([*cuts, len(row["segments"])])]
 
 
-def segment_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the conversations in a row, from position ids (1, T) that restart at each one."""
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    return np.diff([*starts, position_ids.shape[1]]).tolist()
+def _conversations(row: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
+    """The conversations `first` to `stop` of a row. Its lists name the places, so that no GPU is asked for them."""
+    start, end = sum(row["segments"][:first]), sum(row["segments"][:stop])
+    labelled, last = sum(row["supervised"][:first]), sum(row["supervised"][:stop])
+    part = {name: row[name][:, start:end] for name in ("input_ids", "position_ids", "shift_labels", "labels")}
+    return part | {
+        "kept": row["kept"][labelled:last] - start,
+        "bounds": row["bounds"][first : stop + 1] - start,
+        "segments": row["segments"][first:stop],
+        "supervised": row["supervised"][first:stop],
+    }
 
 
-def only_row(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def only_row(features: list[dict[str, Any]]) -> dict[str, Any]:
     """Data collator of the Trainer: a batch is one row, which is packed already."""
     (row,) = features
     return row

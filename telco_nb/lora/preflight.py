@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from telco_nb.lora.chat_template import end_token_id
+from telco_nb.lora.device import on_gpu
 from telco_nb.lora.errors import PreflightError
-from telco_nb.lora.packing import IGNORE_INDEX, Example, collate
+from telco_nb.lora.packing import IGNORE_INDEX, Example, collate, to_device
 from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
 from telco_nb.study.machine import device_facts
 
@@ -63,7 +64,7 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     """
     model.eval()
     matrix = next((p for n, p in model.named_parameters() if "lora_B" in n), None)
-    row = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
+    row = to_device(collate(examples), model.device)
     try:
         packed, packed_gradient = _losses_and_gradient([partial(token_losses, model, row)], matrix)
     except (PreflightError, MemoryError, torch.OutOfMemoryError):
@@ -136,7 +137,7 @@ def check_end(loss: float, vocabulary: int) -> None:
 
 def check_processes(processes: int) -> None:
     """Check that there is a GPU for each process of a training, or a core on a machine without GPUs."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if on_gpu() else 0
     units, name = (gpus, "GPU") if gpus else (device_facts()["cores"], "core")
     if processes > units:
         raise PreflightError(
@@ -152,7 +153,7 @@ def fitting_tokens(needed: dict[str, float], batch_tokens: int, max_length: int,
         needed: bytes from `base_model.memory_estimate` for a row of `batch_tokens`.
         batch_tokens: tokens of a row, the most that is returned.
         max_length: tokens of the longest conversation.
-        free_bytes: from `base_model.free_memory`.
+        free_bytes: from `device.free_memory`.
 
     Raises:
         PreflightError: one conversation of `max_length` tokens does not fit.

@@ -19,10 +19,19 @@ from safetensors import SafetensorError, safe_open
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, segment_lengths
+from telco_nb.lora.device import on_gpu
+from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, to_device
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.study.record import write_json
 
+NO_MEMORY = (  # what stands in the message of a plain RuntimeError
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+)
 PER_PROCESS_READINGS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # readings of a meter that cover its own process only
 
 
@@ -82,7 +91,7 @@ class PackedTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
             # Outside of the except block, because the exception keeps the arrays of the step alive.
-            self._halve_micro_batches(max(segment_lengths(inputs["position_ids"])))
+            self._halve_micro_batches(max(inputs["segments"]))
             for parameter in model.parameters():
                 parameter.grad = before[parameter].clone() if parameter in before else None
 
@@ -104,7 +113,7 @@ class PackedTrainer(Trainer):
             raise TrainingError(f"memory ran out with {size} tokens at once: {remedy}.")
         self.rows.shrunk.append(size)
         self.rows.micro_batch_tokens = max(longest, size // 2)
-        if torch.cuda.is_available():
+        if on_gpu():
             torch.cuda.empty_cache()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -122,22 +131,22 @@ class PackedTrainer(Trainer):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if a device, or torch's allocator on the CPU, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """True if a device, torch's allocator on the CPU, or a library on the GPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in NO_MEMORY)
 
 
 def constant_arguments() -> dict[str, Any]:
     """TrainingArguments that are equal in all configurations: no reports, a log entry at each step, rows loaded in this
     process, and checkpoints from which a training continues bit for bit."""
     return {
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not on_gpu(),
         "report_to": [],
         "logging_steps": 1,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # True would log a loss of NaN as 0
         "save_strategy": "epoch",
         "save_total_limit": 2,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused" if on_gpu() else "adamw_torch",  # one launch instead of hundreds
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
@@ -179,7 +188,7 @@ def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dic
     model.eval()
     for row in pack_rows(examples, batch_tokens, seed=0):
         chosen = [examples[i] for i in row]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(chosen).items()}
+        batch = to_device(collate(chosen), model.device)
         with torch.inference_mode():
             losses = token_losses(model, batch).double().cpu().split([e.n_supervised for e in chosen])
         result |= {e.conversation_id: part.numpy() for e, part in zip(chosen, losses, strict=True)}

@@ -152,10 +152,15 @@ def test_quantisation_without_its_library_is_refused_with_the_fix(monkeypatch):
 def test_the_memory_estimate_counts_the_weights_that_loading_makes(tmp_path):
     base = tiny("qwen2")
     base.save_pretrained(tmp_path)
-    estimate = base_model.memory_estimate(str(tmp_path), torch.float32, "none", ALL, rank=4, row_tokens=64)
+    estimate = base_model.memory_estimate(
+        base_model.model_shell(str(tmp_path)), torch.float32, "none", ALL, rank=4, row_tokens=64
+    )
     assert estimate["weights"] == 4 * sum(p.numel() for p in base.parameters())
     assert estimate["adapters"] == 16 * attached().get_nb_trainable_parameters()[0]
-    assert base_model.memory_estimate(str(tmp_path), torch.float32, "nf4", ALL, 4, 64)["weights"] < estimate["weights"]
+    assert (
+        base_model.memory_estimate(base_model.model_shell(str(tmp_path)), torch.float32, "nf4", ALL, 4, 64)["weights"]
+        < estimate["weights"]
+    )
 
 
 # ---------------------------------------------------------------- labels and end tokens

@@ -9,7 +9,7 @@ from test_adapter_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure
-from telco_nb.lora import base_model, chat_template, packing, preflight, step, trainer
+from telco_nb.lora import base_model, chat_template, device, packing, preflight, step, trainer
 from telco_nb.lora.errors import PreflightError
 
 
@@ -78,11 +78,11 @@ def test_a_device_without_room_stops_before_loading():
 
 
 def test_free_memory_is_what_this_machine_has_left():
-    free = base_model.free_memory()
+    free = device.free_memory()
     size = 1 << 28
     with mmap.mmap(-1, size) as fresh:  # an array might get pages that this process already has
         fresh.write(b"1" * size)
-        assert free / 1e9 > 0.3 and base_model.free_memory() < free - 0.5 * size
+        assert free / 1e9 > 0.3 and device.free_memory() < free - 0.5 * size
 
 
 @pytest.mark.parametrize("name", ["PreflightError", "ModelError"])
