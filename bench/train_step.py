@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 
 from telco_nb import DATA_DIR, ROOT
 from telco_nb.corpus import gold, scenarios
@@ -79,7 +80,7 @@ def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
         fixed = arguments(folder, per_device_train_batch_size=1, label_names=["labels"], remove_unused_columns=False)
         trainer = PackedTrainer(tuned, TrainingArguments(**fixed), train_dataset=rows, data_collator=packing.only_row)
         seconds = timed(trainer)
-    flops = step_flops(tuned, sum(rows.tokens), sum(rows.supervised), sum(lengths, []))
+    flops = step_flops(tuned, sum(rows.tokens), sum(rows.supervised), list(chain.from_iterable(lengths)))
     return {"loss": mean(losses), "tokens": sum(rows.tokens), "seconds": seconds, "gflops": flops / seconds / 1e9}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from telco_nb.lora.chat_template import end_token_id, fit_messages, render, render_text, turn_end_id
+from telco_nb.lora.chat_template import Rendered, end_token_id, fit_messages, render_all, turn_end_id
 from telco_nb.lora.errors import PreflightError
 
 IGNORE_INDEX = -100  # label of a token that is not learned, as in transformers
@@ -38,49 +39,69 @@ class Example:
 def encode_conversation(
     tokenizer: Any, messages: list[dict[str, str]], conversation_id: str, max_length: int, assistant_only: bool = True
 ) -> Example:
-    """Tokenise a conversation with the model's chat template and label the assistant's text and its end tokens.
+    """One conversation, as `encode_conversations` encodes it."""
+    return encode_conversations(tokenizer, [(conversation_id, messages)], max_length, assistant_only)[0]
+
+
+def encode_conversations(
+    tokenizer: Any,
+    conversations: Sequence[tuple[str, Sequence[dict[str, str]]]],
+    max_length: int,
+    assistant_only: bool = True,
+) -> list[Example]:
+    """Tokenise conversations with the model's chat template and label the assistant's text and its end tokens.
 
     Args:
         tokenizer: of the base model.
-        messages: dicts with "role" and "content".
-        conversation_id: for the example and for error messages.
+        conversations: of each, an id for the example and for error messages, and dicts with "role" and "content".
         max_length: tokens, at most. A longer conversation is refused, because a cut answer has no end.
         assistant_only: False labels every token but the first.
 
     Raises:
-        PreflightError: the conversation is too long, the template rewrites earlier turns, or the tokenizer does not
+        PreflightError: a conversation is too long, the template rewrites earlier turns, or the tokenizer does not
             reproduce the text.
     """
-    chat = fit_messages(tokenizer, messages)
-    ids = render(tokenizer, chat)
-    _check_round_trip(tokenizer, chat, ids, conversation_id)
+    chats = [fit_messages(tokenizer, list(messages)) for _, messages in conversations]
+    answers = [[i for i, message in enumerate(chat) if message["role"] == "assistant"] for chat in chats]
+    heads = [(chat[:i], True) for chat, found in zip(chats, answers, strict=True) for i in found]
+    rendered = render_all(tokenizer, [(chat, False) for chat in chats] + heads)
+    prefixes, made = iter(rendered[len(chats) :]), []
+    for (name, _), found, whole in zip(conversations, answers, rendered, strict=False):
+        _check_round_trip(tokenizer, whole, name)
+        labels = _answer_labels(tokenizer, whole.ids, [next(prefixes).ids for _ in found], name)
+        if len(whole.ids) > max_length:
+            reason = f"{len(whole.ids)} tokens, more than max_length {max_length}. Raise it."
+            raise PreflightError(f"{name} has {reason}")
+        made.append(Example(name, whole.ids, labels if assistant_only else [IGNORE_INDEX, *whole.ids[1:]]))
+    return made
+
+
+def _answer_labels(tokenizer: Any, ids: list[int], prefixes: list[list[int]], name: str) -> list[int]:
+    """Labels of the answers behind these prefixes of a conversation. In `ids` each answer's end becomes the end token.
+
+    Raises PreflightError if an answer cannot be found exactly.
+    """
     labels = [IGNORE_INDEX] * len(ids)
     turn_end, end = turn_end_id(tokenizer), end_token_id(tokenizer)
     ends: list[int] = []
-    for position, message in enumerate(chat):
-        if message["role"] == "assistant":
-            prefix = render(tokenizer, chat[:position], generation=True)
-            if ids[: len(prefix)] != prefix:
-                reason = "the chat template rewrites earlier turns, so answers cannot be labelled exactly."
-                raise PreflightError(f"{conversation_id}: {reason} Use another base_model.")
-            if turn_end not in ids[len(prefix) :]:
-                reason = "the chat template ends no turn with a token, so the model could not learn to stop."
-                raise PreflightError(f"{conversation_id}: {reason} Use another base_model.")
-            start, stop = len(prefix), ids.index(turn_end, len(prefix)) + 1
-            ends.append(stop - 1)
-            labels[start:stop] = ids[start:stop]
+    for prefix in prefixes:
+        if ids[: len(prefix)] != prefix:
+            reason = "the chat template rewrites earlier turns, so answers cannot be labelled exactly."
+            raise PreflightError(f"{name}: {reason} Use another base_model.")
+        if turn_end not in ids[len(prefix) :]:
+            reason = "the chat template ends no turn with a token, so the model could not learn to stop."
+            raise PreflightError(f"{name}: {reason} Use another base_model.")
+        start, stop = len(prefix), ids.index(turn_end, len(prefix)) + 1
+        ends.append(stop - 1)
+        labels[start:stop] = ids[start:stop]
     for i in ends:  # after all prefixes were compared
         ids[i] = labels[i] = end
-    if not assistant_only:
-        labels = [IGNORE_INDEX, *ids[1:]]
-    if len(ids) > max_length:
-        raise PreflightError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
-    return Example(conversation_id, ids, labels)
+    return labels
 
 
-def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int], conversation_id: str) -> None:
-    text = render_text(tokenizer, chat)
-    if (decoded := tokenizer.decode(ids)) != text:
+def _check_round_trip(tokenizer: Any, whole: Rendered, conversation_id: str) -> None:
+    text = whole.text
+    if (decoded := tokenizer.decode(whole.ids)) != text:
         i = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), len(decoded))
         raise PreflightError(
             f"{conversation_id}: the tokenizer turns {text[i : i + 40]!r} into {decoded[i : i + 40]!r}, so the model "

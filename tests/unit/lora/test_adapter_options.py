@@ -176,6 +176,9 @@ class BaseTokenizer:
         ids = [*ids, 10 + len("assistant")] if add_generation_prompt else ids
         return ids if tokenize else self.decode(ids)
 
+    def __call__(self, texts, add_special_tokens=True):
+        return {"input_ids": [[int(word) for word in text.split() if word.isdigit()] for text in texts]}
+
     def decode(self, ids):
         return " ".join(map(str, ids))
 

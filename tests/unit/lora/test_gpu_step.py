@@ -5,6 +5,7 @@ Neither says anything about speed.
 """
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,9 +83,9 @@ def by_bounds(query, key, value, bounds, key_bounds, longest, key_longest, windo
     with torch._C._DisableTorchDispatch():  # its own look at the bounds is on the GPU
         ends = bounds.tolist()
     assert bounds is key_bounds and bounds.dtype == torch.int32 and window_size == (-1, 0)
-    assert longest == key_longest == max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    assert longest == key_longest == max(b - a for a, b in pairwise(ends))
     parts = []
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in pairwise(ends):
         q, k, v = (t[a:b].transpose(0, 1)[None] for t in (query, key, value))
         options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
         parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
