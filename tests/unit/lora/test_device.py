@@ -43,9 +43,7 @@ def test_a_cuda_that_cannot_start_ends_the_run_with_the_reason_and_the_driver_ne
     monkeypatch.setattr(device, "nvidia_driver", lambda: "535.104.05")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for wanted in ("cuda", "auto"):
-        with pytest.raises(
-            PreflightError, match=r"too old.*needs driver 580 or newer; the driver here is 535\."
-        ):
+        with pytest.raises(PreflightError, match=r"too old.*needs driver 580 or newer; the driver here is 535\."):
             device.use_device(wanted)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device.use_device("auto").type == "cpu", "whoever hides the cards wants the processor"
@@ -82,9 +80,7 @@ def test_the_probe_of_a_gpu_is_timed_by_its_events_after_a_warm_up(monkeypatch):
 
 
 @pytest.mark.parametrize(("native", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_gpu_computes_in_bfloat16_if_it_has_units_for_it(
-    gpu_here, monkeypatch, native, chosen
-):
+def test_a_gpu_computes_in_bfloat16_if_it_has_units_for_it(gpu_here, monkeypatch, native, chosen):
     monkeypatch.setattr(device, "matmul_gflops", lambda dtype: 100.0)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert device.choose_dtype("auto")[0] == chosen
