@@ -266,6 +266,11 @@ def without_lm_head(causal: Any) -> Generator[None]:
         causal.lm_head = head
 
 
+def has_block_attention(device: torch.device) -> bool:
+    """True where SegmentAttention is used: on a CPU. Its many small products would leave a GPU idle."""
+    return device.type == "cpu"
+
+
 def _attention(
     module: Any,
     hidden_states: Tensor,
@@ -275,14 +280,15 @@ def _attention(
     segments: list[int] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    too_long = segments is not None and max(segments) > LONGEST_SEGMENT and hidden_states.device.type == "cpu"
+    blockwise = has_block_attention(hidden_states.device)
+    too_long = segments is not None and max(segments) > LONGEST_SEGMENT and blockwise
     if segments is None or past_key_values is not None or too_long:
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, segments=segments, **others
         )
     x = hidden_states[0]
     q, k, v = project(x, module.q_proj, module.k_proj, module.v_proj)
-    if x.device.type != "cpu":
+    if not blockwise:
         q, k, v = (t.view(1, len(x), -1, module.head_dim).transpose(1, 2) for t in (q, k, v))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]

@@ -151,6 +151,18 @@ def test_a_step_without_casts_of_its_inputs_is_the_same_bit_for_bit(options):
     assert all(map(torch.equal, found, losses_and_gradients(tuned, row)))
 
 
+def test_the_fused_step_of_a_gpu_has_the_losses_and_gradients_of_the_plain_one(varlen_path, monkeypatch):
+    monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
+    tuned, row = tiny_qwen2(torch.float32), row_of()
+    plain_step(tuned)
+    wanted = losses_and_gradients(tuned, row)
+    assert kernels.fuse(tuned, ("cpu", "cuda"))
+    with WaitCounter() as counter:
+        found = losses_and_gradients(tuned, row)
+    assert dict(counter.waits) == {}
+    assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory):
     if reason := lend_cuda_guard(tmp_path_factory.mktemp("guard")):
@@ -170,6 +182,10 @@ def test_the_forward_pass_fits_a_gpu_in_shapes_devices_and_number_formats(guard,
         fake = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in host_row.items()}
         row = packing.to_device(fake, torch.device("cuda"))
         losses = step.token_losses(tuned, row)
+        assert not kernels.fuse(tuned), "no training on a GPU is fused before a card has shown it"
+        assert kernels.fuse(tuned, ("cuda",))
+        fused = step.token_losses(tuned, row)
+    assert (fused.device, fused.dtype, fused.shape) == (losses.device, losses.dtype, losses.shape)
     assert (losses.device.type, losses.dtype, len(losses)) == ("cuda", torch.float32, sum(row["supervised"]))
-    assert len(used) == 3 and {t.device.type for t in used[0][:4]} == {"cuda"}
+    assert len(used) == 2 * 3 and {t.device.type for t in used[0][:4]} == {"cuda"}
     assert [t.dtype for t in used[0][:4]] == [torch.bfloat16] * 3 + [torch.int32]
