@@ -47,6 +47,13 @@ def device_facts() -> dict[str, Any]:
     return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": system} | gpu_facts()
 
 
+def device_text(facts: dict[str, Any]) -> str:
+    """`device_facts` of this or an older version in words: processor, cores, and the cards where there are any."""
+    cards = [card["name"] for card in facts.get("gpus") or []]
+    driver = f"driver {facts['gpu_driver']}" if cards and facts.get("gpu_driver") else None
+    return ", ".join(filter(None, [str(facts.get("cpu")), f"{facts.get('cores')} cores", *cards, driver]))
+
+
 def gpu_facts() -> dict[str, Any]:
     """The NVIDIA cards of this machine: "gpus" (name and memory of each), "gpu_driver", "cuda" (of the driver).
 

@@ -128,7 +128,13 @@ def test_the_facts_of_a_machine_name_its_cards_and_driver(monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
     card = {"name": "NVIDIA L4", "memory_bytes": 24_000_000_000}
-    assert machine.gpu_facts() == {"gpus": [card], "gpu_driver": "580.65.06", "cuda": "13.0"}
+    found = machine.gpu_facts()
+    assert found == {"gpus": [card], "gpu_driver": "580.65.06", "cuda": "13.0"}
+    older = {"cpu": "EPYC", "cores": 8}
+    assert machine.device_text(older | found) == "EPYC, 8 cores, NVIDIA L4, driver 580.65.06"
+    assert (
+        machine.device_text(older) == machine.device_text(older | {"gpus": [], "gpu_driver": None}) == "EPYC, 8 cores"
+    )
 
 
 def test_the_driver_is_read_from_the_kernel(tmp_path):
