@@ -245,8 +245,9 @@ def main() -> None:
 def _train_as_peer(spec: TrainingSpec, rendezvous: Path) -> None:
     """Build the same trainer as the notebook, and train."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device.use_device(spec.device).type == "cuda":
-        torch.cuda.set_device(rank)
+    if spec.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # first, or every process would take memory on the first card
+    device.use_device(spec.device)
     silence_libraries()
     base, _ = load_model(spec.base_model, spec.dtype, spec.quantization, spec.base_model_revision)
     tuned = step.attach_adapters(base, spec.lora, spec.gradient_checkpointing)

@@ -192,22 +192,23 @@ def prepare_step(model: Any) -> str:
     """
     set_attention(causal_model(model), SEGMENTED)
     _keep_freed_memory()
-    _skip_input_casts(model)
+    _cast_inputs(model, always=False)
     kernels.unfuse(model)
     return "fused" if kernels.fuse(model) else "plain"
 
 
-def _skip_input_casts(model: Any) -> None:
-    """Let peft's plain layers take their input as it is: autocast would undo the cast to float32 in the next operation.
+def _cast_inputs(model: Any, always: bool) -> None:
+    """Let peft's layers cast their inputs to the adapters' float32 always, or only where that changes a value.
 
-    The values are the same bit for bit. Dropout and DoRA compute in the input's type before, so they keep the cast.
+    Under autocast, as in `token_losses`, plain LoRA computes the same bit for bit without: the next operation undoes
+    the cast. Dropout and DoRA compute in the input's type before that.
     """
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             plain = not layer.lora_variant and all(isinstance(d, nn.Identity) for d in layer.lora_dropout.values())
-            layer.cast_input_dtype_enabled = not plain
+            layer.cast_input_dtype_enabled = always or not plain
 
 
 def set_attention(causal: Any, name: str) -> None:
@@ -304,11 +305,13 @@ def plain_token_losses(model: Any, example: Example) -> torch.Tensor:
     causal = causal_model(model)
     attention, fused = causal.config._attn_implementation, kernels.is_fused(model)
     kernels.unfuse(model)
+    _cast_inputs(model, always=True)  # there is no autocast here
     try:
         causal.set_attn_implementation("eager")
         logits = model(input_ids=torch.tensor([example.input_ids], device=causal.device), use_cache=False).logits
     finally:
         causal.set_attn_implementation(attention)
+        _cast_inputs(model, always=False)
         if fused:
             kernels.fuse(model)
     labels = torch.tensor(example.labels[1:], device=causal.device)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from telco_nb.lora import kernels, packing, step
+from telco_nb.lora import kernels, packing, preflight, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from tests.support.fake_gpu import lend_cuda_guard
 
@@ -161,6 +161,15 @@ def test_the_fused_step_of_a_gpu_has_the_losses_and_gradients_of_the_plain_one(v
         found = losses_and_gradients(tuned, row)
     assert dict(counter.waits) == {}
     assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_preflight_of_a_step_that_is_not_fused_holds_in_bfloat16():
+    tuned = tiny_qwen2(torch.bfloat16)
+    plain_step(tuned)
+    examples = [Example(str(i), t, [IGNORE_INDEX] * 4 + t[4:]) for i, t in enumerate([[5, 9, 3, 8, 4, 7], [6] * 9])]
+    check = preflight.check_step(tuned, examples)
+    assert check.loss_difference < 5e-2 and check.gradient_difference is not None
+    assert not any(getattr(m, "cast_input_dtype_enabled", False) for m in tuned.modules()), "the step goes on without"
 
 
 @pytest.fixture(scope="module")
