@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -268,7 +269,8 @@ def missing(variant: str, tiny: bool) -> str | None:
 def measure_apart(variant: str, folder: Path) -> dict[str, Any]:
     """`measure` in a process of its own, so that no patch, allocator or peak of one variant touches another."""
     command = [sys.executable, __file__, "--measure", variant, str(folder / f"{variant}.pt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as a study
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"variant": variant, "failed": lines[-1][:160]}
