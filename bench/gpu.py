@@ -288,6 +288,8 @@ def distance(folder: Path, variant: str) -> float | None:
 
 def main(variants: tuple[str, ...] = VARIANTS, tiny: bool = False) -> list[dict[str, Any]]:
     """Measure the variants, print the table, and return its rows."""
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise SystemExit(f"bench/gpu.py knows no {', '.join(unknown)}. Variants: {', '.join(VARIANTS)}.")
     if not tiny and (fault := device.gpu_fault()):
         raise SystemExit(f"bench/gpu.py needs a GPU ({fault}), or --tiny.")
     print(headline(tiny), flush=True)

@@ -21,6 +21,8 @@ def test_without_a_gpu_the_full_size_is_refused(monkeypatch):
     monkeypatch.setattr(gpu.device, "gpu_fault", lambda: "no card.")
     with pytest.raises(SystemExit, match="needs a GPU"):
         gpu.main()
+    with pytest.raises(SystemExit, match="knows no fast"):
+        gpu.main(("fast",))
 
 
 def test_the_rows_have_the_tokens_and_labels_of_the_paper_profile():
