@@ -57,11 +57,30 @@ def labelled(configs: Sequence[str], used: Mapping[str, str]) -> list[str]:
     return [config for config in configs if len(configs) <= MAX_LABELS or config in used]
 
 
-def _whiskers(frame: pd.DataFrame, value: str, low: str, high: str) -> np.ndarray:
-    """Lengths of the whiskers below and above the values, (2, rows); 0 where a bound is missing."""
-    values = frame[value].to_numpy(float)
-    below, above = values - frame[low].to_numpy(float), frame[high].to_numpy(float) - values
-    return np.nan_to_num(np.maximum(0, [below, above]))
+def draw_intervals(
+    ax: Axes, values: Numbers, places: Numbers, low: Numbers, high: Numbers, along: str = "x", **style: Any
+) -> None:
+    """Values with whiskers to their bounds; a side that has no bound, where the other has one, is an arrow to the rim.
+
+    Args:
+        ax: where to draw.
+        values: along the axis `along`; a missing value draws nothing.
+        places: along the other axis.
+        low, high: bounds of the values; both missing: no interval is known, and none is drawn.
+        along: x or y, the axis of the values.
+        style: of `Axes.errorbar`; `ecolor` may be one colour per value.
+    """
+    value, place, below, above = (np.asarray(numbers, dtype=float) for numbers in (values, places, low, high))
+    lengths = np.nan_to_num(np.maximum(0, [value - below, above - value]))
+    across, up = (value, place) if along == "x" else (place, value)
+    bars = ax.errorbar(across, up, **{f"{along}err": lengths}, **{"fmt": "none"} | style)
+    shades = bars.lines[2][0].get_colors()
+    for rim, missing, known in ((0.0, below, above), (1.0, above, below)):
+        for i in np.flatnonzero(np.isnan(missing) & np.isfinite(known) & np.isfinite(value)):
+            look = {"arrowstyle": "->", "color": shades[i % len(shades)], "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
+            end, of = ((rim, place[i]), ("axes fraction", "data")) if along == "x" else (
+                (place[i], rim), ("data", "axes fraction"))  # fmt: skip
+            ax.annotate("", end, (across[i], up[i]), xycoords=of, textcoords="data", arrowprops=look, zorder=2)
 
 
 def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, str]) -> tuple[Figure, pd.DataFrame]:
@@ -101,10 +120,12 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
 def points_with_intervals(ax: Axes, frame: pd.DataFrame, x: str, y: str, used: Mapping[str, str]) -> None:
     """Labelled points at columns x and y of `frame` (indexed by configuration), whiskers to `<x>_low` etc. if there."""
     shades = [colour(str(config), used) for config in frame.index]
-    ends = {axis: name for axis, name in (("xerr", x), ("yerr", y)) if f"{name}_low" in frame}
-    bars: dict[str, Any] = {axis: _whiskers(frame, name, f"{name}_low", f"{name}_high") for axis, name in ends.items()}
-    bars |= {"ecolor": shades, "elinewidth": 0.9, "alpha": 0.45}
-    ax.errorbar(frame[x], frame[y], **bars, fmt="none", zorder=2)
+    look = {"ecolor": shades, "elinewidth": 0.9, "alpha": 0.45, "zorder": 2}
+    ax.margins(0.12)  # room for arrows beside the outermost points
+    for along, values, places in (("x", x, y), ("y", y, x)):
+        if f"{values}_low" in frame:
+            bounds = frame[f"{values}_low"], frame[f"{values}_high"]
+            draw_intervals(ax, frame[values], frame[places], *bounds, along, **look)
     ax.scatter(frame[x], frame[y], s=36, c=shades, zorder=3)
     names = labelled(list(frame.index), used)
     label_points(ax, frame.loc[names, x], frame.loc[names, y], names)
@@ -177,17 +198,17 @@ def slopes(ax: Axes, ranks: pd.DataFrame, used: Mapping[str, str]) -> None:
 
 
 def tau_map(ax: Axes, taus: pd.DataFrame) -> None:
-    """Kendall tau between every two orderings as a small annotated table in colour."""
+    """Kendall tau between every two orderings, best configuration first, as a small annotated table in colour."""
     import seaborn as sns
 
     sns.heatmap(taus, ax=ax, vmin=-1, vmax=1, cmap="PuOr", annot=True, fmt="+.2f", cbar=False, annot_kws={"size": 9})
-    ax.set_title("Kendall tau between orderings", fontsize=9)
+    ax.set_title("Kendall tau between orderings, best first", fontsize=9)
     ax.tick_params(labelsize=8, rotation=0)
 
 
 def _share_dots(ax: Axes, measures: pd.DataFrame, places: Numbers, **style: Any) -> None:
     """Shares with whiskers beside the line of no preference."""
-    ax.errorbar(measures["value"], places, xerr=_whiskers(measures, "value", "low", "high"), fmt="o", **style)
+    draw_intervals(ax, measures["value"], places, measures["low"], measures["high"], fmt="o", **style)
     ax.axvline(0.5, color="0.5", lw=0.8)
     ax.set(xlim=(-0.02, 1.02), ylim=(len(measures) - 0.4, -0.6))
 
@@ -219,7 +240,7 @@ def effect_panels(effects: pd.DataFrame) -> Figure:
     for ax, (response, part) in zip(axes.flat, panels, strict=False):
         unit, places = part["unit"].iloc[0], range(len(part))
         colours = [shades[factor] for factor in part["factor"]]
-        ax.errorbar(part["effect"], places, xerr=_whiskers(part, "effect", "low", "high"), fmt="none", ecolor=colours)
+        draw_intervals(ax, part["effect"], places, part["low"], part["high"], ecolor=colours)
         ax.scatter(part["effect"], places, c=colours, zorder=3)
         ax.axvline(1.0 if unit == "ratio" else 0.0, color="0.4", lw=1)
         labels = part["factor"].str.replace("_", " ") + ": " + part["contrast"]
@@ -271,8 +292,8 @@ def energy_bars(ax: Axes, energy: pd.DataFrame) -> None:
         hatches = ["///" if kind in HATCHED_KINDS else "" for kind in energy[f"{component}_kind"]]
         ax.barh(places, width, left=left, color=shade, edgecolor="white", label=label, hatch=hatches)
         left += width
-    whiskers = _whiskers(energy, "total_wh", "low_wh", "high_wh")
-    ax.errorbar(energy["total_wh"], places, xerr=whiskers, fmt="none", ecolor="0.25", elinewidth=0.9)
+    bounds = energy["low_wh"], energy["high_wh"]
+    draw_intervals(ax, energy["total_wh"], places, *bounds, ecolor="0.25", elinewidth=0.9)
     ax.set_yticks(places, energy.index, fontsize=8 if len(energy) <= MAX_LABELS else 5)
     ax.set(xlim=(0, None), ylim=(len(energy) - 0.4, -0.6), xlabel=f"training energy, {kinds_text(energy)} (Wh)")
     if ax.get_legend_handles_labels()[0]:
@@ -333,29 +354,34 @@ def meetings(met: pd.DataFrame) -> Figure:
 def ranking_intervals(table: pd.DataFrame, title: str) -> Figure:
     """Scores with intervals and ranks, best at the top; `table` as judge.ranking.with_anchors gives it.
 
-    The axis is that of the configurations: an anchor far outside it stands at the rim, with its score in words.
+    The axis holds every score and every bound, those of the anchors too. An arrow to the rim: no limit on this side.
     """
     import matplotlib.pyplot as plt
 
     rows = table.dropna(subset=["score"]).sort_values("score", ignore_index=True)
-    ranked = rows[~rows["is_anchor"].astype(bool)]
-    reach = max(ranked["high"].max() - ranked["low"].min(), 1.0)
-    left, right = ranked["low"].min() - reach / 2, ranked["high"].max() + reach / 2
     fig, ax = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)))
+    limits = rows[["score", "low", "high"]].astype(float).stack()
+    room = 0.06 * max(limits.max() - limits.min(), 1.0) if len(rows) else 1.0
+    if len(rows):
+        ax.set_xlim(limits.min() - room, limits.max() + room)
+    for is_anchor, look in ((False, {"ecolor": "C0", "color": "C0", "fmt": "o"}),
+                            (True, {"ecolor": "0.5", "color": "0.5", "fmt": "D"})):  # fmt: skip
+        part = rows[rows["is_anchor"].astype(bool) == is_anchor]
+        if len(part):
+            draw_intervals(ax, part["score"], part.index, part["low"], part["high"], elinewidth=2, **look)
     for y, (_, row) in enumerate(rows.iterrows()):
-        low, high = (row["score"] if pd.isna(row[side]) else row[side] for side in ("low", "high"))
-        shade, shown = ("0.5", float(np.clip(row["score"], left, right))) if row["is_anchor"] else ("C0", row["score"])
-        ax.plot(np.clip([low, high], left, right), [y, y], color=shade, lw=2)
-        outside = shown != row["score"]
-        marker = ("<" if shown == left else ">") if outside else "D" if row["is_anchor"] else "o"
-        ax.plot(shown, y, marker, color=shade)
-        anchor = f"anchor, score {row['score']:+.1f}" if outside else "anchor"
-        text = anchor if row["is_anchor"] else f"rank {row['rank']} [{row['rank_low']} to {row['rank_high']}]"
+        text = "anchor" if row["is_anchor"] else rank_text(row)
         ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
     ax.axvline(0, color="0.6", lw=1)
     ax.set_yticks(range(len(rows)), rows["config"])
     ax.set(xlabel="score, log-odds (mean of the ranked configurations = 0)", title=title)
     return fig
+
+
+def rank_text(row: pd.Series) -> str:
+    """`rank 2 [1 to 3]`, or the rank alone where no interval of it is known."""
+    known = pd.notna(row["rank_low"]) and pd.notna(row["rank_high"])
+    return f"rank {row['rank']}{f' [{row.rank_low} to {row.rank_high}]' if known else ''}"
 
 
 def win_rates(rates: pd.DataFrame) -> Figure:

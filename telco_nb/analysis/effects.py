@@ -142,8 +142,10 @@ def order_shares(configs: pd.DataFrame) -> dict[str, float]:
     """How far each factor determines the place of a configuration in the order of runs, 0 to 1.
 
     Args:
-        configs: the levels of FACTORS in the order in which the configurations ran.
+        configs: the levels of FACTORS, by configuration, and train_started_at. Records without it ran as listed.
     """
+    if "train_started_at" in configs and configs["train_started_at"].notna().all():
+        configs = configs.sort_values("train_started_at", kind="stable")
     place = pd.Series(np.arange(len(configs), dtype=float), configs.index)
     total = float(((place - place.mean()) ** 2).sum())
     if not total:
@@ -198,6 +200,23 @@ def design_facts(configs: pd.DataFrame) -> pd.DataFrame:
         varied = len(columns) > 0
         rows.append((factor, levels, varied, varied and separable[columns].all(), varied and clear[columns].all()))
     return pd.DataFrame(rows, columns=["factor", "levels", "varied", "separable", "clear"])
+
+
+ARRAY_TEXT = """These 16 configurations are an orthogonal array: every main effect is clear of every two-factor
+interaction, but some interactions cannot be told from each other. `learning_rate` is aliased with the three-factor
+interaction of `target_modules`, `rank` and `epochs`, and in part of `target_modules` the pairs *target x rank* and
+*epochs x learning rate*, *target x epochs* and *rank x learning rate*, *target x learning rate* and *rank x epochs*
+coincide. No statement is made about interactions."""
+
+
+def is_16_run_array(configs: pd.DataFrame) -> bool:
+    """True for 16 configurations of 4 x 2 x 2 x 2 levels whose main effects are clear of all two-factor interactions.
+
+    Args:
+        configs: the levels of FACTORS, indexed by configuration.
+    """
+    levels = [len(factor_levels(configs, factor)) for factor in FACTORS]
+    return len(configs) == 16 and levels == [4, 2, 2, 2] and bool(design_facts(configs)["clear"].all())
 
 
 def _interaction_columns(configs: pd.DataFrame) -> np.ndarray:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
 from telco_nb.analysis.divergence import divergence_tables
-from telco_nb.analysis.fitness import fitness, lead_over
+from telco_nb.analysis.fitness import bar_findings, fitness, lead_over, unfit_text
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
@@ -31,6 +31,7 @@ from telco_nb.analysis.recommendation import (
     percent,
     recommend,
     seed_text,
+    why_not,
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
@@ -47,7 +48,7 @@ PAPER: dict[str, Any] = {
     "best_loss": 0.5024,
     "best_loss_rank": "6th-7th",
     "worst_loss": 0.6807,
-    "worst_loss_rank": "1st with both",
+    "worst_loss_rank": "1st with both judges",
     "energy_wh": (284.0, 1371.0),
 }
 NOT_SHOWN_FIT = "is shown to be fit"  # where a part of the bar was not measured
@@ -106,8 +107,12 @@ def as_markdown(findings: Sequence[Finding]) -> str:
 
 
 def decision_findings(study: StudyResults) -> list[Finding]:
-    """The configuration to deploy, the choice by loss alone, and how sure the difference is."""
+    """The configuration to deploy, the choice by loss alone, how sure the difference is, and how fit the choice is."""
     choice = recommend(study)
+    return [*_decisions(study, choice), *bar_findings(study, choice.config)]
+
+
+def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
     deploy = _deploy_finding(study, choice)
     if study.losses.empty:
         reason = "no configuration has a validation loss"
@@ -124,10 +129,11 @@ def decision_findings(study: StudyResults) -> list[Finding]:
 
 
 def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
-    n = len(study.results)
+    """The decision. What every configuration fails without any judge comes first: it is known whoever ranks them."""
+    n, unfit = len(study.results), unfit_text(study)
+    none_fit = f"No configuration is fit for customers: {unfit}."
     if choice.config is None:
-        text = "No configuration can be recommended"
-        return not_estimable("deploy", text, "; ".join(choice.blocked_by), n, "blocked")
+        return _no_choice(study, choice, none_fit if unfit else "")
     row = study.results.loc[choice.config]
     held, who = fitness(study, choice.config), f"{choice.config} ({describe_config(row)})"
     rest = f"Training: {energy_text(row) or 'its training energy is not known'}. {seed_text(study)}"
@@ -135,16 +141,26 @@ def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     if not choice.fit:
         why = f"{unclear}: {choice.reason}." if choice.cannot_tell else f"It is chosen thus: {choice.reason}."
         shown = "is fit" if all(fitness(study, str(config)).failed for config in study.results.index) else NOT_SHOWN_FIT
-        text = f"No configuration {shown} to answer customers. {who} is the first choice of {n}, but "
-        text += f"{name_list(held.reasons)}. {why} {rest}"
+        text = none_fit if unfit else f"No configuration {shown} to answer customers."
+        text += f" {who} is the first choice of {n}, but {name_list(held.reasons)}. {why} {rest}"
         return Finding("deploy", text, choice.config, n=n, verdict="not fit")
     fit = f"{len(choice.fit)} of {n} configurations are fit to answer customers. " if len(choice.fit) < n else ""
     if choice.cannot_tell:
-        text = f"{fit}{unclear}: {choice.reason}. Deploy {who} only if one has to be. {rest}"
+        text = f"{unclear}: {choice.reason}. {fit}Deploy {who} only if one has to be. {rest}"
         return Finding("deploy", text, choice.config, n=n, verdict="cannot tell")
     text = f"Deploy {who}: {choice.reason}. {fit}{_better_text(choice.better_than)}{rest}"
     verdict = "supported" if choice.is_supported else "not distinguishable"
     return Finding("deploy", text, choice.config, n=n, verdict=verdict)
+
+
+def _no_choice(study: StudyResults, choice: Recommendation, none_fit: str) -> Finding:
+    """The decision where nothing is recommended; `none_fit` says by what all fail, or is empty."""
+    reasons, n = why_not(study, choice), len(study.results)
+    if not none_fit:
+        return not_estimable("deploy", "No configuration can be recommended", reasons, n, "blocked")
+    either = "None can be recommended" if claiming_judges(study)[0] else "They cannot be ranked either"
+    text = f"{none_fit} {either}: {reasons}."
+    return Finding("deploy", text, n=n, verdict="not fit", blocked_by=[reasons])
 
 
 def _better_text(names: Sequence[str]) -> str:

@@ -137,7 +137,9 @@ def _regret_finding(judge: JudgeResults, pick: str, draws: pd.DataFrame) -> Find
     if pick == best:
         text = f"Choosing by loss loses nothing with {judge.label}: both choose {pick}."
         return blockable(id, text, Interval(0.0), len(draws), "described", judge)
-    lead = percentile_interval(judge.scores[best] - judge.scores[pick], draws[best] - draws[pick])
+    lead = percentile_interval(
+        judge.scores[best] - judge.scores[pick], draws[best] - draws[pick], judge.terms(best, pick)
+    )
     text = (
         f"Choosing by loss ({pick}) instead of by {judge.label}: {best} is better by {lead.value:.2f} log-odds "
         f"{interval_text(*lead[1:], '.2f')}, that is, wins {win_text(lead)} of their decided comparisons. "
@@ -155,9 +157,9 @@ def _top3_finding(judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame
     return blockable(id, f"{text} (chance: {3 / n:.0%}).", Interval(share), len(draws), "described", judge)
 
 
-def _rank_interval(place: pd.Series, draws: pd.DataFrame, config: str) -> Interval:
+def _rank_interval(judge: JudgeResults, place: pd.Series, draws: pd.DataFrame, config: str) -> Interval:
     ranks = draws.rank(axis=1, ascending=False)[config]
-    value, *ends = percentile_interval(place[config], ranks)
+    value, *ends = percentile_interval(place[config], ranks, judge.terms(config))
     return Interval(round(value), *(round(end) if math.isfinite(end) else end for end in ends))
 
 
@@ -168,7 +170,7 @@ def _rank_finding(
 
     The surprising side counts: a place as far down for the lowest loss, as far up for the highest.
     """
-    rank, n = _rank_interval(place, draws, config), len(place)
+    rank, n = _rank_interval(judge, place, draws, config), len(place)
     chance = (n - rank.value + 1) / n if end == "best" else rank.value / n
     side = f"{rank.value} or further down" if end == "best" else f"{rank.value} or further up"
     text = (
@@ -181,7 +183,7 @@ def _rank_finding(
 def _misplaced_finding(judge: JudgeResults, by_loss: pd.Series, place: pd.Series, draws: pd.DataFrame) -> Finding:
     """The configuration whose rank by loss is furthest from its rank with the judge."""
     config, n = str((place - by_loss).abs().idxmax()), len(place)
-    rank = _rank_interval(place, draws, config)
+    rank = _rank_interval(judge, place, draws, config)
     text = (
         f"Loss misplaces {config} most: {by_loss[config]:.0f} of {n} by loss, {rank.value} of {n} with "
         f"{judge.label} {interval_text(*rank[1:], '')}. It is picked after the fact as the most extreme of {n}."

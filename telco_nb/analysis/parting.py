@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from telco_nb.analysis import results
 from telco_nb.analysis.divergence import FEWEST, Side, compared, shown_explanations
@@ -21,7 +20,7 @@ from telco_nb.analysis.effects import FACTORS
 from telco_nb.analysis.inference import partial_tau_rows, relabellings
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.statements import Finding, blockable, not_estimable, p_text
-from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, tau_rows
+from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, share_interval, tau_rows
 from telco_nb.judge.ranking import interval_text
 
 UNTUNED = "untuned"
@@ -34,6 +33,9 @@ MEASURED = {
     "knowledge": ("Knowledge", "card_choice", "right choices about the cards", ".0%"),
     "forgetting": ("Forgetting", "forgetting", "nats per token lost on general texts", "+.3f"),
 }
+
+
+LESS_SURPRISED = "less surprised than the untuned model"
 
 
 class Measure(NamedTuple):
@@ -51,15 +53,12 @@ def card_choice(choices: Mapping[str, pd.DataFrame], n_draws: int, seed: int) ->
         n_draws, seed: of the bootstrap.
 
     Returns:
-        Bounds are those of the terms or the exact ones of independent items, whichever lie further out.
+        Bounds are those of `share_interval`, as in 04.
     """
     of_cards = {name: table[table["kind"] != "general"].assign(sum=table["right"]) for name, table in choices.items()}
     found = _means(of_cards, "term_id", n_draws, seed)
     for name, table in of_cards.items():
-        if len(table):
-            exact = binomtest(int(table["right"].sum()), len(table)).proportion_ci(method="exact")
-            low, high = found.table.loc[name, ["low", "high"]]
-            found.table.loc[name, ["low", "high"]] = np.fmin(low, exact.low), np.fmax(high, exact.high)
+        found.table.loc[name, ["value", "low", "high"]] = list(share_interval(table["right"], table["term_id"], seed))
     return found
 
 
@@ -77,6 +76,19 @@ def forgetting(general_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: i
         if name != UNTUNED
     }
     return _means(gained, "text_id", n_draws, seed)
+
+
+def forgetting_text(measure: Measure) -> str:
+    """How many configurations general texts surprise more, and less, than the untuned model, surely or not."""
+    rows = measure.table.dropna(subset=["value"])
+    if rows.empty:
+        return "What the configurations have forgotten is not known."
+    less, more = rows[rows["value"] < 0], rows[rows["value"] > 0]
+    surely = int((less["high"] < 0).sum()), int((more["low"] > 0).sum())
+    return (
+        f"{len(more)} of {len(rows)} configurations are more surprised by general texts than the untuned model "
+        f"({surely[1]} of them surely), {len(less)} are {LESS_SURPRISED} ({surely[0]} surely)."
+    )
 
 
 def _means(tables: Mapping[str, pd.DataFrame], cluster: str, n_draws: int, seed: int) -> Measure:
@@ -181,5 +193,6 @@ def _extremes(measure: Measure, configs: list[str], words: str, digits: str) -> 
     for word, config in named.items():
         interval = Interval(*measure.table.loc[config, ["value", "low", "high"]])
         who = word if config == UNTUNED else f"{word} {config}"
-        parts.append(f"{who} {interval.value:{digits}} {interval_text(*interval[1:], digits)}")
+        less = f" ({LESS_SURPRISED})" if config != UNTUNED and interval.value < 0 else ""
+        parts.append(f"{who} {interval.value:{digits}} {interval_text(*interval[1:], digits)}{less}")
     return f"{words[0].upper()}{words[1:]}: {', '.join(parts)}; extremes are picked after the fact."

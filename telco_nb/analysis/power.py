@@ -8,7 +8,6 @@ of prompts is taken from the draws of single runs; that further seeds make it a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -19,15 +18,16 @@ from scipy.special import expit
 
 from telco_nb.analysis.recommendation import claims_of, judged_terms, percent
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.seeds import config_of
 from telco_nb.analysis.statements import Finding, blockable, not_estimable
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.best import MANY
 from telco_nb.judge.ranking import interval_text
+from telco_nb.study.params import config_of
 
 LEVEL, POWER = 0.05, 0.8
 SEEDS = (1, 2, 3, 5)
 FAR = 30.0  # standard errors: found with near certainty
+FORGONE = 4.6  # log-odds: winning 99 of 100 decided comparisons
 MOST = 1e6  # times the prompts: more are as good as never
 
 
@@ -148,21 +148,17 @@ def power_findings(study: StudyResults, n_prompts: int) -> list[Finding]:
         if errors is None:
             found.append(not_estimable(f"power.{judge.name}", text, "there is no ranking with two terms or more"))
             continue
-        found += [_least(judge, errors, n_prompts), _equivalence(study, judge, errors)]
+        found += [_least(judge, errors, n_prompts), _equivalence(study, judge)]
         found.append(_apart(judge, power_table(study, judge, n_prompts), n_prompts))
     return found
 
 
-def _runs(judge: JudgeResults, configs: Sequence[str]) -> list[int]:
-    """How many runs of each configuration the judge has ranked."""
-    if judge.runs is None:
-        return [1] * len(configs)
-    counts = judge.runs.groupby(judge.runs.index.map(config_of)).size()
-    return [int(counts[config]) for config in configs]
-
-
 def _least(judge: JudgeResults, errors: Errors, n_prompts: int) -> Finding:
     least = least_difference(*errors.of())
+    if least > FORGONE:
+        text = f"With {n_prompts} prompts only a configuration that wins practically always would be noticed"
+        text += f" (by {judge.label}; one comparison alone, 5 % level)."
+        return blockable(f"power.{judge.name}", text, Interval(least), n_prompts, "described", judge)
     share = percent(float(expit(least)))
     text = (
         f"With {n_prompts} prompts and one training run each, this study finds a difference of "
@@ -191,19 +187,26 @@ def _apart(judge: JudgeResults, table: pd.DataFrame, n_prompts: int) -> Finding:
     return blockable(f"power_top.{judge.name}", text, lead, n_prompts, "described", judge)
 
 
-def _equivalence(study: StudyResults, judge: JudgeResults, errors: Errors) -> Finding:
-    """Two one-sided tests of the best two against the margin that was claimed before the run."""
+def _equivalence(study: StudyResults, judge: JudgeResults) -> Finding:
+    """Two one-sided tests of the best two against the margin that was claimed before the run, by their own draws.
+
+    Low and high of a finding are those of 95 %, so these bounds stand in the text alone.
+    """
     margin, (first, second) = claims_of(study).margin, top_two(judge)
-    a, b = _runs(judge, (first, second))
-    error, df = errors.of(1.0, (a, b))
-    lead = float(judge.scores[first] - judge.scores[second])
-    half = float(stats.t.isf(LEVEL, df)) * error
-    interval = Interval(lead, lead - half, lead + half)
-    shown = interval.low > -margin and interval.high < margin
+    terms = judge.terms(first, second)
+    n_terms = MANY if terms is None else terms
+    lead, half = float(judge.scores[first] - judge.scores[second]), math.nan
+    if n_terms > 1:
+        error = float((judge.draws[first] - judge.draws[second]).std()) * math.sqrt(n_terms / (n_terms - 1))
+        half = float(stats.t.isf(LEVEL, n_terms - 1)) * error
+    within = lead + half < margin and lead - half > -margin
+    shown = within and judge.luck is not None
     text = (
         f"{first} and {second}, the best two with {judge.label}, are {'' if shown else 'not '}shown to be equivalent "
-        f"within {margin:g} log-odds: they differ by {lead:+.2f} {interval_text(*interval[1:], '+.2f')} (90 %: two "
-        f"one-sided tests at 5 %)."
+        f"within {margin:g} log-odds: they differ by {lead:+.2f} {interval_text(lead - half, lead + half)} (90 %: two "
+        f"one-sided tests at 5 %). They are picked after the fact."
     )
+    if judge.luck is None:
+        text += " The luck of training is not known and not in these bounds, so they cannot show it."
     verdict = "supported" if shown else "not distinguishable"
-    return blockable(f"equivalence.{judge.name}", text, interval, errors.terms, verdict, judge)
+    return blockable(f"equivalence.{judge.name}", text, Interval(lead), n_terms, verdict, judge)

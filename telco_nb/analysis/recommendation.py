@@ -50,6 +50,8 @@ def percent(share: float) -> str:
 def win_text(lead: Interval) -> str:
     """A lead in log-odds as the share of decided comparisons won (Bradley-Terry), with its interval."""
     value, low, high = (percent(float(expit(x))) if math.isfinite(x) else None for x in lead)
+    if low or high:  # a share has limits, where log-odds are open
+        low, high = low or "0%", high or "100%"
     return f"{value or percent(math.nan)} {interval_text(low, high, '')}"
 
 
@@ -86,6 +88,14 @@ def claiming_judges(study: StudyResults) -> tuple[list[JudgeResults], list[str]]
     reasons = {judge.name: judge.blocks or _too_little(judge) for judge in study.judges}
     allowed = [judge for judge in study.judges if not reasons[judge.name]]
     return allowed, [reason for judge in study.judges for reason in reasons[judge.name]]
+
+
+def why_not(study: StudyResults, choice: Recommendation) -> str:
+    """Why nothing is recommended, in words: a reason that all judges share is given once, without their names."""
+    starts = tuple(f"judge {judge.name}: " for judge in study.judges)
+    bare = {reason.split(": ", 1)[1] if reason.startswith(starts) else reason for reason in choice.blocked_by}
+    reasons = list(bare) if len(bare) == 1 else list(dict.fromkeys(choice.blocked_by))
+    return "; ".join(reason.removeprefix("no ranking: ") for reason in reasons)
 
 
 def _too_little(judge: JudgeResults) -> list[str]:
@@ -128,7 +138,8 @@ def compare(
 
 def mean_expected_scores(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:
     """`expected_scores` in log-odds, their mean over the judges, highest first."""
-    scores = [expected_scores(judge.scores, judge.draws, study.results) for judge in judges]
+    drawn = [judge.draws if judge.error_draws is None else judge.error_draws for judge in judges]
+    scores = [expected_scores(j.scores, draws, study.results) for j, draws in zip(judges, drawn, strict=True)]
     return pd.concat(scores, axis=1).dropna().mean(axis=1).sort_values(ascending=False, kind="stable")
 
 

@@ -13,7 +13,8 @@ import pandas as pd
 
 from telco_nb.analysis.statistics import MISSING, Interval, Luck, cluster_weights, kendall_tau, percentile_interval
 from telco_nb.judge.cases import degenerate_answer
-from telco_nb.study.params import Claims
+from telco_nb.judge.gate import gate_counts, outcome
+from telco_nb.study.params import Claims, split_run
 
 PARAMETER_COLUMNS = ("target_modules", "rank", "lora_alpha", "epochs", "learning_rate", "seed")
 SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per token, and perplexity
@@ -21,8 +22,10 @@ SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per 
 )  # fmt: skip
 ENERGY_COLUMNS = (
     "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
+    "train_joules_per_token", "train_joules_per_supervised_token", "train_mean_w",
 )  # fmt: skip
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
+JudgeFiles = Callable[[str], Callable[[str], Path]]  # by a judge's name: the path of a file of its 05_judge
 PROXY_KINDS = ("checklist", "embedding")
 
 
@@ -30,8 +33,9 @@ PROXY_KINDS = ("checklist", "embedding")
 class JudgeResults:
     """The results of 05 for one judge. `ranking` is indexed by configuration, `draws` is (draws, configurations).
 
-    `runs`, `run_draws` and `luck` are known where configurations were trained again (`seeds.merge_runs`): score and
-    draws of every run, and the variance between seeds.
+    `runs`, `run_draws`, `luck` and `error_draws` are known where configurations were trained again
+    (`seeds.merge_runs`): score and draws of every run, the variance between seeds, and draws like `draws` with as much
+    luck as was estimated: those have the covariance of the scores' errors, while `draws` have the width of t intervals.
     """
 
     name: str
@@ -46,6 +50,7 @@ class JudgeResults:
     runs: pd.Series | None = None
     run_draws: pd.DataFrame | None = None
     luck: Luck | None = None
+    error_draws: pd.DataFrame | None = None
 
     @property
     def scores(self) -> pd.Series:
@@ -57,9 +62,20 @@ class JudgeResults:
         """Like `scores`, of the first run of each configuration: comparable with single repeats."""
         return self.scores if self.runs is None else self.runs[self.scores.index]
 
+    def terms(self, *configs: str) -> int | None:
+        """The least number of terms in which the configurations were compared; None if the ranking does not say."""
+        if "n_terms" not in self.ranking:
+            return None
+        return int(self.ranking["n_terms"].reindex(list(configs)).fillna(0).min())
+
     @property
     def failed_controls(self) -> list[str]:
-        return [control["control"] for control in self.controls if control["passed"] is not True]
+        return [control["control"] for control in self.controls if outcome(control) == "FAILED"]
+
+    @property
+    def gate_text(self) -> str:
+        """How many planted controls it passed, in words (`gate.gate_counts`)."""
+        return gate_counts(self.controls)
 
     @property
     def is_proxy(self) -> bool:
@@ -83,7 +99,8 @@ class StudyResults:
     configurations whose energy window was too short or has no reading. `checks` holds what the checklist found in each
     answer (`judge.checklist.checks_table`), `faults` the counts of `answers_table`; None where there are none.
     `set_draws` are draws like `loss_draws` by the name of a test set's loss; `train_losses` are those at the end of
-    training. `claims` was written down before the run; None: the shipped file.
+    training, `n_scenarios` how many scenarios the draws of the loss resample. `claims` was written down before the run;
+    None: the shipped file.
     """
 
     results: pd.DataFrame
@@ -96,6 +113,7 @@ class StudyResults:
     set_draws: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     train_losses: pd.Series | None = None
     claims: Claims | None = None
+    n_scenarios: int | None = None
 
     def __post_init__(self) -> None:
         refuse_infinite(self.results)
@@ -172,15 +190,16 @@ def read_judge(name: str, path: Callable[[str], Path]) -> JudgeResults:
 
 
 def gate_table(judges: Sequence[JudgeResults]) -> pd.DataFrame:
-    """One row per planted control: the required value, and each judge's value with passed or FAILED."""
+    """One row per planted control: the required value, and each judge's value with passed, FAILED or not asked."""
     rows: dict[str, dict[str, str]] = {}
     for judge in judges:
         for control in judge.controls:
             threshold = control["threshold"]
             required = "-" if threshold is None else f"{control.get('rule', '')} {threshold:.3g}".strip()
             row = rows.setdefault(control["control"], {"required": required})
-            value = "no question" if control["value"] is None else f"{control['value']:.3f} (n = {control['n']})"
-            row[judge.label] = f"{value} {'passed' if control['passed'] else 'FAILED'}"
+            value = "no verdict: " if control["passed"] is False else ""
+            value = value if control["value"] is None else f"{control['value']:.3f} (n = {control['n']}) "
+            row[judge.label] = f"{value}{outcome(control)}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("control").reset_index()
 
 
@@ -207,8 +226,7 @@ def answers_table(answers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def repeats_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row per seed repeat from the metrics of 03, keyed by scope `<config>-seed<seed>`."""
     rows = [
-        (*scope.split("-seed"), values.get("val_loss"), values.get("train_energy_wh"))
-        for scope, values in metrics.items()
+        (*split_run(scope), values.get("val_loss"), values.get("train_energy_wh")) for scope, values in metrics.items()
     ]
     frame = pd.DataFrame(rows, columns=["config", "seed", "val_loss", "train_energy_wh"])
     return frame.astype({"seed": int, "val_loss": float, "train_energy_wh": float})
@@ -218,7 +236,7 @@ def result_columns(judges: Iterable[str]) -> list[str]:
     """The columns of results.csv, in order."""
     return [
         "config", *PARAMETER_COLUMNS, "train_tokens", "val_loss", "val_loss_low", "val_loss_high",
-        *SET_LOSSES, *ENERGY_COLUMNS, "answer_energy_wh", "train_seconds", "tokens_per_second",
+        *SET_LOSSES, *ENERGY_COLUMNS, "answer_energy_wh", "train_started_at", "train_seconds", "tokens_per_second",
         *(f"{judge}_{part}" for judge in judges for part in JUDGE_PARTS),
     ]  # fmt: skip
 
@@ -379,7 +397,7 @@ def self_preference(
     both["gap"] = both["share"] - both["consensus"]
     sums = both.groupby("scenario_id")["gap"].agg(["sum", "size"]).to_numpy(float)
     drawn = cluster_weights(len(sums), n_draws, seed) @ sums
-    return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1]), len(both)
+    return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1], len(sums)), len(both)
 
 
 def _own_shares(judgements: pd.DataFrame, own: set[str]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from telco_nb.analysis.recommendation import name_list, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults, paired_draws
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
+from telco_nb.judge.separation import LEAST_TERMS
 
 PAIR_COLUMNS = ["factor", "config_a", "config_b", "level_a", "level_b"]
 ROW_COLUMNS = ["loss_a", "loss_b", "loss_change", "loss_low", "loss_high", "score_a", "score_b", "score_change",
@@ -54,8 +55,8 @@ def compare_rows(study: StudyResults) -> pd.DataFrame:
         for pair in one_factor_pairs(study.results.loc[losses.columns]).to_dict("records"):
             a, b = pair["config_a"], pair["config_b"]
             values = [study.losses[a], study.losses[b], judge.scores[a], judge.scores[b]]
-            loss = percentile_interval(values[1] - values[0], losses[b] - losses[a])
-            score = percentile_interval(values[3] - values[2], draws[b] - draws[a])
+            loss = percentile_interval(values[1] - values[0], losses[b] - losses[a], study.n_scenarios)
+            score = percentile_interval(values[3] - values[2], draws[b] - draws[a], judge.terms(a, b))
             numbers = [*values[:2], *loss, *values[2:], *score, _shows(loss, score)]
             rows.append(pair | {"judge": judge.name} | dict(zip(ROW_COLUMNS, numbers, strict=True)))
     return pd.DataFrame(rows, columns=[*PAIR_COLUMNS, "judge", *ROW_COLUMNS])
@@ -118,6 +119,29 @@ def _pair_text(table: pd.DataFrame, judges: Sequence[JudgeResults]) -> str:
             lead = Interval(row["score_change"], row["score_low"], row["score_high"])
             text += f" With {_name(judge)} the score is {row['score_a']:+.2f} and {row['score_b']:+.2f}: "
             text += f"{row['config_b']} wins {win_text(lead)} of decided comparisons; {row['shows']}."
+    return text
+
+
+def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_scenarios: int, n_terms: int) -> str:
+    """The configuration with the lowest validation loss, and the others that are not distinguishable from it.
+
+    Args:
+        losses: by configuration, nats per token.
+        draws: their paired bootstrap draws, (draws, configurations).
+        n_scenarios, n_terms: of the validation set. With as few as carry no ranking either, nothing is told apart.
+    """
+    lowest, *others = losses.sort_values().index
+    text = f"**{lowest} has the lowest loss.** "
+    if min(n_scenarios, n_terms) < LEAST_TERMS:
+        return f"{text}{n_scenarios} scenarios about {n_terms} terms are too few to tell whether another is as low."
+    gaps = draws.sub(draws[lowest], axis=0)
+    paired = {c: percentile_interval(losses[c] - losses[lowest], gaps[c], n_scenarios) for c in others}
+    near = [config for config, gap in paired.items() if not gap.excludes()]
+    if near:
+        text += f"{len(near)} of the other {len(others)} are not distinguishable from it ({name_list(near)}): "
+        return f"{text}the interval of the paired difference contains 0."
+    if others:
+        text += "It is distinguishable from all others: no interval of a paired difference contains 0."
     return text
 
 

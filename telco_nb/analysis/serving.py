@@ -38,8 +38,9 @@ def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.D
         rates: prices of a kWh.
 
     Returns:
-        A DataFrame by configuration: kwh, kwh_low, kwh_high, usd, co2e_kg, and break_even_answers, after which
-        answering has taken more energy than training. A value without a measurement or an estimate is missing.
+        A DataFrame by configuration: kwh, kwh_low, kwh_high, usd, co2e_kg, break_even_answers, after which answering
+        has taken more energy than training, and train_co2e_g, the CO2e of the training. A value without a measurement
+        or an estimate is missing.
     """
     rows = {}
     for config, metrics in answering.items():
@@ -54,6 +55,7 @@ def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.D
             "usd": kwh * rates.usd_per_kwh,
             "co2e_kg": kwh * rates.carbon_g_per_kwh / GRAMS_PER_KG,
             "break_even_answers": even,
+            "train_co2e_g": None if trained is None else trained / WH_PER_KWH * rates.carbon_g_per_kwh,
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("config").astype(float)
 

@@ -36,16 +36,18 @@ class Interval(NamedTuple):
 
 
 MISSING = Interval(math.nan)
+SHARE_DRAWS = 2000  # resamples behind the interval of a share
 
 
 def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = None) -> Interval:
     """95 % percentile interval of bootstrap draws around a value; draws that are NaN are left out.
 
-    With the number of resampled clusters the percentiles are expanded, because those of few clusters are too narrow.
+    With the number of resampled clusters the percentiles are expanded, because those of few clusters are too narrow;
+    one cluster tells no interval.
     """
     finite = np.asarray(draws, dtype=float)
     finite = finite[np.isfinite(finite)]
-    if finite.size == 0:
+    if finite.size == 0 or (n_clusters is not None and n_clusters < 2):
         return Interval(float(value))
     low, high = np.quantile(finite, (0.025, 0.975) if n_clusters is None else interval_levels(n_clusters))
     return Interval(float(value), float(low), float(high))
@@ -54,6 +56,26 @@ def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = N
 def cluster_weights(n: int, n_draws: int, seed: int) -> np.ndarray:
     """Bootstrap of n clusters: how often each draw with replacement takes each of them, (draws, clusters)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws)
+
+
+def share_interval(right: pd.Series, clusters: pd.Series, seed: int) -> Interval:
+    """A share with the wider of two 95 % intervals: of whole clusters (bootstrap), of independent items (exact).
+
+    Args:
+        right: True or False, one per item.
+        clusters: the cluster of each item, such as its term.
+        seed: of the bootstrap.
+
+    Returns:
+        The share, 0 to 1, with its bounds; missing without an item.
+    """
+    if not len(right):
+        return MISSING
+    sums = right.groupby(clusters.to_numpy()).agg(["sum", "size"]).to_numpy(float)
+    drawn = cluster_weights(len(sums), SHARE_DRAWS, seed) @ sums
+    whole = percentile_interval(float(right.mean()), drawn[:, 0] / drawn[:, 1], len(sums))
+    exact = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="exact")
+    return Interval(whole.value, float(np.fmin(whole.low, exact.low)), float(np.fmax(whole.high, exact.high)))
 
 
 def kendall_tau(a: Numbers, b: Numbers) -> float:
@@ -200,7 +222,8 @@ def cohen_kappa(a: pd.DataFrame, b: pd.DataFrame, n_draws: int, seed: int) -> tu
     tables = np.zeros((len(scenarios), 3, 3))
     np.add.at(tables, (code, both["verdict"].to_numpy(int), both["verdict_b"].to_numpy(int)), 1)
     draws = np.tensordot(cluster_weights(len(scenarios), n_draws, seed), tables, axes=1)
-    return percentile_interval(_kappa(tables.sum(axis=0)), [_kappa(table) for table in draws]), len(both)
+    drawn = [_kappa(table) for table in draws]
+    return percentile_interval(_kappa(tables.sum(axis=0)), drawn, len(scenarios)), len(both)
 
 
 def _verdicts_by_pair(judgements: pd.DataFrame) -> pd.DataFrame:
@@ -246,7 +269,7 @@ def krippendorff_alpha(ratings: pd.DataFrame, level: str, n_draws: int = 0, seed
     np.add.at(per_cluster, cluster, pairs)
     tables = np.tensordot(cluster_weights(len(names), n_draws, seed), per_cluster, axes=1)
     draws = [_alpha(table, values, level) for table in tables]
-    return percentile_interval(_alpha(per_cluster.sum(0), values, level), draws), len(units)
+    return percentile_interval(_alpha(per_cluster.sum(0), values, level), draws, len(names)), len(units)
 
 
 def _alpha(pairs: np.ndarray, values: np.ndarray, level: str) -> float:
@@ -280,6 +303,21 @@ class Luck(NamedTuple):
         tails = (1.0, *(self.df / stats.chi2.ppf(q, self.df) for q in (0.975, 0.025)))
         return Interval(*(math.sqrt(max(0.0, self.total * factor - self.noise)) for factor in tails))
 
-    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Standard deviations (n,) as the few degrees of freedom allow them."""
-        return np.sqrt(np.maximum(0.0, self.total * self.df / rng.chisquare(self.df, n) - self.noise))
+    def widened(self, prompts: np.ndarray, runs: np.ndarray, terms: np.ndarray) -> np.ndarray:
+        """Standard deviations of the normal luck that makes percentiles of draws t intervals.
+
+        The variance of a score is that of prompts and that of luck, with Satterthwaite's degrees of freedom. Luck drawn
+        from its own uncertain variance would give the same percentiles, but below 3 degrees of freedom no variance.
+
+        Args:
+            prompts: the variance of draws without luck, (n,).
+            runs: of each configuration, (n,).
+            terms: the clusters in which each was compared, (n,); the percentiles are those of `interval_levels`.
+        """
+        terms = np.maximum(terms, 2)
+        of_prompts, of_runs = prompts * terms / (terms - 1), self.total / runs
+        variance = of_prompts + self.sd.value**2 / runs
+        noise = of_prompts**2 / (terms - 1) + of_runs**2 / self.df  # with the runs' total: luck is what is left of it
+        df = np.maximum(variance**2 / np.maximum(noise, 1e-300), 1.0)
+        wider = stats.t.ppf(0.975, df) / (stats.t.ppf(0.975, terms - 1) * np.sqrt(terms / (terms - 1)))
+        return np.sqrt(np.maximum(0.0, wider**2 * variance - prompts))

@@ -10,7 +10,7 @@ from telco_nb.analysis.statements import Finding, excludes_zero, not_estimable
 from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval
 from telco_nb.judge.ranking import interval_text
 
-COLUMNS = ["config", "role", "strength", "loss", "change", "low", "high"]
+COLUMNS = ["config", "role", "strength", "answers", "loss", "change", "low", "high"]
 
 
 def strength_roles(top: str | None, losses: pd.Series) -> dict[str, str]:
@@ -32,7 +32,7 @@ def strength_table(
         n_draws, seed: of the bootstrap over terms, the same for all strengths.
 
     Returns:
-        Columns COLUMNS, losses in nats per token.
+        Columns COLUMNS: answers is their number, losses are in nats per token.
     """
     rows = []
     for config, role in roles.items():
@@ -46,12 +46,12 @@ def strength_table(
         own = list(losses.index).index(1)
         for k, (strength, loss) in enumerate(losses.items()):
             change = percentile_interval(loss - losses[1], drawn[:, k] - drawn[:, own], len(sums))
-            rows.append((config, role, strength, loss, *change))
+            rows.append((config, role, strength, table["prompt_id"].nunique(), loss, *change))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def strength_findings(table: pd.DataFrame, roles: Mapping[str, str]) -> list[Finding]:
-    """Per configuration, the strength with the lowest loss, and how much lower it is than at strength 1."""
+    """Per configuration, the strength with the lowest loss beside strength 1 (or, if that is it, the next lowest)."""
     found = []
     for config, role in roles.items():
         rows, id = table[table["config"] == config].set_index("strength"), f"strength.{config}"
@@ -59,12 +59,25 @@ def strength_findings(table: pd.DataFrame, roles: Mapping[str, str]) -> list[Fin
             text = f"Whether another strength of {config} ({role}) lowers its loss is not known"
             found.append(not_estimable(id, text, "only one strength was computed"))
             continue
-        best, names = rows["loss"].idxmin(), ", ".join(f"{strength:g}" for strength in rows.index)
-        change = Interval(*rows.loc[best, ["change", "low", "high"]])
-        text = f"Of the strengths {names} of {config} ({role}) the loss of the gold answers is lowest at {best:g}"
-        if best != 1:
-            text += f": {change.value:+.3f} nats per token {interval_text(*change[1:], '+.3f')} against strength 1"
-            text += ", picked after the fact; what the answers are like there was not judged"
-        verdict = "described" if best == 1 else excludes_zero(change)
-        found.append(Finding(id, f"{text}.", *change, n=len(rows), verdict=verdict))
+        found.append(_finding(id, config, role, rows))
     return found
+
+
+def _finding(id: str, config: str, role: str, rows: pd.DataFrame) -> Finding:
+    """The strength with the lowest loss beside another one; `rows` are those of a configuration, by strength.
+
+    The value is the change from strength 1 to the other of the two.
+    """
+    best, names = rows["loss"].idxmin(), ", ".join(f"{strength:g}" for strength in rows.index)
+    other = 1 if best != 1 else rows["loss"].drop(best).idxmin()
+    moved, n = best if best != 1 else other, int(rows["answers"].iloc[0])
+    change = Interval(*rows.loc[moved, ["change", "low", "high"]])
+    text = (
+        f"Of the strengths {names} of {config} ({role}) the loss of the gold answers is lowest at {best:g}: "
+        f"{rows.loc[best, 'loss']:.3f} nats per token, against {rows.loc[other, 'loss']:.3f} at {other:g}. Strength "
+        f"{moved:g} changes it by {change.value:+.3f} {interval_text(*change[1:], '+.3f')} against strength 1, "
+    )
+    text += f"on {n} answers" if change.excludes() else f"not told apart on {n} answers"
+    if best != 1:
+        text += "; picked after the fact, and what the answers are like there was not judged"
+    return Finding(id, f"{text}.", *change, n=n, verdict=excludes_zero(change))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -10,14 +11,14 @@ import pyarrow.parquet as pq
 import yaml
 
 from telco_nb import ROOT
-from telco_nb.analysis.fitness import Fitness, fitness
+from telco_nb.analysis.fitness import Fitness, fitness, panel_checks
 from telco_nb.analysis.recommendation import describe_config
-from telco_nb.analysis.results import StudyResults, answers_table, read_judge
-from telco_nb.analysis.seeds import merge_runs
+from telco_nb.analysis.results import StudyResults, answers_table
+from telco_nb.analysis.seeds import read_panel
 from telco_nb.commands.dataset import TEMPLATES
 from telco_nb.commands.trained import Trained
 from telco_nb.report.files import StudyFiles, read_json, read_or_none, read_study
-from telco_nb.study.record import step_dir
+from telco_nb.study.record import read_manifest, step_dir
 
 WHAT = {"hf": "The LoRA adapter", "gguf": "The adapter merged into its base model, as a GGUF file"}
 MERGED = "The adapter merged into its base model"
@@ -85,21 +86,29 @@ def vllm_line(trained: Trained) -> str:
 
 
 def held_against_bar(trained: Trained) -> Fitness | None:
-    """The configuration against the study's absolute bar; None if no judge with a headline has ranked it."""
+    """The configuration against the study's absolute bar, with the judges and the seed of its 06_analysis.
+
+    Returns:
+        None before 06_analysis, and if no judge with a headline has ranked the configuration.
+    """
     root, config = trained.root, trained.config
-    folders = sorted(path for path in root.glob("judge-*/05_judge") if (path / "manifest.json").is_file())
-    judges = [read_or_none(read_judge, path.parent.name.removeprefix("judge-"), path.joinpath) for path in folders]
-    judges = [merge_runs(judge, trained.values["seed"]) for judge in judges if judge is not None]
-    judges = [judge for judge in judges if config in judge.ranking.index]
-    if not any(not judge.blocks for judge in judges):
+    analysis = read_manifest(root, "study", "06_analysis")
+    if analysis is None:
         return None
-    checks = (read_or_none(pd.read_parquet, path / "tables" / "checks.parquet") for path in folders)
+
+    def files(name: str) -> Callable[[str], Path]:
+        return step_dir(root, f"judge-{name}", "05_judge").joinpath
+
+    parameters = analysis["parameters"]
+    panel = read_or_none(read_panel, parameters["judges"], files, parameters["seed"]) or []
+    if not any(config in judge.ranking.index for judge in panel if not judge.blocks):
+        return None
     answers = read_or_none(pd.read_parquet, step_dir(root, config, "04_energy") / "artefacts" / "answers.parquet")
     none: dict[str, Any] = {"results": pd.DataFrame(), "loss_draws": pd.DataFrame(), "repeats": pd.DataFrame()}
     results = StudyResults(
         **none,
-        judges=judges,
-        checks=next((table for table in checks if table is not None), None),
+        judges=panel,
+        checks=read_or_none(panel_checks, panel, files),
         faults=None if answers is None else answers_table({config: answers}),
     )
     return fitness(results, config)
@@ -140,7 +149,7 @@ def result_rows(study: StudyFiles, config: str, held: Fitness | None) -> list[Ro
     for judge in study.judges:
         gate = "passed" if row[f"{judge}_gate"] == "passed" else "FAILED: this rank carries no claim"
         about = f"of {len(study.results)}, 1 is best; {study.judge_name(judge)}, validity gate {gate}"
-        rank = _row(row, f"rank by {judge}", f"{judge}_rank{{}}", about, "{:.0f}")
+        rank = _row(row, f"place by {judge}", f"{judge}_rank{{}}", about, "{:.0f}")
         rows.append(rank)
     return [row for row in rows if row is not None]
 

@@ -15,7 +15,7 @@ import typer
 
 from telco_nb.commands.common import CommandError, errors_as_exit_codes
 from telco_nb.judge import bradley_terry, ranking
-from telco_nb.judge.gate import gate_result
+from telco_nb.judge.gate import gate_result, outcome
 from telco_nb.judge.protocol import headline_blocks
 from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_table, judged_rows
 from telco_nb.study import record
@@ -73,7 +73,8 @@ def settings(folder: Path) -> tuple[int, int]:
 
 def report(result: Reranked, store: VerdictStore) -> str:
     """The text that the command prints."""
-    gate = pd.DataFrame(result.validity["controls"])[["control", "value", "rule", "threshold", "n", "passed"]]
+    gate = pd.DataFrame(result.validity["controls"])[["control", "value", "rule", "threshold", "n"]]
+    gate["result"] = [outcome(control) for control in result.validity["controls"]]
     statuses = ", ".join(f"{n} {status}" for status, n in sorted(store.statuses.items())) or "none"
     seats = result.coverage[["planned", "judged"]].sum()
     return "\n".join(

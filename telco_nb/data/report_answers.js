@@ -104,7 +104,12 @@ function points(q, credits) {
     const [mark, word] = credits[i] >= 0.75 ? ["✓", "made"] : credits[i] > 0.25 ? ["½", "partly made"] : ["✗", "missed"];
     return make("li", { class: word.split(" ")[0] }, make("span", { class: "mark", role: "img", "aria-label": word }, mark), " ", point);
   };
-  return make("ul", { class: "points" }, ...q.points.map(item));
+  const list = (origin, head) => {
+    const items = q.points.map(item).filter((_, i) => !origin || q.origins[i] === origin);
+    return items.length ? [head ? make("p", { class: "soft" }, head) : "", make("ul", { class: "points" }, ...items)] : [];
+  };
+  if (!q.origins.length) return make("div", {}, ...list(null, null));
+  return make("div", {}, ...list("card", "Points of the card:"), ...list("gold", "Further points of the gold answer:"));
 }
 function record(q, i) { // wins, ties and losses of an answer on this question, per judge
   return judges.map((judge, k) => {
@@ -118,7 +123,7 @@ function card(q, i, folded) {
   const head = make("h3", {}, column.name, column.about ? make("small", {}, ` ${column.about}`) : null);
   if (!answer) return make("article", { class: "card" }, head, make("p", { class: "soft" }, "No answer."));
   const flags = answer.flags.map((flag) => make("span", { class: LETTERS[flag] ? "tag bad" : "tag" }, flag));
-  const number = answer.coverage === null ? null : `Makes ${percent(answer.coverage)} % of a full answer's points; content ${answer.content}.`;
+  const number = answer.coverage === null ? null : `Makes ${percent(answer.coverage)} % of a full answer's points; content ${answer.content} (points made less penalties).`;
   const list = answer.credits && q.points.length ? points(q, answer.credits) : null;
   const made = list && folded ? make("details", {}, make("summary", {}, "Points made and missed"), list) : list;
   return make("article", { class: "card" }, head, flags.length ? make("p", { class: "tags" }, ...flags) : null,

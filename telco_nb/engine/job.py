@@ -343,10 +343,10 @@ def death_reason(
     return f"it ended with exit code {code}" + (f"; its log ends with {exception}" if code and exception else "")
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))
-
-
 def _literal(path: Path) -> str:
     """A path for papermill, which would put parameters in the place of what stands in braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None))

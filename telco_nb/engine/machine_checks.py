@@ -140,14 +140,26 @@ def _in_hub_cache(model: str) -> bool:
 
 
 def find_warnings(jobs: Iterable[Job]) -> list[str]:
-    """Return a sentence for each GPU that another process uses: it would distort the measured energy."""
+    """Return a sentence for each GPU whose energy will not be that of a job alone, or may not be known."""
     if not any("base_model" in job.parameters for job in jobs):
         return []
-    return [
+    warnings = [
         f"GPU {index} already holds {memory} MiB of another process: its energy would be counted here."
         for index, memory in _nvidia_smi("index,memory.used")
         if memory.isdigit() and int(memory) > BUSY_GPU_MIB
     ]
+    for index, divided, power_w in _nvidia_smi("index,mig.mode.current,power.draw"):
+        if divided == "Enabled":
+            warnings.append(
+                f"GPU {index} is divided (MIG) and tells its energy only as a whole: a job is allocated a share of it. "
+                "Measured energy needs an undivided GPU."
+            )
+        elif not power_w.replace(".", "", 1).isdigit():
+            warnings.append(
+                f"GPU {index} does not tell its power ({power_w}): unless it has an energy counter, its energy is "
+                "missing. In a container, let the driver's `utility` functions in."
+            )
+    return warnings
 
 
 def _nvidia_smi(names: str) -> list[list[str]]:

@@ -88,7 +88,7 @@ def plan_table(states: list[State]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for (decision, step, reason), scopes in sorted(rows.items(), key=lambda row: row[0][1]):
         style = "dim" if decision == "skip" else ""
-        table.add_row(decision, step, " ".join(scopes), Text(reason), style=style)
+        table.add_row(decision, step, " ".join(sorted(scopes)), Text(reason), style=style)
     return table
 
 
@@ -100,7 +100,7 @@ def status_table(states: list[State], most_rows: int | None = None) -> Group:
     for name in ("", *steps):
         table.add_column(name, no_wrap=True)
     by_scope: dict[str, dict[str, State]] = {}
-    for state in states:
+    for state in sorted(states, key=lambda state: (state.job.step, state.job.scope)):  # they run in a drawn order
         by_scope.setdefault(state.job.scope, {})[state.job.step] = state
     shown, hidden = _fold(by_scope, most_rows)
     for scope in shown:

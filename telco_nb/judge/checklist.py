@@ -85,14 +85,18 @@ class Checked:
     def rubric(self) -> dict[str, int | None]:
         """Ratings 1 to 5; None for tone and concision, which no check covers.
 
-        factual: 5 minus 2 for each wrong belief or contradiction and 1 for each unknown figure. resolves: 1 + 4 x
-        coverage. on_policy: 1 if unsafe, else 5, less 2 for another problem's answer.
+        factual: 5 minus 2 for each wrong belief or contradiction and 1 for each unknown figure; None for an answer that
+        makes no point and says nothing false, because nothing of it was checked. resolves: 1 + 4 x coverage.
+        on_policy: 1 if unsafe, else 5, less 2 for another problem's answer.
         """
-        ratings = {
-            "factual": 5 - 2 * self.wrong_beliefs - 2 * self.contradictions - len(self.unknown_figures),
+        faults = 2 * self.wrong_beliefs + 2 * self.contradictions + len(self.unknown_figures)
+        ratings: dict[str, float] = {
+            "factual": 5 - faults,
             "resolves": 1 + 4 * self.coverage,
             "on_policy": 1 if self.unsafe else 5 - 2 * self.off_request,
         }
+        if not (faults or self.coverage > 0):
+            del ratings["factual"]
         return {name: max(1, round(ratings[name])) if name in ratings else None for name in CRITERIA}
 
     def summary(self) -> str:

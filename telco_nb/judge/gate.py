@@ -281,9 +281,10 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection
     Returns:
         {judge, passed, controls: [{control, value, low, high, threshold, rule, n, passed, detail}], passes_all_good,
         passes_all_poor}. low and high are the exact 95 % bounds of a share (Clopper-Pearson). A control without any
-        verdict has value None; it is not passed, unless no prompt allows it, as `first_removed` without a protective
-        step. The last two are the chances that a good and a poor judge pass all controls with these numbers. With few
-        questions a control even a poor judge would pass all of them too often; then they are held together as well.
+        verdict has value None. It is not passed; if no prompt allows it, as `first_removed` without a protective step,
+        its `passed` is None: it was not asked and does not stand against the judge. The last two are the chances that a
+        good and a poor judge pass all controls with these numbers. With few questions a control even a poor judge would
+        pass all of them too often; then they are held together as well.
     """
     controls = [_planted_result(judged, name, name in planned) for name in PLANTED]
     controls += [_own_result(judged, name) for name in OWN]
@@ -296,7 +297,7 @@ def gate_result(judge: str, kind: str, judged: pd.DataFrame, planned: Collection
     if decided and power["passes_all_poor"] > PASS_POOR:
         together, power = _together(controls[: len(PLANTED)])
         controls.append(together)
-    return {"judge": judge, "passed": all(c["passed"] for c in controls), "controls": controls, **power}
+    return {"judge": judge, "passed": all(c["passed"] is not False for c in controls), "controls": controls, **power}
 
 
 def _together(planted: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -312,6 +313,31 @@ def _together(planted: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dic
     return result | {"detail": detail}, {f"passes_all_{name}": p for name, p in chance.items()}
 
 
+def outcome(control: Mapping[str, Any]) -> str:
+    """`passed`, `FAILED` or `not asked`, of one control of a gate; without a question nothing is passed."""
+    if control["passed"] is False:
+        return "FAILED"
+    return "not asked" if control["passed"] is None or control.get("n") == 0 else "passed"
+
+
+def gate_counts(controls: Sequence[Mapping[str, Any]]) -> str:
+    """How many controls a judge passed: `18 of 19 controls asked, and all planted ones together`.
+
+    Args:
+        controls: of a gate's result. The one of all planted controls together is named apart and not counted.
+    """
+    single = [control for control in controls if control["control"] != TOGETHER]
+    outcomes = [outcome(control) for control in single]
+    n_asked, n_passed = len(single) - outcomes.count("not asked"), outcomes.count("passed")
+    text = f"{n_asked} of {len(single)} controls asked"
+    if n_passed < n_asked:
+        text = f"{n_passed} of {n_asked} controls asked ({len(single)} in all)"
+    together = [outcome(control) for control in controls if control["control"] == TOGETHER]
+    if not together:
+        return text
+    return f"{text}, {'and' if together[0] == 'passed' else 'but not'} all planted ones together"
+
+
 OPTIONAL = ("other_problem", "wrong_term", "first_removed", "nearest", "other_scenario", "injection")
 
 
@@ -321,9 +347,9 @@ def _planted_result(judged: pd.DataFrame, control: str, planned: bool) -> dict[s
     n = len(rows)
     result = {"control": control, "value": None, "low": None, "high": None, "threshold": None, "rule": ">=", "n": n}
     if not n:
-        passed = control in OPTIONAL and bool(len(judged)) and not planned
-        why = "no prompt allows it" if passed else "no verdict, so not passed"
-        return result | {"passed": passed, "detail": f"planted: {planted}; {why}"}
+        not_asked = control in OPTIONAL and bool(len(judged)) and not planned
+        why = "no prompt allows it" if not_asked else "no verdict, so not passed"
+        return result | {"passed": None if not_asked else False, "detail": f"planted: {planted}; {why}"}
     right = round(_statistic(rows, statistic) * n)
     interval = stats.binomtest(right, n).proportion_ci(0.95, method="exact")
     bounds = {"value": right / n, "low": float(interval.low), "high": float(interval.high)}

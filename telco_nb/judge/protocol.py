@@ -161,7 +161,7 @@ def build_protocol(
 
 def failed_controls(gate: Mapping[str, Any]) -> list[str]:
     """The names of the planted controls on which the judge failed; `gate` is the result of `Protocol.gate`."""
-    return [control["control"] for control in gate["controls"] if not control["passed"]]
+    return [control["control"] for control in gate["controls"] if control["passed"] is False]
 
 
 def headline_blocks(gate: Mapping[str, Any], coverage: pd.DataFrame, unrankable: str | None) -> list[str]:

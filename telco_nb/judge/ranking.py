@@ -30,10 +30,11 @@ def ranking_table(verdicts: pd.DataFrame, fitted: Fit, draws: Draws) -> pd.DataF
         One row per configuration, best first: score with interval (low, high) in log-odds, rank with interval
         (rank_low, rank_high), p_best (the share of draws in which it is first, shared between equals), n_judgements and
         n_terms (the clusters in which it was compared). Equal scores have equal ranks. Without two clusters there are
-        no bounds; p_best is missing where a bound is.
+        no bounds; p_best is missing where a bound is. With so few clusters that they carry no claim (`few_terms`)
+        rank_low, rank_high and p_best are missing: every place is possible.
     """
     bounds = _score_bounds(verdicts, fitted, draws)
-    places = _rank_bounds(fitted, draws, bounds)
+    places = rank_bounds(draws.abilities, bounds, draws.compared, len(draws.units))
     counts = pd.concat([verdicts["config_first"], verdicts["config_second"]]).value_counts()
     table = pd.DataFrame(
         {
@@ -125,14 +126,25 @@ def _share_of_wins(rows: pd.DataFrame, first: np.ndarray, fitted: Fit, wins: boo
     return share
 
 
-def _rank_bounds(fitted: Fit, draws: Draws, bounds: np.ndarray) -> np.ndarray:
-    """Lower and upper rank and p_best, (n, 3); equal scores share the best and the worst of their places."""
-    n = len(fitted.configs)
-    if fitted.is_missing or len(draws.units) < 2:
+def rank_bounds(drawn: np.ndarray, bounds: np.ndarray, compared: np.ndarray, n_units: int) -> np.ndarray:
+    """The intervals of ranks; equal scores share the best and the worst of their places.
+
+    Args:
+        drawn: scores (draws, n).
+        bounds: of the scores (n, 2), missing on an open side.
+        compared: in how many clusters each was compared, (n,).
+        n_units: the number of resampled clusters.
+
+    Returns:
+        Lower and upper rank and p_best, (n, 3). All are missing without a score or with few clusters (`few_terms`);
+        p_best also where a bound is.
+    """
+    n = len(bounds)
+    if np.isnan(drawn).all() or few_terms(n_units):
         return np.full((n, 3), np.nan)
-    scores = _rounded(-draws.abilities)
+    scores = _rounded(-drawn)
     best, worst = (stats.rankdata(scores, method=end, axis=1) for end in ("min", "max"))
-    ends, (low, high) = interval_levels(len(draws.units)), bounds.T
+    ends, (low, high) = interval_levels(n_units), bounds.T
     rank_low = np.quantile(best, ends[0], axis=0, method="lower")
     rank_high = np.quantile(worst, ends[1], axis=0, method="higher")
     p_best = ((best == 1) / (best == 1).sum(1, keepdims=True)).mean(0)
@@ -142,7 +154,7 @@ def _rank_bounds(fitted: Fit, draws: Draws, bounds: np.ndarray) -> np.ndarray:
         if np.isnan(low[i]) and not np.isnan(high[i]):
             rank_low[i] = min(rank_low[i], n + 1 - (~(low > high[i])).sum())
     found = np.column_stack([rank_low, rank_high, np.where(np.isnan(low) | np.isnan(high), np.nan, p_best)])
-    found[draws.compared < 2] = np.nan
+    found[compared < 2] = np.nan
     return found
 
 
@@ -273,7 +285,8 @@ def few_terms(n_terms: int | None) -> str | None:
     least = separation.LEAST_TERMS
     if n_terms is None:
         return "the number of terms is not known"
-    return None if n_terms >= least else f"fewer than {least} terms ({n_terms}): too few to tell a ranking from chance"
+    terms = "1 term was" if n_terms == 1 else f"{n_terms} terms were"
+    return None if n_terms >= least else f"only {terms} judged; a ranking needs {least}"
 
 
 def interval_text(low: float | str | None, high: float | str | None, digits: str = "+.2f") -> str:

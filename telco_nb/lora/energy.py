@@ -1,8 +1,9 @@
 """Energy of a window of work: measured where a sensor exists, otherwise an interval that is labelled as an estimate.
 
-The primary reading is the device's own counter (NVML on NVIDIA cards, RAPL on bare-metal Intel and AMD). Without one,
-the CPU's energy is modelled from CPU time and assumed watts per core. carbontracker watches the same window. A sensor
-that fails makes its component invalid, with the reason; it never ends the work that it measures.
+The primary reading is the device's own counter (NVML on NVIDIA cards, RAPL on bare-metal Intel and AMD). A card without
+one tells its power, which is sampled. Without a counter the CPU's energy is modelled from CPU time and assumed watts
+per core. An unplugged laptop's battery, or the figure of a wall meter, is that of the whole machine. carbontracker
+watches the same window. A sensor that fails makes its component invalid, with the reason; it never ends the work.
 """
 
 from __future__ import annotations
@@ -13,25 +14,39 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from telco_nb.lora import sensors
+from telco_nb.lora.power_samples import Integral, Periodic, PowerSampler, PowerSource
 from telco_nb.lora.sensors import SensorError, elapsed_j, find_rapl, gpu_name, has_power, nvml_handle, read_gpu_j
 from telco_nb.study.machine import AT_ONCE_VARIABLE, device_facts
 
 RAPL = Path("/sys/class/powercap")
+BATTERIES = Path("/sys/class/power_supply")
 JOULES_PER_WH = 3600.0
 # Shorter windows hold too few sensor updates (NVML ~10/s, RAPL ~1000/s); the CPU-time model only needs its clock.
-SHORTEST_WINDOW_S = {"nvml_energy_counter": 20.0, "rapl": 10.0, "cpu_time_model": 1.0}
+SHORTEST_WINDOW_S = {
+    "nvml_energy_counter": 20.0, "nvml_power_samples": 20.0, "rapl": 10.0, "battery_power": 60.0,
+    "cpu_time_model": 1.0, "wall_meter": 0.0,
+}  # fmt: skip
 SENSOR_ACCURACY = 0.05  # published for NVML counters on data-centre cards; for RAPL a guess
+COUNTER_STEP_S = 0.1  # between two updates of NVML's counter; RAPL's 1 ms needs no allowance
+# NVML's power is the mean of the past second on many cards. A battery's chip tells its power every few seconds.
+GPU_SAMPLE_S, GPU_LAG_S = 0.1, 1.0
+BATTERY_SAMPLE_S, BATTERY_LAG_S, BATTERY_ACCURACY = 1.0, 5.0, 0.1  # guesses
+WALL_METER_ACCURACY = 0.02  # of a plug-in meter, a guess
+RAPL_WRAP_S = 30.0  # the counter is read at least so often: at 500 W AMD's starts again every 131 s
 MAX_DISAGREEMENT = 0.05  # between carbontracker's figure and ours, relative; beyond it the reader is warned
 KINDS = ("measured", "external", "allocated", "estimated", "none")  # from the strongest to the weakest
-SHOWN_COLUMNS = [  # columns of a statement that a notebook shows; the saved table has all
-    "component", "kind", "source", "gross_j", "low_j", "high_j", "window_s", "carbontracker_j", "valid",
-    "invalid_reason",
-]  # fmt: skip
+SHOWN_COLUMNS = {  # columns of a statement that a notebook shows, with their headers; the saved table has all
+    "component": "component", "kind": "kind", "source": "source", "gross_j": "energy, Wh", "low_j": "low, Wh",
+    "high_j": "high, Wh", "window_s": "window, s", "carbontracker_j": "carbontracker, Wh", "valid": "valid",
+    "invalid_reason": "why it is not valid",
+}  # fmt: skip
 
 
 class Meter:
@@ -50,41 +65,76 @@ class Meter:
         zones = find_rapl(RAPL)
         self.rapl, self.apart, self.rapl_note = zones.packages, zones.apart, zones.reason
         self.failures: dict[str, str] = {}  # component: why its sensor gives no figure
+        self.gpu_share = 1.0  # of the card's energy; less for a MIG instance
+        self.gpu_samples: PowerSampler | None = None  # only where the card has no energy counter
         self.gpu = self._find_gpu()
-        self.tracker = _Carbontracker(self.gpu if self.gpu is not None and has_power(self.gpu) else None)
-        self.total = dict.fromkeys(("window_s", "cpu_s", "rapl_j", "gpu_j", "tracker_cpu_s", "tracker_gpu_j"), 0.0)
+        self.battery = self._find_battery()
+        tracked = self.gpu is not None and self.gpu_share == 1 and has_power(self.gpu)
+        self.tracker = _Carbontracker(self.gpu if tracked else None)
+        names = ("window_s", "cpu_s", "gpu_j", "gpu_half_j", "tracker_cpu_s", "tracker_gpu_j")
+        self.total = dict.fromkeys(names, 0.0)
+        self.total |= {"rapl_j": 0.0 if self.rapl else math.nan}
+        self.total |= dict.fromkeys(("battery_j", "battery_half_j"), 0.0 if self.battery else math.nan)
         self.apart_j = {zone.name: 0.0 for zone in self.apart}
         self.n_windows = 0
         self._window_start: dict[str, Any] | None = None
+        self._zones_uj: dict[str, float] = {}
+        self._wrap_watch = Periodic(self._count_zones, RAPL_WRAP_S)
 
     def _find_gpu(self) -> Any | None:
+        """The card that tells its energy or, failing that, its power, which is then sampled."""
         try:
             gpu = nvml_handle()
-            if gpu is not None:
+            if gpu is None:
+                return None
+            gpu, self.gpu_share = sensors.whole_card(gpu)
+            try:
                 read_gpu_j(gpu)
+            except SensorError:
+                if not has_power(gpu):
+                    raise
+                source = PowerSource(lambda: sensors.read_gpu_w(gpu), GPU_SAMPLE_S, SENSOR_ACCURACY, GPU_LAG_S)
+                self.gpu_samples = PowerSampler(source)
             return gpu
         except SensorError as error:
             self.failures["gpu"] = str(error)
             return None
+
+    @staticmethod
+    def _find_battery() -> PowerSampler | None:
+        found = sensors.find_batteries(BATTERIES)
+        if not found:
+            return None
+        read_w = partial(sensors.read_battery_w, found)
+        return PowerSampler(PowerSource(read_w, BATTERY_SAMPLE_S, BATTERY_ACCURACY, BATTERY_LAG_S))
 
     def start(self) -> None:
         """Open a window; does nothing if one is open."""
         if self._window_start is None:
             self.tracker.start()
             self._window_start = self._snapshot()
+            for sampler in self._samplers.values():
+                sampler.start()
+            self._zones_uj = self._read_zones()
+            if self._zones_uj:
+                self._wrap_watch.start()
 
     def pause(self) -> None:
         """Close the open window and add it to the totals; does nothing if none is open."""
         if self._window_start is None:
             return
+        self._wrap_watch.stop()
         before, after = self._window_start, self._snapshot()
         self._window_start = None
-        for name in ("window_s", "cpu_s", "gpu_j"):
-            self.total[name] += after[name] - before[name]
-        for zone in self.rapl:
-            self.total["rapl_j"] += elapsed_j(zone, before["zones"][zone.name], after["zones"][zone.name])
-        for zone in self.apart:
-            self.apart_j[zone.name] += elapsed_j(zone, before["zones"][zone.name], after["zones"][zone.name])
+        self._count_zones()
+        spent = {name: after[name] - before[name] for name in ("window_s", "cpu_s", "gpu_j")}
+        for name in ("window_s", "cpu_s"):
+            self.total[name] += spent[name]
+        integrals = {"gpu": self._counted(spent["gpu_j"], spent["window_s"])}
+        integrals |= {name: self._integral(name, sampler) for name, sampler in self._samplers.items()}
+        for name, energy in integrals.items():
+            self.total[f"{name}_j"] += energy.joules
+            self.total[f"{name}_half_j"] += energy.half_j
         cpu_s, gpu_j = self.tracker.pause()
         self.total["tracker_cpu_s"] += cpu_s
         self.total["tracker_gpu_j"] += gpu_j
@@ -103,15 +153,48 @@ class Meter:
     def restore(self, readings: Mapping[str, float | None]) -> None:
         """Continue from the totals of an earlier process."""
         self.n_windows = int(_number(readings["n_windows"]))
-        self.total = {name: _number(readings[name]) for name in self.total}
+        self.total = {name: _number(readings.get(name)) for name in self.total}
         self.apart_j = {name: _number(readings.get(name)) for name in self.apart_j}
 
-    def _snapshot(self) -> dict[str, Any]:
-        gpu_j = math.nan if self.gpu is None else self._read("gpu", read_gpu_j, self.gpu)
+    def _snapshot(self) -> dict[str, float]:
+        gpu_j = math.nan
+        if self.gpu_samples is not None:
+            sensors.finish_gpu_work()
+        elif self.gpu is not None:
+            gpu_j = self._read("gpu", read_gpu_j, self.gpu)
         cpu_s = sum(os.times()[:4])  # user and system, of this process and its children
+        return {"window_s": time.perf_counter(), "cpu_s": cpu_s, "gpu_j": gpu_j}
+
+    @property
+    def _samplers(self) -> dict[str, PowerSampler]:
+        found = {"gpu": self.gpu_samples, "battery": self.battery}
+        return {name: sampler for name, sampler in found.items() if sampler is not None}
+
+    def _integral(self, component: str, sampler: PowerSampler) -> Integral:
+        try:
+            return sampler.stop()
+        except SensorError as error:
+            self.failures.setdefault(component, str(error))
+            return Integral(math.nan, math.nan)
+
+    def _counted(self, joules: float, window_s: float) -> Integral:
+        """What the card's counter has counted; a counter that goes back has been reset, and counted something else."""
+        if joules < 0:
+            self.failures.setdefault("gpu", "the energy counter went back: the driver was loaded again")
+            return Integral(math.nan, math.nan)
+        return Integral(joules, joules * (SENSOR_ACCURACY + (COUNTER_STEP_S / window_s if window_s else 0.0)))
+
+    def _read_zones(self) -> dict[str, float]:
         zones = {zone.name: self._read("cpu", zone.read_uj) for zone in self.rapl}
-        zones |= {zone.name: self._read(zone.name, zone.read_uj) for zone in self.apart}
-        return {"window_s": time.perf_counter(), "cpu_s": cpu_s, "gpu_j": gpu_j, "zones": zones}
+        return zones | {zone.name: self._read(zone.name, zone.read_uj) for zone in self.apart}
+
+    def _count_zones(self) -> None:
+        """Add what the RAPL counters have counted since they were last read."""
+        before, self._zones_uj = self._zones_uj, self._read_zones()
+        for zone in self.rapl:
+            self.total["rapl_j"] += elapsed_j(zone, before[zone.name], self._zones_uj[zone.name])
+        for zone in self.apart:
+            self.apart_j[zone.name] += elapsed_j(zone, before[zone.name], self._zones_uj[zone.name])
 
     def _read(self, component: str, read: Callable[..., float], *arguments: Any) -> float:
         """A reading; NaN after a failure, which all sums with it, also those of a checkpoint, then show."""
@@ -131,20 +214,28 @@ class Meter:
         """Share of the cores' time that this process used, 0-1."""
         return min(1.0, self.total["cpu_s"] / (self.total["window_s"] * self.cores)) if self.total["window_s"] else 0.0
 
-    def statement(self, window: str) -> pd.DataFrame:
+    def statement(self, window: str, external_wh: float | None = None) -> pd.DataFrame:
         """The energy of all windows as a table.
 
         Args:
             window: name of the work, such as "train".
+            external_wh: what a wall meter has shown over the same windows, in Wh.
 
         Returns:
             One row per component (cpu, gpu, total): energy in J (gross_j in the interval low_j to high_j, net_j above
             idle), its kind (one of KINDS) and source, and whether it is valid. Missing values are None, never 0.
-            Further rows show counters that the total leaves out, such as `package-0 dram`.
+            Further rows show counters that the total leaves out, such as `package-0 dram`, and readings of the whole
+            machine (battery, wall_meter). The total is the sum of cpu and gpu, with the weakest of their kinds, or a
+            valid reading of the whole machine whose kind is stronger.
         """
         rows = [self._cpu_row(), self._gpu_row()]
-        total = _total_row(rows if self._has_gpu else rows[:1])
+        parts = _total_row(rows if self._has_gpu else rows[:1])
         rows += [self._apart_row(name, joules) for name, joules in self.apart_j.items()]
+        whole = ([self._battery_row()] if self.battery else []) + ([self._wall_row(external_wh)] if external_wh else [])
+        total = min((parts, *whole), key=lambda row: (not row["valid"], KINDS.index(row["kind"]))) | {
+            "component": "total"
+        }
+        rows += whole
         window_s = self.total["window_s"]
         common = {"window": window, "scope": "work window", "window_s": window_s, "n_samples": self.n_windows}
         common |= {"n_repeats": 1, "utilisation": self.utilisation, "device": self._device_name()}
@@ -152,7 +243,7 @@ class Meter:
         # carbontracker's seconds at our own power, measured or not: a difference means a different window.
         share = self.total["tracker_cpu_s"] / window_s if window_s else math.nan
         tracked = rows[0]["gross_j"] * share + (self.total["tracker_gpu_j"] if self._has_gpu else 0.0)
-        ratio = tracked / total["gross_j"] if total["gross_j"] else math.nan
+        ratio = tracked / parts["gross_j"] if parts["gross_j"] else math.nan
         frame["carbontracker_j"] = [*[None] * len(rows), tracked]
         frame["carbontracker_pue_removed_ratio"] = [*[None] * len(rows), ratio]
         return frame
@@ -165,7 +256,7 @@ class Meter:
         return device_facts()["cpu"] if self.gpu is None else gpu_name(self.gpu)
 
     def _cpu_row(self) -> dict[str, Any]:
-        failure = self._failure("cpu", self.total["rapl_j"])
+        failure = self._failure("cpu", self.total["rapl_j"]) if self.rapl else None
         if self.rapl and not failure:
             row = self._row("cpu", "measured", "rapl", self.total["rapl_j"], idle_w=None)
             reason = f"cpu: the counter holds all {self.at_once} jobs that ran at once"
@@ -180,7 +271,28 @@ class Meter:
             return _missing_row("gpu", "no GPU")
         if failure := self._failure("gpu", self.total["gpu_j"]):
             return _missing_row("gpu", failure)
-        return self._row("gpu", "measured", "nvml_energy_counter", self.total["gpu_j"], idle_w=None)
+        source = "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
+        joules, half_j = self.total["gpu_j"], self.total["gpu_half_j"]
+        if self.gpu_share == 1:
+            return self._row("gpu", "measured", source, joules, idle_w=None, half_j=half_j)
+        row = self._row("gpu", "allocated", source, joules * self.gpu_share, idle_w=None)
+        note = f"{self.gpu_share:.0%} of the card's energy, as of its memory: the card cannot tell its parts apart"
+        return row | {"low_j": 0.0, "high_j": joules + half_j, "note": note}
+
+    def _battery_row(self) -> dict[str, Any]:
+        if failure := self._failure("battery", self.total["battery_j"]):
+            return _missing_row("battery", failure)
+        joules, half_j = self.total["battery_j"], self.total["battery_half_j"]
+        row = self._row("battery", "measured", "battery_power", joules, idle_w=None, half_j=half_j)
+        reason = f"battery: it feeds all {self.at_once} jobs that ran at once"
+        row |= {"valid": False, "invalid_reason": reason} if self.at_once > 1 else {}
+        return row | {"note": "the whole machine, with its display"}
+
+    def _wall_row(self, external_wh: float) -> dict[str, Any]:
+        joules = external_wh * JOULES_PER_WH
+        half_j = joules * WALL_METER_ACCURACY
+        row = self._row("wall_meter", "external", "wall_meter", joules, idle_w=None, half_j=half_j)
+        return row | {"note": "the whole machine, typed in"}
 
     def _apart_row(self, name: str, joules: float) -> dict[str, Any]:
         failure = self._failure(name, joules)
@@ -193,14 +305,17 @@ class Meter:
             return None
         return f"{component}: {self.failures.get(component, 'a reading failed before the training was resumed')}"
 
-    def _row(self, component: str, kind: str, source: str, gross_j: float, idle_w: float | None) -> dict[str, Any]:
+    def _row(
+        self, component: str, kind: str, source: str, gross_j: float, idle_w: float | None, half_j: float | None = None
+    ) -> dict[str, Any]:
+        half_j = gross_j * SENSOR_ACCURACY if half_j is None else half_j
         shortest = SHORTEST_WINDOW_S[source]
         valid = self.total["window_s"] >= shortest and gross_j > 0
         reason = f"{component}: a window of {self.total['window_s']:.1f} s is under {shortest:.0f} s or reads 0 J"
         return {
             "component": component, "kind": kind, "source": source, "gross_j": gross_j, "idle_w": idle_w,
             "net_j": None if idle_w is None else gross_j - idle_w * self.total["window_s"],
-            "low_j": gross_j * (1 - SENSOR_ACCURACY), "high_j": gross_j * (1 + SENSOR_ACCURACY),
+            "low_j": max(0.0, gross_j - half_j), "high_j": gross_j + half_j,
             "valid": valid, "invalid_reason": None if valid else reason, "note": None,
         }  # fmt: skip
 
@@ -226,7 +341,7 @@ def _total_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
-    """The headline figure of a statement: of the GPU if it is measured, otherwise the total with its weakest label.
+    """The headline figure of a statement: of the GPU if it has one, otherwise the total with its weakest label.
 
     Args:
         statement: from `Meter.statement`.
@@ -237,7 +352,7 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
         energy_source, energy_valid and carbontracker_ratio. An energy that is missing is NaN.
     """
     rows = statement.set_index("component")
-    row = rows.loc["gpu" if rows.loc["gpu", "kind"] == "measured" else "total"]
+    row = rows.loc["gpu" if rows.loc["gpu", "kind"] in ("measured", "allocated") else "total"]
     columns = {"energy_wh": "gross_j", "energy_low_wh": "low_j", "energy_high_wh": "high_j"}
     return {f"{prefix}_{name}": _number(row[column]) / JOULES_PER_WH for name, column in columns.items()} | {
         "energy_kind": row["kind"],
@@ -247,8 +362,29 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
     }
 
 
+def energy_rates(
+    figures: Mapping[str, Any], prefix: str, tokens: int, supervised_tokens: int, window_s: float
+) -> dict[str, float]:
+    """The energy of `energy_metrics` per token, per token that the loss counts, and per second.
+
+    Returns:
+        `<prefix>_joules_per_token`, `<prefix>_joules_per_supervised_token` and `<prefix>_mean_w`; NaN where the energy
+        is missing.
+    """
+    joules = figures[f"{prefix}_energy_wh"] * JOULES_PER_WH
+    per = {"joules_per_token": tokens, "joules_per_supervised_token": supervised_tokens, "mean_w": window_s}
+    return {f"{prefix}_{name}": joules / count if count else math.nan for name, count in per.items()}
+
+
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def shown_statement(statement: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a statement (`Meter.statement`) that a reader needs, with units in the headers, energies in Wh."""
+    joules = [column for column in SHOWN_COLUMNS if column.endswith("_j")]
+    in_wh = statement[joules].astype(float) / JOULES_PER_WH
+    return statement.assign(**in_wh)[list(SHOWN_COLUMNS)].rename(columns=SHOWN_COLUMNS)
 
 
 def carbontracker_note(statement: pd.DataFrame) -> str:

@@ -2,7 +2,8 @@
 
 RAPL counts microjoules per zone (Intel and AMD). A zone is what its `name` file says, not what its number is:
 `package-N` is a processor, `core` and `uncore` are parts of one, `dram` is its memory, and `psys` is the whole board,
-which contains the packages. NVML counts millijoules per NVIDIA card.
+which contains the packages. NVML counts millijoules per NVIDIA card, or tells its power. An unplugged laptop's battery
+tells the power of the whole machine.
 """
 
 from __future__ import annotations
@@ -79,10 +80,7 @@ def find_rapl(root: Path) -> RaplZones:
 
 
 def _name(folder: Path) -> str:
-    try:
-        return (folder / "name").read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return ""
+    return _text(folder / "name")
 
 
 def _may_be_package(folder: Path) -> bool:
@@ -100,9 +98,46 @@ def _probe(folder: Path, parent: str) -> RaplZone:
     return zone
 
 
-def elapsed_j(zone: RaplZone, first: int, last: int) -> float:
+def elapsed_j(zone: RaplZone, first: float, last: float) -> float:
     """Joules between two readings in microjoules; a counter that has wrapped around starts again from 0."""
     return (last - first + (zone.range_uj if last < first else 0)) / 1e6
+
+
+def find_batteries(root: Path) -> tuple[Path, ...]:
+    """The folders of the batteries that feed this machine now; empty if it is plugged in, or they tell no power."""
+    batteries = tuple(sorted(p for p in root.glob("*") if _text(p / "type") == "Battery" and not _is_in_a_device(p)))
+    try:
+        return batteries if batteries and read_battery_w(batteries) > 0 else ()
+    except SensorError:
+        return ()
+
+
+def read_battery_w(batteries: tuple[Path, ...]) -> float:
+    """The power that the batteries deliver, in W: that of the whole machine. Raises SensorError if it is plugged in."""
+    for folder in batteries[0].parent.glob("*"):
+        if _text(folder / "type") in ("Mains", "USB") and _text(folder / "online") == "1":
+            raise SensorError(f"{folder.name} is plugged in")
+    return sum(_battery_w(folder) for folder in batteries)
+
+
+def _battery_w(folder: Path) -> float:
+    if _text(folder / "status") == "Charging":
+        raise SensorError(f"{folder.name} is being charged")
+    if (folder / "power_now").exists():
+        return abs(_read_number(folder / "power_now")) / 1e6
+    return abs(_read_number(folder / "current_now")) * _read_number(folder / "voltage_now") / 1e12
+
+
+def _is_in_a_device(folder: Path) -> bool:
+    """True for the battery of a mouse or a headset."""
+    return _text(folder / "scope") == "Device"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def nvml_handle() -> Any | None:
@@ -120,24 +155,61 @@ def nvml_handle() -> Any | None:
     except (ImportError, AttributeError) as error:
         raise SensorError(f"no NVML: {error}") from None
     _ask(pynvml.nvmlInit)
-    return _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+    if uuid.startswith(("GPU-", "MIG-")):
+        return _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+    try:
+        return _ask(pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
+    except SensorError as error:
+        try:
+            return _ask(pynvml.nvmlDeviceGetHandleByUUID, f"MIG-{uuid}")
+        except SensorError:
+            raise error from None
+
+
+def whole_card(handle: Any) -> tuple[Any, float]:
+    """The card that a MIG instance is a part of, and the part's share of its memory; otherwise the card itself and 1.
+
+    Only the card has an energy counter and a power. Raises SensorError.
+    """
+    import pynvml
+
+    try:
+        is_part = bool(_ask(pynvml.nvmlDeviceIsMigDeviceHandle, handle))
+    except SensorError:  # a driver that does not know MIG
+        is_part = False
+    if not is_part:
+        return handle, 1.0
+    card = _ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
+    part_bytes, card_bytes = (_ask(pynvml.nvmlDeviceGetMemoryInfo, h).total for h in (handle, card))
+    return card, part_bytes / card_bytes
 
 
 def read_gpu_j(handle: Any) -> float:
     """The card's energy counter in joules, after all its work is done. Raises SensorError."""
     import pynvml
+
+    finish_gpu_work()
+    return _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3
+
+
+def finish_gpu_work() -> None:
+    """Wait until the card has done all that it was given."""
     import torch
 
     torch.cuda.synchronize()
-    return _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3
+
+
+def read_gpu_w(handle: Any) -> float:
+    """The card's power in W. Raises SensorError."""
+    import pynvml
+
+    return _ask(pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3
 
 
 def has_power(handle: Any) -> bool:
     """True if the card tells its power, which carbontracker asks for."""
-    import pynvml
-
     try:
-        return _ask(pynvml.nvmlDeviceGetPowerUsage, handle) >= 0
+        return read_gpu_w(handle) >= 0
     except SensorError:
         return False
 

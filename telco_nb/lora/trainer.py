@@ -32,7 +32,12 @@ NO_MEMORY = (  # what stands in the message of a plain RuntimeError
     "CUDNN_STATUS_ALLOC_FAILED",
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
 )
-PER_PROCESS_READINGS = ("cpu_s", "gpu_j", "tracker_gpu_j")  # readings of a meter that cover its own process only
+PER_PROCESS_READINGS = (
+    "cpu_s",
+    "gpu_j",
+    "gpu_half_j",
+    "tracker_gpu_j",
+)  # readings of a meter that cover its own process only
 
 
 class PackedTrainer(Trainer):

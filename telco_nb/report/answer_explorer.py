@@ -69,11 +69,13 @@ def explorer_data(study: StudyFiles) -> dict[str, Any] | None:
     terms = {card.id: card.term for card in cards.values()}
     questions = []
     for prompt in prompts.to_dict("records"):
+        asked = points.get(prompt["prompt_id"], {}).get("", [])
         mine = [groups.get(prompt["prompt_id"], pd.DataFrame()) for groups in by_prompt]
         questions.append(
             _question(prompt, terms)
             | {
-                "points": points.get(prompt["prompt_id"], {}).get("", []),
+                "points": asked,
+                "origins": _origins(asked, prompt, cards),
                 "answers": [_answer(c, prompt["prompt_id"], answers, cut, checks, points) for c in columns],
                 "verdicts": [_verdict_letters(rows, columns) for rows in mine],
                 "reasons": [{} if j.is_proxy else _reasons(r, columns) for j, r in zip(judges, mine, strict=True)],
@@ -115,6 +117,14 @@ def _anchor_answers(root: Path, prompts: pd.DataFrame, cards: Mapping[str, Card]
 def _cards(root: Path) -> dict[str, Card]:
     path = root / "shared" / "01_glossary" / "artefacts" / "glossary.json"
     return {card.id: card for card in read_or_none(load_cards, path) or []}
+
+
+def _origins(points: Sequence[str], prompt: Mapping[str, Any], cards: Mapping[str, Card]) -> list[str]:
+    """Where each point comes from, card or gold; empty where the problem is not on a card."""
+    card = cards.get(prompt["term_id"])
+    problem = card.by_problem.get(prompt.get("problem_id")) if card else None
+    on_card = {printable(text) for _, text in problem.agent_texts()} if problem else set()
+    return ["card" if point in on_card else "gold" for point in points] if problem else []
 
 
 def _judge_folders(study: StudyFiles) -> list[tuple[str, Path]]:

@@ -8,36 +8,29 @@ allow list, and a content security policy lets only the report's own script run.
 from __future__ import annotations
 
 import base64
-import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
-from scipy.special import expit
 
-from telco_nb.analysis.findings import PAPER
-from telco_nb.analysis.recommendation import describe_config, name_list, percent
+from telco_nb.analysis.recommendation import name_list
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report import answer_explorer, config_cards
-from telco_nb.report.config_cards import GUESSED, ordinal
+from telco_nb.report.config_cards import GUESSED
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
-from telco_nb.report.pages import notebook_body
+from telco_nb.report.pages import first_heading, notebook_body
 from telco_nb.report.rendering import render
+from telco_nb.report.tiles import base_models, energy_kinds, first_sentence, first_tiles
 from telco_nb.study.machine import device_text
 from telco_nb.study.plan import STEPS
 
 QUESTION = (
     "Which LoRA configuration should answer telecom customers, at what energy, and can validation loss alone pick it?"
 )
+NO_RESULT = "There is no result yet: 06_analysis has not finished."
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
-TAU_WORDS = {
-    "yes, it tends to": "A lower loss goes with better answers more often than chance and the factors explain.",
-    "no, the opposite": "A lower loss goes with worse answers.",
-    "not shown": "With {n} configurations no relation of loss to the quality of answers can be shown.",
-}
-CLAIM_WORDS = {"supported": "yes", "refuted": "no", "blocked": "no answer"}
 TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}
 
 
@@ -56,6 +49,7 @@ def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> 
         (work / page.name).write_text(_page(page, study.pages), encoding="utf-8")
     content: dict[str, Any] = _content(study) | {"explorer": answer_explorer.write_page(study, work)}
     whole: dict[str, Any] = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
+    content["notebooks"] = _notebooks(study)
     for name, values, single in (("index.html", content, False), ("telco_report.html", whole, True)):
         text = render("report.html.j2", **values, contents=_contents(values), single=single)
         (work / name).write_text(text, encoding="utf-8")
@@ -83,35 +77,54 @@ def _content(study: StudyFiles) -> dict[str, Any]:
     """The values that the index and the one-file report share."""
     deploy = study.finding("deploy")
     chosen = deploy["value"] if deploy else None
-    kinds = name_list(_energy_kinds(study))
+    kinds = name_list(energy_kinds(study))
     energy = f"Training energy is {kinds}. " if kinds else ""
-    shown = [f | {"tone": TONES.get(f["verdict"], "")} for f in study.findings]
+    shown: list[dict[str, Any]] = [
+        f | {"tone": TONES.get(f["verdict"], ""), "reasons": _new_reasons(f)} for f in study.findings
+    ]
+    effects = [f for f in shown if f["id"].startswith("effect.")]
+    folded = _folded([f for f in shown if f not in effects])
+    hidden = [*effects, *(f for _, group in folded for f in group)]
     return {
         "title": f"Telco LoRA study, profile {study.root.name}",
         "question": QUESTION,
         "tags": _tags(study),
         "alarms": _alarms(study),
-        "lead": deploy["statement"] if deploy else "There is no result yet: 06_analysis has not finished.",
-        "tiles": _tiles(study, chosen) if deploy else [],
+        "lead": first_sentence(deploy["statement"] if deploy else NO_RESULT),
+        "tiles": first_tiles(study, chosen) if deploy else [],
         "results": _results(study, chosen),
-        "legend": f"{energy}Scores are log-odds; ranks count from 1, the best.",
+        "legend": f"{energy}Places count from 1, the best.",
         "csv": base64.b64encode(read_or_none((study.root / "results.csv").read_bytes) or b"").decode(),
-        "findings": shown,
-        "effects": [f for f in shown if f["id"].startswith("effect.")],
+        "findings": [f for f in shown if f not in hidden],
+        "folded": folded,
+        "effects": effects,
         "figures": [],
         "cards": [],
+        "notebooks": [],
         "status": _status(study),
         "provenance": _provenance(study),
     }
 
 
+def _new_reasons(finding: Mapping[str, Any]) -> list[str]:
+    """The reasons that block a finding and that its statement does not already give."""
+    return [reason for reason in dict.fromkeys(finding["blocked_by"]) if reason not in finding["statement"]]
+
+
+def _folded(findings: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(reason, findings) of the findings that one reason blocks alike; the decision and the claim stay in the open."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for finding in findings:
+        if finding["verdict"] in ("blocked", "not estimable") and finding["id"] not in ("deploy", "primary"):
+            groups.setdefault("; ".join(dict.fromkeys(finding["blocked_by"])), []).append(finding)
+    return [(reason, group) for reason, group in groups.items() if reason and len(group) > 1]
+
+
 def _tags(study: StudyFiles) -> list[tuple[str, str]]:
     """Labels under the question: (text, style)."""
     tags = [(f"profile {study.root.name}", ""), (f"{len(study.results)} configurations", "")]
-    models = {m["base_model"] for m in study.metrics.values() if m.get("base_model")}
-    models |= {m["parameters"]["base_model"] for m in study.manifests.values() if m["parameters"].get("base_model")}
-    tags += [(str(model), "") for model in sorted(models)[:1]]
-    kinds = _energy_kinds(study)
+    tags += [(model, "") for model in base_models(study)[:1]]
+    kinds = energy_kinds(study)
     tags += [(f"energy {kind}", "note" if kind in GUESSED else "") for kind in kinds]
     proxies = [judge for judge in study.judges if study.is_proxy(judge)]
     if proxies:
@@ -119,12 +132,6 @@ def _tags(study: StudyFiles) -> list[tuple[str, str]]:
         tags.append((f"offline proxy {noun}, no language model: {name_list(proxies)}", "note"))
     others = [judge for judge in study.judges if judge not in proxies]
     return tags + ([(f"judges: {name_list(others)}", "")] if others else [])
-
-
-def _energy_kinds(study: StudyFiles) -> list[str]:
-    if "energy_kind" not in study.results:
-        return []
-    return sorted(study.results["energy_kind"].dropna().unique())
 
 
 def _alarms(study: StudyFiles) -> list[str]:
@@ -164,192 +171,49 @@ def _first_names(names: Sequence[str], most: int = 6) -> str:
 
 def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(anchor, title) of the parts that the report has."""
-    parts = ("results", "figures", "findings", "cards", "status", "provenance")
+    parts = ("notebooks", "results", "figures", "findings", "cards", "status", "provenance")
     names = {"cards": ("configurations", "Configurations"), "status": ("status", "What ran")}
     return [names.get(part, (part, part.capitalize())) for part in parts if content[part]]
-
-
-class Tile(NamedTuple):
-    """A box of the first screen: title, the answer in large type, lines, a warning label, and a small table.
-
-    `good` marks the one that recommends a deployment: it alone has a green frame.
-    """
-
-    title: str
-    big: str = ""
-    lines: Sequence[str] = ()
-    tag: str | None = None
-    rows: Sequence[tuple[str, str, str]] = ()
-    good: bool = False
-
-
-def _tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
-    pick = (study.finding("loss_choice") or {}).get("value")
-    energy = [_energy_tile(study, chosen, pick)] if chosen else []
-    claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
-    loss = [*claim, _loss_tile(study, chosen, pick), _confidence_tile(study), _tau_tile(study)]
-    return [_deploy_tile(study, chosen), *energy, *loss, _paper_tile(study)]
-
-
-def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
-    if not chosen:
-        reasons = (study.finding("deploy") or {}).get("blocked_by", [])
-        return Tile("Deploy", "none of them", [f"{reason[:1].upper()}{reason[1:]}." for reason in reasons])
-    lines = [f"{describe_config(study.results.loc[chosen])}."]
-    gains = [f["value"] for f in study.findings if f["id"].startswith("gain.") and f["verdict"] != "blocked"]
-    known = sorted(gain for gain in gains if gain is not None)
-    shares = list(dict.fromkeys(percent(float(expit(gain))) for gain in known))
-    if shares:
-        span = " to ".join([shares[0], *shares[1:][-1:]])
-        lines.append(f"Wins {span} of decided comparisons with the untuned model.")
-    verdict = (study.finding("deploy") or {}).get("verdict")
-    if verdict == "not fit":
-        lines.append("What is missing stands above.")
-        return Tile("First choice, not shown to be fit for customers", chosen, lines, "not fit")
-    if verdict == "cannot tell":
-        return Tile("Deploy", f"No clear best; best guess is {chosen}", lines, "cannot tell")
-    return Tile("Deploy", chosen, lines, good=True)
-
-
-def _claim_tile(primary: Mapping[str, Any]) -> Tile:
-    """The claim that was written down before the run, with its verdict."""
-    lines = [primary["statement"]]
-    if primary["value"] is not None:
-        share = percent(float(expit(primary["value"])))
-        lines.append(f"In other words: the best of the others wins {share} of the decided comparisons with it.")
-    return Tile("Can loss pick it?", CLAIM_WORDS.get(primary["verdict"], "cannot tell"), lines)
-
-
-def _energy_tile(study: StudyFiles, chosen: str, pick: str | None) -> Tile:
-    row, title = study.results.loc[chosen], "Training energy"
-    if pd.isna(row["train_energy_wh"]):
-        return Tile(title, "not known", ["There is neither a measurement nor an estimate for this configuration."])
-    bounds, lines = row[["train_energy_low_wh", "train_energy_high_wh"]], []
-    if not bounds.isna().any():
-        lines.append(f"Between {bounds.iloc[0]:.3g} and {bounds.iloc[1]:.3g} Wh.")
-    if pick in study.results.index and pick != chosen:
-        other = study.results.loc[pick]
-        if other["train_energy_wh"] > 0 and other["energy_kind"] == row["energy_kind"]:
-            share = row["train_energy_wh"] / other["train_energy_wh"]
-            lines.append(f"{share:.0%} of what loss's choice, {pick}, takes.")
-    lines += [found["statement"] for found in [study.finding("serving")] if found and found["value"] is not None]
-    kind = "of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
-    tag = kind if kind in (*GUESSED, "of unknown kind") else None
-    lines += [] if tag else [f"It is {kind}."]
-    return Tile(title, f"{row['train_energy_wh']:.3g} Wh", lines, tag)
-
-
-def _confidence_tile(study: StudyFiles) -> Tile:
-    confidence, title = study.finding("confidence"), "How sure: better answers than loss's choice?"
-    if confidence is None:
-        return Tile(title, "not known", ["The analysis does not say."])
-    value, lines = confidence["value"], [confidence["statement"]]
-    if confidence["blocked_by"]:
-        return Tile(title, "not known", lines)
-    if value is None:
-        return Tile(title, "nothing to decide", lines)
-    word = {"supported": "yes", "refuted": "no"}.get(confidence["verdict"], "not certain")
-    return Tile(title, f"{word}, {percent(value)}", lines)
-
-
-def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
-    title = "Loss alone would have chosen"
-    if not pick:
-        return Tile(title, "nothing", [(study.finding("loss_choice") or {}).get("statement", "There is no loss.")])
-    lines = [f"The lowest validation loss, {study.results.loc[pick, 'val_loss']:.4f}."]
-    if ranks := _ranks(study, "best_loss_rank"):
-        lines.append(f"Its rank: {ranks}.")
-    return Tile(title, pick, [*lines, "It is the same configuration."] if pick == chosen else lines)
-
-
-def _ranks(study: StudyFiles, prefix: str) -> str:
-    """`14th of 16 (checklist) and 13th of 16 (embedding)` from the rank findings; invalid judges are marked."""
-    findings = {judge: finding for judge in study.judges if (finding := study.finding(f"{prefix}.{judge}"))}
-    ranks = [
-        f"{ordinal(finding['value'])} of {finding['n']} ({_marked(judge, finding)})"
-        for judge, finding in findings.items()
-        if finding["value"] is not None
-    ]
-    return name_list(ranks)
-
-
-def _marked(judge: str, finding: Mapping[str, Any]) -> str:
-    return f"{judge}, not valid" if finding["verdict"] == "blocked" else judge
-
-
-def _tau_tile(study: StudyFiles) -> Tile:
-    """The relation of loss to the rankings of the judges."""
-    taus = {judge: tau for judge in study.judges if (tau := study.finding(f"tau.{judge}"))}
-    known = {judge: tau for judge, tau in taus.items() if tau["value"] is not None}
-    verdict = _tau_verdict(list(taus.values()))
-    valid = [tau["n"] for tau in known.values() if tau["verdict"] != "blocked"]
-    lines = [TAU_WORDS[verdict].format(n=min(valid))] if verdict in TAU_WORDS else []
-    for judge, tau in known.items():
-        interval = interval_text(_number(tau["low"]), _number(tau["high"]))
-        lines.append(f"Rank correlation {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
-    if known:
-        lines.append("-1: a lower loss always goes with better answers; 0: no relation; +1: with worse ones.")
-    else:
-        lines += [tau["statement"] for tau in taus.values()]
-    return Tile("Does a lower loss go with better answers?", verdict, lines)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
-    """The verdict on which all valid judges agree."""
-    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable") and tau["value"] is not None]
-    if not valid:
-        return "cannot be told" if any(tau["verdict"] != "blocked" for tau in taus) else "no valid judge"
-    signs = {0 if tau["verdict"] != "supported" else -1 if tau["value"] < 0 else 1 for tau in valid}
-    words = {-1: "yes, it tends to", 0: "not shown", 1: "no, the opposite"}
-    return words[signs.pop()] if len(signs) == 1 else "the judges differ"
-
-
-def _paper_tile(study: StudyFiles) -> Tile:
-    low, high = PAPER["energy_wh"]
-    ratio = study.finding("energy_ratio") or {}
-    here = (
-        f"x {ratio['value']:.1f}{', not valid' * bool(ratio['blocked_by'])}" if ratio.get("value") is not None else "-"
-    )
-    kinds = "".join(f", {kind}" for kind in _energy_kinds(study) if kind in GUESSED)
-    rows = [
-        ("lowest loss ranks", f"{PAPER['best_loss_rank']} of {PAPER['n']}", _ranks(study, "best_loss_rank") or "-"),
-        ("highest loss ranks", PAPER["worst_loss_rank"], _ranks(study, "worst_loss_rank") or "-"),
-        ("energy, most to least", f"x {high / low:.1f}", f"{here}{kinds}"),
-    ]
-    return Tile("Beside the paper (other model, data and judges)", rows=rows)
 
 
 # ---------------------------------------------------------------- results table
 
 
 def _results(study: StudyFiles, chosen: str | None) -> dict[str, Any] | None:
-    """The results table, built column by column; None without results."""
-    frame, kinds = study.results, _energy_kinds(study)
-    if frame.empty:
+    """The results table, in the order of the places where a judge has ranked; None without results."""
+    if study.results.empty:
         return None
-    table = {"config": _texts(frame.index), "target modules": _texts(frame["target_modules"])}
-    table |= {name: _numbers(frame[name.replace(" ", "_")], "g") for name in ("rank", "epochs", "learning rate")}
-    table["validation loss"] = _numbers(frame["val_loss"], ".4f", frame["val_loss_low"], frame["val_loss_high"])
-    bounds = frame["train_energy_low_wh"], frame["train_energy_high_wh"]
-    energy = _numbers(frame["train_energy_wh"], ".3g", *bounds)
+    ranked = [judge for judge in study.judges if study.results[f"{judge}_rank"].notna().any()]
+    ranked.sort(key=lambda judge: set(study.results[f"{judge}_gate"].dropna()) != {"passed"})
+    place = f"{ranked[0]}_rank" if ranked else None
+    frame = study.results.sort_values(place, kind="stable", na_position="last") if place else study.results
+    table = _columns(study, frame)
+    sorted_by = f"place ({ranked[0]})" if ranked else None
+    columns = [
+        {"title": title, "numeric": cells[0]["numeric"], "sorted": title == sorted_by} for title, cells in table.items()
+    ]
+    cells = zip(*table.values(), strict=True)
+    rows = [{"chosen": config == chosen, "cells": row} for config, row in zip(frame.index, cells, strict=True)]
+    return {"columns": columns, "rows": rows}
+
+
+def _columns(study: StudyFiles, frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """The cells of the results table by the title of their column: what is compared first, the parameters last."""
+    kinds, table = energy_kinds(study), {"config": _texts(frame.index)}
+    for judge in study.judges:
+        score, low, high, *ranks, gate = (frame[f"{judge}_{part}"] for part in JUDGE_PARTS)
+        table |= {f"place ({judge})": _numbers(ranks[0], "g", *ranks[1:])}
+        table |= {f"{study.judge_name(judge)} score": _numbers(score, "+.2f", low, high)}
+        if set(gate.dropna()) - {"passed"}:
+            table[f"{judge} gate"] = _texts(gate)
+    energy = _numbers(frame["train_energy_wh"], ".3g", frame["train_energy_low_wh"], frame["train_energy_high_wh"])
     if len(kinds) > 1:
         for cell, kind in zip(energy, frame["energy_kind"], strict=True):
             cell["interval"] += f" {kind}"
     table[f"training energy, {kinds[0]} (Wh)" if len(kinds) == 1 else "training energy (Wh)"] = energy
-    for judge in study.judges:
-        score, low, high, *ranks, gate = (frame[f"{judge}_{part}"] for part in JUDGE_PARTS)
-        table |= {f"{study.judge_name(judge)} score": _numbers(score, "+.2f", low, high)}
-        table |= {f"{judge} rank": _numbers(ranks[0], "g", *ranks[1:])}
-        if set(gate.dropna()) - {"passed"}:
-            table[f"{judge} gate"] = _texts(gate)
-    columns = [{"title": title, "numeric": cells[0]["numeric"]} for title, cells in table.items()]
-    cells = zip(*table.values(), strict=True)
-    rows = [{"chosen": config == chosen, "cells": row} for config, row in zip(frame.index, cells, strict=True)]
-    return {"columns": columns, "rows": rows}
+    table["validation loss"] = _numbers(frame["val_loss"], ".4f", frame["val_loss_low"], frame["val_loss_high"])
+    table |= {"target modules": _texts(frame["target_modules"]), "LoRA rank": _numbers(frame["rank"], "g")}
+    return table | {name: _numbers(frame[name.replace(" ", "_")], "g") for name in ("epochs", "learning rate")}
 
 
 def _texts(values: Iterable[Any]) -> list[dict[str, Any]]:
@@ -364,13 +228,26 @@ def _numbers(values: pd.Series, digits: str, *bounds: pd.Series) -> list[dict[st
         cell: dict[str, Any] = {"value": None, "text": "", "interval": "", "numeric": True}
         if not pd.isna(value):
             cell |= {"value": float(value), "text": f"{value:{digits}}"}
-            if interval and not pd.isna(interval).any():
+            if not all(pd.isna(bound) for bound in interval):  # one bound that is open is shown as open
                 cell["interval"] = interval_text(*interval, digits)
         cells.append(cell)
     return cells
 
 
 # ---------------------------------------------------------------- status and provenance
+
+
+def _notebooks(study: StudyFiles) -> list[dict[str, Any]]:
+    """Per step that has run: its question, the page of its first scope, and the pages of the other scopes."""
+    found = []
+    for step in STEPS:
+        pages = [page for page in study.pages if page.step == step and not page.failed]
+        if pages:
+            others = [(page.scope, page.name) for page in pages[1:]]
+            question = read_or_none(first_heading, pages[0]) or step
+            first = {"step": step, "question": question, "scope": pages[0].scope, "href": pages[0].name}
+            found.append(first | {"others": others})
+    return found
 
 
 def _status(study: StudyFiles) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from telco_nb.analysis.results import PROXY_KINDS
 from telco_nb.study import record
+from telco_nb.study.params import split_run
 from telco_nb.study.plan import STEPS
 
 
@@ -66,7 +67,7 @@ class StudyFiles:
     @property
     def configs(self) -> list[str]:
         """Configurations with a result or a trace in the folder."""
-        traces = [scope for scope in self.scopes if "03_train" in expected_steps(scope) and "-seed" not in scope]
+        traces = [scope for scope in self.scopes if "03_train" in expected_steps(scope) and split_run(scope)[1] is None]
         return list(dict.fromkeys([*self.results.index, *traces]))
 
     def finding(self, id: str) -> dict[str, Any] | None:
@@ -137,7 +138,7 @@ def _scopes(root: Path, jobs: Iterable[tuple[str, str]], results: pd.DataFrame) 
     }
 
     def place(scope: str) -> tuple[int, str]:
-        if "-seed" in scope:
+        if split_run(scope)[1] is not None:
             return 2, scope
         return {"shared": 0, "untuned": 3, "study": 5}.get(scope, 4 if scope.startswith("judge-") else 1), scope
 

@@ -6,6 +6,7 @@ The output of models is untrusted: markup that is not on the allow list is shown
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -49,7 +50,25 @@ def notebook_body(page: Page, pages: Sequence[Page]) -> Markup:
     except (OSError, ValueError, nbformat.ValidationError) as error:
         body = f"<p>This notebook could not be read: {html.escape(str(error)[:300])}</p>"
     # The corner of a table of pandas is no heading.
-    return Markup(_relink(body, page, pages).replace("<th></th>", "<td></td>"))
+    return Markup(_answer_first(_relink(body, page, pages)).replace("<th></th>", "<td></td>"))
+
+
+def first_heading(page: Page) -> str | None:
+    """The title of a notebook, which is its question. Raises OSError or ValueError if it cannot be read."""
+    cells = json.loads(page.source.read_text(encoding="utf-8"))["cells"]
+    lines = ("".join(cell["source"]).splitlines() for cell in cells if cell["cell_type"] == "markdown")
+    return next((line.removeprefix("# ") for part in lines for line in part if line.startswith("# ")), None)
+
+
+def _answer_first(body: str) -> str:
+    """The headline of a notebook repeated below its title, and its table of parameters folded."""
+    body = re.sub(r'<table class="provenance">.*?</table>', _folded, body, count=1, flags=re.DOTALL)
+    boxes = re.findall(r'<div class="headline">[^<]*</div>', body)
+    return re.sub("</h1>", lambda end: f"{end[0]}{boxes[-1]}", body, count=1) if boxes else body
+
+
+def _folded(table: re.Match[str]) -> str:
+    return f'<details class="parameters"><summary>Parameters, code and device</summary>{table[0]}</details>'
 
 
 def _relink(body: str, page: Page, pages: Sequence[Page]) -> str:

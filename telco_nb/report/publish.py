@@ -70,7 +70,8 @@ def readme_block(folder: Path = REFERENCE) -> str:
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
-    shown = [f for start in README_FINDINGS for f in findings if f["id"].startswith(start) and not f["blocked_by"]]
+    told = [f for f in findings if not f["blocked_by"] or f["verdict"] == "not fit"]
+    shown = [f for start in README_FINDINGS for f in told if f["id"].startswith(start)]
     machine = f"{about['device']['cores']} cores ({about['device']['cpu']})"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
@@ -111,10 +112,10 @@ def _failed(judges: list[str]) -> str:
 
 
 def _table(rows: list[dict[str, str]], judges: list[str]) -> list[str]:
-    names = ["config", "target modules", "rank", "epochs", "learning rate", "validation loss"]
+    names = ["config", "target modules", "LoRA rank", "epochs", "learning rate", "validation loss"]
     names += ["training energy, times the least", "training energy, Wh"]
     least = min((float(row["train_energy_wh"]) for row in rows if row["train_energy_wh"]), default=None)
-    names += [f"rank by {j}{'' if rows[0][f'{j}_gate'] == 'passed' else ' (gate failed)'}" for j in judges]
+    names += [f"place ({j}{'' if rows[0][f'{j}_gate'] == 'passed' else ', gate failed'})" for j in judges]
     table = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in sorted(rows, key=lambda r: float(r["val_loss"] or "inf")):
         cells = [row["config"], row["target_modules"], row["rank"], row["epochs"], row["learning_rate"]]

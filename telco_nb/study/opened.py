@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telco_nb.study.params import BY_HAND, load_study
+from telco_nb.study.params import BY_HAND, config_of, load_study
 from telco_nb.study.record import profile_root, read_manifest
 
 
@@ -43,7 +43,7 @@ def open_study(step: str, given: dict[str, Any]) -> Opened:
     recorded = _recorded(step, given["scope"], root, analysis["parameters"])
     parameters = {name: recorded.get(name, value) for name, value in given.items()} | changed
     if "configs" in changed and "repeats" in parameters and "repeats" not in changed:
-        kept = [repeat for repeat in parameters["repeats"] if repeat.partition("-seed")[0] in changed["configs"]]
+        kept = [repeat for repeat in parameters["repeats"] if config_of(repeat) in changed["configs"]]
         parameters["repeats"] = kept
     target = _target(root, parameters["scope"], step)
     return Opened(parameters, root, target, _note(analysis, target))

@@ -144,6 +144,7 @@ class Parameters(LoraParameters, JudgeParameters):
     cpu_watts_per_core: float = Field(gt=0)
     cpu_watts_per_core_high: float = Field(gt=0)
     idle_share: float = Share
+    external_wh: float | None = Field(gt=0)
     usd_per_kwh: float = Field(ge=0)
     carbon_g_per_kwh: float = Field(ge=0)
     # ranking and claims
@@ -163,6 +164,22 @@ class Claims(_Strict):
     energy_saving: float = Field(ge=0, lt=1)
 
 
+def repeat_name(config: str, seed: int) -> str:
+    """The run of a configuration with another seed: `c06-seed1`. `split_run` takes it apart."""
+    return f"{config}-seed{seed}"
+
+
+def split_run(run: str) -> tuple[str, int | None]:
+    """The configuration of a run and the seed of a repeat: (`c06`, 1) for `c06-seed1`, (`c06`, None) for `c06`."""
+    found = re.fullmatch(r"(.+)-seed(-?\d+)", run)
+    return (found[1], int(found[2])) if found else (run, None)
+
+
+def config_of(run: str) -> str:
+    """The configuration of a run: `c06` for `c06` and for `c06-seed1`."""
+    return split_run(run)[0]
+
+
 @dataclass(frozen=True)
 class StudyParams:
     """The resolved files of one profile: `base` for all steps, one override per configuration and per judge."""
@@ -177,14 +194,15 @@ class StudyParams:
     def repeats(self) -> list[str]:
         """Scopes of the seed repeats, `<config>-seed<seed>`, for the repeated configurations in `configs`."""
         repeated = [c for c in self.base["repeat_configs"] if c in self.configs]
-        return [f"{config}-seed{seed}" for config in repeated for seed in self.base["repeat_seeds"]]
+        return [repeat_name(config, seed) for config in repeated for seed in self.base["repeat_seeds"]]
 
     def values(self, scope: str) -> dict[str, Any]:
         """All parameter values for one scope (`shared`, `c01`, `c01-seed1`, `untuned`, `judge-x`, `study`)."""
         merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
-        config, _, seed = scope.partition("-seed")
+        merged |= {"external_wh": None}  # only typed into a notebook that is run by hand
+        config, seed = split_run(scope)
         if config in self.lora:
-            merged |= self.lora[config] | ({"seed": int(seed)} if seed else {})
+            merged |= self.lora[config] | ({} if seed is None else {"seed": seed})
         if scope.startswith("judge-"):
             merged |= self.judge_files[scope.removeprefix("judge-")]
             if merged["judge_kind"] not in VOTED_KINDS:  # voters were shown the first run of each configuration
@@ -200,7 +218,8 @@ RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "gold", "
 PUBLISHED = "reference"  # the folder of outputs that holds the published run
 BY_HAND = "by-hand"  # the folder of outputs for results of notebooks that are run by hand
 OFFLINE_KINDS = {"checklist", "embedding", "human", "language_model_panel"}
-RUNNER_KEYS = {"scope", "repeats"}  # computed by the plan, never written in a file
+# Never written in a file: what the plan computes, and a wall meter's figure, which is known after a training by hand.
+RUNNER_KEYS = {"scope", "repeats", "external_wh"}
 
 
 def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[str] | None = None) -> StudyParams:
@@ -213,7 +232,7 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     check_profile_name(profile)
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
     base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
-    validate(base | {"scope": "shared", "repeats": []}, f"{profile_file} (with base.yaml)")
+    validate(base | {"scope": "shared", "repeats": [], "external_wh": None}, f"{profile_file} (with base.yaml)")
     folder = base["lora_folder"]
     lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / folder).glob("*.yaml"))}
     _check_names(lora, params_dir / folder)

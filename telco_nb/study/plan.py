@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +108,26 @@ def make_job(step: str, values: dict[str, Any]) -> Job:
     return Job(step, values["scope"], {name: values[name] for name in names}, inputs_of(step, values))
 
 
+def run_order(configs: list[str], seed: int) -> list[str]:
+    """The configurations in an order drawn by lot, in blocks, so that a drift of the machine looks like no factor.
+
+    The list is cut into parts of neighbours, which share a factor's level in a design that lists its levels in turn.
+    Each block holds one configuration of each part, in a random order: 16 make four blocks of four.
+    """
+    size, draw = math.isqrt(len(configs)), random.Random(seed)
+    parts = [configs[i : i + size] for i in range(0, len(configs), size)] if configs else []
+    for part in parts:
+        draw.shuffle(part)
+    blocks = [[part[i] for part in parts if i < len(part)] for i in range(size)]
+    for block in blocks:
+        draw.shuffle(block)
+    return [config for block in blocks for config in block]
+
+
 def plan_jobs(study: StudyParams) -> list[Job]:
-    """All jobs of a study in the order in which they run."""
+    """All jobs of a study in the order in which they run; that of the configurations is drawn with the study's seed."""
     scopes = [("01_glossary", "shared"), ("02_synth", "shared"), ("04_energy", UNTUNED)]
-    for config in study.configs:
+    for config in run_order(study.configs, study.base["seed"]):
         scopes += [("03_train", config), ("04_energy", config)]
     scopes += [(step, repeat) for repeat in study.repeats for step in ("03_train", "04_energy")]
     scopes += [("05_judge", f"judge-{judge}") for judge in study.base["judges"]]

@@ -163,8 +163,8 @@ def _register_engine() -> str:
     return "forking"
 
 
-def _start(self: worker.Worker, job_file: Path, errors) -> SimpleNamespace:
-    """What Worker._start does, by a fork."""
+def _start_afresh(self: worker.Worker, job_file: Path, errors) -> SimpleNamespace:
+    """What Worker._start_afresh does, by a fork."""
     parent, (read, write) = os.getpid(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -213,7 +213,7 @@ def serve(folder: Path) -> None:
     write_notebooks(folder / "notebooks")
     write_notebooks(folder / "broken", broken=True)
     os.environ["TELCO_NB_WARM_KERNELS"] = "0"
-    kernel_manager.register_engine, worker.Worker._start = _register_engine, _start
+    kernel_manager.register_engine, worker.Worker._start_afresh = _register_engine, _start_afresh
     content_key.versions()
     judge_study.shipped.gold_rows()
     for code in ("from telco_nb.report import build", OPEN, *(source for _, _, source, _ in STUDY)):

@@ -79,6 +79,6 @@ def test_an_edited_store_is_refused_before_anything_runs(study):
     assert study.run()[0] == 0
     store.write_text("B\nA\n")
     code, output = study.run()
-    assert code == 3 and "verdicts.jsonl changed since the last run sealed it" in output
+    assert code == 3 and "verdicts.jsonl changed since a run last sealed it" in output
     store.unlink()
     assert study.run()[0] == 0

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_at_most_one_code_cell_in_ten_has_more_than_12_lines():
 
 def test_the_main_line_of_05_has_at_most_28_cells():
     titles = ["".join(cell["source"]) for cell in load(params.NOTEBOOKS_DIR / "05_judge.ipynb")["cells"]]
-    assert next(i for i, title in enumerate(titles) if title.startswith("# Second looks")) <= 28
+    assert next(i for i, title in enumerate(titles) if title.startswith("## Second looks")) <= 28
 
 
 def test_there_are_exactly_the_six_notebooks_of_the_plan():
@@ -37,6 +38,11 @@ def test_there_are_exactly_the_six_notebooks_of_the_plan():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
+    def test_there_is_one_title_and_no_level_of_headings_is_skipped(self, path):
+        text = "\n".join("".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "markdown")
+        levels = [len(line.split()[0]) for line in text.splitlines() if line.startswith("#")]
+        assert levels.count(1) == 1 and all(low <= high + 1 for high, low in pairwise(levels))
+
     def test_no_outputs_and_no_counts_are_stored(self, path):
         for cell in load(path)["cells"]:
             if cell["cell_type"] == "code":

@@ -200,7 +200,8 @@ def _shared(builder: Builder, rng: np.random.Generator) -> pd.DataFrame:
         }
     )
     prompts.to_parquet(run.artefact("test_prompts.parquet"))
-    run.artefact("dataset_card.json").write_text(json.dumps({"generator": {"name": "offline"}, "kept": 29871}))
+    card = {"generator": {"name": "offline"}, "kept": 29871, "samples": [{"sample": "train", "rows": 2048}]}
+    run.artefact("dataset_card.json").write_text(json.dumps(card))
     run.metric(conversations=29871)
     builder.close(run, "29,871 conversations were kept.")
     return prompts

@@ -46,6 +46,7 @@ def build(outputs: Path) -> Path:
     row = {"config": CONFIG, "val_loss": 3.1, "val_loss_low": 3.0, "val_loss_high": 3.2, "energy_kind": "estimated"}
     row |= {"checklist_rank": 2, "checklist_rank_low": 1, "checklist_rank_high": 2, "checklist_gate": "passed"}
     rows = [row, row | {"config": "c01", "checklist_rank": 1}]
+    builder.close(builder.open("06_analysis", "study", {"judges": ["checklist"], "seed": 1}), "analysed")
     pd.DataFrame(rows).reindex(columns=result_columns(["checklist"])).to_csv(builder.root / "results.csv", index=False)
     write_findings(builder.root, "not fit", NOT_FIT)
     return builder.root

@@ -47,3 +47,11 @@ def test_every_name_of_the_project_that_a_bench_script_uses_exists(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "telco_nb").rglob("*.py")), ids=lambda path: path.stem)
+def test_nothing_is_defined_below_the_call_of_main(path):
+    """Run as a program, a module calls main there: what stands below does not exist yet."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    calls = [i for i, node in enumerate(body) if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+    assert all(i == len(body) - 1 for i in calls)

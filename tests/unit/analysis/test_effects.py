@@ -12,7 +12,14 @@ import pytest
 import statsmodels.formula.api as smf
 from fake_study import make_study
 
-from telco_nb.analysis.effects import FACTORS, design_facts, effect_tables, main_effects, noise_floor
+from telco_nb.analysis.effects import (
+    FACTORS,
+    design_facts,
+    effect_tables,
+    is_16_run_array,
+    main_effects,
+    noise_floor,
+)
 
 
 def test_main_effects_equal_statsmodels():
@@ -87,3 +94,10 @@ def test_noise_floor_is_the_pooled_spread_between_seeds():
     assert noise.between_seeds.low < pooled < noise.between_seeds.high
     assert noise.resolution > 2.7 * pooled  # t with 3 degrees of freedom, not 1.96
     assert noise_floor(results, repeats.iloc[:0], "val_loss") is None
+
+
+def test_only_the_16_configurations_of_the_orthogonal_array_are_called_one():
+    configs = fake_study.design()
+    assert is_16_run_array(configs) and is_16_run_array(configs.sample(frac=1, random_state=1))
+    assert not is_16_run_array(configs.head(15)) and not is_16_run_array(fake_study.design(24))
+    assert not is_16_run_array(configs.assign(learning_rate=configs["epochs"] / 1000))  # 16, but two factors are one

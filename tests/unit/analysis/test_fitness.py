@@ -7,7 +7,7 @@ import pytest
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
-from telco_nb.analysis.fitness import fit_configs, fitness, lead_over
+from telco_nb.analysis.fitness import bar_findings, fit_configs, fitness, fitness_table, lead_over
 from telco_nb.analysis.recommendation import recommend
 from telco_nb.judge.anchors import ANCHORS, FLOORS
 
@@ -44,8 +44,44 @@ def test_no_configuration_is_fit_only_if_all_are_below_the_bar():
     study = held(coverage=(0.2, 0.2, 0.2, 0.2))
     said = deploy(study)
     assert (said.verdict, said.value) == ("not fit", "c04")
-    assert said.statement.startswith("No configuration is fit to answer customers.")
+    assert said.statement.startswith("No configuration is fit for customers: they make 20% of a full answer's points")
     assert deploy(held()).verdict == "supported"
+
+
+FEW = "no ranking: only 6 terms were judged; a ranking needs 8"
+GATE = "failed its validity gate (injection)"
+
+
+@pytest.mark.parametrize(("block", "said"), [(FEW, FEW.removeprefix("no ranking: ")), (GATE, GATE)])
+def test_where_no_judge_may_carry_a_claim_the_bar_is_stated_first(block, said):
+    study = held(coverage=(0.0, 0.01, 0.0, 0.01))
+    judges = [dataclasses.replace(study.judges[0], headline_blocks=(block,))]
+    checks = study.checks.assign(unsafe=[0.38, 0.5, 0.4, 0.4, 0.05])
+    found = deploy(dataclasses.replace(study, judges=judges, checks=checks))
+    assert found.statement == (
+        "No configuration is fit for customers: they make 0 to 1% of a full answer's points (gold answers 90%), and "
+        f"38 to 50% of their answers are unsafe (gold answers 5%). They cannot be ranked either: {said}."
+    )
+    assert (found.verdict, found.value, found.blocked_by) == ("not fit", None, [said])
+
+
+def test_a_study_that_cannot_be_ranked_is_not_called_unfit_while_one_passes_the_bar():
+    study = held(coverage=(0.2, 0.2, 0.2, 0.8))
+    judges = [dataclasses.replace(study.judges[0], headline_blocks=(FEW,))]
+    found = deploy(dataclasses.replace(study, judges=judges))
+    assert found.verdict == "blocked" and found.statement.count("only 6 terms") == 1 and "is fit" not in found.statement
+
+
+def test_the_parts_of_the_bar_are_findings_with_their_numbers():
+    study = held(coverage=(0.2, 0.2, 0.2, 0.3))
+    one = {f.id: f for f in bar_findings(study, "c04")}
+    assert one["fitness.coverage"].statement == "c04 makes 30% of a full answer's points; good answers make 90%."
+    assert (one["fitness.coverage"].value, one["fitness.coverage"].verdict) == (0.3, "not fit")
+    assert (one["fitness.broken"].value, one["fitness.broken"].verdict) == (0.0, "described")
+    together = bar_findings(study, None)[0]
+    assert together.statement.startswith("The configurations make 20 to 30% of a full answer's points")
+    assert (together.value, together.low, together.high) == (None, 0.2, 0.3)
+    assert bar_findings(held(checks=None, faults=None), "c04") == []
 
 
 def test_the_only_fit_one_is_recommended_as_such():
@@ -94,3 +130,14 @@ def test_a_lead_without_a_known_number_of_terms_has_no_bounds():
     assert not lead_over(bare, "c04", "echo").is_above()
     unplaced = dataclasses.replace(judge, ranking=judge.ranking.assign(score=float("nan")))
     assert lead_over(unplaced, "c04", "echo") is None
+
+
+def test_the_short_table_gives_per_cent_with_the_bar_and_says_once_what_all_share():
+    study = held(coverage=(0.2, 0.2, 0.2, 0.8), score=(0.0, 0.5, 1.0, 2.0))
+    found = {config: fitness(study, config) for config in CONFIGS}
+    table, shared = fitness_table(found)
+    assert table.loc["c01", "its answers"] == "makes 20 % (bar 45 %), 1 % unsafe, 0 % broken"
+    assert list(table["besides"]) == ["-", "-", "-", "fit"] and shared == []
+    unknown, shared = fitness_table({c: fitness(dataclasses.replace(study, faults=None), c) for c in CONFIGS})
+    assert shared == ["not measured: how many of its answers are empty, loop or break off"]
+    assert list(unknown["besides"]) == ["-"] * 4 and unknown.loc["c01", "its answers"].endswith("- broken")

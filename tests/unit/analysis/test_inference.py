@@ -12,7 +12,8 @@ import statsmodels.api as sm
 from scipy import stats
 
 from telco_nb.analysis import inference, statistics
-from telco_nb.analysis.effects import FACTORS, main_effects, order_shares
+from telco_nb.analysis.effects import FACTORS, ORDER_SHARE, main_effects, order_shares
+from telco_nb.study.plan import run_order
 
 DESIGN = fake_study.design()
 LEVELS = DESIGN[list(FACTORS)]
@@ -194,7 +195,21 @@ def test_intervals_of_effects_cover_the_truth_and_holm_holds_the_family(repeats,
     assert families / n <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / n)
 
 
-def test_the_order_of_runs_is_that_of_the_target_modules():
+def test_the_drawn_order_of_runs_follows_no_factor_whatever_the_seed():
+    for seed in range(50):
+        order = run_order(list(DESIGN.index), seed)
+        assert sorted(order) == sorted(DESIGN.index)
+        shares = order_shares(DESIGN.loc[order])
+        assert shares["target_modules"] < 0.2 and max(shares.values()) < ORDER_SHARE
+
+
+def test_the_order_of_runs_is_that_of_their_starts():
+    order = run_order(list(DESIGN.index), 1)
+    started = pd.Series([f"2026-11-26T{hour:02}:00:00+00:00" for hour in range(16)], order)
+    assert order_shares(DESIGN.assign(train_started_at=started)) == order_shares(DESIGN.loc[order])
+
+
+def test_runs_in_the_order_of_names_follow_the_target_modules():
     shares = order_shares(DESIGN)
     assert shares["target_modules"] == pytest.approx(320 / 340)
     assert max(shares[factor] for factor in FACTORS[1:]) < 0.05

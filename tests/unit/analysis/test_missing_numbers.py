@@ -83,7 +83,8 @@ def test_the_smallest_helpers_say_what_is_missing():
     assert p_text(math.nan) == "p not known"
     assert recommendation.percent(math.nan) == "an unknown share"
     assert recommendation.win_text(Interval(math.nan)) == "an unknown share (no interval)"
-    assert recommendation.win_text(Interval(0.0, -1.0)) == "50% [27%, open]"
+    assert recommendation.win_text(Interval(0.0, -1.0)) == "50% [27%, 100%]"
+    assert recommendation.win_text(Interval(0.0, math.nan, 1.0)) == "50% [0%, 73%]"
 
 
 @pytest.mark.parametrize(("value", "draws"), [(math.nan, [0.1, 0.2]), (0.1, [math.nan, math.nan]), (0.1, [])])

@@ -11,7 +11,7 @@ from fake_study import make_judge, make_study
 from test_divergence import drawn, measured
 from test_inference import DESIGN, driven
 
-from telco_nb.analysis import parting
+from telco_nb.analysis import parting, statistics
 from telco_nb.analysis.divergence import divergence_tables
 from telco_nb.analysis.parting import Measure, parting_findings
 from telco_nb.analysis.results import StudyResults
@@ -45,6 +45,14 @@ def test_card_choice_leaves_general_items_out_and_its_bounds_cover_the_truth():
     assert found.table.loc["c01", "n"] == 100 and 0.93 <= np.mean(held) <= 0.99
     table = choices(rng, 0.6)
     assert parting.card_choice({"c01": table}, 300, 1).table.loc["c01", "value"] == table["right"][:100].mean()
+
+
+def test_the_interval_of_right_choices_is_the_one_that_04_shows_whatever_is_compared_beside_it():
+    rng = np.random.default_rng(2)
+    tables = {"c01": choices(rng, 0.6), "untuned": choices(rng, 0.4)}
+    own = tables["c01"].query("kind != 'general'")
+    shown = statistics.share_interval(own["right"], own["term_id"], 1)
+    assert tuple(parting.card_choice(tables, 100, 1).table.loc["c01", ["value", "low", "high"]]) == tuple(shown)
 
 
 def test_all_choices_right_still_has_an_interval():
@@ -102,3 +110,10 @@ def test_what_was_not_measured_has_a_reason_and_no_number():
     empty = parting.forgetting({"untuned": pd.DataFrame({"text_id": [], "loss": []}), **{
         c: pd.DataFrame({"text_id": [], "loss": []}) for c in DESIGN.index}}, 50, 1)  # fmt: skip
     assert told(study, forgetting=empty)["parting.forgetting.checklist"].verdict == "not estimable"
+
+
+def test_a_configuration_that_general_texts_surprise_less_is_called_that_and_not_a_loss_below_0():
+    table = pd.DataFrame({"value": [-0.2, -0.1, 0.3], "low": [-0.3, -0.2, 0.1], "high": [-0.1, 0.1, 0.5], "n": 6})
+    said = parting.forgetting_text(Measure(table, pd.DataFrame()))
+    assert "1 of 3 configurations are more surprised" in said and "(1 of them surely)" in said
+    assert "2 are less surprised than the untuned model (1 surely)" in said

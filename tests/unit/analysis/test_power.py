@@ -10,6 +10,7 @@ from scipy import stats
 
 from telco_nb.analysis import power, seeds
 from telco_nb.analysis.power import Errors
+from telco_nb.analysis.results import JudgeResults
 
 ERRORS = Errors(prompts=0.04, terms=24, training=0.06, df_training=8, configs=16)
 
@@ -78,10 +79,34 @@ def test_the_findings_say_what_is_missing_and_never_a_number_for_it():
     score = study.judges[0].scores
     level = make_study(16, [make_judge(score * 0, 0.05)])
     equal = {finding.id: finding for finding in power.power_findings(level, 48)}
-    assert equal["equivalence.checklist"].verdict == "supported"
+    assert equal["equivalence.checklist"].verdict == "not distinguishable"
+    assert "The luck of training is not known" in equal["equivalence.checklist"].statement
     assert "No number of prompts" in equal["power_top.checklist"].statement
     none = make_study(16, [make_judge(score * np.nan, 0.05)])
     assert [finding.verdict for finding in power.power_findings(none, 48)] == ["not estimable"]
+
+
+def repeated(score: float, luck: float) -> JudgeResults:
+    """16 configurations, each with two seeds, that score alike but for planted luck."""
+    runs = [f"c{i:02d}{end}" for i in range(1, 17) for end in ("", "-seed1")]
+    judge = make_judge(pd.Series(score, runs) + np.tile([luck, -luck], 16), 0.05)
+    return seeds.merge_runs(dataclasses.replace(judge, ranking=judge.ranking.assign(n_terms=24)))
+
+
+def test_two_are_equivalent_only_where_the_luck_of_training_is_known_and_small():
+    small, large = (power.power_findings(make_study(16, [repeated(0.0, luck)]), 48)[1] for luck in (0.02, 0.4))
+    assert small.id == large.id == "equivalence.checklist"
+    assert small.verdict == "supported" and large.verdict == "not distinguishable"
+    assert small.low is None or np.isnan(small.low)  # bounds of 90 % stand in the text alone
+    assert "picked after the fact" in small.statement and "90 %" in small.statement
+
+
+def test_equivalence_rests_on_the_errors_of_the_two_that_are_compared():
+    judge = repeated(0.0, 0.02)
+    rng, (first, second) = np.random.default_rng(1), power.top_two(judge)
+    unsure = judge.draws.assign(**{first: judge.draws[first] + rng.normal(0, 1, len(judge.draws))})
+    found = power.power_findings(make_study(16, [dataclasses.replace(judge, draws=unsure)]), 48)[1]
+    assert found.verdict == "not distinguishable" and first in found.statement and second in found.statement
 
 
 def test_two_that_differ_by_more_than_the_margin_are_not_equivalent():
@@ -89,3 +114,11 @@ def test_two_that_differ_by_more_than_the_margin_are_not_equivalent():
     found = {f.id: f for f in power.power_findings(make_study(16, [make_judge(10 * score, 0.05)]), 48)}
     assert found["equivalence.checklist"].verdict == "not distinguishable"
     assert "not shown to be equivalent within 0.4" in found["equivalence.checklist"].statement
+
+
+def test_a_difference_that_only_a_certain_winner_has_is_said_in_words_and_not_in_log_odds():
+    score = make_study().judges[0].scores
+    finding = next(f for f in power.power_findings(make_study(16, [make_judge(score, 5.0)]), 8) if f.id.count(".") == 1
+                   and f.id.startswith("power."))  # fmt: skip
+    assert finding.value > power.FORGONE and "log-odds" not in finding.statement
+    assert "With 8 prompts only a configuration that wins practically always would be noticed" in finding.statement

@@ -146,7 +146,7 @@ def test_fewer_than_eight_terms_or_an_unknown_coverage_carry_no_recommendation()
     (judge,) = study.judges
     few = dataclasses.replace(judge, ranking=judge.ranking.assign(n_terms=7))
     unknown = dataclasses.replace(judge, coverage=math.nan)
-    for weak, reason in ((few, "fewer than 8 terms (7)"), (unknown, "is not known")):
+    for weak, reason in ((few, "only 7 terms were judged; a ranking needs 8"), (unknown, "is not known")):
         weak_study = dataclasses.replace(study, judges=[weak])
         choice = recommend(weak_study)
         assert choice.config is None and reason in choice.blocked_by[0]

@@ -67,13 +67,14 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
         "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low "
         "val_loss_high test_loss test_perplexity noisy_loss noisy_perplexity unseen_loss "
         "unseen_perplexity train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source "
-        "answer_energy_wh train_seconds tokens_per_second checklist_score checklist_low checklist_high "
+        "train_joules_per_token train_joules_per_supervised_token train_mean_w answer_energy_wh "
+        "train_started_at train_seconds tokens_per_second checklist_score checklist_low checklist_high "
         "checklist_rank checklist_rank_low checklist_rank_high checklist_gate"
     )
     assert list(table.columns) == expected.split()
     first, second = table.to_csv(index=False).splitlines()[1:]
-    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,,,,,,,none,,0.0,,,0.3,")
-    assert second == "c02" + "," * 31 + "failed"
+    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,,,,,,,none,,,,,0.0,,,,0.3,")
+    assert second == "c02" + "," * 35 + "failed"
 
 
 def test_a_configuration_that_the_judge_left_out_has_no_score():
@@ -115,12 +116,21 @@ def test_the_gate_is_shown_control_by_control_for_every_judge():
         return {"control": name, "value": value, "rule": ">=", "threshold": 0.95, "n": 40, "passed": passed}
 
     score = pd.Series({"c01": 1.0, "c02": 0.0})
-    good = make_judge(score, controls=(control("truncated", 0.975, True), control("wrong_number", 1.0, True)))
+    good = make_judge(
+        score,
+        controls=(
+            control("truncated", 0.975, True),
+            control("wrong_number", 1.0, True),
+            control("wrong_term", None, None),
+        ),
+    )
     bad = make_judge(
         score, name="embedding", controls=(control("wrong_number", 0.75, False), control("late", None, False))
     )
     table = gate_table([good, bad]).set_index("control")
     assert table.loc["wrong_number", "embedding (offline proxy)"] == "0.750 (n = 40) FAILED"
     assert table.loc["truncated", "checklist (offline proxy)"] == "0.975 (n = 40) passed"
-    assert table.loc["late", "embedding (offline proxy)"] == "no question FAILED"
+    assert table.loc["late", "embedding (offline proxy)"] == "no verdict: FAILED"
     assert pd.isna(table.loc["late", "checklist (offline proxy)"])
+    assert table.loc["wrong_term", "checklist (offline proxy)"] == "not asked" and good.failed_controls == []
+    assert good.gate_text == "2 of 3 controls asked" and bad.failed_controls == ["wrong_number", "late"]

@@ -120,3 +120,34 @@ def test_only_energies_of_one_kind_get_points(kinds, labels):
     fig, data = charts.score_panels(study, "train_energy_wh", "energy (Wh)", {"c01": "deploy"})
     assert len(fig.axes[0].texts) == labels
     assert list(data.columns[:2]) == ["config", "train_energy_wh"] and len(data) == 4
+
+
+def test_a_pair_has_the_interval_of_its_terms_and_none_of_one_term():
+    scores = pd.Series(np.linspace(0.5, -0.5, 16), fake_study.design(16).index)
+    judge = make_judge(scores, 0.2)
+
+    def width(n_terms: int) -> pd.Series:
+        ranking = judge.ranking.assign(n_terms=n_terms)
+        table = rows.compare_rows(make_study(16, [dataclasses.replace(judge, ranking=ranking)]))
+        return table["score_high"] - table["score_low"]
+
+    ratio = width(8) / width(10_000)
+    assert len(ratio) and ratio.median() > 1.2  # t of 7 degrees of freedom instead of the normal: 2.53 / 1.96
+    assert width(1).isna().all()
+
+
+@pytest.mark.parametrize(("n", "terms"), [(6, 6), (7, 7), (40, 7)])
+def test_with_few_conversations_or_terms_no_loss_is_called_distinguishable_from_the_lowest(n, terms):
+    losses = pd.Series({"c01": 0.5, "c02": 0.9})
+    draws = pd.DataFrame({"c01": [0.5] * 50, "c02": [0.9] * 50})
+    said = rows.lowest_loss_text(losses, draws, n, terms)
+    assert said.startswith("**c01 has the lowest loss.**") and "distinguishable" not in said
+    assert f"{n} scenarios about {terms} terms are too few to tell" in said
+
+
+def test_with_enough_terms_the_losses_that_differ_from_the_lowest_are_told_from_those_that_do_not():
+    losses = pd.Series({"c01": 0.5, "c02": 0.9, "c03": 0.51})
+    rng = np.random.default_rng(1)
+    draws = losses + pd.DataFrame(rng.normal(0, 0.02, (400, 3)), columns=losses.index)
+    assert "1 of the other 2 are not distinguishable from it (c03)" in rows.lowest_loss_text(losses, draws, 24, 8)
+    assert "distinguishable from all others" in rows.lowest_loss_text(losses[:2], draws, 24, 8)

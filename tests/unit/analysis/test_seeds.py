@@ -4,22 +4,27 @@ import dataclasses
 
 import numpy as np
 import pandas as pd
+import pytest
 from fake_study import make_judge, make_study
+from scipy import stats
 
 from telco_nb.analysis import findings, seeds
-from telco_nb.analysis.recommendation import compare, recommend, seed_text
+from telco_nb.analysis.recommendation import compare, mean_expected_scores, recommend, seed_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
 
 CONFIGS = [f"c{i:02d}" for i in range(1, 9)]
 RUNS = [*CONFIGS, *(f"{config}-seed1" for config in CONFIGS[:6])]
+LAPTOP = [*CONFIGS, *(f"{config}-seed{seed}" for config in CONFIGS[:2] for seed in (1, 2))]  # 4 degrees of freedom
 
 
-def judged(rng: np.random.Generator, truth: pd.Series, luck: float, noise: float = 0.15) -> JudgeResults:
+def judged(
+    rng: np.random.Generator, truth: pd.Series, luck: float, noise: float = 0.15, runs: list[str] = RUNS
+) -> JudgeResults:
     """Runs as 05 ranks them: the truth of the configuration, luck of the run, noise that the draws know of."""
-    score = pd.Series([truth[seeds.config_of(run)] for run in RUNS], RUNS)
-    score += rng.normal(0, luck, len(RUNS)) + rng.normal(0, noise, len(RUNS))
+    score = pd.Series([truth[seeds.config_of(run)] for run in runs], runs)
+    score += rng.normal(0, luck, len(runs)) + rng.normal(0, noise, len(runs))
     score -= score.mean()
-    draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(RUNS))), columns=RUNS)
+    draws = pd.DataFrame(score.to_numpy() + rng.normal(0, noise, (400, len(runs))), columns=runs)
     ranks = draws.rank(axis=1, ascending=False)
     table = pd.DataFrame({"score": score, "low": draws.quantile(0.025), "high": draws.quantile(0.975), "p_best": 0.1})
     table["rank"], table["rank_low"], table["rank_high"] = 1.0, ranks.quantile(0.025), ranks.quantile(0.975)
@@ -39,19 +44,95 @@ def covered(table: pd.DataFrame, truth: pd.Series) -> tuple[float, float]:
     return float(in_score.mean()), float(((table["rank_low"] <= place) & (place <= table["rank_high"])).mean())
 
 
-def test_intervals_with_the_luck_of_training_cover_score_and_rank_and_without_it_they_do_not():
-    """200 studies of 8 configurations, 6 of them with a second seed. Ranks are whole numbers, so they cover more."""
-    rng, held, alone = np.random.default_rng(5), [], []
+@pytest.mark.parametrize(("runs", "df"), [(RUNS, 6), (LAPTOP, 4)])
+def test_intervals_with_the_luck_of_training_cover_score_and_rank_and_without_it_they_do_not(runs, df):
+    """200 studies of 8 configurations. Ranks are whole numbers, so they cover more. A width is that of t."""
+    rng, held, alone, widths = np.random.default_rng(5), [], [], []
     for study in range(200):
         truth = pd.Series(rng.normal(0, 0.6, 8), CONFIGS)
-        judge = judged(rng, truth, 0.3)
-        held.append(covered(seeds.merge_runs(judge, study).ranking, truth))
+        judge = judged(rng, truth, 0.3, runs=runs)
+        merged = seeds.merge_runs(judge, study).ranking
+        held.append(covered(merged, truth))
+        widths.append(merged.loc["c08", "high"] - merged.loc["c08", "low"])
         once = judge.ranking.loc[CONFIGS]
         once[["low", "high"]] -= once["score"].mean()
         alone.append(covered(once, truth)[0])
     score, place = np.mean(held, axis=0)
     assert 0.92 <= score <= 0.97 and 0.92 <= place <= 0.99, (score, place)
     assert np.mean(alone) < 0.75
+    known = 2 * stats.norm.ppf(0.975) * np.sqrt((0.3**2 + 0.15**2) * 7 / 8)  # of one run, if the variances were known
+    by_t = stats.t.ppf(0.975, df) / stats.norm.ppf(0.975)
+    assert np.sqrt(np.mean(np.square(widths))) / known < 1.15 * by_t
+
+
+@pytest.mark.parametrize("runs", [["c01-seed1"], ["c01-seed1", "c02-seed1"], LAPTOP[8:]])
+def test_the_width_of_luck_is_that_of_t_and_its_variance_finite_down_to_one_degree_of_freedom(runs):
+    runs = [*CONFIGS, *runs]
+    judge = judged(np.random.default_rng(3), pd.Series(0.0, CONFIGS), 0.4, 0.01, runs)
+    merged = [seeds.merge_runs(judge, seed) for seed in range(5)]
+    luck = merged[0].luck
+    wide = stats.t.ppf(0.975, luck.df) / stats.norm.ppf(0.975)
+    for found in merged:  # whatever is drawn: a heavy tail would make it a matter of chance
+        estimated = found.error_draws["c07"].std() / np.sqrt(7 / 8)
+        assert estimated == pytest.approx(luck.sd.value, rel=0.12)
+        assert found.draws["c07"].std() / found.error_draws["c07"].std() == pytest.approx(wide, rel=0.15)
+
+
+def test_the_finding_says_when_too_few_repeats_tell_the_luck():
+    truth, rng = pd.Series(0.0, CONFIGS), np.random.default_rng(3)
+    few, enough = (
+        seeds.luck_findings(studied(seeds.merge_runs(judged(rng, truth, 0.4, runs=runs))))[0].statement
+        for runs in ([*CONFIGS, "c01-seed1"], LAPTOP)
+    )
+    assert "of 1 the intervals are wide, and still hold the truth less often than they say" in few
+    assert "less often" not in enough
+
+
+def test_expected_scores_are_shrunk_by_the_luck_that_was_estimated_not_by_the_width_of_t():
+    truth = pd.Series(np.linspace(-0.5, 0.5, 8), CONFIGS)
+    merged = seeds.merge_runs(judged(np.random.default_rng(3), truth, 0.4, 0.05, [*CONFIGS, "c01-seed1"]))
+    as_wide = dataclasses.replace(merged, error_draws=None)
+    expected, wide = (mean_expected_scores(studied(judge), [judge]) for judge in (merged, as_wide))
+    assert expected.std() > 1.1 * wide.std()
+
+
+def test_nobody_is_called_better_by_luck_alone():
+    """100 studies of equal configurations, as much luck as 2 of 8 repeated twice tell."""
+    rng, found = np.random.default_rng(8), []
+    for study in range(100):
+        merged = seeds.merge_runs(judged(rng, pd.Series(0.0, CONFIGS), 0.3, runs=LAPTOP), study)
+        (table,) = compare(studied(merged), [merged]).values()
+        found.append((table["better_than"].map(len).sum() > 0, table["can_be_best"].mean()))
+    wrong, kept = np.mean(found, axis=0)
+    assert wrong <= 0.1 and kept >= 0.92
+
+
+def test_luck_is_drawn_by_name_and_apart_for_losses_and_each_judge():
+    streams = [seeds.drawn_luck(1, stream, CONFIGS, 2000) for stream in ("loss", "judge a", "judge b")]
+    together = pd.concat(streams, axis=1, keys=range(3)).corr().to_numpy()
+    assert np.abs(together - np.eye(24)).max() < 0.1
+    assert seeds.drawn_luck(1, "judge a", CONFIGS[::-1][:3], 2000).equals(streams[1][CONFIGS[::-1][:3]])
+    assert not seeds.drawn_luck(2, "judge a", CONFIGS, 2000).equals(streams[1])
+
+
+def test_the_order_of_a_ranking_does_not_hand_the_luck_of_one_configuration_to_another():
+    rng, level = np.random.default_rng(2), pd.Series(0.0, CONFIGS)
+    first = judged(rng, level, 0.5, noise=0.01)
+    other = judged(rng, level, 0.5, noise=0.01, runs=RUNS[::-1])
+    other = dataclasses.replace(other, name="embedding", kind="embedding")
+    a, b = (seeds.merge_runs(judge, 1).draws[CONFIGS] for judge in (first, other))
+    between = np.corrcoef(a.to_numpy().T, b.to_numpy().T)[:8, 8:]
+    assert np.abs(between).max() < 0.25
+
+
+def test_an_open_bound_widens_the_rank_and_one_term_gives_none():
+    judge = judged(np.random.default_rng(2), pd.Series(np.linspace(1, -1, 8), CONFIGS), 0.02, noise=0.02)
+    judge.ranking.loc["c01", ["low", "high"]] = [-2.0, np.nan]  # it won everything: its exact bound lies far down
+    judge.ranking.loc["c01-seed1", ["low", "high"]] = [-2.0, np.nan]
+    judge.ranking.loc["c05", "n_terms"] = 1
+    table = seeds.merge_runs(judge).ranking
+    assert table.loc["c01", "rank_high"] == 8 and table.loc["c02", "rank_high"] < 4
+    assert table.loc["c05", ["low", "high", "rank_low", "rank_high", "p_best"]].isna().all()
 
 
 def test_the_score_of_a_configuration_is_the_mean_of_its_runs_and_one_without_repeats_is_as_unsure():
@@ -123,6 +204,7 @@ def test_luck_reaches_tau_the_comparison_with_the_best_and_the_recommendation():
     assert "Intervals hold the chance of training where it is known" in seed_text(with_luck)
     said = seeds.luck_findings(with_luck)[0]
     assert said.id == "luck.checklist" and "6 configurations with 12 runs" in said.statement
+    assert "kappa, alpha, self-preference and what votes correct do not" in said.statement
 
 
 def test_the_luck_of_a_loss_moves_all_losses_of_a_configuration_together():

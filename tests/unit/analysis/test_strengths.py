@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from telco_nb.analysis.strengths import strength_findings, strength_roles, strength_table
 
@@ -27,8 +28,20 @@ def test_a_weaker_adapter_with_a_lower_loss_is_found_with_a_paired_interval():
     found = {f.id: f for f in strength_findings(table, roles)}
     weaker = found["strength.c01"]
     assert "lowest at 0.75" in weaker.statement and weaker.verdict == "supported"
+    assert "not told apart" not in weaker.statement and "on 24 answers" in weaker.statement
+    low, own = (table.query("config == 'c01' and strength == @s")["loss"].item() for s in (0.75, 1.0))
+    assert f"{low:.3f} nats per token, against {own:.3f} at 1" in weaker.statement
     assert abs(weaker.value - (0.05**2 - 0.3**2)) < 0.02 and weaker.high - weaker.low < 0.03
-    assert found["strength.c02"].verdict == "described" and "lowest at 1." in found["strength.c02"].statement
+    assert "lowest at 1: " in found["strength.c02"].statement and found["strength.c02"].low > 0
+
+
+@pytest.mark.parametrize("best", [0.86, 0.89])
+def test_two_strengths_whose_interval_holds_0_are_not_told_apart_and_both_losses_are_given(best):
+    table = losses(best, 0.02).query("strength in (0.75, 1)")
+    found = strength_findings(strength_table({"c01": table}, {"c01": "recommended"}, 300, 1), {"c01": "recommended"})[0]
+    assert found.low < 0 < found.high and found.verdict == "not distinguishable" and found.n == 24
+    assert "not told apart on 24 answers" in found.statement
+    assert found.statement.count(" at 1") >= 1 and " at 0.75" in found.statement
 
 
 def test_the_interval_of_no_change_holds_0():

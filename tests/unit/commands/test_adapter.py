@@ -248,7 +248,7 @@ def test_the_head_of_the_card_parses_as_hubs_read_it(folders):
 def test_the_card_takes_its_numbers_from_the_record(folders):
     _, text = head_and_text(folders["hf"])
     for part in ("| validation loss | 3.1000 | 3.0000 to 3.2000 |", "| training | 0.06 | 0.025 to 0.15 | **estimated**",
-                 "| one answer | 0.002 | 0.0008 to 0.005 | **estimated**", "| rank by checklist | 2 | 1 to 2 |",
+                 "| one answer | 0.002 | 0.0008 to 0.005 | **estimated**", "| place by checklist | 2 | 1 to 2 |",
                  "2 conversations, a sample of the 3,084", "Q4_1 GGUF", chat_template.SYSTEM_PROMPT,
                  "| broken answers | 50% |", "apache-2.0", "query and value, rank 64, 4 epochs"):  # fmt: skip
         assert part in text, part
@@ -367,6 +367,7 @@ def test_a_server_that_never_answers_is_given_up_and_leaves_no_file(home, monkey
     monkeypatch.setattr(serve, "READY_SECONDS", 0.5)
     monkeypatch.setattr(serve, "SERVER", "import time; time.sleep(60)")
     monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
+    monkeypatch.setattr(serve, "guard_template", lambda folder: None)  # there is no model in the folder
     killed = serve.served_dir() / ".c04.4194305.work"  # above the largest process id
     killed.mkdir(parents=True)
     (killed / "model.safetensors").write_text("left by a killed server")
@@ -389,6 +390,7 @@ def test_no_proxy_stands_between_a_server_and_who_waits_for_it(home, monkeypatch
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
+    monkeypatch.setattr(serve, "guard_template", lambda folder: None)  # there is no model in the folder
     with socket.socket() as free:
         free.bind((serve.HOST, 0))
         port = free.getsockname()[1]

@@ -60,7 +60,7 @@ def refused(place: Path, *words: str) -> str:
         (("--json", "~nosuchuser/x"), "--json ~nosuchuser/x"),
         (("--profile", "../base"), "--profile '../base'"),
         (("--profile", "../profiles/smoke"), "--profile '../profiles/smoke'"),
-        (("--profile", "reference"), "there the published run is kept"),
+        (("--profile", "reference"), "hold something else"),
         (("--profile", "x" * 300), "--profile 'xxx"),
         (("--params", "folder"), "folder/base.yaml: no such file"),
         (("--configs", "c01"), "a ranking needs two configurations or more, and this study has c01"),

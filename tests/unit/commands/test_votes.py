@@ -149,7 +149,7 @@ def test_other_parameter_files_hold_the_judges_of_other_people(study, pairs, tmp
     folder = shutil.copytree(PARAMS_DIR, tmp_path / "params")
     values = yaml.safe_load((folder / "judges" / "panel.yaml").read_text()) | {"judge": "others"}
     (folder / "judges" / "others.yaml").write_text(yaml.safe_dump(values))
-    path = write(tmp_path / "votes.jsonl", [longer(pair) for pair in pairs])
+    path = write(tmp_path / "votes.jsonl", [pair | longer(pair, reason="read") for pair in pairs])
     assert command("votes", "import", study, path, "--judge", "others", "--params", folder) == 0
     assert len(stored(study, "others").ok) >= len(pairs)
 

@@ -455,6 +455,19 @@ def test_a_wrong_parameter_file_exits_2_with_file_key_and_fix_and_is_in_the_json
     assert "1.0e-4" in summary["error"]
 
 
+def test_tables_list_configurations_by_name_whatever_the_order_of_runs(recorded):
+    jobs = plan_jobs(params.load_study("laptop"))
+    recorded.stale = {job.id: "new" for job in jobs}
+    states = schedule.plan_states(jobs, Path("/nowhere"), set())
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(progress.plan_table(states), progress.status_table(states))
+    plan, _, status = console.export_text().partition("06_analysis  study")
+    names = [f"c{number:02}" for number in range(1, 17)]
+    assert [word for word in plan.partition("03_train")[2].split() if word in names][:16] == names
+    assert [line.split()[0] for line in status.splitlines() if line.split() and line.split()[0] in names] == names
+    assert [s.job.scope for s in states if s.job.scope in names and s.job.step == "03_train"] != names
+
+
 def test_one_configuration_may_be_trained_but_not_judged():
     study = params.load_study("smoke", configs=["c01"])
     jobs = plan_jobs(study)

@@ -215,6 +215,8 @@ def test_the_checklist_rates_what_it_checks_and_leaves_the_rest_empty():
     good, wrong = rated(gold_answer(stolen), stolen), rated("It takes 417 ms. Tell me more.")
     assert good["factual"] == good["resolves"] == good["on_policy"] == 5
     assert wrong["factual"] == 4 and wrong["resolves"] < 3
+    silent = rated("Thank you very much.")
+    assert silent["factual"] is None and silent["resolves"] == 1  # nothing was checked: not the same as nothing false
     assert good["tone"] is None and good["concise"] is None  # no rule looks at these
     assert rated(CARDS["volte"].wrong_beliefs[0].belief)["factual"] <= 3
     assert rated(f"{gold_answer(stolen)} {gate.SECRET_REQUEST}", stolen)["on_policy"] == 1

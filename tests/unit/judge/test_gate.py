@@ -160,6 +160,34 @@ def test_a_control_that_no_prompt_allows_is_said_and_is_no_fault_of_the_judge(tm
     assert not failed & said and all(c["n"] == 0 for c in result["controls"] if c["control"] in said)
 
 
+def test_a_control_that_was_not_asked_reads_not_asked_never_passed_and_is_not_counted_as_passed(tmp_path):
+    prompts = judge_study.all_prompts()
+    plain = [CARDS[r.term_id].by_problem[r.problem_id].first is None for r in prompts.itertuples()]
+    one = prompts[plain].head(1)
+    answers = {key: text for key, text in judge_study.make_answers(one, CONFIGS).items() if key[0] != "nearest"}
+    result, _ = result_of(checklist.ChecklistJudge("checklist"), tmp_path, one, answers)
+    words = {c["control"]: gate.outcome(c) for c in result["controls"]}
+    silent = [name for name in GATE if words[name] == "not asked"]
+    assert silent and all(c["passed"] is None for c in result["controls"] if c["control"] in silent)
+    counts = gate.gate_counts(result["controls"])
+    n_passed = sum(words[name] == "passed" for name in GATE)
+    assert n_passed < 19 - len(silent) or counts.startswith(f"{19 - len(silent)} of 19 controls asked")
+    assert "19 of 19" not in counts
+
+
+def test_the_counts_of_a_gate_name_what_was_asked_what_passed_and_what_all_planted_ones_did_together():
+    def controls(passed, not_asked, failed, together=None):
+        found = [{"control": f"c{i}", "passed": True} for i in range(passed)]
+        found += [{"control": f"n{i}", "passed": None} for i in range(not_asked)]
+        found += [{"control": f"f{i}", "passed": False} for i in range(failed)]
+        return found if together is None else [*found, {"control": gate.TOGETHER, "passed": together}]
+
+    assert gate.gate_counts(controls(18, 1, 0, True)) == "18 of 19 controls asked, and all planted ones together"
+    assert gate.gate_counts(controls(19, 0, 0)) == "19 of 19 controls asked"
+    some = gate.gate_counts(controls(16, 1, 2, False))
+    assert some == "16 of 18 controls asked (19 in all), but not all planted ones together"
+
+
 # ---------------------------------------------------------------- the operating curve
 
 

@@ -156,9 +156,16 @@ def test_the_bound_of_the_lead_holds_for_all_configurations_at_once():
 @pytest.mark.parametrize(("terms", "told"), [(1, True), (7, True), (8, False)])
 def test_fewer_than_eight_terms_carry_no_claim(terms, told):
     reason = ranking.few_terms(terms)
-    assert (reason is not None) == told and (not told or reason.startswith("fewer than 8 terms"))
+    assert (reason is not None) == told and (not told or "a ranking needs 8" in reason)
 
 
 def test_a_missing_bound_is_shown_as_open():
     assert ranking.interval_text(0.27, np.nan) == "[+0.27, open]"
     assert ranking.interval_text(pd.NA, 3, "d") == "[open, 3]"
+
+
+@pytest.mark.parametrize(("n_terms", "known"), [(7, False), (8, True)])
+def test_with_few_terms_a_rank_has_no_interval_and_nobody_a_share_of_first_places(n_terms, known):
+    found, _, _ = ranked(coin(list("abc"), n_terms))
+    assert found[["rank_low", "rank_high", "p_best"]].notna().all().all() == known
+    assert found["rank"].notna().all()

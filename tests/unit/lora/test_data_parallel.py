@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCa
 
 from telco_nb import ROOT
 from telco_nb.lora import base_model, data_parallel, energy, packing, preflight, step
-from telco_nb.lora.base_model import PreflightError
+from telco_nb.lora.errors import PreflightError
 from telco_nb.lora.step import TrainingError
 from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor, constant_arguments, last_checkpoint, sum_readings
 
@@ -136,16 +136,17 @@ def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypat
         "tracker_gpu_j": 80.0,
     }
     meter = energy.Meter((2.0, 5.0, 12.0), 0.3)
+    own |= {"gpu_half_j": 5.0, "battery_j": None, "battery_half_j": None}
     meter.restore(own | {"n_windows": 2})
     assert sum_readings(meter) == own | {"n_windows": 2}
 
     def gather(found: list, mine: dict) -> None:
-        found[:] = [mine, other | {"n_windows": 2}]
+        found[:] = [mine, other | {"gpu_half_j": 10.0, "n_windows": 2}]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    sums = {"cpu_s": 7.0, "gpu_j": 300.0, "tracker_gpu_j": 170.0}
+    sums = {"cpu_s": 7.0, "gpu_j": 300.0, "gpu_half_j": 15.0, "tracker_gpu_j": 170.0}
     assert sum_readings(meter) == own | {"n_windows": 2} | sums
 
 

@@ -1,7 +1,9 @@
 """Energy: what is measured is counted right, what is estimated says so, and nobody is asked where we are."""
 
+import errno
 import json
 import math
+import random
 import socket
 import sys
 import time
@@ -10,8 +12,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from fake_sensors import install_nvml, not_supported, spend, write_zone
 
-from telco_nb.lora import energy, sensors
+from telco_nb.lora import energy
+from telco_nb.lora.power_samples import PowerSampler, PowerSource
 from telco_nb.study import machine
 
 WATTS = (2.0, 5.0, 12.0)
@@ -26,6 +30,7 @@ def busy(seconds: float) -> None:
 @pytest.fixture(autouse=True)
 def no_sensors(monkeypatch, tmp_path):
     monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "BATTERIES", tmp_path / "power_supply")
     monkeypatch.setattr(energy, "nvml_handle", lambda: None)
 
 
@@ -33,17 +38,6 @@ def no_sensors(monkeypatch, tmp_path):
 def rapl(tmp_path):
     write_zone(tmp_path / "intel-rapl:0", "package-0", 990_000_000)
     return (tmp_path / "intel-rapl:0" / "energy_uj").write_text
-
-
-def write_zone(folder: Path, name: str, microjoules: int) -> None:
-    folder.mkdir(parents=True)
-    for file, text in (("name", name), ("energy_uj", microjoules), ("max_energy_range_uj", 1_000_000_000)):
-        (folder / file).write_text(f"{text}\n")
-
-
-def spend(folder: Path, joules: int) -> None:
-    file = folder / "energy_uj"
-    file.write_text(str(int(file.read_text()) + joules * 10**6))
 
 
 def measured(root: Path, joules: dict[str, int]) -> pd.DataFrame:
@@ -154,8 +148,13 @@ def test_rapl_zones_are_taken_by_name_and_each_package_once(tmp_path, zones, spe
     assert dict(shown) == pytest.approx(apart)
 
 
-@pytest.mark.parametrize("fault", ["reads 0", "no number", "no name", "no range", "of two packages one"])
-def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_says_why(tmp_path, rapl, fault):
+UNUSABLE = ["reads 0", "no number", "no name", "no range", "of two packages one", "no data"]
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_says_why(
+    tmp_path, rapl, monkeypatch, fault
+):
     zone = tmp_path / "intel-rapl:0"
     if fault == "reads 0":
         rapl("0")
@@ -165,12 +164,26 @@ def test_a_rapl_counter_that_cannot_be_used_at_the_start_gives_an_estimate_that_
         (zone / "name").unlink()
     elif fault == "no range":
         (zone / "max_energy_range_uj").unlink()
+    elif fault == "no data":  # of a counter that the firmware has switched off
+        read = Path.read_text
+
+        def refuse(path: Path, **options: str) -> str:
+            if path.name == "energy_uj":
+                raise OSError(errno.ENODATA, "No data available")
+            return read(path, **options)
+
+        monkeypatch.setattr(Path, "read_text", refuse)
     else:
         write_zone(tmp_path / "intel-rapl:1", "package-1", 10**6)
         (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
     row = measured(tmp_path, {}).loc["cpu"]
     assert (row.kind, row.source, row.valid) == ("estimated", "cpu_time_model", True)
     assert row.note.startswith("no counter: ") and "intel-rapl:" in row.note
+
+
+def test_a_powercap_folder_that_a_container_masks_gives_an_estimate_that_says_so(tmp_path):
+    row = measured(tmp_path, {}).loc["cpu"]
+    assert (row.kind, row.valid) == ("estimated", True) and "lists no processor package" in row.note
 
 
 def test_a_rapl_counter_that_fails_in_mid_window_invalidates_its_component_and_nothing_else(tmp_path, rapl):
@@ -205,27 +218,10 @@ def test_a_failure_before_a_checkpoint_is_still_known_after_it(tmp_path, rapl):
     assert not row.valid and "before the training was resumed" in row.invalid_reason
 
 
-def not_supported(*_: object) -> int:
-    raise RuntimeError("Not Supported")
-
-
 @pytest.fixture
 def card(monkeypatch):
     """A card whose energy counter and power are functions that a test replaces."""
-    fake = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetName=lambda _: "Test GPU",
-        nvmlDeviceGetTotalEnergyConsumption=lambda _: 1_000_000,
-        nvmlDeviceGetPowerUsage=not_supported,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(energy, "nvml_handle", sensors.nvml_handle)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="1"))
-    return fake
+    return install_nvml(monkeypatch)
 
 
 @pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"])
@@ -403,3 +399,20 @@ def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
     tracker.close()
     assert asked and {*asked} == {card}
     assert joules == pytest.approx(300 * 0.3, rel=0.5)
+
+
+def test_a_power_is_sampled_in_the_background_while_the_work_runs():
+    asked, state = [], random.getstate()
+    source = PowerSource(lambda: asked.append(1) or 100.0, interval_s=0.01, accuracy=0.05, lag_s=0.0)
+    sampler = PowerSampler(source)
+    for _ in range(2):
+        start = time.perf_counter()
+        sampler.start()
+        time.sleep(0.3)
+        found = sampler.stop()
+        assert found.joules == pytest.approx(100 * (time.perf_counter() - start), rel=0.1)
+        assert found.half_j == pytest.approx(0.05 * found.joules)  # a steady power: the sensor's own error alone
+    after = len(asked)
+    time.sleep(0.1)
+    assert len(asked) == after > 20
+    assert random.getstate() == state  # the order of a training is drawn from it

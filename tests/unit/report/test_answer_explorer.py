@@ -9,6 +9,7 @@ from pathlib import Path
 import fake_study
 import pandas as pd
 import pytest
+from shipped import cards as shipped_cards
 
 from telco_nb.report import answer_explorer
 from telco_nb.report.files import read_study
@@ -104,3 +105,13 @@ def test_no_answer_ends_the_data_block_and_the_page_allows_one_script(root, tmp_
     assert not set("<>&") & set(block) and fake_study.SCRIPT in json.loads(block)["questions"][0]["said"][0][1]
     assert page.count("<script") == 1 and "http" not in page.replace(block, "").replace("http-equiv", "")
     assert "default-src 'none'" in page and len(page) < 2_000_000
+
+
+def test_a_point_comes_from_the_card_or_else_from_the_gold_answer():
+    cards = {card.id: card for card in shipped_cards()}
+    card = next(iter(cards.values()))
+    problem = card.problems[0]
+    prompt = {"term_id": card.id, "problem_id": problem.id}
+    points = [problem.steps[0].say[0], "A sentence of the gold answer."]
+    assert answer_explorer._origins(points, prompt, cards) == ["card", "gold"]
+    assert answer_explorer._origins(points, prompt | {"problem_id": ""}, cards) == []

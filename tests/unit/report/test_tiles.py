@@ -12,6 +12,7 @@ from fake_study import make_judge, make_study
 from telco_nb.analysis import findings
 from telco_nb.analysis.claims import primary_finding
 from telco_nb.report import build, config_cards
+from telco_nb.report import tiles as first_screen
 from telco_nb.report.files import StudyFiles
 
 SCORE = pd.Series({"c01": 0.0, "c02": 0.1, "c03": 0.2, "c04": 2.0, "c05": -0.1, "c06": -0.3})
@@ -31,11 +32,11 @@ def files(study=None, changes=None, **columns) -> StudyFiles:
     return StudyFiles(Path("laptop"), [], {}, {}, results, rows, {})
 
 
-def tiles(study: StudyFiles) -> dict[str, build.Tile]:
-    return {tile.title: tile for tile in build._tiles(study, study.finding("deploy")["value"])}
+def tiles(study: StudyFiles) -> dict[str, first_screen.Tile]:
+    return {tile.title: tile for tile in first_screen.first_tiles(study, study.finding("deploy")["value"])}
 
 
-def text(tile: build.Tile) -> str:
+def text(tile: first_screen.Tile) -> str:
     return " ".join([tile.title, tile.big, tile.tag or "", *tile.lines, *(cell for row in tile.rows for cell in row)])
 
 
@@ -43,7 +44,7 @@ def text(tile: build.Tile) -> str:
     ("verdict", "title", "big", "tag"),
     [
         ("cannot tell", "Deploy", "No clear best; best guess is c04", "cannot tell"),
-        ("not fit", "First choice, not shown to be fit for customers", "c04", "not fit"),
+        ("not fit", "Deploy", "none: not shown to be fit for customers", None),
         ("supported", "Deploy", "c04", None),
     ],
 )
@@ -100,33 +101,33 @@ def test_energies_of_two_kinds_are_not_set_into_a_ratio():
     mixed = files(energy_kind=["estimated"] * 3 + ["measured"] + ["estimated"] * 2)  # the choice is c04
     pick = mixed.finding("loss_choice")["value"]
     assert mixed.results.loc[pick, "energy_kind"] != mixed.results.loc["c04", "energy_kind"]
-    assert "of what loss's choice" not in text(tiles(mixed)["Training energy"])
-    assert "of what loss's choice" in text(tiles(files())["Training energy"])
+    assert "of what loss's choice" not in text(tiles(mixed)["What it costs"])
+    assert "of what loss's choice" in text(tiles(files())["What it costs"])
 
 
 def test_an_energy_is_called_estimated_or_measured_as_it_is():
-    assert tiles(files())["Training energy"].tag == "estimated"
-    measured = tiles(files(energy_kind="measured"))["Training energy"]
+    assert tiles(files())["What it costs"].tag == "estimated"
+    measured = tiles(files(energy_kind="measured"))["What it costs"]
     assert measured.tag is None and "It is measured." in measured.lines
-    assert tiles(files(energy_kind=None))["Training energy"].tag == "of unknown kind"
+    assert tiles(files(energy_kind=None))["What it costs"].tag == "of unknown kind"
 
 
 def test_a_blocked_energy_ratio_is_marked_beside_the_paper():
     study = dataclasses.replace(make_study(6, [make_judge(SCORE, 0.1)]), invalid_energy=("c02",))
-    assert "not valid" in tiles(files(study))["Beside the paper (other model, data and judges)"].rows[2][2]
+    assert "no claim" in tiles(files(study))["Beside the paper (other model, data and judges)"].rows[2][2]
 
 
 def test_a_shared_lowest_loss_is_not_called_a_missing_one():
     study = make_study(6, [make_judge(SCORE, 0.1)], val_loss=[0.5, 0.5, 0.6, 0.6, 0.7, 0.7])
     shown = tiles(files(study))
     assert "share the lowest loss" in text(shown["Loss alone would have chosen"])
-    assert "share the lowest loss" in text(shown["How sure: better answers than loss's choice?"])
-    assert "no valid judge" not in text(shown["How sure: better answers than loss's choice?"]).lower()
+    assert "share the lowest loss" in text(shown["How sure that it beats loss's choice?"])
+    assert "no valid judge" not in text(shown["How sure that it beats loss's choice?"]).lower()
 
 
 def test_a_choice_of_loss_that_answers_better_is_not_explained_by_its_cost():
     study = files(changes={"confidence": {"verdict": "refuted", "value": 0.1, "statement": "x", "blocked_by": []}})
-    assert tiles(study)["How sure: better answers than loss's choice?"].big == "no, 10%"
+    assert tiles(study)["How sure that it beats loss's choice?"].big == "no, 10%"
 
 
 def test_no_tile_prints_a_number_that_is_missing():
@@ -137,3 +138,76 @@ def test_no_tile_prints_a_number_that_is_missing():
         changed = [row | (change if row["id"] == id else {}) for row in whole.findings]
         for tile in tiles(dataclasses.replace(whole, findings=changed)).values():
             assert not re.search(r"\b(nan|inf|None)\b", text(tile)), (id, tile)
+
+
+# ---------------------------------------------------------------- what no judge has to say
+
+BELOW = {"low": None, "high": None, "n": 1, "blocked_by": []}
+COVERAGE = BELOW | {"id": "fitness.coverage", "value": 0.01, "verdict": "not fit"}
+COVERAGE["statement"] = "c04 makes 1% of a full answer's points; good answers make 90%."
+SERVING = BELOW | {"id": "serving", "statement": "A million answers of c01 take 20 kWh.", "value": 20.0}
+
+
+def with_findings(study: StudyFiles, *more: dict) -> StudyFiles:
+    return dataclasses.replace(study, findings=[*study.findings, *(BELOW | {"verdict": "described"} | f for f in more)])
+
+
+def test_a_study_without_a_fit_configuration_says_none_and_by_how_much_the_best_fails():
+    tile = tiles(with_findings(files(changes={"deploy": {"verdict": "not fit"}}), COVERAGE))["Deploy"]
+    assert tile.big == "none: not fit for customers" and not tile.good
+    assert tile.lines[0].startswith("Best of 6: c04 (LoRA on") and tile.lines[1] == COVERAGE["statement"]
+
+
+def test_what_fails_without_any_judge_stands_before_what_blocks_a_ranking():
+    why = "only 6 terms were judged; a ranking needs 8"
+    change = {"verdict": "not fit", "value": None, "blocked_by": [why]}
+    tile = tiles(with_findings(files(changes={"deploy": change}), COVERAGE))["Deploy"]
+    assert tile.big == "none: not fit for customers"
+    assert list(tile.lines) == [COVERAGE["statement"], "Only 6 terms were judged; a ranking needs 8."]
+
+
+@pytest.mark.parametrize("change", [{}, {"verdict": "blocked", "value": None, "blocked_by": ["so"]}])
+def test_what_it_costs_is_told_with_and_without_a_choice(change):
+    shown = text(tiles(with_findings(files(changes={"deploy": change}), SERVING))["What it costs"])
+    assert re.search(r"raining: [\d.]+ to [\d.]+ Wh, estimated\.", shown) and SERVING["statement"] in shown
+
+
+def test_what_the_study_cannot_say_comes_from_its_own_files(tmp_path):
+    known = text(tiles(files())["What this cannot say"])
+    assert "Offline rules judged the answers, not people: checklist." in known
+    assert "Energy is estimated" in known and "One training run each" in known and "questions" not in known
+    folder = tmp_path / "shared" / "02_synth" / "artefacts"
+    folder.mkdir(parents=True)
+    asked = pd.DataFrame({"term_id": ["a", "a", "b", ""], "reference": ["x", "x", "x", "x"]})
+    asked.to_parquet(folder / "test_prompts.parquet")
+    metrics = {("c01", "03_train"): {"base_model": "tiny"}}
+    more = dataclasses.replace(files(energy_kind="measured"), root=tmp_path, metrics=metrics)
+    told = text(tiles(more)["What this cannot say"])
+    assert "3 questions on 2 terms" in told and "Only tiny was trained" in told and "Energy" not in told
+
+
+# ---------------------------------------------------------------- findings and table
+
+
+def test_one_open_bound_does_not_hide_the_other():
+    low, high = pd.Series([0.38, math.nan, math.nan]), pd.Series([math.nan, math.nan, 1.0])
+    shown = [cell["interval"] for cell in build._numbers(pd.Series([0.8, 0.5, 0.7]), ".2f", low, high)]
+    assert shown == ["[0.38, open]", "", "[open, 1.00]"]
+
+
+def test_findings_that_one_reason_blocks_are_folded_under_it_and_the_decision_is_not():
+    blocked = {"verdict": "blocked", "blocked_by": ["few terms"]}
+    found = [{"id": id, "statement": f"{id} is not known: few terms."} | blocked for id in ("deploy", "tau", "gain")]
+    ((reason, group),) = build._folded([*found, {"id": "alone", "verdict": "blocked", "blocked_by": ["other"]}])
+    assert reason == "few terms" and [f["id"] for f in group] == ["tau", "gain"]
+
+
+def test_a_reason_that_the_statement_gives_is_not_printed_again():
+    finding = {"statement": "No answer: few terms.", "blocked_by": ["few terms", "no gate", "no gate"]}
+    assert build._new_reasons(finding) == ["no gate"]
+
+
+def test_the_lead_is_the_first_sentence():
+    assert first_screen.first_sentence("Deploy c04 (learning rate 0.002): x 1.5. Then more.") == (
+        "Deploy c04 (learning rate 0.002): x 1.5."
+    )

@@ -9,7 +9,7 @@ import yaml
 
 from telco_nb.lora.step import TARGET_MODULES
 from telco_nb.study import params
-from telco_nb.study.params import ParameterError, load_study
+from telco_nb.study.params import ParameterError, config_of, load_study, repeat_name, split_run
 from telco_nb.study.plan import plan_jobs, unused_parameters
 
 
@@ -74,6 +74,24 @@ def test_second_seeds_are_answered_and_judged_but_not_shown_to_voters(folder):
     assert judge.parameters["configs"] == [*study.configs, *study.repeats]
     assert {f"{run}/04_energy" for run in study.repeats} < set(judge.depends)
     assert "language_model_panel" in text and study.values("judge-panel")["configs"] == study.configs
+
+
+def trained(folder: Path) -> list[str]:
+    return [job.scope for job in plan_jobs(load_study("laptop", folder)) if job.step == "03_train"]
+
+
+def test_configurations_train_in_an_order_drawn_with_the_seed_and_repeats_after_them(folder):
+    first, study = trained(folder), load_study("laptop", folder)
+    assert first == trained(folder) and first[:16] != study.configs == sorted(first[:16])
+    assert first[16:] == study.repeats
+    edit(folder / "base.yaml", "seed: 20260605", "seed: 1")
+    assert trained(folder) != first
+
+
+def test_what_a_wall_meter_shows_is_typed_into_the_notebook_and_no_file(folder):
+    edit(folder / "base.yaml", "idle_share: 0.3", "external_wh: 3.0\nidle_share: 0.3")
+    with pytest.raises(ParameterError, match=r"base\.yaml:\d+: external_wh: unknown key here"):
+        load_study("laptop", folder)
 
 
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
@@ -210,6 +228,12 @@ def test_a_judges_name_is_never_taken_for_a_seed(folder):
     edit(folder / "judges" / "my-seedling.yaml", "judge: checklist", "judge: my-seedling")
     edit(folder / "base.yaml", "judges: [checklist]", "judges: [my-seedling]")
     assert load_study("smoke", folder).values("judge-my-seedling")["judge"] == "my-seedling"
+
+
+def test_the_name_of_a_repeat_is_put_together_and_taken_apart_in_one_way():
+    assert split_run(repeat_name("c06", 1)) == ("c06", 1) and config_of("c06-seed12") == "c06"
+    for name in ("c06", "untuned", "judge-my-seedling", "c06-seedx"):
+        assert split_run(name) == (name, None)
 
 
 def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):

@@ -1,0 +1,242 @@
+"""The tiles of the report's first screen: each a question of a reader, its answer in large type, and its grounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+from scipy.special import expit
+
+from telco_nb.analysis.findings import PAPER
+from telco_nb.analysis.recommendation import describe_config, name_list, percent
+from telco_nb.judge.protocol import judged_prompts
+from telco_nb.judge.ranking import interval_text
+from telco_nb.report.config_cards import GUESSED, ordinal
+from telco_nb.report.files import StudyFiles, read_or_none
+
+TAU_WORDS = {
+    "yes, it tends to": "A lower loss goes with better answers more often than chance and the factors explain.",
+    "no, the opposite": "A lower loss goes with worse answers.",
+    "not shown": "With {n} configurations no relation of loss to the quality of answers can be shown.",
+}
+CLAIM_WORDS = {"supported": "yes", "refuted": "no", "blocked": "no answer"}
+
+
+class Tile(NamedTuple):
+    """A box of the first screen: title, the answer in large type, lines, a warning label, and a small table.
+
+    `good` marks the one that recommends a deployment: it alone has a green frame.
+    """
+
+    title: str
+    big: str = ""
+    lines: Sequence[str] = ()
+    tag: str | None = None
+    rows: Sequence[tuple[str, str, str]] = ()
+    good: bool = False
+
+
+def first_tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
+    """The tiles of a study with a finding `deploy`; `chosen` is its configuration, or None."""
+    pick = (study.finding("loss_choice") or {}).get("value")
+    claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
+    first = [_deploy_tile(study, chosen), _cost_tile(study, chosen, pick), *claim, _loss_tile(study, chosen, pick)]
+    return [*first, _confidence_tile(study), _tau_tile(study), _paper_tile(study), _limits_tile(study)]
+
+
+def energy_kinds(study: StudyFiles) -> list[str]:
+    """The kinds of the training energies, e.g. estimated."""
+    return sorted(study.results["energy_kind"].dropna().unique()) if "energy_kind" in study.results else []
+
+
+def first_sentence(text: str) -> str:
+    """A text up to its first full stop before a blank."""
+    return f"{text.partition('. ')[0].removesuffix('.')}."
+
+
+def base_models(study: StudyFiles) -> list[str]:
+    """The names of the base models in the records."""
+    models = {m["base_model"] for m in study.metrics.values() if m.get("base_model")}
+    models |= {m["parameters"]["base_model"] for m in study.manifests.values() if m["parameters"].get("base_model")}
+    return sorted(str(model) for model in models)
+
+
+def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
+    deploy = study.finding("deploy") or {}
+    verdict, held = deploy.get("verdict"), [f for f in study.findings if f["id"].startswith("fitness.")]
+    below = [f["statement"] for f in held if f["verdict"] == "not fit"]
+    if not chosen:
+        why = [f"{reason[:1].upper()}{reason[1:]}." for reason in deploy.get("blocked_by", [])]
+        return Tile("Deploy", "none: not fit for customers" if verdict == "not fit" else "none of them", [*below, *why])
+    about = f"{describe_config(study.results.loc[chosen])}"
+    if verdict == "not fit":
+        big = "none: not fit for customers" if below else "none: not shown to be fit for customers"
+        return Tile("Deploy", big, [f"Best of {len(study.results)}: {chosen} ({about}).", *below])
+    made = [f["statement"] for f in held if f["id"] == "fitness.coverage"]
+    lines = [f"{about}.", *_won(study), *made]
+    if verdict == "cannot tell":
+        return Tile("Deploy", f"No clear best; best guess is {chosen}", lines, "cannot tell")
+    return Tile("Deploy", chosen, lines, good=True)
+
+
+def _won(study: StudyFiles) -> list[str]:
+    """How often the choice beats the untuned model, over the judges that may carry a claim."""
+    gains = [f["value"] for f in study.findings if f["id"].startswith("gain.") and f["verdict"] != "blocked"]
+    known = sorted(gain for gain in gains if gain is not None)
+    shares = list(dict.fromkeys(percent(float(expit(gain))) for gain in known))
+    span = " to ".join([*shares[:1], *shares[1:][-1:]])
+    return [f"Wins {span} of decided comparisons with the untuned model."] if shares else []
+
+
+def _claim_tile(primary: Mapping[str, Any]) -> Tile:
+    """The claim that was written down before the run, with its verdict."""
+    lines = [primary["statement"]]
+    if primary["value"] is not None:
+        share = percent(float(expit(primary["value"])))
+        lines.append(f"In other words: the best of the others wins {share} of the decided comparisons with it.")
+    return Tile("Can loss pick it?", CLAIM_WORDS.get(primary["verdict"], "cannot tell"), lines)
+
+
+def _cost_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
+    """Training energy, of the choice and of all, and what a million answers take."""
+    title, energy, serving = "What it costs", study.results["train_energy_wh"].dropna(), study.finding("serving")
+    lines = _energy_lines(study, chosen, pick) if chosen else []
+    if len(energy):
+        ends = dict.fromkeys(f"{end:.2g}" for end in (energy.min(), energy.max()))
+        kind = " and ".join(energy_kinds(study)) or "of unknown kind"
+        lines.append(f"{'All training' if chosen else 'Training'}: {' to '.join(ends)} Wh, {kind}.")
+    lines.append(first_sentence(serving["statement"]) if serving else "What a million answers cost is not known.")
+    if not chosen:
+        return Tile(title, "" if len(energy) else "not known", lines)
+    row = study.results.loc[chosen]
+    if pd.isna(row["train_energy_wh"]):
+        return Tile(title, "not known", lines)
+    kind = "of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
+    tag = kind if kind in (*GUESSED, "of unknown kind") else None
+    return Tile(title, f"{row['train_energy_wh']:.3g} Wh to train", lines if tag else [f"It is {kind}.", *lines], tag)
+
+
+def _energy_lines(study: StudyFiles, chosen: str, pick: str | None) -> list[str]:
+    """The interval of the training energy of the choice, and its share of what loss's choice takes."""
+    row = study.results.loc[chosen]
+    if pd.isna(row["train_energy_wh"]):
+        return [f"There is neither a measurement nor an estimate for training {chosen}."]
+    low, high = row["train_energy_low_wh"], row["train_energy_high_wh"]
+    lines = [] if pd.isna([low, high]).any() else [f"{chosen}: between {low:.3g} and {high:.3g} Wh."]
+    if pick in study.results.index and pick != chosen:
+        other = study.results.loc[pick]
+        if other["train_energy_wh"] > 0 and other["energy_kind"] == row["energy_kind"]:
+            share = row["train_energy_wh"] / other["train_energy_wh"]
+            lines.append(f"{share:.0%} of what loss's choice, {pick}, takes.")
+    return lines
+
+
+def _confidence_tile(study: StudyFiles) -> Tile:
+    confidence, title = study.finding("confidence"), "How sure that it beats loss's choice?"
+    if confidence is None:
+        return Tile(title, "not known", ["The analysis does not say."])
+    value, lines = confidence["value"], [confidence["statement"]]
+    if confidence["blocked_by"]:
+        return Tile(title, "not known", lines)
+    if value is None:
+        return Tile(title, "nothing to decide", lines)
+    word = {"supported": "yes", "refuted": "no"}.get(confidence["verdict"], "not certain")
+    return Tile(title, f"{word}, {percent(value)}", lines)
+
+
+def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
+    title = "Loss alone would have chosen"
+    if not pick:
+        return Tile(title, "nothing", [(study.finding("loss_choice") or {}).get("statement", "There is no loss.")])
+    lines = [f"The lowest validation loss, {study.results.loc[pick, 'val_loss']:.4f}."]
+    if ranks := _ranks(study, "best_loss_rank"):
+        lines.append(f"Its place: {ranks}.")
+    return Tile(title, pick, [*lines, "It is the same configuration."] if pick == chosen else lines)
+
+
+def _ranks(study: StudyFiles, prefix: str) -> str:
+    """`14th of 16 (checklist) and 13th of 16 (embedding)` from the rank findings; judges without a claim are marked."""
+    findings = {judge: finding for judge in study.judges if (finding := study.finding(f"{prefix}.{judge}"))}
+    ranks = [
+        f"{ordinal(finding['value'])} of {finding['n']} ({_marked(judge, finding)})"
+        for judge, finding in findings.items()
+        if finding["value"] is not None
+    ]
+    return name_list(ranks)
+
+
+def _marked(judge: str, finding: Mapping[str, Any]) -> str:
+    return f"{judge}, no claim" if finding["verdict"] == "blocked" else judge
+
+
+def _tau_tile(study: StudyFiles) -> Tile:
+    """The relation of loss to the rankings of the judges."""
+    taus = {judge: tau for judge in study.judges if (tau := study.finding(f"tau.{judge}"))}
+    known = {judge: tau for judge, tau in taus.items() if tau["value"] is not None}
+    verdict = _tau_verdict(list(taus.values()))
+    valid = [tau["n"] for tau in known.values() if tau["verdict"] != "blocked"]
+    lines = [TAU_WORDS[verdict].format(n=min(valid))] if verdict in TAU_WORDS else []
+    for judge, tau in known.items():
+        interval = interval_text(_number(tau["low"]), _number(tau["high"]))
+        lines.append(f"tau {tau['value']:+.2f} {interval} ({_marked(judge, tau)}).")
+    if known:
+        lines.append("-1: a lower loss always goes with better answers.")
+    else:
+        lines += [tau["statement"] for tau in taus.values()]
+    return Tile("Does a lower loss go with better answers?", verdict, lines)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
+    """The verdict on which all valid judges agree."""
+    valid = [tau for tau in taus if tau["verdict"] not in ("blocked", "not estimable") and tau["value"] is not None]
+    if not valid:
+        return "cannot be told" if any(tau["verdict"] != "blocked" for tau in taus) else "no valid judge"
+    signs = {0 if tau["verdict"] != "supported" else -1 if tau["value"] < 0 else 1 for tau in valid}
+    words = {-1: "yes, it tends to", 0: "not shown", 1: "no, the opposite"}
+    return words[signs.pop()] if len(signs) == 1 else "the judges differ"
+
+
+def _paper_tile(study: StudyFiles) -> Tile:
+    low, high = PAPER["energy_wh"]
+    ratio = study.finding("energy_ratio") or {}
+    here = (
+        f"x {ratio['value']:.1f}{', no claim' * bool(ratio['blocked_by'])}" if ratio.get("value") is not None else "-"
+    )
+    kinds = "".join(f", {kind}" for kind in energy_kinds(study) if kind in GUESSED)
+    best = f"{PAPER['best_loss_rank']} of {PAPER['n']}"
+    rows = [
+        ("lowest loss came", best, _ranks(study, "best_loss_rank") or "-"),
+        ("highest loss came", PAPER["worst_loss_rank"], _ranks(study, "worst_loss_rank") or "-"),
+        ("energy, most to least", f"x {high / low:.1f}", f"{here}{kinds}"),
+    ]
+    return Tile("Beside the paper (other model, data and judges)", rows=rows)
+
+
+def _limits_tile(study: StudyFiles) -> Tile:
+    """What the study cannot say, as far as its own files show it."""
+    lines = []
+    if proxies := [judge for judge in study.judges if study.is_proxy(judge)]:
+        lines.append(f"Offline rules judged the answers, not people: {name_list(proxies)}.")
+    if asked := read_or_none(_asked, study):
+        lines.append(f"{asked[0]} questions on {asked[1]} terms were asked: other questions may go otherwise.")
+    if models := base_models(study):
+        lines.append(f"Only {name_list(models)} was trained: nothing about other models.")
+    guessed = [kind for kind in energy_kinds(study) if kind in GUESSED]
+    if guessed:
+        lines.append(f"Energy is {name_list(guessed)}, not measured.")
+    if not any("-seed" in scope for scope in study.scopes):
+        lines.append("One training run each: what another seed would change is not known.")
+    return Tile("What this cannot say", lines=lines)
+
+
+def _asked(study: StudyFiles) -> tuple[int, int]:
+    """The numbers of judged questions and of their terms."""
+    path = study.root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet"
+    prompts = judged_prompts(pd.read_parquet(path))
+    return len(prompts), prompts["term_id"].nunique()

@@ -1,0 +1,147 @@
+"""What carbontracker does where it is used bare, and that the meter, which uses it as a check, survives each of it."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from carbontracker import constants, exceptions
+from carbontracker.components.component import Component
+from carbontracker.components.cpu import intel
+from carbontracker.tracker import CarbonTrackerThread
+from fake_sensors import spend, write_zone
+
+from telco_nb.lora import energy
+
+WATTS = (2.0, 5.0, 12.0)
+
+
+@pytest.fixture(autouse=True)
+def no_sensors(monkeypatch, tmp_path):
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(energy, "BATTERIES", tmp_path / "power_supply")
+    monkeypatch.setattr(energy, "nvml_handle", lambda: None)
+
+
+class Log:
+    """Its logger; keeps the critical messages."""
+
+    def __init__(self) -> None:
+        self.critical: list[str] = []
+
+    def err_critical(self, text: str) -> None:
+        self.critical.append(text)
+
+    def info(self, *_: object, **__: object) -> None:
+        pass
+
+    output = err_warn = info
+
+
+def simulated(watts: float) -> Component:
+    return Component("cpu", [], False, Log(), sim_cpu="a processor", sim_cpu_tdp=watts, sim_cpu_util=1.0)
+
+
+@pytest.fixture
+def thread() -> Iterator[CarbonTrackerThread]:
+    started = CarbonTrackerThread([simulated(10.0)], Log(), ignore_errors=False, delete=lambda: None)
+    yield started
+    started.stop()
+
+
+def test_bare_every_total_is_multiplied_by_an_overhead_of_data_centres_and_the_meter_leaves_it_out(thread):
+    thread.epoch_start()
+    time.sleep(0.2)
+    thread.epoch_end()
+    joules = float(thread.total_energy_per_epoch()[0]) * 3.6e6
+    assert joules == pytest.approx(10.0 * thread.epoch_times[0] * constants.PUE_2023)
+    assert constants.PUE_2023 > 1.5
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    time.sleep(1.2)
+    meter.stop()
+    total = meter.statement("train").set_index("component").loc["total"]
+    assert total["carbontracker_pue_removed_ratio"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("fault", ["no permission", "starts again", "no package"])
+def test_bare_a_counter_that_it_cannot_use_is_an_energy_of_0_and_the_meter_s_an_estimate(monkeypatch, tmp_path, fault):
+    write_zone(tmp_path / "intel-rapl:0", "core" if fault == "no package" else "package-0", 999_000_000)
+    monkeypatch.setattr(intel, "RAPL_DIR", str(tmp_path))
+    monkeypatch.setattr(intel, "MEASURE_DELAY", 0.01)
+    handler, readings = intel.IntelCPU([], False), iter([999_000_000, 2_000_000])
+    handler.init()
+    if fault == "no permission":
+
+        def refuse(*_: object) -> int:
+            raise PermissionError("energy_uj")
+
+        monkeypatch.setattr(handler, "_read_energy", refuse)
+        with pytest.raises(exceptions.IntelRaplPermissionError):
+            handler.power_usage()
+    elif fault == "starts again":
+        monkeypatch.setattr(handler, "_read_energy", lambda _: next(readings))
+    component = Component("cpu", [], False, Log())
+    component._handler = handler
+    component.collect_power_usage(1)
+    assert sum(component.energy_usage([60.0])) == 0
+
+
+def test_a_counter_that_starts_again_is_followed_and_one_without_a_package_is_an_estimate(tmp_path):
+    write_zone(tmp_path / "intel-rapl:0", "package-0", 999_000_000)
+    for zone, kind, joules in (("package-0", "measured", 3.0), ("core", "estimated", None)):
+        (tmp_path / "intel-rapl:0" / "name").write_text(zone)
+        meter = energy.Meter(WATTS, 0.3)
+        meter.start()
+        spend(tmp_path / "intel-rapl:0", 3.0)
+        meter.stop()
+        row = meter.statement("train").set_index("component").loc["cpu"]
+        assert row["kind"] == kind and row["gross_j"] > 0
+        assert joules is None or row["gross_j"] == pytest.approx(joules)
+
+
+def test_bare_an_epoch_without_a_sample_takes_its_neighbour_s_power():
+    component, power_w = simulated(100.0), 100.0
+    component.handler.power_usage = lambda: [power_w]
+    component.collect_power_usage(1)
+    power_w = 10.0
+    component.collect_power_usage(3)  # nothing was sampled in epoch 2, which was as quiet as epoch 3
+    first, second, third = (3.6e6 * kwh for kwh in component.energy_usage([1.0, 1.0, 1.0]))
+    assert (first, second, third) == pytest.approx((100.0, 100.0, 10.0))
+
+
+def test_the_meter_s_short_windows_are_added_up_and_none_takes_the_place_of_another(tmp_path):
+    write_zone(tmp_path / "intel-rapl:0", "package-0", 10**6)
+    meter = energy.Meter(WATTS, 0.3)
+    for joules in (1.0, 0.1, 0.1):
+        meter.start()
+        spend(tmp_path / "intel-rapl:0", joules)
+        meter.pause()
+    meter.stop()
+    assert meter.total["rapl_j"] == pytest.approx(1.2)
+
+
+def test_bare_an_error_of_a_sensor_ends_the_process_and_the_meter_s_goes_on(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr("carbontracker.tracker.os._exit", lambda code: ended.set() if code == 70 else None)
+
+    def fail(*_: object) -> list[float]:
+        raise OSError("the sensor is gone")
+
+    component = simulated(10.0)
+    component.handler.power_usage = fail
+    monkeypatch.setattr(CarbonTrackerThread, "_handle_error", HANDLE_ERROR)  # a meter of another test replaces it
+    bare = CarbonTrackerThread([component], Log(), ignore_errors=False, delete=lambda: None)
+    bare.epoch_start()
+    assert ended.wait(5)
+    bare.stop()
+    meter = energy.Meter(WATTS, 0.3)  # which replaces it for its own
+    monkeypatch.setattr(meter.tracker._thread, "components", [component])
+    ended.clear()
+    meter.start()
+    time.sleep(1.1)
+    meter.stop()
+    assert not ended.is_set() and meter.statement("train").set_index("component").loc["total", "valid"]
+
+
+HANDLE_ERROR = CarbonTrackerThread._handle_error  # as the library has it, before any meter

@@ -1,0 +1,317 @@
+"""Planted energies: what each kind of sensor reads of them lies within the interval that the meter states."""
+
+import math
+
+import numpy as np
+import pytest
+from fake_sensors import (
+    Card,
+    Clock,
+    install_clock,
+    install_nvml,
+    not_supported,
+    reported_w,
+    spend,
+    write_supply,
+    write_zone,
+)
+
+from telco_nb.lora import energy
+from telco_nb.lora.power_samples import Integral, integrate
+
+WATTS = (2.0, 5.0, 12.0)
+WINDOWS = 1000
+INTEL_RANGE_UJ = 262_143_328_850
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch, tmp_path) -> Clock:
+    monkeypatch.setattr(energy, "RAPL", tmp_path / "powercap")
+    monkeypatch.setattr(energy, "BATTERIES", tmp_path / "power_supply")
+    monkeypatch.setattr(energy, "nvml_handle", lambda: None)
+    return install_clock(monkeypatch)
+
+
+@pytest.fixture
+def card(clock, monkeypatch) -> Card:
+    card = Card(clock)
+    install_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=card.counter_mj)
+    return card
+
+
+@pytest.fixture
+def powered(clock, monkeypatch) -> Card:
+    """A card that tells its power and has no counter."""
+    card = Card(clock)
+    functions = {"nvmlDeviceGetTotalEnergyConsumption": not_supported, "nvmlDeviceGetPowerUsage": card.power_mw}
+    install_nvml(monkeypatch, **functions)
+    clock.spend(10, 60)
+    return card
+
+
+def train(clock: Clock, meter: energy.Meter, seconds: float, watts: float = 300.0) -> None:
+    """Steps of a training: work, then a moment of less power. Samples are taken at irregular times."""
+    rng, end = np.random.default_rng(3), clock.perf_counter() + seconds
+    while clock.perf_counter() < end:
+        clock.spend(min(rng.uniform(0.05, 0.15), end - clock.perf_counter()), watts)
+        for sampler in meter._samplers.values():
+            sampler.sample()
+
+
+def window(clock: Clock, seconds: float, watts: float = 300.0) -> tuple[energy.Meter, float]:
+    """A meter after one window, and the true energy of the window."""
+    meter = energy.Meter(WATTS, 0.3)
+    before = clock.joules[-1]
+    meter.start()
+    train(clock, meter, seconds, watts)
+    meter.stop()
+    return meter, clock.joules[-1] - before
+
+
+def rows(meter: energy.Meter, external_wh: float | None = None):
+    return meter.statement("train", external_wh).set_index("component")
+
+
+def covered(true_j: float, read: Integral) -> bool:
+    return abs(read.joules - true_j) <= read.half_j
+
+
+def test_nvml_s_counter_holds_the_planted_energy_in_95_of_100_windows(clock, card):
+    rng, meter, hits = np.random.default_rng(1), energy.Meter(WATTS, 0.3), 0
+    for _ in range(WINDOWS):
+        card.gain = rng.normal(1, energy.SENSOR_ACCURACY / 2)
+        clock.spend(rng.uniform(0, 5), 70)
+        card.reset_j = card.gain * clock.joules[-1]  # the counter goes on from the same number
+        before = dict(meter.total), clock.joules[-1]
+        meter.start()
+        clock.spend(rng.uniform(20, 60), rng.uniform(100, 700))
+        meter.pause()
+        read = Integral(*(meter.total[n] - before[0][n] for n in ("gpu_j", "gpu_half_j")))
+        hits += covered(clock.joules[-1] - before[1], read)
+    assert 0.95 <= hits / WINDOWS < 1  # an interval that is never wrong would be too wide
+
+
+def steps(rng: np.random.Generator, seconds: float) -> Clock:
+    """The power of a training: steps of 0.3 to 2 s with a part of less power."""
+    clock, step_s, share = Clock(), rng.uniform(0.3, 2), rng.uniform(0.5, 0.95)
+    busy_w, pause_w = rng.uniform(200, 700), rng.uniform(60, 200)
+    clock.spend(5, rng.choice([busy_w, pause_w]))
+    while clock.times[-1] < seconds + 5:
+        clock.spend(step_s * share * rng.uniform(0.9, 1.1), busy_w)
+        clock.spend(step_s * (1 - share) * rng.uniform(0.9, 1.1), pause_w)
+    return clock
+
+
+@pytest.mark.parametrize("mean_s", [0.025, 1.0], ids=["a quarter of the time", "the mean of the past second"])
+def test_samples_of_a_card_s_power_hold_the_planted_energy_in_95_of_100_windows(mean_s):
+    rng, hits = np.random.default_rng(2), 0
+    for _ in range(WINDOWS):
+        seconds = rng.uniform(20, 60)
+        clock, gaps = steps(rng, seconds), energy.GPU_SAMPLE_S * rng.uniform(0.5, 1.5, 900)
+        at = 5 + np.concatenate([[0], np.cumsum(gaps)])
+        at = at[at < seconds + 5]
+        watts = reported_w(clock, at, rng.normal(1, energy.SENSOR_ACCURACY / 2), mean_s=mean_s)
+        true_j = float(clock.energy_j(at[-1]) - clock.energy_j(5.0))
+        hits += covered(true_j, integrate(at, watts, energy.SENSOR_ACCURACY, energy.GPU_LAG_S))
+    assert hits / WINDOWS >= 0.95
+
+
+def test_samples_of_a_battery_hold_the_planted_energy_in_95_of_100_windows():
+    rng, hits = np.random.default_rng(4), 0
+    for _ in range(WINDOWS):
+        clock, seconds = Clock(), int(rng.uniform(60, 300))
+        for _ in range(seconds + 5):
+            clock.spend(1, rng.uniform(10, 45))
+        at = 5 + np.arange(seconds, dtype=float)
+        watts = reported_w(clock, at, rng.normal(1, energy.BATTERY_ACCURACY / 2), every_s=5, mean_s=1)
+        true_j = float(clock.energy_j(at[-1]) - clock.energy_j(5.0))
+        hits += covered(true_j, integrate(at, watts, energy.BATTERY_ACCURACY, energy.BATTERY_LAG_S))
+    assert hits / WINDOWS >= 0.95
+
+
+def test_rapl_holds_the_planted_energy_of_two_packages_in_95_of_100_windows_around_its_end(clock):
+    rng, hits = np.random.default_rng(5), 0
+    names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "dram", "intel-rapl:1": "package-1", "intel-rapl:2": "psys"}
+    for zone, name in names.items():
+        write_zone(energy.RAPL / zone, name, INTEL_RANGE_UJ - 10**9, INTEL_RANGE_UJ)
+    meter = energy.Meter(WATTS, 0.3)
+    for _ in range(WINDOWS):
+        before, true_j, gain = meter.total["rapl_j"], 0.0, rng.normal(1, energy.SENSOR_ACCURACY / 2)
+        meter.start()
+        clock.spend(rng.uniform(10, 60), 0)
+        for zone, name in names.items():
+            joules = rng.uniform(100, 9000)
+            true_j += joules if name.startswith("package") else 0
+            spend(energy.RAPL / zone, joules * gain)
+        meter.pause()
+        joules = meter.total["rapl_j"] - before
+        hits += covered(true_j, Integral(joules, joules * energy.SENSOR_ACCURACY))
+    assert 0.95 <= hits / WINDOWS < 1
+
+
+def test_a_rapl_counter_that_starts_again_twice_in_a_window_is_followed(clock):
+    write_zone(energy.RAPL / "intel-rapl:0", "package-0", 10**6, 65_532_610_987)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    for _ in range(20):  # of the 30 s after which the counter is read again
+        clock.spend(energy.RAPL_WRAP_S, 0)
+        spend(energy.RAPL / "intel-rapl:0", 280 * energy.RAPL_WRAP_S)
+        meter._count_zones()
+    meter.stop()
+    assert rows(meter).loc["cpu", "gross_j"] == pytest.approx(280 * 600)
+
+
+def test_a_card_without_a_counter_is_measured_by_its_power_with_a_wider_interval(clock, powered, monkeypatch):
+    meter, true_j = window(clock, 30)
+    row = rows(meter).loc["gpu"]
+    assert (row.kind, row.source, row.valid) == ("measured", "nvml_power_samples", True)
+    assert row.low_j < true_j < row.high_j
+    install_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=powered.counter_mj)
+    counted = rows(window(clock, 30)[0]).loc["gpu"]
+    assert counted.source == "nvml_energy_counter"
+    assert row.high_j - row.low_j > counted.high_j - counted.low_j
+
+
+def test_a_window_too_short_for_a_second_sample_adds_little_and_spoils_nothing(clock, powered):
+    meter, true_j = window(clock, 30)
+    meter.start()
+    clock.spend(0.02, 300)
+    meter.stop()
+    row = rows(meter).loc["gpu"]
+    assert row.valid and row.low_j < true_j + 6 < row.high_j and meter.n_windows == 2
+
+
+def test_a_card_whose_power_fails_in_mid_window_has_no_figure(clock, powered, monkeypatch):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    train(clock, meter, 10)
+    install_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=not_supported)
+    train(clock, meter, 20)
+    meter.stop()
+    row = rows(meter).loc["gpu"]
+    assert row.kind == "none" and math.isnan(row.gross_j) and "Not Supported" in row.invalid_reason
+
+
+def test_a_counter_that_was_reset_in_mid_window_gives_no_figure(clock, card):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    clock.spend(30, 300)
+    card.reset_j = 1e6
+    meter.pause()
+    meter.start()
+    clock.spend(3000, 300)
+    meter.stop()
+    row = rows(meter).loc["gpu"]
+    assert (row.kind, row.valid) == ("none", False) and "the energy counter went back" in row.invalid_reason
+
+
+def test_the_card_that_torch_uses_is_read_whatever_the_order_of_the_cards(clock, monkeypatch):
+    cards = {"GPU-2": 500, "GPU-1": 100}  # W, in NVML's order, which is not torch's
+
+    def counter_mj(handle: str) -> int:
+        return round(1e3 * cards[handle] * clock.perf_counter())
+
+    install_nvml(monkeypatch, uuid="1", nvmlDeviceGetTotalEnergyConsumption=counter_mj)
+    meter, _ = window(clock, 30)
+    assert rows(meter).loc["gpu", "gross_j"] == pytest.approx(100 * 30)
+
+
+def find_mig(uuid: str) -> str:
+    return uuid if uuid.startswith("MIG-") else str(not_supported())
+
+
+@pytest.mark.parametrize("uuid", ["MIG-1", "1"], ids=["torch names a MIG instance", "torch names a bare number"])
+def test_a_part_of_a_card_is_allocated_a_share_and_never_measured(clock, card, monkeypatch, uuid):
+    functions = {"nvmlDeviceGetTotalEnergyConsumption": card.counter_mj, "nvmlDeviceGetHandleByUUID": find_mig}
+    install_nvml(monkeypatch, uuid=uuid, **functions)
+    meter, true_j = window(clock, 30)
+    table = rows(meter)
+    row = table.loc["gpu"]
+    assert (row.kind, row.gross_j) == ("allocated", pytest.approx(true_j / 4, rel=0.01))
+    assert row.low_j == 0 and row.high_j > true_j and "25% of the card's energy" in row.note
+    assert table.loc["total", "kind"] == "estimated"
+    assert energy.energy_metrics(table.reset_index(), "train")["energy_kind"] == "allocated"
+
+
+@pytest.fixture
+def laptop():
+    """An unplugged laptop; the battery of its mouse is no battery of the machine."""
+    write_supply(energy.BATTERIES / "AC", type="Mains", online=0)
+    write_supply(energy.BATTERIES / "BAT0", type="Battery", status="Discharging", power_now=20_000_000)
+    write_supply(energy.BATTERIES / "mouse", type="Battery", scope="Device", status="Discharging", power_now=10**9)
+    return energy.BATTERIES
+
+
+@pytest.mark.usefixtures("laptop")
+def test_an_unplugged_laptop_s_battery_measures_the_whole_machine(clock):
+    table = rows(window(clock, 90)[0])
+    row = table.loc["battery"]
+    assert (row.kind, row.source, row.valid, row.gross_j) == ("measured", "battery_power", True, pytest.approx(1800))
+    assert table.loc["cpu", "kind"] == "estimated"
+    assert tuple(table.loc["total", ["kind", "source"]]) == ("measured", "battery_power")
+
+
+def test_a_battery_that_tells_current_and_voltage_is_read_as_well(clock, laptop):
+    (laptop / "BAT0" / "power_now").unlink()
+    write_supply(laptop / "BAT0", current_now=2_000_000, voltage_now=12_000_000)
+    assert rows(window(clock, 90)[0]).loc["battery", "gross_j"] == pytest.approx(24 * 90)
+
+
+def test_a_laptop_that_is_plugged_in_has_no_battery_to_read(clock, laptop):
+    write_supply(laptop / "AC", online=1)
+    table = rows(window(clock, 90)[0])
+    assert "battery" not in table.index and table.loc["total", "kind"] == "estimated"
+
+
+def test_a_laptop_that_is_plugged_in_during_the_window_falls_back_to_the_estimate(clock, laptop):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    train(clock, meter, 60)
+    write_supply(laptop / "AC", online=1)
+    train(clock, meter, 60)
+    meter.stop()
+    table = rows(meter)
+    assert table.loc["battery", "kind"] == "none" and "AC is plugged in" in table.loc["battery", "invalid_reason"]
+    assert tuple(table.loc["total", ["kind", "source"]]) == ("estimated", "cpu_time_model")
+
+
+def test_the_figure_of_a_wall_meter_is_external_and_stands_before_an_estimate(clock):
+    meter, _ = window(clock, 90)
+    table = rows(meter, external_wh=2.0)
+    row = table.loc["wall_meter"]
+    assert (row.kind, row.gross_j) == ("external", 7200.0) and row.low_j < 7200 < row.high_j
+    assert table.loc["total", "kind"] == "external"
+    assert energy.energy_metrics(table.reset_index(), "train")["train_energy_wh"] == pytest.approx(2.0)
+    assert "wall_meter" not in rows(meter).index
+
+
+def test_the_figure_of_a_wall_meter_does_not_replace_a_measured_card(clock, card):
+    meter, true_j = window(clock, 90)
+    figures = energy.energy_metrics(meter.statement("train", 50.0), "train")
+    assert (figures["energy_kind"], figures["train_energy_wh"]) == ("measured", pytest.approx(true_j / 3600, rel=0.01))
+
+
+@pytest.mark.parametrize("sensor", ["card", "powered", "laptop", "cpu time"])
+def test_twice_the_work_takes_twice_the_energy_within_its_interval(clock, sensor, request, monkeypatch):
+    name = {"laptop": "battery", "cpu time": "cpu"}.get(sensor, "gpu")
+    if sensor == "cpu time":
+        monkeypatch.setattr(energy.os, "times", lambda: (0.9 * clock.perf_counter(), 0.0, 0.0, 0.0))
+    else:
+        request.getfixturevalue(sensor)
+    once, twice = (rows(window(clock, seconds)[0]).loc[name] for seconds in (80, 160))
+    assert twice.gross_j == pytest.approx(2 * once.gross_j, rel=0.03)
+    assert twice.low_j <= 2 * once.gross_j <= twice.high_j
+
+
+def test_windows_and_the_time_between_them_add_up_to_the_time_on_the_clock(clock):
+    rng, meter, between_s = np.random.default_rng(6), energy.Meter(WATTS, 0.3), 0.0
+    began = clock.perf_counter()
+    for _ in range(50):
+        meter.start()
+        clock.spend(rng.uniform(0.1, 20), 100)
+        meter.pause()
+        pause_s = rng.uniform(0.1, 5)
+        clock.spend(pause_s, 50)
+        between_s += pause_s
+    assert meter.total["window_s"] + between_s == pytest.approx(clock.perf_counter() - began, rel=1e-12)
+    assert meter.n_windows == 50
