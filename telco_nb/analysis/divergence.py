@@ -104,7 +104,8 @@ def compared(
     """
     *moved, fixed = sides
     value = float(compare(*(side.values.to_numpy(float)[None, :] for side in sides))[0])
-    interval = hull_interval(value, compare(*(side.draws.to_numpy(float) for side in sides)), most=2.0)
+    most = 2.0 if compare is _difference else 1.0  # a correlation, or the difference of two
+    interval = hull_interval(value, compare(*(side.draws.to_numpy(float) for side in sides)), most=most)
     still = fixed.values.to_numpy(float)[None, :]
     return interval, relabelling_p(lambda *x: compare(*x, still), relabelled, *(side.values for side in moved))
 

@@ -14,10 +14,10 @@ COLUMNS = ["config", "role", "strength", "answers", "loss", "change", "low", "hi
 
 
 def strength_roles(top: str | None, losses: pd.Series) -> dict[str, str]:
-    """Which configurations are looked at and why: the one with the lowest loss, and `top`, the recommended one."""
+    """Which configurations are looked at and why: the one with the lowest loss, and `top`, the first choice."""
     roles = {str(losses.idxmin()): "with the lowest loss"} if len(losses) else {}
     if top is not None:
-        roles[top] = "recommended and with the lowest loss" if top in roles else "recommended"
+        roles[top] = "first choice, with the lowest loss" if top in roles else "first choice"
     return roles
 
 

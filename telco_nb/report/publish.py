@@ -12,6 +12,7 @@ from pathlib import Path
 
 from telco_nb import ROOT
 from telco_nb.judge.ranking import interval_text
+from telco_nb.study.input_files import read_json
 from telco_nb.study.record import export_again, read_manifest, write_bytes
 
 REFERENCE = ROOT / "outputs" / "reference"
@@ -59,6 +60,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
         "date": manifest["started_at"][:10],
         "device": manifest["device"],
         "environment": manifest["environment"],
+        "seconds": round(sum(read_json(path, own=True)["seconds"] for path in root.glob("*/*/manifest.json"))),
     }
     write_bytes(folder / "about.json", (json.dumps(facts, indent=1) + "\n").encode())
 
@@ -75,8 +77,9 @@ def readme_block(folder: Path = REFERENCE) -> str:
     machine = f"{about['device']['cores']} cores ({about['device']['cpu']})"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
+    took = f", {about['seconds'] / 60:.0f} min of execution" if "seconds" in about else ""
     lines = [
-        f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}; brackets are 95 % "
+        f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}{took}; brackets are 95 % "
         f"intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}",
         "",
         *(f"- {f['statement']}" for f in shown),

@@ -13,7 +13,7 @@ import pytest
 from fake_study import make_judge, make_study
 from test_inference import DESIGN, driven
 
-from telco_nb.analysis import effects, findings, results, statistics
+from telco_nb.analysis import divergence, effects, findings, results, statistics
 from telco_nb.analysis.divergence import divergence_finding, divergence_table, shown_explanations
 from telco_nb.analysis.results import StudyResults
 
@@ -243,3 +243,12 @@ def test_energy_effects_of_the_factor_that_sets_the_order_warn_of_drift():
     found = told(make_study())
     warned = [id for id, f in found.items() if "a drift of the machine would look like this effect" in f.statement]
     assert warned and all(id.startswith("effect.trainingenergy(estimated).target_modules") for id in warned)
+
+
+def test_no_bound_of_a_rank_correlation_lies_beyond_one():
+    """The mirror image of a wide bootstrap would; a difference of two may go up to 2."""
+    rng = np.random.default_rng(3)
+    side = divergence.Side(pd.Series(np.arange(8.0)), pd.DataFrame(rng.normal(size=(200, 8))))
+    relabelled = np.array([rng.permutation(8) for _ in range(16)])
+    found, _ = divergence.compared(divergence.tau_rows, [side, side], relabelled)
+    assert found is not None and found.high == 1.0 and found.low >= -1.0

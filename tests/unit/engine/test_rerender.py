@@ -95,4 +95,4 @@ def test_the_command_has_help_with_an_example_and_refuses_wrong_names():
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60).stdout
     assert "./run_all.py report --profile smoke --pdf" in told and "Exit codes" in told
     done = subprocess.run([*command, "--profile", "../x"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "--profile ../x" in done.stderr
+    assert done.returncode == 2 and "--profile '../x'" in done.stderr
