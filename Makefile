@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= laptop
 BIN := .venv/bin
-# Every package of the locks has hashes, and pip then takes no other; --no-deps, because the locks are complete.
+# All packages but torch have hashes in the locks, and pip checks them. The locks are complete: hence --no-deps.
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
 LOCK = $(BIN)/uv pip compile --quiet pyproject.toml >/dev/null
 # The condition that uv writes behind a package for all environments of pyproject.toml; it says nothing, so it goes.

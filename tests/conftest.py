@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from telco_nb.report.pdf import PLACES, find_chromium
+from telco_nb.report.pdf import PrintError, require_chromium
 
 # Tests, and what they start, compute on the processor also beside a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -15,9 +15,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator:
-    path = find_chromium()
-    if path is None:
-        pytest.skip(f"no Chromium found; looked at $CHROMIUM, {', '.join(PLACES)}")
+    try:
+        path = require_chromium()
+    except PrintError as error:
+        pytest.skip(str(error))
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

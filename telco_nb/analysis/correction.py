@@ -28,9 +28,9 @@ from telco_nb.judge import separation
 from telco_nb.judge.bradley_terry import RIDGE, unrankable_reason
 from telco_nb.judge.ranking import few_terms
 from telco_nb.judge.store import FIT_PURPOSES
+from telco_nb.study.params import VOTED_KINDS
 
 MIN_VOTES = 100  # on pairs that the judge has judged too; fewer correct nothing
-VOTERS = ("human", "language_model_panel")
 
 
 class Correction(NamedTuple):
@@ -220,7 +220,7 @@ def corrections(
         judgements: their verdicts, by name.
         configs: the configurations.
     """
-    passed = [judge for judge in panel if judge.gate_passed and judge.kind in VOTERS]
+    passed = [judge for judge in panel if judge.gate_passed and judge.kind in VOTED_KINDS]
     groups = {judge.name: [judge.name] for judge in passed if judge.kind != "human"}
     if people := [judge.name for judge in passed if judge.kind == "human"]:
         groups = {" and ".join(people) if len(people) < 3 else f"{len(people)} people": people} | groups

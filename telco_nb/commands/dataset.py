@@ -21,9 +21,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from telco_nb import DATA_DIR, ROOT
 from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
-from telco_nb.commands.export_folder import whole_folder
-from telco_nb.corpus.cards import Card, GlossaryError, load_cards
-from telco_nb.corpus.gold import POINTS, WrittenFileError, load_noisy, load_reviews
+from telco_nb.commands.export_folder import refuse_folder, whole_folder
+from telco_nb.corpus.cards import Card, load_cards
+from telco_nb.corpus.gold import POINTS, load_noisy, load_reviews
 from telco_nb.corpus.scenarios import Scenario
 from telco_nb.notebook import data_path
 from telco_nb.study import params
@@ -264,14 +264,14 @@ def export(profile: str, folder: Path, replace: bool = False) -> Tables:
         What was written, by config and split.
 
     Raises:
-        CommandError: the folder is in use, or the study has no data set that can be read.
+        CommandError: the folder is in use, or the study has no data set.
+        GlossaryError, WrittenFileError: a file that the study names cannot be read.
     """
-    with whole_folder(params.given_path(folder, "FOLDER"), file_name("problems", "train"), replace) as temporary:
-        try:
-            study = open_study(profile)
-            tables = build_tables(study)
-        except (GlossaryError, WrittenFileError) as error:
-            raise CommandError(str(error)) from None
+    folder = params.given_path(folder, "FOLDER")
+    refuse_folder(folder, file_name("problems", "train"), replace)  # before the work
+    study = open_study(profile)
+    tables = build_tables(study)
+    with whole_folder(folder, file_name("problems", "train"), replace) as temporary:
         _write(study, tables, temporary)
     return tables
 

@@ -18,7 +18,7 @@ import typer
 from telco_nb import ROOT
 from telco_nb.commands import model_card
 from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
-from telco_nb.commands.export_folder import whole_folder
+from telco_nb.commands.export_folder import refuse_folder, whole_folder
 from telco_nb.commands.trained import Config, Trained, find_trained, load_base, load_deployed, model_errors
 from telco_nb.engine.runner import UnfitError
 from telco_nb.study.params import given_path
@@ -63,9 +63,10 @@ def export(
         UnfitError: the base model cannot be loaded, or the converter fails.
     """
     folder = given_path(folder, "FOLDER")
+    refuse_folder(folder, BASE_FILE, replace)  # before the work
+    program = converter_program(converter) if to == "gguf" else None
+    wanted = weights_dtype(trained, dtype)
     with whole_folder(folder, BASE_FILE, replace) as temporary:
-        program = converter_program(converter) if to == "gguf" else None
-        wanted = weights_dtype(trained, dtype)
         if to == "hf":
             write_adapter(trained, temporary, wanted)
         elif program is not None:

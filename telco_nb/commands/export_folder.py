@@ -28,14 +28,14 @@ def whole_folder(folder: Path, always: str, replace: bool) -> Generator[Path]:
     Raises:
         CommandError: the folder is in use; nothing in it is touched.
     """
-    _refuse(folder, always, replace)
+    refuse_folder(folder, always, replace)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         _write_sums(temporary)
-        _refuse(folder, always, replace)  # again: writing a model takes minutes
+        refuse_folder(folder, always, replace)  # again: writing a model takes minutes
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
@@ -48,7 +48,7 @@ def whole_folder(folder: Path, always: str, replace: bool) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse(folder: Path, always: str, replace: bool) -> None:
+def refuse_folder(folder: Path, always: str, replace: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():

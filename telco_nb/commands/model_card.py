@@ -115,12 +115,12 @@ def held_against_bar(trained: Trained) -> Fitness | None:
 
 
 def unfit_reasons(study: StudyFiles, held: Fitness | None) -> list[str]:
-    """Why the configuration may not answer customers; empty if it meets the bar. What was not judged does not.
+    """Why the configuration may not answer customers; empty if it meets the bar. One that was not judged has a reason.
 
     The finding `deploy` is `not fit` only if every configuration is below the bar, so it then holds for this one too.
     """
     if held is None or study.results.empty:
-        return ["no judge that passed its gate has compared it"]
+        return ["06_analysis has not compared it by a judge that passed its gate"]
     deploy = study.finding("deploy") or {}
     if held.is_fit and deploy.get("verdict") == "not fit":
         return [deploy["statement"].removesuffix(".")]

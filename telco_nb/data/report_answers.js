@@ -1,6 +1,6 @@
 "use strict";
 // The answer explorer. Its data stand in the page; all text goes into text nodes, so that no answer can be markup.
-const { columns, judges, questions } = JSON.parse(document.getElementById("data").content.textContent);
+const { columns, judges, questions, credits: from } = JSON.parse(document.getElementById("data").content.textContent);
 const filters = document.getElementById("filters");
 const field = Object.fromEntries([...filters.querySelectorAll("[name]")].map((part) => [part.name, part]));
 const names = columns.map((column) => column.name);
@@ -101,7 +101,7 @@ function build() {
 
 function points(q, credits) {
   const item = (point, i) => {
-    const [mark, word] = credits[i] >= 0.75 ? ["✓", "made"] : credits[i] > 0.25 ? ["½", "partly made"] : ["✗", "missed"];
+    const [mark, word] = credits[i] >= from.made ? ["✓", "made"] : credits[i] >= from.partly ? ["½", "partly made"] : ["✗", "missed"];
     return make("li", { class: word.split(" ")[0] }, make("span", { class: "mark", role: "img", "aria-label": word }, mark), " ", point);
   };
   const list = (origin, head) => {

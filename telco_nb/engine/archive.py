@@ -190,7 +190,7 @@ def without_machine_paths(text: str, root: Path) -> str:
 
 
 def _shortened(output: dict[str, Any]) -> dict[str, Any]:
-    """Cut the middle out of a stream output of many lines, or then still of many characters."""
+    """Cut the middle out of a long stream output: first by lines, then by characters."""
     if output.get("output_type") != "stream":
         return output
     text = "".join(output["text"])

@@ -157,7 +157,7 @@ def find_warnings(jobs: Iterable[Job]) -> list[str]:
         elif not power_w.replace(".", "", 1).isdigit():
             warnings.append(
                 f"GPU {index} does not tell its power ({power_w}): unless it has an energy counter, its energy is "
-                "missing. In a container, let the driver's `utility` functions in."
+                "missing."
             )
     return warnings
 

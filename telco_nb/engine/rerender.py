@@ -23,13 +23,14 @@ def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callab
         profile: the study.
         outputs: where results are; None for the usual place.
         pdf: print the one-file report as well.
-        build_report: report.build.build_report, which this room does not import.
+        build_report: report.build.build_report; it needs pandas, which the runner does without.
         console: for what the command says.
     """
     result = RunOutcome(profile=profile)
     with errors_as_exit_codes(result):
         record.use_outputs(outputs)
         root = record.profile_root(profile)
+        result.root = str(root)
         finished, reason = record.find_manifest(root, "study", "06_analysis")
         if finished is None:
             told = f"{root} holds no finished study (06_analysis: {reason})."

@@ -33,7 +33,7 @@ OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ERROR_CODES = {  # error of a notebook: exit code of the run
     "BudgetStop": COST, "EgressRefused": COST, "StoreError": USAGE, "PreflightError": UNFIT, "ModelError": UNFIT,
     "GlossaryError": USAGE, "InputFileError": USAGE, "ParameterError": USAGE, "VotesError": USAGE,
-    "WrittenFileError": USAGE,
+    "WrittenFileError": USAGE, "NoTextError": USAGE,
 }  # fmt: skip
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2
@@ -90,6 +90,7 @@ def verify(profile: str, outputs: Path | None, known_seal: str | None) -> int:
     with errors_as_exit_codes(result):
         record.use_outputs(outputs)
         root = record.profile_root(profile)
+        result.root = str(root)
         if not (root / seal.SEAL_NAME).exists():
             params.load_study(profile)  # a misspelt profile is named as such
         result.exit_code = OK if sealing.verify(root, known_seal, make_console()) else FAILED

@@ -44,7 +44,8 @@ def show_changes(console: Console, changes: list[seal.Difference]) -> None:
     """Name the files that a run which was killed, or something other than a run, has changed or removed."""
     told = [change for change in changes if change.kind != "grown"]
     if told:
-        console.print("warning: not as last sealed; a run that was killed or something else changed:", markup=False)
+        text = "warning: these files are not as last sealed; a killed run or something else changed them:"
+        console.print(text, markup=False, soft_wrap=True)
     for change in told[:SHOWN]:
         console.print(f"  {change}", markup=False, soft_wrap=True)
     if len(told) > SHOWN:

@@ -48,8 +48,8 @@ class Address:
     def reach(self) -> str:
         """How far a request goes: `machine`, `network` (private addresses), or `remote`.
 
-        A name is resolved once for this address, and this is what people agree to. Every connection is held to it
-        (see `GuardedTransport`), because a name can lead elsewhere a moment later.
+        A name is resolved once in each process. Every connection of that process is held to it (see
+        `GuardedTransport`), because a name can lead elsewhere a moment later.
         """
         return reach(self.host)
 

@@ -14,7 +14,7 @@ from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.people import HumanJudge, LanguageModelPanelJudge
 from telco_nb.study.params import ParameterError
 
-OFFLINE_KINDS: dict[str, type[OfflineJudge]] = {
+OFFLINE_JUDGES: dict[str, type[OfflineJudge]] = {
     "checklist": ChecklistJudge,
     "embedding": EmbeddingJudge,
     "human": HumanJudge,
@@ -38,10 +38,10 @@ def open_judge(
     kind = values["judge_kind"]
     if kind in KEY_VARIABLES:
         return LanguageModelJudge.from_parameters(values, root, max_usd)
-    if kind not in OFFLINE_KINDS:
-        known = ", ".join([*OFFLINE_KINDS, *KEY_VARIABLES])
+    if kind not in OFFLINE_JUDGES:
+        known = ", ".join([*OFFLINE_JUDGES, *KEY_VARIABLES])
         raise ParameterError(f"judge {values['judge']!r}: unknown judge_kind {kind!r}. Known: {known}.")
-    return OFFLINE_KINDS[kind](values["judge"], values["judge_model"], values["judge_endpoint"])
+    return OFFLINE_JUDGES[kind](values["judge"], values["judge_model"], values["judge_endpoint"])
 
 
 def judge_label(judge: Judge) -> str:

@@ -17,6 +17,8 @@ from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.judge import anchors
 from telco_nb.judge.cases import degenerate_answer, printable
 from telco_nb.judge.protocol import judged_prompts
+from telco_nb.judge.safety import CLAIMED, MISSING
+from telco_nb.report import config_cards
 from telco_nb.report.files import StudyFiles, read_json, read_or_none
 from telco_nb.report.rendering import render
 from telco_nb.study.plan import UNTUNED
@@ -81,10 +83,12 @@ def explorer_data(study: StudyFiles) -> dict[str, Any] | None:
                 "reasons": [{} if j.is_proxy else _reasons(r, columns) for j, r in zip(judges, mine, strict=True)],
             }
         )
-    roles = {column: anchors.ANCHORS.get(column, "") for column in columns} | _roles(study)
+    about = {column: anchors.ANCHORS.get(column, "") for column in columns}
+    about |= {config: role for config, (role, _) in config_cards.roles(study).items()}
     return {
-        "columns": [{"name": column, "about": roles[column]} for column in columns],
+        "columns": [{"name": column, "about": about[column]} for column in columns],
         "judges": [judge.label for judge in judges],
+        "credits": {"made": CLAIMED, "partly": MISSING},  # from this credit on
         "questions": questions,
     }
 
@@ -174,13 +178,6 @@ def _points(study: StudyFiles) -> dict[str, dict[str, list]]:
 def _columns(study: StudyFiles, answers: Answers) -> list[str]:
     known = {anchors.GOLD, *(column for column, _ in answers)}
     return [c for c in dict.fromkeys([anchors.GOLD, *study.configs, *anchors.ANCHORS]) if c in known]
-
-
-def _roles(study: StudyFiles) -> dict[str, str]:
-    """What the findings say about a configuration, in two words."""
-    deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
-    best = "recommended" if deploy.get("verdict") != "not fit" else "best of them, not fit"
-    return {f["value"]: text for f, text in ((loss, "lowest loss"), (deploy, best)) if f.get("value")}
 
 
 def _question(prompt: Mapping[str, Any], terms: Mapping[str, str]) -> dict[str, Any]:

@@ -58,23 +58,27 @@ def _alt_texts(notebook: Mapping[str, Any]) -> dict[str, str]:
     return alts
 
 
+def roles(study: StudyFiles) -> dict[str, tuple[str, str]]:
+    """What the findings say about a configuration, in two words, with the tone of the label."""
+    deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
+    chosen = CHOSEN.get(deploy.get("verdict", ""), ("deploy", "good"))
+    found = {loss.get("value"): ("lowest loss", ""), deploy.get("value"): chosen}
+    return {config: role for config, role in found.items() if config}
+
+
 def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     """One card per configuration, also for those that failed or have no result yet."""
     prompts = read_or_none(_prompts, study.root)
     curves = {config: read_or_none(_curve, study.root, config) for config in study.configs}
     scale = _curve_scale([curve for curve in curves.values() if curve is not None])
     most = study.results["train_energy_wh"].max() if "train_energy_wh" in study.results else math.nan
-    deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
-    roles = {
-        loss.get("value"): ("lowest loss", ""),
-        deploy.get("value"): CHOSEN.get(deploy.get("verdict", ""), ("deploy", "good")),
-    }
+    deploy, told = study.finding("deploy") or {}, roles(study)
     return [
         {
             "config": config,
             "chosen": config == deploy.get("value"),
-            "role": roles.get(config, ("", ""))[0],
-            "tone": roles.get(config, ("", ""))[1],
+            "role": told.get(config, ("", ""))[0],
+            "tone": told.get(config, ("", ""))[1],
             "failed": _failed_steps(study, config),
             "answers": [] if prompts is None else read_or_none(_answers, study.root, config, prompts) or [],
             **_card_numbers(study, config, most),

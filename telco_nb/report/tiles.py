@@ -15,6 +15,7 @@ from telco_nb.judge.protocol import judged_prompts
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report.config_cards import GUESSED, ordinal
 from telco_nb.report.files import StudyFiles, read_or_none
+from telco_nb.study.params import config_of, split_run
 
 TAU_WORDS = {
     "yes, it tends to": "A lower loss goes with better answers more often than chance and the factors explain.",
@@ -230,8 +231,9 @@ def _limits_tile(study: StudyFiles) -> Tile:
     guessed = [kind for kind in energy_kinds(study) if kind in GUESSED]
     if guessed:
         lines.append(f"Energy is {name_list(guessed)}, not measured.")
-    if not any("-seed" in scope for scope in study.scopes):
-        lines.append("One training run each: what another seed would change is not known.")
+    repeated = {config_of(scope) for scope in study.scopes if split_run(scope)[1] is not None}
+    if once := [config for config in study.configs if config not in repeated]:
+        lines.append(f"{len(once)} of {len(study.configs)} configurations were trained once, with one seed.")
     return Tile("What this cannot say", lines=lines)
 
 

@@ -80,7 +80,7 @@ def path_hashes(value: str) -> dict[str, str]:
     if len(found) > MOST_FILES:
         raise params.ParameterError(f"{path} holds more than {MOST_FILES:,} files. Name the folder of the data alone.")
     files = sorted(file for file in found if file.is_file())
-    return {str(Path(value) / file.relative_to(path)): sha256(file) for file in files if file.is_file()}
+    return {str(Path(value) / file.relative_to(path)): sha256(file) for file in files}
 
 
 def module_hashes(code: str) -> dict[str, str]:

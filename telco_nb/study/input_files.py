@@ -162,17 +162,17 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_json(path: Path, own: bool = False) -> Any:
+def read_json(path: Path, control_characters: bool = False) -> Any:
     """The content of a JSON file.
 
     Args:
         path: the file.
-        own: this program wrote it, so its texts may hold control characters, as names of files do.
+        control_characters: allow them in texts, as names of files and outputs of notebooks may hold some.
 
     Raises:
         InputFileError: it cannot be read, or holds something else than JSON.
     """
-    return _json_value(read_text(path), str(path), own)
+    return _json_value(read_text(path), str(path), control_characters)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -191,42 +191,42 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _json_value(text: str, where: str, own: bool = False) -> Any:
+def _json_value(text: str, where: str, control_characters: bool = False) -> Any:
     try:
         value = parse_json(text)
     except ValueError as error:
         raise InputFileError(f"{where}: not JSON: {error!s:.200}.") from None
-    refuse_odd(value, where, own)
+    refuse_odd(value, where, control_characters)
     return value
 
 
 # ---------------------------------------------------------------- plain values
 
 
-def refuse_odd(value: Any, where: str, any_text: bool = False, place: tuple[str | int, ...] = ()) -> None:
+def refuse_odd(value: Any, where: str, control_characters: bool = False, place: tuple[str | int, ...] = ()) -> None:
     """Raise InputFileError, naming the key, for a value that is nested too deeply, no finite number or no clean text.
 
     Args:
         value: what YAML or JSON gave.
         where: the file, and the line where that is known.
-        any_text: texts may hold control characters.
+        control_characters: texts may hold control characters.
         place: the keys that lead to the value.
     """
-    fault = _fault(value, len(place), any_text)
+    fault = _fault(value, len(place), control_characters)
     if fault:
         raise InputFileError(f"{where}: {_place_text(place)}{fault}")
     if isinstance(value, dict):
         for key, child in value.items():
-            refuse_odd(key, where, any_text, (*place, "(key)"))
-            refuse_odd(child, where, any_text, (*place, key))
+            refuse_odd(key, where, control_characters, (*place, "(key)"))
+            refuse_odd(child, where, control_characters, (*place, key))
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            refuse_odd(child, where, any_text, (*place, i))
+            refuse_odd(child, where, control_characters, (*place, i))
 
 
-def _fault(node: Any, depth: int, any_text: bool) -> str:
+def _fault(node: Any, depth: int, control_characters: bool) -> str:
     if isinstance(node, str):
-        return text_fault(node, any_text)
+        return text_fault(node, control_characters)
     if isinstance(node, float):
         return "" if math.isfinite(node) else f"{node} is no finite number. Correct the value."
     if isinstance(node, int):
@@ -234,9 +234,9 @@ def _fault(node: Any, depth: int, any_text: bool) -> str:
     return f"nested more than {MOST_DEPTH} deep. Write it flat." if depth > MOST_DEPTH else ""
 
 
-def text_fault(text: str, any_control: bool = False) -> str:
+def text_fault(text: str, control_characters: bool = False) -> str:
     """What is wrong with a text in general, such as a control character in it, or ""."""
-    if not any_control and (found := _CONTROL.search(text)):
+    if not control_characters and (found := _CONTROL.search(text)):
         return f"the text holds the control character {found[0]!r}. Remove it."
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         return "the text holds half a character, which is no unicode text. Write it again."

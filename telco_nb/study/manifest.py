@@ -84,7 +84,7 @@ def load_manifest(path: Path, scope: str | None = None, step: str | None = None)
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         return None, "no result yet"
     try:
-        manifest = read_json(path, own=True)
+        manifest = read_json(path, control_characters=True)
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]

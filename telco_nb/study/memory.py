@@ -79,7 +79,7 @@ def _free_in_group(folder: Path, files: Files) -> int | None:
 def oom_kills() -> int:
     """How many processes the system has killed for lack of memory; 0 if it does not count them.
 
-    Counted is in the nearest control group that does so, else on the whole machine.
+    The nearest control group that counts them is asked, else the whole machine.
     """
     paths = [folder / files.kills for folder, files in control_groups()]
     counts = (_entry(path, "oom_kill") for path in (*paths, Path("/proc/vmstat")))

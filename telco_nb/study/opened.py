@@ -1,8 +1,8 @@
 """Which study a notebook opens that is run by hand, and where its results go.
 
 A notebook run by hand opens the newest finished study, so "Run All" works without an edit. It takes every value from
-the record of its step, but for those that the parameters cell changes. A finished step is never replaced: the results
-of a run by hand then go to `outputs/by-hand`, and the record stays as the batch made it.
+the record of its step, but for those that the parameters cell changes. A step that a batch made is never replaced: the
+results of a run by hand then go to `outputs/by-hand`, and the record stays as the batch made it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb.study.params import BY_HAND, config_of, load_study
-from telco_nb.study.record import profile_root, read_manifest
+from telco_nb.study.record import outputs_root, profile_root, read_manifest
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def open_study(step: str, given: dict[str, Any]) -> Opened:
     analysis = newest_finished(changed.get("profile"))
     if analysis is None:
         root = profile_root(given["profile"])
-        return Opened(given, root, _target(root, given["scope"], step), _note(None, root))
+        target = _target(root, given["scope"], step)
+        return Opened(given, root, target, _note(None, target))
     root = profile_root(analysis["parameters"]["profile"])
     recorded = _recorded(step, given["scope"], root, analysis["parameters"])
     parameters = {name: recorded.get(name, value) for name, value in given.items()} | changed
@@ -59,7 +60,7 @@ def default_values(step: str) -> dict[str, Any]:
 
 def newest_finished(profile: str | None = None) -> dict[str, Any] | None:
     """The manifest of the newest finished analysis, of any profile or of one; None if no study has finished."""
-    outputs = profile_root("any").parent
+    outputs = outputs_root()
     names = [profile] if profile else sorted(p.name for p in outputs.glob("*") if p.is_dir() and p.name != BY_HAND)
     found = [manifest for name in names if (manifest := read_manifest(outputs / name, "study", "06_analysis"))]
     return max(found, key=lambda manifest: manifest["started_at"], default=None)
@@ -73,7 +74,10 @@ def _recorded(step: str, scope: str, root: Path, analysis: dict[str, Any]) -> di
 
 
 def _target(root: Path, scope: str, step: str) -> Path:
-    return root if read_manifest(root, scope, step) is None else root.parent / BY_HAND / root.name
+    """The study itself, unless a batch has made this step there: its record stays, and the result goes elsewhere."""
+    manifest = read_manifest(root, scope, step)
+    is_record = manifest is not None and manifest["executor"] == "papermill"
+    return root.parent / BY_HAND / root.name if is_record else root
 
 
 def _note(analysis: dict[str, Any] | None, target: Path) -> str:

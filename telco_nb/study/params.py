@@ -417,7 +417,7 @@ def _refuse_traps(node: yaml.Node, where: str) -> None:
 def parameters_cell(notebook: Path) -> str:
     """Source of the notebook's cell tagged `parameters`. Raises ParameterError if there is not exactly one."""
     try:
-        cells = read_json(notebook, own=True)["cells"]  # outputs may hold colours of a terminal
+        cells = read_json(notebook, control_characters=True)["cells"]  # outputs may hold colours of a terminal
         tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     except (InputFileError, KeyError, TypeError, AttributeError) as error:
         raise ParameterError(f"{notebook}: no notebook can be read here: {error!s:.200}. Restore the file.") from None

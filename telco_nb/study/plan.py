@@ -111,11 +111,11 @@ def make_job(step: str, values: dict[str, Any]) -> Job:
 def run_order(configs: list[str], seed: int) -> list[str]:
     """The configurations in an order drawn by lot, in blocks, so that a drift of the machine looks like no factor.
 
-    The list is cut into parts of neighbours, which share a factor's level in a design that lists its levels in turn.
-    Each block holds one configuration of each part, in a random order: 16 make four blocks of four.
+    The list is cut into parts of neighbours. In a design that lists its levels in turn, neighbours share a factor's
+    level. Each block takes one configuration of each part, in a random order: 16 make four blocks of four.
     """
     size, draw = math.isqrt(len(configs)), random.Random(seed)
-    parts = [configs[i : i + size] for i in range(0, len(configs), size)] if configs else []
+    parts = [configs[i : i + size] for i in range(0, len(configs), size)]
     for part in parts:
         draw.shuffle(part)
     blocks = [[part[i] for part in parts if i < len(part)] for i in range(size)]

@@ -33,13 +33,18 @@ class RecordError(RuntimeError):
     """A step's input or output is not what the record says; the message names the file and the fix."""
 
 
-def profile_root(profile: str) -> Path:
-    """The study's folder, `outputs/<profile>`; the environment variable TELCO_NB_OUTPUTS replaces `outputs`.
+def outputs_root() -> Path:
+    """The folder of all studies: `outputs`, or what the environment variable TELCO_NB_OUTPUTS names.
 
-    Raises ParameterError if the profile's name leads elsewhere, or the folder's name cannot be used.
+    Raises ParameterError if its name cannot be used.
     """
+    return given_path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs", "the outputs folder")
+
+
+def profile_root(profile: str) -> Path:
+    """The study's folder, `outputs/<profile>`. Raises ParameterError for a profile's name that leads elsewhere."""
     check_profile_name(profile)
-    return given_path(os.environ.get(OUTPUTS_VARIABLE) or ROOT / "outputs", "the outputs folder") / profile
+    return outputs_root() / profile
 
 
 def use_outputs(folder: Path | None) -> None:

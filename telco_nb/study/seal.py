@@ -3,8 +3,8 @@
 A run writes `seal.json` as its last act, also after a failure or Ctrl-C; one that is killed writes none, and the next
 run seals what both have done. `run_all.py verify` compares. Hidden files are working files and not shown.
 
-Whoever changes files can write a new seal for them. So the hash of the seal, which each run prints, is worth keeping
-elsewhere.
+Whoever changes files can write a new seal for them, so keep the hash that a run prints somewhere else.
+
 The stores of judges and of the generator only ever grow, so a store that is longer than it was sealed is told apart
 from one whose sealed lines have changed.
 """
@@ -133,7 +133,7 @@ def _sha256_of_first(stream: BinaryIO, size: int) -> str:
 def _read_seal(root: Path) -> dict[str, Any] | None:
     """The seal of a study; None if there is none or a byte of it differs from what was written."""
     try:
-        seal = read_json(root / SEAL_NAME, own=True)
+        seal = read_json(root / SEAL_NAME, control_characters=True)
         exact = json_bytes(seal) == (root / SEAL_NAME).read_bytes()
     except (OSError, InputFileError):
         return None

@@ -129,39 +129,6 @@ def test_400_pixels_are_enough(built, open_page, name, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_against_its_background(built, open_page, scheme):
-    """WCAG contrast of at least 4.5 for the text of every kind of element on the page."""
-    page = open_page(built / "telco_report.html", scheme=scheme)
-    weak = page.evaluate(CONTRAST)
-    assert weak == []
-
-
-CONTRAST = """() => {
-  const linear = v => v <= .03928 * 255 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-  const lum = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2]);
-  const rgb = s => {
-    const m = s.match(/[\\d.]+/g).map(Number);
-    return m.length > 3 && m[3] === 0 ? null : m.slice(0, 3);
-  };
-  const back = e => {
-    for (; e; e = e.parentElement) {
-      const c = rgb(getComputedStyle(e).backgroundColor);
-      if (c) return c;
-    }
-    return matchMedia("(prefers-color-scheme: dark)").matches ? [20, 24, 28] : [255, 255, 255];
-  };
-  const weak = new Set();
-  for (const e of document.querySelectorAll("body *:not(script):not(style)")) {
-    if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) || e.closest("svg")) continue;
-    const a = lum(rgb(getComputedStyle(e).color)), b = lum(back(e));
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < 4.5) weak.add(`${e.tagName}.${e.className} ${ratio.toFixed(2)}`);
-  }
-  return [...weak];
-}"""
-
-
 def test_links_of_the_index_open_pages(built, open_page):
     page = open_page(built / "index.html")
     page.locator("#status td.failed a").first.click()

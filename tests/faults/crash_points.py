@@ -54,11 +54,9 @@ def watch(plan: Watch) -> None:
 def install() -> None:
     """Replace the functions that change files."""
     _real.update({"open": io.open, "rmtree": shutil.rmtree, "os.open": os.open})
-    for name in ("replace", "rename", "fsync", "unlink"):
+    for name in ("replace", "fsync", "unlink"):
         _real[name] = getattr(os, name)
-    os.replace = os.rename = lambda src, dst, **more: _change(
-        "replace", dst, lambda: _real["replace"](src, dst, **more)
-    )
+    os.replace = os.rename = _replace
     os.unlink = os.remove = lambda path, **more: _unlink(path, more)
     os.fsync = lambda file: _change("fsync", _path_of(file), lambda: _real["fsync"](file))
     shutil.rmtree = _rmtree

@@ -191,8 +191,10 @@ def write_report(root: Path, jobs: list) -> Path:
     build.shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for name in ("results.csv", "findings.json"):
-        build.shutil.copyfile(root / name, work / name) if (root / name).is_file() else None
-    (work / "telco_report.html").write_text((work / "findings.json").read_text() if (work / name).is_file() else "")
+        if (root / name).is_file():
+            build.shutil.copyfile(root / name, work / name)
+    findings = work / "findings.json"
+    (work / "telco_report.html").write_text(findings.read_text() if findings.is_file() else "")
     return build._put_in_place(work, root / "report") / "telco_report.html"
 
 

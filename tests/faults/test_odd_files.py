@@ -34,9 +34,9 @@ def report():
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Every file with its content; a lock alone is nothing made."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """Every file with its content, every folder as empty; a lock and the folder that it needs are nothing made."""
+    found = (path for path in folder.rglob("*") if path.name != ".lock" and path.parent != folder / "outputs")
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in found}
 
 
 def try_file(name: str, folder: Path, data: st.DataObject) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import trained_study
+from ports import free_port
 from typer.testing import CliRunner
 
 from telco_nb import ROOT
@@ -111,12 +112,6 @@ def section(readme: Path) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if shlex.split(line, comments=True)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def desk(outputs, tmp_path):
     """A folder to give commands in, where `python` is this one; (folder, environment)."""
@@ -145,6 +140,8 @@ def test_every_line_of_put_it_to_work_does_what_it_says(desk):
             line = line.replace("8000", str(port))
             if " serve " in line:
                 server, printed = start(line, folder, env)
+                with pytest.raises(OSError), socket.create_connection(("127.0.0.2", port), timeout=5):
+                    pass  # another address of this machine: only 127.0.0.1 is served
             else:
                 keys = "My bill is too high.\n/quit\n" if " chat " in line else None
                 done = subprocess.run(line, shell=True, cwd=folder, env=env, capture_output=True, text=True, input=keys)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from ports import free_port
 
 from telco_nb import DATA_DIR
 from telco_nb.corpus import llm_writer, scenarios
@@ -32,9 +32,7 @@ pytestmark = pytest.mark.study
 def served(tmp_path_factory):
     """Base URL of the server and the name of its model; the server is stopped afterwards."""
     folder = base_model.resolve_model(base_model.PACKAGED_MODEL)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = tmp_path_factory.mktemp("serve") / "log.txt"
     log = path.open("w")
     program = [str(Path(sys.executable).with_name("transformers")), "serve", folder]

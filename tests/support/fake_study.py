@@ -21,6 +21,7 @@ from telco_nb.judge import cases
 from telco_nb.judge.anchors import FLOORS, GOLD
 from telco_nb.notebook import Run
 from telco_nb.study import record
+from telco_nb.study.params import config_of
 from telco_nb.study.plan import Job
 
 SCRIPT = "<script>document.title='owned';fetch('https://example.com/x')</script><img src=x onerror=alert(1)>"
@@ -172,7 +173,7 @@ def build_study(
             _answer(builder, rng, f"{config}-seed{s}", prompts, planted.loc[config, "energy"])
     again = [f"{config}-seed{s}" for config in list(configs.index)[:repeats] for s in (1, 2)]
     luck = np.random.default_rng(seed + 1).normal(0, 0.3, len(again))
-    runs = pd.Series(planted["quality"].reindex([run.split("-")[0] for run in again]).to_numpy() + luck, again)
+    runs = pd.Series(planted["quality"].reindex([config_of(run) for run in again]).to_numpy() + luck, again)
     for name in judges:
         add_judge(builder, rng, name, pd.concat([planted["quality"], runs]))
     return builder.root

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,18 +14,14 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 from telco_nb.study.params import NOTEBOOKS_DIR
 
 TOKEN = "only-for-this-test"
 START_SECONDS = 120
 RUN_MS = 300_000  # until a notebook has finished
 TRACKER = "@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @contextlib.contextmanager

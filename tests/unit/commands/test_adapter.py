@@ -18,6 +18,7 @@ import trained_study
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from ports import free_port
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -280,7 +281,11 @@ def test_without_results_the_card_says_that_nothing_is_shown(study):
     for path in (study / "results.csv", study / "shared", study / "judge-checklist", study / "findings.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     card = model_card.render_card(trained.find_trained("laptop", "c04"), "merged")
-    assert "NOT FIT" in card and "the study is not finished" in card and "no judge that passed its gate" in card
+    assert (
+        "NOT FIT" in card
+        and "the study is not finished" in card
+        and "has not compared it by a judge that passed its gate" in card
+    )
 
 
 # ---------------------------------------------------------------- chat
@@ -391,9 +396,7 @@ def test_no_proxy_stands_between_a_server_and_who_waits_for_it(home, monkeypatch
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setattr(serve, "write_merged", lambda trained, folder, dtype: folder.mkdir())
     monkeypatch.setattr(serve, "guard_template", lambda folder: None)  # there is no model in the folder
-    with socket.socket() as free:
-        free.bind((serve.HOST, 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setattr(serve, "SERVER", HEALTHY.format(port=port))
     found = trained.find_trained("laptop", "c04")
     with serve.serving(found, port) as server:

@@ -163,9 +163,8 @@ def test_a_base_model_of_an_unknown_user_is_refused_and_no_traceback(place):
     assert result.exit_code == 3 and "~nosuchuser/model" in result.stderr and "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("value", [None, 5, True, 1.5, [[]], [1], {}, "c01", [None]])
+@pytest.mark.parametrize("value", [None, 5, True, 1.5, [[]], {}, "c01", [None]])
 @pytest.mark.parametrize("key", ["configs", "judges", "repeat_configs", "repeat_seeds", "unseen_terms"])
 def test_a_list_of_another_shape_is_refused_with_its_key(place, key, value):
     set_profile(place, **{key: value})
-    if (key, value) != ("repeat_seeds", [1]):
-        assert key in refused(place)
+    assert key in refused(place)

@@ -508,7 +508,7 @@ def state_and_worker(tmp_path):
     state = progress.State(Job("01_a", "s", {}, ()), "run", "first")
     job_file = tmp_path / "s" / ".01_a.job.json"
     job_file.parent.mkdir()
-    owner = SimpleNamespace(root=tmp_path, write_job=lambda _: job_file, job_file=lambda _: job_file)
+    owner = SimpleNamespace(root=tmp_path, write_job=lambda _: job_file)
     return state, worker.Worker(owner, "0")
 
 

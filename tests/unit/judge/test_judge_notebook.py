@@ -78,7 +78,7 @@ class Paid:
 def test_after_a_failed_gate_a_paid_judge_is_asked_nothing_more_unless_told_to(root, monkeypatch, goes_on):
     monkeypatch.setattr(Paid, "asked", 0)
     monkeypatch.setattr(Paid, "forms", ("pair",))
-    monkeypatch.setitem(panel.OFFLINE_KINDS, "paid", Paid)
+    monkeypatch.setitem(panel.OFFLINE_JUDGES, "paid", Paid)
     named = {"scope": "judge-paid", "judge": "paid", "judge_kind": "paid"}
     folder, notebook = judge_study.run_judge(root, monkeypatch, **SMALL, **named, judge_after_failed_gate=goes_on)
     store = VerdictStore(folder / "store" / "verdicts.jsonl")

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from ports import free_port
 from test_kernels import adapted, fake_examples, plain_step, relative, tiny
 from transformers import TrainingArguments
 
@@ -280,12 +280,10 @@ def test_two_processes_train_what_one_trains(tmp_path):
         folder = tmp_path / str(processes)
         folder.mkdir()
         (folder / "worker.py").write_text(WORKER)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        launch = [*several, port] if processes == 2 else []
+        launch = [*several, str(free_port())] if processes == 2 else []
         command = [sys.executable, *launch, str(folder / "worker.py"), str(folder)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         found[processes] = [float(x) for x in json.loads((folder / "found.json").read_text())]

@@ -26,7 +26,7 @@ def test_the_published_run_is_small_and_tells_no_machine_paths():
 
 
 @published
-def test_every_published_configuration_learned_something_and_is_labelled():
+def test_every_published_configuration_has_a_loss_with_its_interval_and_a_kind_of_energy():
     with (publish.REFERENCE / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 16

@@ -54,6 +54,9 @@ def test_the_first_tile_says_how_far_the_choice_is_shown(verdict, title, big, ta
     assert (tile.big, tile.tag, tile.good) == (big, tag, verdict == "supported")
     (card,) = [card for card in config_cards.config_cards(study) if card["config"] == "c04"]
     assert (card["tone"] == "good") == (verdict == "supported")
+    assert config_cards.roles(study)["c04"][0] == {"cannot tell": "best guess", "not fit": "first choice, not fit"}.get(
+        verdict, "deploy"
+    )
 
 
 def test_the_tile_of_a_study_without_a_choice_is_not_marked_as_good():
@@ -175,7 +178,11 @@ def test_what_it_costs_is_told_with_and_without_a_choice(change):
 def test_what_the_study_cannot_say_comes_from_its_own_files(tmp_path):
     known = text(tiles(files())["What this cannot say"])
     assert "Offline rules judged the answers, not people: checklist." in known
-    assert "Energy is estimated" in known and "One training run each" in known and "questions" not in known
+    assert (
+        "Energy is estimated" in known
+        and "6 of 6 configurations were trained once" in known
+        and "questions" not in known
+    )
     folder = tmp_path / "shared" / "02_synth" / "artefacts"
     folder.mkdir(parents=True)
     asked = pd.DataFrame({"term_id": ["a", "a", "b", ""], "reference": ["x", "x", "x", "x"]})

@@ -97,11 +97,11 @@ def test_odd_json_is_refused_with_file_line_and_fault(tmp_path, text, fault):
 
 
 def test_a_text_that_this_program_wrote_may_hold_control_characters_and_nothing_else_that_is_odd(tmp_path):
-    assert read_json(file(tmp_path, '"\\u001b"'), own=True) == "\x1b"
+    assert read_json(file(tmp_path, '"\\u001b"'), control_characters=True) == "\x1b"
     with pytest.raises(InputFileError, match="half a character"):
-        read_json(file(tmp_path, '"\\ud800"'), own=True)
+        read_json(file(tmp_path, '"\\ud800"'), control_characters=True)
     with pytest.raises(InputFileError, match="no finite number"):
-        read_json(file(tmp_path, "[NaN]"), own=True)
+        read_json(file(tmp_path, "[NaN]"), control_characters=True)
 
 
 @pytest.mark.parametrize("read", [read_text, read_yaml, read_json, lambda path: list(read_json_lines(path))])

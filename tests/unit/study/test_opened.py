@@ -18,7 +18,9 @@ def outputs(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def finish(outputs: Path, profile: str, started: str, configs=("c01", "c02"), judges=("checklist",)) -> None:
+def finish(
+    outputs: Path, profile: str, started: str, configs=("c01", "c02"), judges=("checklist",), executor="papermill"
+) -> None:
     """Manifests of a finished study, with a learning rate in which the profiles differ."""
     scopes = [("01_glossary", "shared"), ("02_synth", "shared"), ("05_judge", f"judge-{judges[0]}")]
     scopes += [(step, config) for step in ("03_train", "04_energy") for config in configs]
@@ -30,7 +32,7 @@ def finish(outputs: Path, profile: str, started: str, configs=("c01", "c02"), ju
         values |= {"epochs": 7} if "epochs" in values else {}
         content = {
             "schema_version": SCHEMA_VERSION, "step": step, "scope": scope, "key": "0" * 64, "key_parts": {},
-            "executor": "papermill", "status": "ok", "error": None, "headline": "", "parameters": values, "inputs": [],
+            "executor": executor, "status": "ok", "error": None, "headline": "", "parameters": values, "inputs": [],
             "outputs": [], "exports": {}, "environment": {}, "device": {}, "started_at": started, "seconds": 1.0,
             "peak_memory_bytes": 1,
         }  # fmt: skip
@@ -102,6 +104,19 @@ def test_a_subset_of_configurations_takes_only_the_repeats_that_belong_to_it(out
     finish(outputs, "laptop", "2026-11-25T08:00:00+00:00", configs=("c01", "c02", "c03"))
     assert open_with("06_analysis", configs=["c02", "c03"]).parameters["repeats"] == []
     assert open_with("06_analysis", configs=["c01", "c03"]).parameters["repeats"] == ["c01-seed1"]
+
+
+def test_a_step_that_was_made_by_hand_is_made_again_in_its_place(outputs):
+    finish(outputs, "laptop", "2026-11-26T08:00:00+00:00", executor="jupyter")
+    assert open_with("03_train", rank=3).target == outputs / "laptop"
+
+
+def test_the_note_names_the_folder_that_results_really_go_to(outputs):
+    finish(outputs, "smoke", "2026-11-26T08:00:00+00:00")
+    (outputs / "smoke" / "study" / "06_analysis" / "manifest.json").unlink()
+    found = open_with("03_train")
+    assert found.target == outputs / "by-hand" / "smoke" and "Results go to" in found.note
+    assert f"{outputs.name}/by-hand/smoke" in found.note
 
 
 def test_a_new_configuration_starts_from_the_first_one_and_enters_the_study(outputs):
