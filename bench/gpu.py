@@ -242,6 +242,13 @@ def measure(variant: str, sizes: Sizes, gradient_file: Path | None = None) -> di
             torch.save(gradient, gradient_file)
         found = run_steps(tuned, variant, rows, sizes, dtype)
         tokens, work = (sum(values[i] for i in found["done"]) for values in (rows.tokens, flops))
+    return figures(variant, found, tokens, work, dtype, gflops)
+
+
+def figures(
+    variant: str, found: dict[str, Any], tokens: float, work: float, dtype: torch.dtype, gflops: dict[str, float]
+) -> dict[str, Any]:
+    """The table's columns, from a window's readings, its real tokens and its floating-point operations (`work`)."""
     seconds, joules, sheet = found["seconds"], found["joules"], device.data_sheet_gflops(dtype)
     return {
         "variant": variant,

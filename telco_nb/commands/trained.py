@@ -77,7 +77,19 @@ def answer_dtype(trained: Trained) -> torch.dtype:
     path = step_dir(trained.root, trained.config, "04_energy") / "metrics.json"
     if path.is_file() and (name := json.loads(path.read_text(encoding="utf-8")).get("dtype")):
         return getattr(torch, name)
+    _use_device(trained)
     return choose_dtype(trained.values["dtype"])[0]
+
+
+def _use_device(trained: Trained) -> None:
+    """Answers are computed on the processor as in the study; what a GPU has trained may be asked without one.
+
+    Raises UnfitError: there is a GPU, and it cannot be used.
+    """
+    from telco_nb.lora.device import use_device
+
+    with model_errors():
+        use_device("cpu" if trained.values.get("device") == "cpu" else "auto")
 
 
 def load_base(trained: Trained) -> tuple[Any, Any]:
@@ -92,6 +104,7 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
     from telco_nb.lora.base_model import load_model, silence_libraries
 
     silence_libraries()
+    _use_device(trained)
     with model_errors():
         model, tokenizer = load_model(
             trained.values["base_model"], torch.float32, revision=trained.values.get("base_model_revision")

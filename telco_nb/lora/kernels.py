@@ -288,16 +288,23 @@ def _attention(
         )
     x = hidden_states[0]
     q, k, v = project(x, module.q_proj, module.k_proj, module.v_proj)
-    if not blockwise:
-        q, k, v = (t.view(1, len(x), -1, module.head_dim).transpose(1, 2) for t in (q, k, v))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-        mixed, _ = attend(module, q, k, v, None, scaling=module.scaling, segments=segments, **others)
-        return project(mixed.reshape(len(x), -1), module.o_proj)[0][None], None
-    half = module.head_dim // 2  # the second half of cos and sin repeats the first
-    cos, sin = (t[0, :, None, :half] for t in position_embeddings)
-    mixed = SegmentAttention.apply(q, k, v, cos, sin, segments, module.head_dim)
+    if blockwise:
+        half = module.head_dim // 2  # the second half of cos and sin repeats the first
+        cos, sin = (t[0, :, None, :half] for t in position_embeddings)
+        mixed = SegmentAttention.apply(q, k, v, cos, sin, segments, module.head_dim)
+    else:
+        mixed = _attend_at_once(module, (q, k, v), position_embeddings, segments=segments, **others)
     return project(mixed, module.o_proj)[0][None], None
+
+
+def _attend_at_once(module: Any, projected: tuple[Tensor, ...], position_embeddings: Any, **others: Any) -> Tensor:
+    """All conversations by the attention function that `step` has set. `projected` and the result are (T, width)."""
+    tokens = len(projected[0])
+    q, k, v = (t.view(1, tokens, -1, module.head_dim).transpose(1, 2) for t in projected)
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    mixed, _ = attend(module, q, k, v, None, scaling=module.scaling, **others)
+    return mixed.reshape(tokens, -1)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:

@@ -19,9 +19,8 @@ from telco_nb.lora.packing import IGNORE_INDEX, Example, collate, to_device
 from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
 from telco_nb.study.machine import device_facts
 
-SPARE = (
-    0.2  # share of the free memory that stays free: the estimate of a row is a guess to 30 %, and rows can be halved
-)
+# Share of the free memory that stays free: the estimate of a row may be 15 % too low, and freed memory leaves gaps.
+SPARE = 0.2
 OTHER_MODEL = "Use another base_model; README.md lists the architectures that were tested."
 # Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
 # architecture with less effect than these limits is seen in float32 only.
@@ -158,13 +157,14 @@ def fitting_tokens(needed: dict[str, float], batch_tokens: int, max_length: int,
     Raises:
         PreflightError: one conversation of `max_length` tokens does not fit.
     """
-    left = (1 - SPARE) * free_bytes - needed["weights"] - needed["adapters"]
+    fixed = sum(size for name, size in needed.items() if name != "row")
+    left = (1 - SPARE) * free_bytes - fixed
     tokens = int(min(1.0, max(0.0, left) / needed["row"]) * batch_tokens)
     if tokens < min(max_length, batch_tokens):
-        least = needed["weights"] + needed["adapters"] + needed["row"] * max_length / batch_tokens
+        least = fixed + needed["row"] * max_length / batch_tokens
         raise PreflightError(
             f"training needs about {least / 1e9:.1f} GB for a conversation of {max_length} tokens, and "
-            f"{free_bytes / 1e9:.1f} GB are free. Close other programs, set quantization to nf4, lower max_length, or "
-            "set micro_batch_tokens yourself."
+            f"{free_bytes / 1e9:.1f} GB are free. Close other programs, set gradient_checkpointing to true or "
+            "quantization to nf4, lower max_length, or set micro_batch_tokens yourself."
         )
     return tokens

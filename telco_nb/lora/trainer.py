@@ -346,7 +346,13 @@ def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) ->
     config = model.config
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     head = config.vocab_size * config.hidden_size
-    tied = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) - head
+    tied = sum(_weights(p) for n, p in model.named_parameters() if "lora_" not in n) - head
     body = tied if config.tie_word_embeddings else tied - head
     attention = 6 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in segments)
     return float(4 * body * tokens + 4 * head * supervised + 6 * lora * tokens + attention)
+
+
+def _weights(parameter: Any) -> int:
+    """The number of weights of a parameter, of which nf4 packs two into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed else parameter.numel()
