@@ -145,6 +145,22 @@ def check_processes(processes: int) -> None:
         )
 
 
+def check_merging(shell: Any, free_bytes: float) -> None:
+    """Check that the weights fit into memory in float32, in which an adapter is merged into them.
+
+    Args:
+        shell: the model without its weights, from `base_model.model_shell`.
+        free_bytes: from `device.free_memory`.
+    """
+    needed = 4.0 * sum(p.numel() for p in shell.parameters())
+    if needed > (1 - SPARE) * free_bytes:
+        raise PreflightError(
+            f"the weights need {needed / 1e9:.1f} GB in float32, in which an adapter is merged into them, and "
+            f"{free_bytes / 1e9:.1f} GB are free, of which {SPARE:.0%} must stay free. Close other programs, or use a "
+            "smaller base_model."
+        )
+
+
 def fitting_tokens(needed: dict[str, float], batch_tokens: int, max_length: int, free_bytes: float) -> int:
     """The number of tokens that can be computed at once in the free memory.
 
