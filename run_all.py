@@ -9,7 +9,7 @@ from typing import Annotated, Any
 try:
     import typer
 
-    from telco_nb.engine import rerender, runner
+    from telco_nb.engine import rerender, runner, status
     from telco_nb.engine.progress import make_console
     from telco_nb.engine.schedule import finite
     from telco_nb.hosted import egress
@@ -30,7 +30,9 @@ EPILOG = """
 - `./run_all.py --configs 'c0*' --steps 01-04`: data, training and answers of the first nine configurations
 - `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
+- `./run_all.py --notify 'mail -s "Study: $TELCO_NB_EXIT_CODE" me@example.org </dev/null'`: tell me at the end
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
+- `./run_all.py status --profile overnight`: what is done, running, failed or out of date, and why
 - `./run_all.py verify --profile smoke`: name every file that is not as a run of this study last sealed it
 - `./run_all.py verify --seal 0123456789abcdef`: the same, and the seal must be the one that an earlier run printed
 - `./run_all.py report --profile smoke --pdf`: the report again, from the files of a finished study, and as PDF
@@ -118,6 +120,14 @@ def main(
             "Default: one after another.",
         ),
     ] = None,
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Run this when all has ended; it finds TELCO_NB_EXIT_CODE, _PROFILE, _SUMMARY and _REPORT in its "
+            "environment.",
+        ),
+    ] = None,
     params_dir: Annotated[
         Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
     ] = params.PARAMS_DIR,
@@ -144,6 +154,7 @@ def main(
         yes=yes,
         gpus=tuple(filter(None, (gpus or "").split(","))),
         no_egress=no_egress,
+        notify=notify,
     )
     sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
 
@@ -176,6 +187,39 @@ def verify(
     Exit code 0: all as sealed. 1: something differs. 2: wrong usage. 3: there is no seal.
     """
     sys.exit(runner.verify(profile, outputs, seal))
+
+
+STATUS_EPILOG = """
+**Examples**
+
+- `./run_all.py status`: the laptop study, also while it runs
+- `./run_all.py status --outputs /mnt/box/outputs --json status.json`: a study in another place, and as JSON
+- `./run_all.py status --metrics /var/lib/node_exporter/telco_nb.prom`: for a collector of Prometheus text files
+
+A step is *stale* if something that decides about its result has changed, *maybe* if it runs again only if the steps
+before it give other results, and *waiting* if it has never finished.
+"""
+
+
+@app.command("status", epilog=STATUS_EPILOG)
+def show_status(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
+    outputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write it machine-readable, too.")
+    ] = None,
+    metrics: Annotated[
+        Path | None, typer.Option("--metrics", metavar="FILE", help="Write it as Prometheus text, too.")
+    ] = None,
+    params_dir: Annotated[
+        Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
+    ] = params.PARAMS_DIR,
+) -> None:
+    """Say what of a study is done, running, failed or out of date, and why. Changes nothing."""
+    options = runner.Options(profile=profile, outputs=outputs, json_file=json_file, params_dir=params_dir)
+    sys.exit(status.status(options, metrics, make_console()))
 
 
 REPORT_EPILOG = """

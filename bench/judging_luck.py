@@ -4,7 +4,8 @@
 
 Each study has 8 configurations, 6 of them trained with a second seed, and all pairs of runs on 24 prompts. Every run
 has its luck, every prompt its own effect on every run. The verdicts are fitted and resampled as in 05_judge; then the
-runs of a configuration are merged as in 06_analysis. `first runs alone` is what a study without the repeats would say.
+runs of a configuration are merged as in 06_analysis. `first runs alone` is what a study without the repeats would say:
+the verdicts on pairs of first runs, fitted anew.
 """
 
 import sys
@@ -29,8 +30,8 @@ PLAN = pd.DataFrame(
 )
 
 
-def judged_study(rng: np.random.Generator, truth: pd.Series, luck: float, draws: int = 200) -> JudgeResults:
-    """Verdicts on all pairs of runs, with planted luck of every run and effects of every prompt; as 05 ranks them."""
+def judged_verdicts(rng: np.random.Generator, truth: pd.Series, luck: float) -> pd.DataFrame:
+    """Verdicts on all pairs of runs, with planted luck of every run and effects of every prompt."""
     ability = np.array([truth[seeds.config_of(run)] for run in RUNS]) + rng.normal(0, luck, len(RUNS))
     here = ability + rng.normal(0, 0.4, (24, len(RUNS)))
     first, second = (pd.Index(RUNS).get_indexer(PLAN[f"config_{seat}"]) for seat in ("first", "second"))
@@ -38,8 +39,13 @@ def judged_study(rng: np.random.Generator, truth: pd.Series, luck: float, draws:
     eta = here[prompt, first] - here[prompt, second]
     odds = np.exp(np.stack([eta / 2, np.full(len(eta), -0.7), -eta / 2], axis=1))
     drawn = (rng.random((len(eta), 1)) > np.cumsum(odds / odds.sum(1, keepdims=True), axis=1)).sum(1)
-    verdicts = PLAN.assign(verdict=np.array(bradley_terry.VERDICTS)[drawn])
-    fitted = bradley_terry.fit_bradley_terry(verdicts, RUNS)
+    return PLAN.assign(verdict=np.array(bradley_terry.VERDICTS)[drawn])
+
+
+def ranked(verdicts: pd.DataFrame, runs: list[str], draws: int = 200) -> JudgeResults:
+    """The verdicts on pairs of the given runs as 05_judge ranks them: whatever it knows of others stays out."""
+    verdicts = verdicts[verdicts["config_first"].isin(runs) & verdicts["config_second"].isin(runs)]
+    fitted = bradley_terry.fit_bradley_terry(verdicts, runs)
     found = bradley_terry.bootstrap_fit(verdicts, fitted, draws=draws, seed=1)
     table = ranking.ranking_table(verdicts, fitted, found).set_index("config")
     scores = pd.DataFrame(found.abilities, columns=fitted.configs)
@@ -60,13 +66,11 @@ if __name__ == "__main__":
     rng, held, alone, found = np.random.default_rng(5), [], [], []
     for study in range(int(studies)):
         truth = pd.Series(rng.normal(0, 0.6, 8), CONFIGS)
-        judge = judged_study(rng, truth, luck)
-        merged = seeds.merge_runs(judge, study)
+        verdicts = judged_verdicts(rng, truth, luck)
+        merged = seeds.merge_runs(ranked(verdicts, RUNS), study)
         held.append(covered(merged.ranking, truth))
         found.append(merged.luck.sd.value if merged.luck else np.nan)
-        once = judge.ranking.loc[CONFIGS]
-        once[["low", "high"]] -= once["score"].mean()
-        alone.append(covered(once, truth))
+        alone.append(covered(ranked(verdicts, CONFIGS).ranking, truth))
     for name, shares in (("with the luck of training", held), ("first runs alone", alone)):
         score, rank = np.mean(shares, axis=0)
         print(f"{name}: {score:.3f} of the intervals of scores and {rank:.3f} of those of ranks hold the truth")

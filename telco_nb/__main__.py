@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from telco_nb.commands import batch, chat, dataset, export, pilot, publish, rerank, serve, votes
+from telco_nb.commands import batch, chat, dataset, export, pilot, publish, rerank, results, serve, votes
 
 app = typer.Typer(
     name="python -m telco_nb",
@@ -14,7 +14,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (pilot, batch, votes, rerank, publish, dataset, chat, export, serve):
+for module in (pilot, batch, votes, rerank, publish, results, dataset, chat, export, serve):
     app.command(module.__name__.rpartition(".")[2], epilog=module.EPILOG)(module.main)
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Why loss and judged quality part: a shift of distribution, overfitting, style, or nothing that can be shown.
+"""How loss and judged quality go together on each test set, and with content and style: rank correlations.
 
-Each explanation is a difference of rank correlations that it would move. It counts as shown if its interval excludes 0
-on the right side and the factors could not bring it about with unrelated directions (`inference.relabelling_p`). That
-is an association over the configurations of one design, and no experiment on causes.
+Why they part, if they do, is asked in `parting`. A correlation counts as shown if its interval excludes 0 and the
+factors could not bring it about with unrelated directions (`inference.relabelling_p`). That is an association over the
+configurations of one design, and no experiment on causes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +16,15 @@ import pandas as pd
 
 from telco_nb.analysis import results
 from telco_nb.analysis.effects import FACTORS
-from telco_nb.analysis.inference import partial_tau_rows, relabelling_p, relabellings
+from telco_nb.analysis.inference import relabelled_values, relabelling_p, relabellings
 from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, not_estimable, p_text
-from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, hull_interval, tau_rows
+from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
+from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, hull_interval, ratio_draws, tau_rows
 from telco_nb.judge.ranking import interval_text
 
 SETS = {"val_loss": "validation", "test_loss": "test", "noisy_loss": "noisy", "unseen_loss": "unseen"}
-WORDS = {"shift": "a shift of distribution", "overfitting": "overfitting", "style": "style instead of content"}
+JUDGED = ("score", "content", "style")  # sides that judges and checks give: they stay, the others are relabelled
 TABLE_COLUMNS = ["name", "measure", "value", "low", "high", "p", "reason"]
 CONSTANT = "one side is constant, or in every resample"
 FEWEST = 5  # configurations: with fewer no rank correlation can be told from chance
@@ -37,77 +37,107 @@ class Side(NamedTuple):
     draws: pd.DataFrame
 
 
+class Compared(NamedTuple):
+    """A measure of sides: its interval (None where one side is constant), and its value under every relabelling."""
+
+    interval: Interval | None
+    relabelled: np.ndarray
+
+    @property
+    def p(self) -> float:
+        """The p by relabelling, NaN without an interval."""
+        return math.nan if self.interval is None else relabelling_p(self.relabelled)
+
+
 def divergence_table(study: StudyResults, judge: JudgeResults, seed: int = 0) -> pd.DataFrame:
-    """What loss and quality have to do with each other on each test set, and the test of each explanation.
+    """What loss and quality have to do with each other on each test set, and validation loss with content and style.
 
     Args:
-        study: the study; `set_draws`, `train_losses` and `checks` may be missing.
+        study: the study; `set_draws` and `checks` may be missing.
         judge: whose score is the quality.
         seed: of the bootstrap of the checks and of sampled relabellings.
 
     Returns:
-        One row each: name (a loss, content, style, shift, overfitting, style instead of content), measure, value, low,
-        high, p (by relabelling) and reason (why there are no numbers).
+        One row each: name (a loss, content, style), measure, value, low, high, p (by relabelling) and reason (why there
+        are no numbers).
     """
-    losses, draws = results.paired_draws(study, judge)
-    configs = list(losses.columns)
-    relabelled = relabellings(study.results.loc[configs, list(FACTORS)], seed)
-    sides = {"score": Side(judge.scores[configs], draws)} | dict(_loss_sides(study, configs, losses))
-    sides |= _check_sides(study, configs, len(losses), seed)
+    sides, relabelled = sides_of(study, judge, seed), relabellings_of(study, judge, seed)
     rows = []
-    for name, measure, compare, needed in _measures():
-        absent = [side for side in needed if side not in sides]
-        if absent:
-            missing = name_list([side.replace("_", " ") for side in absent])
-            rows.append((name, measure, *MISSING, math.nan, f"{missing} not known for every configuration"))
+    for name, measure, needed in _measures():
+        if reason := absent_text(needed, sides):
+            rows.append((name, measure, *MISSING, math.nan, reason))
             continue
-        found, p = compared(compare, [sides[side] for side in needed], relabelled)
-        rows.append((name, measure, *(found or MISSING), p if found else math.nan, "" if found else CONSTANT))
+        found = compared(tau_rows, needed, sides, relabelled)
+        rows.append((name, measure, *(found.interval or MISSING), found.p, "" if found.interval else CONSTANT))
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
 
 def divergence_tables(study: StudyResults, seed: int = 0) -> pd.DataFrame:
     """The `divergence_table` of every judge that has ranked at least FEWEST configurations, with a column judge."""
-    judges = [judge for judge in study.judges if results.paired_draws(study, judge)[0].shape[1] >= FEWEST]
+    judges = [judge for judge in study.judges if len(configs_of(study, judge)) >= FEWEST]
     tables = [divergence_table(study, judge, seed).assign(judge=judge.label) for judge in judges]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["judge", *TABLE_COLUMNS])
 
 
-def _measures() -> Iterator[tuple[str, str, Callable[..., np.ndarray], list[str]]]:
-    """Name, measure in words, function of sides row by row, and the sides. The last side is never relabelled."""
+def _measures() -> Iterator[tuple[str, str, tuple[str, str]]]:
+    """Name, measure in words, and the two sides."""
     for column, word in SETS.items():
-        yield column, f"tau of {word} loss and score", tau_rows, [column, "score"]
+        yield column, f"tau of {word} loss and score", (column, "score")
     for kind in ("content", "style"):
-        yield kind, f"tau of validation loss and {kind}", tau_rows, [kind, "val_loss"]
-    yield "shift", "tau with test loss less tau with validation loss", _difference, ["test_loss", "val_loss", "score"]
-    words = "partial tau of the gap (validation less training loss) and score, at equal validation loss"
-    yield (
-        "overfitting",
-        words,
-        lambda gap, loss, score: partial_tau_rows(gap, score, loss),
-        ["gap", "val_loss", "score"],
-    )
-    words = "tau of validation loss with style less that with content"
-    yield "style instead of content", words, _difference, ["style", "content", "val_loss"]
+        yield kind, f"tau of validation loss and {kind}", ("val_loss", kind)
 
 
-def _difference(a: np.ndarray, b: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return tau_rows(a, other) - tau_rows(b, other)
+def configs_of(study: StudyResults, judge: JudgeResults) -> list[str]:
+    """The configurations that have a loss, a score and draws of both."""
+    return list(results.paired_draws(study, judge)[0].columns)
+
+
+def relabellings_of(study: StudyResults, judge: JudgeResults, seed: int) -> np.ndarray:
+    """The relabellings of the configurations that a judge has ranked, (relabellings, configurations)."""
+    return relabellings(study.results.loc[configs_of(study, judge), list(FACTORS)], seed)
+
+
+def absent_text(needed: Sequence[str], sides: Mapping[str, Side]) -> str:
+    """Which of the needed sides are missing, in words; empty if none is."""
+    absent = name_list([side.replace("_", " ") for side in needed if side not in sides])
+    return f"{absent} not known for every configuration" if absent else ""
 
 
 def compared(
-    compare: Callable[..., np.ndarray], sides: list[Side], relabelled: np.ndarray
-) -> tuple[Interval | None, float]:
-    """The value of a measure with its interval over paired draws, and its p by relabelling all sides but the last.
+    compare: Callable[..., np.ndarray],
+    needed: Sequence[str],
+    sides: Mapping[str, Side],
+    relabelled: np.ndarray,
+    most: float = 1.0,
+) -> Compared:
+    """A measure with its interval over paired draws, and its values under relabelling.
 
-    The interval is None where one side is constant.
+    Args:
+        compare: the measure, a function of sides row by row.
+        needed: the names of its sides, in its order. Those in JUDGED stay, the others are relabelled together.
+        sides: the sides by name.
+        relabelled: from `inference.relabellings`.
+        most: how far from 0 the measure can lie.
     """
-    *moved, fixed = sides
-    value = float(compare(*(side.values.to_numpy(float)[None, :] for side in sides))[0])
-    most = 2.0 if compare is _difference else 1.0  # a correlation, or the difference of two
-    interval = hull_interval(value, compare(*(side.draws.to_numpy(float) for side in sides)), most=most)
-    still = fixed.values.to_numpy(float)[None, :]
-    return interval, relabelling_p(lambda *x: compare(*x, still), relabelled, *(side.values for side in moved))
+    own = [sides[name] for name in needed]
+    value = float(compare(*(side.values.to_numpy(float)[None, :] for side in own))[0])
+    interval = hull_interval(value, compare(*(side.draws.to_numpy(float) for side in own)), most=most)
+    moved = [name not in JUDGED for name in needed]
+    return Compared(interval, relabelled_values(compare, relabelled, [side.values for side in own], moved))
+
+
+def sides_of(study: StudyResults, judge: JudgeResults, seed: int) -> dict[str, Side]:
+    """The sides that are known for every configuration: score, losses, gap, content and style.
+
+    Args:
+        study: the study; `gap` is the validation loss less the training loss at the end.
+        judge: whose score it is.
+        seed: of the bootstrap of the checks.
+    """
+    losses, draws = results.paired_draws(study, judge)
+    configs = list(losses.columns)
+    sides = {"score": Side(judge.scores[configs], draws)} | dict(_loss_sides(study, configs, losses))
+    return sides | _check_sides(study, configs, len(losses), seed)
 
 
 def _loss_sides(study: StudyResults, configs: list[str], losses: pd.DataFrame) -> Iterator[tuple[str, Side]]:
@@ -133,67 +163,32 @@ def _check_sides(study: StudyResults, configs: list[str], n_draws: int, seed: in
     for column in ("content", "style"):
         sums = own.pivot_table(index="term_id", columns="config", values=column, aggfunc="sum", fill_value=0)[configs]
         sizes = own.pivot_table(index="term_id", columns="config", values=column, aggfunc="size", fill_value=0)[configs]
-        weights = cluster_weights(len(sums), n_draws, seed)
-        drawn = (weights @ sums.to_numpy(float)) / np.maximum(1, weights @ sizes.to_numpy(float))
-        values = own.groupby("config")[column].mean()[configs]
-        sides[column] = Side(values, pd.DataFrame(drawn, columns=configs))
+        drawn = ratio_draws(cluster_weights(len(sums), n_draws, seed), sums.to_numpy(), sizes.to_numpy())
+        sides[column] = Side(own.groupby("config")[column].mean()[configs], pd.DataFrame(drawn, columns=configs))
     return sides
 
 
-def shown_explanations(table: pd.DataFrame) -> list[str]:
-    """The explanations that a `divergence_table` shows, by the rules at the head of this module.
-
-    A shift: test loss orders the answers, and more than validation loss does. Overfitting: at equal validation loss the
-    gap goes with the score, in whatever direction. Style: validation loss orders style, and content less so and not
-    distinguishably.
-    """
-    by_name = {row["name"]: Interval(row["value"], row["low"], row["high"]) for _, row in table.iterrows()}
-    p = table.set_index("name")["p"]
-    shift, style, gap = by_name["shift"], by_name["style instead of content"], by_name["overfitting"]
-    holds = {
-        "shift": shift.is_below() and by_name["test_loss"].is_below() and p["shift"] < 0.05,
-        "overfitting": gap.excludes() and p["overfitting"] < 0.05,
-        "style": style.is_below() and by_name["style"].is_below() and not by_name["content"].is_below()
-        and p["style instead of content"] < 0.05,
-    }  # fmt: skip
-    return [name for name, shown in holds.items() if shown]
-
-
 def divergence_finding(study: StudyResults, judge: JudgeResults, table: pd.DataFrame) -> Finding:
-    """Whether loss and quality part, and what goes with it: value is `shift`, `overfitting`, `style` (joined by +),
-    `none` if the two do not part, or `not explained`. `table` is the judge's `divergence_table`."""
-    id, text = f"divergence.{judge.name}", f"Why loss and the score of {judge.label} part is not known"
-    configs = results.paired_draws(study, judge)[0].columns
-    if len(configs) < FEWEST:
-        return not_estimable(id, text, f"{len(configs)} configurations are too few", len(configs))
-    rows = {str(row["name"]): row for _, row in table.iterrows()}
-    shown, val = shown_explanations(table), rows["val_loss"]
-    together = Interval(val["value"], val["low"], val["high"]).is_below() and val["p"] < 0.05
+    """Whether loss and quality part: value is `together`, `apart` (a lower validation loss goes with a worse score) or
+    `not shown`. `table` is the judge's `divergence_table`."""
+    id, text = f"divergence.{judge.name}", f"Whether loss and the score of {judge.label} part is not known"
+    n, rows = len(configs_of(study, judge)), {str(row["name"]): row for _, row in table.iterrows()}
+    if n < FEWEST:
+        return not_estimable(id, text, f"rank correlations need {FEWEST} configurations, and {n} can be compared", n)
+    val = rows["val_loss"]
+    tau, shown = Interval(val["value"], val["low"], val["high"]), val["p"] < 0.05
+    value, end = "not shown", "That a lower validation loss goes with a better score is not shown"
+    if shown and tau.is_below():
+        value, end = "together", "A lower validation loss goes with a better score: the two do not part"
+    elif shown and tau.is_above():
+        value, end = "apart", "A lower validation loss goes with a worse score: the two part"
     sets = [
-        f"{_number(rows[column])} for the {word} loss" for column, word in SETS.items() if not rows[column]["reason"]
+        f"{row['value']:+.2f} {interval_text(row['low'], row['high'], '+.2f')} for the {word} loss"
+        for column, word in SETS.items()
+        if not (row := rows[column])["reason"]
     ]
-    tests = [f"{word}: {_said(rows[name], key in shown)}" for key, name, word in (
-        ("shift", "shift", "Shift of distribution"), ("overfitting", "overfitting", "Overfitting"),
-        ("style", "style instead of content", "Style instead of content"))]  # fmt: skip
-    if shown:
-        value, end = "+".join(shown), f"Where loss and score part, it goes with {name_list([WORDS[s] for s in shown])}"
-    elif together:
-        value, end = "none", "Loss and score do not part: a lower loss goes with a better score"
-    else:
-        value, end = "not explained", "None of these is shown to go with where loss and score part"
-    said = f"tau-b with the score of {judge.label} is {name_list(sets) or 'not known'}. {'. '.join(tests)}. {end}; "
-    said += f"these are associations over {len(configs)} configurations, not causes."
-    blocked = blockable(
-        id, said, MISSING, len(configs), "supported" if shown or together else "not distinguishable", judge
-    )
-    return Finding(id, said, value, n=blocked.n, verdict=blocked.verdict, blocked_by=blocked.blocked_by)
-
-
-def _number(row: pd.Series) -> str:
-    return f"{row['value']:+.2f} {interval_text(row['low'], row['high'], '+.2f')}"
-
-
-def _said(row: pd.Series, shown: bool) -> str:
-    if row["reason"]:
-        return f"not known ({row['reason']})"
-    return f"{'shown' if shown else 'not shown'} ({row['measure']}: {_number(row)}, {p_text(row['p'])})"
+    said = f"Over {counted(n, 'configuration')} tau-b with the score of {judge.label} is "
+    said += f"{name_list(sets) or 'not known'} (below 0: a lower loss goes with a better score). {end}."
+    verdict = "not distinguishable" if value == "not shown" else "supported"
+    blocked = blockable(id, said, MISSING, n, verdict, judge)
+    return Finding(id, said, value, n=n, verdict=blocked.verdict, blocked_by=blocked.blocked_by)

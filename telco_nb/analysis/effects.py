@@ -13,7 +13,7 @@ from scipy import stats
 
 from telco_nb.analysis.inference import FEWEST_CONTRASTS, Error, lack_of_fit, lenth_error, pure_error
 from telco_nb.analysis.results import ENERGY_COLUMNS, StudyResults
-from telco_nb.analysis.statistics import MISSING, Interval
+from telco_nb.analysis.statistics import MISSING, Interval, Luck
 from telco_nb.judge.ranking import holm
 
 FACTORS = ("target_modules", "rank", "epochs", "learning_rate")
@@ -133,18 +133,26 @@ def effect_tables(study: StudyResults) -> pd.DataFrame:
     for name, unit, values, column in outcomes:
         repeats = study.repeats.set_index("config")[column] if column in study.repeats else None
         effects = main_effects(study.results, values, unit == "ratio", repeats)
+        if unit == "log-odds":
+            effects["error"] += np.where(effects["error"] == "", "", ", noise of judging included")
         tables.append(effects.assign(response=name, unit=unit))
     table = pd.concat(tables, ignore_index=True)
     return table[["response", "unit", *table.columns.drop(["response", "unit"])]]
+
+
+def order_is_known(configs: pd.DataFrame) -> bool:
+    """True if every configuration has the time at which its training started."""
+    return "train_started_at" in configs and bool(configs["train_started_at"].notna().all())
 
 
 def order_shares(configs: pd.DataFrame) -> dict[str, float]:
     """How far each factor determines the place of a configuration in the order of runs, 0 to 1.
 
     Args:
-        configs: the levels of FACTORS, by configuration, and train_started_at. Records without it ran as listed.
+        configs: the levels of FACTORS, by configuration, and train_started_at. Where a start is missing, the order in
+            which they are listed is taken for that of the runs (`order_is_known`).
     """
-    if "train_started_at" in configs and configs["train_started_at"].notna().all():
+    if order_is_known(configs):
         configs = configs.sort_values("train_started_at", kind="stable")
     place = pd.Series(np.arange(len(configs), dtype=float), configs.index)
     total = float(((place - place.mean()) ** 2).sum())
@@ -262,5 +270,5 @@ def noise_floor(results: pd.DataFrame, repeats: pd.DataFrame, column: str) -> Se
     error = pure_error(runs)
     if error is None:
         return None
-    low, high = (error.sd * math.sqrt(error.df / stats.chi2.ppf(q, error.df)) for q in (0.975, 0.025))
-    return SeedNoise(Interval(error.sd, low, high), float(values.std()), int(error.df), len(runs))
+    between_seeds = Luck(error.sd**2, 0.0, int(error.df)).sd
+    return SeedNoise(between_seeds, float(values.std()), int(error.df), len(runs))

@@ -1,4 +1,4 @@
-"""The statements of the study: the configuration to deploy, the choice by loss alone, and how sure each of them is.
+"""The statements of the study: the decision, the first choice, the choice by loss alone, and how sure each of them is.
 
 Each is a Finding: a sentence with its value, interval, number of observations and verdict, and the reasons that forbid
 to use it as a headline. The statistics are in the modules below; here they are put into words.
@@ -19,23 +19,33 @@ import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
 from telco_nb.analysis.divergence import divergence_tables
-from telco_nb.analysis.fitness import bar_findings, fitness, lead_over, unfit_text
+from telco_nb.analysis.fitness import bar_findings, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
     claiming_judges,
     compare,
+    deploy_finding,
     describe_config,
+    energy_text,
+    first_choice_finding,
     judges_text,
-    name_list,
     percent,
     recommend,
-    seed_text,
-    why_not,
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.seeds import noise_finding
+from telco_nb.analysis.statements import (
+    Finding,
+    blockable,
+    counted,
+    excludes_zero,
+    name_list,
+    not_estimable,
+    p_text,
+    some_of,
+)
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.cases import CRITERIA
 from telco_nb.judge.ranking import interval_text
@@ -51,7 +61,7 @@ PAPER: dict[str, Any] = {
     "worst_loss_rank": "1st with both judges",
     "energy_wh": (284.0, 1371.0),
 }
-NOT_SHOWN_FIT = "is shown to be fit"  # where a part of the bar was not measured
+UNSURE = "How sure it is that another configuration answers better than the choice of loss is not known"
 
 
 def all_findings(study: StudyResults, seed: int = 0, divergence: pd.DataFrame | None = None) -> list[Finding]:
@@ -69,7 +79,7 @@ def all_findings(study: StudyResults, seed: int = 0, divergence: pd.DataFrame | 
         for finding in loss_findings(study, judge, seed, parts[parts["judge"] == judge.label])
     ]
     agreement = [_agreement(study, a, b, seed) for a, b in combinations(study.judges, 2)]
-    rest = [*_energy_findings(study), _noise_finding(study), *_effect_findings(study)]
+    rest = [*_energy_findings(study), noise_finding(study), *_effect_findings(study)]
     return [*decision_findings(study), *judged, *agreement, *rest]
 
 
@@ -107,16 +117,20 @@ def as_markdown(findings: Sequence[Finding]) -> str:
 
 
 def decision_findings(study: StudyResults) -> list[Finding]:
-    """The configuration to deploy, the choice by loss alone, how sure the difference is, and how fit the choice is."""
-    choice = recommend(study)
-    return [*_decisions(study, choice), *bar_findings(study, choice.config)]
+    """The configuration to deploy and how fit it is, or all are if none is; the first choice, that by loss alone, how
+    sure the difference is, and the gain over the untuned model."""
+    choice, every = recommend(study), [str(config) for config in study.results.index]
+    bar = bar_findings(study, [choice.deploy] if choice.deploy else every, choice.config)
+    first = first_choice_finding(study, choice)
+    return [deploy_finding(study, choice), *bar, *([first] if first else []), *_decisions(study, choice)]
 
 
 def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
-    deploy = _deploy_finding(study, choice)
+    """The choice by loss alone, and what the first choice gains over it and over the untuned model."""
     if study.losses.empty:
         reason = "no configuration has a validation loss"
-        return [deploy, not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")]
+        unknown = not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")
+        return [unknown, *_gains(study, choice)]
     pick = loss_pick(study.losses)
     if pick is None:
         reason = (
@@ -124,59 +138,8 @@ def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
         )
         unsure = not_estimable("confidence", "There is no choice of loss to compare with", reason)
         loss_choice = not_estimable("loss_choice", "Loss alone cannot choose", reason, len(study.losses))
-        return [deploy, loss_choice, unsure, *_gains(study, choice)]
-    return [deploy, _loss_choice(study, pick), _confidence(study, choice, pick), *_gains(study, choice)]
-
-
-def _deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
-    """The decision. What every configuration fails without any judge comes first: it is known whoever ranks them."""
-    n, unfit = len(study.results), unfit_text(study)
-    none_fit = f"No configuration is fit for customers: {unfit}."
-    if choice.config is None:
-        return _no_choice(study, choice, none_fit if unfit else "")
-    row = study.results.loc[choice.config]
-    held, who = fitness(study, choice.config), f"{choice.config} ({describe_config(row)})"
-    rest = f"Training: {energy_text(row) or 'its training energy is not known'}. {seed_text(study)}"
-    unclear = f"The data cannot tell which is best: {choice.cannot_tell}. The best guess is {choice.config}"
-    if not choice.fit:
-        why = f"{unclear}: {choice.reason}." if choice.cannot_tell else f"It is chosen thus: {choice.reason}."
-        shown = "is fit" if all(fitness(study, str(config)).failed for config in study.results.index) else NOT_SHOWN_FIT
-        text = none_fit if unfit else f"No configuration {shown} to answer customers."
-        text += f" {who} is the first choice of {n}, but {name_list(held.reasons)}. {why} {rest}"
-        return Finding("deploy", text, choice.config, n=n, verdict="not fit")
-    fit = f"{len(choice.fit)} of {n} configurations are fit to answer customers. " if len(choice.fit) < n else ""
-    if choice.cannot_tell:
-        text = f"{unclear}: {choice.reason}. {fit}Deploy {who} only if one has to be. {rest}"
-        return Finding("deploy", text, choice.config, n=n, verdict="cannot tell")
-    text = f"Deploy {who}: {choice.reason}. {fit}{_better_text(choice.better_than)}{rest}"
-    verdict = "supported" if choice.is_supported else "not distinguishable"
-    return Finding("deploy", text, choice.config, n=n, verdict=verdict)
-
-
-def _no_choice(study: StudyResults, choice: Recommendation, none_fit: str) -> Finding:
-    """The decision where nothing is recommended; `none_fit` says by what all fail, or is empty."""
-    reasons, n = why_not(study, choice), len(study.results)
-    if not none_fit:
-        return not_estimable("deploy", "No configuration can be recommended", reasons, n, "blocked")
-    either = "None can be recommended" if claiming_judges(study)[0] else "They cannot be ranked either"
-    text = f"{none_fit} {either}: {reasons}."
-    return Finding("deploy", text, n=n, verdict="not fit", blocked_by=[reasons])
-
-
-def _better_text(names: Sequence[str]) -> str:
-    if not names:
-        return "It is not surely better than any other one. "
-    return f"It is surely better than {len(names)} of the others ({name_list(names)}). "
-
-
-def energy_text(row: pd.Series) -> str:
-    """Training energy of a configuration with interval and kind; empty if it is missing."""
-    value, low, high = row[["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh"]]
-    if pd.isna(value):
-        return ""
-    ends = "" if pd.isna(low) or pd.isna(high) else f" {interval_text(low, high, '.3g')}"
-    kind = row["energy_kind"]
-    return f"{value:.3g} Wh{ends}, {'of unknown kind' if pd.isna(kind) else kind}"
+        return [loss_choice, unsure, *_gains(study, choice)]
+    return [_loss_choice(study, pick), _confidence(study, choice, pick), *_gains(study, choice)]
 
 
 def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
@@ -192,46 +155,63 @@ def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
 def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> Finding:
     """The share of draws in which the choice scores above the choice of loss; the least sure judge counts."""
     if choice.config is None:
-        return not_estimable("confidence", "How sure is not known", "; ".join(choice.blocked_by), verdict="blocked")
-    judges = claiming_judges(study)[0]
-    n = min(len(judge.draws) for judge in judges)
-    if choice.config == loss_pick:
-        return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
+        return not_estimable("confidence", UNSURE, "; ".join(choice.blocked_by), verdict="blocked")
+    judges, own = claiming_judges(study)[0], choice.config
     placed = [judge for judge in judges if loss_pick in judge.scores.index]
+    counts = [judge.counted_terms(own, loss_pick) for judge in placed]
+    n = min((terms for terms in counts if terms is not None), default=None)
+    if own == loss_pick:
+        return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
     if not placed:
-        return not_estimable("confidence", "How sure is not known", f"no judge has ranked {loss_pick}", n)
-    leads = {judge.label: (judge.draws[choice.config] - judge.draws[loss_pick]).dropna() for judge in placed}
+        return not_estimable("confidence", UNSURE, f"no judge has ranked {loss_pick}", n)
+    leads = {judge.label: (judge.draws[own] - judge.draws[loss_pick]).dropna() for judge in placed}
     if any(lead.empty for lead in leads.values()):
-        return not_estimable("confidence", "How sure is not known", f"{loss_pick} has no resampled score", n)
+        return not_estimable("confidence", UNSURE, f"{loss_pick} has no resampled score", n)
     shares = {label: float((lead > 0).mean() + (lead == 0).mean() / 2) for label, lead in leads.items()}
+    text, verdict = _ahead_of_loss(study, choice, placed, loss_pick, shares)
+    return Finding("confidence", text, min(shares.values()), n=n, verdict=verdict)
+
+
+def _ahead_of_loss(
+    study: StudyResults, choice: Recommendation, placed: list[JudgeResults], loss_pick: str, shares: dict[str, float]
+) -> tuple[str, str]:
+    """The sentence on how often the choice scores above that of loss, and its verdict."""
+    own, tables = str(choice.config), list(compare(study, placed).values())
     often = name_list([f"{percent(share)} with {judge}" for judge, share in shares.items()])
-    text = f"Resampled, {choice.config} scores above loss's choice, {loss_pick}, this often: {often}."
-    tables = compare(study, placed).values()
+    text = f"How often {own} scores above loss's choice, {loss_pick}, over resamples of the prompts: {often}."
     ahead, behind = (
         all(loser in table.loc[winner, "better_than"] for table in tables)
-        for winner, loser in ((choice.config, loss_pick), (loss_pick, choice.config))
+        for winner, loser in ((own, loss_pick), (loss_pick, own))
     )
     if behind:
         text += f" {loss_pick} answers better"
         text += ", but is not fit." if choice.fit and loss_pick not in choice.fit else "."
     elif min(shares.values()) < 0.5:
         text += f" {loss_pick} may answer better, but is not shown to."
-    verdict = "supported" if ahead else "refuted" if behind else "not distinguishable"
-    return Finding("confidence", text, min(shares.values()), n=n, verdict=verdict)
+    return text, "supported" if ahead else "refuted" if behind else "not distinguishable"
 
 
 def _gains(study: StudyResults, choice: Recommendation) -> list[Finding]:
-    """The choice (or else the judge's best) against the untuned model, per judge that has placed it."""
+    """The choice (or else the judge's best) against the untuned model, per judge that has placed it.
+
+    It was picked after the fact, so its interval is as wide as one that holds for all configurations at once.
+    """
     findings = []
     for judge in (judge for judge in study.judges if len(judge.scores)):
         config = choice.config or str(judge.scores.idxmax())
-        gain = lead_over(judge, config, "untuned")
+        n = len(judge.scores)
+        gain = lead_over(judge, config, "untuned", picked_from=n)
         if gain is not None:
             text = (
                 f"Against the untuned model {config} wins {win_text(gain)} of decided comparisons with {judge.label}."
             )
+            if n > 1:
+                text += (
+                    f" It was picked from {n} after the fact: the share is too high, the interval holds for all {n}."
+                )
             verdict = excludes_zero(gain)
-            findings.append(blockable(f"gain.{judge.name}", text, gain, len(judge.draws), verdict, judge))
+            terms = judge.counted_terms(config, "untuned")
+            findings.append(blockable(f"gain.{judge.name}", text, gain, terms, verdict, judge))
     return findings
 
 
@@ -240,7 +220,7 @@ def _agreement(study: StudyResults, a: JudgeResults, b: JudgeResults, seed: int)
     id, n, n_draws = f"judges.{a.name}.{b.name}", len(configs), min(len(a.draws), len(b.draws))
     text = f"Whether {a.label} and {b.label} rank alike cannot be told"
     if n < 2 or statistics.critical_tau(n) is None:
-        return not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
+        return not_estimable(id, text, f"with {counted(n, 'configuration')} no tau reaches p < .05", n)
     if 1 in (a.scores[configs].nunique(), b.scores[configs].nunique()):
         return not_estimable(id, text, "all scores of a judge are equal", n)
     draws_a, draws_b = a.draws[configs].iloc[:n_draws], b.draws[configs].iloc[:n_draws]
@@ -265,7 +245,7 @@ def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> 
         text = f"Verdicts of {a.label} and {b.label} cannot be compared"
         return not_estimable(id, text, "no shared comparison that varies", n)
     text = f"Verdict by verdict, {a.label} and {b.label} agree with Cohen's kappa {kappa.value:.2f} "
-    text += f"{interval_text(*kappa[1:], '.2f')} over {n:,} shared comparisons."
+    text += f"{interval_text(*kappa[1:], '.2f')} over {counted(n, 'shared comparison')}."
     return blockable(id, text, kappa, n, excludes_zero(kappa), a, b)
 
 
@@ -297,7 +277,7 @@ def _alpha_finding(criterion: str, judges: Sequence[JudgeResults], alpha: Interv
         reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
         return not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
     text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
-    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {n:,} answers)."
+    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {counted(n, 'answer')})."
     return Finding(id, text, *alpha, n, excludes_zero(alpha))
 
 
@@ -316,14 +296,16 @@ def self_preference_finding(judge: JudgeResults, own: set[str], gap: Interval, n
         return not_estimable(id, text, "no other judge has decided the same comparisons", n)
     points = Interval(*(100 * share for share in gap))
     text = f"{judge.label} prefers its own answers ({whose}) {points.value:+.0f} points "
-    text += f"{interval_text(*points[1:], '+.0f')} more often than the other judges do, over {n:,} comparisons."
+    text += (
+        f"{interval_text(*points[1:], '+.0f')} more often than the other judges do, over {counted(n, 'comparison')}."
+    )
     return Finding(id, text, *gap, n, excludes_zero(gap))
 
 
 def _energy_findings(study: StudyResults) -> list[Finding]:
     energy, text = study.energy, "Energies cannot be compared"
     if len(energy) < 2:
-        reason = f"{len(energy)} of {len(study.results)} configurations have a training energy"
+        reason = some_of(len(energy), len(study.results), "configuration", "has", "have") + " a training energy"
         return [not_estimable("energy_ratio", text, reason, len(energy))]
     if len(study.energy_kinds) != 1:
         return [not_estimable("energy_ratio", text, study.energy_blocks[0], len(energy), "blocked")]
@@ -362,25 +344,6 @@ def _pareto_findings(study: StudyResults) -> list[Finding]:
     return findings
 
 
-def _noise_finding(study: StudyResults) -> Finding:
-    noise = effects.noise_floor(study.results, study.repeats, "val_loss")
-    if noise is None:
-        reason = "no configuration was repeated with another seed"
-        return not_estimable("noise_floor", "The seed noise is not known", reason)
-    seeds, losses = noise.between_seeds, study.losses.sort_values()
-    near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
-    differ = noise.between_configs
-    text = (
-        f"Another seed moves the validation loss by {seeds.value:.4f} (standard deviation, "
-        f"{interval_text(*seeds[1:], '.4f')}, {noise.n_runs} runs); configurations differ by "
-        f"{'an unknown amount' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
-        f"{noise.resolution:.4f} are not distinguishable: {len(near)} of {len(losses)} are that close to the lowest "
-        f"loss{f' ({name_list(near)})' if len(near) <= 8 else ''}."
-    )
-    verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
-    return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)
-
-
 def _effect_findings(study: StudyResults) -> list[Finding]:
     blocks = {f"{judge.name} score": judge.blocks for judge in study.judges}
     energy, order = f"training energy ({study.energy_word})", effects.order_shares(study.results)
@@ -390,14 +353,22 @@ def _effect_findings(study: StudyResults) -> list[Finding]:
     return [
         _effect(
             row, blocks.get(row["response"], []), int(family.get(row["response"], 0)),
-            order[row["factor"]] if row["response"] == energy else 0.0,
+            order[row["factor"]] if row["response"] == energy else 0.0, effects.order_is_known(study.results),
         )
         for row in rows
     ]  # fmt: skip
 
 
-def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -> Finding:
-    """One effect. It is supported if Holm's p is below .05 and, where main effects do not fit, if it stands out."""
+def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float, known: bool) -> Finding:
+    """One effect. It is supported if Holm's p is below .05 and, where main effects do not fit, if it stands out.
+
+    Args:
+        row: of `effects.effect_tables`.
+        blocks: what blocks the response.
+        family: the number of effects that Holm adjusts over.
+        order: the share of the order of runs that the factor explains; 0 for a response that no drift moves.
+        known: whether that order is recorded.
+    """
     factor, contrast, response, unit, n = (row[key] for key in ("factor", "contrast", "response", "unit", "n"))
     id = f"effect.{response}.{factor}.{contrast}".replace(" ", "")
     name = f"{factor} {contrast} on {response}"
@@ -406,12 +377,14 @@ def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float) -
     digits = ".2f" if unit == "ratio" else "+.3f"
     effect = Interval(row["effect"], row["low"], row["high"])
     text = f"Effect of {name}: {effect.value:{digits}} {unit} {interval_text(*effect[1:], digits)}, "
-    text += f"{p_text(row['p_holm'])} by Holm over {family} effects (error: {row['error']}). {_fit_text(row)}"
+    text += (
+        f"{p_text(row['p_holm'])} by Holm over {counted(family, 'effect')} (error: {row['error']}). {_fit_text(row)}"
+    )
     if order >= effects.ORDER_SHARE:
-        text += (
-            f" Configurations ran in the order of {factor} ({order:.0%} of a run's place follows it): a drift of the "
-        )
-        text += "machine would look like this effect."
+        when = "" if known else "Start times are missing; if the runs took the order of the list, then "
+        ran = f"{when}{'c' if when else 'C'}onfigurations ran in the order of {factor}"
+        text += f" {ran} (it explains {order:.0%} of the variance of a run's place): a drift of the machine would look "
+        text += "like this effect."
     rejected = row["lack_of_fit_p"] < 0.05
     holds = row["p_holm"] < 0.05 and (row["stands_out"] or not rejected)
     return blockable(id, text, effect, n, "supported" if holds else "not distinguishable", blocks=blocks)

@@ -11,7 +11,7 @@ from telco_nb.analysis.divergence import divergence_finding
 from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
 from telco_nb.analysis.recommendation import name_list, percent, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, not_estimable, p_text
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
 
@@ -75,7 +75,7 @@ def _tau_finding(
     id, n, configs = f"tau.{judge.name}", losses.shape[1], study.results.loc[losses.columns]
     if statistics.critical_tau(n) is None:
         text = f"Whether loss predicts {judge.label} cannot be told"
-        return not_estimable(id, text, f"with {n} configurations no tau reaches p < .05", n)
+        return not_estimable(id, text, f"with {counted(n, 'configuration')} no tau reaches p < .05", n)
     loss, score = study.losses[losses.columns], judge.scores[losses.columns]
     tau = statistics.tau_interval(loss, score, losses, draws)
     if tau is None:
@@ -94,7 +94,12 @@ def _tau_finding(
 
 
 def _ceiling_text(ceiling: float) -> str:
-    return "" if math.isnan(ceiling) else f"This judge's own noise caps |tau| near {ceiling:.2f}. "
+    """What chance leaves of tau; `only` below .5, where two runs order fewer than 3 of 4 pairs alike."""
+    if math.isnan(ceiling):
+        return ""
+    only = "only " if ceiling < 0.5 else ""
+    runs = f"the scores of two runs of the study would on average show |tau| of {only}{ceiling:.2f} with each other"
+    return f"Through noise alone {runs}. "
 
 
 def design_p_text(configs: pd.DataFrame, a: pd.Series, b: pd.Series, seed: int) -> tuple[float, str]:
@@ -106,7 +111,7 @@ def design_p_text(configs: pd.DataFrame, a: pd.Series, b: pd.Series, seed: int) 
         seed: of sampled relabellings and permutations.
     """
     relabelled = inference.relabellings(configs[list(FACTORS)], seed)
-    p = inference.relabelling_p(lambda x: statistics.tau_rows(x, b), relabelled, a)
+    p = inference.relabelling_p(inference.relabelled_values(statistics.tau_rows, relabelled, (a, b), (True, False)))
     plain, n = statistics.permutation_p(a, b, seed), len(relabelled)
     if n < 2:
         text = "No renaming of factor levels maps this set of configurations onto itself, so its p is 1"
@@ -136,7 +141,7 @@ def _regret_finding(judge: JudgeResults, pick: str, draws: pd.DataFrame) -> Find
     best, id = str(judge.scores[draws.columns].idxmax()), f"regret.{judge.name}"
     if pick == best:
         text = f"Choosing by loss loses nothing with {judge.label}: both choose {pick}."
-        return blockable(id, text, Interval(0.0), len(draws), "described", judge)
+        return blockable(id, text, Interval(0.0), judge.counted_terms(pick), "described", judge)
     lead = percentile_interval(
         judge.scores[best] - judge.scores[pick], draws[best] - draws[pick], judge.terms(best, pick)
     )
@@ -145,16 +150,17 @@ def _regret_finding(judge: JudgeResults, pick: str, draws: pd.DataFrame) -> Find
         f"{interval_text(*lead[1:], '.2f')}, that is, wins {win_text(lead)} of their decided comparisons. "
         "The best of many is picked after the fact, so this is an upper estimate."
     )
-    return blockable(id, text, lead, len(draws), excludes_zero(lead), judge)
+    return blockable(id, text, lead, judge.counted_terms(best, pick), excludes_zero(lead), judge)
 
 
 def _top3_finding(judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame) -> Finding:
     n, id = losses.shape[1], f"top3.{judge.name}"
     if n <= 3:
-        return not_estimable(id, f"The top 3 of {judge.label} says nothing", f"there are only {n} configurations", n)
+        reason = f"there are only {counted(n, 'configuration')}"
+        return not_estimable(id, f"The top 3 of {judge.label} says nothing", reason, n)
     share = statistics.top_share(losses, draws, 3)
     text = f"The lowest-loss configuration is in the top 3 of {judge.label} with probability {percent(share)}"
-    return blockable(id, f"{text} (chance: {3 / n:.0%}).", Interval(share), len(draws), "described", judge)
+    return blockable(id, f"{text} (chance: {3 / n:.0%}).", Interval(share), n, "described", judge)
 
 
 def _rank_interval(judge: JudgeResults, place: pd.Series, draws: pd.DataFrame, config: str) -> Interval:

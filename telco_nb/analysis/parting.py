@@ -1,41 +1,116 @@
-"""Why loss and judged quality part: each explanation a statement of its own, with its interval.
+"""Why loss and judged quality part: five explanations, each a statement of its own, and one sentence over all.
 
-Shift of distribution, overfitting and style come from `divergence`. Knowledge and forgetting are measured here, without
-a judge: what a model chooses by likelihood between texts of the cards, and how much more general texts surprise it than
-they surprise the untuned model. Either goes with the parting if, at equal validation loss, it goes with the score.
+A shift of distribution, overfitting and style are differences of rank correlations that they would move. Knowledge and
+forgetting are measured without a judge: what a model chooses by likelihood between texts of the cards, and how much
+more general texts surprise it than they surprise the untuned model. Each is tested by relabelled factors, and the p are
+adjusted over the explanations of one judge (`inference.step_down_p`). What is shown is an association over the
+configurations of one design, not a cause.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from telco_nb.analysis import results
-from telco_nb.analysis.divergence import FEWEST, Side, compared, shown_explanations
-from telco_nb.analysis.effects import FACTORS
-from telco_nb.analysis.inference import partial_tau_rows, relabellings
+from telco_nb.analysis.divergence import (
+    CONSTANT,
+    FEWEST,
+    Compared,
+    Side,
+    absent_text,
+    compared,
+    configs_of,
+    relabellings_of,
+    sides_of,
+)
+from telco_nb.analysis.inference import partial_tau_rows, step_down_p
+from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, not_estimable, p_text
-from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, share_interval, tau_rows
+from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable, p_text, some_of
+from telco_nb.analysis.statistics import (
+    Interval,
+    cluster_weights,
+    least_choices,
+    percentile_interval,
+    ratio_draws,
+    share_interval,
+    share_text,
+    tau_rows,
+)
 from telco_nb.judge.ranking import interval_text
 
 UNTUNED = "untuned"
-NAMES = {
-    "shift": ("Shift of distribution", "shift"),
-    "overfitting": ("Overfitting", "overfitting"),
-    "style": ("Style instead of content", "style instead of content"),
-}
-MEASURED = {
-    "knowledge": ("Knowledge", "card_choice", "right choices about the cards", ".0%"),
-    "forgetting": ("Forgetting", "forgetting", "nats per token lost on general texts", "+.3f"),
-}
-
-
 LESS_SURPRISED = "less surprised than the untuned model"
+
+
+def _difference(a: np.ndarray, b: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return tau_rows(a, other) - tau_rows(b, other)
+
+
+def _at_equal_loss(a: np.ndarray, loss: np.ndarray, score: np.ndarray) -> np.ndarray:
+    return partial_tau_rows(a, score, loss)
+
+
+class Explanation(NamedTuple):
+    """An explanation of why loss and quality part, and the measure that it would move away from 0."""
+
+    name: str  # at the start of a sentence
+    measure: str
+    compare: Callable[..., np.ndarray]
+    sides: tuple[str, ...]  # of the measure, in its order
+    below: str  # what a value below 0 says of the configurations
+    above: str
+
+
+_EQUAL = "configurations that {} are judged {} at equal validation loss"
+EXPLANATIONS = {
+    "shift": Explanation(
+        "A shift of distribution",
+        "tau with test loss less tau with validation loss",
+        _difference,
+        ("test_loss", "val_loss", "score"),
+        "a lower test loss goes with better answers, more so than a lower validation loss does",
+        "a lower test loss goes with better answers less than a lower validation loss does",
+    ),
+    "overfitting": Explanation(
+        "Overfitting",
+        "partial tau of the gap (validation less training loss) and score",
+        _at_equal_loss,
+        ("gap", "val_loss", "score"),
+        _EQUAL.format("have a larger gap between training and validation loss", "worse"),
+        _EQUAL.format("have a larger gap between training and validation loss", "better"),
+    ),
+    "style": Explanation(
+        "Style instead of content",
+        "tau of validation loss with style less that with content",
+        _difference,
+        ("style", "content", "val_loss"),
+        "a lower validation loss goes with better style, more so than with better content",
+        "a lower validation loss goes with better style less than with better content",
+    ),
+    "knowledge": Explanation(
+        "Knowledge",
+        "partial tau of right choices about the cards and score",
+        _at_equal_loss,
+        ("card_choice", "val_loss", "score"),
+        _EQUAL.format("choose rightly about the cards more often", "worse"),
+        _EQUAL.format("choose rightly about the cards more often", "better"),
+    ),
+    "forgetting": Explanation(
+        "Forgetting",
+        "partial tau of the loss on general texts and score",
+        _at_equal_loss,
+        ("forgetting", "val_loss", "score"),
+        _EQUAL.format("lose more on general texts", "worse"),
+        _EQUAL.format("lose more on general texts", "better"),
+    ),
+}
+MEASURED = {"knowledge": "Right choices about the cards", "forgetting": "Nats per token lost on general texts"}
 
 
 class Measure(NamedTuple):
@@ -43,6 +118,15 @@ class Measure(NamedTuple):
 
     table: pd.DataFrame
     draws: pd.DataFrame
+
+
+class Told(NamedTuple):
+    """What is known of one explanation with one judge: its measure, the adjusted p, and why there are no numbers."""
+
+    found: Compared | None = None
+    p: float = math.nan
+    shown: bool = False
+    reason: str = ""
 
 
 def card_choice(choices: Mapping[str, pd.DataFrame], n_draws: int, seed: int) -> Measure:
@@ -53,13 +137,14 @@ def card_choice(choices: Mapping[str, pd.DataFrame], n_draws: int, seed: int) ->
         n_draws, seed: of the bootstrap.
 
     Returns:
-        Bounds are those of `share_interval`, as in 04.
+        Value and bounds are those of `share_interval`, as in 04: missing with too few choices.
     """
     of_cards = {name: table[table["kind"] != "general"].assign(sum=table["right"]) for name, table in choices.items()}
     found = _means(of_cards, "term_id", n_draws, seed)
     for name, table in of_cards.items():
         found.table.loc[name, ["value", "low", "high"]] = list(share_interval(table["right"], table["term_id"], seed))
-    return found
+    return Measure(found.table.assign(right={name: int(table["right"].sum()) for name, table in of_cards.items()}),
+                   found.draws)  # fmt: skip
 
 
 def forgetting(general_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: int) -> Measure:
@@ -85,9 +170,11 @@ def forgetting_text(measure: Measure) -> str:
         return "What the configurations have forgotten is not known."
     less, more = rows[rows["value"] < 0], rows[rows["value"] > 0]
     surely = int((less["high"] < 0).sum()), int((more["low"] > 0).sum())
+    counts = some_of(len(more), len(rows), "configuration", "is", "are")
     return (
-        f"{len(more)} of {len(rows)} configurations are more surprised by general texts than the untuned model "
-        f"({surely[1]} of them surely), {len(less)} are {LESS_SURPRISED} ({surely[0]} surely)."
+        f"{counts[0].upper()}{counts[1:]} more surprised by general texts than the untuned model "
+        f"({surely[1] or 'none'} of them surely), {len(less) or 'none'} {'are' if len(less) > 1 else 'is'} "
+        f"{LESS_SURPRISED} ({surely[0] or 'none'} surely)."
     )
 
 
@@ -98,101 +185,169 @@ def _means(tables: Mapping[str, pd.DataFrame], cluster: str, n_draws: int, seed:
     rows, draws = {}, {}
     for name, table in tables.items():
         sums = table.groupby(cluster)["sum"].agg(["sum", "size"]).reindex(clusters, fill_value=0).to_numpy(float)
-        drawn = weights @ sums if len(clusters) else np.zeros((n_draws, 2))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws[name] = drawn[:, 0] / drawn[:, 1]
+        draws[name] = ratio_draws(weights, *sums.T)
         value = float(table["sum"].mean()) if len(table) else math.nan
         rows[name] = (*percentile_interval(value, draws[name], len(clusters)), len(table))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high", "n"])
     return Measure(table.rename_axis("config"), pd.DataFrame(draws))
 
 
-def parting_findings(
-    study: StudyResults, divergence: pd.DataFrame, measures: Mapping[str, Measure], seed: int = 0
-) -> list[Finding]:
-    """Five statements per judge: shift, overfitting, style, knowledge and forgetting.
+def parting_findings(study: StudyResults, measures: Mapping[str, Measure], seed: int = 0) -> list[Finding]:
+    """Six statements per judge: one over all explanations, then each of them.
 
     Args:
         study: the study.
-        divergence: the table of `divergence.divergence_tables`.
         measures: `card_choice` and `forgetting` by these names; one that is missing was not measured.
-        seed: of sampled relabellings.
+        seed: of the bootstrap of the checks and of sampled relabellings.
     """
     found = []
     for judge in study.judges:
-        rows = divergence[divergence["judge"] == judge.label] if len(divergence) else divergence
-        shown = shown_explanations(rows) if len(rows) else []
-        found += [_of_table(judge, reason, rows, reason in shown, len(study.losses)) for reason in NAMES]
-        found += [_of_measure(study, judge, reason, measures.get(MEASURED[reason][1]), seed) for reason in MEASURED]
+        told, n = explanations(study, judge, measures, seed), len(configs_of(study, judge))
+        found.append(_summary(judge, told, n))
+        found += [_finding(judge, name, told, measures, n) for name in told]
     return found
 
 
-def _of_table(judge: JudgeResults, reason: str, rows: pd.DataFrame, shown: bool, n: int) -> Finding:
-    name, row_name = NAMES[reason]
-    id, unknown = f"parting.{reason}.{judge.name}", f"{name} cannot be told with {judge.label}"
-    row = rows[rows["name"] == row_name]
-    if row.empty:
-        return not_estimable(id, unknown, f"fewer than {FEWEST} configurations are ranked", n)
-    first = row.iloc[0]
-    if first["reason"]:
-        return not_estimable(id, unknown, first["reason"], n)
-    interval = Interval(first["value"], first["low"], first["high"])
-    text = f"{name} is {'shown' if shown else 'not shown'} with {judge.label}: {first['measure']} "
-    text += f"{interval.value:+.2f} {interval_text(*interval[1:], '+.2f')}, {p_text(first['p'])} by relabelled factors."
-    return blockable(id, text, interval, n, "supported" if shown else "not distinguishable", judge)
-
-
-def _of_measure(study: StudyResults, judge: JudgeResults, reason: str, measure: Measure | None, seed: int) -> Finding:
-    """Whether a measure goes with the score at equal validation loss, with the extremes among configurations."""
-    name, column, words, digits = MEASURED[reason]
-    id, unknown = f"parting.{reason}.{judge.name}", f"{name} cannot be told with {judge.label}"
-    configs = list(results.paired_draws(study, judge)[0].columns)
-    if measure is None or not set(configs) <= set(measure.table["value"].dropna().index):
-        reason_why = f"{column.replace('_', ' ')} is not known for every configuration"
-        return not_estimable(id, unknown, reason_why, len(configs))
+def explanations(
+    study: StudyResults, judge: JudgeResults, measures: Mapping[str, Measure], seed: int = 0
+) -> dict[str, Told]:
+    """What is known of each explanation, by the names of EXPLANATIONS. The arguments are as for `parting_findings`."""
+    configs = configs_of(study, judge)
     if len(configs) < FEWEST:
-        return not_estimable(id, unknown, f"{len(configs)} configurations are too few", len(configs))
-    plain, partial, p = _relations(study, judge, measure, configs, seed)
-    if plain is None or partial is None:
-        return not_estimable(id, unknown, f"{column.replace('_', ' ')} or the score is the same for all", len(configs))
-    shown = partial.excludes() and p < 0.05
-    held, simple = (f"{tau.value:+.2f} {interval_text(*tau[1:], '+.2f')}" for tau in (partial, plain))
-    text = (
-        f"{name} is {'shown' if shown else 'not shown'} with {judge.label}: partial tau of {words} and score at equal "
-        f"validation loss {held}, {p_text(p)} by relabelled factors (plain tau {simple}). "
-        f"{_extremes(measure, configs, words, digits)}"
-    )
-    return blockable(id, text, partial, len(configs), "supported" if shown else "not distinguishable", judge)
+        reason = f"rank correlations need {FEWEST} configurations, and {len(configs)} can be compared"
+        return dict.fromkeys(EXPLANATIONS, Told(reason=reason))
+    sides = _with_measures(sides_of(study, judge, seed), measures, configs)
+    relabelled, found, told = relabellings_of(study, judge, seed), {}, {}
+    for name, one in EXPLANATIONS.items():
+        reason = _too_few(measures.get(one.sides[0])) or absent_text(one.sides, sides)
+        told[name] = Told(reason=reason or CONSTANT)
+        if not reason:
+            measured = compared(one.compare, one.sides, sides, relabelled, 2.0 if one.compare is _difference else 1.0)
+            found |= {name: measured} if measured.interval else {}
+    adjusted = step_down_p(np.array([one.relabelled for one in found.values()])) if found else []
+    for (name, one), p in zip(found.items(), adjusted, strict=True):
+        told[name] = Told(one, float(p), bool(p < 0.05) and _holds(name, one, sides))
+    return told
 
 
-def _relations(
-    study: StudyResults, judge: JudgeResults, measure: Measure, configs: list[str], seed: int
-) -> tuple[Interval | None, Interval | None, float]:
-    """tau of a measure and the score, the partial tau at equal validation loss, and the p of the latter.
+def _with_measures(sides: dict[str, Side], measures: Mapping[str, Measure], configs: list[str]) -> dict[str, Side]:
+    """The sides and the measures that every configuration has. Draws are paired by number: all are as many."""
+    for name, measure in measures.items():
+        if set(configs) <= set(measure.table["value"].dropna().index):
+            sides = sides | {name: Side(measure.table.loc[configs, "value"], measure.draws[configs])}
+    n_draws = min(len(side.draws) for side in sides.values())
+    return {name: Side(side.values, side.draws.iloc[:n_draws]) for name, side in sides.items()}
 
-    An interval is None where one side is constant.
+
+def _too_few(measure: Measure | None) -> str:
+    """That choices are too few to tell a share, in words; empty for another measure, or if they are enough."""
+    most = 0 if measure is None or "right" not in measure.table else int(measure.table["n"].max())
+    if not most or most >= least_choices():
+        return ""
+    return f"fewer than {least_choices()} choices about the cards tell no share, and {most} were asked"
+
+
+def _holds(name: str, found: Compared, sides: Mapping[str, Side]) -> bool:
+    """Does the interval of an explanation lie where the explanation puts it?
+
+    A shift: test loss orders the answers, and more than validation loss does. Style: validation loss orders style, and
+    content less so and not distinguishably. The others: the interval excludes 0, in whatever direction.
     """
-    losses, draws = results.paired_draws(study, judge)
-    n_draws = min(len(measure.draws), len(losses))
-    numbers = (measure.table.loc[configs, "value"], study.losses[configs], judge.scores[configs])
-    drawn = (table[configs].iloc[:n_draws] for table in (measure.draws, losses, draws))
-    own, loss, score = map(Side, numbers, drawn)
-    relabelled = relabellings(study.results.loc[configs, list(FACTORS)], seed)
-    plain, _ = compared(tau_rows, [own, score], relabelled)
-    partial, p = compared(lambda a, given, b: partial_tau_rows(a, b, given), [own, loss, score], relabelled)
-    return plain, partial, p
+    assert found.interval is not None
+
+    def is_below(*needed: str) -> bool:
+        tau = compared(tau_rows, needed, sides, np.arange(len(sides["score"].values))[None, :]).interval
+        return tau is not None and tau.is_below()
+
+    if name == "shift":
+        return found.interval.is_below() and is_below("test_loss", "score")
+    if name == "style":
+        return found.interval.is_below() and is_below("val_loss", "style") and not is_below("val_loss", "content")
+    return found.interval.excludes()
 
 
-def _extremes(measure: Measure, configs: list[str], words: str, digits: str) -> str:
-    """The highest and the lowest configuration, and the untuned model where it is measured."""
-    values = measure.table.loc[configs, "value"]
-    named = {"most": str(values.idxmax()), "least": str(values.idxmin())}
-    if UNTUNED in measure.table.index:
-        named["untuned model"] = UNTUNED
-    parts = []
-    for word, config in named.items():
-        interval = Interval(*measure.table.loc[config, ["value", "low", "high"]])
-        who = word if config == UNTUNED else f"{word} {config}"
-        less = f" ({LESS_SURPRISED})" if config != UNTUNED and interval.value < 0 else ""
-        parts.append(f"{who} {interval.value:{digits}} {interval_text(*interval[1:], digits)}{less}")
-    return f"{words[0].upper()}{words[1:]}: {', '.join(parts)}; extremes are picked after the fact."
+def _summary(judge: JudgeResults, told: Mapping[str, Told], n: int) -> Finding:
+    """One sentence over all explanations: which are shown, which are not, and which cannot be told."""
+    id, known = f"parting.all.{judge.name}", [name for name, one in told.items() if one.found]
+    if not known:
+        reasons = "; ".join(dict.fromkeys(one.reason for one in told.values()))
+        return not_estimable(id, f"Why loss and the score of {judge.label} part cannot be told", reasons, n)
+    groups = {
+        "shown": [name for name in known if told[name].shown],
+        "not shown": [name for name in known if not told[name].shown],
+        "not to be told from what was measured": [name for name in told if name not in known],
+    }
+    parts = [f"{_names(names)} {'are' if len(names) > 1 else 'is'} {word}" for word, names in groups.items() if names]
+    over = f"adjusted over {counted(len(known), 'explanation')} by Westfall and Young's step-down"
+    text = (
+        f"Of {len(told)} explanations of where loss and the score of {judge.label} part, {'; '.join(parts)} (p by "
+        f"relabelled factors, {over}). These are associations over {counted(n, 'configuration')}, not causes."
+    )
+    verdict = "supported" if groups["shown"] else "not distinguishable"
+    value = "+".join(groups["shown"]) or "none"
+    blocked = blockable(id, text, Interval(math.nan), n, verdict, judge)
+    return Finding(id, text, value, n=n, verdict=blocked.verdict, blocked_by=blocked.blocked_by)
+
+
+def _names(names: list[str]) -> str:
+    """The names of explanations within a sentence."""
+    return name_list([f"{EXPLANATIONS[name].name[0].lower()}{EXPLANATIONS[name].name[1:]}" for name in names])
+
+
+def _finding(
+    judge: JudgeResults, name: str, told: Mapping[str, Told], measures: Mapping[str, Measure], n: int
+) -> Finding:
+    """One explanation: shown or not, the direction in words, the numbers, and the extremes of what was measured."""
+    one, own, extremes = EXPLANATIONS[name], told[name], _extremes(name, measures)
+    id, tested = f"parting.{name}.{judge.name}", sum(other.found is not None for other in told.values())
+    if own.found is None or own.found.interval is None:
+        found = not_estimable(id, f"{one.name} cannot be told with {judge.label}", own.reason, n)
+        return replace(found, statement=found.statement + extremes)
+    tau = own.found.interval
+    text = (
+        f"{one.name} is {'shown' if own.shown else 'not shown'} with {judge.label}: {_direction(one, own, tau)} "
+        f"({one.measure} {tau.value:+.2f} {interval_text(*tau[1:], '+.2f')}, {p_text(own.p)} by relabelled factors, "
+        f"adjusted over {counted(tested, 'explanation')}).{extremes}"
+    )
+    return blockable(id, text, tau, n, "supported" if own.shown else "not distinguishable", judge)
+
+
+def _direction(one: Explanation, own: Told, tau: Interval) -> str:
+    """What the configurations are like, in words, and whether that may be chance."""
+    if tau.value == 0:
+        return "it leans neither way"
+    words = one.below if tau.value < 0 else one.above
+    if own.shown:
+        return words
+    return (
+        f"{words}, which alone does not show it"
+        if own.p < 0.05 and tau.excludes()
+        else f"it may be chance that {words}"
+    )
+
+
+def _extremes(name: str, measures: Mapping[str, Measure]) -> str:
+    """The highest and the lowest configuration, and the untuned model, of a measure that needs no judge."""
+    measure = measures.get(EXPLANATIONS[name].sides[0])
+    if measure is None:
+        return ""
+    table = measure.table[measure.table["n"] > 0]
+    order = (
+        (table["right"] / table["n"] if "right" in table else table["value"]).drop(UNTUNED, errors="ignore").dropna()
+    )
+    if order.empty:
+        return ""
+    named = {f"most {order.idxmax()}": order.idxmax(), f"least {order.idxmin()}": order.idxmin()}
+    named |= {"the untuned model": UNTUNED} if UNTUNED in table.index else {}
+    parts = [f"{who} {_measured_text(table.loc[config])}" for who, config in named.items()]
+    return f" {MEASURED[name]}: {', '.join(parts)}; extremes are picked after the fact."
+
+
+def _measured_text(row: pd.Series) -> str:
+    """Right choices of all with their share, or nats per token."""
+    interval = Interval(*row[["value", "low", "high"]])
+    if "right" in row:
+        right, n = int(row["right"]), int(row["n"])
+        return f"{right} of {n}" if math.isnan(interval.value) else share_text(right, n, interval)
+    less = f" ({LESS_SURPRISED})" if interval.value < 0 else ""
+    return f"{interval.value:+.3f} {interval_text(*interval[1:], '+.3f')}{less}"

@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from telco_nb.analysis.recommendation import claims_of, judged_terms, percent
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, not_estimable
+from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.best import MANY
 from telco_nb.judge.ranking import interval_text
@@ -39,6 +39,11 @@ class Errors(NamedTuple):
     training: float | None  # None: no run was repeated, so it is not known
     df_training: int
     configs: int
+
+    @property
+    def counted_terms(self) -> int | None:
+        """The number of terms, for the `n` of a finding: None where it is not known."""
+        return None if self.terms >= MANY else self.terms
 
     def of(self, times: float = 1.0, runs: tuple[int, int] = (1, 1)) -> tuple[float, float]:
         """The standard error and its degrees of freedom (Satterthwaite).
@@ -149,31 +154,32 @@ def power_findings(study: StudyResults, n_prompts: int) -> list[Finding]:
             found.append(not_estimable(f"power.{judge.name}", text, "there is no ranking with two terms or more"))
             continue
         found += [_least(judge, errors, n_prompts), _equivalence(study, judge)]
-        found.append(_apart(judge, power_table(study, judge, n_prompts), n_prompts))
+        found.append(_apart(judge, errors, power_table(study, judge, n_prompts), n_prompts))
     return found
 
 
 def _least(judge: JudgeResults, errors: Errors, n_prompts: int) -> Finding:
     least = least_difference(*errors.of())
     if least > FORGONE:
-        text = f"With {n_prompts} prompts only a configuration that wins practically always would be noticed"
+        text = f"With {counted(n_prompts, 'prompt')} only a configuration that wins practically always would be noticed"
         text += f" (by {judge.label}; one comparison alone, 5 % level)."
-        return blockable(f"power.{judge.name}", text, Interval(least), n_prompts, "described", judge)
+        return blockable(f"power.{judge.name}", text, Interval(least), errors.counted_terms, "described", judge)
     share = percent(float(expit(least)))
     text = (
-        f"With {n_prompts} prompts and one training run each, this study finds a difference of "
-        f"{least:.2f} log-odds between two configurations with {POWER:.0%} chance ({share} of decided comparisons "
-        f"by {judge.label}; one comparison alone, 5 % level)"
+        f"With {counted(n_prompts, 'prompt')} and one training run each, a difference between two configurations must "
+        f"be at least {least:.2f} log-odds ({share} of decided comparisons by {judge.label}) to be noticed with "
+        f"{POWER:.0%} power (one comparison alone, 5 % level)"
     )
     luck = "the luck of training is in it" if errors.training is not None else "the luck of training is not known"
-    return blockable(f"power.{judge.name}", f"{text}; {luck}.", Interval(least), n_prompts, "described", judge)
+    text = f"{text}; {luck}."
+    return blockable(f"power.{judge.name}", text, Interval(least), errors.counted_terms, "described", judge)
 
 
-def _apart(judge: JudgeResults, table: pd.DataFrame, n_prompts: int) -> Finding:
+def _apart(judge: JudgeResults, errors: Errors, table: pd.DataFrame, n_prompts: int) -> Finding:
     first, second = top_two(judge)
     lead = Interval(float(judge.scores[first] - judge.scores[second]))
     parts = [
-        f"{row['prompts_top_two']:,} prompts with {row['seeds']} seed{'s' * (row['seeds'] > 1)} each"
+        f"{counted(row['prompts_top_two'], 'prompt')} with {counted(row['seeds'], 'seed')} each"
         for row in table.to_dict("records")
         if not pd.isna(row["prompts_top_two"])
     ]
@@ -182,9 +188,10 @@ def _apart(judge: JudgeResults, table: pd.DataFrame, n_prompts: int) -> Finding:
         text += f"If that lead is real, to tell them apart with {POWER:.0%} chance takes {', or '.join(parts)} (this "
         text += f"study has {n_prompts}). The lead of a best of many is too large, so these numbers are too small."
     else:
-        text += f"No number of prompts with up to {table['seeds'].max()} seeds each tells them apart with {POWER:.0%} "
+        seeds = counted(int(table["seeds"].max()), "seed")
+        text += f"No number of prompts with up to {seeds} each tells them apart with {POWER:.0%} "
         text += "chance, even if that lead is real."
-    return blockable(f"power_top.{judge.name}", text, lead, n_prompts, "described", judge)
+    return blockable(f"power_top.{judge.name}", text, lead, errors.counted_terms, "described", judge)
 
 
 def _equivalence(study: StudyResults, judge: JudgeResults) -> Finding:
@@ -209,4 +216,5 @@ def _equivalence(study: StudyResults, judge: JudgeResults) -> Finding:
     if judge.luck is None:
         text += " The luck of training is not known and not in these bounds, so they cannot show it."
     verdict = "supported" if shown else "not distinguishable"
-    return blockable(f"equivalence.{judge.name}", text, Interval(lead), n_terms, verdict, judge)
+    n = judge.counted_terms(first, second)
+    return blockable(f"equivalence.{judge.name}", text, Interval(lead), n, verdict, judge)

@@ -1,4 +1,4 @@
-"""Which configuration to recommend, and the reasons.
+"""Which configuration to recommend, the reasons, and both in words: the findings `deploy` and `first_choice`.
 
 The rule is written down before the run (`params/claims.yaml`). Only configurations that are fit to answer customers are
 compared (`fitness`); if none is fit, all are, and the answer is that none is. Eligible is who is shown to be not worse
@@ -17,20 +17,16 @@ import pandas as pd
 from scipy.special import expit
 
 from telco_nb.analysis.effects import noise_floor
-from telco_nb.analysis.fitness import fit_configs, lead_over
+from telco_nb.analysis.fitness import fit_configs, fitness, lead_over, unfit_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.shrinkage import expected_scores
+from telco_nb.analysis.statements import Finding, name_list, not_estimable, some_of
 from telco_nb.analysis.statistics import Interval
 from telco_nb.judge.best import compare_with_best
 from telco_nb.judge.ranking import few_terms, interval_text
 from telco_nb.study.params import Claims, load_claims
 
 TARGETS = {"qv": "query and value", "mlp": "MLP", "all": "attention and MLP"}
-
-
-def name_list(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def judges_text(judges: Sequence[JudgeResults]) -> str:
@@ -56,7 +52,7 @@ def win_text(lead: Interval) -> str:
 
 
 class Recommendation(NamedTuple):
-    """The recommended configuration and why.
+    """The first choice and why.
 
     `candidates` are shown to be not worse than the best by more than the margin, best first; if there are none,
     `cannot_tell` says why and `config` is only the best guess. `better_than` names the configurations that are surely
@@ -71,6 +67,11 @@ class Recommendation(NamedTuple):
     cannot_tell: str = ""
     better_than: Sequence[str] = ()
     fit: Sequence[str] = ()
+
+    @property
+    def deploy(self) -> str | None:
+        """The configuration to deploy: the first choice, if it is fit."""
+        return self.config if self.fit else None
 
     @property
     def is_supported(self) -> bool:
@@ -144,7 +145,7 @@ def mean_expected_scores(study: StudyResults, judges: Sequence[JudgeResults]) ->
 
 
 def recommend(study: StudyResults) -> Recommendation:
-    """The configuration to deploy, by the rule in `claims_of(study)`.
+    """The first choice, by the rule in `claims_of(study)`; it is deployed only if it is fit.
 
     A configuration that is not fit is not eligible while another one is, and one whose interval lies below the untuned
     model with any of the judges never is.
@@ -221,17 +222,18 @@ def _reason(
 
 
 def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: str) -> str:
-    """Why no configuration is shown to be within the margin of the best."""
+    """Why no configuration is shown to be within the margin of the best, in whole sentences."""
+    if all((table["behind_at_most"] <= claims.margin).any() for table in compared.values()):
+        return f"the judges differ in which ones are near the best ({name_list(list(compared))})"
     parts = []
     for label, table in compared.items():
-        near = table["behind_at_most"].idxmin()
-        behind, rivals = table.loc[near, "behind_at_most"], int(table["can_be_best"].sum())
+        near, n = table["behind_at_most"].idxmin(), int(table["can_be_best"].sum())
+        behind = table.loc[near, "behind_at_most"]
         bound = "any share" if math.isinf(behind) else f"up to {percent(float(expit(behind)))}"
-        lost = f"even {near} may lose {bound} of decided comparisons to it"
-        parts.append(f"with {label} {rivals} of {len(table)} can be the best, and {lost}")
-    if all((table["behind_at_most"] <= claims.margin).any() for table in compared.values()):
-        parts = [f"the judges differ in which ones are near the best ({name_list(list(compared))})"]
-    return f"{'; '.join(parts)} (the margin is {percent(float(expit(claims.margin)))})"
+        who = f"all {n}" if n == len(table) else f"{n} of {len(table)}"
+        lost = f"even {near}, the nearest, may lose {bound} of decided comparisons to the best"
+        parts.append(f"with {label} {who} can be the best, and {lost}")
+    return f"{'; '.join(parts)}. At most {percent(float(expit(claims.margin)))} would count as equally good"
 
 
 def seed_text(study: StudyResults) -> str:
@@ -256,3 +258,91 @@ def describe_config(row: pd.Series) -> str:
         "learning_rate": f"learning rate {row['learning_rate']:g}",
     }
     return ", ".join(text for column, text in parts.items() if not pd.isna(row[column]))
+
+
+def energy_text(row: pd.Series) -> str:
+    """Training energy of a configuration with interval and kind; empty if it is missing."""
+    value, low, high = row[["train_energy_wh", "train_energy_low_wh", "train_energy_high_wh"]]
+    if pd.isna(value):
+        return ""
+    ends = "" if pd.isna(low) or pd.isna(high) else f" {interval_text(low, high, '.3g')}"
+    kind = row["energy_kind"]
+    return f"{value:.3g} Wh{ends}, {'of unknown kind' if pd.isna(kind) else kind}"
+
+
+# ---------------------------------------------------------------- in words
+
+
+def deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
+    """The decision, in two short sentences; its value is the configuration to deploy, None if none is fit or ranked.
+
+    What keeps all below the bar without a ranking comes first: it is known whoever ranks them.
+    """
+    n, unfit = len(study.results), unfit_text(study)
+    if unfit or (choice.config and not choice.fit):
+        return _none_fit(study, choice, unfit)
+    if choice.config is None:
+        return not_estimable("deploy", "No configuration can be recommended", why_not(study, choice), n, "blocked")
+    fit = some_of(len(choice.fit), n, "configuration", "is", "are") + " fit to answer customers"
+    if choice.cannot_tell:
+        text = f"The data cannot tell which configuration is best; the best guess is {choice.config}."
+        text += f" {fit}." if len(choice.fit) < n else ""
+        return Finding("deploy", text, choice.config, n=n, verdict="cannot tell")
+    text = f"Deploy {_described(study, choice)}."
+    if len(choice.fit) == n:
+        text += " It is shown to be as good as the best one, or nearly so." if n > 1 else ""
+    elif len(choice.fit) > 1:
+        text += f" {fit}, and it is shown to be as good as the best of them, or nearly so."
+    verdict = "supported" if choice.is_supported else "not distinguishable"
+    return Finding("deploy", text, choice.config, n=n, verdict=verdict)
+
+
+def _described(study: StudyResults, choice: Recommendation) -> str:
+    return f"{choice.config} ({describe_config(study.results.loc[choice.config])})"
+
+
+def _none_fit(study: StudyResults, choice: Recommendation, unfit: str) -> Finding:
+    """The decision where no configuration is fit; `unfit` says what keeps all below the bar, or is empty."""
+    all_fail = all(fitness(study, str(config)).failed for config in study.results.index)
+    text = f"No configuration is {'' if all_fail else 'shown to be '}fit for customers{f': {unfit}' * bool(unfit)}."
+    reasons = [] if choice.config else [why_not(study, choice)]
+    if reasons:
+        either = "None can be recommended" if claiming_judges(study)[0] else "They cannot be ranked either"
+        text += f" {either}: {reasons[0]}."
+    return Finding("deploy", text, n=len(study.results), verdict="not fit", blocked_by=reasons)
+
+
+def first_choice_finding(study: StudyResults, choice: Recommendation) -> Finding | None:
+    """The configuration that one would try next, fit or not, with the reasons; None without one.
+
+    Its value is the configuration, `low` and `high` are the bounds of its place over all judges that may carry a claim.
+    """
+    if choice.config is None:
+        return None
+    judges, n = claiming_judges(study)[0], len(study.results)
+    told = choice.config if choice.fit and not choice.cannot_tell else _described(study, choice)
+    parts = [f"{told} is the first choice of {n}: {choice.reason}.", f"Its place: {_places(judges, choice.config)}."]
+    if choice.cannot_tell:
+        parts.append(f"{'' if choice.fit else 'The data cannot tell which is best: '}{choice.cannot_tell}.")
+    elif choice.better_than:
+        names = name_list(choice.better_than)
+        parts.append(f"It is surely better than {len(choice.better_than)} of the others ({names}).")
+    else:
+        parts.append("It is not surely better than any other one.")
+    held = fitness(study, choice.config)
+    parts += [f"{reason}." for reason in held.reasons if reason not in held.below.values()]
+    parts += [f"Training: {energy_text(study.results.loc[choice.config]) or 'its energy is not known'}."]
+    text = " ".join([parts[0], *(part[:1].upper() + part[1:] for part in parts[1:])])
+    verdict = "cannot tell" if choice.cannot_tell else "supported" if choice.is_supported else "not distinguishable"
+    places = pd.DataFrame([judge.ranking.loc[choice.config, ["rank_low", "rank_high"]] for judge in judges])
+    ends = (places["rank_low"].min(), places["rank_high"].max())
+    return Finding("first_choice", f"{text} {seed_text(study)}", choice.config, *ends, n, verdict)
+
+
+def _places(judges: Sequence[JudgeResults], config: str) -> str:
+    """`1 of 16 [1, 11] with checklist`, for each judge that has ranked the configuration."""
+    texts = []
+    for judge in (judge for judge in judges if config in judge.scores.index):
+        place, *ends = judge.ranking.loc[config, ["rank", "rank_low", "rank_high"]]
+        texts.append(f"{place:g} of {len(judge.scores)} {interval_text(*ends, 'g')} with {judge.label}")
+    return name_list(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from telco_nb.analysis.statistics import MISSING, Interval, Luck, cluster_weights, kendall_tau, percentile_interval
+from telco_nb.analysis.statistics import (
+    MISSING,
+    Interval,
+    Luck,
+    cluster_weights,
+    percentile_interval,
+    ratio_draws,
+    tau_rows,
+)
+from telco_nb.judge.best import MANY
 from telco_nb.judge.cases import degenerate_answer
 from telco_nb.judge.gate import gate_counts, outcome
 from telco_nb.study.params import Claims, split_run
@@ -27,6 +37,7 @@ ENERGY_COLUMNS = (
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 JudgeFiles = Callable[[str], Callable[[str], Path]]  # by a judge's name: the path of a file of its 05_judge
 PROXY_KINDS = ("checklist", "embedding")
+CEILING_PAIRS = 500  # of drawn runs: the mean of their taus is then known to about .01
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,11 @@ class JudgeResults:
         if "n_terms" not in self.ranking:
             return None
         return int(self.ranking["n_terms"].reindex(list(configs)).fillna(0).min())
+
+    def counted_terms(self, *configs: str) -> int | None:
+        """Like `terms`, for the `n` of a finding: None as well where so many are given that they stand for no count."""
+        terms = self.terms(*configs)
+        return None if terms is None or terms >= MANY else terms
 
     @property
     def failed_controls(self) -> list[str]:
@@ -143,8 +159,9 @@ class StudyResults:
         if len(self.energy_kinds) > 1:
             blocks.append(f"energies of different kinds ({self.energy_word}) do not stand on one ranking")
         if self.invalid_energy:
-            share = f"{len(self.invalid_energy)} of {len(self.results)}"
-            blocks.append(f"{share} energy windows are too short to trust ({self.invalid_energy[0]} ...)")
+            short, n = len(self.invalid_energy), len(self.results)
+            named = self.invalid_energy[0] + (" ..." if short > 1 else "")
+            blocks.append(f"energy windows too short to trust: {short} of {n} ({named})")
         return blocks
 
     @property
@@ -290,9 +307,7 @@ def val_loss_draws(val_losses: Mapping[str, pd.DataFrame], n_draws: int, seed: i
     weights = cluster_weights(len(scenarios), n_draws, seed)
     draws = {}
     for config, frame in sums.items():
-        drawn = weights @ frame.reindex(scenarios, fill_value=0).to_numpy(float)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws[config] = drawn[:, 0] / drawn[:, 1]
+        draws[config] = ratio_draws(weights, *frame.reindex(scenarios, fill_value=0).to_numpy(float).T)
     return pd.DataFrame(draws)
 
 
@@ -349,10 +364,28 @@ def paired_draws(study: StudyResults, judge: JudgeResults) -> tuple[pd.DataFrame
 
 
 def noise_ceiling(judge: JudgeResults) -> float:
-    """The |tau| that even a perfect predictor would show against this judge: mean tau of its draws with its scores."""
-    scores = judge.scores
-    draws = judge.draws[list(scores.index)].to_numpy()[:500]
-    return float(np.nanmean([kendall_tau(scores.to_numpy(), row) for row in draws]))
+    """The tau-b that the scores of two runs of the study would on average have with each other.
+
+    Two runs share the true scores and differ in their errors. The scores of one run spread more than true ones, by
+    their errors, so they are first drawn together by that share; then errors of draws are added, of two runs each.
+    Errors are those of `error_draws` where there are some: `draws` are wider, to make t intervals.
+
+    Returns:
+        NaN without draws.
+    """
+    names, drawn = list(judge.scores.index), judge.draws if judge.error_draws is None else judge.error_draws
+    errors = drawn[names].dropna().to_numpy()[: 2 * CEILING_PAIRS]
+    if len(errors) < 2 or len(names) < 2:
+        return math.nan
+    errors = errors - errors.mean(axis=0)
+    centred = errors - errors.mean(axis=1, keepdims=True)  # what all scores share reorders nothing
+    noise = float((centred**2).sum()) / (len(errors) - 1) / (len(names) - 1)
+    spread = float(judge.scores.var())
+    kept = math.sqrt(max(0.0, 1 - noise / spread)) if spread > 0 else 0.0
+    runs = kept * judge.scores.to_numpy() + errors
+    half = len(runs) // 2
+    taus = tau_rows(runs[:half], runs[half : 2 * half])
+    return float(np.nanmean(taus)) if np.isfinite(taus).any() else math.nan
 
 
 def own_answers(
@@ -396,8 +429,8 @@ def self_preference(
         return MISSING, 0
     both["gap"] = both["share"] - both["consensus"]
     sums = both.groupby("scenario_id")["gap"].agg(["sum", "size"]).to_numpy(float)
-    drawn = cluster_weights(len(sums), n_draws, seed) @ sums
-    return percentile_interval(both["gap"].mean(), drawn[:, 0] / drawn[:, 1], len(sums)), len(both)
+    drawn = ratio_draws(cluster_weights(len(sums), n_draws, seed), *sums.T)
+    return percentile_interval(both["gap"].mean(), drawn, len(sums)), len(both)
 
 
 def _own_shares(judgements: pd.DataFrame, own: set[str]) -> pd.DataFrame:

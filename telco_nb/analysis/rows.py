@@ -11,6 +11,7 @@ from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
 from telco_nb.analysis.fitness import lead_over
 from telco_nb.analysis.recommendation import name_list, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults, paired_draws
+from telco_nb.analysis.statements import counted, some_of
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
 from telco_nb.judge.separation import LEAST_TERMS
@@ -92,7 +93,9 @@ def rows_text(study: StudyResults, comparisons: pd.DataFrame, most: int = 12) ->
     for judge in judges if len(pairs) else []:
         shown = rows.loc[rows["judge"] == judge.name, "shows"].value_counts()
         counts = "; ".join(f"in {n} {text}" for text, n in shown.items())
-        lines.append(f"- Of {shown.sum()} pairs with {_name(judge)}: {counts or 'nothing can be compared'}.")
+        lines.append(
+            f"- Of {counted(int(shown.sum()), 'pair')} with {_name(judge)}: {counts or 'nothing can be compared'}."
+        )
     absent = [factor.replace("_", " ") for factor in FACTORS if factor not in set(rows["factor"])]
     if absent:
         text = (
@@ -133,15 +136,20 @@ def lowest_loss_text(losses: pd.Series, draws: pd.DataFrame, n_scenarios: int, n
     lowest, *others = losses.sort_values().index
     text = f"**{lowest} has the lowest loss.** "
     if min(n_scenarios, n_terms) < LEAST_TERMS:
-        return f"{text}{n_scenarios} scenarios about {n_terms} terms are too few to tell whether another is as low."
+        few = f"{counted(n_scenarios, 'scenario')} about {counted(n_terms, 'term')}"
+        return f"{text}{few}: too few to tell whether another is as low."
     gaps = draws.sub(draws[lowest], axis=0)
     paired = {c: percentile_interval(losses[c] - losses[lowest], gaps[c], n_scenarios) for c in others}
     near = [config for config, gap in paired.items() if not gap.excludes()]
     if near:
-        text += f"{len(near)} of the other {len(others)} are not distinguishable from it ({name_list(near)}): "
+        text += (
+            f"{len(near)} of {counted(len(others), 'other')} {'are' if len(near) > 1 else 'is'} not distinguishable "
+        )
+        text += f"from it ({name_list(near)}): "
         return f"{text}the interval of the paired difference contains 0."
     if others:
-        text += "It is distinguishable from all others: no interval of a paired difference contains 0."
+        all_others = "the other one" if len(others) == 1 else f"all {len(others)} others"
+        text += f"It is distinguishable from {all_others}: no interval of a paired difference contains 0."
     return text
 
 
@@ -153,10 +161,11 @@ def untuned_text(study: StudyResults) -> str:
         placed = {config: gain for config, gain in gains.items() if gain is not None}
         below = [config for config, gain in placed.items() if gain.value < 0]
         surely = [config for config in below if placed[config].is_below()]
-        text = f"- With {_name(judge)}, **{len(below)} of {len(placed)} configurations score below the untuned model**"
+        count = some_of(len(below), len(placed), "configuration", "scores", "score")
+        text = f"- With {_name(judge)}, **{count} below the untuned model**"
         if not placed:
             text = f"- {_name(judge)} has not placed the untuned model"
         elif below:
-            text += f" ({name_list(below)}); for {len(surely)} of them the whole interval lies below"
+            text += f" ({name_list(below)}); for {len(surely) or 'none'} of them the whole interval lies below"
         lines.append(f"{text}.")
     return "\n".join(lines)

@@ -21,15 +21,22 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.analysis import effects
+from telco_nb.analysis.inference import pure_error
+from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeFiles, JudgeResults, StudyResults, read_judge
-from telco_nb.analysis.statements import Finding, blockable
+from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
 from telco_nb.analysis.statistics import Luck
 from telco_nb.judge.best import MANY
 from telco_nb.judge.bradley_terry import interval_levels
 from telco_nb.judge.ranking import interval_text, rank_bounds
 from telco_nb.study.params import config_of, repeat_name
 
-LEAST_DF = 3  # of 138 simulated studies 19 % (with 1) and 10 % (with 2) wrongly call one better; with 4 or 6 about 5 %
+# Intervals are as wide as those of Student's t, made of normal draws of luck. With 1 or 2 degrees of freedom t has no
+# finite variance (it is df / (df - 2): Johnson, Kotz and Balakrishnan 1995, Continuous Univariate Distributions 2,
+# chapter 28), so draws of whatever variance have too thin tails where several configurations are compared at once. Of
+# 138 simulated studies of equal configurations 19 % (with 1) and 10 % (with 2) wrongly call one better than another;
+# with 4 or 6 about 5 %.
+LEAST_DF = 3
 
 
 def training_luck(scores: pd.Series, draws: pd.DataFrame | None = None) -> Luck | None:
@@ -40,18 +47,17 @@ def training_luck(scores: pd.Series, draws: pd.DataFrame | None = None) -> Luck 
         draws: (draws, runs), which hold the noise of the scores; None: they have none.
 
     Returns:
-        None if no configuration has two runs.
+        None if no configuration has two runs, or if their runs do not differ (`inference.pure_error`).
     """
     groups = scores.index.map(config_of)
-    df = len(scores) - groups.nunique()
-    if df < 1 or scores.isna().any():
+    error = None if scores.isna().any() else pure_error(scores.set_axis(groups))
+    if error is None:
         return None
-    within = scores - scores.groupby(groups).transform("mean")
     noise = 0.0
     if draws is not None:
         drawn = draws[list(scores.index)].T
-        noise = float((drawn - drawn.groupby(groups).transform("mean")).var(axis=1).sum()) / df
-    return Luck(float((within**2).sum()) / df, noise, df)
+        noise = float((drawn - drawn.groupby(groups).transform("mean")).var(axis=1).sum()) / error.df
+    return Luck(error.sd**2, noise, int(error.df))
 
 
 def read_panel(judges: Sequence[str], files: JudgeFiles, seed: int) -> list[JudgeResults]:
@@ -167,23 +173,47 @@ def with_scores(repeats: pd.DataFrame, panel: list[JudgeResults]) -> pd.DataFram
     return repeats.assign(**scores)
 
 
+def noise_finding(study: StudyResults) -> Finding:
+    """How much another seed moves the validation loss, beside how much configurations differ."""
+    noise = effects.noise_floor(study.results, study.repeats, "val_loss")
+    if noise is None:
+        reason = "no configuration was repeated with another seed"
+        return not_estimable("noise_floor", "The standard deviation between seeds is not known", reason)
+    seeds, losses = noise.between_seeds, study.losses.sort_values()
+    near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
+    differ = noise.between_configs
+    text = (
+        f"The standard deviation between seeds of the validation loss is {seeds.value:.4f} "
+        f"{interval_text(*seeds[1:], '.4f')} ({counted(noise.n_runs, 'run')}); between configurations it is "
+        f"{'not known' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
+        f"{noise.resolution:.4f} are not distinguishable: that close to the lowest loss "
+        f"{'is' if len(near) == 1 else 'are'} {len(near)} of {len(losses)}"
+        f"{f' ({name_list(near)})' if len(near) <= 8 else ''}, itself included."
+    )
+    verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
+    return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)
+
+
 def luck_findings(study: StudyResults) -> list[Finding]:
     """Per judge, how much another seed moves a score, beside how much configurations differ."""
     found = []
     for judge in study.judges:
         if judge.luck is None or judge.runs is None:
             continue
-        spread, luck, n = float(judge.scores.std()), judge.luck.sd, len(judge.runs)
-        repeated = judge.runs.groupby(judge.runs.index.map(config_of)).size()
+        spread, luck = float(judge.scores.std()), judge.luck.sd
+        sizes = judge.runs.index.map(config_of).value_counts().to_numpy()
+        repeated, n = int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
         text = (
-            f"Another training seed moves the score of {judge.label} by {luck.value:.2f} log-odds (standard deviation, "
-            f"{interval_text(*luck[1:], '.2f')}, {(repeated > 1).sum()} configurations with "
-            f"{repeated[repeated > 1].sum()} runs); configurations differ by {spread:.2f}. "
+            f"The standard deviation between seeds of the score of {judge.label} is {luck.value:.2f} log-odds "
+            f"{interval_text(*luck[1:], '.2f')} (noise of judging taken out; {counted(repeated, 'configuration')} with "
+            f"{counted(n, 'run')}); between configurations it is {spread:.2f}, noise of judging included. "
             "The intervals of its scores and ranks, tau, and the comparison with the best hold that luck; kappa, "
             "alpha, self-preference and what votes correct do not: they are about the runs that there are."
         )
         if judge.luck.df < LEAST_DF:
-            text += f" Repeats with {LEAST_DF} degrees of freedom are the least that tell it: of {judge.luck.df} the "
+            text += (
+                f" Fewer than {LEAST_DF} runs beyond the first ones tell too little of it: with {judge.luck.df} the "
+            )
             text += "intervals are wide, and still hold the truth less often than they say."
         verdict = "supported" if spread > luck.high else "not distinguishable"
         found.append(blockable(f"luck.{judge.name}", text, luck, n, verdict, judge))

@@ -33,21 +33,24 @@ def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.D
     """What a million answers of each configuration take.
 
     Args:
-        answering: metrics of 04 by configuration or `untuned`, with `answer_energy_per_answer_wh` and its ends.
-        training: metrics of 03 by configuration, with `train_energy_wh`.
+        answering: metrics of 04 by configuration or `untuned`, with `answer_energy_per_answer_wh`, its ends, and
+            `energy_kind`.
+        training: metrics of 03 by configuration, with `train_energy_wh` and `energy_kind`.
         rates: prices of a kWh.
 
     Returns:
         A DataFrame by configuration: kwh, kwh_low, kwh_high, usd, co2e_kg, break_even_answers, after which answering
-        has taken more energy than training, and train_co2e_g, the CO2e of the training. A value without a measurement
-        or an estimate is missing.
+        has taken more energy than training (missing where the two energies are of different kinds), train_co2e_g, the
+        CO2e of the training, and energy_kind, that of answering. A value without a measurement or an estimate is
+        missing.
     """
     rows = {}
     for config, metrics in answering.items():
         per_answer = [metrics.get(f"answer_energy{end}_per_answer_wh") for end in ENDS]
         kwh, low, high = (float("nan") if wh is None else wh * MILLION / WH_PER_KWH for wh in per_answer)
-        trained = training.get(config, {}).get("train_energy_wh")
-        even = trained / per_answer[0] if trained is not None and per_answer[0] else None
+        trained, kind = training.get(config, {}).get("train_energy_wh"), metrics.get("energy_kind")
+        alike = training.get(config, {}).get("energy_kind") == kind
+        even = trained / per_answer[0] if trained is not None and per_answer[0] and alike else None
         rows[config] = {
             "kwh": kwh,
             "kwh_low": low,
@@ -56,23 +59,25 @@ def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.D
             "co2e_kg": kwh * rates.carbon_g_per_kwh / GRAMS_PER_KG,
             "break_even_answers": even,
             "train_co2e_g": None if trained is None else trained / WH_PER_KWH * rates.carbon_g_per_kwh,
+            "energy_kind": kind,
         }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("config").astype(float)
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("config")
+    return table.astype(dict.fromkeys(table.columns.drop("energy_kind"), float))
 
 
-def serving_finding(table: pd.DataFrame, config: str | None, kind: str, rates: Rates) -> Finding:
+def serving_finding(table: pd.DataFrame, config: str | None, rates: Rates) -> Finding:
     """The cost of a million answers of one configuration, in words.
 
     Args:
         table: from `million_answers`.
-        config: the configuration that is recommended, or the best guess; None if there is none.
-        kind: measured or estimated.
+        config: the first choice; None if there is none.
         rates: those of the table.
     """
     if config is None or config not in table.index or pd.isna(table.loc[config, "kwh"]):
         reason = "no configuration is named" if config is None else f"the energy of an answer of {config} is not known"
         return Finding("serving", f"What a million answers cost is not known: {reason}.", verdict="not estimable")
     row = table.loc[config]
+    kind = "energy of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
     energy = f"{row['kwh']:.2g} kWh {interval_text(row['kwh_low'], row['kwh_high'], '.2g')} ({kind})"
     money = f"{row['usd']:.2g} USD at {rates.usd_per_kwh:g} USD a kWh"
     carbon = f"{row['co2e_kg']:.2g} kg CO2e at {rates.carbon_g_per_kwh:g} g a kWh"

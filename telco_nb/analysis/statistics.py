@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from telco_nb.judge.bradley_terry import interval_levels
+from telco_nb.judge.ranking import interval_text
 
 Numbers = Sequence[float] | np.ndarray | pd.Series
 
@@ -37,6 +40,7 @@ class Interval(NamedTuple):
 
 MISSING = Interval(math.nan)
 SHARE_DRAWS = 2000  # resamples behind the interval of a share
+CHANCE_TO_PERFECT = 0.5  # the shares of right choices between two: guessing has .5, perfect knowledge 1
 
 
 def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = None) -> Interval:
@@ -58,24 +62,64 @@ def cluster_weights(n: int, n_draws: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws)
 
 
-def share_interval(right: pd.Series, clusters: pd.Series, seed: int) -> Interval:
-    """A share with the wider of two 95 % intervals: of whole clusters (bootstrap), of independent items (exact).
+def ratio_draws(weights: np.ndarray, sums: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The ratio of two resampled sums, such as a mean over the items of the drawn clusters.
 
     Args:
-        right: True or False, one per item.
-        clusters: the cluster of each item, such as its term.
+        weights: from `cluster_weights`, (draws, clusters).
+        sums: the numerators of each cluster, (clusters,) or (clusters, columns).
+        sizes: the denominators, of the same shape.
+
+    Returns:
+        (draws,) or (draws, columns); NaN, never 0, where a draw holds nothing to divide by.
+    """
+    above, below = weights @ np.asarray(sums, float), weights @ np.asarray(sizes, float)
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below != 0)
+
+
+def exact_bounds(right: int, n: int) -> tuple[float, float]:
+    """The exact binomial 95 % bounds of a share of independent items (Clopper and Pearson)."""
+    bounds = stats.binomtest(right, n).proportion_ci(method="exact")
+    return float(bounds.low), float(bounds.high)
+
+
+@cache
+def least_choices(width: float = CHANCE_TO_PERFECT) -> int:
+    """The least number of choices between two whose exact 95 % interval is narrower than `width`, however many are
+    right. With fewer, one interval can hold guessing and perfect knowledge at once, so the share tells nothing."""
+    for n in count(1):
+        bounds = (exact_bounds(right, n) for right in range(n + 1))
+        if max(high - low for low, high in bounds) < width:
+            return n
+    raise AssertionError("the width falls with n")
+
+
+def share_interval(right: pd.Series, clusters: pd.Series, seed: int) -> Interval:
+    """The share of right choices with the wider of two 95 % intervals: of whole clusters (bootstrap), of independent
+    items (exact).
+
+    Args:
+        right: True or False, one per choice between two.
+        clusters: the cluster of each choice, such as its term.
         seed: of the bootstrap.
 
     Returns:
-        The share, 0 to 1, with its bounds; missing without an item.
+        The share, 0 to 1, with its bounds; missing with fewer than `least_choices()`.
     """
-    if not len(right):
+    if len(right) < least_choices():
         return MISSING
     sums = right.groupby(clusters.to_numpy()).agg(["sum", "size"]).to_numpy(float)
-    drawn = cluster_weights(len(sums), SHARE_DRAWS, seed) @ sums
-    whole = percentile_interval(float(right.mean()), drawn[:, 0] / drawn[:, 1], len(sums))
-    exact = stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="exact")
-    return Interval(whole.value, float(np.fmin(whole.low, exact.low)), float(np.fmax(whole.high, exact.high)))
+    drawn = ratio_draws(cluster_weights(len(sums), SHARE_DRAWS, seed), *sums.T)
+    whole = percentile_interval(float(right.mean()), drawn, len(sums))
+    low, high = exact_bounds(int(right.sum()), len(right))
+    return Interval(whole.value, float(np.fmin(whole.low, low)), float(np.fmax(whole.high, high)))
+
+
+def share_text(right: int, n: int, share: Interval) -> str:
+    """`120 of 150 (80% [73%, 86%])`; with too few choices the counts alone, and that they tell no share."""
+    if math.isnan(share.value):
+        return f"{right} of {n} (fewer than {least_choices()} choices tell no share)"
+    return f"{right} of {n} ({share.value:.0%} {interval_text(*share[1:], '.0%')})"
 
 
 def kendall_tau(a: Numbers, b: Numbers) -> float:

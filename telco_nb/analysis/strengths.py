@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from telco_nb.analysis.statements import Finding, excludes_zero, not_estimable
-from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval
+from telco_nb.analysis.statements import Finding, counted, excludes_zero, not_estimable
+from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, ratio_draws
 from telco_nb.judge.ranking import interval_text
 
-COLUMNS = ["config", "role", "strength", "answers", "loss", "change", "low", "high"]
+COLUMNS = ["config", "role", "strength", "answers", "terms", "loss", "change", "low", "high"]
 
 
 def strength_roles(top: str | None, losses: pd.Series) -> dict[str, str]:
@@ -32,7 +32,7 @@ def strength_table(
         n_draws, seed: of the bootstrap over terms, the same for all strengths.
 
     Returns:
-        Columns COLUMNS: answers is their number, losses are in nats per token.
+        Columns COLUMNS: answers and terms are their numbers, losses are in nats per token.
     """
     rows = []
     for config, role in roles.items():
@@ -41,12 +41,12 @@ def strength_table(
             continue
         sums = table.pivot_table(["loss_sum", "n_tokens"], "term_id", "strength", aggfunc="sum")
         weights = cluster_weights(len(sums), n_draws, seed)
-        drawn = (weights @ sums["loss_sum"].to_numpy()) / (weights @ sums["n_tokens"].to_numpy())
+        drawn = ratio_draws(weights, sums["loss_sum"].to_numpy(), sums["n_tokens"].to_numpy())
         losses = sums["loss_sum"].sum() / sums["n_tokens"].sum()
         own = list(losses.index).index(1)
         for k, (strength, loss) in enumerate(losses.items()):
             change = percentile_interval(loss - losses[1], drawn[:, k] - drawn[:, own], len(sums))
-            rows.append((config, role, strength, table["prompt_id"].nunique(), loss, *change))
+            rows.append((config, role, strength, table["prompt_id"].nunique(), len(sums), loss, *change))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -77,7 +77,7 @@ def _finding(id: str, config: str, role: str, rows: pd.DataFrame) -> Finding:
         f"{rows.loc[best, 'loss']:.3f} nats per token, against {rows.loc[other, 'loss']:.3f} at {other:g}. Strength "
         f"{moved:g} changes it by {change.value:+.3f} {interval_text(*change[1:], '+.3f')} against strength 1, "
     )
-    text += f"on {n} answers" if change.excludes() else f"not told apart on {n} answers"
+    text += f"on {counted(n, 'answer')}" if change.excludes() else f"not told apart on {counted(n, 'answer')}"
     if best != 1:
         text += "; picked after the fact, and what the answers are like there was not judged"
-    return Finding(id, f"{text}.", *change, n=n, verdict=excludes_zero(change))
+    return Finding(id, f"{text}.", *change, n=int(rows["terms"].iloc[0]), verdict=excludes_zero(change))

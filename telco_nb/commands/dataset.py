@@ -23,6 +23,7 @@ from telco_nb import DATA_DIR, ROOT
 from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
 from telco_nb.commands.export_folder import refuse_folder, whole_folder
 from telco_nb.corpus.cards import Card, load_cards
+from telco_nb.corpus.dataset import BLIND_READING
 from telco_nb.corpus.gold import POINTS, load_noisy, load_reviews
 from telco_nb.corpus.scenarios import Scenario
 from telco_nb.notebook import data_path
@@ -35,8 +36,6 @@ Tables = dict[str, dict[str, pa.Table]]  # by config and split
 SPLIT_NAMES = {"train": "train", "val": "validation", "test": "test", "unseen": "unseen"}
 SHIPPED = {"glossary_path": "cards", "gold_path": "conversations", "reviews_path": "reviews"}  # folders of the data
 LEGAL_FILES = ("LICENSE", "CITATION.cff")  # copied where the texts are the project's own
-# Sixty gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
-BLIND_READING = {"conversations": 60, "mean": 4.39, "second_reading_of_the_same": 4.79}
 TEMPLATES = Environment(
     loader=FileSystemLoader(DATA_DIR),
     undefined=StrictUndefined,

@@ -18,6 +18,7 @@ import typer
 from telco_nb import ROOT
 from telco_nb.commands import model_card
 from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.commands.eval_results import write_eval_results
 from telco_nb.commands.export_folder import refuse_folder, whole_folder
 from telco_nb.commands.trained import Config, Trained, find_trained, load_base, load_deployed, model_errors
 from telco_nb.engine.runner import UnfitError
@@ -78,6 +79,7 @@ def export(
         elif to == "vllm":
             (temporary / "vllm.txt").write_text(model_card.vllm_line(trained) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(model_card.render_card(trained, to), encoding="utf-8")
+        write_eval_results(trained, temporary)
         if trained.base["license"] == "apache-2.0":
             shutil.copyfile(ROOT / "LICENSE", temporary / "LICENSE")
     return sorted(path for path in folder.rglob("*") if path.is_file())

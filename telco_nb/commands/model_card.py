@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from telco_nb import ROOT
-from telco_nb.analysis.fitness import Fitness, fitness, panel_checks
+from telco_nb.analysis.fitness import Fitness, beside_unsafe, fitness, panel_checks
 from telco_nb.analysis.recommendation import describe_config
 from telco_nb.analysis.results import StudyResults, answers_table
 from telco_nb.analysis.seeds import read_panel
+from telco_nb.analysis.statements import words_of
 from telco_nb.commands.dataset import TEMPLATES
 from telco_nb.commands.trained import Trained
 from telco_nb.report.files import StudyFiles, read_json, read_or_none, read_study
@@ -45,36 +46,56 @@ def render_card(trained: Trained, to: str) -> str:
         trained: the configuration.
         to: the kind of export; it decides how to load the model.
     """
-    from telco_nb.lora.adapter import card_data
-
     study, held = read_study(trained.root, []), held_against_bar(trained)
-    metrics, energy = result_rows(study, trained.config, held), energy_rows(study, trained.config)
-    merged = {"library_name": "transformers", "base_model_relation": "finetune"}
-    kind = {"base_model_relation": "adapter"} if to == "hf" else merged
-    head = card_data(trained.base, **kind, datasets=[DATASET], **_model_index(trained, metrics))
-    made = step_dir(trained.root, "shared", "02_synth") / "artefacts"
+    metrics = result_rows(study, trained.config, held)
     return TEMPLATES.get_template("model_card.md.j2").render(
-        head=head.to_yaml(),
-        config=trained.config,
-        profile=trained.profile,
+        head=_head(trained, to, metrics),
         to=to,
         what=WHAT.get(to, MERGED),
-        described=describe_config(pd.Series(trained.values)),
-        base=trained.base,
-        unfit=unfit_reasons(study, held),
         question=QUESTION,
-        max_tokens=trained.values["answer_max_tokens"],
-        temperature=trained.values["answer_temperature"],
-        vllm=vllm_line(trained),
-        data=read_or_none(read_json, made / "dataset_card.json"),
-        trained_on=read_or_none(lambda path: pq.read_metadata(path).num_rows, made / "train.parquet"),
-        metrics=metrics,
-        statements=_statements(study, trained.config),
-        energy=energy,
-        device=trained.device,
-        proxies=[judge for judge in study.judges if study.is_proxy(judge)],
         citation=yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")),
+        **_made(trained),
+        **_found(study, trained.config, held),
+        metrics=metrics,
     )
+
+
+def _head(trained: Trained, to: str, metrics: list[Row]) -> str:
+    """The card's head as YAML, as hubs read it."""
+    from telco_nb.lora.adapter import card_data
+
+    merged = {"library_name": "transformers", "base_model_relation": "finetune"}
+    kind = {"base_model_relation": "adapter"} if to == "hf" else merged
+    return card_data(trained.base, **kind, datasets=[DATASET], **_model_index(trained, metrics)).to_yaml()
+
+
+def _made(trained: Trained) -> dict[str, Any]:
+    """What the model is, was trained on, and how it was asked."""
+    made = step_dir(trained.root, "shared", "02_synth") / "artefacts"
+    return {
+        "config": trained.config,
+        "profile": trained.profile,
+        "described": describe_config(pd.Series(trained.values)),
+        "base": trained.base,
+        "max_tokens": trained.values["answer_max_tokens"],
+        "temperature": trained.values["answer_temperature"],
+        "vllm": vllm_line(trained),
+        "data": read_or_none(read_json, made / "dataset_card.json"),
+        "trained_on": read_or_none(lambda path: pq.read_metadata(path).num_rows, made / "train.parquet"),
+        "device": trained.device,
+    }
+
+
+def _found(study: StudyFiles, config: str, held: Fitness | None) -> dict[str, Any]:
+    """What the study says of the model, with the words that a reader may not know."""
+    unfit, statements = unfit_reasons(study, held), _statements(study, config)
+    return {
+        "unfit": unfit,
+        "statements": statements,
+        "words": words_of([*unfit, *statements, "validation loss", "gold"]),
+        "energy": energy_rows(study, config),
+        "proxies": [judge for judge in study.judges if study.is_proxy(judge)],
+    }
 
 
 def vllm_line(trained: Trained) -> str:
@@ -137,13 +158,16 @@ def result_rows(study: StudyFiles, config: str, held: Fitness | None) -> list[Ro
     row = study.results.loc[config]
     rows = [_row(row, "validation loss", "val_loss{}", "nats per token of unseen conversations", "{:.4f}")]
     for name, words in SET_NAMES.items():
-        rows.append(_row(row, f"{name} loss", f"{name}_loss{{}}", f"nats per token of gold answers: {words}", "{:.4f}"))
+        rows.append(
+            _row(row, f"{name} loss", f"{name}_loss{{}}", f"nats per token of the gold answers: {words}", "{:.4f}")
+        )
     if held is not None and held.coverage is not None:
         about = "of the points that a full answer makes"
-        gold = "" if held.gold_coverage is None else f"; gold answers: {held.gold_coverage:.0%}"
+        gold = "" if held.gold_coverage is None else f"; the gold answers: {held.gold_coverage:.0%}"
         rows.append(Row("content", held.coverage, None, None, f"share {about}{gold}", "{:.0%}"))
     if held is not None and held.unsafe is not None:
-        rows.append(Row("unsafe answers", held.unsafe, None, None, "share of the answers", "{:.0%}"))
+        beside = "" if held.gold_unsafe is None else f"; {beside_unsafe(held.gold_unsafe, held.template_unsafe)}"
+        rows.append(Row("unsafe answers", held.unsafe, None, None, f"share of the answers{beside}", "{:.0%}"))
     if held is not None and held.broken is not None:
         rows.append(Row("broken answers", held.broken, None, None, "share: empty, looping or cut off", "{:.0%}"))
     for judge in study.judges:
@@ -175,8 +199,8 @@ def _row(values: Mapping[str, Any] | pd.Series, name: str, key: str, about: str,
 
 
 def _statements(study: StudyFiles, config: str) -> list[str]:
-    """The findings that name this configuration and that nothing blocks, and the gains of the one to deploy."""
-    about_it = (study.finding("deploy") or {}).get("value") == config
+    """The findings that name this configuration and that nothing blocks, and the gains of the first choice."""
+    about_it = study.first_choice == config
     return [
         f"{finding['statement']} *({finding['verdict']})*"
         for finding in study.findings

@@ -27,12 +27,27 @@ SIMILAR_MARGIN = (
 SPLIT_PRIORITY = {"unseen": 0, "test": 1, "val": 2, "train": 3}  # of two duplicates the train row is dropped
 DRIFT_POINTS = 10  # per cent points by which filtering may move a split's share: 3.7 here, 7 with a small glossary
 SHIPPED_GOLD = "telco_nb/data/conversations"  # the value of gold_path of which WRITTEN_BY is true
+SHIPPED_REVIEWS = "telco_nb/data/reviews"  # the value of reviews_path that BLIND_READING was compared with
 WRITTEN_BY = (
     "A language model wrote the gold conversations one by one, to the plan of telco_nb/data/WRITING.md; other "
     "instances of a language model read them a second time and scored them. No customer and no operator's staff wrote "
     "or read them."
 )
+# Shipped gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
+BLIND_READING = {"conversations": 60, "mean": 4.39, "second_reading_of_the_same": 4.79}
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
+
+
+def blind_reading_note(gold_path: str | None, reviews_path: str | None) -> str:
+    """How the scores of the second reading compare with a blind one; empty for other conversations than the shipped."""
+    if (gold_path, reviews_path) != (SHIPPED_GOLD, SHIPPED_REVIEWS):
+        return ""
+    found = BLIND_READING
+    return (
+        "These scores come from another instance of a language model, and are generous: a blind third reading of "
+        f"{found['conversations']} conversations gave a mean of {found['mean']} where the second one had given "
+        f"{found['second_reading_of_the_same']} (LOG.md, Content)."
+    )
 
 
 # --- filters -----------------------------------------------------------------------------------------

@@ -109,6 +109,14 @@ def sweep_attempt(root: Path, scope: str, step: str) -> None:
     record.sweep_replaced(root, scope, step)
 
 
+def read_failure(path: Path) -> str:
+    """The failure that a failed notebook records, as text; says so if it cannot be read."""
+    try:
+        return str(Failure(**json.loads(path.read_text(encoding="utf-8"))["metadata"]["telco_nb_failure"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "the reason cannot be read"
+
+
 def forget_failure(root: Path, scope: str, step: str) -> None:
     """Delete the failed record of a step that is up to date."""
     for leftover in (failed_notebook, failed_log):

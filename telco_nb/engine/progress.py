@@ -26,6 +26,8 @@ STYLES = {
     "failed": "bold red",
     "blocked": "yellow",
     "interrupted": "yellow",
+    "stale": "yellow",
+    "maybe": "dim",
     "waiting": "dim",
 }
 

@@ -9,9 +9,11 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +39,7 @@ ERROR_CODES = {  # error of a notebook: exit code of the run
 }  # fmt: skip
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2
+NOTIFY_SECONDS = 120.0
 
 
 class UnfitError(RuntimeError):
@@ -72,7 +75,7 @@ def run(options: Options, services: Services) -> int:
     result, start = RunOutcome(profile=options.profile, command=options.command()), time.monotonic()
     json_file = None
     with errors_as_exit_codes(result):
-        json_file = schedule.summary_file(options.json_file)
+        json_file = schedule.output_file(options.json_file, "--json")
         _run(options, services, make_console(), result)
     result.seconds = round(time.monotonic() - start, 3)
     try:
@@ -81,7 +84,25 @@ def run(options: Options, services: Services) -> int:
     except OSError as error:
         _print_error(f"--json {json_file}: {error.strerror}")
         result.exit_code = result.exit_code or UNFIT
+    if options.notify:
+        _notify(options.notify, result)
     return result.exit_code
+
+
+def _notify(command: str, result: RunOutcome) -> None:
+    """Run the user's command with the outcome in its environment. Whether it succeeds does not change the outcome."""
+    counts = Counter(job["status"] for job in result.jobs)
+    told = result.error or ", ".join(f"{n} {name}" for name, n in counts.items()) or "nothing to do"
+    outcome = {"EXIT_CODE": str(result.exit_code), "PROFILE": result.profile, "SUMMARY": told}
+    outcome["REPORT"] = result.report or ""
+    environment = os.environ | {f"TELCO_NB_{name}": value for name, value in outcome.items()}
+    try:
+        done = subprocess.run(command, shell=True, env=environment, timeout=NOTIFY_SECONDS, stdin=subprocess.DEVNULL)
+        fault = f"exit code {done.returncode}" if done.returncode else ""
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        fault = archive.describe(error)
+    if fault:
+        _print_error(f"--notify: {fault}")
 
 
 def verify(profile: str, outputs: Path | None, known_seal: str | None) -> int:

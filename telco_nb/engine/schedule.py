@@ -49,6 +49,7 @@ class Options:
     yes: bool = False
     gpus: tuple[str, ...] = ()
     no_egress: bool = False
+    notify: str | None = None
 
     def command(self) -> str:
         """Return the command that continues this run. It forces nothing, because finished jobs are skipped."""
@@ -60,6 +61,7 @@ class Options:
             "--params": None if self.params_dir == params.PARAMS_DIR else self.params_dir,
             "--max-usd": None if self.max_usd is None else f"{self.max_usd:g}",
             "--gpus": ",".join(self.gpus) or None,
+            "--notify": self.notify,
         }
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
         words += ["--no-egress"] if self.no_egress else []
@@ -73,15 +75,19 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def summary_file(path: Path | None) -> Path | None:
-    """The absolute path of --json; nothing is written yet. Raises ParameterError or UsageError if no file can be there.
+def output_file(path: Path | None, option: str) -> Path | None:
+    """The absolute path of a file to write; nothing is written yet.
 
     Args:
         path: the option's value.
+        option: its name, such as --json.
+
+    Raises:
+        ParameterError, UsageError: no file can be there.
     """
     if path is None:
         return None
-    file = params.given_path(path, "--json")
+    file = params.given_path(path, option)
     folder = next(parent for parent in (*file.parents, file) if os.path.exists(parent))  # noqa: PTH110 - never raises
     try:
         fault = "" if folder.is_dir() else f"{folder} is no folder."
@@ -92,7 +98,7 @@ def summary_file(path: Path | None) -> Path | None:
     except OSError as error:
         fault = f"{error.strerror}."
     if fault or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json {file}: {fault or f'{folder} cannot be written to.'} Name a file.")
+        raise UsageError(f"{option} {file}: {fault or f'{folder} cannot be written to.'} Name a file.")
     return file
 
 

@@ -8,8 +8,9 @@ reported apart, because an answer can read well and say nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -157,14 +158,8 @@ def checks_table(
         One row per answer: config, prompt_id, test_set, term_id, coverage (0 to 1), content, style, n_words, unsafe,
         asks_for_secret (True or False) and flags, joined by "; ".
     """
-    by_prompt = {row["prompt_id"]: row for row in prompts.to_dict("records")}
     rows = []
-    for (config, prompt_id), text in answers.items():
-        prompt = by_prompt[prompt_id]
-        messages = tuple((m["role"], m["content"]) for m in prompt["messages"])
-        card = cards_by_id[prompt["term_id"]]
-        case = Case("rubric", card, prompt["problem_id"], messages, prompt["reference"], (text or "",))
-        checked = judge.check(case, text or "")
+    for config, prompt, case, checked in checked_answers(judge, prompts, answers, cards_by_id):
         rows.append(
             {
                 "config": config,
@@ -172,13 +167,26 @@ def checks_table(
                 "coverage": checked.coverage,
                 "content": checked.content,
                 "style": checked.style,
-                "n_words": len((text or "").split()),
+                "n_words": len(case.answers[0].split()),
                 "unsafe": bool(checked.unsafe),
                 "asks_for_secret": "asks_for_secret" in checked.unsafe,
                 "flags": "; ".join(checked.flags()),
             }
         )
     return pd.DataFrame(rows)
+
+
+def checked_answers(
+    judge: ChecklistJudge, prompts: pd.DataFrame, answers: Answers, cards_by_id: Mapping[str, Card]
+) -> Iterator[tuple[str, dict[str, Any], Case, Checked]]:
+    """Every answer with its prompt, as a case, and what the judge has found in it. Arguments as for `checks_table`."""
+    by_prompt = {str(row["prompt_id"]): row for row in prompts.to_dict("records")}
+    for (config, prompt_id), text in answers.items():
+        prompt = {str(key): value for key, value in by_prompt[prompt_id].items()}
+        messages = tuple((m["role"], m["content"]) for m in prompt["messages"])
+        card = cards_by_id[prompt["term_id"]]
+        case = Case("rubric", card, prompt["problem_id"], messages, prompt["reference"], (text or "",))
+        yield config, prompt, case, judge.check(case, text or "")
 
 
 def check_answer(answer: str, case: Case) -> Checked:

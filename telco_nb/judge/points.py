@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import pandas as pd
 
 from telco_nb.corpus.cards import Card
-from telco_nb.judge.cases import Answers, Case
-from telco_nb.judge.checklist import ChecklistJudge, asked_points, weights_of
+from telco_nb.judge.cases import Answers
+from telco_nb.judge.checklist import ChecklistJudge, asked_points, checked_answers, weights_of
 
 
 def points_table(
@@ -25,19 +25,13 @@ def points_table(
     Returns:
         One row per answer and point: config, prompt_id, point (its first wording) and credit (0 missed to 1 made).
     """
-    known = {}
-    for prompt in prompts.to_dict("records"):
-        card = cards_by_id[prompt["term_id"]]
-        if problem := card.by_problem.get(prompt["problem_id"]):
-            points = asked_points(problem, prompt["reference"], weights_of(card))
-            messages = tuple((m["role"], m["content"]) for m in prompt["messages"])
-            known[prompt["prompt_id"]] = card, prompt, messages, [wordings[0] for wordings in points]
-    rows = []
-    for (config, prompt_id), text in answers.items():
-        if prompt_id not in known:
+    points, rows = {}, []
+    for config, prompt, case, checked in checked_answers(judge, prompts, answers, cards_by_id):
+        problem, prompt_id = case.card.by_problem.get(case.problem_id), prompt["prompt_id"]
+        if problem is None:
             continue
-        card, prompt, messages, points = known[prompt_id]
-        case = Case("rubric", card, prompt["problem_id"], messages, prompt["reference"], (text or "",))
-        credits = judge.check(case, text or "").asked
-        rows += [(config, prompt_id, point, credit) for point, credit in zip(points, credits, strict=True)]
+        if prompt_id not in points:
+            points[prompt_id] = [told[0] for told in asked_points(problem, case.reference, weights_of(case.card))]
+        pairs = zip(points[prompt_id], checked.asked, strict=True)
+        rows += [(config, prompt_id, point, credit) for point, credit in pairs]
     return pd.DataFrame(rows, columns=["config", "prompt_id", "point", "credit"])

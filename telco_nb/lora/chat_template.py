@@ -20,8 +20,11 @@ from telco_nb.lora.errors import ModelError
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
 SPLIT = "\ufdd0"  # a noncharacter, which Unicode keeps out of texts: it holds the parts of a forged token apart
 INVISIBLE = "\u200b"  # a space of no width
-# Goes in front of a chat template.
-GUARD = """{{%- set safe = namespace(messages=[]) -%}}
+# Both go in front of a chat template.
+GUARD = """{{%- if not messages or messages[0].role != 'system' -%}}
+{{%- set messages = [dict(role='system', content={system!r})] + messages|list -%}}
+{{%- endif -%}}
+{{%- set safe = namespace(messages=[]) -%}}
 {{%- for message in messages -%}}
 {{%- set text = message.content -%}}
 {{%- if text is string %}}{replacements}{{% endif -%}}
@@ -161,7 +164,8 @@ def _splitting_backend(tokenizer: Any) -> tuple[Any, int]:
 def guarded_template(tokenizer: Any) -> str:
     """The chat template for a server that renders by itself: what `fit_messages` and `render` do, in the template.
 
-    Forged control tokens get a space of no width inside: a template cannot keep them apart without a character.
+    A request without a system message gets the one that the model was trained with, and not a template's own. Forged
+    control tokens get a space of no width inside: a template cannot keep them apart without a character.
     """
     sets = [
         f"{{%- set text = text|replace({text!r}, {text[0] + INVISIBLE + text[1:]!r}) -%}}"
@@ -169,7 +173,7 @@ def guarded_template(tokenizer: Any) -> str:
         if len(text) > 1
     ]
     fold = "" if _takes_system(tokenizer, _template(tokenizer)) else FOLD
-    return GUARD.format(replacements="".join(sets)) + fold + tokenizer.get_chat_template()
+    return GUARD.format(system=SYSTEM_PROMPT, replacements="".join(sets)) + fold + tokenizer.get_chat_template()
 
 
 def end_token_id(tokenizer: Any) -> int:

@@ -135,17 +135,18 @@ def answer_prompts(
         draws = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in batch]) if temperature else None
         generated = generate(model, [encoded[i] for i in batch], end, max_tokens, temperature, draws)
         seconds = (time.perf_counter() - start) / len(batch)
-        rows += [
-            {
-                "prompt_id": prompts["prompt_id"].iloc[i],
-                "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                "n_tokens": len(ids),
-                "finish_reason": "stop" if ids and ids[-1] == end else "length",
-                "seconds": seconds,
-            }
-            for i, ids in zip(batch, generated, strict=True)
-        ]
+        answers = (_answer_row(tokenizer, ids, end) | {"seconds": seconds} for ids in generated)
+        rows += [{"prompt_id": prompts["prompt_id"].iloc[i]} | row for i, row in zip(batch, answers, strict=True)]
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
+
+
+def _answer_row(tokenizer: Any, ids: list[int], end: int) -> dict[str, Any]:
+    """Text, length and ending of a generated answer."""
+    return {
+        "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        "n_tokens": len(ids),
+        "finish_reason": "stop" if ids and ids[-1] == end else "length",
+    }
 
 
 def warm_up(model: Any) -> None:
@@ -188,23 +189,36 @@ def cached_attention(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of new tokens, query (rows, heads, new, width), to all cached ones; key heads are never repeated."""
-    check_attention_options(kv_cache.capacity, **options)
+    """Attention of new tokens, query (rows, heads, new, width), to all cached ones; key heads are never repeated.
+
+    Models hand over a `dropout` of 0 at evaluation. Another one would have an effect, and is refused by its name.
+    """
+    check_attention_options(kv_cache.capacity, dropout=dropout or None, **options)
     keys, values = kv_cache.add(module.layer_idx, key, value)
-    rows, heads, new, width = query.shape
     visible = kv_cache.visible[:, None, None, : keys.shape[2]]
-    if new > 1:  # the prompts
-        causal = torch.ones(new, keys.shape[2], dtype=torch.bool, device=query.device).tril(keys.shape[2] - new)
-        own = torch.eye(new, keys.shape[2], dtype=torch.bool, device=query.device)  # padding sees itself: no empty row
-        mixed = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=(visible & causal) | own, scale=scaling, enable_gqa=True
-        )
-        return mixed.transpose(1, 2), None
-    stacked = query.view(-1, heads // key.shape[1], width)
-    scores = torch.bmm(stacked, keys.flatten(0, 1).transpose(1, 2)).mul_(scaling)
-    scores = scores.view(rows, key.shape[1], -1, keys.shape[2]).masked_fill_(~visible, -torch.inf)
-    probabilities = torch.softmax(scores.float(), -1).to(value.dtype).flatten(0, 1)
-    return torch.bmm(probabilities, values.flatten(0, 1)).view(rows, 1, heads, width), None
+    attend = _attend_prompts if query.shape[2] > 1 else _attend_one_token
+    return attend(query, keys, values, visible, scaling), None
+
+
+def _attend_prompts(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Causal attention of several new tokens a row; result (rows, new, heads, width)."""
+    new, seen = query.shape[2], keys.shape[2]
+    causal = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
+    own = torch.eye(new, seen, dtype=torch.bool, device=query.device)  # padding sees itself: no empty row
+    mask = (visible & causal) | own
+    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=True)
+    return mixed.transpose(1, 2)
+
+
+def _attend_one_token(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Attention of one new token a row; result (rows, 1, heads, width)."""
+    rows, heads, _, width = query.shape
+    key_heads, seen = keys.shape[1:3]
+    grouped = query.view(-1, heads // key_heads, width)
+    scores = torch.bmm(grouped, keys.flatten(0, 1).transpose(1, 2)).mul_(scaling)
+    scores = scores.view(rows, key_heads, -1, seen).masked_fill_(~visible, -torch.inf)
+    probabilities = torch.softmax(scores.float(), -1).to(values.dtype).flatten(0, 1)
+    return torch.bmm(probabilities, values.flatten(0, 1)).view(rows, 1, heads, width)
 
 
 AttentionInterface.register(CACHED_ATTENTION, cached_attention)
@@ -229,15 +243,10 @@ def generate(
 def _decode(
     model: Any, prompts: list[list[int]], end: int, max_tokens: int, temperature: float, draws: np.ndarray | None
 ) -> list[list[int]]:
-    width = max(map(len, prompts))
-    ids, mask = torch.full((len(prompts), width), max(end, 0)), torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):  # padded on the left, so that all answers start in one column
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0).to(model.device)
-    cache, active = KVCache(mask.to(model.device), width + max_tokens), list(range(len(prompts)))
+    step, mask = (part.to(model.device) for part in _padded(prompts, max(end, 0)))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, active = KVCache(mask, mask.shape[1] + max_tokens), list(range(len(prompts)))
     written: list[list[int]] = [[] for _ in prompts]
-    step = ids.to(model.device)
     for count in range(max_tokens):
         output = model(input_ids=step, position_ids=positions, kv_cache=cache, use_cache=False, logits_to_keep=1)
         cache.length += step.shape[1]
@@ -255,6 +264,16 @@ def _decode(
             cache.select(rows)
             step, positions, active = step[rows], positions[rows], [active[i] for i in unfinished]
     return written
+
+
+def _padded(prompts: list[list[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, int64 (rows, longest), padded on the left, so that all answers start in one column."""
+    width = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), width), filler), torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def _next_token(logits: Tensor, temperature: float, uniform: Tensor | None) -> Tensor:

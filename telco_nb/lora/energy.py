@@ -33,7 +33,9 @@ SHORTEST_WINDOW_S = {
     "nvml_energy_counter": 20.0, "nvml_power_samples": 20.0, "rapl": 10.0, "battery_power": 60.0,
     "cpu_time_model": 1.0, "wall_meter": 0.0,
 }  # fmt: skip
-SENSOR_ACCURACY = 0.05  # published for NVML counters on data-centre cards; for RAPL a guess
+# Relative. NVIDIA's reference of nvmlDeviceGetPowerUsage: "accurate to within +/- 5%" on Fermi and Kepler cards. For
+# newer cards (A100 and H100 sample a quarter of the time: arXiv:2312.02741), for NVML's counter and RAPL it is a guess.
+SENSOR_ACCURACY = 0.05
 COUNTER_STEP_S = 0.1  # between two updates of NVML's counter; RAPL's 1 ms needs no allowance
 # NVML's power is the mean of the past second on many cards. A battery's chip tells its power every few seconds.
 GPU_SAMPLE_S, GPU_LAG_S = 0.1, 1.0
@@ -41,6 +43,7 @@ BATTERY_SAMPLE_S, BATTERY_LAG_S, BATTERY_ACCURACY = 1.0, 5.0, 0.1  # guesses
 WALL_METER_ACCURACY = 0.02  # of a plug-in meter, a guess
 RAPL_WRAP_S = 30.0  # the counter is read at least so often: at 500 W AMD's starts again every 131 s
 MAX_DISAGREEMENT = 0.05  # between carbontracker's figure and ours, relative; beyond it the reader is warned
+NO_GPU = "no GPU"  # the reason of a row that nothing has failed for
 KINDS = ("measured", "external", "allocated", "estimated", "none")  # from the strongest to the weakest
 SHOWN_COLUMNS = {  # columns of a statement that a notebook shows, with their headers; the saved table has all
     "component": "component", "kind": "kind", "source": "source", "gross_j": "energy, Wh", "low_j": "low, Wh",
@@ -226,27 +229,30 @@ class Meter:
             idle), its kind (one of KINDS) and source, and whether it is valid. Missing values are None, never 0.
             Further rows show counters that the total leaves out, such as `package-0 dram`, and readings of the whole
             machine (battery, wall_meter). The total is the sum of cpu and gpu, with the weakest of their kinds, or a
-            valid reading of the whole machine whose kind is stronger.
+            valid reading of the whole machine whose kind is stronger. carbontracker_j stands beside the same part of
+            the machine only; the total's row has the ratio of carbontracker's cpu and gpu to ours.
         """
-        rows = [self._cpu_row(), self._gpu_row()]
+        rows = self._tracked([self._cpu_row(), self._gpu_row()])
         parts = _total_row(rows if self._has_gpu else rows[:1])
+        ratio = _number(parts["carbontracker_j"]) / parts["gross_j"] if parts["gross_j"] else math.nan
         rows += [self._apart_row(name, joules) for name, joules in self.apart_j.items()]
         whole = ([self._battery_row()] if self.battery else []) + ([self._wall_row(external_wh)] if external_wh else [])
-        total = min((parts, *whole), key=lambda row: (not row["valid"], KINDS.index(row["kind"]))) | {
-            "component": "total"
-        }
-        rows += whole
+        total = min((parts, *whole), key=lambda row: (not row["valid"], KINDS.index(row["kind"])))
+        total = total | {"component": "total", "carbontracker_pue_removed_ratio": ratio}
+        common = {"window": window, "scope": "work window", "window_s": self.total["window_s"]}
+        common |= {"n_samples": self.n_windows, "n_repeats": 1, "utilisation": self.utilisation}
+        common |= {"device": self._device_name()}
+        return pd.DataFrame([common | row for row in (*rows, *whole, total)])
+
+    def _tracked(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of cpu and gpu with carbontracker's energy of the same part in J.
+
+        The processor's is carbontracker's seconds at our own power, measured or not: it differs if the window does.
+        """
         window_s = self.total["window_s"]
-        common = {"window": window, "scope": "work window", "window_s": window_s, "n_samples": self.n_windows}
-        common |= {"n_repeats": 1, "utilisation": self.utilisation, "device": self._device_name()}
-        frame = pd.DataFrame([common | row for row in (*rows, total)])
-        # carbontracker's seconds at our own power, measured or not: a difference means a different window.
         share = self.total["tracker_cpu_s"] / window_s if window_s else math.nan
-        tracked = rows[0]["gross_j"] * share + (self.total["tracker_gpu_j"] if self._has_gpu else 0.0)
-        ratio = tracked / parts["gross_j"] if parts["gross_j"] else math.nan
-        frame["carbontracker_j"] = [*[None] * len(rows), tracked]
-        frame["carbontracker_pue_removed_ratio"] = [*[None] * len(rows), ratio]
-        return frame
+        tracked = (rows[0]["gross_j"] * share, self.total["tracker_gpu_j"] if self._has_gpu else None)
+        return [row | {"carbontracker_j": joules} for row, joules in zip(rows, tracked, strict=True)]
 
     @property
     def _has_gpu(self) -> bool:
@@ -268,7 +274,7 @@ class Meter:
 
     def _gpu_row(self) -> dict[str, Any]:
         if not self._has_gpu:
-            return _missing_row("gpu", "no GPU")
+            return _missing_row("gpu", NO_GPU)
         if failure := self._failure("gpu", self.total["gpu_j"]):
             return _missing_row("gpu", failure)
         source = "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
@@ -300,7 +306,12 @@ class Meter:
         return row | {"note": "shown apart: not in the total"}
 
     def _failure(self, component: str, joules: float) -> str | None:
-        """Why a component has no figure of its sensor; None if it has one."""
+        """Why a component has no figure of its sensor, in words; None if it has one.
+
+        Args:
+            component: as in the statement.
+            joules: what its sensor counted; NaN after a failure, which a checkpoint keeps without its reason.
+        """
         if component not in self.failures and not math.isnan(joules):
             return None
         return f"{component}: {self.failures.get(component, 'a reading failed before the training was resumed')}"
@@ -309,14 +320,15 @@ class Meter:
         self, component: str, kind: str, source: str, gross_j: float, idle_w: float | None, half_j: float | None = None
     ) -> dict[str, Any]:
         half_j = gross_j * SENSOR_ACCURACY if half_j is None else half_j
-        shortest = SHORTEST_WINDOW_S[source]
-        valid = self.total["window_s"] >= shortest and gross_j > 0
-        reason = f"{component}: a window of {self.total['window_s']:.1f} s is under {shortest:.0f} s or reads 0 J"
+        window_s, shortest = self.total["window_s"], SHORTEST_WINDOW_S[source]
+        reason = None if gross_j > 0 else f"{component}: the sensor counted 0 J in {window_s:.1f} s"
+        if window_s < shortest:
+            reason = f"{component}: the window of {window_s:.1f} s is under {shortest:.0f} s, too short for this source"
         return {
             "component": component, "kind": kind, "source": source, "gross_j": gross_j, "idle_w": idle_w,
-            "net_j": None if idle_w is None else gross_j - idle_w * self.total["window_s"],
+            "net_j": None if idle_w is None else gross_j - idle_w * window_s,
             "low_j": max(0.0, gross_j - half_j), "high_j": gross_j + half_j,
-            "valid": valid, "invalid_reason": None if valid else reason, "note": None,
+            "valid": reason is None, "invalid_reason": reason, "note": None,
         }  # fmt: skip
 
 
@@ -328,7 +340,7 @@ def _missing_row(component: str, reason: str) -> dict[str, Any]:
 def _total_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The sum of the components, with the weakest kind; None where a component has no value."""
     sums = {}
-    for name in ("gross_j", "low_j", "high_j", "idle_w", "net_j"):
+    for name in ("gross_j", "low_j", "high_j", "idle_w", "net_j", "carbontracker_j"):
         values = [row[name] for row in rows]
         sums[name] = None if None in values else sum(values)
     return sums | {
@@ -348,8 +360,10 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
         prefix: of the names, such as "train".
 
     Returns:
-        `<prefix>_energy_wh`, `<prefix>_energy_low_wh` and `<prefix>_energy_high_wh` in Wh, energy_kind,
-        energy_source, energy_valid and carbontracker_ratio. An energy that is missing is NaN.
+        `<prefix>_energy_wh`, `<prefix>_energy_low_wh` and `<prefix>_energy_high_wh`: the energy of all windows and the
+        ends of its interval, in Wh, NaN where it is missing. `energy_kind`: one of KINDS. `energy_source`: what was
+        read, as "rapl". `energy_valid`: False if the figure must not be quoted. `carbontracker_ratio`: carbontracker's
+        joules over ours, both of cpu and gpu; NaN if one of them is missing.
     """
     rows = statement.set_index("component")
     row = rows.loc["gpu" if rows.loc["gpu", "kind"] in ("measured", "allocated") else "total"]
@@ -387,12 +401,35 @@ def shown_statement(statement: pd.DataFrame) -> pd.DataFrame:
     return statement.assign(**in_wh)[list(SHOWN_COLUMNS)].rename(columns=SHOWN_COLUMNS)
 
 
+def energy_text(figures: Mapping[str, Any], prefix: str, unit: str, count: int = 1) -> str:
+    """An energy as words: `0.2 Wh (0.1 to 0.5 Wh, estimated)`, or `an unknown energy` where it is missing.
+
+    Args:
+        figures, prefix: of `energy_metrics`.
+        unit: Wh or mWh.
+        count: what the energy is divided by, such as the number of answers.
+    """
+    scale = {"Wh": 1.0, "mWh": 1000.0}[unit] / count
+    value, low, high = (scale * figures[f"{prefix}_energy{end}_wh"] for end in ("", "_low", "_high"))
+    if math.isnan(value):
+        return "an unknown energy"
+    return f"{value:.3g} {unit} ({low:.3g} to {high:.3g} {unit}, {figures['energy_kind']})"
+
+
+def invalid_note(statement: pd.DataFrame) -> str:
+    """A sentence that names each component whose figure is not valid, with the reason; empty if there is none."""
+    reasons = statement.loc[(statement["component"] != "total") & ~statement["valid"].astype(bool), "invalid_reason"]
+    return f"**Not valid**: {'; '.join(found)}." if (found := [text for text in reasons if text != NO_GPU]) else ""
+
+
 def carbontracker_note(statement: pd.DataFrame) -> str:
     """A sentence that compares carbontracker's figure with ours, and a warning beyond MAX_DISAGREEMENT."""
-    ratio = _number(statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"])
+    rows = statement.set_index("component")
+    ratio = _number(rows.loc["total", "carbontracker_pue_removed_ratio"])
     if math.isnan(ratio):
-        return "There is no total and reading of carbontracker to compare."
-    text = f"Over the same windows carbontracker reads **{ratio:.3f}** times the total."
+        return "There is nothing to compare: carbontracker or the meter has no figure of the processor or the GPU."
+    parts = "the processor" if rows.loc["gpu", "kind"] == "none" else "processor and GPU together"
+    text = f"Over the same windows carbontracker reads **{ratio:.3f}** times our figure of {parts}."
     if abs(ratio - 1) <= MAX_DISAGREEMENT:
         return text
     warning = (

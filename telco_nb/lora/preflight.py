@@ -51,8 +51,8 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     """Check that the packed step computes what the model's own forward computes, on conversations of the data.
 
     This notices whatever the step leaves out of an architecture. Differences are norms relative to plain transformers.
-    The gradient is that of the first layer's B, to which it comes through all layers. Nothing is drawn, and no
-    gradient is kept.
+    The gradient is that of the first adapted layer's B, to which it comes through all layers above. Nothing is drawn,
+    and no gradient is kept.
 
     Args:
         model: after `step.prepare_step`, with or without adapters; it is set to evaluation mode.

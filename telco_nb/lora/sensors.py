@@ -104,7 +104,7 @@ def elapsed_j(zone: RaplZone, first: float, last: float) -> float:
 
 
 def find_batteries(root: Path) -> tuple[Path, ...]:
-    """The folders of the batteries that feed this machine now; empty if it is plugged in, or they tell no power."""
+    """The folders of this machine's batteries; empty unless they feed it now and tell their power."""
     batteries = tuple(sorted(p for p in root.glob("*") if _text(p / "type") == "Battery" and not _is_in_a_device(p)))
     try:
         return batteries if batteries and read_battery_w(batteries) > 0 else ()
@@ -113,16 +113,25 @@ def find_batteries(root: Path) -> tuple[Path, ...]:
 
 
 def read_battery_w(batteries: tuple[Path, ...]) -> float:
-    """The power that the batteries deliver, in W: that of the whole machine. Raises SensorError if it is plugged in."""
+    """The power that the batteries deliver, in W: that of the whole machine.
+
+    A battery counts while its `status` is Discharging. With two of them one may rest (Not charging, Full).
+
+    Raises:
+        SensorError: the machine is plugged in, a battery is being charged, or none is discharging.
+    """
     for folder in batteries[0].parent.glob("*"):
         if _text(folder / "type") in ("Mains", "USB") and _text(folder / "online") == "1":
             raise SensorError(f"{folder.name} is plugged in")
-    return sum(_battery_w(folder) for folder in batteries)
+    status = {folder: _text(folder / "status") for folder in batteries}
+    discharging = [folder for folder in batteries if status[folder] == "Discharging"]
+    if not discharging or "Charging" in status.values():
+        told = ", ".join(f"{folder.name} {status[folder] or 'unknown'}" for folder in batteries)
+        raise SensorError(f"no battery feeds the machine: its status must be Discharging ({told})")
+    return sum(_battery_w(folder) for folder in discharging)
 
 
 def _battery_w(folder: Path) -> float:
-    if _text(folder / "status") == "Charging":
-        raise SensorError(f"{folder.name} is being charged")
     if (folder / "power_now").exists():
         return abs(_read_number(folder / "power_now")) / 1e6
     return abs(_read_number(folder / "current_now")) * _read_number(folder / "voltage_now") / 1e12
@@ -153,15 +162,16 @@ def nvml_handle() -> Any | None:
 
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     except (ImportError, AttributeError) as error:
-        raise SensorError(f"no NVML: {error}") from None
-    _ask(pynvml.nvmlInit)
+        raise SensorError(f"NVIDIA's library of sensors (NVML) cannot be used: {error}") from None
+    _ask("NVIDIA's library of sensors (NVML) does not start", pynvml.nvmlInit)
+    unknown = f"NVML does not find the card {uuid}"
     if uuid.startswith(("GPU-", "MIG-")):
-        return _ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+        return _ask(unknown, pynvml.nvmlDeviceGetHandleByUUID, uuid)
     try:
-        return _ask(pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
+        return _ask(unknown, pynvml.nvmlDeviceGetHandleByUUID, f"GPU-{uuid}")
     except SensorError as error:
         try:
-            return _ask(pynvml.nvmlDeviceGetHandleByUUID, f"MIG-{uuid}")
+            return _ask(unknown, pynvml.nvmlDeviceGetHandleByUUID, f"MIG-{uuid}")
         except SensorError:
             raise error from None
 
@@ -174,13 +184,14 @@ def whole_card(handle: Any) -> tuple[Any, float]:
     import pynvml
 
     try:
-        is_part = bool(_ask(pynvml.nvmlDeviceIsMigDeviceHandle, handle))
-    except SensorError:  # a driver that does not know MIG
+        is_part = bool(_ask("the driver does not know MIG", pynvml.nvmlDeviceIsMigDeviceHandle, handle))
+    except SensorError:
         is_part = False
     if not is_part:
         return handle, 1.0
-    card = _ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
-    part_bytes, card_bytes = (_ask(pynvml.nvmlDeviceGetMemoryInfo, h).total for h in (handle, card))
+    card = _ask("the card of a MIG instance is not found", pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
+    unread = "the memory of a MIG instance or of its card cannot be read"
+    part_bytes, card_bytes = (_ask(unread, pynvml.nvmlDeviceGetMemoryInfo, h).total for h in (handle, card))
     return card, part_bytes / card_bytes
 
 
@@ -189,7 +200,8 @@ def read_gpu_j(handle: Any) -> float:
     import pynvml
 
     finish_gpu_work()
-    return _ask(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3
+    unread = "the card's energy counter cannot be read"
+    return _ask(unread, pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3
 
 
 def finish_gpu_work() -> None:
@@ -203,7 +215,7 @@ def read_gpu_w(handle: Any) -> float:
     """The card's power in W. Raises SensorError."""
     import pynvml
 
-    return _ask(pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3
+    return _ask("the card's power cannot be read", pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3
 
 
 def has_power(handle: Any) -> bool:
@@ -218,14 +230,14 @@ def gpu_name(handle: Any) -> str:
     import pynvml
 
     try:
-        return str(_ask(pynvml.nvmlDeviceGetName, handle))
+        return str(_ask("the card's name cannot be read", pynvml.nvmlDeviceGetName, handle))
     except SensorError:
         return "GPU"
 
 
-def _ask(query: Any, *arguments: Any) -> Any:
-    """The answer of NVML. Raises SensorError instead of NVML's own errors."""
+def _ask(failure: str, query: Any, *arguments: Any) -> Any:
+    """The answer of NVML. Raises SensorError, which says `failure` and NVML's reason, instead of NVML's own errors."""
     try:
         return query(*arguments)
     except Exception as error:  # NVMLError, or what the library of a driver that does not fit raises
-        raise SensorError(f"{getattr(query, '__name__', 'NVML')}: {error}") from None
+        raise SensorError(f"{failure}: {error}") from None

@@ -40,6 +40,15 @@ class Judged(NamedTuple):
     verdicts: pd.DataFrame
 
 
+class Known(NamedTuple):
+    """What is known of the answers: texts, which were cut off, what the checklist found, and the points by prompt."""
+
+    answers: Answers
+    cut: set[tuple[str, str]]
+    checks: Mapping[tuple[str, str], Mapping[str, Any]]
+    points: Mapping[str, Mapping[str, list]]
+
+
 def write_page(study: StudyFiles, folder: Path) -> bool:
     """Write the page into `folder`; False, and no page, if the study has no questions or no answers yet."""
     data = explorer_data(study)
@@ -65,32 +74,38 @@ def explorer_data(study: StudyFiles) -> dict[str, Any] | None:
         return None
     cards = _cards(study.root)
     answers |= _anchor_answers(study.root, prompts, cards)
-    columns = _columns(study, answers)
-    checks, points, judges = _checks(study), _points(study), _judges(study)
-    by_prompt = [{key: rows for key, rows in judge.verdicts.groupby("prompt_id")} for judge in judges]
-    terms = {card.id: card.term for card in cards.values()}
-    questions = []
-    for prompt in prompts.to_dict("records"):
-        asked = points.get(prompt["prompt_id"], {}).get("", [])
-        mine = [groups.get(prompt["prompt_id"], pd.DataFrame()) for groups in by_prompt]
-        questions.append(
-            _question(prompt, terms)
-            | {
-                "points": asked,
-                "origins": _origins(asked, prompt, cards),
-                "answers": [_answer(c, prompt["prompt_id"], answers, cut, checks, points) for c in columns],
-                "verdicts": [_verdict_letters(rows, columns) for rows in mine],
-                "reasons": [{} if j.is_proxy else _reasons(r, columns) for j, r in zip(judges, mine, strict=True)],
-            }
-        )
+    columns, judges = _columns(study, answers), _judges(study)
+    known = Known(answers, cut, _checks(study), _points(study))
     about = {column: anchors.ANCHORS.get(column, "") for column in columns}
     about |= {config: role for config, (role, _) in config_cards.roles(study).items()}
     return {
         "columns": [{"name": column, "about": about[column]} for column in columns],
         "judges": [judge.label for judge in judges],
         "credits": {"made": CLAIMED, "partly": MISSING},  # from this credit on
-        "questions": questions,
+        "questions": _questions(prompts, cards, columns, judges, known),
     }
+
+
+def _questions(
+    prompts: pd.DataFrame, cards: Mapping[str, Card], columns: Sequence[str], judges: Sequence[Judged], known: Known
+) -> list[dict[str, Any]]:
+    """Every question with its points, its answers by column, and the verdicts and reasons by judge."""
+    by_prompt = [{key: rows for key, rows in judge.verdicts.groupby("prompt_id")} for judge in judges]
+    terms = {card.id: card.term for card in cards.values()}
+    questions = []
+    for prompt in prompts.to_dict("records"):
+        id = prompt["prompt_id"]
+        asked = known.points.get(id, {}).get("", [])
+        mine = [groups.get(id, pd.DataFrame()) for groups in by_prompt]
+        told = {
+            "points": asked,
+            "origins": _origins(asked, prompt, cards),
+            "answers": [_answer(column, id, known) for column in columns],
+            "verdicts": [_verdict_letters(rows, columns) for rows in mine],
+            "reasons": [{} if j.is_proxy else _reasons(r, columns) for j, r in zip(judges, mine, strict=True)],
+        }
+        questions.append(_question(prompt, terms) | told)
+    return questions
 
 
 # ---------------------------------------------------------------- what is read
@@ -187,24 +202,17 @@ def _question(prompt: Mapping[str, Any], terms: Mapping[str, str]) -> dict[str, 
     return {"id": prompt["prompt_id"], "said": said, "term": terms.get(prompt["term_id"], prompt["term_id"])} | facts
 
 
-def _answer(
-    column: str,
-    prompt_id: str,
-    answers: Answers,
-    cut: set[tuple[str, str]],
-    checks: Mapping[tuple[str, str], Mapping[str, Any]],
-    points: Mapping[str, Mapping[str, list]],
-) -> dict[str, Any] | None:
+def _answer(column: str, prompt_id: str, known: Known) -> dict[str, Any] | None:
     """An answer with its flags, coverage, content and credits; what nobody has checked is None. None: no answer."""
     key = (column, prompt_id)
-    if key not in answers:
+    if key not in known.answers:
         return None
-    checked = checks.get(key, {})
+    checked = known.checks.get(key, {})
     flags = [flag.replace("_", " ") for flag in str(checked.get("flags") or "").split("; ") if flag]
-    flags += [flag for flag in (degenerate_answer(answers[key]), "cut" if key in cut else None) if flag]
+    flags += [flag for flag in (degenerate_answer(known.answers[key]), "cut" if key in known.cut else None) if flag]
     numbers = {name: round(checked[name], 2) if name in checked else None for name in ("coverage", "content")}
-    credits = points.get(prompt_id, {}).get(column)
-    return {"text": printable(answers[key]), "flags": flags, "credits": credits} | numbers
+    credits = known.points.get(prompt_id, {}).get(column)
+    return {"text": printable(known.answers[key]), "flags": flags, "credits": credits} | numbers
 
 
 def _verdict_letters(verdicts: pd.DataFrame, columns: Sequence[str]) -> str:

@@ -15,14 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.analysis.recommendation import name_list
+from telco_nb.analysis.statements import name_list, words_of
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report import answer_explorer, config_cards
 from telco_nb.report.config_cards import GUESSED
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
 from telco_nb.report.pages import first_heading, notebook_body
 from telco_nb.report.rendering import render
-from telco_nb.report.tiles import base_models, energy_kinds, first_sentence, first_tiles
+from telco_nb.report.tiles import Tile, base_models, energy_kinds, first_sentence, first_tiles
 from telco_nb.study.machine import device_text
 from telco_nb.study.plan import STEPS
 
@@ -75,10 +75,9 @@ def _put_in_place(work: Path, final: Path) -> Path:
 
 def _content(study: StudyFiles) -> dict[str, Any]:
     """The values that the index and the one-file report share."""
-    deploy = study.finding("deploy")
-    chosen = deploy["value"] if deploy else None
-    kinds = name_list(energy_kinds(study))
+    deploy, kinds = study.finding("deploy"), name_list(energy_kinds(study))
     energy = f"Training energy is {kinds}. " if kinds else ""
+    tiles = first_tiles(study) if deploy else []
     shown: list[dict[str, Any]] = [
         f | {"tone": TONES.get(f["verdict"], ""), "reasons": _new_reasons(f)} for f in study.findings
     ]
@@ -91,8 +90,9 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "tags": _tags(study),
         "alarms": _alarms(study),
         "lead": first_sentence(deploy["statement"] if deploy else NO_RESULT),
-        "tiles": first_tiles(study, chosen) if deploy else [],
-        "results": _results(study, chosen),
+        "words": _words(study, tiles),
+        "tiles": tiles,
+        "results": _results(study),
         "legend": f"{energy}Places count from 1, the best.",
         "csv": base64.b64encode(read_or_none((study.root / "results.csv").read_bytes) or b"").decode(),
         "findings": [f for f in shown if f not in hidden],
@@ -104,6 +104,14 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "status": _status(study),
         "provenance": _provenance(study),
     }
+
+
+def _words(study: StudyFiles, tiles: Sequence[Tile]) -> list[tuple[str, str]]:
+    """(word, meaning) of the words on the page that a reader may not know; none before there is a result."""
+    if study.results.empty:
+        return []
+    shown = [line for tile in tiles for line in (tile.big, *tile.lines)]
+    return words_of([*shown, *(f["statement"] for f in study.findings), "LoRA", "validation loss", "log-odds"])
 
 
 def _new_reasons(finding: Mapping[str, Any]) -> list[str]:
@@ -179,7 +187,7 @@ def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- results table
 
 
-def _results(study: StudyFiles, chosen: str | None) -> dict[str, Any] | None:
+def _results(study: StudyFiles) -> dict[str, Any] | None:
     """The results table, in the order of the places where a judge has ranked; None without results."""
     if study.results.empty:
         return None
@@ -193,7 +201,9 @@ def _results(study: StudyFiles, chosen: str | None) -> dict[str, Any] | None:
         {"title": title, "numeric": cells[0]["numeric"], "sorted": title == sorted_by} for title, cells in table.items()
     ]
     cells = zip(*table.values(), strict=True)
-    rows = [{"chosen": config == chosen, "cells": row} for config, row in zip(frame.index, cells, strict=True)]
+    rows = [
+        {"chosen": config == study.first_choice, "cells": row} for config, row in zip(frame.index, cells, strict=True)
+    ]
     return {"columns": columns, "rows": rows}
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from telco_nb.analysis.findings import energy_text
-from telco_nb.analysis.recommendation import describe_config
+from telco_nb.analysis.recommendation import describe_config, energy_text
 from telco_nb.report.files import Cell, StudyFiles, read_json, read_or_none
 from telco_nb.study.plan import STEPS
 
@@ -62,7 +61,7 @@ def roles(study: StudyFiles) -> dict[str, tuple[str, str]]:
     """What the findings say about a configuration, in two words, with the tone of the label."""
     deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
     chosen = CHOSEN.get(deploy.get("verdict", ""), ("deploy", "good"))
-    found = {loss.get("value"): ("lowest loss", ""), deploy.get("value"): chosen}
+    found = {loss.get("value"): ("lowest loss", ""), study.first_choice: chosen}
     return {config: role for config, role in found.items() if config}
 
 
@@ -72,11 +71,11 @@ def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     curves = {config: read_or_none(_curve, study.root, config) for config in study.configs}
     scale = _curve_scale([curve for curve in curves.values() if curve is not None])
     most = study.results["train_energy_wh"].max() if "train_energy_wh" in study.results else math.nan
-    deploy, told = study.finding("deploy") or {}, roles(study)
+    told = roles(study)
     return [
         {
             "config": config,
-            "chosen": config == deploy.get("value"),
+            "chosen": config == study.first_choice,
             "role": told.get(config, ("", ""))[0],
             "tone": told.get(config, ("", ""))[1],
             "failed": _failed_steps(study, config),

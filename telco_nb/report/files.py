@@ -73,6 +73,11 @@ class StudyFiles:
     def finding(self, id: str) -> dict[str, Any] | None:
         return next((f for f in self.findings if f["id"] == id), None)
 
+    @property
+    def first_choice(self) -> str | None:
+        """The configuration that one would try next, fit or not; None without one. `deploy` says whether it is fit."""
+        return (self.finding("first_choice") or {}).get("value")
+
     def judge_name(self, judge: str) -> str:
         """The judge's name, marked if it is an offline proxy."""
         return f"{judge} (offline proxy)" if self.is_proxy(judge) else judge

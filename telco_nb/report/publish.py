@@ -8,9 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from telco_nb import ROOT
+from telco_nb.analysis.statements import words_of
 from telco_nb.judge.ranking import interval_text
 from telco_nb.study.input_files import read_json
 from telco_nb.study.params import PUBLISHED
@@ -33,12 +36,19 @@ PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
     "embedding": "likeness to the gold answer by sentence embeddings",
 }
+CLOSING = [
+    "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
+    "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
+]
 README_FINDINGS = (
     "primary",
     "deploy",
+    "fitness.",
+    "first_choice",
     "gain.",
     "tau.",
     "divergence.",
+    "parting.all.",
     "loss_choice",
     "misplaced.",
     "noise_floor",
@@ -69,36 +79,36 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
 
 
 def readme_block(folder: Path = REFERENCE) -> str:
-    """The generated part of the README: findings, figure and table, with the kinds of energy and judges."""
+    """The generated part of the README: words, findings, figure and table, with the kinds of energy and judges."""
     with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    findings, about = (read_json(folder / name) for name in ("findings.json", "about.json"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
     told = [f for f in findings if not f["blocked_by"] or f["verdict"] == "not fit"]
-    shown = [f for start in README_FINDINGS for f in told if f["id"].startswith(start)]
+    shown = [f["statement"] for start in README_FINDINGS for f in told if f["id"].startswith(start)]
+    parts = [
+        [_heading(about, rows, judges)],
+        [f"*{word}*: {meaning}.<br>" for word, meaning in words_of(shown)],
+        [f"- {statement}" for statement in shown],
+        ["![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)"],
+        ["<details><summary>All configurations</summary>"],
+        _table(rows, judges),
+        ["</details>"],
+        CLOSING,
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges: list[str]) -> str:
+    """When, on what and for how long the study ran, and what its energies and judges are."""
     machine = f"{about['device']['cores']} cores ({about['device']['cpu']})"
+    took = f"{about['seconds'] / 60:.0f} min of execution"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
-    took = f"{about['seconds'] / 60:.0f} min of execution"
-    lines = [
+    text = (
         f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}, {took}; brackets are 95 "
-        f"% intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}",
-        "",
-        *(f"- {f['statement']}" for f in shown),
-        "",
-        "![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)",
-        "",
-        "<details><summary>All configurations</summary>",
-        "",
-        *_table(rows, judges),
-        "",
-        "</details>",
-        "",
-        "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
-        "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
-    ]
-    return "\n".join(lines)
+    )
+    return f"{text}% intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}"
 
 
 def _proxies(judges: list[str]) -> str:

@@ -10,7 +10,8 @@ import pandas as pd
 from scipy.special import expit
 
 from telco_nb.analysis.findings import PAPER
-from telco_nb.analysis.recommendation import describe_config, name_list, percent
+from telco_nb.analysis.recommendation import describe_config, percent
+from telco_nb.analysis.statements import name_list
 from telco_nb.judge.protocol import judged_prompts
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report.config_cards import GUESSED, ordinal
@@ -39,9 +40,9 @@ class Tile(NamedTuple):
     good: bool = False
 
 
-def first_tiles(study: StudyFiles, chosen: str | None) -> list[Tile]:
-    """The tiles of a study with a finding `deploy`; `chosen` is its configuration, or None."""
-    pick = (study.finding("loss_choice") or {}).get("value")
+def first_tiles(study: StudyFiles) -> list[Tile]:
+    """The tiles of a study with a finding `deploy`."""
+    chosen, pick = study.first_choice, (study.finding("loss_choice") or {}).get("value")
     claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
     first = [_deploy_tile(study, chosen), _cost_tile(study, chosen, pick), *claim, _loss_tile(study, chosen, pick)]
     return [*first, _confidence_tile(study), _tau_tile(study), _paper_tile(study), _limits_tile(study)]
@@ -68,18 +69,23 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     deploy = study.finding("deploy") or {}
     verdict, held = deploy.get("verdict"), [f for f in study.findings if f["id"].startswith("fitness.")]
     below = [f["statement"] for f in held if f["verdict"] == "not fit"]
-    if not chosen:
-        why = [f"{reason[:1].upper()}{reason[1:]}." for reason in deploy.get("blocked_by", [])]
-        return Tile("Deploy", "none: not fit for customers" if verdict == "not fit" else "none of them", [*below, *why])
-    about = f"{describe_config(study.results.loc[chosen])}"
+    about = describe_config(study.results.loc[chosen]) if chosen else ""
     if verdict == "not fit":
         big = "none: not fit for customers" if below else "none: not shown to be fit for customers"
-        return Tile("Deploy", big, [f"Best of {len(study.results)}: {chosen} ({about}).", *below])
+        first = [f"First choice for a next try: {chosen} ({about})."] if chosen else []
+        return Tile("Deploy", big, [*below, *first, *_reasons(deploy)])
+    if not chosen:
+        return Tile("Deploy", "none of them", _reasons(deploy))
     made = [f["statement"] for f in held if f["id"] == "fitness.coverage"]
     lines = [f"{about}.", *_won(study), *made]
     if verdict == "cannot tell":
         return Tile("Deploy", f"No clear best; best guess is {chosen}", lines, "cannot tell")
     return Tile("Deploy", chosen, lines, good=True)
+
+
+def _reasons(finding: Mapping[str, Any]) -> list[str]:
+    """What blocks a finding, each reason a sentence."""
+    return [f"{reason[:1].upper()}{reason[1:]}." for reason in finding.get("blocked_by", [])]
 
 
 def _won(study: StudyFiles) -> list[str]:
@@ -88,7 +94,8 @@ def _won(study: StudyFiles) -> list[str]:
     known = sorted(gain for gain in gains if gain is not None)
     shares = list(dict.fromkeys(percent(float(expit(gain))) for gain in known))
     span = " to ".join([*shares[:1], *shares[1:][-1:]])
-    return [f"Wins {span} of decided comparisons with the untuned model."] if shares else []
+    wins = f"Wins {span} of decided comparisons with the untuned model"
+    return [f"{wins}; it was picked after the fact, so this is too high."] if shares else []
 
 
 def _claim_tile(primary: Mapping[str, Any]) -> Tile:

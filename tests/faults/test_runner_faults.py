@@ -118,6 +118,15 @@ def test_a_kernel_that_gives_up_on_a_dead_peer_leaves_the_reason_in_the_log(tmp_
 # ---------------------------------------------------------------- runs after runs
 
 
+def test_a_command_is_told_the_outcome_and_its_own_failure_changes_nothing(tmp_path):
+    study = Study(tmp_path)
+    study.add("01_glossary", FINISH)
+    told = "printf '%s %s %s' $TELCO_NB_EXIT_CODE $TELCO_NB_PROFILE \"$TELCO_NB_SUMMARY\" > told.txt; exit 7"
+    code, output = study.run(notify=f"cd {tmp_path}; {told}")
+    assert code == 0 and "--notify: exit code 7" in output
+    assert (tmp_path / "told.txt").read_text() == "0 laptop 1 done"
+
+
 def test_a_failure_keeps_the_last_good_record_and_a_success_removes_the_failed_one(study):
     study.add("01_a", FINISH)
     assert study.run()[0] == 0

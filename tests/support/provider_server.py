@@ -67,6 +67,12 @@ def error_body(kind: str, status: int, code: str = "") -> dict:
 Answer = Callable[[dict, int], "str | tuple[int, dict, dict | bytes | Iterator[bytes]]"]
 
 
+class PatientServer(ThreadingHTTPServer):
+    """Lets callers queue: beyond the five of the standard library, Linux resets connections that come at once."""
+
+    request_queue_size = 256
+
+
 class Server:
     """Answers each request with `script(body, number)`: a text, a fault's name, or (status, headers, body).
 
@@ -100,7 +106,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = PatientServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 

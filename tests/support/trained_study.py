@@ -53,8 +53,10 @@ def build(outputs: Path) -> Path:
 
 
 def write_findings(root: Path, verdict: str, statement: str) -> None:
-    finding = {"id": "deploy", "statement": statement, "value": CONFIG, "low": None, "high": None, "n": 2}
-    write_json(root / "findings.json", [finding | {"verdict": verdict, "blocked_by": []}])
+    finding = {"statement": statement, "low": None, "high": None, "n": 2, "verdict": verdict, "blocked_by": []}
+    deploy = finding | {"id": "deploy", "value": None if verdict == "not fit" else CONFIG}
+    first = finding | {"id": "first_choice", "value": CONFIG, "statement": f"{CONFIG} is the first choice of 2."}
+    write_json(root / "findings.json", [deploy, first])
 
 
 def _values(step_name: str) -> dict:

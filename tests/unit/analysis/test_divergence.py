@@ -14,7 +14,8 @@ from fake_study import make_judge, make_study
 from test_inference import DESIGN, driven
 
 from telco_nb.analysis import divergence, effects, findings, results, statistics
-from telco_nb.analysis.divergence import divergence_finding, divergence_table, shown_explanations
+from telco_nb.analysis.divergence import divergence_finding, divergence_table
+from telco_nb.analysis.parting import explanations
 from telco_nb.analysis.results import StudyResults
 
 SIZES = (0.5, 0.5, 2.0, 1.0)  # of the factors' effects: the number of epochs is the strongest everywhere
@@ -51,7 +52,7 @@ def measured(rng: np.random.Generator, **scores: np.ndarray) -> StudyResults:
 
 
 def shown(study: StudyResults) -> list[str]:
-    return shown_explanations(divergence_table(study, study.judges[0]))
+    return [name for name, one in explanations(study, study.judges[0], {}).items() if one.shown]
 
 
 @pytest.mark.parametrize("related", [False, True])
@@ -82,23 +83,32 @@ def test_planted_reasons_are_found_and_not_taken_for_each_other():
     assert wrong / (3 * n) <= 0.08
 
 
-def test_the_finding_names_each_set_each_reason_and_what_is_missing():
+def test_the_finding_names_each_set_and_leaves_explanations_to_parting():
     study = measured(np.random.default_rng(1))
     table = divergence_table(study, study.judges[0])
     said = divergence_finding(study, study.judges[0], table)
     assert said.id == "divergence.checklist" and said.verdict == "not distinguishable"
-    assert said.value == "not explained"
-    for part in ("for the validation loss", "for the test loss", "Shift of distribution: not shown", "not causes"):
+    assert said.value == "not shown" and said.n == 16
+    for part in ("for the validation loss", "for the test loss", "is not shown"):
         assert part in said.statement
-    assert "unseen" not in said.statement
+    for word in ("unseen", "shift", "overfitting", "style", "forgetting"):
+        assert word not in said.statement.lower()
     table = table.set_index("name")
     assert "unseen loss not known" in table.loc["unseen_loss", "reason"]
     known = table[table["reason"] == ""]
     assert ((known["low"] <= known["value"]) & (known["value"] <= known["high"]) & (known["p"] >= 1 / 32)).all()
-    less = dataclasses.replace(study, checks=None, train_losses=None)
-    bare = divergence_finding(less, study.judges[0], divergence_table(less, study.judges[0]))
-    assert "Overfitting: not known (gap not known" in bare.statement
-    assert "Style instead of content: not known" in bare.statement
+
+
+def test_an_answer_set_that_a_draw_leaves_out_is_missing_and_no_score_of_0():
+    """A configuration was checked on one term alone: draws without that term have no mean."""
+    study = measured(np.random.default_rng(1))
+    checks = study.checks
+    assert checks is not None
+    checks = checks[(checks["config"] != "c01") | (checks["term_id"] == "t0")]
+    side = divergence.sides_of(dataclasses.replace(study, checks=checks), study.judges[0], 0)["content"]
+    left_out = side.draws["c01"].isna().mean()
+    assert 0.2 < left_out < 0.5 and side.draws["c02"].notna().all()  # (11 / 12) ** 12 = .35
+    assert side.draws["c01"].nunique() == 1
 
 
 def test_where_a_low_loss_goes_with_good_answers_nothing_parts():
@@ -106,7 +116,7 @@ def test_where_a_low_loss_goes_with_good_answers_nothing_parts():
     val = driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3)
     study = measured(rng, val=val, score=-val)
     found = told(study)
-    assert found["divergence.checklist"].value == "none"
+    assert found["divergence.checklist"].value == "together"
     assert found["tau.checklist"].verdict == "supported"
     assert "no p below 0.031 is possible" in found["tau.checklist"].statement
 
@@ -243,6 +253,10 @@ def test_energy_effects_of_the_factor_that_sets_the_order_warn_of_drift():
     found = told(make_study())
     warned = [id for id, f in found.items() if "a drift of the machine would look like this effect" in f.statement]
     assert warned and all(id.startswith("effect.trainingenergy(estimated).target_modules") for id in warned)
+    assert "Start times are missing; if the runs took the order of the list" in found[warned[0]].statement
+    started = [f"2026-06-05T{10 + i}:00:00" for i in range(16)]
+    known = told(make_study(16, train_started_at=started))[warned[0]].statement
+    assert "Configurations ran in the order of target_modules" in known and "Start times" not in known
 
 
 def test_no_bound_of_a_rank_correlation_lies_beyond_one():
@@ -250,5 +264,5 @@ def test_no_bound_of_a_rank_correlation_lies_beyond_one():
     rng = np.random.default_rng(3)
     side = divergence.Side(pd.Series(np.arange(8.0)), pd.DataFrame(rng.normal(size=(200, 8))))
     relabelled = np.array([rng.permutation(8) for _ in range(16)])
-    found, _ = divergence.compared(divergence.tau_rows, [side, side], relabelled)
+    found = divergence.compared(divergence.tau_rows, ("a", "b"), {"a": side, "b": side}, relabelled).interval
     assert found is not None and found.high == 1.0 and found.low >= -1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import fake_study
 import numpy as np
@@ -12,11 +13,15 @@ import pytest
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings, recommendation
+from telco_nb.analysis.claims import primary_finding
 from telco_nb.analysis.effects import effect_tables
+from telco_nb.analysis.parting import parting_findings
+from telco_nb.analysis.power import power_findings
 from telco_nb.analysis.results import (
     StudyResults,
     results_table,
 )
+from telco_nb.analysis.statements import counted, some_of
 from telco_nb.judge.protocol import headline_blocks
 
 
@@ -173,3 +178,49 @@ def test_the_paper_stands_beside_ours_with_its_published_facts():
     assert table["lowest validation loss"] == "0.5024"
     assert table["highest validation loss"] == "0.6807"
     assert table["training energy per configuration"] == "284-1371 Wh (factor 4.8)"
+
+
+def test_n_counts_units_and_never_draws():
+    """Draws can be made as many as one likes: with twice as many, no finding has another n."""
+    planted = fake_study.truth(fake_study.design())["quality"]
+    counts = []
+    for times in (1, 2):
+        judge = make_judge(pd.concat([planted, pd.Series({"untuned": -4.0})]))
+        ranking = judge.ranking.assign(is_anchor=judge.ranking.index == "untuned", n_terms=24)
+        judge = dataclasses.replace(judge, ranking=ranking, draws=pd.concat([judge.draws] * times, ignore_index=True))
+        study = make_study(16, [judge, dataclasses.replace(judge, name="other")])
+        drawn = pd.concat([study.loss_draws] * times, ignore_index=True)
+        study = dataclasses.replace(study, loss_draws=drawn)
+        told = [*findings.all_findings(study), *power_findings(study, 48), *parting_findings(study, {})]
+        counts.append({f.id: f.n for f in [*told, primary_finding(study)]})
+    assert counts[0] == counts[1] and {"gain.checklist", "regret.checklist", "confidence"} <= set(counts[0])
+    assert {counts[0][id] for id in ("gain.checklist", "regret.checklist", "confidence")} == {24}
+
+
+@pytest.mark.parametrize(("n", "said"), [
+    (0, "none of 16 configurations is"), (1, "1 of 16 configurations is"), (2, "2 of 16 configurations are"),
+])  # fmt: skip
+def test_the_verb_follows_the_count(n, said):
+    assert some_of(n, 16, "configuration", "is", "are") == said
+    assert [counted(k, "run") for k in (0, 1, 1200)] == ["0 runs", "1 run", "1,200 runs"]
+
+
+def test_no_statement_counts_one_thing_in_the_plural():
+    wrong = re.compile(
+        r"\b1 (?:configurations|runs|prompts|seeds|terms|pairs|answers|effects|explanations|comparisons)\b"
+    )
+    for n in (1, 2, 3, 5):
+        study = make_study(n)
+        told = [*findings.all_findings(study), *power_findings(study, 1), *parting_findings(study, {})]
+        assert not [f.statement for f in told if wrong.search(f.statement)]
+
+
+def test_the_answer_to_the_primary_claim_says_that_its_bounds_hold_for_all_at_once():
+    assert "bounds hold for all configurations at once" in primary_finding(make_study()).statement
+
+
+def test_effects_on_scores_say_that_their_error_holds_the_noise_of_judging():
+    told = {f.id: f.statement for f in findings.all_findings(make_study())}
+    for id, said in told.items():
+        if id.startswith("effect."):
+            assert ("noise of judging included" in said) == id.startswith("effect.checklistscore")

@@ -1,7 +1,9 @@
 """Fitness is shown part by part, and only if no configuration is fit does the study say so."""
 
 import dataclasses
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from fake_study import make_judge, make_study
@@ -19,7 +21,7 @@ def held(coverage=(0.8, 0.8, 0.8, 0.8), score=(0.0, 0.5, 1.0, 2.0), **changes):
     scores = pd.Series(dict(zip(CONFIGS, score, strict=True)) | dict.fromkeys(FLOORS, -4.0))
     judge = make_judge(scores, 0.02)
     judge.ranking["is_anchor"] = judge.ranking.index.isin(ANCHORS)
-    found = dict(zip([*CONFIGS, "reference"], [*coverage, 0.9], strict=True))
+    found = dict(zip([*CONFIGS, "reference", "template"], [*coverage, 0.9, 0.0], strict=True))
     checks = pd.DataFrame({"config": list(found), "coverage": list(found.values()), "unsafe": 0.01, "term_id": "t"})
     checks = checks.assign(content=checks["coverage"], style=0.5)
     faults = pd.DataFrame({"config": CONFIGS, "answers": 40, "broken": 0})
@@ -43,9 +45,89 @@ def test_if_the_best_one_is_not_fit_the_best_of_the_fit_ones_is_recommended():
 def test_no_configuration_is_fit_only_if_all_are_below_the_bar():
     study = held(coverage=(0.2, 0.2, 0.2, 0.2))
     said = deploy(study)
-    assert (said.verdict, said.value) == ("not fit", "c04")
-    assert said.statement.startswith("No configuration is fit for customers: they make 20% of a full answer's points")
+    assert (said.verdict, said.value) == ("not fit", None)
+    assert said.statement == "No configuration is fit for customers: all 4 give too few points of a full answer."
     assert deploy(held()).verdict == "supported"
+
+
+def first_choice(study):
+    return next((f for f in findings.decision_findings(study) if f.id == "first_choice"), None)
+
+
+def test_without_a_fit_configuration_nothing_is_deployed_and_the_first_choice_stands_apart_with_its_bounds():
+    study = held(coverage=(0.2, 0.2, 0.2, 0.2))
+    first, choice = first_choice(study), recommend(study)
+    assert deploy(study).value is None and (choice.deploy, choice.config) == (None, "c04")
+    assert (first.value, first.low, first.high) == ("c04", 1, 1) and "Its place: 1 of 4 [1, 1]" in first.statement
+    assert first.statement.startswith("c04 (LoRA on")
+    assert deploy(held()).value == recommend(held()).deploy == first_choice(held()).value == "c04"
+    blocked = [dataclasses.replace(study.judges[0], headline_blocks=(FEW,))]
+    assert first_choice(dataclasses.replace(study, judges=blocked)) is None
+
+
+def unfit(**columns):
+    """All below the bar by all that needs no ranking, the anchors included."""
+    study = held(coverage=(0.2, 0.2, 0.2, 0.2), score=(-5.0, -5.1, -5.2, -5.3))
+    unsafe = [0.3, 0.4, 0.3, 0.3, 0.0, 0.23]
+    return dataclasses.replace(study, checks=study.checks.assign(unsafe=unsafe), faults=study.faults.assign(broken=20))
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        held(), unfit(), held(coverage=(0.8, 0.8, 0.8, 0.2)), held(coverage=(0.8, 0.2, 0.2, 0.2)),
+        held(checks=None, faults=None), held(score=(0.0, 0.0, 0.0, 0.0)),
+    ],
+)  # fmt: skip
+def test_the_decision_takes_at_most_two_sentences_of_at_most_25_words(study):
+    sentences = re.split(r"(?<=[.]) (?=[A-Z0-9])", deploy(study).statement)
+    assert len(sentences) <= 2 and all(len(sentence.split()) <= 25 for sentence in sentences), sentences
+
+
+def test_no_number_of_the_bar_stands_in_two_statements():
+    told = " ".join(f.statement for f in findings.decision_findings(unfit()))
+    for words in ("of a full answer's points", "answers are unsafe", "empty, loop or break off"):
+        assert told.count(words) == 1, words
+    assert told.count("does not clearly beat") == 1  # all anchors in one sentence
+    anchors = "one sentence for everything, the customer's own words or the answer of the most similar training"
+    assert anchors in told
+
+
+def test_the_unsafe_share_stands_beside_those_of_the_gold_answers_and_of_one_sentence_for_everything():
+    beside = "the gold answers: 0%, one sentence for everything: 23%"
+    study = unfit()
+    (told,) = (f.statement for f in bar_findings(study, CONFIGS, "c01") if f.id == "fitness.unsafe")
+    assert beside in told and "(c01, the first choice: 30%)" in told
+    assert any(beside in reason for reason in fitness(study, "c02").failed)
+
+
+def test_what_reads_points_and_safety_is_named_and_only_broken_answers_are_measured_without_a_judge():
+    told = {f.id: f.statement for f in bar_findings(held(), CONFIGS)}
+    assert told["fitness.coverage"].startswith("By checklist, an offline proxy for a human reader, ")
+    assert told["fitness.unsafe"].startswith("By checklist, an offline proxy, ")
+    assert [id for id, text in told.items() if "without a judge" in text] == ["fitness.broken"]
+
+
+def test_of_equal_configurations_a_gain_is_shown_in_at_most_5_percent_of_studies_although_the_best_is_picked():
+    """200 studies of 16 configurations as good as the untuned model; the interval of the best alone fails far more."""
+    rng, names, terms = np.random.default_rng(7), [f"c{i:02d}" for i in range(1, 17)], 40
+    alone, joint = 0, 0
+    for _ in range(200):
+        values = rng.normal(0, 1, (terms, 17))
+        scores = pd.Series(values.mean(0), [*names, "untuned"])
+        weights = rng.multinomial(terms, np.full(terms, 1 / terms), 400)
+        draws = pd.DataFrame(weights @ values / terms, columns=scores.index)
+        judge = make_judge(scores)
+        judge = dataclasses.replace(judge, ranking=judge.ranking.assign(n_terms=terms), draws=draws)
+        best = scores[names].idxmax()
+        alone += lead_over(judge, best, "untuned").is_above()
+        joint += lead_over(judge, best, "untuned", picked_from=16).is_above()
+    assert joint <= 10 < alone, (joint, alone)
+
+
+def test_a_gain_says_that_its_configuration_was_picked_after_the_fact():
+    (gain,) = (f for f in findings.decision_findings(held()) if f.id == "gain.checklist")
+    assert "picked from 4 after the fact" in gain.statement and "the interval holds for all 4" in gain.statement
 
 
 FEW = "no ranking: only 6 terms were judged; a ranking needs 8"
@@ -56,11 +138,11 @@ GATE = "failed its validity gate (injection)"
 def test_where_no_judge_may_carry_a_claim_the_bar_is_stated_first(block, said):
     study = held(coverage=(0.0, 0.01, 0.0, 0.01))
     judges = [dataclasses.replace(study.judges[0], headline_blocks=(block,))]
-    checks = study.checks.assign(unsafe=[0.38, 0.5, 0.4, 0.4, 0.05])
+    checks = study.checks.assign(unsafe=[0.38, 0.5, 0.4, 0.4, 0.05, 0.2])
     found = deploy(dataclasses.replace(study, judges=judges, checks=checks))
     assert found.statement == (
-        "No configuration is fit for customers: they make 0 to 1% of a full answer's points (gold answers 90%), and "
-        f"38 to 50% of their answers are unsafe (gold answers 5%). They cannot be ranked either: {said}."
+        "No configuration is fit for customers: all 4 give too few points of a full answer and too many unsafe "
+        f"answers. They cannot be ranked either: {said}."
     )
     assert (found.verdict, found.value, found.blocked_by) == ("not fit", None, [said])
 
@@ -74,19 +156,20 @@ def test_a_study_that_cannot_be_ranked_is_not_called_unfit_while_one_passes_the_
 
 def test_the_parts_of_the_bar_are_findings_with_their_numbers():
     study = held(coverage=(0.2, 0.2, 0.2, 0.3))
-    one = {f.id: f for f in bar_findings(study, "c04")}
-    assert one["fitness.coverage"].statement == "c04 makes 30% of a full answer's points; good answers make 90%."
+    one = {f.id: f for f in bar_findings(study, ["c04"])}
+    assert "c04 makes 30% of a full answer's points; the gold answers make 90%." in one["fitness.coverage"].statement
     assert (one["fitness.coverage"].value, one["fitness.coverage"].verdict) == (0.3, "not fit")
     assert (one["fitness.broken"].value, one["fitness.broken"].verdict) == (0.0, "described")
-    together = bar_findings(study, None)[0]
-    assert together.statement.startswith("The configurations make 20 to 30% of a full answer's points")
+    together = bar_findings(study, CONFIGS)[0]
+    assert "the configurations make 20 to 30% of a full answer's points" in together.statement
     assert (together.value, together.low, together.high) == (None, 0.2, 0.3)
-    assert bar_findings(held(checks=None, faults=None), "c04") == []
+    assert bar_findings(held(checks=None, faults=None), ["c04"]) == []
 
 
 def test_the_only_fit_one_is_recommended_as_such():
-    said = deploy(held(coverage=(0.8, 0.2, 0.2, 0.2)))
-    assert said.value == "c01" and "the only one of the configurations that is fit" in said.statement
+    study = held(coverage=(0.8, 0.2, 0.2, 0.2))
+    assert deploy(study).value == first_choice(study).value == "c01"
+    assert "the only one of the configurations that is fit" in first_choice(study).statement
 
 
 def test_a_choice_of_loss_that_is_better_but_not_fit_is_called_that():

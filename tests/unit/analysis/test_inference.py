@@ -28,6 +28,12 @@ def driven(rng: np.random.Generator, sizes: tuple[float, ...], noise: float, int
     return score + interaction * rng.choice([-1, 1]) * (2 * CODES[1] - 1) * (2 * CODES[2] - 1)
 
 
+def relabelled_p(relabelled: np.ndarray, loss: np.ndarray, score: np.ndarray) -> float:
+    return inference.relabelling_p(
+        inference.relabelled_values(statistics.tau_rows, relabelled, (loss, score), (True, False))
+    )
+
+
 # ---------------------------------------------------------------- the design as the unit
 
 
@@ -62,11 +68,46 @@ def test_false_positives_stay_below_5_percent_where_factors_drive_both_sides(siz
     interaction = 2.0 if sizes == (0.5, 0.5, 1.0, 1.0) else 0.0
     for _ in range(n):
         loss, score = (driven(rng, sizes, 0.3, interaction) for _ in "ab")
-        p = inference.relabelling_p(lambda x, y=score: statistics.tau_rows(x, y), relabelled, loss)
+        p = relabelled_p(relabelled, loss, score)
         hits += p < 0.05
         plain += abs(statistics.tau_rows(loss, score)[0]) >= critical
     assert hits / n <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / n)
     assert sum(sizes) == 0 or plain / n > 0.25  # what shuffled configurations would claim
+
+
+def test_whichever_side_is_relabelled_p_is_the_same_because_relabellings_form_a_group():
+    rng, relabelled = np.random.default_rng(6), inference.relabellings(LEVELS)
+    for _ in range(20):
+        loss, score = (driven(rng, (0.5, 0.5, 2.0, 1.0), 0.3) for _ in "ab")
+        assert relabelled_p(relabelled, loss, score) == relabelled_p(relabelled, score, loss)
+
+
+def test_adjusted_p_claim_any_of_five_unrelated_statistics_in_at_most_5_percent_and_still_reach_one_in_32():
+    """The five share the relabellings and the score. Plain p claim one of them more often."""
+    rng, relabelled, n, sizes = np.random.default_rng(7), inference.relabellings(LEVELS), 400, (0.7, 0.7, 1.0, 1.0)
+    any_plain, any_adjusted = 0, 0
+    for _ in range(n):
+        score, losses = driven(rng, sizes, 0.3), [driven(rng, sizes, 0.3) for _ in range(5)]
+        values = np.array([
+            inference.relabelled_values(statistics.tau_rows, relabelled, (loss, score), (True, False))
+            for loss in losses
+        ])  # fmt: skip
+        adjusted, plain = inference.step_down_p(values), [inference.relabelling_p(row) for row in values]
+        assert (adjusted >= np.array(plain) - 1e-12).all()
+        any_adjusted += adjusted.min() < 0.05
+        any_plain += min(plain) < 0.05
+    assert any_adjusted / n <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / n) < any_plain / n
+    clear = np.vstack([np.where(np.arange(32) == 0, 0.9, 0.1), rng.uniform(-0.2, 0.2, (4, 32))])
+    assert inference.step_down_p(clear)[0] == 1 / 32
+
+
+def test_the_step_down_is_that_of_westfall_and_young_by_hand():
+    """Three statistics of one size over four relabellings: the second is compared without the first."""
+    values = np.array([[3.0, 1.0, -1.0, 1.0], [2.0, 2.0, 0.0, 2.0], [0.0, 2.0, 2.0, 2.0]])
+    values *= np.sqrt(3 / (values**2).mean(axis=1, keepdims=True))
+    assert inference.step_down_p(values) == pytest.approx([0.25, 1.0, 1.0])
+    assert inference.step_down_p(values[::-1]) == pytest.approx([1.0, 1.0, 0.25])
+    assert inference.step_down_p(np.zeros((2, 4))) == pytest.approx([1.0, 1.0])
 
 
 def test_a_true_relation_can_be_found_and_p_goes_down_to_one_in_32():
@@ -74,7 +115,7 @@ def test_a_true_relation_can_be_found_and_p_goes_down_to_one_in_32():
     for _ in range(100):
         loss = driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3)
         score = -loss + 0.3 * loss.std() * rng.normal(size=16)
-        p = inference.relabelling_p(lambda x, y=score: statistics.tau_rows(x, y), relabelled, loss)
+        p = relabelled_p(relabelled, loss, score)
         assert p >= 1 / 32
         found += p < 0.05
     assert found >= 55

@@ -12,11 +12,8 @@ from test_divergence import drawn, measured
 from test_inference import DESIGN, driven
 
 from telco_nb.analysis import parting, statistics
-from telco_nb.analysis.divergence import divergence_tables
-from telco_nb.analysis.parting import Measure, parting_findings
+from telco_nb.analysis.parting import EXPLANATIONS, Measure, explanations, parting_findings
 from telco_nb.analysis.results import StudyResults
-
-REASONS = ("shift", "overfitting", "style", "knowledge", "forgetting")
 
 
 def choices(rng: np.random.Generator, share: float, terms: int = 20, per_term: int = 5) -> pd.DataFrame:
@@ -29,7 +26,7 @@ def choices(rng: np.random.Generator, share: float, terms: int = 20, per_term: i
 
 
 def told(study: StudyResults, **measures: Measure) -> dict:
-    return {f.id: f for f in parting_findings(study, divergence_tables(study), measures)}
+    return {f.id: f for f in parting_findings(study, measures)}
 
 
 def of(rng: np.random.Generator, values: np.ndarray) -> Measure:
@@ -61,6 +58,26 @@ def test_all_choices_right_still_has_an_interval():
     assert row["value"] == row["high"] == 1 and 0.95 < row["low"] < 0.97  # exact: .025 ** (1 / 100)
 
 
+def test_too_few_choices_give_counts_and_no_share_and_the_least_number_is_where_an_interval_spans_half_of_all():
+    width = {n: max(np.subtract(*statistics.exact_bounds(k, n)[::-1]) for k in range(n + 1)) for n in (16, 17)}
+    assert statistics.least_choices() == 17 and width[17] < 0.5 < width[16]
+    rng = np.random.default_rng(4)
+    few = {c: choices(rng, 0.6, terms=2, per_term=3) for c in (*DESIGN.index, "untuned")}
+    measure = parting.card_choice(few, 100, 1)
+    assert measure.table[["value", "low", "high"]].isna().all(axis=None)
+    found = told(measured(rng), card_choice=measure)["parting.knowledge.checklist"]
+    assert found.verdict == "not estimable" and found.value is None
+    assert "fewer than 17 choices about the cards tell no share, and 6 were asked" in found.statement
+    assert f"the untuned model {few['untuned']['right'].sum()} of 6; extremes" in found.statement
+    enough = statistics.share_interval(pd.Series([True] * 20), pd.Series(range(20)), 1)
+    assert statistics.share_text(20, 20, enough) == "20 of 20 (100% [83%, 100%])"
+
+
+def test_a_share_of_a_draw_without_items_is_missing_and_not_0():
+    drawn = statistics.ratio_draws(np.array([[2, 0], [0, 2], [1, 1]]), np.array([1.0, 0.0]), np.array([2.0, 0.0]))
+    assert drawn.tolist()[::2] == [0.5, 0.5] and np.isnan(drawn[1])
+
+
 def test_forgetting_is_the_loss_beyond_that_of_the_untuned_model_text_by_text():
     texts = [f"g{i}" for i in range(20)]
     base = np.linspace(2, 5, 20)
@@ -77,7 +94,7 @@ def test_forgetting_is_the_loss_beyond_that_of_the_untuned_model_text_by_text():
 @pytest.mark.parametrize("reason", ["knowledge", "forgetting"])
 def test_a_planted_measure_is_found_and_unrelated_ones_are_not(reason):
     rng, found, false, n = np.random.default_rng(3), 0, 0, 30
-    column = parting.MEASURED[reason][1]
+    column = EXPLANATIONS[reason].sides[0]
     for _ in range(n):
         val, other = (driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3) for _ in range(2))
         study = measured(rng, val=val, score=2 * other - val)
@@ -92,8 +109,10 @@ def test_each_reason_is_a_statement_with_its_own_interval():
     study = measured(rng)
     values = {name: of(rng, driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3)) for name in ("card_choice", "forgetting")}
     found = told(study, **values)
-    assert list(found) == [f"parting.{reason}.checklist" for reason in REASONS]
-    assert all(f.low <= f.value <= f.high and f.verdict == "not distinguishable" for f in found.values())
+    assert list(found) == [f"parting.{reason}.checklist" for reason in ("all", *EXPLANATIONS)]
+    alone = [found[f"parting.{reason}.checklist"] for reason in EXPLANATIONS]
+    assert all(f.low <= f.value <= f.high and f.verdict == "not distinguishable" and f.n == 16 for f in alone)
+    assert all("adjusted over 5 explanations" in f.statement for f in alone)
     best = values["card_choice"].table["value"].idxmax()
     assert f"most {best}" in found["parting.knowledge.checklist"].statement
     assert "picked after the fact" in found["parting.forgetting.checklist"].statement
@@ -107,6 +126,7 @@ def test_what_was_not_measured_has_a_reason_and_no_number():
         assert finding.verdict == "not estimable" and finding.value is None and "not known" in finding.statement
     few = make_study(3, [make_judge(pd.Series([1.0, 0.0, -1.0], make_study(3).results.index))])
     assert {f.verdict for f in told(few).values()} == {"not estimable"}
+    assert "need 5 configurations, and 3 can be compared" in told(few)["parting.all.checklist"].statement
     empty = parting.forgetting({"untuned": pd.DataFrame({"text_id": [], "loss": []}), **{
         c: pd.DataFrame({"text_id": [], "loss": []}) for c in DESIGN.index}}, 50, 1)  # fmt: skip
     assert told(study, forgetting=empty)["parting.forgetting.checklist"].verdict == "not estimable"
@@ -115,5 +135,58 @@ def test_what_was_not_measured_has_a_reason_and_no_number():
 def test_a_configuration_that_general_texts_surprise_less_is_called_that_and_not_a_loss_below_0():
     table = pd.DataFrame({"value": [-0.2, -0.1, 0.3], "low": [-0.3, -0.2, 0.1], "high": [-0.1, 0.1, 0.5], "n": 6})
     said = parting.forgetting_text(Measure(table, pd.DataFrame()))
-    assert "1 of 3 configurations are more surprised" in said and "(1 of them surely)" in said
+    assert "1 of 3 configurations is more surprised" in said and "(1 of them surely)" in said
     assert "2 are less surprised than the untuned model (1 surely)" in said
+
+
+@pytest.mark.parametrize(("sign", "word"), [(1, "better"), (-1, "worse")])
+def test_a_statement_says_in_words_which_configurations_are_judged_better(sign, word):
+    """Planted both ways, and shown: the words follow the sign of the number."""
+    rng = np.random.default_rng(3)
+    val, lost = (driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3) for _ in range(2))
+    study = measured(rng, val=val, score=sign * 2 * lost - val)
+    finding = told(study, forgetting=of(rng, lost))["parting.forgetting.checklist"]
+    assert np.sign(finding.value) == sign
+    assert f"configurations that lose more on general texts are judged {word}" in finding.statement
+    assert ("it may be chance" in finding.statement) == (finding.verdict != "supported")
+
+
+def test_the_words_of_a_shift_and_of_style_follow_the_sign_too():
+    rng = np.random.default_rng(5)
+    val = driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3)
+    less = told(measured(rng, val=val, test=-val, score=-val))["parting.shift.checklist"]
+    more = told(measured(rng, val=val, test=-val, score=val))["parting.shift.checklist"]
+    assert less.value > 0 and "goes with better answers less than a lower validation loss does" in less.statement
+    assert more.value < 0 and "more so than a lower validation loss does" in more.statement
+    assert less.verdict != "supported", "a test loss that orders answers worse is no shift"
+    style = told(measured(rng, val=val, style=-val, content=val))["parting.style.checklist"]
+    assert style.value < 0 and "goes with better style, more so than with better content" in style.statement
+
+
+def test_one_sentence_over_all_names_what_is_shown_and_agrees_with_each_statement():
+    rng, seen = np.random.default_rng(3), set()
+    for _ in range(8):
+        val, other = (driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3) for _ in range(2))
+        found = told(measured(rng, val=val, score=2 * other - val), forgetting=of(rng, other))
+        summary = found.pop("parting.all.checklist")
+        shown = [id.split(".")[1] for id, f in found.items() if f.verdict == "supported"]
+        assert summary.value == ("+".join(shown) or "none")
+        assert summary.verdict == ("supported" if shown else "not distinguishable")
+        assert "knowledge is not to be told from what was measured" in summary.statement
+        assert "adjusted over 4 explanations" in summary.statement and "not causes" in summary.statement
+        seen |= set(shown)
+    assert "forgetting" in seen
+
+
+def test_an_explanation_is_adjusted_for_the_others_that_were_tested_beside_it():
+    rng, grown = np.random.default_rng(6), 0
+    for _ in range(10):
+        study = measured(rng)
+        more = {name: of(rng, driven(rng, (1.0, 0.5, 1.0, 0.5), 0.3)) for name in ("card_choice", "forgetting")}
+        bare = dataclasses.replace(study, checks=None, train_losses=None)
+        alone, among = explanations(bare, study.judges[0], {}), explanations(study, study.judges[0], more)
+        assert [name for name, one in alone.items() if one.found] == ["shift"]
+        assert alone["shift"].p == alone["shift"].found.p
+        assert all(one.p >= one.found.p for one in among.values())
+        grown += among["overfitting"].p > among["overfitting"].found.p
+    assert grown >= 8

@@ -122,3 +122,13 @@ def test_a_difference_that_only_a_certain_winner_has_is_said_in_words_and_not_in
                    and f.id.startswith("power."))  # fmt: skip
     assert finding.value > power.FORGONE and "log-odds" not in finding.statement
     assert "With 8 prompts only a configuration that wins practically always would be noticed" in finding.statement
+
+
+def test_the_least_difference_is_said_as_what_a_difference_must_be_and_n_counts_terms():
+    study = make_study(16, [repeated(0.0, 0.1)])
+    found = {finding.id: finding for finding in power.power_findings(study, 48)}
+    said = found["power.checklist"].statement
+    assert "a difference between two configurations must be at least" in said and "with 80% power" in said
+    assert {finding.n for finding in found.values()} == {24}
+    uncounted = {finding.n for finding in power.power_findings(make_study(), 48)}  # as many terms as stand for no count
+    assert uncounted == {None}

@@ -107,8 +107,9 @@ def test_where_nothing_is_shown_the_data_cannot_tell_and_energy_decides_nothing(
     choice = recommend(study)
     assert choice.candidates == [] and not choice.is_supported
     assert choice.config == "c03" and "can be the best" in choice.cannot_tell
-    deploy = findings.decision_findings(study)[0]
-    assert "The data cannot tell" in deploy.statement and "c03" in deploy.statement
+    first = next(f for f in findings.decision_findings(study) if f.id == "first_choice")
+    assert (first.value, first.verdict) == ("c03", "cannot tell")
+    assert "The data cannot tell" in first.statement and "would count as equally good" in first.statement
 
 
 def test_better_than_holds_the_names_that_are_beaten_with_every_judge():

@@ -117,7 +117,7 @@ def test_blocked_statements_fold_away_with_their_reasons_and_the_others_stay():
 @pytest.mark.parametrize(("kinds", "labels"), [(["estimated"] * 4, 4), (["measured", *["estimated"] * 3], 0)])
 def test_only_energies_of_one_kind_get_points(kinds, labels):
     study = make_study(4, energy_kind=kinds)
-    fig, data = charts.score_panels(study, "train_energy_wh", "energy (Wh)", {"c01": "deploy"})
+    fig, data = charts.score_panels(study, "train_energy_wh", "energy (Wh)", {"c01": "first choice"})
     assert len(fig.axes[0].texts) == labels
     assert list(data.columns[:2]) == ["config", "train_energy_wh"] and len(data) == 4
 
@@ -142,12 +142,15 @@ def test_with_few_conversations_or_terms_no_loss_is_called_distinguishable_from_
     draws = pd.DataFrame({"c01": [0.5] * 50, "c02": [0.9] * 50})
     said = rows.lowest_loss_text(losses, draws, n, terms)
     assert said.startswith("**c01 has the lowest loss.**") and "distinguishable" not in said
-    assert f"{n} scenarios about {terms} terms are too few to tell" in said
+    assert f"{n} scenarios about {terms} terms: too few to tell" in said
 
 
 def test_with_enough_terms_the_losses_that_differ_from_the_lowest_are_told_from_those_that_do_not():
     losses = pd.Series({"c01": 0.5, "c02": 0.9, "c03": 0.51})
     rng = np.random.default_rng(1)
     draws = losses + pd.DataFrame(rng.normal(0, 0.02, (400, 3)), columns=losses.index)
-    assert "1 of the other 2 are not distinguishable from it (c03)" in rows.lowest_loss_text(losses, draws, 24, 8)
-    assert "distinguishable from all others" in rows.lowest_loss_text(losses[:2], draws, 24, 8)
+    assert "1 of 2 others is not distinguishable from it (c03)" in rows.lowest_loss_text(losses, draws, 24, 8)
+    assert "distinguishable from the other one: no" in rows.lowest_loss_text(losses[:2], draws, 24, 8)
+    three = pd.Series({"c01": 0.5, "c02": 0.9, "c03": 0.95})
+    far = three + pd.DataFrame(rng.normal(0, 0.02, (400, 3)), columns=three.index)
+    assert "distinguishable from all 2 others: no" in rows.lowest_loss_text(three, far, 24, 8)

@@ -8,7 +8,7 @@ import pytest
 from fake_study import make_judge, make_study
 from scipy import stats
 
-from telco_nb.analysis import findings, seeds
+from telco_nb.analysis import findings, inference, seeds
 from telco_nb.analysis.recommendation import compare, mean_expected_scores, recommend, seed_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
 
@@ -84,7 +84,8 @@ def test_the_finding_says_when_too_few_repeats_tell_the_luck():
         seeds.luck_findings(studied(seeds.merge_runs(judged(rng, truth, 0.4, runs=runs))))[0].statement
         for runs in ([*CONFIGS, "c01-seed1"], LAPTOP)
     )
-    assert "of 1 the intervals are wide, and still hold the truth less often than they say" in few
+    assert "with 1 the intervals are wide, and still hold the truth less often than they say" in few
+    assert "(noise of judging taken out; 1 configuration with 2 runs)" in few and "noise of judging included" in few
     assert "less often" not in enough
 
 
@@ -146,6 +147,25 @@ def test_the_score_of_a_configuration_is_the_mean_of_its_runs_and_one_without_re
     width = (merged.ranking["high"] - merged.ranking["low"])[CONFIGS]
     assert width[CONFIGS[6:]].min() > width[CONFIGS[:6]].max() > 5 * 4 * 0.02
     assert merged.first_scores.equals(runs[CONFIGS]) and merged.ranking.loc["c01", "n_judgements"] == 780
+
+
+def test_luck_is_the_pure_error_of_runs_less_the_noise_and_runs_that_do_not_differ_tell_none():
+    judge = judged(np.random.default_rng(3), pd.Series(0.0, CONFIGS), 0.4)
+    runs = judge.ranking["score"]
+    error = inference.pure_error(runs.set_axis(runs.index.map(seeds.config_of)))
+    luck = seeds.training_luck(runs, judge.draws)
+    assert (luck.total, luck.df) == (pytest.approx(error.sd**2), error.df) == (luck.total, 6)
+    assert 0 < luck.noise < luck.total and seeds.training_luck(runs).noise == 0
+    assert seeds.training_luck(runs * 0) is None and seeds.training_luck(runs[CONFIGS]) is None
+
+
+def test_the_spread_between_seeds_has_one_name_for_losses_and_scores():
+    judge = seeds.merge_runs(judged(np.random.default_rng(3), pd.Series(0.0, CONFIGS), 0.4))
+    study = studied(judge)
+    repeats = pd.DataFrame({"config": CONFIGS[:6], "seed": 1, "val_loss": 0.5, "train_energy_wh": 1.0})
+    said = [seeds.noise_finding(dataclasses.replace(study, repeats=repeats)), *seeds.luck_findings(study)]
+    assert all(finding.statement.startswith("The standard deviation between seeds of the ") for finding in said)
+    assert [finding.n for finding in said] == [12, 12]
 
 
 def test_luck_is_found_and_the_noise_of_verdicts_is_not_taken_for_it():

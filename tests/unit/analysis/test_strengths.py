@@ -40,7 +40,8 @@ def test_two_strengths_whose_interval_holds_0_are_not_told_apart_and_both_losses
     table = losses(best, 0.02).query("strength in (0.75, 1)")
     roles = {"c01": "first choice"}
     found = strength_findings(strength_table({"c01": table}, roles, 300, 1), roles)[0]
-    assert found.low < 0 < found.high and found.verdict == "not distinguishable" and found.n == 24
+    assert "on 24 answers" in found.statement  # two of each of 12 terms, which are the units
+    assert found.low < 0 < found.high and found.verdict == "not distinguishable" and found.n == 12
     assert "not told apart on 24 answers" in found.statement
     assert found.statement.count(" at 1") >= 1 and " at 0.75" in found.statement
 

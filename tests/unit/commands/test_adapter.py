@@ -17,6 +17,7 @@ import torch
 import trained_study
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub._eval_results import parse_eval_result_entries
 from peft import LoraConfig, get_peft_model
 from ports import free_port
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -167,6 +168,17 @@ def test_every_file_can_be_read_by_all_and_has_its_checksum(folders):
             assert all(hashlib.sha256((folder / p).read_bytes()).hexdigest() == digest for p, digest in sums.items())
 
 
+def test_the_metrics_of_the_card_are_there_as_hubs_read_them(folders):
+    entries = parse_eval_result_entries(
+        yaml.safe_load((folders["hf"] / ".eval_results/telco-conversations.yaml").read_text())
+    )
+    card = ModelCard.load(folders["hf"] / "README.md").data.eval_results
+    assert card and [(e.task_id.replace("_", " "), e.value) for e in entries] == [
+        (r.metric_type, r.metric_value) for r in card
+    ]
+    assert all(entry.notes and entry.date for entry in entries)
+
+
 def test_the_adapter_is_exported_as_it_was_saved(folders):
     for path in folders["saved"].iterdir():
         if path.name != "README.md":
@@ -196,7 +208,7 @@ def test_vllm_gets_its_one_command(folders):
 
 def test_gguf_is_one_file_made_by_the_converter_from_the_merged_model(folders):
     names = {path.name for path in folders["gguf"].iterdir()}
-    assert names == {"c04.gguf", "README.md", "LICENSE", "base_model.json", "SHA256SUMS"}
+    assert names == {"c04.gguf", "README.md", "LICENSE", "base_model.json", ".eval_results", "SHA256SUMS"}
 
 
 def test_gguf_without_the_converter_is_refused_with_the_fix(home, tmp_path, monkeypatch):
@@ -265,7 +277,7 @@ def test_a_configuration_that_is_not_fit_says_so_before_all_else(folders):
 def test_the_finding_alone_makes_a_configuration_unfit(study, monkeypatch):
     from telco_nb.commands import model_card
 
-    fit = model_card.Fitness(0.9, 0.95, 0.0, 0.0, 0.0, [], [])
+    fit = model_card.Fitness(0.9, 0.95, 0.0, 0.0, 0.2, 0.0, {}, {}, [])
     monkeypatch.setattr(model_card, "held_against_bar", lambda trained: fit)
     found = trained.find_trained("laptop", "c04")
     assert f"NOT FIT to answer customers.** The study's own bar is not met: {trained_study.NOT_FIT[:-1]}" in (

@@ -26,7 +26,7 @@ def outputs(tmp_path, monkeypatch):
 
 def test_the_door_lists_every_command():
     result = run("--help")
-    assert COMMANDS == ["pilot", "batch", "votes", "rerank", "publish", "dataset", "chat", "export", "serve"]
+    assert COMMANDS == ["pilot", "batch", "votes", "rerank", "publish", "results", "dataset", "chat", "export", "serve"]
     assert result.exit_code == 0 and all(name in result.stdout for name in COMMANDS)
 
 

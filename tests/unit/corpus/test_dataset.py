@@ -9,6 +9,7 @@ from itertools import combinations
 import pyarrow.parquet as pq
 import pytest
 import shipped
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,15 @@ def kept(filtered):
 @pytest.fixture(scope="module")
 def leaks(kept):
     return dataset.count_leaks(kept)
+
+
+def test_the_figures_of_the_blind_reading_are_shown_for_the_shipped_conversations_only():
+    note = dataset.blind_reading_note(dataset.SHIPPED_GOLD, dataset.SHIPPED_REVIEWS)
+    assert all(f"{figure}" in note for figure in dataset.BLIND_READING.values())
+    for paths in (("own", dataset.SHIPPED_REVIEWS), (dataset.SHIPPED_GOLD, "own"), (None, None)):
+        assert dataset.blind_reading_note(*paths) == ""
+    values = yaml.safe_load((ROOT / "params" / "base.yaml").read_text())
+    assert (values["gold_path"], values["reviews_path"]) == (dataset.SHIPPED_GOLD, dataset.SHIPPED_REVIEWS)
 
 
 # --- the filters on the whole data set ---------------------------------------------------------------

@@ -271,6 +271,9 @@ if made.is_world_process_zero():
     weights = [p.detach().double().sum().item() for p in tuned.parameters() if p.requires_grad]
     losses = [e["loss"] for e in made.state.log_history if "loss" in e]
     (folder / "found.json").write_text(json.dumps(losses + weights))
+if torch.distributed.is_initialized():
+    torch.distributed.barrier()  # gloo aborts a process whose peer has gone
+    torch.distributed.destroy_process_group()
 """
 
 

@@ -84,6 +84,15 @@ def test_an_unknown_option_of_attention_is_refused_and_not_dropped():
         step.check_attention_options(9, s_aux=torch.ones(4), softcap=50.0)
 
 
+def test_attention_dropout_has_no_effect_at_evaluation_and_is_refused_where_it_would_have_one():
+    model = tiny_model(NAMED["Mistral, a shorter window"])
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert len(decoding.generate(model.eval(), [[3, 4, 5]], end=-1, max_tokens=2)[0]) == 2
+    with pytest.raises(ModelError, match="uses dropout, which is not computed here"):
+        decoding.generate(model.train(), [[3, 4, 5]], end=-1, max_tokens=2)
+
+
 # ---------------------------------------------------------------- groups of target modules
 
 

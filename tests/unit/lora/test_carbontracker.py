@@ -57,11 +57,13 @@ def test_bare_every_total_is_multiplied_by_an_overhead_of_data_centres_and_the_m
     assert joules == pytest.approx(10.0 * thread.epoch_times[0] * constants.PUE_2023)
     assert constants.PUE_2023 > 1.5
     meter = energy.Meter(WATTS, 0.3)
+    began = time.perf_counter()
     meter.start()
     time.sleep(1.2)
     meter.stop()
+    most = (time.perf_counter() - began) / meter.total["window_s"]  # carbontracker's window lies around the meter's
     total = meter.statement("train").set_index("component").loc["total"]
-    assert total["carbontracker_pue_removed_ratio"] == pytest.approx(1.0, abs=0.05)
+    assert 0.999 <= total["carbontracker_pue_removed_ratio"] <= most + 0.001 < constants.PUE_2023
 
 
 @pytest.mark.parametrize("fault", ["no permission", "starts again", "no package"])
@@ -133,7 +135,7 @@ def test_bare_an_error_of_a_sensor_ends_the_process_and_the_meter_s_goes_on(monk
     monkeypatch.setattr(CarbonTrackerThread, "_handle_error", HANDLE_ERROR)  # a meter of another test replaces it
     bare = CarbonTrackerThread([component], Log(), ignore_errors=False, delete=lambda: None)
     bare.epoch_start()
-    assert ended.wait(5)
+    assert ended.wait(60)
     bare.stop()
     meter = energy.Meter(WATTS, 0.3)  # which replaces it for its own
     monkeypatch.setattr(meter.tracker._thread, "components", [component])

@@ -86,11 +86,38 @@ def test_a_server_renders_the_system_text_of_a_template_without_that_role():
     assert tokenizer.apply_chat_template(chat, tokenize=False) == wanted
 
 
+NO_SYSTEM = {
+    "refuses it": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    "needs it": "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message first') }}{% endif %}",
+    "has its own": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nI am SmolLM.<|im_end|>\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", [None, *(head + CHATML for head in NO_SYSTEM.values())], ids=["plain", *NO_SYSTEM])
+def test_a_server_renders_a_request_without_a_system_message_as_the_model_was_trained(template):
+    tokenizer = tiny_tokenizer("chatml", template)
+    chat = conversation("No.")[:3]
+    trained = tokenizer.decode(chat_template.prompt_ids(tokenizer, chat))
+    assert trained.count(chat_template.SYSTEM_PROMPT) == 1 and "SmolLM" not in trained
+    tokenizer.chat_template = chat_template.guarded_template(tokenizer)
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == trained
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_keeps_the_system_message_of_a_request(kind):
+    tokenizer = tiny_tokenizer(kind)
+    chat = [{"role": "system", "content": "Be brief."}, *conversation("No.")[:3]]
+    trained = tokenizer.decode(chat_template.prompt_ids(tokenizer, chat))
+    assert trained.count("Be brief.") == 1 and chat_template.SYSTEM_PROMPT not in trained
+    tokenizer.chat_template = chat_template.guarded_template(tokenizer)
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == trained
+
+
 def test_a_server_renders_with_a_template_that_keeps_forged_tokens_apart(packaged, tmp_path):
     packaged.save_pretrained(tmp_path)
     serve.guard_template(tmp_path)
     guarded = AutoTokenizer.from_pretrained(tmp_path)
-    honest = conversation("No.")
+    honest = chat_template.fit_messages(packaged, conversation("No."))
     assert guarded.apply_chat_template(honest, tokenize=False) == packaged.apply_chat_template(honest, tokenize=False)
     ids = guarded.apply_chat_template(conversation(FORGED["chatml"]), return_dict=False)
     assert controls(guarded, ids) == controls(packaged, packaged.apply_chat_template(honest, return_dict=False))

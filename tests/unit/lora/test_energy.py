@@ -7,14 +7,15 @@ import random
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from fake_sensors import install_nvml, not_supported, spend, write_zone
+from fake_sensors import install_clock, install_nvml, not_supported, spend, write_supply, write_zone
 
-from telco_nb.lora import energy
+from telco_nb.lora import energy, sensors
 from telco_nb.lora.power_samples import PowerSampler, PowerSource
 from telco_nb.study import machine
 
@@ -25,6 +26,15 @@ def busy(seconds: float) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass
+
+
+def metered(meter: energy.Meter, work: Callable[[], object]) -> float:
+    """Meter some work. Returns the most that carbontracker's window can be of the meter's, which lies within it."""
+    began = time.perf_counter()
+    meter.start()
+    work()
+    meter.stop()
+    return (time.perf_counter() - began) / meter.total["window_s"]
 
 
 @pytest.fixture(autouse=True)
@@ -99,13 +109,15 @@ def test_a_counter_that_several_jobs_share_is_no_figure_of_one_of_them(rapl, mon
 
 def test_a_measured_processor_over_the_same_window_is_no_reason_for_a_warning(rapl):
     meter = energy.Meter(WATTS, 0.3)
-    meter.start()
-    busy(1.5)
-    rapl(str(20_000_000))  # 30 J: far from what the declared watts would say of this window
-    meter.stop()
-    statement = meter.statement("train")
-    assert statement.set_index("component").loc["total", "gross_j"] == pytest.approx(30.0)
-    assert "apart" not in energy.carbontracker_note(statement)
+
+    def work() -> None:
+        busy(1.5)
+        rapl(str(20_000_000))  # 30 J: far from what the declared watts would say of this window
+
+    most = metered(meter, work)
+    total = meter.statement("train").set_index("component").loc["total"]
+    assert total["gross_j"] == pytest.approx(30.0)
+    assert 0.999 <= total["carbontracker_pue_removed_ratio"] <= most + 0.001
 
 
 @pytest.mark.parametrize(
@@ -238,7 +250,7 @@ def test_a_card_without_an_energy_counter_is_invalid_with_the_reason_and_has_no_
     assert rows.loc["total", "kind"] == "none" and not rows.loc["total", "valid"]
     figures = energy.energy_metrics(statement, "train")
     assert math.isnan(figures["train_energy_wh"]) and not figures["energy_valid"]
-    assert "no total" in energy.carbontracker_note(statement)
+    assert "nothing to compare" in energy.carbontracker_note(statement)
 
 
 def test_a_card_whose_counter_fails_in_mid_window_is_invalid_with_the_reason(card):
@@ -261,7 +273,7 @@ def test_a_card_without_power_is_measured_and_has_nothing_to_compare_carbontrack
     meter.total["window_s"] = 30.0
     statement = meter.statement("train")
     assert statement.set_index("component").loc["gpu", "gross_j"] == pytest.approx(900.0)
-    assert meter.readings()["tracker_gpu_j"] is None and "no total" in energy.carbontracker_note(statement)
+    assert meter.readings()["tracker_gpu_j"] is None and "nothing to compare" in energy.carbontracker_note(statement)
 
 
 def test_what_has_no_reading_is_null_in_a_checkpoint_and_missing_after_it(card):
@@ -283,7 +295,7 @@ def test_without_a_gpu_carbontracker_is_compared_with_the_cores_alone():
     statement = meter.statement("train")
     assert meter.readings()["gpu_j"] is None and meter.readings()["tracker_gpu_j"] is None
     assert statement.set_index("component").loc["gpu", "invalid_reason"] == "no GPU"
-    assert "times the total" in energy.carbontracker_note(statement)
+    assert "times our figure of the processor." in energy.carbontracker_note(statement)
 
 
 def test_an_error_inside_carbontracker_does_not_end_the_process(monkeypatch):
@@ -299,7 +311,7 @@ def test_an_error_inside_carbontracker_does_not_end_the_process(monkeypatch):
     meter.stop()
     statement = meter.statement("train")
     assert statement.set_index("component").loc["total", "valid"]
-    assert "no total" in energy.carbontracker_note(statement)
+    assert "nothing to compare" in energy.carbontracker_note(statement)
 
 
 def test_a_window_too_short_for_its_sensor_is_marked_invalid_with_the_reason(rapl):
@@ -331,28 +343,29 @@ def test_a_measured_gpu_is_the_headline_and_the_total_inherits_the_weakest_label
     assert (figures["energy_kind"], figures["train_energy_wh"]) == ("measured", pytest.approx(0.25))
 
 
-def test_readings_restored_from_a_checkpoint_are_added_to():
+def test_readings_restored_from_a_checkpoint_are_added_to(monkeypatch):
+    clock = install_clock(monkeypatch)
     first = energy.Meter(WATTS, 0.3)
     first.start()
-    busy(0.3)
+    clock.spend(3, 50)
     first.stop()
     second = energy.Meter(WATTS, 0.3)
     second.restore(first.readings())
     second.start()
-    busy(0.3)
+    clock.spend(4, 50)
     second.stop()
-    assert second.total["window_s"] == pytest.approx(first.total["window_s"] + 0.3, abs=0.25)
-    assert second.n_windows == 2
+    assert (second.total["window_s"], second.n_windows) == (7.0, 2)
 
 
-def test_pausing_leaves_time_out():
+def test_pausing_leaves_time_out(monkeypatch):
+    clock = install_clock(monkeypatch)
     meter = energy.Meter(WATTS, 0.3)
-    meter.start()
-    meter.pause()
-    time.sleep(0.5)
-    meter.start()
-    meter.stop()
-    assert meter.total["window_s"] < 0.4
+    for seconds in (1, 2):
+        meter.start()
+        clock.spend(seconds, 50)
+        meter.pause()
+        clock.spend(100, 50)
+    assert meter.total["window_s"] == 3.0
 
 
 def test_carbontracker_agrees_over_the_same_window_and_looks_nothing_up(monkeypatch):
@@ -362,14 +375,11 @@ def test_carbontracker_agrees_over_the_same_window_and_looks_nothing_up(monkeypa
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     meter = energy.Meter(WATTS, 0.3)
-    meter.start()
-    busy(2.5)
-    meter.stop()
+    most = metered(meter, lambda: busy(2.5))
     statement = meter.statement("train")
     ratio = statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"]
-    assert ratio == pytest.approx(1.0, abs=0.05)
+    assert 0.999 <= ratio <= most + 0.001
     assert f"**{ratio:.3f}** times" in energy.carbontracker_note(statement)
-    assert "apart" not in energy.carbontracker_note(statement)
 
 
 def test_a_reader_is_warned_where_carbontracker_saw_another_window():
@@ -378,7 +388,86 @@ def test_a_reader_is_warned_where_carbontracker_saw_another_window():
     statement = meter.statement("train")
     meter.tracker.close()
     assert statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"] == pytest.approx(0.9)
+    meter.total["tracker_cpu_s"] = 9.6
+    assert "apart" not in energy.carbontracker_note(meter.statement("train"))
     assert "**They are more than 5% apart**" in energy.carbontracker_note(statement)
+
+
+def test_carbontracker_s_figure_stands_beside_the_same_part_of_the_machine_only(card):
+    counter = iter(range(0, 10_000_000, 900_000))
+    card.nvmlDeviceGetTotalEnergyConsumption = lambda _: next(counter)
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    meter.stop()
+    meter.total |= {"window_s": 30.0, "cpu_s": 30.0, "tracker_cpu_s": 30.0, "tracker_gpu_j": 900.0}
+    statement = meter.statement("train", external_wh=1000.0)
+    rows = statement.set_index("component")
+    assert rows.loc["cpu", "carbontracker_j"] == pytest.approx(rows.loc["cpu", "gross_j"])
+    assert rows.loc["gpu", "carbontracker_j"] == 900.0
+    assert rows.loc["total", "kind"] == "external" and rows.loc[["wall_meter", "total"], "carbontracker_j"].isna().all()
+    assert rows.loc["total", "carbontracker_pue_removed_ratio"] == pytest.approx(1.0)
+    assert "1.000** times our figure of processor and GPU together." in energy.carbontracker_note(statement)
+    parts = meter.statement("train").set_index("component")
+    assert parts.loc["total", "carbontracker_j"] == pytest.approx(parts.loc["total", "gross_j"])
+
+
+def test_a_missing_energy_is_said_in_words_and_the_sensor_that_failed_is_named(card):
+    card.nvmlDeviceGetTotalEnergyConsumption = not_supported
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    statement = meter.statement("answer")
+    figures = energy.energy_metrics(statement, "answer")
+    assert energy.energy_text(figures, "answer", "mWh", 4) == "an unknown energy"
+    reason = "**Not valid**: gpu: the card's energy counter cannot be read: Not Supported."
+    assert energy.invalid_note(statement) == reason
+    shown = energy.shown_statement(statement).set_index("component")
+    assert "cannot be read" in shown.loc["gpu", "why it is not valid"]
+
+
+def test_a_known_energy_has_its_interval_its_kind_and_nothing_to_complain_of():
+    meter = energy.Meter(WATTS, 0.3)
+    meter.total |= {"window_s": 36.0, "cpu_s": 36.0 * meter.cores, "tracker_cpu_s": 36.0}
+    statement = meter.statement("answer")
+    meter.tracker.close()
+    figures = energy.energy_metrics(statement, "answer")
+    per_core = "50 mWh (20 to 120 mWh, estimated)"  # 36 s at 5, 2 and 12 W
+    assert energy.energy_text(figures, "answer", "mWh", meter.cores) == per_core
+    assert energy.invalid_note(statement) == ""  # a machine without a GPU lacks nothing
+
+
+def test_a_sensor_that_counted_nothing_is_not_called_a_short_window(rapl):
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    meter.stop()
+    meter.total["window_s"] = 30.0
+    row = meter.statement("train").set_index("component").loc["cpu"]
+    assert row.invalid_reason == "cpu: the sensor counted 0 J in 30.0 s"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "reason"),
+    [
+        (["Not charging"], "BAT0 Not charging"),
+        (["Full"], "BAT0 Full"),
+        (["Unknown"], "BAT0 Unknown"),
+        ([""], "BAT0 unknown"),
+        (["Discharging", "Charging"], "BAT1 Charging"),
+    ],
+)
+def test_a_battery_counts_only_while_it_discharges(tmp_path, statuses, reason):
+    for i, status in enumerate(statuses):
+        write_supply(tmp_path / f"BAT{i}", type="Battery", status=status, power_now=20_000_000)
+    with pytest.raises(sensors.SensorError, match=f"must be Discharging .*{reason}"):
+        sensors.read_battery_w(tuple(sorted(tmp_path.glob("BAT*"))))
+    assert sensors.find_batteries(tmp_path) == ()
+
+
+def test_of_two_batteries_the_one_that_rests_is_left_out(tmp_path):
+    write_supply(tmp_path / "BAT0", type="Battery", status="Discharging", power_now=20_000_000)
+    write_supply(tmp_path / "BAT1", type="Battery", status="Full", power_now=7_000_000)
+    assert sensors.read_battery_w(sensors.find_batteries(tmp_path)) == 20.0
 
 
 def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
@@ -392,27 +481,32 @@ def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
     monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetName", lambda handle: "Test GPU")
     asked = []
     monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetPowerUsage", lambda handle: asked.append(handle) or 300_000)
-    tracker = energy._Carbontracker(card)
+    tracker, began = energy._Carbontracker(card), time.perf_counter()
     tracker.start()
     time.sleep(0.3)
     _, joules = tracker.pause()
+    most = time.perf_counter() - began
     tracker.close()
     assert asked and {*asked} == {card}
-    assert joules == pytest.approx(300 * 0.3, rel=0.5)
+    assert 300 * 0.299 <= joules <= 300 * most
 
 
 def test_a_power_is_sampled_in_the_background_while_the_work_runs():
     asked, state = [], random.getstate()
     source = PowerSource(lambda: asked.append(1) or 100.0, interval_s=0.01, accuracy=0.05, lag_s=0.0)
     sampler = PowerSampler(source)
-    for _ in range(2):
-        start = time.perf_counter()
+    for wanted in (15, 30):
+        outside = time.perf_counter()
         sampler.start()
-        time.sleep(0.3)
+        inside = time.perf_counter()
+        while len(asked) < wanted:  # however long a busy machine takes: the thread is real
+            assert time.perf_counter() < outside + 60
+            time.sleep(0.01)
+        least = time.perf_counter() - inside
         found = sampler.stop()
-        assert found.joules == pytest.approx(100 * (time.perf_counter() - start), rel=0.1)
+        assert 100 * least <= found.joules <= 100 * (time.perf_counter() - outside)
         assert found.half_j == pytest.approx(0.05 * found.joules)  # a steady power: the sensor's own error alone
     after = len(asked)
     time.sleep(0.1)
-    assert len(asked) == after > 20
+    assert len(asked) == after
     assert random.getstate() == state  # the order of a training is drawn from it

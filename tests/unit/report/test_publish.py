@@ -2,9 +2,11 @@
 
 import csv
 import json
+import re
 
 import pytest
 
+from telco_nb.analysis.statements import WORDS
 from telco_nb.report import publish
 
 published = pytest.mark.skipif(not (publish.REFERENCE / "results.csv").is_file(), reason="nothing is published yet")
@@ -34,6 +36,23 @@ def test_every_published_configuration_has_a_loss_with_its_interval_and_a_kind_o
     assert all(float(row["val_loss_low"]) < float(row["val_loss"]) < float(row["val_loss_high"]) for row in rows)
     findings = json.loads((publish.REFERENCE / "findings.json").read_text())
     assert {"deploy", "loss_choice", "energy_ratio", "noise_floor"} <= {f["id"] for f in findings}
+
+
+@published
+def test_the_readme_explains_its_words_before_it_uses_them():
+    words, statements = publish.readme_block().split("\n- ", 1)
+    for word, (pattern, meaning) in WORDS.items():
+        if re.search(rf"\b(?:{pattern})", statements):
+            assert f"*{word}*: {meaning}." in words, word
+
+
+@published
+def test_no_statement_of_the_readme_stands_twice_and_the_decision_is_short():
+    block = publish.readme_block()
+    said = [line for line in block.splitlines() if line.startswith("- ")]
+    assert len(said) == len(set(said)) and block.count("of a full answer's points") == 1
+    findings = {f["id"]: f for f in json.loads((publish.REFERENCE / "findings.json").read_text())}
+    assert len(findings["deploy"]["statement"].split()) <= 50 and "first_choice" in findings
 
 
 def test_missing_markers_are_an_error(tmp_path):

@@ -11,11 +11,15 @@ from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
 from telco_nb.analysis.claims import primary_finding
+from telco_nb.analysis.statements import words_of
 from telco_nb.report import build, config_cards
 from telco_nb.report import tiles as first_screen
 from telco_nb.report.files import StudyFiles
 
 SCORE = pd.Series({"c01": 0.0, "c02": 0.1, "c03": 0.2, "c04": 2.0, "c05": -0.1, "c06": -0.3})
+
+
+BLOCKED = {"deploy": {"verdict": "blocked", "value": None, "blocked_by": ["so"]}, "first_choice": {"value": None}}
 
 
 def files(study=None, changes=None, **columns) -> StudyFiles:
@@ -33,7 +37,7 @@ def files(study=None, changes=None, **columns) -> StudyFiles:
 
 
 def tiles(study: StudyFiles) -> dict[str, first_screen.Tile]:
-    return {tile.title: tile for tile in first_screen.first_tiles(study, study.finding("deploy")["value"])}
+    return {tile.title: tile for tile in first_screen.first_tiles(study)}
 
 
 def text(tile: first_screen.Tile) -> str:
@@ -60,7 +64,7 @@ def test_the_first_tile_says_how_far_the_choice_is_shown(verdict, title, big, ta
 
 
 def test_the_tile_of_a_study_without_a_choice_is_not_marked_as_good():
-    tile = tiles(files(changes={"deploy": {"verdict": "blocked", "value": None, "blocked_by": ["so"]}}))["Deploy"]
+    tile = tiles(files(changes=BLOCKED))["Deploy"]
     assert tile.big == "none of them" and not tile.good
 
 
@@ -136,7 +140,7 @@ def test_a_choice_of_loss_that_answers_better_is_not_explained_by_its_cost():
 def test_no_tile_prints_a_number_that_is_missing():
     gone = {"value": None, "low": None, "high": None}
     whole = files(train_energy_low_wh=math.nan, train_energy_high_wh=math.nan)
-    ids = [row["id"] for row in whole.findings if row["id"] not in ("deploy", "loss_choice")]
+    ids = [row["id"] for row in whole.findings if row["id"] not in ("deploy", "first_choice", "loss_choice")]
     for id, change in [(id, change) for id in ids for change in (gone, gone | {"value": 0.5})]:
         changed = [row | (change if row["id"] == id else {}) for row in whole.findings]
         for tile in tiles(dataclasses.replace(whole, findings=changed)).values():
@@ -158,20 +162,22 @@ def with_findings(study: StudyFiles, *more: dict) -> StudyFiles:
 def test_a_study_without_a_fit_configuration_says_none_and_by_how_much_the_best_fails():
     tile = tiles(with_findings(files(changes={"deploy": {"verdict": "not fit"}}), COVERAGE))["Deploy"]
     assert tile.big == "none: not fit for customers" and not tile.good
-    assert tile.lines[0].startswith("Best of 6: c04 (LoRA on") and tile.lines[1] == COVERAGE["statement"]
+    assert tile.lines[0] == COVERAGE["statement"]
+    assert tile.lines[1].startswith("First choice for a next try: c04 (LoRA on") and len(tile.lines) == 2
 
 
 def test_what_fails_without_any_judge_stands_before_what_blocks_a_ranking():
     why = "only 6 terms were judged; a ranking needs 8"
     change = {"verdict": "not fit", "value": None, "blocked_by": [why]}
-    tile = tiles(with_findings(files(changes={"deploy": change}), COVERAGE))["Deploy"]
+    changes = {"deploy": change, "first_choice": {"value": None}}
+    tile = tiles(with_findings(files(changes=changes), COVERAGE))["Deploy"]
     assert tile.big == "none: not fit for customers"
     assert list(tile.lines) == [COVERAGE["statement"], "Only 6 terms were judged; a ranking needs 8."]
 
 
-@pytest.mark.parametrize("change", [{}, {"verdict": "blocked", "value": None, "blocked_by": ["so"]}])
-def test_what_it_costs_is_told_with_and_without_a_choice(change):
-    shown = text(tiles(with_findings(files(changes={"deploy": change}), SERVING))["What it costs"])
+@pytest.mark.parametrize("changes", [{}, BLOCKED])
+def test_what_it_costs_is_told_with_and_without_a_choice(changes):
+    shown = text(tiles(with_findings(files(changes=changes), SERVING))["What it costs"])
     assert re.search(r"raining: [\d.]+ to [\d.]+ Wh, estimated\.", shown) and SERVING["statement"] in shown
 
 
@@ -212,6 +218,20 @@ def test_findings_that_one_reason_blocks_are_folded_under_it_and_the_decision_is
 def test_a_reason_that_the_statement_gives_is_not_printed_again():
     finding = {"statement": "No answer: few terms.", "blocked_by": ["few terms", "no gate", "no gate"]}
     assert build._new_reasons(finding) == ["no gate"]
+
+
+def test_words_that_a_page_uses_are_explained_on_it_and_no_others():
+    words = dict(words_of(["c01 wins 60% of decided comparisons; the gold answers make 9%.", "tau +0.1"]))
+    assert list(words) == ["gold answers", "decided comparisons", "tau-b"]
+    shown = dict(build._words(files(), list(tiles(files()).values())))
+    assert {"LoRA", "validation loss", "log-odds", "tau-b", "expected score"} <= set(shown)
+
+
+def test_first_choice_loss_choice_and_cards_name_one_configuration_also_where_none_is_fit():
+    study = files(changes={"deploy": {"verdict": "not fit", "value": None}})
+    assert study.first_choice == "c04" and config_cards.roles(study)["c04"] == ("first choice, not fit", "bad")
+    (card,) = [card for card in config_cards.config_cards(study) if card["chosen"]]
+    assert card["config"] == "c04" and card["tone"] == "bad"
 
 
 def test_the_lead_is_the_first_sentence():
