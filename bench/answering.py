@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from telco_nb.lora import base_model, chat_template, decoding
+from telco_nb.lora import base_model, chat_template, decoding, device
 
 PROMPTS, NEW_TOKENS, SINGLES = 40, 40, 3
 
@@ -51,7 +51,7 @@ def main(repeats: int) -> None:
     base.eval()
     exact = decoding.generate(base, encoded[:SINGLES], end, NEW_TOKENS)
     assert exact == one_by_one(base, encoded[:SINGLES], end), "batched and single greedy answers differ in float32"
-    base.to(base_model.choose_dtype("auto")[0])
+    base.to(device.choose_dtype("auto")[0])
     found: dict[str, list[float]] = {"ours, batched": [], "generate, batched": [], "generate, one by one": []}
     for _ in range(repeats):
         found["ours, batched"].append(rate(decoding.generate, base, encoded, end, NEW_TOKENS)[0])

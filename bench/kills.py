@@ -23,11 +23,11 @@ def train(folder: Path) -> None:
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-    from telco_nb.lora import base_model, energy, packing, step
+    from telco_nb.lora import base_model, device, energy, packing, step
     from telco_nb.lora.trainer import PackedTrainer, TrainingMonitor, constant_arguments, last_checkpoint
 
     base_model.silence_libraries()
-    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, base_model.choose_dtype("bfloat16")[0])
+    base, tokenizer = base_model.load_model(base_model.PACKAGED_MODEL, device.choose_dtype("bfloat16")[0])
     words = [("My router is slow. " * (1 + i % 3), f"Please restart router {i}.") for i in range(CHATS)]
     chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in words]
     examples = [packing.encode_conversation(tokenizer, chat, str(i), 256) for i, chat in enumerate(chats)]

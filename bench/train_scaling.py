@@ -11,7 +11,7 @@ import time
 import torch
 from peft import LoraConfig
 
-from telco_nb.lora import base_model, kernels, packing, step, trainer
+from telco_nb.lora import base_model, device, kernels, packing, step, trainer
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 CASES = [  # tokens a row, tokens a conversation, rank
@@ -36,7 +36,7 @@ def seconds(tuned, made: dict[str, torch.Tensor]) -> float:
 
 def main(repeats: int = 5, wanted: str = "auto") -> None:
     base_model.silence_libraries()
-    dtype, _ = base_model.choose_dtype(wanted)
+    dtype, _ = device.choose_dtype(wanted)
     base, _ = base_model.load_model(base_model.PACKAGED_MODEL, dtype)
     print(f"{dtype}\n row  conversation  rank   fused tokens/s  share of peak   plain tokens/s   fused / plain")
     for tokens, length, rank in CASES:
@@ -50,7 +50,7 @@ def main(repeats: int = 5, wanted: str = "auto") -> None:
                 if kind == "plain":
                     kernels.unfuse(tuned)
                 seconds(tuned, made)  # as in a training, each follows one of its kind
-                peaks.append(base_model.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
+                peaks.append(device.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
                 times[kind].append(seconds(tuned, made))
         fast, slow = (statistics.median(t) for t in times.values())
         share = trainer.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / max(peaks)

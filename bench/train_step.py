@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 
 from telco_nb import DATA_DIR, ROOT
 from telco_nb.corpus import gold, scenarios
@@ -79,7 +80,7 @@ def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
         fixed = arguments(folder, per_device_train_batch_size=1, label_names=["labels"], remove_unused_columns=False)
         trainer = PackedTrainer(tuned, TrainingArguments(**fixed), train_dataset=rows, data_collator=packing.only_row)
         seconds = timed(trainer)
-    flops = sum(map(step_flops, [tuned] * len(rows), rows.tokens, rows.supervised, lengths))
+    flops = step_flops(tuned, sum(rows.tokens), sum(rows.supervised), list(chain.from_iterable(lengths)))
     return {"loss": mean(losses), "tokens": sum(rows.tokens), "seconds": seconds, "gflops": flops / seconds / 1e9}
 
 
@@ -174,9 +175,9 @@ def measure(kind: str) -> dict:
 
     chats = conversations(CONVERSATIONS)
     dtype = "bfloat16" if kind.split()[-1] in ("bf16", "default", "best") else "float32"
-    from telco_nb.lora import base_model
+    from telco_nb.lora import device
 
-    peak = base_model.choose_dtype("auto")[1][dtype]
+    peak = device.choose_dtype("auto")[1][dtype]
     if kind.startswith("ours"):
         found = ours(chats, dtype)
     elif kind.startswith("padded"):
@@ -185,7 +186,7 @@ def measure(kind: str) -> dict:
         found = trl(chats, "float32", 8)
     else:
         found = trl(chats, "bfloat16", 1, bf16=True, gradient_checkpointing=False, loss_type="nll")
-    peak = max(peak, base_model.matmul_gflops(getattr(torch, dtype)))
+    peak = max(peak, device.matmul_gflops(getattr(torch, dtype)))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"kind": kind, "peak_gflops": peak, "memory_gb": memory / 1e9}
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from telco_nb import ROOT
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
-from telco_nb.study.machine import device_facts, die_with_parent, git_state, peak_memory_bytes
+from telco_nb.study.machine import device_facts, device_text, die_with_parent, git_state, peak_memory_bytes
 from telco_nb.study.manifest import SCHEMA_VERSION
 from telco_nb.study.opened import Opened, open_study
 from telco_nb.study.params import ParameterError
@@ -299,7 +299,7 @@ def _show_provenance(run: Run, defaults: dict[str, Any]) -> None:
         "scope": run.job.scope,
         "content key": (run.key or "")[:12],
         "code": f"{(git['git_commit'] or 'no git')[:10]}{' + uncommitted changes' if git['git_dirty'] else ''}",
-        "device": f"{device_facts()['cpu']}, {device_facts()['cores']} cores",
+        "device": device_text(device_facts()),
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("python", "torch", "transformers")),
     }
     rows += "".join(f"<tr><td><i>{k}</i></td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())

@@ -1,12 +1,16 @@
-"""Chromium for the tests that need it. They are skipped, with the reason, where none is installed."""
+"""No GPU for any test. Chromium for those that need it; where none is installed they are skipped, with the reason."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from telco_nb.report.pdf import PrintError, require_chromium
+
+# Tests, and what they start, compute on the processor also beside a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")

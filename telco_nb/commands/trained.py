@@ -72,12 +72,24 @@ def answer_dtype(trained: Trained) -> torch.dtype:
     """The number format in which 04_energy let the configuration answer; before that, the one it would choose here."""
     import torch
 
-    from telco_nb.lora.base_model import choose_dtype
+    from telco_nb.lora.device import choose_dtype
 
     path = step_dir(trained.root, trained.config, "04_energy") / "metrics.json"
     if path.is_file() and (name := json.loads(path.read_text(encoding="utf-8")).get("dtype")):
         return getattr(torch, name)
+    _use_device(trained)
     return choose_dtype(trained.values["dtype"])[0]
+
+
+def _use_device(trained: Trained) -> None:
+    """Answers are computed on the processor as in the study; what a GPU has trained may be asked without one.
+
+    Raises UnfitError: there is a GPU, and it cannot be used.
+    """
+    from telco_nb.lora.device import use_device
+
+    with model_errors():
+        use_device("cpu" if trained.values.get("device") == "cpu" else "auto")
 
 
 def load_base(trained: Trained) -> tuple[Any, Any]:
@@ -92,8 +104,11 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
     from telco_nb.lora.base_model import load_model, silence_libraries
 
     silence_libraries()
+    _use_device(trained)
     with model_errors():
-        model, tokenizer = load_model(trained.values["base_model"], torch.float32)
+        model, tokenizer = load_model(
+            trained.values["base_model"], torch.float32, revision=trained.values.get("base_model_revision")
+        )
     checksum, quantization = trained.base["checksum"], trained.base["quantization"]
     if quantization == "none" and _checksum(model, trained) != checksum:
         raise CommandError(

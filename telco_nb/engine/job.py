@@ -298,6 +298,8 @@ def common_environment(parameters: dict[str, Any]) -> dict[str, str]:
         # Threads that spin without a limit slow each other down when anything else runs; threads that sleep at once
         # are slow when nothing else does. A limited spin is best in both cases (see LOG.md).
         "GOMP_SPINCOUNT": "20000",
+        # Rows of many sizes leave gaps in a GPU's memory that no later row fits into, unless segments can grow.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     offline = "0" if is_hub_id(parameters.get("base_model")) else "1"
     default |= dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"), offline)

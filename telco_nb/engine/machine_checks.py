@@ -6,15 +6,19 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from telco_nb import ROOT
 from telco_nb.engine.job import is_hub_id
+from telco_nb.study.machine import nvidia_driver
 from telco_nb.study.plan import Job
 
 PACKAGED_MODEL = "smollm2-135m-instruct"  # as in telco_nb.lora.base_model, which imports torch: too slow here
 FREE_BYTES = 2 * 1024**3
+TRY_GPU = "from telco_nb.lora.device import use_device; use_device('cuda')"  # torch is too slow to import here
+TRY_SECONDS = 120.0
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
 
 
@@ -41,9 +45,67 @@ def find_problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -
         problems.append(
             f"--gpus names {', '.join(missing)}, which nvidia-smi does not list. Name the indices it lists."
         )
+    problems += _gpu_problems(_devices(jobs), gpus)
     for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
         problems += _model_problems(model)
     return problems
+
+
+def _devices(jobs: Iterable[Job]) -> set[str]:
+    return {job.parameters["device"] for job in jobs if "device" in job.parameters}
+
+
+def _gpu_problems(devices: set[str], gpus: tuple[str, ...]) -> list[str]:
+    if gpus and devices == {"cpu"}:
+        return ["--gpus names GPUs, and device is cpu, which uses none. Set device to cuda, or leave --gpus out."]
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if "cuda" in devices or ("auto" in devices and nvidia_driver() and not hidden and _torch_has_cuda()):
+        fault = _gpu_fault()
+        return [fault] if fault else []
+    return []
+
+
+def _torch_has_cuda() -> bool:
+    """False for a build of torch for processors. Its version file says so; torch itself is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    return "cuda: Optional[str] = None" not in Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+
+
+def _gpu_fault() -> str | None:
+    """Let a process start CUDA as a notebook will; its complaint, or None."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-c", TRY_GPU]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=TRY_SECONDS, cwd=ROOT, env=environment)
+    except subprocess.TimeoutExpired:
+        return f"CUDA does not start within {TRY_SECONDS:.0f} s. Set device to cpu, or repair the driver."
+    if tried.returncode == 0:
+        return None
+    lines = tried.stderr.strip().splitlines() or [f"CUDA does not start (exit code {tried.returncode})."]
+    return lines[-1].removeprefix("telco_nb.lora.errors.PreflightError: ")
+
+
+def device_line(jobs: Iterable[Job]) -> str | None:
+    """Where training and answering will compute, and why; None if no job does either."""
+    devices = _devices(jobs)
+    if not devices:
+        return None
+    cards = [name for (name,) in _nvidia_smi("name")]
+    here = f"nvidia-smi lists {', '.join(cards)}" if cards else "nvidia-smi lists no GPU"
+    if driver := nvidia_driver():
+        here += f", driver {driver}"
+    (device,) = devices if len(devices) == 1 else ("mixed",)
+    usable = cards and _torch_has_cuda()
+    reasons = {
+        "cpu": f"the processor, because device is cpu ({here})",
+        "cuda": f"a GPU, because device is cuda ({here})",
+        "auto": f"{'a GPU' if usable else 'the processor'}, because device is auto and {here}"
+        + (", and this torch is a build for processors" if cards and not usable else ""),
+        "mixed": f"different devices, because device is {' and '.join(sorted(devices))} ({here})",
+    }
+    return f"Training and answering compute on {reasons[device]}."
 
 
 def _disk_problems(root: Path) -> list[str]:

@@ -217,6 +217,8 @@ def check_machine(console: Console, root: Path, states: list[State], gpus: tuple
     jobs = [state.job for state in states if state.decision != "skip"]
     if not jobs:
         return
+    if line := machine_checks.device_line(jobs):
+        console.print(line, markup=False, soft_wrap=True)
     problems = machine_checks.find_problems(jobs, root, gpus)
     if problems:
         raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))

@@ -92,11 +92,12 @@ def load_embedder() -> tuple[Callable[[list[str]], np.ndarray], str]:
     import torch
 
     from telco_nb.lora import base_model
+    from telco_nb.lora.device import choose_dtype, use_device
 
     base_model.silence_libraries()
     from sentence_transformers import SentenceTransformer
 
-    device, (dtype, _) = base_model.torch_device(), base_model.choose_dtype("auto")
+    device, (dtype, _) = use_device("cpu"), choose_dtype("auto")  # small enough; its verdicts depend on no card
     embedder = SentenceTransformer(str(folder), device=str(device), local_files_only=True, trust_remote_code=False)
 
     def encode(texts: list[str]) -> np.ndarray:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 import os
 import shutil
 import tempfile
@@ -23,8 +22,8 @@ import torch
 from telco_nb import ROOT
 from telco_nb.lora import unpacked
 from telco_nb.lora.chat_template import settle_end
+from telco_nb.lora.device import torch_device
 from telco_nb.lora.errors import ModelError
-from telco_nb.study.memory import free_main_memory
 from telco_nb.study.record import sha256
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -33,9 +32,8 @@ PACKAGED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 BFLOAT16 = "bfloat16"  # subfolder of the bfloat16 copy
 UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # number format -> place of its weights in an unpacked folder
 BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # nf4: 4 bits and a quantised constant per 64 weights
+DROPPED_BYTES = 5  # of an input after dropout: a float32 and a flag
 CONFIG_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")  # what the estimates read
-PROBE_ROUNDS = 4  # measurements of each format; the best counts
-PROBE_SECONDS = 0.02  # duration of a measurement of matmul speed
 
 
 def cache_dir() -> Path:
@@ -123,16 +121,19 @@ def unpack_gguf(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none") -> tuple[Any, Any]:
+def load_model(
+    base_model: str, dtype: torch.dtype, quantization: str = "none", revision: str | None = None
+) -> tuple[Any, Any]:
     """Load a base model and its tokenizer.
 
     Args:
         base_model: the packaged model's name, a folder, a .gguf file or a hub id.
         dtype: number format of the weights, or of the computation if the weights are quantised.
         quantization: "none", "int8" or "nf4".
+        revision: commit, tag or branch of a hub id; None for the newest.
 
     Returns:
-        (model, tokenizer), the model on this process's device (`torch_device`).
+        (model, tokenizer), the model on this process's device (`device.torch_device`).
 
     Raises:
         ModelError: the model is not there, damaged, without a chat template or of an architecture that cannot be
@@ -141,18 +142,28 @@ def load_model(base_model: str, dtype: torch.dtype, quantization: str = "none") 
     from transformers import AutoTokenizer
 
     source, options = resolve_model(base_model), {}
+    pinned = _pinned(base_model, source, revision)
     if quantization != "none":  # quantised weights cannot be moved after loading
         options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": torch_device()}}
     tokenizer: Any = _preloaded.pop(f"{source} tokenizer", None)
     with _library_errors(base_model):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False, **pinned)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
         mapped = None if options else map_weights(base_model, dtype)
-        model = mapped or _load_weights(source, dtype, **options)
+        model = mapped or _load_weights(source, dtype, **options, **pinned)
     check_supported(base_model, model)
     settle_end(tokenizer, model.generation_config.eos_token_id)
     return (model if options else model.to(torch_device())), tokenizer
+
+
+def _pinned(base_model: str, source: str, revision: str | None) -> dict[str, str]:
+    """Options that make transformers take a revision. Raises ModelError if there is one and the model is no hub id."""
+    if revision is None:
+        return {}
+    if Path(source).exists():
+        raise ModelError(f"base_model_revision: {base_model} is not from the hub and has no revisions. Set it to null.")
+    return {"revision": revision}
 
 
 @contextmanager
@@ -170,8 +181,10 @@ def _library_errors(base_model: str) -> Generator[None]:
         ) from error
 
 
-def model_shell(base_model: str) -> Any:
+def model_shell(base_model: str, revision: str | None = None) -> Any:
     """The model without its weights, on the meta device: what its configuration alone says, in a fraction of a second.
+
+    Arguments are those of `load_model`.
 
     Raises ModelError: there is no model, or one that `check_supported` refuses.
     """
@@ -179,7 +192,7 @@ def model_shell(base_model: str) -> Any:
 
     source = resolve_model(base_model)
     with _library_errors(base_model):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **_pinned(base_model, source, revision))
         if config.get_text_config() is not config:
             raise ModelError(_unsupported(base_model, config, "reads more than text"))
         with torch.device("meta"):
@@ -257,43 +270,61 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def memory_estimate(
-    base_model: str, dtype: torch.dtype, quantization: str, target_modules: list[str], rank: int, row_tokens: int
+    shell: Any,
+    dtype: torch.dtype,
+    quantization: str,
+    target_modules: list[str],
+    rank: int,
+    row_tokens: int,
+    dropout: bool = False,
+    checkpointing: bool = False,
 ) -> dict[str, float]:
     """Estimate the memory of a training from the model's configuration alone; no weights are loaded.
 
     Args:
-        base_model, dtype, quantization: as in `load_model`.
+        shell: the model without its weights, from `model_shell`.
+        dtype, quantization: as in `load_model`.
         target_modules: names of the linear layers that get adapters.
         rank: of the LoRA matrices.
         row_tokens: tokens that are computed at once.
+        dropout: the adapters' inputs are dropped in part.
+        checkpointing: each layer keeps its input only, and is computed again in the backward pass.
 
     Returns:
-        Bytes of "weights", "adapters" (16 a weight: value, gradient and two moments in float32) and "row": what a
-        row keeps for the backward pass, about 14 arrays of the hidden and 4 of the inner width per layer, a guess
-        to 30 %.
+        Bytes of "weights", "adapters" (16 a weight: value, gradient and two moments in float32), "head" (the logits of
+        one chunk) and "row": what a row keeps for the backward pass.
     """
-    shell = model_shell(base_model)
-    config = shell.config
+    from telco_nb.lora.kernels import HEAD_CHUNK
+
+    config, width = shell.config, dtype.itemsize
     unquantised = sum(p.numel() for p in shell.get_input_embeddings().parameters())
     if not config.tie_word_embeddings:
         unquantised *= 2  # embeddings and head
     body = sum(p.numel() for p in shell.parameters()) - unquantised
     targets: list[Any] = [m for n, m in shell.named_modules() if n.rpartition(".")[2] in target_modules]
-    trainable = sum(rank * (m.in_features + m.out_features) for m in targets)
-    width = dtype.itemsize
-    layer = 14 * config.hidden_size + 4 * config.intermediate_size
+    logit = width if dtype == torch.float32 else width + 4  # a second copy, in float32
     return {
         "weights": unquantised * width + body * (BYTES_PER_WEIGHT[quantization] or width),
-        "adapters": 16.0 * trainable,
-        "row": float(row_tokens * config.num_hidden_layers * layer * width),
+        "adapters": 16.0 * sum(rank * (m.in_features + m.out_features) for m in targets),
+        "head": float(HEAD_CHUNK * config.vocab_size * logit),
+        "row": float(row_tokens * _kept_bytes(config, width, targets, dropout, checkpointing)),
     }
 
 
-def free_memory(processes: int = 1) -> float:
-    """Free bytes for each of `processes` processes: of this process's GPU, or without one of main memory."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    return free_main_memory(processes)
+def _kept_bytes(config: Any, width: int, targets: list[Any], dropout: bool, checkpointing: bool) -> float:
+    """Bytes that a token keeps for the backward pass; `targets` are the adapted layers, `width` is of a number.
+
+    The counts of arrays are those of Llama's and Qwen2's layers. Fake steps in the shapes of the packaged model and of
+    Qwen2.5-3B keep up to 15 % more or less, which a test shows. With `checkpointing` the packaged model keeps less: the
+    logits and the layer that is computed again are counted both, and are never there at once.
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    numbers = 7 * hidden + 3 * inner
+    numbers += inner * any(m.in_features == inner for m in targets)  # an adapter keeps its input
+    numbers += hidden * any(m.out_features >= inner for m in targets)
+    dropped = DROPPED_BYTES * sum(m.in_features for m in targets) / layers if dropout else 0.0
+    layer = numbers * width + dropped
+    return layers * hidden * width + layer if checkpointing else layers * layer
 
 
 def silence_libraries() -> None:
@@ -303,52 +334,6 @@ def silence_libraries() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def torch_device() -> torch.device:
-    """This process's GPU, with its number because each of several processes has its own; else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-CLEARLY_FASTER = 1.5  # measured: 4.6 with AVX512-BF16; 0.7 to 1.1, by chance, on a processor without
-
-
-def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:
-    """Choose the number format of the computation.
-
-    bfloat16 is several times as fast on processors with AVX512-BF16 or AMX and slower on others, so both are timed.
-    It must win clearly: where the two are close, noise would choose another format for each configuration, and their
-    losses and answers would differ for that reason alone.
-
-    Args:
-        wanted: "float32", "bfloat16", or "auto" for bfloat16 where it is at least CLEARLY_FASTER times as fast.
-
-    Returns:
-        (format, speed of a matrix product in GFLOP/s by format name).
-    """
-    gflops: dict[str, float] = {}
-    for _ in range(PROBE_ROUNDS):  # in turns: the first products of a process are slow, whatever their format
-        for tried in (torch.float32, torch.bfloat16):
-            name = str(tried).removeprefix("torch.")
-            gflops[name] = max(gflops.get(name, 0.0), matmul_gflops(tried))
-    fast = gflops["bfloat16"] >= CLEARLY_FASTER * gflops["float32"]
-    chosen = ("bfloat16" if fast else "float32") if wanted == "auto" else wanted
-    return getattr(torch, chosen), gflops
-
-
-def matmul_gflops(dtype: torch.dtype) -> float:
-    """Speed in GFLOP/s of the fastest matrix product within PROBE_SECONDS; a busy machine slows most, rarely all.
-
-    Measure before and after a training and take the larger value: one measurement may meet a busy moment.
-    """
-    m, k, n = 1024, 576, 1536
-    a, b = torch.ones(m, k, dtype=dtype, device=torch_device()), torch.ones(k, n, dtype=dtype, device=torch_device())
-    best, deadline = math.inf, time.perf_counter() + PROBE_SECONDS
-    while time.perf_counter() < deadline or best == math.inf:
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * m * k * n / best / 1e9
 
 
 def weights_checksum(model: Any, biases: bool = True) -> str:

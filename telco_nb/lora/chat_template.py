@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -70,21 +71,42 @@ def _takes_system(tokenizer: Any, template: str) -> bool:
 
 
 def render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False) -> list[int]:
-    """Token ids of a conversation from `fit_messages`. No text in it becomes a control token.
+    """Token ids of one conversation, as `render_all` gives them."""
+    return render_all(tokenizer, [(chat, generation)])[0].ids
+
+
+class Rendered(NamedTuple):
+    """A conversation as text and as token ids."""
+
+    text: str
+    ids: list[int]
+
+
+def render_all(tokenizer: Any, chats: Sequence[tuple[list[dict[str, str]], bool]]) -> list[Rendered]:
+    """Conversations from `fit_messages` as text and token ids. No text in a message becomes a control token.
 
     Args:
-        tokenizer: of the base model.
-        chat: the messages.
-        generation: add the head of the assistant's next turn.
+        tokenizer: of the base model. It reads all conversations in one call, which its own threads share.
+        chats: the messages of each conversation, and whether the head of the assistant's next turn follows.
 
     Raises:
-        ModelError: the template refuses the conversation, or the tokenizer cannot keep a forged token apart.
+        ModelError: the template refuses a conversation, or the tokenizer cannot keep a forged token apart.
     """
     pattern = _control_pattern(tokenizer)
-    safe = [m | {"content": pattern.sub(_split, m["content"])} for m in chat] if pattern else chat
-    if safe == chat:
-        return _apply(tokenizer, chat, tokenize=True, add_generation_prompt=generation, return_dict=False)
+    texts = [_apply(tokenizer, chat, tokenize=False, add_generation_prompt=generation) for chat, generation in chats]
+    forged = {i for i, (chat, _) in enumerate(chats) if pattern and any(pattern.search(m["content"]) for m in chat)}
+    plain = [text for i, text in enumerate(texts) if i not in forged]
+    ids = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+    return [
+        Rendered(text, _split_ids(tokenizer, pattern, *chats[i]) if i in forged else next(ids))
+        for i, text in enumerate(texts)
+    ]
+
+
+def _split_ids(tokenizer: Any, pattern: Any, chat: list[dict[str, str]], generation: bool) -> list[int]:
+    """Token ids of a conversation in which a message holds the text of a control token."""
     backend, split_id = _splitting_backend(tokenizer)
+    safe = [m | {"content": pattern.sub(_split, m["content"])} for m in chat]
     text = _apply(tokenizer, safe, tokenize=False, add_generation_prompt=generation)
     return [i for i in backend.encode(text, add_special_tokens=False).ids if i != split_id]
 
@@ -92,11 +114,6 @@ def render(tokenizer: Any, chat: list[dict[str, str]], generation: bool = False)
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation that the assistant is to answer."""
     return render(tokenizer, fit_messages(tokenizer, messages), generation=True)
-
-
-def render_text(tokenizer: Any, chat: list[dict[str, str]]) -> str:
-    """The text of a conversation from `fit_messages`. Raises ModelError if the template refuses it."""
-    return _apply(tokenizer, chat, tokenize=False)
 
 
 def _apply(tokenizer: Any, chat: list[dict[str, str]], **options: Any) -> Any:

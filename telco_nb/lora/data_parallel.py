@@ -28,7 +28,7 @@ import torch.distributed
 from transformers import TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import energy, step
+from telco_nb.lora import device, energy, step
 from telco_nb.lora.base_model import load_model, silence_libraries
 from telco_nb.lora.packing import PackedRows, only_row
 from telco_nb.lora.step import TrainingError
@@ -62,6 +62,8 @@ class TrainingSpec:
     checkpoint_seconds: float
     watts: tuple[float, float, float]
     idle_share: float
+    device: str = "auto"
+    base_model_revision: str | None = None
 
 
 @contextlib.contextmanager
@@ -194,7 +196,7 @@ def _join_group(rank: int, processes: int, rendezvous: Path) -> None:
     """Enter the process group that accelerate will use; returns when all processes have entered."""
     _reset_accelerate()
     store = torch.distributed.FileStore(str(rendezvous), processes)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if device.on_gpu() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
 
 
@@ -243,10 +245,11 @@ def main() -> None:
 def _train_as_peer(spec: TrainingSpec, rendezvous: Path) -> None:
     """Build the same trainer as the notebook, and train."""
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
+    if spec.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(rank)  # first, or every process would take memory on the first card
+    device.use_device(spec.device)
     silence_libraries()
-    base, _ = load_model(spec.base_model, spec.dtype, spec.quantization)
+    base, _ = load_model(spec.base_model, spec.dtype, spec.quantization, spec.base_model_revision)
     tuned = step.attach_adapters(base, spec.lora, spec.gradient_checkpointing)
     step.prepare_step(tuned)
     meter = energy.Meter(spec.watts, spec.idle_share)

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 
 LONGEST_SEGMENT = 1024  # tokens; the attention matrix kept for the backward pass grows with the square
@@ -265,6 +266,11 @@ def without_lm_head(causal: Any) -> Generator[None]:
         causal.lm_head = head
 
 
+def has_block_attention(device: torch.device) -> bool:
+    """True where SegmentAttention is used: on a CPU. Its many small products would leave a GPU idle."""
+    return device.type == "cpu"
+
+
 def _attention(
     module: Any,
     hidden_states: Tensor,
@@ -274,16 +280,31 @@ def _attention(
     segments: list[int] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    if segments is None or past_key_values is not None or max(segments) > LONGEST_SEGMENT:
+    blockwise = has_block_attention(hidden_states.device)
+    too_long = segments is not None and max(segments) > LONGEST_SEGMENT and blockwise
+    if segments is None or past_key_values is not None or too_long:
         return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, segments=segments, **others
         )
     x = hidden_states[0]
     q, k, v = project(x, module.q_proj, module.k_proj, module.v_proj)
-    half = module.head_dim // 2  # the second half of cos and sin repeats the first
-    cos, sin = (t[0, :, None, :half] for t in position_embeddings)
-    mixed = SegmentAttention.apply(q, k, v, cos, sin, segments, module.head_dim)
+    if blockwise:
+        half = module.head_dim // 2  # the second half of cos and sin repeats the first
+        cos, sin = (t[0, :, None, :half] for t in position_embeddings)
+        mixed = SegmentAttention.apply(q, k, v, cos, sin, segments, module.head_dim)
+    else:
+        mixed = _attend_at_once(module, (q, k, v), position_embeddings, segments=segments, **others)
     return project(mixed, module.o_proj)[0][None], None
+
+
+def _attend_at_once(module: Any, projected: tuple[Tensor, ...], position_embeddings: Any, **others: Any) -> Tensor:
+    """All conversations by the attention function that `step` has set. `projected` and the result are (T, width)."""
+    tokens = len(projected[0])
+    q, k, v = (t.view(1, tokens, -1, module.head_dim).transpose(1, 2) for t in projected)
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    mixed, _ = attend(module, q, k, v, None, scaling=module.scaling, **others)
+    return mixed.reshape(tokens, -1)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
@@ -295,10 +316,11 @@ def _norm(module: Any, x: Tensor) -> Tensor:
     return RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
-def fuse(model: nn.Module) -> bool:
+def fuse(model: nn.Module, devices: tuple[str, ...] = ("cpu",)) -> bool:
     """Make all decoder layers of `model` compute with the functions above, or none: False if one of them cannot.
 
-    This needs Llama or Qwen2 layers on a CPU and plain LoRA. On a GPU other parts limit the speed.
+    This needs Llama or Qwen2 layers and plain LoRA. Name "cuda" among the `devices` to have it on a GPU as well, with
+    the attention of `step`: it has not run on a card, so no training does.
     """
     forwards: dict[Any, Any] = {}
     for module in model.modules():
@@ -312,8 +334,8 @@ def fuse(model: nn.Module) -> bool:
             forwards[module] = partial(_mlp, module) if plain and all(map(_is_fusible, layers)) else None
         elif isinstance(module, LlamaRMSNorm | Qwen2RMSNorm):
             forwards[module] = None if module.weight.requires_grad else partial(_norm, module)
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-    if not on_cpu or not forwards or None in forwards.values():
+    allowed = all(p.device.type in devices for p in model.parameters())
+    if not allowed or not forwards or None in forwards.values():
         return False
     for module, forward in forwards.items():
         module.forward = forward

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from telco_nb.lora.chat_template import end_token_id, fit_messages, render, render_text, turn_end_id
+from telco_nb.lora.chat_template import Rendered, end_token_id, fit_messages, render_all, turn_end_id
 from telco_nb.lora.errors import PreflightError
 
 IGNORE_INDEX = -100  # label of a token that is not learned, as in transformers
@@ -38,49 +39,69 @@ class Example:
 def encode_conversation(
     tokenizer: Any, messages: list[dict[str, str]], conversation_id: str, max_length: int, assistant_only: bool = True
 ) -> Example:
-    """Tokenise a conversation with the model's chat template and label the assistant's text and its end tokens.
+    """One conversation, as `encode_conversations` encodes it."""
+    return encode_conversations(tokenizer, [(conversation_id, messages)], max_length, assistant_only)[0]
+
+
+def encode_conversations(
+    tokenizer: Any,
+    conversations: Sequence[tuple[str, Sequence[dict[str, str]]]],
+    max_length: int,
+    assistant_only: bool = True,
+) -> list[Example]:
+    """Tokenise conversations with the model's chat template and label the assistant's text and its end tokens.
 
     Args:
         tokenizer: of the base model.
-        messages: dicts with "role" and "content".
-        conversation_id: for the example and for error messages.
+        conversations: of each, an id for the example and for error messages, and dicts with "role" and "content".
         max_length: tokens, at most. A longer conversation is refused, because a cut answer has no end.
         assistant_only: False labels every token but the first.
 
     Raises:
-        PreflightError: the conversation is too long, the template rewrites earlier turns, or the tokenizer does not
+        PreflightError: a conversation is too long, the template rewrites earlier turns, or the tokenizer does not
             reproduce the text.
     """
-    chat = fit_messages(tokenizer, messages)
-    ids = render(tokenizer, chat)
-    _check_round_trip(tokenizer, chat, ids, conversation_id)
+    chats = [fit_messages(tokenizer, list(messages)) for _, messages in conversations]
+    answers = [[i for i, message in enumerate(chat) if message["role"] == "assistant"] for chat in chats]
+    heads = [(chat[:i], True) for chat, found in zip(chats, answers, strict=True) for i in found]
+    rendered = render_all(tokenizer, [(chat, False) for chat in chats] + heads)
+    prefixes, made = iter(rendered[len(chats) :]), []
+    for (name, _), found, whole in zip(conversations, answers, rendered, strict=False):
+        _check_round_trip(tokenizer, whole, name)
+        labels = _answer_labels(tokenizer, whole.ids, [next(prefixes).ids for _ in found], name)
+        if len(whole.ids) > max_length:
+            reason = f"{len(whole.ids)} tokens, more than max_length {max_length}. Raise it."
+            raise PreflightError(f"{name} has {reason}")
+        made.append(Example(name, whole.ids, labels if assistant_only else [IGNORE_INDEX, *whole.ids[1:]]))
+    return made
+
+
+def _answer_labels(tokenizer: Any, ids: list[int], prefixes: list[list[int]], name: str) -> list[int]:
+    """Labels of the answers behind these prefixes of a conversation. In `ids` each answer's end becomes the end token.
+
+    Raises PreflightError if an answer cannot be found exactly.
+    """
     labels = [IGNORE_INDEX] * len(ids)
     turn_end, end = turn_end_id(tokenizer), end_token_id(tokenizer)
     ends: list[int] = []
-    for position, message in enumerate(chat):
-        if message["role"] == "assistant":
-            prefix = render(tokenizer, chat[:position], generation=True)
-            if ids[: len(prefix)] != prefix:
-                reason = "the chat template rewrites earlier turns, so answers cannot be labelled exactly."
-                raise PreflightError(f"{conversation_id}: {reason} Use another base_model.")
-            if turn_end not in ids[len(prefix) :]:
-                reason = "the chat template ends no turn with a token, so the model could not learn to stop."
-                raise PreflightError(f"{conversation_id}: {reason} Use another base_model.")
-            start, stop = len(prefix), ids.index(turn_end, len(prefix)) + 1
-            ends.append(stop - 1)
-            labels[start:stop] = ids[start:stop]
+    for prefix in prefixes:
+        if ids[: len(prefix)] != prefix:
+            reason = "the chat template rewrites earlier turns, so answers cannot be labelled exactly."
+            raise PreflightError(f"{name}: {reason} Use another base_model.")
+        if turn_end not in ids[len(prefix) :]:
+            reason = "the chat template ends no turn with a token, so the model could not learn to stop."
+            raise PreflightError(f"{name}: {reason} Use another base_model.")
+        start, stop = len(prefix), ids.index(turn_end, len(prefix)) + 1
+        ends.append(stop - 1)
+        labels[start:stop] = ids[start:stop]
     for i in ends:  # after all prefixes were compared
         ids[i] = labels[i] = end
-    if not assistant_only:
-        labels = [IGNORE_INDEX, *ids[1:]]
-    if len(ids) > max_length:
-        raise PreflightError(f"{conversation_id} has {len(ids)} tokens, more than max_length {max_length}. Raise it.")
-    return Example(conversation_id, ids, labels)
+    return labels
 
 
-def _check_round_trip(tokenizer: Any, chat: list[dict[str, str]], ids: list[int], conversation_id: str) -> None:
-    text = render_text(tokenizer, chat)
-    if (decoded := tokenizer.decode(ids)) != text:
+def _check_round_trip(tokenizer: Any, whole: Rendered, conversation_id: str) -> None:
+    text = whole.text
+    if (decoded := tokenizer.decode(whole.ids)) != text:
         i = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), len(decoded))
         raise PreflightError(
             f"{conversation_id}: the tokenizer turns {text[i : i + 40]!r} into {decoded[i : i + 40]!r}, so the model "
@@ -119,21 +140,34 @@ def pack_rows(examples: list[Example], batch_tokens: int, seed: int) -> list[lis
     return [rows[r] for r in np.random.default_rng(seed + 1).permutation(len(rows))]
 
 
-def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Conversations as one packed row.
+def collate(examples: list[Example]) -> dict[str, Any]:
+    """Conversations as one packed row, with all that the step would otherwise have to ask a GPU for.
 
     Returns:
         int64 tensors of shape (1, T): "input_ids", "position_ids" that restart with each conversation, "labels", and
         "shift_labels": each label at the position that predicts it, so a conversation's last token predicts nothing.
+        Tensors of one dimension: "kept", int64, the positions with a label in shift_labels, and "bounds", int32, where
+        each conversation starts and the last one ends. Lists, one number a conversation, which stay on the host:
+        "segments", its tokens, and "supervised", its labelled positions.
     """
     shifted = [label for e in examples for label in (*e.labels[1:], IGNORE_INDEX)]
+    segments = [len(e.input_ids) for e in examples]
     return {
         "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
-        "position_ids": torch.tensor([[p for e in examples for p in range(len(e.input_ids))]]),
+        "position_ids": torch.tensor([[p for n in segments for p in range(n)]]),
         "shift_labels": torch.tensor([shifted]),
         # The Trainer counts supervised tokens (in shift_labels) only for batches that also hold "labels".
         "labels": torch.tensor([[label for e in examples for label in e.labels]]),
+        "kept": torch.tensor([i for i, label in enumerate(shifted) if label != IGNORE_INDEX], dtype=torch.int64),
+        "bounds": torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
+        "segments": segments,
+        "supervised": [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in examples],
     }
+
+
+def to_device(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A row of `collate` with its tensors on a device."""
+    return {name: part.to(device) if isinstance(part, torch.Tensor) else part for name, part in row.items()}
 
 
 class PackedRows(torch.utils.data.Dataset):
@@ -172,7 +206,7 @@ class PackedRows(torch.utils.data.Dataset):
         rows = [[(e.input_ids, e.labels) for e in row] for row in self.rows]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return collate(share_of_rank(self.rows[index], *self.share))
 
 
@@ -191,23 +225,31 @@ def share_of_rank(row: list[Example], rank: int, processes: int) -> list[Example
     return [example for i, example in enumerate(row) if owners[i] == rank] or [unlabelled]
 
 
-def micro_batches(row: dict[str, torch.Tensor], tokens: int) -> list[dict[str, torch.Tensor]]:
+def micro_batches(row: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """A row cut between conversations into parts of at most `tokens` tokens, or of one conversation that is longer."""
-    cuts, stop = [0], 0
-    for length in segment_lengths(row["position_ids"]):
-        if stop > cuts[-1] and stop + length - cuts[-1] > tokens:
-            cuts.append(stop)
-        stop += length
-    return [{n: t[:, a:b] for n, t in row.items()} for a, b in pairwise([*cuts, stop])]
+    cuts, held = [0], 0
+    for i, length in enumerate(row["segments"]):
+        if held and held + length > tokens:
+            cuts.append(i)
+            held = 0
+        held += length
+    return [_conversations(row, first, stop) for first, stop in pairwise([*cuts, len(row["segments"])])]
 
 
-def segment_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Lengths of the conversations in a row, from position ids (1, T) that restart at each one."""
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    return np.diff([*starts, position_ids.shape[1]]).tolist()
+def _conversations(row: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
+    """The conversations `first` to `stop` of a row. Its lists name the places, so that no GPU is asked for them."""
+    start, end = sum(row["segments"][:first]), sum(row["segments"][:stop])
+    labelled, last = sum(row["supervised"][:first]), sum(row["supervised"][:stop])
+    part = {name: row[name][:, start:end] for name in ("input_ids", "position_ids", "shift_labels", "labels")}
+    return part | {
+        "kept": row["kept"][labelled:last] - start,
+        "bounds": row["bounds"][first : stop + 1] - start,
+        "segments": row["segments"][first:stop],
+        "supervised": row["supervised"][first:stop],
+    }
 
 
-def only_row(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def only_row(features: list[dict[str, Any]]) -> dict[str, Any]:
     """Data collator of the Trainer: a batch is one row, which is packed already."""
     (row,) = features
     return row

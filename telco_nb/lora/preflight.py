@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from telco_nb.lora.chat_template import end_token_id
+from telco_nb.lora.device import on_gpu
 from telco_nb.lora.errors import PreflightError
-from telco_nb.lora.packing import IGNORE_INDEX, Example, collate
+from telco_nb.lora.packing import IGNORE_INDEX, Example, collate, to_device
 from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
 from telco_nb.study.machine import device_facts
 
-SPARE = (
-    0.2  # share of the free memory that stays free: the estimate of a row is a guess to 30 %, and rows can be halved
-)
+# Share of the free memory that stays free: the estimate of a row may be 15 % too low, and freed memory leaves gaps.
+SPARE = 0.2
 OTHER_MODEL = "Use another base_model; README.md lists the architectures that were tested."
 # Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
 # architecture with less effect than these limits is seen in float32 only.
@@ -63,7 +63,7 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     """
     model.eval()
     matrix = next((p for n, p in model.named_parameters() if "lora_B" in n), None)
-    row = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
+    row = to_device(collate(examples), model.device)
     try:
         packed, packed_gradient = _losses_and_gradient([partial(token_losses, model, row)], matrix)
     except (PreflightError, MemoryError, torch.OutOfMemoryError):
@@ -136,12 +136,28 @@ def check_end(loss: float, vocabulary: int) -> None:
 
 def check_processes(processes: int) -> None:
     """Check that there is a GPU for each process of a training, or a core on a machine without GPUs."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if on_gpu() else 0
     units, name = (gpus, "GPU") if gpus else (device_facts()["cores"], "core")
     if processes > units:
         raise PreflightError(
             f"processes is {processes}, and this notebook may use {units} {name}{'s' * (units > 1)}: one is needed for "
             f"each. Lower processes{', or name more with --gpus' if gpus else ''}."
+        )
+
+
+def check_merging(shell: Any, free_bytes: float) -> None:
+    """Check that the weights fit into memory in float32, in which an adapter is merged into them.
+
+    Args:
+        shell: the model without its weights, from `base_model.model_shell`.
+        free_bytes: from `device.free_memory`.
+    """
+    needed = 4.0 * sum(p.numel() for p in shell.parameters())
+    if needed > (1 - SPARE) * free_bytes:
+        raise PreflightError(
+            f"the weights need {needed / 1e9:.1f} GB in float32, in which an adapter is merged into them, and "
+            f"{free_bytes / 1e9:.1f} GB are free, of which {SPARE:.0%} must stay free. Close other programs, or use a "
+            "smaller base_model."
         )
 
 
@@ -152,18 +168,19 @@ def fitting_tokens(needed: dict[str, float], batch_tokens: int, max_length: int,
         needed: bytes from `base_model.memory_estimate` for a row of `batch_tokens`.
         batch_tokens: tokens of a row, the most that is returned.
         max_length: tokens of the longest conversation.
-        free_bytes: from `base_model.free_memory`.
+        free_bytes: from `device.free_memory`.
 
     Raises:
         PreflightError: one conversation of `max_length` tokens does not fit.
     """
-    left = (1 - SPARE) * free_bytes - needed["weights"] - needed["adapters"]
+    fixed = sum(size for name, size in needed.items() if name != "row")
+    left = (1 - SPARE) * free_bytes - fixed
     tokens = int(min(1.0, max(0.0, left) / needed["row"]) * batch_tokens)
     if tokens < min(max_length, batch_tokens):
-        least = needed["weights"] + needed["adapters"] + needed["row"] * max_length / batch_tokens
+        least = fixed + needed["row"] * max_length / batch_tokens
         raise PreflightError(
             f"training needs about {least / 1e9:.1f} GB for a conversation of {max_length} tokens, and "
-            f"{free_bytes / 1e9:.1f} GB are free. Close other programs, set quantization to nf4, lower max_length, or "
-            "set micro_batch_tokens yourself."
+            f"{free_bytes / 1e9:.1f} GB are free. Close other programs, set gradient_checkpointing to true or "
+            "quantization to nf4, lower max_length, or set micro_batch_tokens yourself."
         )
     return tokens

@@ -153,7 +153,9 @@ def nvml_handle() -> Any | None:
     """NVML handle of the CUDA device in use, matched by UUID; None without an NVIDIA card. Raises SensorError."""
     import torch
 
-    if not torch.cuda.is_available():
+    from telco_nb.lora.device import on_gpu
+
+    if not on_gpu():
         return None
     try:
         import pynvml

@@ -12,9 +12,9 @@ from collections import Counter
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AttentionInterface
 
 try:  # only recent builds of torch with FlashAttention have it
@@ -24,7 +24,7 @@ except ImportError:
 
 from telco_nb.lora import kernels
 from telco_nb.lora.errors import ModelError
-from telco_nb.lora.packing import IGNORE_INDEX, Example, segment_lengths
+from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 TARGET_MODULES = {
     "qv": ["q_proj", "v_proj"],
@@ -89,17 +89,19 @@ def segmented_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: list[int] | None = None,
+    bounds: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each conversation of a packed row, without a (T, T) mask.
 
-    `query` is (1, heads, T, d), `key` and `value` are (1, key heads, T, d); `segments` are the conversations' lengths.
+    `query` is (1, heads, T, d), `key` and `value` are (1, key heads, T, d); `segments` are the conversations' lengths
+    and `bounds` their starts and the last end, int32 on the device.
     """
     if segments is None or attention_mask is not None:
         raise TrainingError("Packed attention needs segment lengths and no attention mask.")
     check_attention_options(max(segments), **options)
-    if attention_kernel(query.device, query.dtype) == "varlen" and not dropout:
-        return _varlen_attention(query, key, value, segments, scaling), None
+    if bounds is not None and attention_kernel(query.device, query.dtype) == "varlen" and not dropout:
+        return _varlen_attention(query, key, value, bounds, max(segments), scaling), None
     parts = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=True)
         for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True)
@@ -140,13 +142,12 @@ def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: list[int], scaling: float | None
+    query: Any, key: Any, value: Any, bounds: torch.Tensor, longest: int, scaling: float | None
 ) -> torch.Tensor:
     """All segments in one call; tensors as in `segmented_attention`, result (1, T, heads, d)."""
-    bounds = torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32, device=query.device)
     tokens_first = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
     causal: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
-    mixed: Any = varlen_attn(*tokens_first, bounds, bounds, max(segments), max(segments), **causal)
+    mixed: Any = varlen_attn(*tokens_first, bounds, bounds, longest, longest, **causal)
     return mixed[None]
 
 
@@ -191,8 +192,23 @@ def prepare_step(model: Any) -> str:
     """
     set_attention(causal_model(model), SEGMENTED)
     _keep_freed_memory()
+    _cast_inputs(model, always=False)
     kernels.unfuse(model)
     return "fused" if kernels.fuse(model) else "plain"
+
+
+def _cast_inputs(model: Any, always: bool) -> None:
+    """Let peft's layers cast their inputs to the adapters' float32 always, or only where that changes a value.
+
+    Under autocast, as in `token_losses`, plain LoRA computes the same bit for bit without: the next operation undoes
+    the cast. Dropout and DoRA compute in the input's type before that.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            plain = not layer.lora_variant and all(isinstance(d, nn.Identity) for d in layer.lora_dropout.values())
+            layer.cast_input_dtype_enabled = always or not plain
 
 
 def set_attention(causal: Any, name: str) -> None:
@@ -214,31 +230,39 @@ def _keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def pad_to_multiple(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pad_to_multiple(row: dict[str, Any]) -> dict[str, Any]:
     """Lengthen a row to a multiple of ROW_MULTIPLE with unlabelled tokens at the end of its last conversation.
 
     Attention is causal, so no other token sees them.
     """
     missing = -row["input_ids"].shape[1] % ROW_MULTIPLE
     last = row["position_ids"][:, -1:] + 1
-    ends = {"input_ids": row["input_ids"][:, -1:], "shift_labels": torch.full_like(last, IGNORE_INDEX)}
-    ends = {name: end.expand(1, missing) for name, end in ends.items()}
-    ends["position_ids"] = last + torch.arange(missing, device=last.device)
-    return {name: torch.cat([row[name], end], 1) for name, end in ends.items()}
+    ends = {
+        "input_ids": row["input_ids"][:, -1:].expand(1, missing),
+        "position_ids": last + torch.arange(missing, device=last.device),
+        "shift_labels": torch.full_like(last, IGNORE_INDEX).expand(1, missing),
+    }
+    *segments, longer = row["segments"]
+    return {name: torch.cat([row[name], end], 1) for name, end in ends.items()} | {
+        "kept": row["kept"],
+        "bounds": torch.cat([row["bounds"][:-1], row["bounds"][-1:] + missing]),
+        "segments": [*segments, longer + missing],
+    }
 
 
-def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
+def token_losses(model: Any, row: dict[str, Any]) -> torch.Tensor:
     """Cross-entropy of each supervised position of a packed row, with gradient.
+
+    Nothing here waits for a GPU: what decides on shapes comes with the row.
 
     Args:
         model: after `prepare_step`, with or without adapters.
-        row: tensors of shape (1, T) from `packing.collate`, on the model's device.
+        row: from `packing.collate`, its tensors on the model's device.
 
     Returns:
         (supervised positions,) float32, nats, in the row's order.
     """
     row = pad_to_multiple(row)
-    supervised = row["shift_labels"] != IGNORE_INDEX
     causal = causal_model(model)
     # Adapters are float32 in every base format: bfloat16's 8 bits are too few for their updates.
     mixed = base_dtype(model) == torch.bfloat16 and not kernels.is_fused(model)
@@ -248,14 +272,16 @@ def token_losses(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
         output = model(
             input_ids=row["input_ids"],
             position_ids=row["position_ids"],
-            segments=segment_lengths(row["position_ids"]),
-            logits_to_keep=supervised,
+            segments=row["segments"],
+            bounds=row["bounds"],
+            logits_to_keep=row["kept"],
             use_cache=False,
         )
     hidden = output.logits.reshape(-1, output.logits.shape[-1])
+    labels = row["shift_labels"][0, row["kept"]]
     if own_head:  # these are logits
-        return F.cross_entropy(hidden.float(), row["shift_labels"][supervised], reduction="none")
-    return kernels.HeadLoss.apply(hidden, causal.lm_head.weight, row["shift_labels"][supervised])
+        return F.cross_entropy(hidden.float(), labels, reduction="none")
+    return kernels.HeadLoss.apply(hidden, causal.lm_head.weight, labels)
 
 
 def base_dtype(model: Any) -> torch.dtype:
@@ -279,11 +305,13 @@ def plain_token_losses(model: Any, example: Example) -> torch.Tensor:
     causal = causal_model(model)
     attention, fused = causal.config._attn_implementation, kernels.is_fused(model)
     kernels.unfuse(model)
+    _cast_inputs(model, always=True)  # there is no autocast here
     try:
         causal.set_attn_implementation("eager")
         logits = model(input_ids=torch.tensor([example.input_ids], device=causal.device), use_cache=False).logits
     finally:
         causal.set_attn_implementation(attention)
+        _cast_inputs(model, always=False)
         if fused:
             kernels.fuse(model)
     labels = torch.tensor(example.labels[1:], device=causal.device)

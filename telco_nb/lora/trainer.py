@@ -19,10 +19,19 @@ from safetensors import SafetensorError, safe_open
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, segment_lengths
+from telco_nb.lora.device import on_gpu
+from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, to_device
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.study.record import write_json
 
+NO_MEMORY = (  # what stands in the message of a plain RuntimeError
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+)
 PER_PROCESS_READINGS = (
     "cpu_s",
     "gpu_j",
@@ -87,7 +96,7 @@ class PackedTrainer(Trainer):
                 if not is_out_of_memory(error):
                     raise
             # Outside of the except block, because the exception keeps the arrays of the step alive.
-            self._halve_micro_batches(max(segment_lengths(inputs["position_ids"])))
+            self._halve_micro_batches(max(inputs["segments"]))
             for parameter in model.parameters():
                 parameter.grad = before[parameter].clone() if parameter in before else None
 
@@ -109,7 +118,7 @@ class PackedTrainer(Trainer):
             raise TrainingError(f"memory ran out with {size} tokens at once: {remedy}.")
         self.rows.shrunk.append(size)
         self.rows.micro_batch_tokens = max(longest, size // 2)
-        if torch.cuda.is_available():
+        if on_gpu():
             torch.cuda.empty_cache()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -127,22 +136,22 @@ class PackedTrainer(Trainer):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if a device, or torch's allocator on the CPU, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """True if a device, torch's allocator on the CPU, or a library on the GPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in NO_MEMORY)
 
 
 def constant_arguments() -> dict[str, Any]:
     """TrainingArguments that are equal in all configurations: no reports, a log entry at each step, rows loaded in this
     process, and checkpoints from which a training continues bit for bit."""
     return {
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not on_gpu(),
         "report_to": [],
         "logging_steps": 1,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # True would log a loss of NaN as 0
         "save_strategy": "epoch",
         "save_total_limit": 2,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused" if on_gpu() else "adamw_torch",  # one launch instead of hundreds
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
@@ -184,7 +193,7 @@ def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dic
     model.eval()
     for row in pack_rows(examples, batch_tokens, seed=0):
         chosen = [examples[i] for i in row]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(chosen).items()}
+        batch = to_device(collate(chosen), model.device)
         with torch.inference_mode():
             losses = token_losses(model, batch).double().cpu().split([e.n_supervised for e in chosen])
         result |= {e.conversation_id: part.numpy() for e, part in zip(chosen, losses, strict=True)}
@@ -337,7 +346,13 @@ def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) ->
     config = model.config
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     head = config.vocab_size * config.hidden_size
-    tied = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) - head
+    tied = sum(_weights(p) for n, p in model.named_parameters() if "lora_" not in n) - head
     body = tied if config.tie_word_embeddings else tied - head
     attention = 6 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in segments)
     return float(4 * body * tokens + 4 * head * supervised + 6 * lora * tokens + attention)
+
+
+def _weights(parameter: Any) -> int:
+    """The number of weights of a parameter, of which nf4 packs two into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed else parameter.numel()

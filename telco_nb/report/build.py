@@ -23,6 +23,7 @@ from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none
 from telco_nb.report.pages import first_heading, notebook_body
 from telco_nb.report.rendering import render
 from telco_nb.report.tiles import Tile, base_models, energy_kinds, first_sentence, first_tiles
+from telco_nb.study.machine import device_text
 from telco_nb.study.plan import STEPS
 
 QUESTION = (
@@ -276,7 +277,7 @@ def _provenance(study: StudyFiles) -> list[tuple[str, str]]:
     if not manifests:
         return [("records", "none")]
     environment = [m.get("environment", {}) for m in manifests]
-    devices = [f"{d.get('cpu')}, {d.get('cores')} cores, {d.get('system')}" for d in (m["device"] for m in manifests)]
+    devices = [f"{device_text(d)}, {d.get('system')}" for d in (m["device"] for m in manifests)]
     commits = [
         f"{(e.get('git_commit') or 'no git')[:12]}{', uncommitted changes' if e.get('git_dirty') else ''}"
         for e in environment

@@ -35,7 +35,7 @@ def git_state() -> dict[str, Any]:
 
 @cache
 def device_facts() -> dict[str, Any]:
-    """Processor name, cores this process may use, memory, operating system."""
+    """Processor name, cores this process may use, memory, operating system, and the NVIDIA cards with their driver."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -43,7 +43,53 @@ def device_facts() -> dict[str, Any]:
         name = match.group(1) if match else name
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": f"{platform.system()} {platform.release()}"}
+    system = f"{platform.system()} {platform.release()}"
+    return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": system} | gpu_facts()
+
+
+def device_text(facts: dict[str, Any]) -> str:
+    """`device_facts` of this or an older version in words: processor, cores, and the cards where there are any."""
+    cards = [card["name"] for card in facts.get("gpus") or []]
+    driver = f"driver {facts['gpu_driver']}" if cards and facts.get("gpu_driver") else None
+    return ", ".join(filter(None, [str(facts.get("cpu")), f"{facts.get('cores')} cores", *cards, driver]))
+
+
+def gpu_facts() -> dict[str, Any]:
+    """The NVIDIA cards of this machine: "gpus" (name and memory of each), "gpu_driver", "cuda" (of the driver).
+
+    Without a card the list is empty and the others are None; so they are where NVML does not tell.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return {
+            "gpus": [{"name": str(pynvml.nvmlDeviceGetName(h)), "memory_bytes": _gpu_memory(h)} for h in handles],
+            "gpu_driver": str(pynvml.nvmlSystemGetDriverVersion()),
+            "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+        }
+    except Exception:  # not installed, no driver, no permission, or a driver that does not know a question
+        return {"gpus": [], "gpu_driver": nvidia_driver(), "cuda": None}
+
+
+def _gpu_memory(handle: Any) -> int | None:
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:  # cards that share the main memory
+        return None
+
+
+def nvidia_driver(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver that the kernel has loaded; None without one."""
+    try:
+        found = re.search(r"\b(\d+\.\d+(\.\d+)?)\b", path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    return found.group(1) if found else None
 
 
 def peak_memory_bytes(whose: int = resource.RUSAGE_SELF) -> int:

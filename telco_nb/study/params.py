@@ -130,6 +130,8 @@ class Parameters(LoraParameters, JudgeParameters):
     general_path: str | None
     # training
     base_model: str = Field(min_length=1)
+    base_model_revision: str | None = Field(min_length=1)
+    device: Literal["auto", "cpu", "cuda"]
     processes: int = Field(ge=1, le=64)
     checkpoint_seconds: float = Field(gt=0)
     # answering

@@ -380,6 +380,19 @@ def test_a_base_model_that_is_missing_ends_with_exit_code_3(home):
         trained.load_base(found._replace(values=found.values | {"base_model": "nothing"}))
 
 
+@pytest.mark.parametrize(("studied", "asked"), [("cpu", "cpu"), ("cuda", "auto"), ("auto", "auto")])
+def test_a_study_on_the_processor_is_asked_there_and_that_of_a_gpu_wherever_it_can(home, monkeypatch, studied, asked):
+    from telco_nb.lora import device
+
+    found, used = trained.find_trained("laptop", "c04"), []
+    monkeypatch.setattr(device, "use_device", used.append)
+    monkeypatch.setattr(device, "choose_dtype", lambda wanted: ("float32", {}))
+    (found.root / "c04/04_energy/metrics.json").unlink(missing_ok=True)
+    trained.answer_dtype(found._replace(values=found.values | {"device": studied}))
+    trained.load_base(found._replace(values=found.values | {"device": studied}))
+    assert used == [asked, asked]
+
+
 def test_a_server_that_never_answers_is_given_up_and_leaves_no_file(home, monkeypatch):
     monkeypatch.setattr(serve, "READY_SECONDS", 0.5)
     monkeypatch.setattr(serve, "SERVER", "import time; time.sleep(60)")

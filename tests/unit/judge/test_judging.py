@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import judge_study
 import numpy as np
@@ -344,3 +346,15 @@ def test_the_instructions_of_a_prompt_are_the_same_for_all_cases_of_a_form():
     one, two = (render_prompt(case_of(name, name, "fine")) for name in (NAME, "sim_swap.swap_not_ordered"))
     assert one.system == two.system and one.data != two.data
     assert "Reply with one JSON object" in one.system and "<answer_a>" not in one.system
+
+
+def test_the_embedding_judge_computes_on_the_processor_also_beside_a_gpu(monkeypatch):
+    from telco_nb.lora import device
+
+    made = []
+    stand_in = SimpleNamespace(SentenceTransformer=lambda folder, **options: made.append(options["device"]))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", stand_in)
+    monkeypatch.setattr(device, "_chosen", {"device": "auto"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    embedding.load_embedder()
+    assert made == ["cpu"] and not device.on_gpu()

@@ -18,7 +18,7 @@ from telco_nb import ROOT
 from telco_nb.lora import base_model, chat_template, decoding, kernels, packing, step
 from telco_nb.lora.errors import ModelError
 from telco_nb.lora.step import TrainingError
-from telco_nb.lora.trainer import PackedTrainer, constant_arguments
+from telco_nb.lora.trainer import PackedTrainer, constant_arguments, step_flops
 
 ALL = step.TARGET_MODULES["all"]
 
@@ -132,6 +132,8 @@ def test_quantised_weights_train_on_this_device(quantization, tmp_path):
     losses = trained(tuned, tmp_path / "run")
     assert step.prepare_step(tuned) == "plain"
     assert losses[-1] < losses[0] - 0.05
+    unquantised = step.attach_adapters(tiny("llama"), LoraConfig(r=4, target_modules=ALL))
+    assert step_flops(tuned, 10, 3, [6, 4]) == step_flops(unquantised, 10, 3, [6, 4]), "packed weights count as well"
 
 
 def _load_without_tokenizer(folder: Path, quantization: str):
@@ -152,10 +154,15 @@ def test_quantisation_without_its_library_is_refused_with_the_fix(monkeypatch):
 def test_the_memory_estimate_counts_the_weights_that_loading_makes(tmp_path):
     base = tiny("qwen2")
     base.save_pretrained(tmp_path)
-    estimate = base_model.memory_estimate(str(tmp_path), torch.float32, "none", ALL, rank=4, row_tokens=64)
+    estimate = base_model.memory_estimate(
+        base_model.model_shell(str(tmp_path)), torch.float32, "none", ALL, rank=4, row_tokens=64
+    )
     assert estimate["weights"] == 4 * sum(p.numel() for p in base.parameters())
     assert estimate["adapters"] == 16 * attached().get_nb_trainable_parameters()[0]
-    assert base_model.memory_estimate(str(tmp_path), torch.float32, "nf4", ALL, 4, 64)["weights"] < estimate["weights"]
+    assert (
+        base_model.memory_estimate(base_model.model_shell(str(tmp_path)), torch.float32, "nf4", ALL, 4, 64)["weights"]
+        < estimate["weights"]
+    )
 
 
 # ---------------------------------------------------------------- labels and end tokens
@@ -170,6 +177,9 @@ class BaseTokenizer:
         ids = [i for m in chat for i in (10 + len(m["role"]), *(20 + len(w) for w in m["content"].split()), 1)]
         ids = [*ids, 10 + len("assistant")] if add_generation_prompt else ids
         return ids if tokenize else self.decode(ids)
+
+    def __call__(self, texts, add_special_tokens=True):
+        return {"input_ids": [[int(word) for word in text.split() if word.isdigit()] for text in texts]}
 
     def decode(self, ids):
         return " ".join(map(str, ids))

@@ -81,7 +81,7 @@ def test_training_answering_and_chat_read_the_same_tokens(packaged, monkeypatch)
 def test_a_server_renders_the_system_text_of_a_template_without_that_role():
     tokenizer = tiny_tokenizer("gemma")
     chat = [{"role": "system", "content": chat_template.SYSTEM_PROMPT}, *conversation("No.")]
-    wanted = chat_template.render_text(tokenizer, chat_template.fit_messages(tokenizer, chat))
+    wanted = chat_template.render_all(tokenizer, [(chat_template.fit_messages(tokenizer, chat), False)])[0].text
     tokenizer.chat_template = chat_template.guarded_template(tokenizer)
     assert tokenizer.apply_chat_template(chat, tokenize=False) == wanted
 
@@ -166,3 +166,9 @@ def test_the_end_of_an_answer_is_found_from_the_template_and_the_models_settings
     assert tokenizer.decode([chat_template.end_token_id(tokenizer)]) == end
     example = packing.encode_conversation(tokenizer, conversation("No."), "c", 999)
     preflight.check_labels(tokenizer, example, conversation("No."))
+
+
+def test_conversations_read_in_one_call_are_those_read_one_by_one(packaged):
+    chats = [(f"c{i}", conversation(words)) for i, words in enumerate(("No.", FORGED["chatml"], "Yes, at once."))]
+    together = packing.encode_conversations(packaged, chats, 999)
+    assert together == [packing.encode_conversation(packaged, chat, name, 999) for name, chat in chats]

@@ -232,5 +232,6 @@ def test_more_processes_than_there_are_cores_or_gpus_are_refused(monkeypatch):
     with pytest.raises(PreflightError, match="processes is 3, and this notebook may use 2 cores"):
         preflight.check_processes(3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(preflight, "on_gpu", lambda: True)
     with pytest.raises(PreflightError, match=r"may use 1 GPU: one is needed for each\. .* name more with --gpus"):
         preflight.check_processes(2)

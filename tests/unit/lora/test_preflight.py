@@ -9,7 +9,7 @@ from test_adapter_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure
-from telco_nb.lora import base_model, chat_template, packing, preflight, step, trainer
+from telco_nb.lora import base_model, chat_template, device, packing, preflight, step, trainer
 from telco_nb.lora.errors import PreflightError
 
 
@@ -77,12 +77,19 @@ def test_a_device_without_room_stops_before_loading():
         preflight.fitting_tokens(NEEDED, 8192, 1024, 5e9)
 
 
+def test_weights_that_do_not_fit_in_float32_stop_before_they_are_loaded_to_answer():
+    shell = torch.nn.Linear(1_000_000, 1000, bias=False, device="meta")  # 4 GB in float32
+    preflight.check_merging(shell, 5.01e9)
+    with pytest.raises(PreflightError, match=r"the weights need 4.0 GB in float32.* 4.9 GB are free"):
+        preflight.check_merging(shell, 4.9e9)
+
+
 def test_free_memory_is_what_this_machine_has_left():
-    free = base_model.free_memory()
+    free = device.free_memory()
     size = 1 << 28
     with mmap.mmap(-1, size) as fresh:  # an array might get pages that this process already has
         fresh.write(b"1" * size)
-        assert free / 1e9 > 0.3 and base_model.free_memory() < free - 0.5 * size
+        assert free / 1e9 > 0.3 and device.free_memory() < free - 0.5 * size
 
 
 @pytest.mark.parametrize("name", ["PreflightError", "ModelError"])

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import base_model, chat_template, packing, preflight
+from telco_nb.lora import base_model, chat_template, device, packing, preflight
 from telco_nb.lora.errors import PreflightError
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.lora.step import SEGMENTED, TrainingError, token_losses
@@ -410,12 +410,12 @@ def test_processes_share_a_row_out_evenly_and_nothing_is_lost_or_done_twice(leng
 )
 def test_bfloat16_is_chosen_only_where_it_is_clearly_faster(bfloat16, chosen, monkeypatch):
     speeds = {torch.float32: 100.0, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(base_model, "matmul_gflops", speeds.__getitem__)
-    assert base_model.choose_dtype("auto") == (chosen, {"float32": 100.0, "bfloat16": bfloat16})
-    assert base_model.choose_dtype("bfloat16")[0] == torch.bfloat16
+    monkeypatch.setattr(device, "matmul_gflops", speeds.__getitem__)
+    assert device.choose_dtype("auto") == (chosen, {"float32": 100.0, "bfloat16": bfloat16})
+    assert device.choose_dtype("bfloat16")[0] == torch.bfloat16
 
 
 def test_a_slow_first_measurement_does_not_choose_the_format(monkeypatch):
     measured = {torch.float32: iter([52.0, 190.0, 207.0, 200.0]), torch.bfloat16: iter([130.0, 128.0, 154.0, 120.0])}
-    monkeypatch.setattr(base_model, "matmul_gflops", lambda dtype: next(measured[dtype]))
-    assert base_model.choose_dtype("auto") == (torch.float32, {"float32": 207.0, "bfloat16": 154.0})
+    monkeypatch.setattr(device, "matmul_gflops", lambda dtype: next(measured[dtype]))
+    assert device.choose_dtype("auto") == (torch.float32, {"float32": 207.0, "bfloat16": 154.0})

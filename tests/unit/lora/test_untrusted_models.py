@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from telco_nb.lora import base_model
+from telco_nb.lora.errors import ModelError
 
 TINY = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -50,3 +51,24 @@ def test_code_of_a_model_is_not_run(folder):
     with pytest.raises((ValueError, OSError)):
         base_model._load_weights(str(folder), torch.float32)
     assert not mark.exists()
+
+
+def test_a_revision_reaches_whatever_is_read_from_the_hub(monkeypatch):
+    asked = []
+
+    def stop(source, **options):
+        asked.append((source, options["revision"]))
+        raise OSError("no network here")
+
+    for name in ("AutoTokenizer", "AutoConfig"):
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", stop)
+    with pytest.raises(ModelError, match="no network"):
+        base_model.load_model("owner/name", torch.float32, revision="abc123")
+    with pytest.raises(ModelError, match="no network"):
+        base_model.model_shell("owner/name", "abc123")
+    assert asked == [("owner/name", "abc123")] * 2
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"base_model_revision: .* has no revisions"):
+        base_model.load_model(str(tmp_path), torch.float32, revision="abc123")

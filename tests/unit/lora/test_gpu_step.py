@@ -1,0 +1,200 @@
+"""The step as a GPU would compute it, as far as a processor can show: shapes, devices, number formats, waits.
+
+A fake tensor has a device and no numbers. Waits are counted in a real step on the processor that takes the GPU's path.
+Neither says anything about speed.
+"""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from telco_nb.lora import kernels, packing, preflight, step
+from telco_nb.lora.packing import IGNORE_INDEX, Example
+from tests.support.fake_gpu import lend_cuda_guard
+
+LENGTHS = (9, 21, 14)
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh", "is_nonzero", "item")
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts the operations for which the host waits on a GPU.
+
+    These read a number or a shape that only the GPU knows (`.item()`, a boolean mask), or make a tensor of host data,
+    which is then copied (`torch.tensor`).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name in WAITS:
+            self.waits[name] += 1
+        elif name.startswith("index") and any(map(_has_mask, args)):
+            self.waits["mask"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _has_mask(argument) -> bool:
+    parts = argument if isinstance(argument, list | tuple) else ()
+    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
+
+
+def tiny_qwen2(dtype: torch.dtype, **options):
+    """An adapted model with Qwen2.5's parts in small sizes."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    lora = {"r": 4, "init_lora_weights": False, "target_modules": step.TARGET_MODULES["all"]}
+    return step.attach_adapters(Qwen2ForCausalLM._from_config(config, dtype=dtype), LoraConfig(**(lora | options)))
+
+
+def put_on_fake_gpu(model) -> None:
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False):
+            new = torch.empty(old.shape, dtype=old.dtype, device="cuda")
+            setattr(module, name, torch.nn.Parameter(new, requires_grad=old.requires_grad))
+        for name, old in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(old.shape, dtype=old.dtype, device="cuda"))
+
+
+def row_of(lengths=LENGTHS) -> dict:
+    torch.manual_seed(1)
+    ids = [torch.randint(3, 97, (n,)).tolist() for n in lengths]
+    return packing.collate([Example(str(i), t, [IGNORE_INDEX] * 4 + t[4:]) for i, t in enumerate(ids)])
+
+
+def plain_step(tuned) -> None:
+    step.prepare_step(tuned)
+    kernels.unfuse(tuned)
+
+
+def by_bounds(query, key, value, bounds, key_bounds, longest, key_longest, window_size, scale, enable_gqa):
+    """What varlen_attn computes, on tensors of (tokens, heads, width)."""
+    with torch._C._DisableTorchDispatch():  # its own look at the bounds is on the GPU
+        ends = bounds.tolist()
+    assert bounds is key_bounds and bounds.dtype == torch.int32 and window_size == (-1, 0)
+    assert longest == key_longest == max(b - a for a, b in pairwise(ends))
+    parts = []
+    for a, b in pairwise(ends):
+        q, k, v = (t[a:b].transpose(0, 1)[None] for t in (query, key, value))
+        options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def varlen_path(monkeypatch):
+    monkeypatch.setattr(step, "attention_kernel", lambda device, dtype: "varlen")
+    monkeypatch.setattr(step, "varlen_attn", by_bounds)
+
+
+def losses_and_gradients(tuned, row) -> list[torch.Tensor]:
+    tuned.zero_grad()
+    losses = step.token_losses(tuned, row)
+    losses.sum().backward()
+    return [losses.detach(), *(p.grad.clone() for p in tuned.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_in_forward_and_backward_waits_for_a_gpu(varlen_path, dtype):
+    tuned, row = tiny_qwen2(dtype), row_of()
+    plain_step(tuned)
+    with WaitCounter() as counter:
+        losses_and_gradients(tuned, row)
+        for part in packing.micro_batches(row, 24):
+            losses_and_gradients(tuned, part)
+    assert dict(counter.waits) == {}
+
+
+def test_the_counter_of_waits_sees_items_masks_and_host_data():
+    with WaitCounter() as counter:
+        values = torch.arange(4)
+        assert values[values > 1].sum().item() == 5
+        (values == 0).nonzero()
+        torch.tensor([1, 2])
+    assert set(counter.waits) == {"_local_scalar_dense", "mask", "nonzero", "lift_fresh"}
+
+
+def test_attention_by_bounds_is_attention_by_lengths_also_in_micro_batches(varlen_path, monkeypatch):
+    tuned, row = tiny_qwen2(torch.float32), row_of()
+    plain_step(tuned)
+    parts = [row, *packing.micro_batches(row, 24)]
+    assert [part["segments"] for part in parts] == [[9, 21, 14], [9], [21], [14]]
+    found = [losses_and_gradients(tuned, part) for part in parts]
+    monkeypatch.undo()
+    for got, part in zip(found, parts, strict=True):
+        for a, b in zip(got, losses_and_gradients(tuned, part), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"use_dora": True}], ids=["plain", "dropout", "dora"])
+def test_a_step_without_casts_of_its_inputs_is_the_same_bit_for_bit(options):
+    tuned, row = tiny_qwen2(torch.bfloat16, **options).train(), row_of()
+    plain_step(tuned)
+    layers = [m for m in tuned.modules() if hasattr(m, "cast_input_dtype_enabled")]
+    assert all(layer.cast_input_dtype_enabled == bool(options) for layer in layers)
+    torch.manual_seed(3)
+    found = losses_and_gradients(tuned, row)
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    torch.manual_seed(3)
+    assert all(map(torch.equal, found, losses_and_gradients(tuned, row)))
+
+
+def test_the_fused_step_of_a_gpu_has_the_losses_and_gradients_of_the_plain_one(varlen_path, monkeypatch):
+    monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
+    tuned, row = tiny_qwen2(torch.float32), row_of()
+    plain_step(tuned)
+    wanted = losses_and_gradients(tuned, row)
+    assert kernels.fuse(tuned, ("cpu", "cuda"))
+    with WaitCounter() as counter:
+        found = losses_and_gradients(tuned, row)
+    assert dict(counter.waits) == {}
+    assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_preflight_of_a_step_that_is_not_fused_holds_in_bfloat16():
+    tuned = tiny_qwen2(torch.bfloat16)
+    plain_step(tuned)
+    examples = [Example(str(i), t, [IGNORE_INDEX] * 4 + t[4:]) for i, t in enumerate([[5, 9, 3, 8, 4, 7], [6] * 9])]
+    check = preflight.check_step(tuned, examples)
+    assert check.loss_difference < 5e-2 and check.gradient_difference is not None
+    assert not any(getattr(m, "cast_input_dtype_enabled", False) for m in tuned.modules()), "the step goes on without"
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory):
+    if reason := lend_cuda_guard(tmp_path_factory.mktemp("guard")):
+        pytest.skip(reason)
+
+
+def test_the_forward_pass_fits_a_gpu_in_shapes_devices_and_number_formats(guard, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    used = []
+    monkeypatch.setattr(step, "varlen_attn", lambda *a, real=step.varlen_attn, **k: used.append(a) or real(*a, **k))
+    tuned, host_row = tiny_qwen2(torch.bfloat16), row_of()
+    with FakeTensorMode() as mode:
+        put_on_fake_gpu(tuned)
+        assert step.prepare_step(tuned) == "plain"
+        fake = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in host_row.items()}
+        row = packing.to_device(fake, torch.device("cuda"))
+        losses = step.token_losses(tuned, row)
+        assert not kernels.fuse(tuned), "no training on a GPU is fused before a card has shown it"
+        assert kernels.fuse(tuned, ("cuda",))
+        fused = step.token_losses(tuned, row)
+    assert (fused.device, fused.dtype, fused.shape) == (losses.device, losses.dtype, losses.shape)
+    assert (losses.device.type, losses.dtype, len(losses)) == ("cuda", torch.float32, sum(row["supervised"]))
+    assert len(used) == 2 * 3 and {t.device.type for t in used[0][:4]} == {"cuda"}
+    assert [t.dtype for t in used[0][:4]] == [torch.bfloat16] * 3 + [torch.int32]

@@ -1,0 +1,31 @@
+"""bench/gpu.py runs on a processor with tiny sizes, so that the run on a card is not its first."""
+
+import pytest
+
+from bench import gpu
+
+
+def test_the_variants_compute_one_gradient_and_what_a_processor_cannot_tell_is_missing(capsys):
+    found = gpu.main(("plain", "no-cast", "fused", "padded", "compiled"), tiny=True)
+    measured = {one["variant"]: one for one in found if "failed" not in one}
+    assert list(measured) == ["plain", "no-cast", "fused", "padded"]
+    assert all(one["gradient_distance"] < 1e-4 for one in measured.values()), found
+    assert all(one["tokens_per_second"] > 0 and one["tflops"] > 0 for one in measured.values())
+    for name in ("watts", "mj_per_token", "peak_gb", "share_of_data_sheet"):
+        assert {one[name] for one in measured.values()} == {None}
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(found) and "no figure of this table means anything" in table[0]
+
+
+def test_without_a_gpu_the_full_size_is_refused(monkeypatch):
+    monkeypatch.setattr(gpu.device, "gpu_fault", lambda: "no card.")
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        gpu.main()
+    with pytest.raises(SystemExit, match="knows no fast"):
+        gpu.main(("fast",))
+
+
+def test_the_rows_have_the_tokens_and_labels_of_the_paper_profile():
+    rows = gpu.make_rows(gpu.Sizes(rows=2))
+    assert max(rows.tokens) <= 8192 and sum(rows.tokens) == pytest.approx(2 * 8192, rel=0.15)
+    assert sum(rows.supervised) / sum(rows.tokens) == pytest.approx(0.54, abs=0.02)
