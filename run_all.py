@@ -30,7 +30,7 @@ EPILOG = """
 - `./run_all.py --configs 'c0*' --steps 01-04`: data, training and answers of the first nine configurations
 - `./run_all.py --profile paper --max-usd 20 --yes`: with hosted models, where the parameters name some
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
-- `./run_all.py --notify 'mail -s "Study: $TELCO_NB_EXIT_CODE" me@example.org </dev/null'`: tell me at the end
+- `./run_all.py --notify 'mail -s "Study: $TELCO_NB_EXIT_CODE" me@example.org'`: tell me at the end
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
 - `./run_all.py status --profile overnight`: what is done, running, failed or out of date, and why
 - `./run_all.py verify --profile smoke`: name every file that is not as a run of this study last sealed it

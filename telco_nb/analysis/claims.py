@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from telco_nb.analysis.loss_findings import loss_pick
-from telco_nb.analysis.recommendation import claiming_judges, claims_of, compare, name_list
+from telco_nb.analysis.recommendation import claiming_judges, claims_of, compare
 from telco_nb.analysis.results import StudyResults
-from telco_nb.analysis.statements import Finding, not_estimable
+from telco_nb.analysis.statements import Finding, name_list, not_estimable
 from telco_nb.judge.ranking import interval_text
 
 VERDICTS = {"supported": "Upheld", "refuted": "Refuted", "cannot tell": "The data cannot tell"}

@@ -17,9 +17,8 @@ import pandas as pd
 from telco_nb.analysis import results
 from telco_nb.analysis.effects import FACTORS
 from telco_nb.analysis.inference import relabelled_values, relabelling_p, relabellings
-from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
+from telco_nb.analysis.statements import Finding, blockable, counted, name_list, not_estimable
 from telco_nb.analysis.statistics import MISSING, Interval, cluster_weights, hull_interval, ratio_draws, tau_rows
 from telco_nb.judge.ranking import interval_text
 

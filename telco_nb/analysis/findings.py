@@ -142,52 +142,52 @@ def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
     return [_loss_choice(study, pick), _confidence(study, choice, pick), *_gains(study, choice)]
 
 
-def _loss_choice(study: StudyResults, loss_pick: str) -> Finding:
-    row = study.results.loc[loss_pick]
+def _loss_choice(study: StudyResults, pick: str) -> Finding:
+    row = study.results.loc[pick]
     loss = Interval(*row[["val_loss", "val_loss_low", "val_loss_high"]])
-    text = f"Loss alone would choose {loss_pick} ({describe_config(row)}): {loss.value:.4f} nats per token "
+    text = f"Loss alone would choose {pick} ({describe_config(row)}): {loss.value:.4f} nats per token "
     text += f"{interval_text(*loss[1:], '.4f')}."
     if energy := energy_text(row):
         text += f" Training: {energy}."
-    return Finding("loss_choice", text, loss_pick, n=len(study.losses))
+    return Finding("loss_choice", text, pick, n=len(study.losses))
 
 
-def _confidence(study: StudyResults, choice: Recommendation, loss_pick: str) -> Finding:
+def _confidence(study: StudyResults, choice: Recommendation, pick: str) -> Finding:
     """The share of draws in which the choice scores above the choice of loss; the least sure judge counts."""
     if choice.config is None:
         return not_estimable("confidence", UNSURE, "; ".join(choice.blocked_by), verdict="blocked")
     judges, own = claiming_judges(study)[0], choice.config
-    placed = [judge for judge in judges if loss_pick in judge.scores.index]
-    counts = [judge.counted_terms(own, loss_pick) for judge in placed]
+    placed = [judge for judge in judges if pick in judge.scores.index]
+    counts = [judge.counted_terms(own, pick) for judge in placed]
     n = min((terms for terms in counts if terms is not None), default=None)
-    if own == loss_pick:
-        return Finding("confidence", f"Loss and judges choose the same configuration, {loss_pick}.", n=n)
+    if own == pick:
+        return Finding("confidence", f"Loss and judges choose the same configuration, {pick}.", n=n)
     if not placed:
-        return not_estimable("confidence", UNSURE, f"no judge has ranked {loss_pick}", n)
-    leads = {judge.label: (judge.draws[own] - judge.draws[loss_pick]).dropna() for judge in placed}
+        return not_estimable("confidence", UNSURE, f"no judge has ranked {pick}", n)
+    leads = {judge.label: (judge.draws[own] - judge.draws[pick]).dropna() for judge in placed}
     if any(lead.empty for lead in leads.values()):
-        return not_estimable("confidence", UNSURE, f"{loss_pick} has no resampled score", n)
+        return not_estimable("confidence", UNSURE, f"{pick} has no resampled score", n)
     shares = {label: float((lead > 0).mean() + (lead == 0).mean() / 2) for label, lead in leads.items()}
-    text, verdict = _ahead_of_loss(study, choice, placed, loss_pick, shares)
+    text, verdict = _ahead_of_loss(study, choice, placed, pick, shares)
     return Finding("confidence", text, min(shares.values()), n=n, verdict=verdict)
 
 
 def _ahead_of_loss(
-    study: StudyResults, choice: Recommendation, placed: list[JudgeResults], loss_pick: str, shares: dict[str, float]
+    study: StudyResults, choice: Recommendation, placed: list[JudgeResults], pick: str, shares: dict[str, float]
 ) -> tuple[str, str]:
     """The sentence on how often the choice scores above that of loss, and its verdict."""
     own, tables = str(choice.config), list(compare(study, placed).values())
     often = name_list([f"{percent(share)} with {judge}" for judge, share in shares.items()])
-    text = f"How often {own} scores above loss's choice, {loss_pick}, over resamples of the prompts: {often}."
+    text = f"How often {own} scores above loss's choice, {pick}, over resamples of the prompts: {often}."
     ahead, behind = (
         all(loser in table.loc[winner, "better_than"] for table in tables)
-        for winner, loser in ((own, loss_pick), (loss_pick, own))
+        for winner, loser in ((own, pick), (pick, own))
     )
     if behind:
-        text += f" {loss_pick} answers better"
-        text += ", but is not fit." if choice.fit and loss_pick not in choice.fit else "."
+        text += f" {pick} answers better"
+        text += ", but is not fit." if choice.fit and pick not in choice.fit else "."
     elif min(shares.values()) < 0.5:
-        text += f" {loss_pick} may answer better, but is not shown to."
+        text += f" {pick} may answer better, but is not shown to."
     return text, "supported" if ahead else "refuted" if behind else "not distinguishable"
 
 

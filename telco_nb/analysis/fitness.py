@@ -179,7 +179,7 @@ def bar_findings(study: StudyResults, configs: Sequence[str], named: str | None 
     for part in FAULTS:
         shares = {config: share for config, one in held.items() if (share := getattr(one, part)) is not None}
         if shares:
-            text = _part_text(part, shares, named, next(iter(held.values())), judge)
+            text = _part_text(part, shares, named, held[next(iter(shares))], judge)
             verdict = "not fit" if all(part in one.below for one in held.values()) else "described"
             ends = (min(shares.values()), max(shares.values())) if len(configs) > 1 else (None, None)
             value = shares.get(named or "") if len(configs) > 1 else next(iter(shares.values()))

@@ -98,13 +98,13 @@ def relabelling_p(values: np.ndarray) -> float:
 
 
 def step_down_p(values: np.ndarray) -> np.ndarray:
-    """p of several statistics, adjusted so that any false one is claimed in at most 5 % of studies.
+    """p of several statistics, adjusted so that the family-wise error rate holds: any false claim in at most 5 %.
 
     This is Holm's step-down, with the joint distribution under relabelling instead of Bonferroni's bound (Westfall and
-    Young 1993, Resampling-Based Multiple Testing, algorithm 2.8): the largest of the statistics is compared with the
-    largest under every relabelling, then the second with the largest of the rest. Bonferroni's bound would multiply the
-    least possible p, 1 / (number of relabellings), by the number of statistics: with 32 relabellings and five of them
-    nothing could be shown, whatever the data.
+    Young 1993, Resampling-Based Multiple Testing, algorithm 4.1, maxT): the largest of the statistics is compared with
+    the largest under every relabelling, then the second with the largest of the rest. Bonferroni's bound would multiply
+    the least possible p, 1 / (number of relabellings), by the number of statistics: with 32 relabellings and five of
+    them nothing could be shown, whatever the data.
 
     Args:
         values: from `relabelled_values` over the same relabellings, (statistics, relabellings).

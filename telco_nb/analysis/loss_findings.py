@@ -9,9 +9,9 @@ import pandas as pd
 from telco_nb.analysis import inference, results, statistics
 from telco_nb.analysis.divergence import divergence_finding
 from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
-from telco_nb.analysis.recommendation import name_list, percent, win_text
+from telco_nb.analysis.recommendation import percent, win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, not_estimable, p_text
+from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, name_list, not_estimable, p_text
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
 
@@ -87,19 +87,19 @@ def _tau_finding(
     hidden = "No relation can be shown that the factors could not bring about by themselves."
     text = (
         f"Loss against the score of {judge.label}: tau-b = {tau.value:+.2f} {interval_text(*tau[1:], '+.2f')}. {said} "
-        f"{_within_text(configs, loss, score)}{_ceiling_text(results.noise_ceiling(judge))}"
+        f"{_within_text(configs, loss, score)}{_reliability_text(results.retest_reliability(judge))}"
         f"{shown if p < 0.05 else hidden}"
     )
     return blockable(id, text, tau, n, "supported" if p < 0.05 else "not distinguishable", judge)
 
 
-def _ceiling_text(ceiling: float) -> str:
-    """What chance leaves of tau; `only` below .5, where two runs order fewer than 3 of 4 pairs alike."""
-    if math.isnan(ceiling):
+def _reliability_text(reliability: float) -> str:
+    """How alike two runs are; `only` below .5, where they order fewer than 3 of 4 pairs alike."""
+    if math.isnan(reliability):
         return ""
-    only = "only " if ceiling < 0.5 else ""
-    runs = f"the scores of two runs of the study would on average show |tau| of {only}{ceiling:.2f} with each other"
-    return f"Through noise alone {runs}. "
+    only = "only " if reliability < 0.5 else ""
+    agree = f"agree {only}to tau = {reliability:.2f}"
+    return f"Because of noise, the scores of two runs of the study would on average {agree}. "
 
 
 def design_p_text(configs: pd.DataFrame, a: pd.Series, b: pd.Series, seed: int) -> tuple[float, str]:

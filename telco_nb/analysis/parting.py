@@ -29,9 +29,8 @@ from telco_nb.analysis.divergence import (
     sides_of,
 )
 from telco_nb.analysis.inference import partial_tau_rows, step_down_p
-from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable, p_text, some_of
+from telco_nb.analysis.statements import Finding, blockable, counted, name_list, not_estimable, p_text, some_of
 from telco_nb.analysis.statistics import (
     Interval,
     cluster_weights,
@@ -272,19 +271,22 @@ def _summary(judge: JudgeResults, told: Mapping[str, Told], n: int) -> Finding:
     if not known:
         reasons = "; ".join(dict.fromkeys(one.reason for one in told.values()))
         return not_estimable(id, f"Why loss and the score of {judge.label} part cannot be told", reasons, n)
+    shown = [name for name in known if told[name].shown]
     groups = {
-        "shown": [name for name in known if told[name].shown],
-        "not shown": [name for name in known if not told[name].shown],
-        "not to be told from what was measured": [name for name in told if name not in known],
+        "shown": [f"{_names([name])} ({_told_direction(name, told[name])})" for name in shown],
+        "not shown": [_names([name]) for name in known if name not in shown],
+        "not to be told from what was measured": [_names([name]) for name in told if name not in known],
     }
-    parts = [f"{_names(names)} {'are' if len(names) > 1 else 'is'} {word}" for word, names in groups.items() if names]
+    parts = [
+        f"{name_list(names)} {'are' if len(names) > 1 else 'is'} {word}" for word, names in groups.items() if names
+    ]
     over = f"adjusted over {counted(len(known), 'explanation')} by Westfall and Young's step-down"
     text = (
-        f"Of {len(told)} explanations of where loss and the score of {judge.label} part, {'; '.join(parts)} (p by "
+        f"Of {len(told)} things that could make loss and the score of {judge.label} part, {'; '.join(parts)} (p by "
         f"relabelled factors, {over}). These are associations over {counted(n, 'configuration')}, not causes."
     )
-    verdict = "supported" if groups["shown"] else "not distinguishable"
-    value = "+".join(groups["shown"]) or "none"
+    verdict = "supported" if shown else "not distinguishable"
+    value = "+".join(shown) or "none"
     blocked = blockable(id, text, Interval(math.nan), n, verdict, judge)
     return Finding(id, text, value, n=n, verdict=blocked.verdict, blocked_by=blocked.blocked_by)
 
@@ -312,6 +314,11 @@ def _finding(
     return blockable(id, text, tau, n, "supported" if own.shown else "not distinguishable", judge)
 
 
+def _told_direction(name: str, own: Told) -> str:
+    assert own.found is not None and own.found.interval is not None  # only what was measured is shown
+    return _direction(EXPLANATIONS[name], own, own.found.interval)
+
+
 def _direction(one: Explanation, own: Told, tau: Interval) -> str:
     """What the configurations are like, in words, and whether that may be chance."""
     if tau.value == 0:
@@ -319,11 +326,10 @@ def _direction(one: Explanation, own: Told, tau: Interval) -> str:
     words = one.below if tau.value < 0 else one.above
     if own.shown:
         return words
-    return (
-        f"{words}, which alone does not show it"
-        if own.p < 0.05 and tau.excludes()
-        else f"it may be chance that {words}"
-    )
+    if own.p >= 0.05 or not tau.excludes():
+        return f"it may be chance that {words}"
+    against = tau.value > 0 and one.name in (EXPLANATIONS["shift"].name, EXPLANATIONS["style"].name)
+    return f"{words}, which {'speaks against it' if against else 'alone does not show it'}"
 
 
 def _extremes(name: str, measures: Mapping[str, Measure]) -> str:

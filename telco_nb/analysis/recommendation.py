@@ -231,21 +231,25 @@ def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: s
         behind = table.loc[near, "behind_at_most"]
         bound = "any share" if math.isinf(behind) else f"up to {percent(float(expit(behind)))}"
         who = f"all {n}" if n == len(table) else f"{n} of {len(table)}"
-        lost = f"even {near}, the nearest, may lose {bound} of decided comparisons to the best"
+        lost = f"even {near}, for which this bound is the lowest, may lose {bound} of decided comparisons to the best"
         parts.append(f"with {label} {who} can be the best, and {lost}")
-    return f"{'; '.join(parts)}. At most {percent(float(expit(claims.margin)))} would count as equally good"
+    return (
+        f"{'; '.join(parts)}. Losing at most {percent(float(expit(claims.margin)))} of them would count as equally good"
+    )
 
 
 def seed_text(study: StudyResults) -> str:
     """What another training seed could change: known for the loss where runs were repeated, not for the scores."""
     known = [f"{judge.luck.sd.value:.2f} with {judge.label}" for judge in study.judges if judge.luck is not None]
     if known:
-        return f"Intervals hold the chance of training where it is known: SD {name_list(known)}, between seeds."
-    text = "Scores come from one training run each, so no interval holds the chance of training"
+        return (
+            f"Intervals include the variation between training seeds (standard deviation {name_list(known)}, log-odds)."
+        )
+    text = "Scores come from one training run each, so no interval includes the variation between training seeds"
     noise = noise_floor(study.results, study.repeats, "val_loss")
     if noise is not None:
         sd = noise.between_seeds.value
-        text += f": between seeds the loss varies by {sd:.4f} (SD), and by how much the score does is not known"
+        text += f": that of the loss is {sd:.4f} (standard deviation), that of the score is not known"
     return f"{text}."
 
 
@@ -292,7 +296,7 @@ def deploy_finding(study: StudyResults, choice: Recommendation) -> Finding:
     if len(choice.fit) == n:
         text += " It is shown to be as good as the best one, or nearly so." if n > 1 else ""
     elif len(choice.fit) > 1:
-        text += f" {fit}, and it is shown to be as good as the best of them, or nearly so."
+        text += f" {fit}, and {choice.config} is shown to be as good as the best of them, or nearly so."
     verdict = "supported" if choice.is_supported else "not distinguishable"
     return Finding("deploy", text, choice.config, n=n, verdict=verdict)
 

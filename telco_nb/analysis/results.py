@@ -37,7 +37,7 @@ ENERGY_COLUMNS = (
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 JudgeFiles = Callable[[str], Callable[[str], Path]]  # by a judge's name: the path of a file of its 05_judge
 PROXY_KINDS = ("checklist", "embedding")
-CEILING_PAIRS = 500  # of drawn runs: the mean of their taus is then known to about .01
+RETEST_PAIRS = 500  # of drawn runs: the mean of their taus is then known to about .01
 
 
 @dataclass(frozen=True)
@@ -363,8 +363,8 @@ def paired_draws(study: StudyResults, judge: JudgeResults) -> tuple[pd.DataFrame
     return study.loss_draws[configs].iloc[:n_draws], judge.draws[configs].iloc[:n_draws]
 
 
-def noise_ceiling(judge: JudgeResults) -> float:
-    """The tau-b that the scores of two runs of the study would on average have with each other.
+def retest_reliability(judge: JudgeResults) -> float:
+    """Test-retest reliability: the tau-b that the scores of two runs of the study would on average have.
 
     Two runs share the true scores and differ in their errors. The scores of one run spread more than true ones, by
     their errors, so they are first drawn together by that share; then errors of draws are added, of two runs each.
@@ -374,7 +374,7 @@ def noise_ceiling(judge: JudgeResults) -> float:
         NaN without draws.
     """
     names, drawn = list(judge.scores.index), judge.draws if judge.error_draws is None else judge.error_draws
-    errors = drawn[names].dropna().to_numpy()[: 2 * CEILING_PAIRS]
+    errors = drawn[names].dropna().to_numpy()[: 2 * RETEST_PAIRS]
     if len(errors) < 2 or len(names) < 2:
         return math.nan
     errors = errors - errors.mean(axis=0)

@@ -9,9 +9,9 @@ import pandas as pd
 
 from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
 from telco_nb.analysis.fitness import lead_over
-from telco_nb.analysis.recommendation import name_list, win_text
+from telco_nb.analysis.recommendation import win_text
 from telco_nb.analysis.results import JudgeResults, StudyResults, paired_draws
-from telco_nb.analysis.statements import counted, some_of
+from telco_nb.analysis.statements import counted, name_list, some_of
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
 from telco_nb.judge.separation import LEAST_TERMS

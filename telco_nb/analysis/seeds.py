@@ -22,9 +22,8 @@ import pandas as pd
 
 from telco_nb.analysis import effects
 from telco_nb.analysis.inference import pure_error
-from telco_nb.analysis.recommendation import name_list
 from telco_nb.analysis.results import JudgeFiles, JudgeResults, StudyResults, read_judge
-from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
+from telco_nb.analysis.statements import Finding, blockable, counted, name_list, not_estimable, some_of
 from telco_nb.analysis.statistics import Luck
 from telco_nb.judge.best import MANY
 from telco_nb.judge.bradley_terry import interval_levels
@@ -182,13 +181,13 @@ def noise_finding(study: StudyResults) -> Finding:
     seeds, losses = noise.between_seeds, study.losses.sort_values()
     near = list(losses.index[losses - losses.iloc[0] <= noise.resolution])
     differ = noise.between_configs
+    close = some_of(len(near), len(losses), "configuration", "lies", "lie")
     text = (
         f"The standard deviation between seeds of the validation loss is {seeds.value:.4f} "
         f"{interval_text(*seeds[1:], '.4f')} ({counted(noise.n_runs, 'run')}); between configurations it is "
         f"{'not known' if math.isnan(differ) else f'{differ:.4f}'}. Two single runs closer than "
-        f"{noise.resolution:.4f} are not distinguishable: that close to the lowest loss "
-        f"{'is' if len(near) == 1 else 'are'} {len(near)} of {len(losses)}"
-        f"{f' ({name_list(near)})' if len(near) <= 8 else ''}, itself included."
+        f"{noise.resolution:.4f} are not distinguishable: {close} "
+        f"that close to the lowest loss, the lowest one included{f' ({name_list(near)})' if len(near) <= 8 else ''}."
     )
     verdict = "supported" if seeds.is_below(differ) else "not distinguishable"
     return Finding("noise_floor", text, *seeds, noise.n_runs, verdict)

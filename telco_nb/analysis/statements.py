@@ -12,18 +12,21 @@ from telco_nb.analysis.statistics import Interval
 
 # The words that a reader may not know, each with the pattern that finds it; every page explains those that it uses.
 WORDS = {
-    "LoRA": ("LoRA", "trains small added matrices instead of the whole model; its rank is their size"),
-    "validation loss": ("validation loss", "how much answers that it was not trained on surprise a model, in nats per "
-                        "token; lower is better"),
+    "LoRA": ("LoRA", "trains small added matrices instead of the whole model; its rank is the smaller side of these"),
+    "validation loss": ("validation loss", "how much answers surprise a model that was not trained on them, in nats "
+                        "per token; lower is better"),
     "gold answers": ("gold", "the answers written out beforehand, one to each question: what a full answer says"),
-    "offline proxy": ("proxy|proxies", "a judge of fixed rules, which stands in for a human reader"),
+    "offline proxy": ("proxy|proxies", "a judge that is a program, of rules or of text likeness, and stands in for a "
+                      "human reader"),
     "unsafe": ("unsafe", "an answer that leaves out a protective step, asks for a secret, or says what must not be "
                "said"),
     "decided comparisons": ("decided comparisons", "the pairs of answers of which the judge prefers one"),
-    "log-odds": ("log-odds", "the unit of scores; a lead of 0 wins 50 % of decided comparisons, of 1 73 %, of 2 88 %"),
+    "log-odds": ("log-odds", "the unit of scores: a lead of 0 wins 50 % of decided comparisons, a lead of 1 wins 73 %, "
+                 "a lead of 2 wins 88 %"),
     "expected score": ("expected score", "a score drawn towards what the factors of the configuration predict, "
                        "because the best of many noisy scores is too high"),
-    "tau-b": (r"tau\b", "how alike two orders are: +1 the same, 0 no relation, -1 the reverse"),
+    "tau-b": (r"tau\b", "how alike two orders are: +1 the same, 0 no relation, -1 the reverse; of loss and score, -1 "
+              "means that a lower loss always goes with better answers"),
 }  # fmt: skip
 
 
@@ -33,9 +36,9 @@ class Finding:
 
     `n` is the number of independent units behind it: the configurations or runs that are compared, the terms that were
     resampled, or the pairs or answers that two judges share. It is never a number of draws, which can be made as large
-    as one likes; None where the units are not counted. `low` and `high` are 95 % bounds. `verdict`: supported, refuted,
-    not distinguishable, cannot tell (of the decision and the primary claim), not fit, described, not estimable or
-    blocked.
+    as one likes; None where the units are not counted. `low` and `high` are 95 % bounds; of `fitness.*` over several
+    configurations they are the least and the greatest share. `verdict`: supported, refuted, not distinguishable, cannot
+    tell (of the decision and the primary claim), not fit, described, not estimable or blocked.
     """
 
     id: str

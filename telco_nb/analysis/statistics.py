@@ -86,7 +86,7 @@ def exact_bounds(right: int, n: int) -> tuple[float, float]:
 @cache
 def least_choices(width: float = CHANCE_TO_PERFECT) -> int:
     """The least number of choices between two whose exact 95 % interval is narrower than `width`, however many are
-    right. With fewer, one interval can hold guessing and perfect knowledge at once, so the share tells nothing."""
+    right. With fewer, an interval can be as wide as the way from guessing to perfect knowledge: it tells little."""
     for n in count(1):
         bounds = (exact_bounds(right, n) for right in range(n + 1))
         if max(high - low for low, high in bounds) < width:

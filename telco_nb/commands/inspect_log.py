@@ -18,7 +18,8 @@ from telco_nb.report.answer_explorer import explorer_data
 from telco_nb.report.files import StudyFiles
 
 LOG_VERSION = 2
-CREDITS = {"t": 0.5, "a": 1.0, "b": 0.0}  # of a verdict, from the side of the earlier column of its pair
+CREDITS = {"t": 0.5, "x": 0.5, "a": 1.0, "b": 0.0}  # of a verdict, from the side of the earlier column of its pair
+HALF = "a tie, or a verdict that changed when asked again,"
 Data = Mapping[str, Any]  # what answer_explorer.explorer_data returns
 
 
@@ -75,8 +76,8 @@ def _eval(study: StudyFiles, column: Mapping[str, str], ids: Sequence[str], star
 
 
 def _times(study: StudyFiles, name: str) -> tuple[str, str]:
-    """When the answers were given: the start and end of 04, or of the first step that is known, for an anchor."""
-    manifest = study.manifests.get((name, "04_energy")) or next(iter(study.manifests.values()))
+    """When the answers were given: start and end of 04 or, for an anchor, of 02, which wrote the gold answers."""
+    manifest = study.manifests.get((name, "04_energy")) or study.manifests["shared", "02_synth"]
     return manifest["started_at"], ended_at(manifest)
 
 
@@ -124,7 +125,7 @@ def _scores(data: Data, question: Data, place: int, pairs: Sequence[tuple[int, i
         scores["without_flag"] = {"value": float(not answer["flags"]), "explanation": ", ".join(answer["flags"])}
     for judge, letters in zip(data["judges"], question["verdicts"], strict=True):
         if credits := _credits(letters, pairs, place):
-            text = f"{len(credits)} comparisons on this question; a tie counts one half"
+            text = f"{len(credits)} comparisons on this question; {HALF} counts one half"
             scores[f"wins, {judge}"] = {"value": fmean(credits), "explanation": text}
     return scores
 
@@ -142,7 +143,7 @@ def _credits(letters: str, pairs: Sequence[tuple[int, int]], place: int) -> list
     credits = []
     for letter, pair in zip(letters, pairs, strict=True):
         if letter != "." and place in pair:
-            credit = CREDITS.get(letter.lower(), 0.5)
+            credit = CREDITS[letter.lower()]
             credits.append(credit if pair[0] == place else 1 - credit)
     return credits
 

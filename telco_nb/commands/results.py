@@ -6,7 +6,6 @@ which code, and what every file is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,11 +20,12 @@ from telco_nb.commands.inspect_log import ended_at, inspect_logs
 from telco_nb.report.files import read_study
 from telco_nb.report.publish import publish_study
 from telco_nb.study import params
-from telco_nb.study.record import profile_root, read_manifest, sha256
+from telco_nb.study.record import profile_root, read_manifest, sha256, write_json
 
 CRATE = "ro-crate-metadata.json"
 CRATE_FORM = "https://w3id.org/ro/crate/1.1"
 MEDIA_TYPES = {".csv": "text/csv", ".html": "text/html", ".json": "application/json", ".png": "image/png"}
+LOG = "Answers and scores of one configuration or anchor, as a log of Inspect."
 ABOUT = {
     "results.csv": "One row per configuration: factors, losses, energy, scores and places.",
     "findings.json": "The findings, each with value, interval, verdict and what blocks it.",
@@ -60,14 +60,9 @@ def export(profile: str, folder: Path, replace: bool = False) -> list[str]:
     with whole_folder(folder, CRATE, replace) as temporary:
         publish_study(root, temporary)
         for name, log in inspect_logs(read_study(root, [])).items():
-            _write_json(temporary / "inspect" / name, log)
-        _write_json(temporary / CRATE, crate(root, temporary))
+            write_json(temporary / "inspect" / name, log)
+        write_json(temporary / CRATE, crate(root, temporary))
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def crate(root: Path, folder: Path) -> dict[str, Any]:
@@ -117,7 +112,7 @@ def _licence(name: str) -> dict[str, str]:
 
 
 def _file(path: Path, name: str) -> dict[str, Any]:
-    about = ABOUT.get(name, "Answers and scores of one configuration, as a log of Inspect.")
+    about = LOG if name.startswith("inspect/") else ABOUT[name]
     facts = {"contentSize": str(path.stat().st_size), "sha256": sha256(path)}
     facts |= {"encodingFormat": MEDIA_TYPES[path.suffix]}
     return {"@id": name, "@type": "File", "name": name, "description": about} | facts

@@ -17,7 +17,7 @@ from telco_nb.study.plan import Job
 
 PACKAGED_MODEL = "smollm2-135m-instruct"  # as in telco_nb.lora.base_model, which imports torch: too slow here
 FREE_BYTES = 2 * 1024**3
-TRY_GPU = "from telco_nb.lora.device import use_device; use_device('cuda')"  # torch is too slow to import here
+TRY_GPU = "from telco_nb.lora.device import use_device; use_device({device!r})"  # torch is too slow to import here
 TRY_SECONDS = 120.0
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
 
@@ -58,11 +58,16 @@ def _devices(jobs: Iterable[Job]) -> set[str]:
 def _gpu_problems(devices: set[str], gpus: tuple[str, ...]) -> list[str]:
     if gpus and devices == {"cpu"}:
         return ["--gpus names GPUs, and device is cpu, which uses none. Set device to cuda, or leave --gpus out."]
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if "cuda" in devices or ("auto" in devices and nvidia_driver() and not hidden and _torch_has_cuda()):
-        fault = _gpu_fault()
+    if "cuda" in devices or ("auto" in devices and _auto_uses_gpu()):
+        fault = _gpu_fault("cuda" if "cuda" in devices else "auto")
         return [fault] if fault else []
     return []
+
+
+def _auto_uses_gpu() -> bool:
+    """Whether the device `auto` is a GPU here, as `lora.device` decides it; nothing is started."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return bool(nvidia_driver()) and not hidden and _torch_has_cuda()
 
 
 def _torch_has_cuda() -> bool:
@@ -73,10 +78,10 @@ def _torch_has_cuda() -> bool:
     return "cuda: Optional[str] = None" not in Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
 
 
-def _gpu_fault() -> str | None:
+def _gpu_fault(device: str) -> str | None:
     """Let a process start CUDA as a notebook will; its complaint, or None."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-c", TRY_GPU]
+    command = [sys.executable, "-c", TRY_GPU.format(device=device)]
     try:
         tried = subprocess.run(command, capture_output=True, text=True, timeout=TRY_SECONDS, cwd=ROOT, env=environment)
     except subprocess.TimeoutExpired:
@@ -97,12 +102,15 @@ def device_line(jobs: Iterable[Job]) -> str | None:
     if driver := nvidia_driver():
         here += f", driver {driver}"
     (device,) = devices if len(devices) == 1 else ("mixed",)
-    usable = cards and _torch_has_cuda()
+    uses = _auto_uses_gpu()
+    built = _torch_has_cuda()
+    why_not = (
+        "" if uses or not cards else ", and this torch is a build for processors" if not built else ", which is hidden"
+    )
     reasons = {
         "cpu": f"the processor, because device is cpu ({here})",
         "cuda": f"a GPU, because device is cuda ({here})",
-        "auto": f"{'a GPU' if usable else 'the processor'}, because device is auto and {here}"
-        + (", and this torch is a build for processors" if cards and not usable else ""),
+        "auto": f"{'a GPU' if uses else 'the processor'}, because device is auto and {here}{why_not}",
         "mixed": f"different devices, because device is {' and '.join(sorted(devices))} ({here})",
     }
     return f"Training and answering compute on {reasons[device]}."

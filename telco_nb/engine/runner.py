@@ -84,7 +84,7 @@ def run(options: Options, services: Services) -> int:
     except OSError as error:
         _print_error(f"--json {json_file}: {error.strerror}")
         result.exit_code = result.exit_code or UNFIT
-    if options.notify:
+    if options.notify and not options.dry_run:
         _notify(options.notify, result)
     return result.exit_code
 

@@ -6,6 +6,7 @@ import fcntl
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _look_at(state: State, root: Path, is_locked: bool) -> None:
     started = _start(archive.job_file(root, job.scope, job.step)) if is_locked else None
     if started is not None:
         state.status, state.seconds, state.started = "running", None, started
-    elif failed.is_file() and state.decision == "run":
+    elif failed.is_file():
         state.status, state.reason = "failed", f"{archive.read_failure(failed)}; {failed}"
     elif state.decision == "run" and record.work_dir(root, job.scope, job.step).is_dir():
         state.status, state.reason = "interrupted", f"the next run goes on where it can ({state.reason})"
@@ -152,7 +153,5 @@ def _show(console: Console, result: RunOutcome, root: Path, states: list[State],
 
 def _planned(states: Sequence[State]) -> list[State]:
     """The jobs as a plan sees them: those to run are waiting."""
-    for state in states:
-        if state.decision != "skip" and state.status != "running":
-            state.status = "waiting"
-    return list(states)
+    todo = [state.decision != "skip" and state.status != "running" for state in states]
+    return [replace(state, status="waiting") if waits else state for state, waits in zip(states, todo, strict=True)]

@@ -16,7 +16,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from telco_nb.analysis import loss_findings, statistics
 from telco_nb.analysis.results import (
-    noise_ceiling,
+    retest_reliability,
 )
 from telco_nb.judge.ranking import tied_top
 
@@ -99,14 +99,14 @@ def test_tau_interval_covers_a_planted_correlation_and_percentiles_alone_do_not(
     assert hits >= 44
 
 
-def test_noise_ceiling_falls_with_the_judges_noise():
+def test_reliability_falls_with_the_judges_noise():
     score = fake_study.truth(fake_study.design())["quality"]
-    quiet, loud = (noise_ceiling(make_judge(score, noise)) for noise in (0.01, 0.5))
+    quiet, loud = (retest_reliability(make_judge(score, noise)) for noise in (0.01, 0.5))
     assert quiet > 0.9 > loud
 
 
 @pytest.mark.parametrize("noise", [0.2, 0.6, 1.5])
-def test_the_noise_ceiling_is_the_mean_tau_of_two_runs_of_the_study(noise):
+def test_the_reliability_is_the_mean_tau_of_two_runs_of_the_study(noise):
     """Runs share true scores. The spread of a run's scores holds its errors, which must not count twice."""
     rng, told, true = np.random.default_rng(4), [], []
     names = [f"c{i:02d}" for i in range(16)]
@@ -114,7 +114,7 @@ def test_the_noise_ceiling_is_the_mean_tau_of_two_runs_of_the_study(noise):
         truth = rng.normal(size=16)
         one, other = (pd.Series(truth + noise * rng.normal(size=16), names) for _ in range(2))
         draws = pd.DataFrame(one.to_numpy() + noise * rng.normal(size=(200, 16)), columns=names)
-        told.append(noise_ceiling(dataclasses.replace(make_judge(one), draws=draws)))
+        told.append(retest_reliability(dataclasses.replace(make_judge(one), draws=draws)))
         true.append(statistics.kendall_tau(one, other))
     assert np.mean(told) == pytest.approx(np.mean(true), abs=0.06)
 
@@ -123,15 +123,15 @@ def test_the_noise_ceiling_is_the_mean_tau_of_two_runs_of_the_study(noise):
     ("ceiling", "said"), [(0.31, "|tau| of only 0.31 with"), (0.9, "|tau| of 0.90 with"), (math.nan, "")]
 )
 def test_the_ceiling_is_said_as_what_two_runs_would_show(ceiling, said):
-    text = loss_findings._ceiling_text(ceiling)
+    text = loss_findings._reliability_text(ceiling)
     assert said in text and bool(text) == bool(said)
 
 
-def test_the_noise_ceiling_rests_on_errors_as_they_were_estimated_and_not_on_wider_draws_for_intervals():
+def test_the_reliability_rests_on_errors_as_they_were_estimated_and_not_on_wider_draws_for_intervals():
     score = fake_study.truth(fake_study.design())["quality"]
     quiet, wide = make_judge(score, 0.2), make_judge(score, 0.8)
     both = dataclasses.replace(wide, error_draws=quiet.draws)
-    assert noise_ceiling(both) == noise_ceiling(quiet) > noise_ceiling(wide)
+    assert retest_reliability(both) == retest_reliability(quiet) > retest_reliability(wide)
 
 
 def test_pareto_front_keeps_exactly_the_undominated():
