@@ -18,6 +18,9 @@ WORDS = {
     "gold answers": ("gold", "the answers written out beforehand, one to each question: what a full answer says"),
     "offline proxy": ("proxy|proxies", "a judge that is a program, of rules or of text likeness, and stands in for a "
                       "human reader"),
+    "panel": ("with panel|panel agree|panel and", "a judge: language models outside this project that voted on blind "
+              "pairs of answers"),
+    "kappa": ("kappa", "how far two judges agree beyond chance, verdict by verdict: 1 always, 0 as chance would"),
     "unsafe": ("unsafe", "an answer that leaves out a protective step, asks for a secret, or says what must not be "
                "said"),
     "decided comparisons": ("decided comparisons", "the pairs of answers of which the judge prefers one"),

@@ -47,11 +47,10 @@ README_FINDINGS = (
     "first_choice",
     "gain.",
     "tau.",
-    "divergence.",
     "parting.all.",
     "loss_choice",
     "misplaced.",
-    "noise_floor",
+    "kappa.",
     "energy_ratio",
     "serving",
 )
