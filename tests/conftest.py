@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,14 @@ from telco_nb.report.pdf import PrintError, require_chromium
 
 # Tests, and what they start, compute on the processor also beside a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(autouse=True)
+def no_chosen_device() -> Iterator[None]:
+    """The device is a choice of a process, and a process of tests is many: none inherits it from the one before."""
+    if device := sys.modules.get("telco_nb.lora.device"):
+        device._chosen["device"] = "auto"
+    yield
 
 
 @pytest.fixture(scope="session")

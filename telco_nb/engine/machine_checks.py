@@ -102,11 +102,11 @@ def device_line(jobs: Iterable[Job]) -> str | None:
     if driver := nvidia_driver():
         here += f", driver {driver}"
     (device,) = devices if len(devices) == 1 else ("mixed",)
-    uses = _auto_uses_gpu()
-    built = _torch_has_cuda()
-    why_not = (
-        "" if uses or not cards else ", and this torch is a build for processors" if not built else ", which is hidden"
-    )
+    uses, why_not = _auto_uses_gpu(), ""
+    if cards and not uses:
+        why_not = (
+            ", which CUDA_VISIBLE_DEVICES hides" if _torch_has_cuda() else ", and this torch is a build for processors"
+        )
     reasons = {
         "cpu": f"the processor, because device is cpu ({here})",
         "cuda": f"a GPU, because device is cuda ({here})",

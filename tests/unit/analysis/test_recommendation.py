@@ -164,11 +164,11 @@ def test_two_judges_that_differ_leave_the_choice_open():
 
 def test_what_another_seed_would_change_is_said_for_the_loss_and_not_known_for_the_score():
     study = make_study(4)
-    assert "one training run each" in seed_text(study) and "SD" not in seed_text(study)
+    assert "one training run each" in seed_text(study) and "standard deviation" not in seed_text(study)
     repeats = pd.DataFrame({"config": ["c01", "c01"], "seed": [1, 2], "val_loss": [0.5, 0.6], "train_energy_wh": 1.0})
     noise = noise_floor(study.results, repeats, "val_loss")  # the run of the study counts as one more seed
     told = seed_text(dataclasses.replace(study, repeats=repeats))
-    assert f"varies by {noise.between_seeds.value:.4f} (SD)" in told and "how much the score does is not known" in told
+    assert f"that of the loss is {noise.between_seeds.value:.4f}" in told and "that of the score is not known" in told
 
 
 def test_a_lead_over_an_anchor_that_lost_everything_is_open_above():

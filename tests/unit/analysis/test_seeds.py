@@ -221,7 +221,7 @@ def test_luck_reaches_tau_the_comparison_with_the_best_and_the_recommendation():
     rivals = [compare(s, s.judges)["checklist (offline proxy)"]["can_be_best"].sum() for s in (with_luck, without)]
     assert rivals[0] > rivals[1] == 1
     assert not recommend(with_luck).is_supported and recommend(without).is_supported
-    assert "Intervals hold the chance of training where it is known" in seed_text(with_luck)
+    assert "Intervals include the variation between training seeds" in seed_text(with_luck)
     said = seeds.luck_findings(with_luck)[0]
     assert said.id == "luck.checklist" and "6 configurations with 12 runs" in said.statement
     assert "kappa, alpha, self-preference and what votes correct do not" in said.statement

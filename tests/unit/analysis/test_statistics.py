@@ -120,10 +120,10 @@ def test_the_reliability_is_the_mean_tau_of_two_runs_of_the_study(noise):
 
 
 @pytest.mark.parametrize(
-    ("ceiling", "said"), [(0.31, "|tau| of only 0.31 with"), (0.9, "|tau| of 0.90 with"), (math.nan, "")]
+    ("reliability", "said"), [(0.31, "agree only to tau = 0.31"), (0.9, "agree to tau = 0.90"), (math.nan, "")]
 )
-def test_the_ceiling_is_said_as_what_two_runs_would_show(ceiling, said):
-    text = loss_findings._reliability_text(ceiling)
+def test_reliability_is_said_as_how_alike_two_runs_would_be(reliability, said):
+    text = loss_findings._reliability_text(reliability)
     assert said in text and bool(text) == bool(said)
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from telco_nb.engine import machine_checks, runner
 from telco_nb.study.plan import Job
 
+L4 = "NVIDIA L4"
+
 
 @pytest.mark.parametrize(
     ("memory", "divided", "power", "said"),
@@ -42,31 +44,37 @@ def test_gpus_named_beside_device_cpu_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_cannot_be_used_is_a_problem_of_the_machine_and_exit_code_3(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_checks, "TRY_GPU", "raise SystemExit('driver too old')")
+    monkeypatch.setattr(machine_checks, "TRY_GPU", "raise SystemExit({device!r} + ': driver too old')")
     monkeypatch.setattr(machine_checks, "_torch_has_cuda", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert machine_checks.find_problems([gpu_job("cuda")], tmp_path) == ["driver too old"]
+    assert machine_checks.find_problems([gpu_job("cuda")], tmp_path) == ["cuda: driver too old"]
     monkeypatch.setattr(machine_checks, "nvidia_driver", lambda: None)
     assert machine_checks.find_problems([gpu_job("auto")], tmp_path) == [], "without a driver auto is the processor"
     monkeypatch.setattr(machine_checks, "nvidia_driver", lambda: "535.104.05")
-    assert machine_checks.find_problems([gpu_job("auto")], tmp_path) == ["driver too old"]
+    assert machine_checks.find_problems([gpu_job("auto")], tmp_path) == ["auto: driver too old"]
     state = SimpleNamespace(job=gpu_job("cuda"), decision="run")
     with pytest.raises(runner.UnfitError, match="driver too old"):
         runner.check_machine(Console(quiet=True), tmp_path, [state], ())
 
 
 @pytest.mark.parametrize(
-    ("device", "cards", "said"),
+    ("device", "cards", "hidden", "said"),
     [
-        ("cpu", [["NVIDIA L4"]], "the processor, because device is cpu (nvidia-smi lists NVIDIA L4)"),
-        ("cuda", [["NVIDIA L4"]], "a GPU, because device is cuda (nvidia-smi lists NVIDIA L4)"),
-        ("auto", [["NVIDIA L4"]], "a GPU, because device is auto and nvidia-smi lists NVIDIA L4"),
-        ("auto", [], "the processor, because device is auto and nvidia-smi lists no GPU"),
+        ("cpu", [[L4]], None, f"the processor, because device is cpu (nvidia-smi lists {L4}, driver 535.104.05)"),
+        ("cuda", [[L4]], None, f"a GPU, because device is cuda (nvidia-smi lists {L4}, driver 535.104.05)"),
+        ("auto", [[L4]], None, f"a GPU, because device is auto and nvidia-smi lists {L4}, driver 535.104.05"),
+        ("auto", [[L4]], "", "the processor, because device is auto and nvidia-smi lists "
+         f"{L4}, driver 535.104.05, which CUDA_VISIBLE_DEVICES hides"),
+        ("auto", [], None, "the processor, because device is auto and nvidia-smi lists no GPU"),
     ],
-)
-def test_the_plan_says_which_device_computes_and_why(monkeypatch, device, cards, said):
+)  # fmt: skip
+def test_the_plan_says_which_device_computes_and_why(monkeypatch, device, cards, hidden, said):
+    if hidden is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     monkeypatch.setattr(machine_checks, "_nvidia_smi", lambda names: cards)
     monkeypatch.setattr(machine_checks, "_torch_has_cuda", lambda: True)
-    monkeypatch.setattr(machine_checks, "nvidia_driver", lambda: None)
+    monkeypatch.setattr(machine_checks, "nvidia_driver", lambda: "535.104.05" if cards else None)
     assert machine_checks.device_line([gpu_job(device)]) == f"Training and answering compute on {said}."
     assert machine_checks.device_line([Job("05_judge", "study", {}, ())]) is None
