@@ -188,6 +188,8 @@ def _ahead_of_loss(
         text += ", but is not fit." if choice.fit and pick not in choice.fit else "."
     elif min(shares.values()) < 0.5:
         text += f" {pick} may answer better, but is not shown to."
+    elif not ahead:
+        text += f" With bounds that hold for all pairs at once, {own} is not shown to be ahead."
     return text, "supported" if ahead else "refuted" if behind else "not distinguishable"
 
 

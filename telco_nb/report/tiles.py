@@ -150,7 +150,7 @@ def _confidence_tile(study: StudyFiles) -> Tile:
         return Tile(title, "not known", lines)
     if value is None:
         return Tile(title, "nothing to decide", lines)
-    word = {"supported": "yes", "refuted": "no"}.get(confidence["verdict"], "not certain")
+    word = {"supported": "yes", "refuted": "no"}.get(confidence["verdict"], "not shown")
     return Tile(title, f"{word}, {percent(value)}", lines)
 
 
