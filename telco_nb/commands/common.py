@@ -6,7 +6,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from telco_nb.lora.errors import PreflightError
 from telco_nb.study import params, record
 from telco_nb.study.input_files import InputFileError
 
+ExportAction = Annotated[Literal["export"], typer.Argument(help="What to do.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it must not exist, or be empty.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace an earlier export.")]
 Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
 ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
 MaxUsd = Annotated[

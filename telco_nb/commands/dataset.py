@@ -10,17 +10,16 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import typer
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from telco_nb import DATA_DIR, ROOT
-from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.commands.common import CommandError, ExportAction, NewFolder, Profile, Replace, errors_as_exit_codes
 from telco_nb.commands.export_folder import refuse_folder, whole_folder
 from telco_nb.corpus.cards import Card, load_cards
 from telco_nb.corpus.dataset import BLIND_READING
@@ -294,10 +293,10 @@ EPILOG = """
 
 
 def main(
-    action: Annotated[Literal["export"], typer.Argument(help="What to do.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it must not exist, or be empty.")],
+    action: ExportAction,
+    folder: NewFolder,
     profile: Profile = "laptop",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export.")] = False,
+    replace: Replace = False,
 ) -> None:
     """Export a study's data set: Parquet files and a README.md, as data set hubs expect them."""
     with errors_as_exit_codes("dataset"):

@@ -17,7 +17,7 @@ import typer
 
 from telco_nb import ROOT
 from telco_nb.commands import model_card
-from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.commands.common import CommandError, NewFolder, Profile, Replace, errors_as_exit_codes
 from telco_nb.commands.eval_results import write_eval_results
 from telco_nb.commands.export_folder import refuse_folder, whole_folder
 from telco_nb.commands.trained import Config, Trained, find_trained, load_base, load_deployed, model_errors
@@ -191,12 +191,12 @@ EPILOG = """
 
 def main(
     config: Config,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it must not exist, or be empty.")],
+    folder: NewFolder,
     to: Annotated[Target, typer.Option(help="For what.")],
     profile: Profile = "laptop",
     dtype: Annotated[DTypeName, typer.Option(help="Number format; auto: as the base model is stored.")] = "auto",
     converter: Annotated[Path | None, typer.Option(metavar="FILE", help=f"llama.cpp's {CONVERTER}.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export.")] = False,
+    replace: Replace = False,
 ) -> None:
     """Export a trained configuration with a model card: for peft, transformers, llama.cpp, Ollama or vLLM."""
     with errors_as_exit_codes("export"):

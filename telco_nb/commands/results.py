@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
 import yaml
 
 from telco_nb import ROOT
-from telco_nb.commands.common import CommandError, Profile, errors_as_exit_codes
+from telco_nb.commands.common import CommandError, ExportAction, NewFolder, Profile, Replace, errors_as_exit_codes
 from telco_nb.commands.export_folder import SUMS, refuse_folder, whole_folder
 from telco_nb.commands.inspect_log import ended_at, inspect_logs
 from telco_nb.report.files import read_study
@@ -168,10 +167,10 @@ EPILOG = """
 
 
 def main(
-    action: Annotated[Literal["export"], typer.Argument(help="What to do.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it must not exist, or be empty.")],
+    action: ExportAction,
+    folder: NewFolder,
     profile: Profile = "laptop",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export.")] = False,
+    replace: Replace = False,
 ) -> None:
     """Export a study's results in forms that others read: an RO-Crate, with Inspect logs of all answers."""
     with errors_as_exit_codes("results"):

@@ -50,6 +50,7 @@ README_FINDINGS = (
     "parting.all.",
     "loss_choice",
     "misplaced.",
+    "effect.",
     "kappa.",
     "energy_ratio",
     "serving",
@@ -83,8 +84,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
         rows = list(csv.DictReader(stream))
     findings, about = (read_json(folder / name) for name in ("findings.json", "about.json"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
-    told = [f for f in findings if not f["blocked_by"] or f["verdict"] == "not fit"]
-    shown = [f["statement"] for start in README_FINDINGS for f in told if f["id"].startswith(start)]
+    shown = _shown_statements(findings)
     parts = [
         [_heading(about, rows, judges)],
         [f"*{word}*: {meaning}.<br>" for word, meaning in words_of(shown)],
@@ -108,6 +108,18 @@ def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges
         f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}, {took}; brackets are 95 "
     )
     return f"{text}% intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}"
+
+
+def _shown_statements(findings: list[dict[str, Any]]) -> list[str]:
+    """The statements of `README_FINDINGS`, in that order. Of the effects of factors, those on scores that are shown."""
+
+    def is_told(finding: dict[str, Any]) -> bool:
+        if finding["id"].startswith("effect."):
+            return finding["verdict"] == "supported" and "score." in finding["id"]
+        return not finding["blocked_by"] or finding["verdict"] == "not fit"
+
+    told = [finding for finding in findings if is_told(finding)]
+    return [f["statement"] for start in README_FINDINGS for f in told if f["id"].startswith(start)]
 
 
 def _proxies(judges: list[str]) -> str:

@@ -147,3 +147,35 @@ def test_bare_an_error_of_a_sensor_ends_the_process_and_the_meter_s_goes_on(monk
 
 
 HANDLE_ERROR = CarbonTrackerThread._handle_error  # as the library has it, before any meter
+
+
+def test_a_reader_is_warned_where_carbontracker_saw_another_window():
+    meter = energy.Meter(WATTS, 0.3)
+    meter.total |= {"window_s": 10.0, "cpu_s": 10.0, "tracker_cpu_s": 9.0}
+    statement = meter.statement("train")
+    meter.tracker.close()
+    assert statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"] == pytest.approx(0.9)
+    meter.total["tracker_cpu_s"] = 9.6
+    assert "apart" not in energy.carbontracker_note(meter.statement("train"))
+    assert "**They are more than 5% apart**" in energy.carbontracker_note(statement)
+
+
+def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
+    from carbontracker.components.gpu import nvidia
+
+    card = object()
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(nvidia.pynvml, name, lambda: None)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetCount", lambda: 4)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetName", lambda handle: "Test GPU")
+    asked = []
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetPowerUsage", lambda handle: asked.append(handle) or 300_000)
+    tracker, began = energy._Carbontracker(card), time.perf_counter()
+    tracker.start()
+    time.sleep(0.3)
+    _, joules = tracker.pause()
+    most = time.perf_counter() - began
+    tracker.close()
+    assert asked and {*asked} == {card}
+    assert 300 * 0.299 <= joules <= 300 * most

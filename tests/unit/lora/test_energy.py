@@ -382,17 +382,6 @@ def test_carbontracker_agrees_over_the_same_window_and_looks_nothing_up(monkeypa
     assert f"**{ratio:.3f}** times" in energy.carbontracker_note(statement)
 
 
-def test_a_reader_is_warned_where_carbontracker_saw_another_window():
-    meter = energy.Meter(WATTS, 0.3)
-    meter.total |= {"window_s": 10.0, "cpu_s": 10.0, "tracker_cpu_s": 9.0}
-    statement = meter.statement("train")
-    meter.tracker.close()
-    assert statement.set_index("component").loc["total", "carbontracker_pue_removed_ratio"] == pytest.approx(0.9)
-    meter.total["tracker_cpu_s"] = 9.6
-    assert "apart" not in energy.carbontracker_note(meter.statement("train"))
-    assert "**They are more than 5% apart**" in energy.carbontracker_note(statement)
-
-
 def test_carbontracker_s_figure_stands_beside_the_same_part_of_the_machine_only(card):
     counter = iter(range(0, 10_000_000, 900_000))
     card.nvmlDeviceGetTotalEnergyConsumption = lambda _: next(counter)
@@ -468,27 +457,6 @@ def test_of_two_batteries_the_one_that_rests_is_left_out(tmp_path):
     write_supply(tmp_path / "BAT0", type="Battery", status="Discharging", power_now=20_000_000)
     write_supply(tmp_path / "BAT1", type="Battery", status="Full", power_now=7_000_000)
     assert sensors.read_battery_w(sensors.find_batteries(tmp_path)) == 20.0
-
-
-def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
-    from carbontracker.components.gpu import nvidia
-
-    card = object()
-    for name in ("nvmlInit", "nvmlShutdown"):
-        monkeypatch.setattr(nvidia.pynvml, name, lambda: None)
-    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetCount", lambda: 4)
-    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetName", lambda handle: "Test GPU")
-    asked = []
-    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetPowerUsage", lambda handle: asked.append(handle) or 300_000)
-    tracker, began = energy._Carbontracker(card), time.perf_counter()
-    tracker.start()
-    time.sleep(0.3)
-    _, joules = tracker.pause()
-    most = time.perf_counter() - began
-    tracker.close()
-    assert asked and {*asked} == {card}
-    assert 300 * 0.299 <= joules <= 300 * most
 
 
 def test_a_power_is_sampled_in_the_background_while_the_work_runs():

@@ -59,3 +59,13 @@ def test_missing_markers_are_an_error(tmp_path):
     (tmp_path / "README.md").write_text("# nothing")
     with pytest.raises(ValueError, match="markers"):
         publish.rewrite_readme(tmp_path / "README.md")
+
+
+def test_of_the_effects_of_factors_the_readme_tells_those_on_scores_that_are_shown():
+    def effect(response: str, verdict: str) -> dict:
+        id = f"effect.{response}.epochs.1->4"
+        return {"id": id, "statement": f"{response} {verdict}", "verdict": verdict, "blocked_by": []}
+
+    found = [effect(r, v) for r in ("val_loss", "checklistscore") for v in ("supported", "not distinguishable")]
+    blocked = {"id": "tau.x", "statement": "tau", "verdict": "blocked", "blocked_by": ["its gate failed"]}
+    assert publish._shown_statements([*found, blocked]) == ["checklistscore supported"]
