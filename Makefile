@@ -22,7 +22,7 @@ test: .venv/tested  ## lint, types, unit tests, notebook rules, faults, browser,
 	$(BIN)/ty check telco_nb
 	$(BIN)/codespell
 	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	$(BIN)/python -m pytest --ignore=tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
 nightly: .venv/tested  ## the slow tests that `make test` leaves out
 	$(BIN)/python -m pytest -m nightly

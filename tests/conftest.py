@@ -14,6 +14,11 @@ from telco_nb.report.pdf import PrintError, require_chromium
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that no worker waits alone for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_study.py")
+
+
 @pytest.fixture(autouse=True)
 def no_chosen_device() -> Iterator[None]:
     """The device is a choice of a process, and a process of tests is many: none inherits it from the one before."""
