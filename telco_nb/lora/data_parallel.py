@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,6 @@ from telco_nb.study.machine import device_facts, die_with_parent
 START_SECONDS = 600.0  # limit for a peer to load its model
 GRACE_SECONDS = 120.0  # limit for this process to notice a dead peer itself, a guess: rows of large models take long
 END_SECONDS = 10.0  # limit for a process to end after its connection has broken
-# Limit of one exchange between the processes. In rare cases gloo does not notice that a peer has gone, and even leaving
-# the group waits this long; torch's default is 1800 with gloo and 600 with NCCL.
-EXCHANGE_SECONDS = 600.0
 POLL_SECONDS = 0.2
 READY = "ready"
 # An interrupt in Jupyter reaches the kernel's whole process group. Only the notebook reacts to it.
@@ -201,8 +197,7 @@ def _join_group(rank: int, processes: int, rendezvous: Path) -> None:
     _reset_accelerate()
     store = torch.distributed.FileStore(str(rendezvous), processes)
     backend = "nccl" if device.on_gpu() else "gloo"
-    limit = timedelta(seconds=EXCHANGE_SECONDS)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=limit)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
 
 
 def _reset_accelerate() -> None:

@@ -35,11 +35,6 @@ print("windows:", found["meter"]["n_windows"])
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot serve two processes")
 
 
-@pytest.fixture(autouse=True)
-def a_gone_peer_is_not_waited_for_long(monkeypatch):
-    monkeypatch.setattr(data_parallel, "EXCHANGE_SECONDS", 30.0)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A tiny random Qwen2, of the architecture of the paper's model, with a real tokenizer."""
