@@ -40,6 +40,9 @@ GRACE_SECONDS = 120.0  # limit for this process to notice a dead peer itself, a 
 END_SECONDS = 10.0  # limit for a process to end after its connection has broken
 POLL_SECONDS = 0.2
 READY = "ready"
+# The process groups of trainings that failed. Python destroys a group while it holds the interpreter's lock, and joins
+# gloo's thread, which needs that lock to let go of the tensors of an exchange that never ended: both would wait.
+_failed_groups: list[Any] = []
 # An interrupt in Jupyter reaches the kernel's whole process group. Only the notebook reacts to it.
 COMMAND = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -184,6 +187,7 @@ def _as_rank0(processes: int, rendezvous: Path, peers: list[_Peer]) -> Generator
             peer.end()
         # With NCCL leaving may wait forever for dead processes. The group stays, and the next training is refused.
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            _failed_groups.append(torch.distributed.group.WORLD)
             torch.distributed.destroy_process_group()
         for name in os.environ.keys() - before.keys():
             del os.environ[name]

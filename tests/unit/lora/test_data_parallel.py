@@ -151,9 +151,11 @@ def test_readings_are_those_of_all_processes_and_the_first_one_s_clock(monkeypat
 
 
 def test_the_death_of_a_peer_is_named_and_leaves_nobody_behind(base, tmp_path):
+    kept = len(data_parallel._failed_groups)
     with pytest.raises(TrainingError, match="process 2 of this training ended with code -9"):
         train(spec_of(base, tmp_path), 2, tmp_path, Signaller(signal.SIGKILL))
     assert not peers() and not torch.distributed.is_initialized()
+    assert len(data_parallel._failed_groups) == kept + 1, "a group whose exchange never ended must not be destroyed"
 
 
 class BadThere(packing.PackedRows):
