@@ -67,6 +67,8 @@ def run_all(page: Any, address: str, notebook: str) -> Any:
     """Opens a notebook, chooses Run All Cells, and waits for its last box; returns the notebook in the page."""
     page.goto(f"{address}/lab/tree/{notebook}.ipynb?token={TOKEN}&reset")
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=RUN_MS)
+    # What is run before the kernel has answered is lost without a word.
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=RUN_MS)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.locator(".jp-Notebook .headline").wait_for(timeout=RUN_MS)
