@@ -19,6 +19,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_study.py")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_inherited_environment() -> Iterator[None]:
+    """What a file's tests, and the code under them, set in the environment ends with the file."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(autouse=True)
 def no_chosen_device() -> Iterator[None]:
     """The device is a choice of a process, and a process of tests is many: none inherits it from the one before."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +87,6 @@ def load_embedder() -> tuple[Callable[[list[str]], np.ndarray], str]:
     The model runs in bfloat16 where that is faster; similarities then differ from float32 by less than 0.003.
     """
     folder = embedder_folder()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
     from telco_nb.lora import base_model
