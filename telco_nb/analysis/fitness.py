@@ -91,6 +91,39 @@ def panel_checks(panel: Sequence[JudgeResults], files: JudgeFiles) -> pd.DataFra
     return None if reader is None else pd.read_parquet(files(reader.name)("tables/checks.parquet"))
 
 
+def panel_points(panel: Sequence[JudgeResults], files: JudgeFiles) -> pd.DataFrame | None:
+    """The credit that the same checklist gave for each point of each answer; None without one."""
+    reader = _reader(panel)
+    return None if reader is None else pd.read_parquet(files(reader.name)("artefacts/points.parquet"))
+
+
+def most_missed(points: pd.DataFrame, prompts: pd.DataFrame, configs: Sequence[str], n: int = 10) -> pd.DataFrame:
+    """The questions whose points the configurations miss most.
+
+    Args:
+        points: from `panel_points`: config, prompt_id, point, credit from 0 to 1 (below 0 if contradicted).
+        prompts: from 02: prompt_id, term_id, kind and messages.
+        configs: the configurations that count.
+        n: questions to return.
+
+    Returns:
+        Rows from the most missed on, of equals the longest answer first: term_id, kind, question, points of a full
+        answer, the share of them made on average and by the best configuration, and the point that is missed most.
+    """
+    tuned = points[points["config"].isin(configs)]
+    shares = tuned.groupby(["prompt_id", "config"])["credit"].mean().groupby("prompt_id").agg(["mean", "max"])
+    by_point = tuned.groupby(["prompt_id", "point"], sort=False)["credit"].mean().reset_index()
+    shares["points"] = by_point.groupby("prompt_id").size()
+    shares["missed most"] = by_point.loc[by_point.groupby("prompt_id")["credit"].idxmin()].set_index("prompt_id")[
+        "point"
+    ]
+    asked = prompts.set_index("prompt_id")
+    shares["question"] = asked["messages"].map(lambda messages: messages[-1]["content"])
+    table = shares.join(asked[["term_id", "kind"]]).sort_values(["mean", "points"], ascending=[True, False]).head(n)
+    table = table.rename(columns={"mean": "made on average", "max": "made by the best"})
+    return table[["term_id", "kind", "question", "points", "made on average", "made by the best", "missed most"]]
+
+
 def _reader(panel: Sequence[JudgeResults]) -> JudgeResults | None:
     """The judge that reads each answer on its own."""
     return next((judge for judge in panel if judge.kind == "checklist" and judge.gate_passed), None)

@@ -270,6 +270,25 @@ def cohen_kappa(a: pd.DataFrame, b: pd.DataFrame, n_draws: int, seed: int) -> tu
     return percentile_interval(_kappa(tables.sum(axis=0)), drawn, len(scenarios)), len(both)
 
 
+def kappa_by_kind(a: pd.DataFrame, b: pd.DataFrame, kinds: pd.Series, n_draws: int, seed: int) -> pd.DataFrame:
+    """Cohen's kappa of two judges for every kind of problem: a judge may see a charge and miss a danger.
+
+    Args:
+        a, b, n_draws, seed: as in `cohen_kappa`.
+        kinds: the kind of problem, by prompt_id.
+
+    Returns:
+        One row per kind with shared comparisons: kind, comparisons, kappa, kappa_low, kappa_high.
+    """
+    rows = []
+    for kind, prompts in kinds.groupby(kinds):
+        chosen = [table[table["prompt_id"].isin(prompts.index)] for table in (a, b)]
+        kappa, n = cohen_kappa(*chosen, n_draws, seed)
+        rows.append((kind, n, *kappa))
+    columns = ["kind", "comparisons", "kappa", "kappa_low", "kappa_high"]
+    return pd.DataFrame([row for row in rows if row[1]], columns=columns)
+
+
 def _verdicts_by_pair(judgements: pd.DataFrame) -> pd.DataFrame:
     """The judgements for the ranking with the pair in alphabetical order and the verdict 0, 1 (tie) or 2."""
     rows = judgements[judgements["purpose"] == "ranking"]

@@ -46,7 +46,7 @@ _ANSWERED = (
 _JUDGED = (
     "metrics.json", "artefacts/validity.json", "artefacts/judgements.parquet", "artefacts/ratings.parquet",
     "tables/ranking.parquet", "tables/score_draws.parquet", "tables/pairs.parquet", "tables/agreement.parquet",
-    "tables/checks.parquet",
+    "tables/checks.parquet", "artefacts/points.parquet",
 )  # fmt: skip
 
 READS: dict[str, tuple[Read, ...]] = {

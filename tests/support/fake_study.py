@@ -325,6 +325,7 @@ def write_judge(run: Run, rng: np.random.Generator, name: str, score: pd.Series,
     agreement = pd.DataFrame([(m, v, v - 0.03, v + 0.03, 390) for m, v in metrics])
     run.table("agreement", agreement.set_axis(["metric", "value", "low", "high", "n"], axis=1))
     run.table("checks", checks_of(everyone))
+    points_of(everyone).to_parquet(run.artefact("points.parquet"))
     write_judgements(run, score)
     ids = {"judgement_id": "x", "prompt_id": "p000", "scenario_id": "s000", "config": list(score.index)}
     rated = {criterion: rng.integers(1, 6, len(score)) for criterion in cases.CRITERIA}
@@ -346,6 +347,13 @@ def checks_of(score: pd.Series) -> pd.DataFrame:
     level = 0.5 + 0.1 * rows["config"].map(score.fillna(0)) + rng.normal(0, 0.05, len(rows))
     rows["test_set"], rows["coverage"], rows["content"] = "test", level.clip(0, 1), level.clip(0, 1)
     return rows.assign(style=rng.uniform(0.5, 1, len(rows)), n_words=40, unsafe=False, asks_for_secret=False, flags="")
+
+
+def points_of(score: pd.Series) -> pd.DataFrame:
+    """Three points of each question; higher scores make more of them."""
+    rows = [(c, f"p{i:03d}", f"point {k}") for c in score.index for i in range(20) for k in range(3)]
+    points = pd.DataFrame(rows, columns=["config", "prompt_id", "point"])
+    return points.assign(credit=(0.5 + 0.1 * points["config"].map(score.fillna(0))).clip(0, 1))
 
 
 def write_judgements(run: Run, score: pd.Series) -> None:

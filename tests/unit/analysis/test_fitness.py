@@ -9,7 +9,7 @@ import pytest
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
-from telco_nb.analysis.fitness import bar_findings, fit_configs, fitness, fitness_table, lead_over
+from telco_nb.analysis.fitness import bar_findings, fit_configs, fitness, fitness_table, lead_over, most_missed
 from telco_nb.analysis.recommendation import recommend
 from telco_nb.judge.anchors import ANCHORS, FLOORS
 
@@ -224,3 +224,21 @@ def test_the_short_table_gives_per_cent_with_the_bar_and_says_once_what_all_shar
     unknown, shared = fitness_table({c: fitness(dataclasses.replace(study, faults=None), c) for c in CONFIGS})
     assert shared == ["not measured: how many of its answers are empty, loop or break off"]
     assert list(unknown["besides"]) == ["-"] * 4 and unknown.loc["c01", "its answers"].endswith("- broken")
+
+
+def test_the_most_missed_questions_come_first_with_the_point_that_is_missed_most():
+    rows = [
+        *(("a", "easy", "one", 1.0), ("b", "easy", "one", 0.5)),
+        *(("a", "hard", "one", 0.4), ("b", "hard", "one", 0.0), ("a", "hard", "two", 0.0), ("b", "hard", "two", 0.0)),
+        *(("a", "lost", "one", 0.0), ("b", "lost", "one", 0.0), ("gold", "lost", "one", 1.0)),
+    ]
+    points = pd.DataFrame(rows, columns=["config", "prompt_id", "point", "credit"])
+    messages = [{"role": "user", "content": "Hello?"}]
+    prompts = pd.DataFrame([(p, "dns", "fault", messages) for p in ("easy", "hard", "lost", "not answered")])
+    prompts.columns = ["prompt_id", "term_id", "kind", "messages"]
+    table = most_missed(points, prompts, ["a", "b"], n=2)
+    assert list(table.index) == ["lost", "hard"]
+    assert table.loc["hard", ["made on average", "made by the best", "points"]].to_list() == pytest.approx(
+        [0.1, 0.2, 2]
+    )
+    assert table.loc["hard", "missed most"] == "two" and table.loc["hard", "question"] == "Hello?"

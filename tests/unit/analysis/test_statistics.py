@@ -181,6 +181,19 @@ def test_kappa_equals_scikit_learn_and_counts_shared_comparisons():
     assert n == 120 and math.isnan(same.value)
 
 
+def test_kappa_by_kind_finds_the_kind_in_which_two_judges_part():
+    rng = np.random.default_rng(7)
+    rows = [{"prompt_id": f"p{i}", "scenario_id": f"s{i // 2}", "purpose": "ranking"} for i in range(240)]
+    a = pd.DataFrame(rows).assign(config_first="x", config_second="y", winner=rng.choice(["x", "y", "tie"], 240))
+    kinds = pd.Series(["charge"] * 120 + ["fraud"] * 120 + ["safety"], index=[*a["prompt_id"], "not compared"])
+    b = a.assign(winner=np.where(kinds[a["prompt_id"]] == "charge", a["winner"], rng.choice(["x", "y", "tie"], 240)))
+    table = statistics.kappa_by_kind(a, b, kinds, 200, 0).set_index("kind")
+    assert list(table["comparisons"]) == [120, 120]
+    assert table.loc["charge", "kappa"] == 1
+    assert table.loc["fraud", "kappa"] == pytest.approx(cohen_kappa_score(a["winner"][120:], b["winner"][120:]))
+    assert table.loc["fraud", "kappa_low"] < 0 < table.loc["fraud", "kappa_high"]
+
+
 # Krippendorff (2011), Computing Krippendorff's Alpha-Reliability, section D: four observers, twelve units.
 KRIPPENDORFF = np.array(
     [
