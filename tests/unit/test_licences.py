@@ -60,6 +60,7 @@ def test_the_list_of_licences_is_what_the_packages_state():
     assert licences.LICENCES.read_text(encoding="utf-8") == licences.render(), "run: make licences"
 
 
+@pytest.mark.nightly
 def test_make_sbom_writes_valid_cyclonedx_with_hashes_for_all_but_torch(tmp_path):
     (recipe,) = [part for part in (ROOT / "Makefile").read_text().split("\n\n") if part.startswith("sbom:")]
     command = recipe.split("\n", 1)[1].replace("$(BIN)", str(sys.prefix) + "/bin").replace("\\\n", " ")

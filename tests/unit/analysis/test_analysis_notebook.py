@@ -81,7 +81,11 @@ def test_a_whisker_reaches_each_known_bound_and_an_open_side_has_none():
 
 @pytest.mark.parametrize(
     ("n", "judges", "repeats"),
-    [(2, ("checklist",), 0), (5, ("checklist", "embedding", "third"), 1), (24, ("embedding",), 2)],
+    [
+        (2, ("checklist",), 0),
+        (5, ("checklist", "embedding", "third"), 1),
+        pytest.param(24, ("embedding",), 2, marks=pytest.mark.nightly),
+    ],
 )
 def test_06_runs_for_any_number_of_configurations_and_judges(tmp_path, monkeypatch, n, judges, repeats):
     root = fake_study.build_study(tmp_path, n, judges, repeats)

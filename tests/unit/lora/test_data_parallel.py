@@ -170,6 +170,7 @@ class BadThere(packing.PackedRows):
         return super().__getitem__(index)
 
 
+@pytest.mark.nightly  # what a peer cannot start with is named in every run
 def test_what_a_peer_raises_is_named(base, tmp_path, monkeypatch):
     spec = spec_of(base, tmp_path)
     spec = replace(spec, rows=BadThere(spec.rows))
@@ -206,6 +207,7 @@ def test_a_peer_that_cannot_start_says_why(base, tmp_path):
         raise AssertionError("it was not waited for")
 
 
+@pytest.mark.nightly  # a training of one process is killed in every run
 def test_a_shared_training_killed_at_once_goes_on_bit_for_bit(base, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     windows = train(spec_of(base, whole, epochs=8), 2, whole)["meter"]["n_windows"]
