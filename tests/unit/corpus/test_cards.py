@@ -66,6 +66,19 @@ def test_the_shipped_files_are_plain_yaml_without_traps():
         assert {key for key, _ in odd} <= {"weight", "needs_identity"}, path.name
 
 
+def test_a_sentence_an_agent_may_say_is_whole():
+    """A text without quotes ends for YAML at " #": the code ##002# cut a sentence in the middle, without a word."""
+    cut = [
+        f"{card.id}.{problem.id}: {text}"
+        for card in CARDS
+        for problem in card.problems
+        for group in (problem.ask, problem.first, *problem.steps)
+        for text in (group.say if group else ())
+        if not text.endswith((".", "?", "!"))
+    ]
+    assert cut == []
+
+
 # --- loading -----------------------------------------------------------------------------------------
 
 
