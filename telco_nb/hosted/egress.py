@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from telco_nb.hosted.hosts import Address
+from telco_nb.hosted.hosts import Address, is_farther
 from telco_nb.hosted.keys import KEY_VARIABLES
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
+AGREED = "TELCO_NB_AGREED"  # environment variable: JSON, how far each host of the plan reaches; kernels inherit it
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _PROVIDERS = ("OPENAI_", "ANTHROPIC_", "GOOGLE_", "GEMINI_")  # first parts of the variables that SDKs read
 
@@ -26,7 +27,7 @@ class CostRefused(SendingRefused):
 
 
 class EgressRefused(SendingRefused):
-    """A request would leave this network, and --no-egress forbids that."""
+    """A request would leave this network, and --no-egress or the plan that was agreed to forbids that."""
 
 
 def forbid() -> None:
@@ -45,6 +46,21 @@ def require_allowed(address: Address, parameter: str) -> None:
         raise EgressRefused(
             f"--no-egress: the host {address.netloc} lies outside this network (parameter {parameter}). Nothing was "
             "sent. Name a server of this network there, choose an offline one, or run without --no-egress."
+        )
+
+
+def agree(addresses: Iterable[Address]) -> None:
+    """Hold hosts to how far away the plan found them, in this process and in those that it starts."""
+    os.environ[AGREED] = json.dumps({address.host: address.reach for address in addresses})
+
+
+def require_agreed(address: Address, parameter: str) -> None:
+    """Returns if an address lies no farther away than the plan found its host. Raises EgressRefused if it does."""
+    agreed = json.loads(os.environ.get(AGREED) or "{}").get(address.host, address.reach)
+    if is_farther(address.reach, agreed):
+        raise EgressRefused(
+            f"the host {address.netloc} (parameter {parameter}) lay within this {agreed} when the plan was made, and "
+            "now leads farther away. Nothing was sent. Run again: the plan then says where it leads, and asks."
         )
 
 

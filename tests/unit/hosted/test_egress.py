@@ -35,6 +35,7 @@ QUESTION = Request("q", "You compare two answers.", "Which is better?", Verdict)
 def allowed(monkeypatch):
     """Nothing is forbidden, and what a test forbids is forgotten after it."""
     monkeypatch.setenv(egress.NO_EGRESS, "")
+    monkeypatch.setenv(egress.AGREED, "")
     monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
     for name in egress.ignored_variables():
         monkeypatch.delenv(name)
@@ -139,6 +140,20 @@ def test_no_variable_of_the_environment_changes_where_a_request_goes_or_what_it_
         assert len(ask(server, tmp_path / "a.jsonl").store.ok) == 1
         assert len(server.requests) == 1 and not elsewhere.requests
         assert "planted" not in json.dumps(server.requests[0]).lower().replace(SECRET, "")
+
+
+@pytest.mark.parametrize("agreed", hosts.REACHES)
+@pytest.mark.parametrize("now", hosts.REACHES)
+def test_a_host_that_leads_farther_away_than_the_plan_found_it_gets_no_client(agreed, now, monkeypatch):
+    monkeypatch.setattr(hosts, "reach", lambda host: agreed)
+    egress.agree([parse_address("https://gpu-box/v1")])
+    monkeypatch.setattr(hosts, "reach", lambda host: now)
+    model = HostedModel("openai-compatible", "own", "https://gpu-box/v1", parameter="judge_endpoint")
+    if hosts.REACHES.index(now) <= hosts.REACHES.index(agreed):
+        assert ApiClient(model)
+    else:
+        with pytest.raises(egress.EgressRefused, match=rf"gpu-box \(parameter judge_endpoint\).*within this {agreed}"):
+            ApiClient(model)
 
 
 # ---------------------------------------------------------------- the plan
