@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from telco_nb import ROOT
+from telco_nb.hosted import egress
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
 from telco_nb.study.machine import device_facts, device_text, die_with_parent, git_state, peak_memory_bytes
@@ -263,6 +264,7 @@ def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
 
 
 def _hand_run(step: str, opened: Opened) -> Run:
+    egress.agree([])  # nobody was shown hosts and prices
     given, root = opened.parameters, opened.root
     study = params.load_study(given["profile"])
     params.validate(study.values("shared") | given, f"notebooks/{step}.ipynb, parameters cell")

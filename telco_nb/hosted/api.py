@@ -209,7 +209,6 @@ class ApiClient:
         from telco_nb.hosted import transport
 
         egress.require_allowed(hosted_model.address, hosted_model.parameter)
-        egress.require_agreed(hosted_model.address, hosted_model.parameter)
         egress.drop_ignored_variables()
         self.hosted_model = hosted_model
         purpose = f"{hosted_model.purpose}, batch" if batch else hosted_model.purpose

@@ -50,17 +50,22 @@ def require_allowed(address: Address, parameter: str) -> None:
 
 
 def agree(addresses: Iterable[Address]) -> None:
-    """Hold hosts to how far away the plan found them, in this process and in those that it starts."""
+    """Hold hosts to how far away a plan found them, in this process and in those that it starts.
+
+    Any other host must lie in this network from now on.
+    """
     os.environ[AGREED] = json.dumps({address.host: address.reach for address in addresses})
 
 
 def require_agreed(address: Address, parameter: str) -> None:
-    """Returns if an address lies no farther away than the plan found its host. Raises EgressRefused if it does."""
-    agreed = json.loads(os.environ.get(AGREED) or "{}").get(address.host, address.reach)
+    """Returns if an address lies no farther away than was agreed to, or if there is no plan. Raises EgressRefused."""
+    plan = os.environ.get(AGREED)
+    agreed = json.loads(plan).get(address.host, "network") if plan else "remote"
     if is_farther(address.reach, agreed):
         raise EgressRefused(
-            f"the host {address.netloc} (parameter {parameter}) lay within this {agreed} when the plan was made, and "
-            "now leads farther away. Nothing was sent. Run again: the plan then says where it leads, and asks."
+            f"the host {address.netloc} (parameter {parameter}) lies farther away than what was agreed to: {agreed}. "
+            "Nothing was sent. Run ./run_all.py: its plan says where the name leads now, what is sent and what that "
+            "costs, and asks. A notebook run by hand asks only models of this network."
         )
 
 

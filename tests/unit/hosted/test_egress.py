@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,20 +14,22 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from hosted_fixtures import GOOD, MODELS, SECRET, Verdict, keys, lines  # noqa: F401
+from hosted_fixtures import GOOD, MODELS, QUICK, SECRET, Verdict, keys, lines  # noqa: F401
 from provider_server import KINDS, Server
 from rich.console import Console
 from typer.testing import CliRunner
 
-from telco_nb import ROOT
+from telco_nb import ROOT, notebook
 from telco_nb.__main__ import app
 from telco_nb.engine import schedule
 from telco_nb.hosted import attempts, egress, hosts, prices
-from telco_nb.hosted.api import ApiClient, HostedModel, Request
+from telco_nb.hosted.api import ApiClient, HostedModel, Request, Response
 from telco_nb.hosted.hosts import parse_address
 from telco_nb.hosted.session import Session, run_async
 from telco_nb.hosted.transport import GuardedTransport
+from telco_nb.study import params
 from telco_nb.study.params import ParameterError
+from telco_nb.study.record import JOB_VARIABLE
 
 QUESTION = Request("q", "You compare two answers.", "Which is better?", Verdict)
 
@@ -50,6 +53,18 @@ def ask(server: Server, store, purpose: str = "judge") -> Session:
     asking = Session(client, attempts.AttemptStore(store), prices.Prices(model), prices.Budget(None))
     asking.run([lambda: asking.ask(QUESTION)])
     return asking
+
+
+def session_with(url: str, folder) -> Session:
+    """A session with a server that cannot be reached."""
+    client = ApiClient(HostedModel("openai-compatible", "own", url, timeout_s=1.0, parameter="judge_endpoint"))
+
+    async def fail(*_):
+        return Response("provider_error", error="cannot be reached")
+
+    client.ask = fail
+    price = prices.Prices(client.hosted_model, 1.0, 1.0)
+    return Session(client, attempts.AttemptStore(folder / "a.jsonl"), price, prices.Budget(1.0), retry_policy=QUICK)
 
 
 # ---------------------------------------------------------------- the log
@@ -144,16 +159,39 @@ def test_no_variable_of_the_environment_changes_where_a_request_goes_or_what_it_
 
 @pytest.mark.parametrize("agreed", hosts.REACHES)
 @pytest.mark.parametrize("now", hosts.REACHES)
-def test_a_host_that_leads_farther_away_than_the_plan_found_it_gets_no_client(agreed, now, monkeypatch):
+def test_a_host_that_leads_farther_away_than_was_agreed_to_is_asked_nothing_and_costs_nothing(
+    agreed, now, tmp_path, monkeypatch
+):
     monkeypatch.setattr(hosts, "reach", lambda host: agreed)
     egress.agree([parse_address("https://gpu-box/v1")])
     monkeypatch.setattr(hosts, "reach", lambda host: now)
-    model = HostedModel("openai-compatible", "own", "https://gpu-box/v1", parameter="judge_endpoint")
+    asked = session_with("https://gpu-box/v1", tmp_path)
     if hosts.REACHES.index(now) <= hosts.REACHES.index(agreed):
-        assert ApiClient(model)
+        assert run_async(lambda: asked.ask(QUESTION)) is None and asked.store.statuses.total() > 0
     else:
-        with pytest.raises(egress.EgressRefused, match=rf"gpu-box \(parameter judge_endpoint\).*within this {agreed}"):
-            ApiClient(model)
+        with pytest.raises(egress.EgressRefused, match=rf"gpu-box \(parameter judge_endpoint\).* agreed to: {agreed}"):
+            asked.run([lambda: asked.ask(QUESTION)])
+        assert not asked.store.path.exists() and asked.budget.spent_usd == asked.budget.reserved_usd == 0.0
+
+
+@pytest.mark.parametrize(("now", "refused"), [("machine", False), ("network", False), ("remote", True)])
+def test_a_host_of_no_plan_must_lie_in_this_network_unless_its_answer_is_stored(now, refused, tmp_path, monkeypatch):
+    egress.agree([])
+    monkeypatch.setattr(hosts, "reach", lambda host: now)
+    asked = session_with("https://gpu-box/v1", tmp_path)
+    with pytest.raises(egress.EgressRefused) if refused else contextlib.nullcontext():
+        run_async(lambda: asked.ask(QUESTION))
+    asked.store.append([{"call_id": QUESTION.id, "status": "ok", "output": {}}])
+    assert run_async(lambda: asked.ask(QUESTION)), "what is stored needs no host"
+
+
+def test_a_notebook_run_by_hand_asks_no_host_beyond_this_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path))
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+    notebook.open_run("01_glossary", params.declared("01_glossary"))
+    asked = session_with("https://models.example.com/v1", tmp_path)
+    with pytest.raises(egress.EgressRefused, match="A notebook run by hand asks only models of this network"):
+        run_async(lambda: asked.ask(QUESTION))
 
 
 # ---------------------------------------------------------------- the plan
