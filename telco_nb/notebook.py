@@ -248,8 +248,16 @@ def open_run(step: str, namespace: dict[str, Any]) -> Run:
         namespace.update(run.job.parameters)
     random.seed(run.params.__dict__.get("seed", 0))
     set_figure_style()
+    _read_tables_as_text()
     _show_provenance(run, names)
     return run
+
+
+def _read_tables_as_text() -> None:
+    """Keep JupyterLab from reading what stands between two dollar signs of a table as mathematics."""
+    import pandas as pd
+
+    pd.set_option("display.html.use_mathjax", False)
 
 
 def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
