@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from telco_nb.hosted.hosts import Address, is_farther
+from telco_nb.hosted.hosts import Address, is_farther, reach
 from telco_nb.hosted.keys import KEY_VARIABLES
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
@@ -91,7 +94,7 @@ def drop_ignored_variables() -> None:
 
 @dataclass
 class Call:
-    """One HTTP request to a hosted model, as a line of the log. No text, no key, no path."""
+    """One HTTP request, as a line of the log. No text, no key, no path."""
 
     time: str
     host: str
@@ -101,6 +104,12 @@ class Call:
     sha256: str  # of the body sent
     bytes_in: int = 0
     status: int | None = None  # of HTTP; None if there was no reply
+
+    @classmethod
+    def now(cls, host: str, reach: str, purpose: str, body: bytes) -> Call:
+        """A call that is about to be made with this body."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(time, host, reach, purpose, len(body), hashlib.sha256(body).hexdigest())
 
 
 def log_path(store: Path) -> Path:
@@ -134,3 +143,24 @@ def _appending(descriptor: int) -> Generator[Callable[[Call], None]]:
         yield write
     finally:
         os.close(descriptor)
+
+
+def log_hub(path: Path) -> None:
+    """Write a line for each reply of the hub to this process, and fetch files by requests that can be seen alone."""
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def note(reply: Any) -> None:
+        request = reply.request
+        call = Call.now(request.url.netloc.decode(), reach(request.url.host), "base model", request.content)
+        call.status, call.bytes_in = reply.status_code, int(reply.headers.get("content-length") or 0)
+        with open_log(path) as write:
+            write(call)
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "response": [note]}
+        return made
+
+    constants.HF_HUB_DISABLE_XET = True  # its transfers are made outside Python
+    set_client_factory(client)

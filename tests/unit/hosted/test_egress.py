@@ -10,11 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
+import huggingface_hub
 import pytest
 from hosted_fixtures import GOOD, MODELS, QUICK, SECRET, Verdict, keys, lines  # noqa: F401
+from huggingface_hub.utils._http import default_client_factory
 from provider_server import KINDS, Server
 from rich.console import Console
 from typer.testing import CliRunner
@@ -104,6 +109,49 @@ def test_nothing_is_sent_if_it_cannot_be_put_on_record_and_it_costs_nothing(tmp_
         response = run_async(lambda: client.ask(QUESTION))
     assert not server.requests and response.status == "provider_error" and not response.may_be_billed
     assert "egress.jsonl cannot be written" in str(response.error)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One file of a model, which another path of this server holds."""
+
+    def do_GET(self) -> None:
+        body, moved = b'{"model_type": "llama"}', "/resolve/" in self.path
+        self.send_response(302 if moved else 200)
+        facts = {"Location": "/cdn/file"} if moved else {}
+        facts |= {"ETag": '"e1"', "X-Repo-Commit": "0" * 40, "Content-Length": str(0 if moved else len(body))}
+        for name, value in facts.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET" and not moved:
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_what_is_fetched_from_a_hub_is_on_record_with_every_host_on_the_way(tmp_path, monkeypatch):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    try:
+        egress.log_hub(tmp_path / "egress.jsonl")
+        file = huggingface_hub.hf_hub_download(
+            "own/model", "config.json", endpoint=f"http://{host}", cache_dir=tmp_path
+        )
+    finally:
+        huggingface_hub.set_client_factory(default_client_factory)
+        server.shutdown()
+        server.server_close()
+    assert json.loads(Path(file).read_text()) == {"model_type": "llama"} and constants.HF_HUB_DISABLE_XET
+    logged = lines(tmp_path / "egress.jsonl")
+    assert {(line["host"], line["purpose"], line["reach"]) for line in logged} == {(host, "base model", "machine")}
+    assert {302, 200} <= {line["status"] for line in logged} and max(line["bytes_in"] for line in logged) == 23
+    assert "config.json" not in (tmp_path / "egress.jsonl").read_text()
 
 
 # ---------------------------------------------------------------- one host
