@@ -249,8 +249,8 @@ def open_run(step: str, namespace: dict[str, Any]) -> Run:
     random.seed(run.params.__dict__.get("seed", 0))
     set_figure_style()
     _read_tables_as_text()
-    if "base_model" in names and os.environ.get("HF_HUB_OFFLINE") != "1":
-        egress.log_hub(run.root / "egress.jsonl")
+    if "base_model" in names:
+        egress.log_hub(run.root)
     _show_provenance(run, names)
     return run
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from telco_nb.hosted.hosts import Address, is_farther, reach
 from telco_nb.hosted.keys import KEY_VARIABLES
+from telco_nb.study.seal import CALLS, STORE
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
 AGREED = "TELCO_NB_AGREED"  # environment variable: JSON, how far each host of the plan reaches; kernels inherit it
@@ -114,8 +115,8 @@ class Call:
 
 def log_path(store: Path) -> Path:
     """The study's log `egress.jsonl`, from a store `<study>/<scope>/store/<file>`; else beside the store."""
-    folder = store.parents[2] if store.parent.name == "store" else store.parent
-    return folder / "egress.jsonl"
+    folder = store.parents[2] if store.parent.name == STORE else store.parent
+    return folder / CALLS
 
 
 def open_log(path: Path | None) -> contextlib.AbstractContextManager[Callable[[Call], None]]:
@@ -145,8 +146,13 @@ def _appending(descriptor: int) -> Generator[Callable[[Call], None]]:
         os.close(descriptor)
 
 
-def log_hub(path: Path) -> None:
-    """Write a line for each reply of the hub to this process, and fetch files by requests that can be seen alone."""
+def log_hub(root: Path) -> None:
+    """Write a line to a study's log for each reply of the hub, and fetch files by requests that can be seen alone.
+
+    It does nothing where the hub is turned off.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
@@ -154,7 +160,7 @@ def log_hub(path: Path) -> None:
         request = reply.request
         call = Call.now(request.url.netloc.decode(), reach(request.url.host), "base model", request.content)
         call.status, call.bytes_in = reply.status_code, int(reply.headers.get("content-length") or 0)
-        with open_log(path) as write:
+        with open_log(root / CALLS) as write:
             write(call)
 
     def client() -> Any:

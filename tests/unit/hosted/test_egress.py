@@ -133,13 +133,14 @@ class Hub(BaseHTTPRequestHandler):
 
 def test_what_is_fetched_from_a_hub_is_on_record_with_every_host_on_the_way(tmp_path, monkeypatch):
     constants = huggingface_hub.constants
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"127.0.0.1:{server.server_port}"
     try:
-        egress.log_hub(tmp_path / "egress.jsonl")
+        egress.log_hub(tmp_path)
         file = huggingface_hub.hf_hub_download(
             "own/model", "config.json", endpoint=f"http://{host}", cache_dir=tmp_path
         )
