@@ -178,7 +178,6 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
         prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
-        egress.agree(estimate.hosted_model.address for estimate in estimates)
         check_machine(console, root, states, options.gpus)
         runner = Runner(states, root, options, console, lock_file, gpu_groups)
         runner.go()
