@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from telco_nb import ROOT
+from telco_nb.hosted import egress
 from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
 from telco_nb.study.machine import device_facts, device_text, die_with_parent, git_state, peak_memory_bytes
@@ -247,8 +248,18 @@ def open_run(step: str, namespace: dict[str, Any]) -> Run:
         namespace.update(run.job.parameters)
     random.seed(run.params.__dict__.get("seed", 0))
     set_figure_style()
+    _read_tables_as_text()
+    if "base_model" in names:
+        egress.log_hub(run.root)
     _show_provenance(run, names)
     return run
+
+
+def _read_tables_as_text() -> None:
+    """Keep JupyterLab from reading what stands between two dollar signs of a table as mathematics."""
+    import pandas as pd
+
+    pd.set_option("display.html.use_mathjax", False)
 
 
 def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
@@ -263,6 +274,7 @@ def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
 
 
 def _hand_run(step: str, opened: Opened) -> Run:
+    egress.agree([])  # nobody was shown hosts and prices
     given, root = opened.parameters, opened.root
     study = params.load_study(given["profile"])
     params.validate(study.values("shared") | given, f"notebooks/{step}.ipynb, parameters cell")

@@ -16,6 +16,7 @@ import typer
 
 from telco_nb.commands.common import CommandError
 from telco_nb.engine.runner import UnfitError
+from telco_nb.hosted import egress
 from telco_nb.study import params
 from telco_nb.study.record import BASE_FILE, altered_outputs, profile_root, read_manifest, step_dir
 
@@ -104,6 +105,7 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
     from telco_nb.lora.base_model import load_model, silence_libraries
 
     silence_libraries()
+    egress.log_hub(trained.root)
     _use_device(trained)
     with model_errors():
         model, tokenizer = load_model(

@@ -1,4 +1,7 @@
-"""Conversations as HTML for the notebooks. Generated text is data: everything is escaped, nothing is markup."""
+"""Conversations as HTML for the notebooks. Generated text is data: everything is escaped, nothing is markup.
+
+The class `mathjax_ignore` keeps JupyterLab from reading what stands between two dollar signs as mathematics.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ SPEAKERS = {"user": "Customer", "assistant": "Agent"}
 
 def conversation_html(conversation: Mapping[str, Any]) -> str:
     """Return the messages of a conversation, one paragraph each, with the speaker's name."""
-    return "".join(
+    said = (
         f"<p><b>{SPEAKERS.get(message['role'], message['role'])}</b>: {html.escape(message['content'])}</p>"
         for message in conversation["messages"]
     )
+    return f'<div class="mathjax_ignore">{"".join(said)}</div>'
 
 
 def side_by_side(conversations: Mapping[str, Mapping[str, Any]]) -> str:
@@ -26,7 +30,7 @@ def side_by_side(conversations: Mapping[str, Mapping[str, Any]]) -> str:
     style = f"vertical-align:top;text-align:left;width:{width}%"
     titles = "".join(f'<th style="{style}">{html.escape(title)}</th>' for title in conversations)
     cells = "".join(f'<td style="{style}">{conversation_html(c)}</td>' for c in conversations.values())
-    return f"<table><thead><tr>{titles}</tr></thead><tbody><tr>{cells}</tr></tbody></table>"
+    return f'<table class="mathjax_ignore"><thead><tr>{titles}</tr></thead><tbody><tr>{cells}</tr></tbody></table>'
 
 
 def browser_html(conversations: Sequence[Mapping[str, Any]], cards: Sequence[Card], scores: Mapping[str, float]) -> str:
@@ -61,4 +65,4 @@ def _one(row: Mapping[str, Any], scores: Mapping[str, float]) -> str:
 
 
 def _details(title: str, inner: str) -> str:
-    return f'<details style="margin-left:1em"><summary>{title}</summary>{inner}</details>'
+    return f'<details class="mathjax_ignore" style="margin-left:1em"><summary>{title}</summary>{inner}</details>'

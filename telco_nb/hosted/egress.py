@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from telco_nb.hosted.hosts import Address
+from telco_nb.hosted.hosts import Address, is_farther, reach
 from telco_nb.hosted.keys import KEY_VARIABLES
+from telco_nb.study.seal import CALLS, STORE
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
+AGREED = "TELCO_NB_AGREED"  # environment variable: JSON, how far each host of the plan reaches; kernels inherit it
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _PROVIDERS = ("OPENAI_", "ANTHROPIC_", "GOOGLE_", "GEMINI_")  # first parts of the variables that SDKs read
 
@@ -26,7 +31,7 @@ class CostRefused(SendingRefused):
 
 
 class EgressRefused(SendingRefused):
-    """A request would leave this network, and --no-egress forbids that."""
+    """A request would leave this network, and --no-egress or the plan that was agreed to forbids that."""
 
 
 def forbid() -> None:
@@ -45,6 +50,26 @@ def require_allowed(address: Address, parameter: str) -> None:
         raise EgressRefused(
             f"--no-egress: the host {address.netloc} lies outside this network (parameter {parameter}). Nothing was "
             "sent. Name a server of this network there, choose an offline one, or run without --no-egress."
+        )
+
+
+def agree(addresses: Iterable[Address]) -> None:
+    """Hold hosts to how far away a plan found them, in this process and in those that it starts.
+
+    Any other host must lie in this network from now on.
+    """
+    os.environ[AGREED] = json.dumps({address.host: address.reach for address in addresses})
+
+
+def require_agreed(address: Address, parameter: str) -> None:
+    """Returns if an address lies no farther away than was agreed to, or if there is no plan. Raises EgressRefused."""
+    plan = os.environ.get(AGREED)
+    agreed = json.loads(plan).get(address.host, "network") if plan else "remote"
+    if is_farther(address.reach, agreed):
+        raise EgressRefused(
+            f"the host {address.netloc} (parameter {parameter}) lies farther away than what was agreed to: {agreed}. "
+            "Nothing was sent. Run ./run_all.py: its plan says where the name leads now, what is sent and what that "
+            "costs, and asks. A notebook run by hand asks only models of this network."
         )
 
 
@@ -70,7 +95,7 @@ def drop_ignored_variables() -> None:
 
 @dataclass
 class Call:
-    """One HTTP request to a hosted model, as a line of the log. No text, no key, no path."""
+    """One HTTP request, as a line of the log. No text, no key, no path."""
 
     time: str
     host: str
@@ -81,11 +106,17 @@ class Call:
     bytes_in: int = 0
     status: int | None = None  # of HTTP; None if there was no reply
 
+    @classmethod
+    def now(cls, host: str, reach: str, purpose: str, body: bytes) -> Call:
+        """A call that is about to be made with this body."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(time, host, reach, purpose, len(body), hashlib.sha256(body).hexdigest())
+
 
 def log_path(store: Path) -> Path:
     """The study's log `egress.jsonl`, from a store `<study>/<scope>/store/<file>`; else beside the store."""
-    folder = store.parents[2] if store.parent.name == "store" else store.parent
-    return folder / "egress.jsonl"
+    folder = store.parents[2] if store.parent.name == STORE else store.parent
+    return folder / CALLS
 
 
 def open_log(path: Path | None) -> contextlib.AbstractContextManager[Callable[[Call], None]]:
@@ -113,3 +144,29 @@ def _appending(descriptor: int) -> Generator[Callable[[Call], None]]:
         yield write
     finally:
         os.close(descriptor)
+
+
+def log_hub(root: Path) -> None:
+    """Write a line to a study's log for each reply of the hub, and fetch files by requests that can be seen alone.
+
+    It does nothing where the hub is turned off.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def note(reply: Any) -> None:
+        request = reply.request
+        call = Call.now(request.url.netloc.decode(), reach(request.url.host), "base model", request.content)
+        call.status, call.bytes_in = reply.status_code, int(reply.headers.get("content-length") or 0)
+        with open_log(root / CALLS) as write:
+            write(call)
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks = {**made.event_hooks, "response": [note]}
+        return made
+
+    constants.HF_HUB_DISABLE_XET = True  # its transfers are made outside Python
+    set_client_factory(client)

@@ -48,8 +48,8 @@ class Address:
     def reach(self) -> str:
         """How far a request goes: `machine`, `network` (private addresses), or `remote`.
 
-        A name is resolved once in each process. Every connection of that process is held to it (see
-        `GuardedTransport`), because a name can lead elsewhere a moment later.
+        A name is resolved once in each process, because it can lead elsewhere a moment later. A kernel is held to what
+        the plan found (`egress.require_agreed`), and every connection to what its process found (`GuardedTransport`).
         """
         return reach(self.host)
 
@@ -118,9 +118,14 @@ def reach(host: str) -> str:
     return _reach_of([_address(str(text)) for text in found])
 
 
+def is_farther(found: str, allowed: str) -> bool:
+    """True if one reach goes farther than another."""
+    return REACHES.index(found) > REACHES.index(allowed)
+
+
 def is_within(peer: str, allowed: str) -> bool:
     """True if an address lies no farther away than the reach `allowed`."""
-    return REACHES.index(reach(peer)) <= REACHES.index(allowed)
+    return not is_farther(reach(peer), allowed)
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from telco_nb.hosted.api import HostedModel, ProviderError, Request
-from telco_nb.hosted.egress import CostRefused
+from telco_nb.hosted.egress import CostRefused, agree
 from telco_nb.hosted.lines import is_amount
 
 # Batches cost half the price at all three providers, as published in November 2026. genai-prices does not know this.
@@ -173,7 +173,9 @@ def estimate(price: Prices, calls: int, tokens_in: Range, tokens_out: Range) -> 
 def require_consent(
     estimates: Sequence[Estimate], max_usd: float | None, yes: bool, ask: Callable[[], bool] | None
 ) -> None:
-    """Returns if the calls may be made. Data leaves this network only with somebody's consent.
+    """Returns if the calls may be made, and holds their hosts to how far away they lie now (`egress.agree`).
+
+    Data leaves this network only with somebody's consent.
 
     Args:
         estimates: the calls.
@@ -195,3 +197,4 @@ def require_consent(
     remote = sorted({e.hosted_model.host for e in planned if not e.hosted_model.is_local})
     if remote and not yes and not (ask and ask()):
         raise CostRefused(f"nothing was sent. To send this to {', '.join(remote)}, add --yes; --max-usd sets a limit.")
+    agree(e.hosted_model.address for e in estimates)

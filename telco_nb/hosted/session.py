@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from telco_nb import __version__
 from telco_nb.hosted.api import ApiClient, ProviderError, Request, Response, UnreadableReply
 from telco_nb.hosted.attempts import AttemptStore
-from telco_nb.hosted.egress import log_path
+from telco_nb.hosted.egress import log_path, require_agreed
 from telco_nb.hosted.ledger import ledger_of
 from telco_nb.hosted.prices import Budget, BudgetStop, Prices
 from telco_nb.hosted.throttle import RetryPolicy, Throttle
@@ -100,10 +100,11 @@ class Session:
     async def ask(self, request: Request) -> dict[str, Any] | None:
         """The stored line of the good answer, after a request if none is stored; None if all attempts failed.
 
-        Raises CallsStopped if no further request may be sent.
+        Raises CallsStopped if no further request may be sent, EgressRefused if the plan knew no host so far away.
         """
         if request.id in self.store.ok:
             return self.store.ok[request.id]
+        require_agreed(self.client.hosted_model.address, self.client.hosted_model.parameter)
         if request.id in self.under_way:
             raise CallsStopped(
                 "under_way",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +47,7 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
         request.headers["Accept-Encoding"] = "identity"
         request.extensions["trace"] = self._check_peer
         body = await request.aread()
-        now, digest = datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(body).hexdigest()
-        call = Call(now, self.address.netloc, self.address.reach, self.purpose, len(body), digest)
+        call = Call.now(self.address.netloc, self.address.reach, self.purpose, body)
         try:
             log = open_log(self.log)
         except OSError as error:  # nothing was sent

@@ -115,7 +115,7 @@ def example_html(tokenizer: Any, example: Example) -> str:
     for token, label in zip(example.input_ids, example.labels, strict=True):
         text = html.escape(tokenizer.decode([token])).replace("\n", "<br>")
         parts.append(f"<b>{text}</b>" if label != IGNORE_INDEX else text)
-    return f'<div style="font-family:monospace">{"".join(parts)}</div>'
+    return f'<div class="mathjax_ignore" style="font-family:monospace">{"".join(parts)}</div>'
 
 
 def pack_rows(examples: list[Example], batch_tokens: int, seed: int) -> list[list[int]]:

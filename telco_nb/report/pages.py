@@ -36,6 +36,8 @@ ALLOWED_ATTRIBUTES = {
 }
 CLEANER = Cleaner(ALLOWED_TAGS, ALLOWED_ATTRIBUTES, protocols={"http", "https", "mailto"}, strip=False)
 HIGHLIGHTER = Highlight2HTML(pygments_lexer="python")
+IMAGES = ("image/png", "image/jpeg")
+IMAGE_FACTS = {"alt": str, "width": int, "height": int}
 FOLDED_CODE = (
     "{% extends 'basic/index.html.j2' %}{% block input_group %}"
     "<details class='code'><summary>code</summary>{{ super() }}</details>{% endblock %}"
@@ -45,12 +47,29 @@ FOLDED_CODE = (
 def notebook_body(page: Page, pages: Sequence[Page]) -> Markup:
     """The notebook as HTML, with links to the other pages; for an unreadable notebook, its error."""
     try:
-        notebook = nbformat.read(page.source, as_version=4)
-        body, _ = _exporter().from_notebook_node(notebook)
-    except (OSError, ValueError, nbformat.ValidationError) as error:
+        body, _ = _exporter().from_notebook_node(_plain(nbformat.read(page.source, as_version=4)))
+    except Exception as error:  # a record that somebody else has written can hold anything
         body = f"<p>This notebook could not be read: {html.escape(str(error)[:300])}</p>"
     # The corner of a table of pandas is no heading.
     return Markup(_answer_first(_relink(body, page, pages)).replace("<th></th>", "<td></td>"))
+
+
+def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook of whose metadata only tags and the text and size of images are left.
+
+    nbconvert writes others into the page as well, sizes even without quotes.
+    """
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata.get("tags", [])})
+        for output in cell.get("outputs", []):
+            kept = {}
+            for mime in IMAGES:
+                facts = output.get("metadata", {}).get(mime, {})
+                kept[mime] = {
+                    name: facts[name] for name, kind in IMAGE_FACTS.items() if isinstance(facts.get(name), kind)
+                }
+            output.metadata = nbformat.from_dict(kept)
+    return notebook
 
 
 def first_heading(page: Page) -> str | None:
@@ -115,7 +134,7 @@ def clean(markup: Any) -> Markup:
 def _exporter() -> HTMLExporter:
     """The nbconvert exporter of all pages: template `basic`, folded code, sanitised outputs, no network."""
     config = Config()
-    config.NbConvertBase.display_data_priority = ["text/html", "text/markdown", "image/png", "image/jpeg", "text/plain"]
+    config.NbConvertBase.display_data_priority = ["text/html", "text/markdown", *IMAGES, "text/plain"]
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_input_tags = {"remove-input", "injected-parameters"}
     return HTMLExporter(

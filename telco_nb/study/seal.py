@@ -5,8 +5,8 @@ run seals what both have done. `run_all.py verify` compares. Hidden files are wo
 
 Whoever changes files can write a new seal for them, so keep the hash that a run prints somewhere else.
 
-The stores of judges and of the generator only ever grow, so a store that is longer than it was sealed is told apart
-from one whose sealed lines have changed.
+The stores of judges and of the generator, and the log of calls, only ever grow, so one that is longer than it was
+sealed is told apart from one whose sealed lines have changed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from telco_nb.study.record import CHUNK_BYTES, RecordError, json_bytes, whole_li
 
 SEAL_NAME = "seal.json"
 STORE = "store"  # name of the folder of a store
+CALLS = "egress.jsonl"  # the study's log of calls that leave this machine
 
 
 class NoSeal(RecordError):
@@ -95,7 +96,7 @@ def check_seal(root: Path, wanted: Callable[[str], bool] = lambda _: True, known
 def is_store(path: str) -> bool:
     """True for a file that only ever grows by lines."""
     parts = path.split("/")
-    return STORE in parts[:-1] and path.endswith(".jsonl")
+    return path == CALLS or (STORE in parts[:-1] and path.endswith(".jsonl"))
 
 
 def _difference(root: Path, path: str, entry: dict[str, Any]) -> str | None:

@@ -1,9 +1,9 @@
 """Runs small studies in forked processes, so that hundreds of crashes take minutes instead of hours.
 
 `python crash_study.py FOLDER` writes the notebooks into FOLDER/notebooks and FOLDER/broken. Then it reads one JSON
-object per line: notebooks, outputs, value, output, and the fields of `Watch`. For each it forks a runner and answers
-with its exit code. Runner, job, record, manifests, stores, exports and seal are the real ones; instead of a Jupyter
-kernel, a forked process executes the cells and dies with them.
+object per line: notebooks, outputs, value, output, the fields of `Watch`, and when to kill. For each it forks a runner
+and answers with its exit code. Runner, job, record, manifests, stores, exports and seal are the real ones; instead of a
+Jupyter kernel, a forked process executes the cells and dies with them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import crash_points
 
 crash_points.install()
 
+import contextlib  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import judge_study  # noqa: E402
+import psutil  # noqa: E402
 from fault_study import write_notebook  # noqa: E402
 from nbclient.exceptions import DeadKernelError  # noqa: E402
 from papermill.engines import Engine, papermill_engines  # noqa: E402
@@ -210,6 +214,16 @@ def run_study(request: dict) -> int:
     return runner.run(runner.Options(), runner.Services(estimate=None, build_report=write_report))
 
 
+def _kill(pid: int, after_s: float, whole: bool) -> None:
+    """Kill a runner after a while, and with `whole` all processes below it."""
+    time.sleep(after_s)
+    below = psutil.Process(pid).children(recursive=True) if whole else []
+    os.kill(pid, signal.SIGKILL)
+    for process in below:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def serve(folder: Path) -> None:
     """Answer requests until the input ends."""
     write_notebooks(folder / "notebooks")
@@ -237,6 +251,8 @@ def serve(folder: Path) -> None:
             finally:
                 sys.stdout.flush()
                 os._exit(code)
+        if request["kill"]:
+            _kill(pid, **request["kill"])
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 

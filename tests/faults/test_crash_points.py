@@ -2,18 +2,20 @@
 
 A finished study with a failed record beside it runs again with another parameter, so that every step, store, export,
 report and seal is replaced. The process that makes a change stops before it, in its midst (half of the bytes) or after
-it; in a second series the runner is killed at the same moment, so that nobody tidies up.
+it; in a second series the runner is killed at the same moment, so that nobody tidies up. Kills at random moments, of
+the runner alone or of all its processes, need no list of points.
 """
 
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,15 @@ class Fault:
         return self.point.split()[0]
 
 
+@dataclass(frozen=True)
+class Kill:
+    """A moment at which the runner is killed by SIGKILL: alone, or with all its processes."""
+
+    after_s: float
+    whole: bool
+    kind = how = "kill"
+
+
 class Crashes:
     """The studies of these tests, in a folder, run by one server process."""
 
@@ -64,7 +75,9 @@ class Crashes:
         found = []
         for _ in range(2):
             self.restore()
+            start = time.monotonic()
             code, output, points = self.run(2)
+            self.seconds = time.monotonic() - start
             assert code == 0, output
             found.append((snapshot(self.root), points))
         assert found[0] == found[1], "the same run makes the same changes and has the same result"
@@ -74,7 +87,9 @@ class Crashes:
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self.folder / "before", self.root)
 
-    def run(self, value: int, fault: Fault | None = None, notebooks: str = "notebooks") -> tuple[int, str, list[str]]:
+    def run(
+        self, value: int, fault: Fault | None = None, notebooks: str = "notebooks", kill: Kill | None = None
+    ) -> tuple[int, str, list[str]]:
         """Run the study once; returns exit code, output, and the points that it passed."""
         self.runs += 1
         log, output = self.folder / f"{self.runs}.log", self.folder / f"{self.runs}.txt"
@@ -82,7 +97,7 @@ class Crashes:
         if fault:
             plan |= {"point": fault.point, "how": fault.how, "whole": fault.whole}
         request = {"notebooks": str(self.folder / notebooks), "outputs": str(self.folder / "outputs")}
-        request |= {"value": value, "output": str(output), "watch": plan}
+        request |= {"value": value, "output": str(output), "watch": plan, "kill": asdict(kill) if kill else None}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline()), output.read_text(), log.read_text().splitlines()
@@ -92,11 +107,12 @@ class Crashes:
         points = [p for p in self.points if not p.partition(".running.ipynb ")[2] or int(p.split()[-1]) <= 2]
         return [Fault(p, how, whole) for p in points for how in HOW[p.split()[0]] for whole in (False, True)]
 
-    def problem(self, fault: Fault) -> str | None:
+    def problem(self, fault: Fault | Kill) -> str | None:
         """What is wrong after a fault and the run after it; None if nothing is."""
         self.restore()
-        _, _, passed = self.run(2, fault)
-        if fault.point not in passed:
+        if isinstance(fault, Kill):
+            self.run(2, kill=fault)
+        elif fault.point not in self.run(2, fault)[2]:
             return "the fault was not reached"
         code, output, _ = self.run(2)
         if code != 0:
@@ -156,7 +172,7 @@ def crashes(tmp_path_factory):
     study.server.wait(timeout=10)
 
 
-def check(crashes: Crashes, faults: list[Fault]) -> None:
+def check(crashes: Crashes, faults: list[Fault] | list[Kill]) -> None:
     """Try the faults, print how many were survived by kind, and fail with all that were not."""
     start, problems = time.monotonic(), {}
     for fault in faults:
@@ -188,3 +204,9 @@ def test_after_a_crash_at_a_sample_of_points_the_next_run_ends_as_if_undisturbed
 @pytest.mark.nightly
 def test_after_a_crash_at_any_point_the_next_run_ends_as_if_undisturbed(crashes):
     check(crashes, crashes.faults())
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.nightly)])
+def test_after_kills_at_random_moments_the_next_run_ends_as_if_undisturbed(crashes, kills):
+    moments = random.Random(kills)
+    check(crashes, [Kill(moments.uniform(0, crashes.seconds), n % 2 == 0) for n in range(kills)])

@@ -34,8 +34,9 @@ def report():
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    """Every file with its content, every folder as empty; a lock and the folder that it needs are nothing made."""
-    found = (path for path in folder.rglob("*") if path.name != ".lock" and path.parent != folder / "outputs")
+    """Every file with its content, every folder as empty; a lock and the folders that it needs are nothing made."""
+    outputs = folder / "outputs"
+    found = (path for path in folder.rglob("*") if path.name != ".lock" and outputs not in (path, path.parent))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in found}
 
 

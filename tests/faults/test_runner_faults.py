@@ -184,6 +184,28 @@ def test_a_kernel_of_another_environment_is_not_used(study):
     assert study.run(environment={"JUPYTER_PATH": str(study.folder / "jupyter")})[0] == 0
 
 
+REBOUND = """
+import socket
+socket.getaddrinfo = lambda host, *_, **__: [(2, 1, 6, "", ("8.8.8.8", 0))]  # the name leads elsewhere from now on
+from telco_nb.hosted import api, attempts, prices, session
+client = api.ApiClient(api.hosted_model_from(globals(), "judge"))
+price = prices.Prices(client.hosted_model)
+asking = session.Session(client, attempts.AttemptStore(run.root / "a.jsonl"), price, prices.Budget(None))
+asking.run([lambda: asking.ask(api.Request("q", "", "Which?", None))])
+"""
+
+
+def test_a_judges_host_that_leads_elsewhere_than_in_the_plan_is_refused_by_the_notebook(study):
+    model = {"model": "own", "endpoint": "https://localhost:9/v1", "max_tokens": 9, "temperature": None}
+    model |= {"kind": "openai-compatible", "structured": "native", "timeout_s": 9}
+    study.add("05_judge", FINISH.replace("run.artefact", f"{REBOUND}\nrun.artefact"))
+    study.jobs[-1][2].update({f"judge_{name}": value for name, value in model.items()}, configs=["c01", "c02"])
+    code, output = study.run()
+    assert "localhost:9 (this network)" in output, "the plan found it on this machine, so nobody was asked"
+    assert code == 4 and "farther away than what was agreed to: machine" in study.failure("05_judge")["reason"]
+    assert not (study.root / "a.jsonl").exists() and not (study.root / "egress.jsonl").exists()
+
+
 def _can_unshare() -> bool:
     return (
         bool(shutil.which("unshare")) and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0

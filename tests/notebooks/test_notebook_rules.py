@@ -4,6 +4,7 @@ import ast
 import json
 from itertools import pairwise
 
+import papermill
 import pytest
 
 from telco_nb.study import params
@@ -54,6 +55,10 @@ class TestNotebook:
         assert first["cell_type"] == "markdown"
         assert text.startswith("# ") and text.splitlines()[0].endswith("?")
         assert all(f"**{word}**" in text for word in ("Reads", "Writes", "Takes"))
+
+    def test_papermill_knows_every_parameter_so_that_no_log_calls_one_unknown(self, path, caplog):
+        """It reads none from a line whose comment holds a sign of equality."""
+        assert set(papermill.inspect_notebook(str(path))) == set(params.declared(path.stem)) and not caplog.text
 
     def test_parameters_setup_and_results_are_tagged_once_in_this_order(self, path):
         tags = [t for c in load(path)["cells"] for t in c["metadata"].get("tags", []) if t != "interactive"]

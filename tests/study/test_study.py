@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from lab import RUN_MS, jupyter_lab, run_all
@@ -20,6 +21,7 @@ from telco_nb.study.plan import STEPS
 from telco_nb.study.seal import check_seal
 
 pytestmark = pytest.mark.study
+CANARY = "sk-CaNaRy-7f3Kq9Zw2LxT8vRb5NmJ4hGd"
 
 # Loaded by every Python process of the run: notes each attempt to reach anything but a local socket.
 WATCHER = """
@@ -193,8 +195,9 @@ def test_a_configuration_that_two_processes_train_learns_what_one_does(study, tm
 
 
 def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_headline(study):
-    """A server in place of the model (`test_served` has a real one): it always takes the first seat."""
-    said = json.dumps({"analysis": "x", "verdict": "A", "margin": 1, "flags": []})
+    """A server in place of the model (`test_served` has a real one): it takes the first seat, and tells the key."""
+    said = json.dumps({"analysis": f"Your key is {CANARY}.", "verdict": "A", "margin": 1, "flags": []})
+    study.environment["OPENAI_COMPATIBLE_API_KEY"] = CANARY
     with Server("openai-compatible", lambda body, number: said) as server:
         profile, judge = study.params / "profiles" / "smoke.yaml", study.params / "judges" / "own-server.yaml"
         profile.write_text(f"{profile.read_text()}judges: [checklist, own-server]\n")
@@ -206,6 +209,11 @@ def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_h
         lines = [json.loads(line) for line in (folder / "store" / "verdicts.jsonl").read_text().splitlines()]
         assert {line["purpose"] for line in lines if "plan" not in line} == {"control"}
         assert len(server.requests) == sum("plan" not in line for line in lines)
+        assert all(f"Bearer {CANARY}" in request["headers"].values() for request in server.requests)
+    calls = [json.loads(line) for line in (study.root / "egress.jsonl").read_text().splitlines()]
+    assert len(calls) == len(server.requests) and {call["status"] for call in calls} == {200}
+    assert {(call["purpose"], call["reach"]) for call in calls} == {("judge", "machine")}
+    assert {call["host"] for call in calls} == {server.url.split("/")[2]}
     metrics = json.loads((folder / "05_judge" / "metrics.json").read_text())
     assert not metrics["gate_passed"] and "failed its validity gate" in metrics["headline_blocked_by"]
     assert {(row["own-server_gate"], row["own-server_rank"]) for row in rows(study)} == {("failed", "")}
@@ -213,6 +221,23 @@ def test_a_hosted_judge_that_fails_its_gate_is_asked_nothing_more_and_gives_no_h
     assert not [f for f in findings if "own-server" in f["id"] and f["verdict"] == "supported"]
     page = (study.root / "report" / "telco_report.html").read_text()
     assert "own-server failed the validity gate: it ranks nothing" in page
+
+
+def test_no_file_of_a_study_holds_a_piece_of_the_key_with_which_its_judge_was_asked(study):
+    pieces = [CANARY[i : i + 8].lower() for i in range(len(CANARY) - 7)]
+    files = [path for path in study.outputs.parent.rglob("*") if path.is_file()]
+    assert {"verdicts.jsonl", "05_judge.ipynb", "egress.jsonl", "telco_report.html", "answers.html"} <= {
+        path.name for path in files
+    }
+    held = [path for path in files if any(piece in text_of(path) for piece in pieces)]
+    assert held == [] and "[key]" in (study.root / "judge-own-server" / "store" / "verdicts.jsonl").read_text()
+
+
+def text_of(path: Path) -> str:
+    """The content of a file in lower case; tables are compressed, so they are read."""
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path).to_csv().lower()
+    return path.read_bytes().decode("latin-1").lower()
 
 
 @pytest.mark.parametrize("step", ["05_judge", "06_analysis"])

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import subprocess
+from collections import Counter
 
 import pytest
 from check_files import MAX_BYTES, faults
@@ -27,6 +28,11 @@ def test_a_large_file_and_a_private_key_are_refused(tmp_path):
     large.write_bytes(b"x" * (MAX_BYTES + 1))
     key.write_bytes(b"-----BEGIN RSA " + b"PRIVATE KEY-----")
     assert "bytes" in faults(large)[0] and "private key" in faults(key)[0]
+
+
+def test_no_two_test_files_have_one_name_so_that_one_command_can_collect_all():
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, files in names.items() if files > 1] == []
 
 
 def test_the_project_has_the_files_that_a_contributor_looks_for():

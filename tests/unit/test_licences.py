@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -20,6 +21,13 @@ spec.loader.exec_module(licences)
 def test_no_package_at_run_time_is_under_the_gpl():
     found = {name: licences.licence_of(name) for name in licences.locked(*licences.RUN)}
     assert {name: text for name, text in found.items() if licences.COPYLEFT.search(text)} == {}
+
+
+def test_the_packages_under_a_weaker_copyleft_at_run_time_are_known():
+    weaker = re.compile(r"LGPL|Lesser|MPL|Mozilla|EPL|Eclipse|CDDL|EUPL|CeCILL|OSL|CC-BY-SA", re.IGNORECASE)
+    assert {name for name in licences.locked(*licences.RUN) if weaker.search(licences.licence_of(name))} == {
+        "certifi", "fqdn", "tqdm",
+    }  # fmt: skip
 
 
 def test_the_packages_under_the_gpl_are_known_and_only_for_tests_and_tools():

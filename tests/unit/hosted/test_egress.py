@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,24 +10,31 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
+import huggingface_hub
 import pytest
-from hosted_fixtures import GOOD, MODELS, SECRET, Verdict, keys, lines  # noqa: F401
+from hosted_fixtures import GOOD, MODELS, QUICK, SECRET, Verdict, keys, lines  # noqa: F401
+from huggingface_hub.utils._http import default_client_factory
 from provider_server import KINDS, Server
 from rich.console import Console
 from typer.testing import CliRunner
 
-from telco_nb import ROOT
+from telco_nb import ROOT, notebook
 from telco_nb.__main__ import app
 from telco_nb.engine import schedule
 from telco_nb.hosted import attempts, egress, hosts, prices
-from telco_nb.hosted.api import ApiClient, HostedModel, Request
+from telco_nb.hosted.api import ApiClient, HostedModel, Request, Response
 from telco_nb.hosted.hosts import parse_address
 from telco_nb.hosted.session import Session, run_async
 from telco_nb.hosted.transport import GuardedTransport
+from telco_nb.study import params
 from telco_nb.study.params import ParameterError
+from telco_nb.study.record import JOB_VARIABLE
 
 QUESTION = Request("q", "You compare two answers.", "Which is better?", Verdict)
 
@@ -35,6 +43,7 @@ QUESTION = Request("q", "You compare two answers.", "Which is better?", Verdict)
 def allowed(monkeypatch):
     """Nothing is forbidden, and what a test forbids is forgotten after it."""
     monkeypatch.setenv(egress.NO_EGRESS, "")
+    monkeypatch.setenv(egress.AGREED, "")
     monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
     for name in egress.ignored_variables():
         monkeypatch.delenv(name)
@@ -49,6 +58,18 @@ def ask(server: Server, store, purpose: str = "judge") -> Session:
     asking = Session(client, attempts.AttemptStore(store), prices.Prices(model), prices.Budget(None))
     asking.run([lambda: asking.ask(QUESTION)])
     return asking
+
+
+def session_with(url: str, folder) -> Session:
+    """A session with a server that cannot be reached."""
+    client = ApiClient(HostedModel("openai-compatible", "own", url, timeout_s=1.0, parameter="judge_endpoint"))
+
+    async def fail(*_):
+        return Response("provider_error", error="cannot be reached")
+
+    client.ask = fail
+    price = prices.Prices(client.hosted_model, 1.0, 1.0)
+    return Session(client, attempts.AttemptStore(folder / "a.jsonl"), price, prices.Budget(1.0), retry_policy=QUICK)
 
 
 # ---------------------------------------------------------------- the log
@@ -88,6 +109,50 @@ def test_nothing_is_sent_if_it_cannot_be_put_on_record_and_it_costs_nothing(tmp_
         response = run_async(lambda: client.ask(QUESTION))
     assert not server.requests and response.status == "provider_error" and not response.may_be_billed
     assert "egress.jsonl cannot be written" in str(response.error)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One file of a model, which another path of this server holds."""
+
+    def do_GET(self) -> None:
+        body, moved = b'{"model_type": "llama"}', "/resolve/" in self.path
+        self.send_response(302 if moved else 200)
+        facts = {"Location": "/cdn/file"} if moved else {}
+        facts |= {"ETag": '"e1"', "X-Repo-Commit": "0" * 40, "Content-Length": str(0 if moved else len(body))}
+        for name, value in facts.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET" and not moved:
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_what_is_fetched_from_a_hub_is_on_record_with_every_host_on_the_way(tmp_path, monkeypatch):
+    constants = huggingface_hub.constants
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_port}"
+    try:
+        egress.log_hub(tmp_path)
+        file = huggingface_hub.hf_hub_download(
+            "own/model", "config.json", endpoint=f"http://{host}", cache_dir=tmp_path
+        )
+    finally:
+        huggingface_hub.set_client_factory(default_client_factory)
+        server.shutdown()
+        server.server_close()
+    assert json.loads(Path(file).read_text()) == {"model_type": "llama"} and constants.HF_HUB_DISABLE_XET
+    logged = lines(tmp_path / "egress.jsonl")
+    assert {(line["host"], line["purpose"], line["reach"]) for line in logged} == {(host, "base model", "machine")}
+    assert {302, 200} <= {line["status"] for line in logged} and max(line["bytes_in"] for line in logged) == 23
+    assert "config.json" not in (tmp_path / "egress.jsonl").read_text()
 
 
 # ---------------------------------------------------------------- one host
@@ -139,6 +204,43 @@ def test_no_variable_of_the_environment_changes_where_a_request_goes_or_what_it_
         assert len(ask(server, tmp_path / "a.jsonl").store.ok) == 1
         assert len(server.requests) == 1 and not elsewhere.requests
         assert "planted" not in json.dumps(server.requests[0]).lower().replace(SECRET, "")
+
+
+@pytest.mark.parametrize("agreed", hosts.REACHES)
+@pytest.mark.parametrize("now", hosts.REACHES)
+def test_a_host_that_leads_farther_away_than_was_agreed_to_is_asked_nothing_and_costs_nothing(
+    agreed, now, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(hosts, "reach", lambda host: agreed)
+    egress.agree([parse_address("https://gpu-box/v1")])
+    monkeypatch.setattr(hosts, "reach", lambda host: now)
+    asked = session_with("https://gpu-box/v1", tmp_path)
+    if hosts.REACHES.index(now) <= hosts.REACHES.index(agreed):
+        assert run_async(lambda: asked.ask(QUESTION)) is None and asked.store.statuses.total() > 0
+    else:
+        with pytest.raises(egress.EgressRefused, match=rf"gpu-box \(parameter judge_endpoint\).* agreed to: {agreed}"):
+            asked.run([lambda: asked.ask(QUESTION)])
+        assert not asked.store.path.exists() and asked.budget.spent_usd == asked.budget.reserved_usd == 0.0
+
+
+@pytest.mark.parametrize(("now", "refused"), [("machine", False), ("network", False), ("remote", True)])
+def test_a_host_of_no_plan_must_lie_in_this_network_unless_its_answer_is_stored(now, refused, tmp_path, monkeypatch):
+    egress.agree([])
+    monkeypatch.setattr(hosts, "reach", lambda host: now)
+    asked = session_with("https://gpu-box/v1", tmp_path)
+    with pytest.raises(egress.EgressRefused) if refused else contextlib.nullcontext():
+        run_async(lambda: asked.ask(QUESTION))
+    asked.store.append([{"call_id": QUESTION.id, "status": "ok", "output": {}}])
+    assert run_async(lambda: asked.ask(QUESTION)), "what is stored needs no host"
+
+
+def test_a_notebook_run_by_hand_asks_no_host_beyond_this_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path))
+    monkeypatch.delenv(JOB_VARIABLE, raising=False)
+    notebook.open_run("01_glossary", params.declared("01_glossary"))
+    asked = session_with("https://models.example.com/v1", tmp_path)
+    with pytest.raises(egress.EgressRefused, match="A notebook run by hand asks only models of this network"):
+        run_async(lambda: asked.ask(QUESTION))
 
 
 # ---------------------------------------------------------------- the plan

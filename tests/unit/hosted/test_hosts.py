@@ -50,8 +50,12 @@ ODD = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("found", [["127.0.0.1"], []], ids=["a resolver that calls it this machine", "none"])
 @pytest.mark.parametrize("host", ODD)
-def test_every_other_address_number_and_name_is_remote_and_needs_https_and_consent(host, resolver):
+def test_every_other_address_number_and_name_is_remote_and_needs_https_and_consent(host, found, monkeypatch):
+    monkeypatch.setattr(
+        hosts.socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", (address, 0)) for address in found]
+    )
     assert parse_address(f"https://{host}/v1").reach == "remote"
     assert not model(f"https://{host}/v1").is_local
     with pytest.raises(ProviderError, match="needs https"):

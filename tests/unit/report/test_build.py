@@ -200,6 +200,44 @@ def test_outputs_pass_an_allow_list(markup):
     assert "javascript" not in "".join(str(tag.attrs) for tag in cleaned.find_all(True))
 
 
+HOSTILE = "x\" ' onerror=a() ></div></pre><script>b()</script><img src=x onerror=c()><iframe src=x></iframe>"
+SHOWN = ("text/html", "text/markdown", "image/png", "image/jpeg", "image/svg+xml", "text/latex", "text/plain")
+
+
+def record_of(value) -> dict:
+    """A notebook in which every place that takes a text holds a value."""
+    facts = dict.fromkeys(("alt", "width", "height", "unconfined", "needs_background", "isolated"), value)
+    outputs = [
+        {"output_type": "display_data", "data": {mime: value, "text/plain": value}, "metadata": metadata}
+        for mime in SHOWN
+        for metadata in ({mime: facts}, facts, {"filenames": {mime: value}})
+    ]
+    outputs += [{"output_type": "stream", "name": "stderr", "text": value}]
+    outputs += [{"output_type": "error", "ename": value, "evalue": value, "traceback": [value]}]
+    code = {"cell_type": "code", "id": "c", "execution_count": 1, "source": value, "outputs": outputs}
+    text = {"cell_type": "markdown", "id": "m", "source": f"{value}\n\n![x](attachment:a.png)"}
+    text["attachments"] = {"a.png": {"image/png": value}}
+    raw = {"cell_type": "raw", "id": "r", "source": value}
+    cells = [
+        cell | {"metadata": {"tags": [value], "alt": value, "raw_mimetype": "text/html"}} for cell in (code, text, raw)
+    ]
+    languages = {"kernelspec": dict.fromkeys(("name", "display_name", "language"), value)}
+    languages |= {"language_info": dict.fromkeys(("name", "pygments_lexer", "codemirror_mode"), value)}
+    return {"cells": cells, "metadata": languages | {"title": value}, "nbformat": 4, "nbformat_minor": 5}
+
+
+@pytest.mark.parametrize("value", [HOSTILE, 7, True, None, [HOSTILE], {"alt": HOSTILE}], ids=lambda v: type(v).__name__)
+def test_nothing_that_a_record_may_hold_becomes_a_handler_a_frame_or_a_script(value, tmp_path):
+    (tmp_path / "03_train.ipynb").write_text(json.dumps(record_of(value)))
+    page = Page("c01", "03_train", False, tmp_path / "03_train.ipynb")
+    html = BeautifulSoup(pages.notebook_body(page, [page]), "html.parser")
+    assert html.get_text().strip(), "it is shown, or said to be unreadable"
+    assert not html.find_all(["script", "iframe", "svg", "object"])
+    assert not [tag for tag in html.find_all(True) if any(name.startswith("on") for name in tag.attrs)]
+    assert all(image["src"].startswith("data:image/") for image in html.find_all("img"))
+    assert value != HOSTILE or len(html.find_all("img")) == 6, "images are shown, not left out"
+
+
 def test_details_of_a_notebook_fold_on_its_page_and_everything_else_in_them_is_sanitised(tmp_path):
     folded = "<details open onclick='x()' style='x'><summary class='s' onmouseover=x()>more</summary>{}</details>"
     inside = folded.format("<b>text</b><script>x()</script><img src=x onerror=x()>")

@@ -17,7 +17,7 @@ FILES = (
     "shared/01_glossary/tables/terms.csv", "c01/03_train.ipynb", "c01/03_train.failed.ipynb",
     "c01/03_train/artefacts/adapter/adapter_model.safetensors", "judge-checklist/store/verdicts.jsonl",
     "judge-checklist/store/batches.jsonl", "shared/store/conversations.jsonl", "results.csv", "findings.json",
-    "report/index.html", "report/telco_report.html", "study/06_analysis.ipynb",
+    "report/index.html", "report/telco_report.html", "study/06_analysis.ipynb", "egress.jsonl",
 )  # fmt: skip
 
 
@@ -119,16 +119,17 @@ def test_two_verdicts_that_change_places_are_noticed(study):
         sealing.changes_since(study)
 
 
-def test_a_store_that_has_grown_is_told_apart_and_a_torn_last_line_is_not_sealed(study):
-    store = study / "judge-checklist/store/verdicts.jsonl"
+@pytest.mark.parametrize("name", ["judge-checklist/store/verdicts.jsonl", "egress.jsonl"])
+def test_what_has_only_grown_is_told_apart_and_a_torn_last_line_is_not_sealed(study, name):
+    store = study / name
     whole = store.read_bytes()
     store.write_bytes(whole + b'{"torn": ')
     assert told(study) == {}
     store.write_bytes(whole + b'{"more": 1}\n')
-    assert told(study) == {"judge-checklist/store/verdicts.jsonl": "grown"}
+    assert told(study) == {name: "grown"}
     assert [change.kind for change in sealing.changes_since(study)] == ["grown"]
     store.write_bytes(whole[:-20])
-    assert told(study) == {"judge-checklist/store/verdicts.jsonl": "changed"}
+    assert told(study) == {name: "changed"}
 
 
 def test_an_unchanged_study_keeps_its_seal_and_a_changed_one_gets_another(study):
