@@ -1,7 +1,8 @@
 """Kill -9 the smoke study at random moments, go on, and compare its results with those of an undisturbed one.
 
-`python bench/study_kills.py [kills [kills of one study]]`: two undisturbed studies say which files and columns do not
-depend on the clock; studies that are killed again and again on their way must end with the same ones.
+`python bench/study_kills.py [kills [kills of one study [options of run_all.py]]]`, such as `100 20 --steps 01-03`: two
+undisturbed studies say which files and columns do not depend on the clock; studies that are killed again and again on
+their way must end with the same ones.
 """
 
 import csv
@@ -15,23 +16,25 @@ from pathlib import Path
 
 from telco_nb import ROOT
 
+OPTIONS = sys.argv[3:]
+
 
 def start(outputs: Path) -> subprocess.Popen:
     """A run of the smoke study, or the rest of it."""
-    command = [sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke", "--outputs", str(outputs)]
+    command = [sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke", "--outputs", str(outputs), *OPTIONS]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
 def results(outputs: Path) -> dict[str, object]:
-    """The hash of every output by its path, and every column of results.csv by its name."""
+    """The hash of every output by its path, and every column of results.csv, if there is one, by its name."""
     root = outputs / "smoke"
     found: dict[str, object] = {}
     for path in root.glob("*/*/manifest.json"):
         folder = path.parent.relative_to(root)
         found |= {str(folder / o["path"]): o["sha256"] for o in json.loads(path.read_text())["outputs"]}
-    with (root / "results.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    return found | {f"results.csv: {name}": [row[name] for row in rows] for name in rows[0]}
+    table = root / "results.csv"
+    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+    return found | {f"results.csv: {name}": [row[name] for row in rows] for row in rows[:1] for name in row}
 
 
 def undisturbed(outputs: Path) -> tuple[dict[str, object], float]:
@@ -66,9 +69,10 @@ def main(kills: int = 20, at_once: int = 10, seed: int = 0) -> None:
         first, seconds = undisturbed(Path(name) / "first")
         second, _ = undisturbed(Path(name) / "second")
         wanted = {path: value for path, value in first.items() if second.get(path) == value}
-        print(f"{len(wanted)} of {len(first)} files and columns are the same twice; {seconds:.0f} s", flush=True)
-        adapters = [path for path in wanted if path.endswith("adapter_model.safetensors")]
-        assert len(adapters) == 3 and "results.csv: val_loss" in wanted, "without these the comparison is worth nothing"
+        adapters = sum(path.endswith("adapter_model.safetensors") for path in wanted)
+        print(
+            f"{len(wanted)} of {len(first)} files and columns are the same twice, {adapters} adapters; {seconds:.0f} s"
+        )
         done = studies = same = 0
         while done < kills:
             more, found = killed(Path(name) / str(studies), min(at_once, kills - done), seconds)
@@ -80,4 +84,4 @@ def main(kills: int = 20, at_once: int = 10, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]))
