@@ -28,6 +28,7 @@ from telco_nb.study.record import (
     JOB_VARIABLE,
     RecordError,
     altered_outputs,
+    finished,
     prepare_work_dir,
     publish_step,
     read_manifest,
@@ -95,7 +96,7 @@ class Run:
         return self._manifest_of(step, scope)["parameters"]
 
     def _manifest_of(self, step: str, scope: str) -> dict[str, Any]:
-        manifest = read_manifest(self.root, scope, step)
+        manifest = finished(self.root, scope, step)
         if manifest is None:
             raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")
         return manifest

@@ -32,6 +32,15 @@ STYLES = {
 }
 
 
+@dataclass(frozen=True)
+class Past:
+    """What the last success of a job took on this machine; `seconds` is None where none is known."""
+
+    seconds: float | None = None
+    bytes: int = 0
+    epochs: int = 1
+
+
 @dataclass
 class State:
     """A job within a run. `decision` is the plan's (run, skip or maybe); `status` is one of STYLES."""
@@ -47,6 +56,7 @@ class State:
     failure: Failure | None = None
     cell: int = 0
     cells: int = 0
+    past: Past | None = None  # None until it was looked up
 
     @property
     def elapsed(self) -> float:

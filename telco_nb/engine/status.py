@@ -72,7 +72,7 @@ def running_process(root: Path) -> str | None:
 def _look_at(state: State, root: Path, is_locked: bool) -> None:
     """Give a planned job the status of its files, with the reason and the seconds of its last success."""
     job = state.job
-    manifest = record.read_manifest(root, job.scope, job.step)
+    manifest = record.finished(root, job.scope, job.step)
     state.seconds = manifest["seconds"] if manifest else None
     failed = archive.failed_notebook(root, job.scope, job.step)
     started = _start(archive.job_file(root, job.scope, job.step)) if is_locked else None

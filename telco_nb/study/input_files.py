@@ -212,16 +212,25 @@ def refuse_odd(value: Any, where: str, control_characters: bool = False, place: 
         control_characters: texts may hold control characters.
         place: the keys that lead to the value.
     """
-    fault = _fault(value, len(place), control_characters)
-    if fault:
-        raise InputFileError(f"{where}: {_place_text(place)}{fault}")
+    if found := _first_fault(value, len(place), control_characters):
+        raise InputFileError(f"{where}: {_place_text((*place, *found[1]))}{found[0]}")
+
+
+def _first_fault(value: Any, depth: int, control_characters: bool) -> tuple[str, tuple[str | int, ...]] | None:
+    """The first fault in a value and the keys that lead to it; None if there is none."""
+    if fault := _fault(value, depth, control_characters):
+        return fault, ()
     if isinstance(value, dict):
         for key, child in value.items():
-            refuse_odd(key, where, control_characters, (*place, "(key)"))
-            refuse_odd(child, where, control_characters, (*place, key))
+            if found := _first_fault(key, depth + 1, control_characters):
+                return found[0], ("(key)", *found[1])
+            if found := _first_fault(child, depth + 1, control_characters):
+                return found[0], (key, *found[1])
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            refuse_odd(child, where, control_characters, (*place, i))
+            if found := _first_fault(child, depth + 1, control_characters):
+                return found[0], (i, *found[1])
+    return None
 
 
 def _fault(node: Any, depth: int, control_characters: bool) -> str:
