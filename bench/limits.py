@@ -1,8 +1,8 @@
-"""How far the runner goes: time, memory and files of studies of 100, 1,000 and 10,000 configurations whose steps do nothing.
+"""Time, memory and files of studies of 100, 1,000 and 10,000 configurations whose steps do nothing.
 
 `python bench/limits.py [configurations ...]`. The parameters, the plan, the content keys, the records, the seal and the
-status are the real ones; only the execution of a notebook is left out: a step writes one byte into each file that others
-read. Each phase is a process of its own. The slope is that of log(seconds) over log(configurations): 1 is linear.
+status are the real ones; only the execution of a notebook is left out: a step writes one byte into each file that
+others read. Each phase is a process of its own. The slope is that of log(seconds) over log(configurations).
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from telco_nb import ROOT
@@ -108,7 +109,8 @@ def main(sizes: list[int]) -> None:
             print(f"{n:>7,} {len(files):,} files and folders, {sum(s.st_blocks for s in files) * 512 / 1e6:,.0f} MB",
                   flush=True)  # fmt: skip
     for which, took in seconds.items():
-        slopes = [math.log(b / a) / math.log(m / k) for a, b, k, m in zip(took, took[1:], sizes, sizes[1:])]
+        pairs = zip(pairwise(took), pairwise(sizes), strict=True)
+        slopes = [math.log(b / a) / math.log(m / k) for (a, b), (k, m) in pairs]
         print(f"slope of {which}: {', '.join(f'{slope:.2f}' for slope in slopes) or '-'}")
 
 

@@ -6,16 +6,15 @@ was never seen is said to be unknown.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from telco_nb.engine.progress import Past, State, duration_text
+from telco_nb.engine.progress import UNREAD, Past, State, duration_text
 from telco_nb.hosted import prices
 from telco_nb.study import record
 from telco_nb.study.input_files import InputFileError, read_json
@@ -26,6 +25,7 @@ from telco_nb.study.plan import STEPS, Job
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
 SAME_MACHINE = ("cpu", "cores", "gpus")  # facts of the device that must be those of this machine
 ENERGIES = ("train_energy_wh", "answer_energy_wh")
+Range = tuple[float, float, float]  # least, median, most
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Expected:
     step: str
     jobs: int
     n: int
-    seconds: tuple[float, float, float] | None = None
-    bytes: tuple[float, float, float] | None = None
-    energy_wh: tuple[float, float, float] | None = None
+    seconds: Range | None = None
+    bytes: Range | None = None
+    energy_wh: Range | None = None
     energy_kind: str | None = None
 
 
@@ -57,18 +57,16 @@ def estimate_durations(states: Collection[State], root: Path) -> None:
     """
     seen: dict[str, list[float]] = {}
     for state in states:
-        if state.past is None:
+        if state.past is UNREAD:
             state.past = look_back(root, state.job)
         if state.status == "done" and state.seconds is not None:
-            seconds, epochs = max(state.seconds - OVERHEAD_SECONDS, 0.0), _epochs(state)
-            state.past = Past(seconds, state.past.bytes, epochs)
-        if state.past.seconds is not None:
-            seen.setdefault(state.job.step, []).append(state.past.seconds / state.past.epochs)
+            state.past = Past(max(state.seconds - OVERHEAD_SECONDS, 0.0), state.past.bytes, _epochs(state))
+        if state.past.rate is not None:
+            seen.setdefault(state.job.step, []).append(state.past.rate)
     rates = {step: median(values) for step, values in seen.items()}
     for state in states:
         if state.job.step in rates and not state.ended:
-            own = state.past and state.past.seconds
-            rate = own / state.past.epochs if own is not None else rates[state.job.step]
+            rate = rates[state.job.step] if state.past.rate is None else state.past.rate
             state.expected_seconds = OVERHEAD_SECONDS + rate * _epochs(state)
 
 
@@ -87,24 +85,23 @@ def expected(states: Sequence[State], root: Path) -> list[Expected]:
 
 
 def _of_step(step: str, todo: list[State], states: list[State], root: Path) -> Expected:
-    seen = [state for state in states if state.past and state.past.seconds is not None]
+    seen = [state for state in states if state.past.rate is not None]
     if not seen:
         return Expected(step, len(todo), 0)
     epochs = sum(map(_epochs, todo))
-    rates = [state.past.seconds / state.past.epochs for state in seen]
-    least, most = (OVERHEAD_SECONDS * len(todo) + end(rates) * epochs for end in (min, max))
-    seconds = (least, sum(state.expected_seconds or 0.0 for state in todo), most)
+    least, _, most = _scaled([state.past.rate or 0.0 for state in seen], epochs)
+    overhead, middle = OVERHEAD_SECONDS * len(todo), sum(state.expected_seconds or 0.0 for state in todo)
+    seconds = (least + overhead, middle, most + overhead)
     sizes = _scaled([state.past.bytes for state in seen], len(todo))
     energies = [(wh / state.past.epochs, kind) for state in seen for wh, kind in _energy(root, state.job)]
     kinds = {kind for _, kind in energies}
     if len(kinds) != 1:  # none is known, or kinds that do not add up
         return Expected(step, len(todo), len(seen), seconds, sizes)
-    return Expected(
-        step, len(todo), len(seen), seconds, sizes, _scaled([wh for wh, _ in energies], epochs), kinds.pop()
-    )
+    energy_wh = _scaled([wh for wh, _ in energies], epochs)
+    return Expected(step, len(todo), len(seen), seconds, sizes, energy_wh, kinds.pop())
 
 
-def _scaled(values: list[float], times: int) -> tuple[float, float, float]:
+def _scaled(values: Sequence[float], times: float) -> Range:
     return min(values) * times, median(values) * times, max(values) * times
 
 
@@ -116,3 +113,78 @@ def _energy(root: Path, job: Job) -> list[tuple[float, str]]:
         return [(float(wh), str(metrics.get("energy_kind"))) for wh in found if wh is not None]
     except (InputFileError, AttributeError, TypeError, ValueError):
         return []
+
+
+def show_forecast(
+    console: Console, root: Path, jobs: Sequence[Job], states: Sequence[State], estimates: Sequence[prices.Estimate]
+) -> list[Expected]:
+    """Print and return what the jobs to run are expected to take, with the money for energy and for hosted models.
+
+    Args:
+        console: where to print.
+        root: the study's folder.
+        jobs: all jobs of the study, one of which knows the price of a kWh.
+        states: the planned jobs.
+        estimates: of the jobs that call a hosted model (`schedule.show_price`).
+    """
+    rows = expected(states, root)
+    if not rows:
+        return rows
+    total = _total(rows)
+    if total.n:
+        console.print("Expected, by the times that each step has finished on this machine: median (least to most).")
+        console.print(_table([*rows, total]))
+    else:
+        console.print("Time, disk and energy are not known: none of these steps has finished on this machine.")
+    usd_per_kwh = next((j.parameters["usd_per_kwh"] for j in jobs if "usd_per_kwh" in j.parameters), None)
+    for text in _money(total, usd_per_kwh, estimates):
+        console.print(text, markup=False, soft_wrap=True)
+    return rows
+
+
+def _total(rows: Sequence[Expected]) -> Expected:
+    """The sums of what is known; energies of different kinds have none."""
+    sums = {name: _sums([getattr(row, name) for row in rows]) for name in ("seconds", "bytes", "energy_wh")}
+    kinds = {row.energy_kind for row in rows if row.energy_kind}
+    if len(kinds) != 1:
+        sums["energy_wh"] = None
+    jobs, n = sum(row.jobs for row in rows), sum(row.n for row in rows)
+    return Expected("in all", jobs, n, **sums, energy_kind=kinds.pop() if len(kinds) == 1 else None)
+
+
+def _sums(ranges: Sequence[Range | None]) -> Range | None:
+    known = [values for values in ranges if values]
+    least, middle, most = (sum(ends) for ends in zip(*known, strict=True)) if known else (0.0, 0.0, 0.0)
+    return (least, middle, most) if known else None
+
+
+def _table(rows: Sequence[Expected]) -> Table:
+    """A row per step; the last one is their sum, which says where a part of it is not known."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("step", "to run", "seen", "time", "disk, MB", "energy, Wh"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        more = "more than " if row is rows[-1] and not all(other.n for other in rows) else ""
+        time, size = _text(row.seconds, duration_text), _text(row.bytes, lambda size: f"{size / 1e6:,.1f}")
+        energy = f"{_text(row.energy_wh, lambda wh: f'{wh:.3g}')} {row.energy_kind}" if row.energy_wh else "-"
+        table.add_row(row.step, str(row.jobs), str(row.n), more + time, more + size, energy)
+    return table
+
+
+def _text(values: Range | None, form: Callable[[float], str]) -> str:
+    if values is None:
+        return "not known"
+    least, middle, most = map(form, values)
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def _money(total: Expected, usd_per_kwh: float | None, estimates: Sequence[prices.Estimate]) -> Iterator[str]:
+    """What the energy and the hosted models will cost, where it is known."""
+    if total.energy_wh and usd_per_kwh is not None:
+        usd = _text(_scaled(total.energy_wh, usd_per_kwh / 1000), lambda value: f"{value:.2g}")
+        yield f"Energy: {usd} USD at {usd_per_kwh:g} USD a kWh."
+    if estimates and all(estimate.usd_mid is not None for estimate in estimates):
+        usd = [(estimate.usd_low or 0.0, estimate.usd_mid or 0.0, estimate.usd_high or 0.0) for estimate in estimates]
+        yield f"Hosted models: {_text(_sums(usd), lambda value: f'{value:,.2f}')} USD."
+    elif estimates:
+        yield "Hosted models: no price is known for some of them."

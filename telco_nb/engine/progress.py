@@ -40,6 +40,14 @@ class Past:
     bytes: int = 0
     epochs: int = 1
 
+    @property
+    def rate(self) -> float | None:
+        """Seconds per epoch."""
+        return None if self.seconds is None else self.seconds / self.epochs
+
+
+UNREAD = Past()  # not looked up yet
+
 
 @dataclass
 class State:
@@ -56,7 +64,7 @@ class State:
     failure: Failure | None = None
     cell: int = 0
     cells: int = 0
-    past: Past | None = None  # None until it was looked up
+    past: Past = UNREAD
 
     @property
     def elapsed(self) -> float:

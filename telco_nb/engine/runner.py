@@ -22,7 +22,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from telco_nb import DATA_DIR
-from telco_nb.engine import archive, machine_checks, schedule, sealing
+from telco_nb.engine import archive, forecast, machine_checks, schedule, sealing
 from telco_nb.engine.progress import State, duration_text, make_console, status_table
 from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
@@ -60,6 +60,7 @@ class RunOutcome:
     restored: list[str] = field(default_factory=list)  # exports that were missing, old or changed
     command: str = ""
     jobs: list[dict[str, Any]] = field(default_factory=list)
+    expected: list[forecast.Expected] = field(default_factory=list)  # before the run
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         states = schedule.plan_states(chosen, root, forced)
         result.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
-        schedule.show_price(services.estimate, console, root, jobs, states)
+        estimates = schedule.show_price(services.estimate, console, root, jobs, states)
+        result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
         check_machine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
@@ -177,6 +179,7 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         states = schedule.plan_states(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
+        result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
         prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
         check_machine(console, root, states, options.gpus)
         runner = Runner(states, root, options, console, lock_file, gpu_groups)

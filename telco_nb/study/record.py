@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -214,7 +214,7 @@ def finished(root: Path, scope: str, step: str) -> dict[str, Any] | None:
     return _kept_manifest(path, scope, step, (state.st_ino, state.st_mtime_ns, state.st_size))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kept_manifest(path: Path, scope: str, step: str, state: tuple[int, int, int]) -> dict[str, Any] | None:
     manifest = load_manifest(path, scope, step)[0]
     return manifest and {name: value for name, value in manifest.items() if name not in ("inputs", "key_parts")}
