@@ -70,12 +70,12 @@ def no_report(root: Path, jobs: list) -> Path:
 def phase(name: str, params_dir: Path) -> int:
     """One phase in this process; returns its exit code."""
     from telco_nb.engine import runner, status, worker
-    from telco_nb.engine.progress import make_console
+    from telco_nb.engine.progress import Output
 
     worker.Worker.run = do_nothing
     options = runner.Options(profile=PROFILE, params_dir=params_dir, dry_run=name == "plan")
     if name == "status":
-        return status.status(options, None, make_console())
+        return status.status(options, None, Output())
     if name == "verify":
         return runner.verify(PROFILE, None, None)
     return runner.run(options, runner.Services(estimate=None, build_report=no_report))

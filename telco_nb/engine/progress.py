@@ -154,10 +154,12 @@ def _cell(state: State | None) -> Text:
 
 
 class Lines:
-    """Progress for logs and pipes: one line per event, and one per running job and minute."""
+    """Progress for logs and pipes: one line per event, and one per running job and minute; in debug one per cell."""
 
     def __init__(self, console: Console, states: list[State]):
         self.console, self.states, self.last = console, states, time.monotonic()
+        self.is_debug = getattr(console, "level", "info") == "debug"
+        self.told: set[tuple[str, int]] = set()  # the cells that were named
 
     def changed(self, state: State) -> None:
         """Print that a job has started or ended."""
@@ -167,21 +169,25 @@ class Lines:
         why = "" if state.status == "done" else f": {state.failure or state.reason}"
         done = sum(s.ended for s in self.states)
         left = f" ({done} of {len(self.states)}; to go: {remaining_text(self.states)})" if state.ended else ""
-        self._print(f"{state.job.id} {state.status}{took}{why}{left}")
+        self._print(f"{state.job.id} {state.status}{took}{why}{left}", state.failure is not None)
 
     def tick(self) -> None:
-        if time.monotonic() - self.last < HEARTBEAT_SECONDS:
-            return
-        for state in self.states:
-            if state.status == "running":
+        is_time = time.monotonic() - self.last >= HEARTBEAT_SECONDS
+        for state in self.states if is_time or self.is_debug else ():
+            is_new = self.is_debug and state.cell > 0 and (state.job.id, state.cell) not in self.told
+            if state.status == "running" and (is_time or is_new):
+                self.told.add((state.job.id, state.cell))
                 self._print(
                     f"{state.job.id} running {duration_text(state.elapsed)}, cell {state.cell} of {state.cells}"
                 )
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, is_failure: bool = False) -> None:
         self.last = time.monotonic()
-        stamp = datetime.now().isoformat(timespec="seconds")
-        self.console.print(f"{stamp} {text}", soft_wrap=True, markup=False, highlight=False)
+        text = f"{datetime.now().isoformat(timespec='seconds')} {text}"
+        if is_failure:
+            warn(self.console, text)
+        else:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 class LiveTable:
@@ -212,16 +218,30 @@ class LiveTable:
         return Group(table, Text("\n".join(lines), style="bold"))
 
 
-def make_console() -> Console:
-    """Return standard output, wide enough for the tables if it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, PLAIN_WIDTH))
+class Output(Console):
+    """Standard output, wide enough for the tables if it is not a terminal.
+
+    Its level says what a run prints: `warning` only warnings and failures, `info` plan, steps and result, `debug` each
+    cell, too.
+    """
+
+    def __init__(self, level: str = "info"):
+        super().__init__(highlight=False, quiet=level == "warning")
+        self.level = level
+        if not self.is_terminal:
+            self.width = max(self.width, PLAIN_WIDTH)
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning or a failure; on standard error where the level lets nothing else pass."""
+    chosen = Console(stderr=True, highlight=False) if console.quiet else console
+    chosen.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def open_display(console: Console, states: list[State]) -> Generator[Lines | LiveTable]:
-    """Open a live table in a terminal, and lines elsewhere."""
-    if not console.is_terminal or console.is_dumb_terminal:
+    """Open a live table in a terminal, and lines elsewhere or at another level than info."""
+    if not console.is_terminal or console.is_dumb_terminal or getattr(console, "level", "info") != "info":
         yield Lines(console, states)
         return
     with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="ellipsis") as live:

@@ -49,6 +49,7 @@ class Options:
     gpus: tuple[str, ...] = ()
     no_egress: bool = False
     notify: str | None = None
+    log_level: str = "info"
 
     def command(self) -> str:
         """Return the command that continues this run. It forces nothing, because finished jobs are skipped."""
@@ -61,6 +62,7 @@ class Options:
             "--max-usd": None if self.max_usd is None else f"{self.max_usd:g}",
             "--gpus": ",".join(self.gpus) or None,
             "--notify": self.notify,
+            "--log-level": None if self.log_level == "info" else self.log_level,
         }
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
         words += ["--no-egress"] if self.no_egress else []

@@ -27,6 +27,7 @@ JOB_VARIABLE = "TELCO_NB_JOB"
 CHUNK_BYTES = 1 << 20  # that are read at once
 OUTPUTS_VARIABLE = "TELCO_NB_OUTPUTS"
 BASE_FILE = "base_model.json"  # in the folder of an adapter: the base model on which it rests
+CHECKPOINTS = ".checkpoints"  # in the folder of a training; of no use when it has finished
 OWNED = re.compile(r"\..+\.(\d+)\.(tmp|work|old)")  # files and folders of one process: .<name>.<pid>.<kind>
 
 
@@ -136,17 +137,20 @@ def _bytes_or_none(path: Path) -> bytes | None:
         return None
 
 
-def sweep(root: Path) -> list[Path]:
-    """Delete temporary files and work folders of processes that are gone; returns them. Needs the study's lock."""
-    swept = []
+def owned(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Temporary files and work folders of single processes, each with whether its process lives."""
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
-            match = OWNED.fullmatch(name)
-            if match and not _is_alive(int(match.group(1))):
-                path = Path(folder, name)
-                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
-                swept.append(path)
+            if match := OWNED.fullmatch(name):
+                yield Path(folder, name), _is_alive(int(match.group(1)))
         folders[:] = [name for name in folders if not OWNED.fullmatch(name)]
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete what processes that are gone have left behind; returns it. Needs the study's lock."""
+    swept = [path for path, is_alive in owned(root) if not is_alive]
+    for path in swept:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return swept
 
 
