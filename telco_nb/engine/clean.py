@@ -148,7 +148,7 @@ def _show(console: Console, root: Path, found: list[Removable], verb: str) -> No
 
 
 def _table(root: Path, items: list[Removable]) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2))
+    table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(justify="right")
     for item in items[:SHOWN]:
         table.add_row(f"{item.bytes:,}", os.path.relpath(item.path, root.parent))

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from telco_nb.engine.forecast import estimate_durations
-from telco_nb.engine.progress import State, plan_table, remaining_text
+from telco_nb.engine.progress import State, plan_table, remaining_text, warn
 from telco_nb.hosted import api, attempts, egress, lines, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, describe_difference, is_current
@@ -258,10 +258,10 @@ def show_price(
         estimates = [(state, *estimate_job(state.job, source, jobs, root)) for state, source in chosen]
     except lines.StoreError as error:
         raise params.ParameterError(str(error)) from None
-    for state, estimate, data in estimates:
-        console.print(f"{state.job.id}: {estimate}. Sent there: {data}.", markup=False, soft_wrap=True)
+    for state, estimate, data in estimates:  # at every level: somebody has to agree to it
+        warn(console, f"{state.job.id}: {estimate}. Sent there: {data}.")
     if spent:
-        console.print(f"Spent by this study so far, at most: ${spent:,.2f}.", markup=False, soft_wrap=True)
+        warn(console, f"Spent by this study so far, at most: ${spent:,.2f}.")
     if chosen and (ignored := egress.ignored_variables()):
         text = f"Requests go straight to these hosts: {', '.join(ignored)} of the environment does not count."
         console.print(text, markup=False, soft_wrap=True)
