@@ -19,6 +19,7 @@ from telco_nb.study.plan import STEPS, Job
 HEARTBEAT_SECONDS = 60.0
 REDRAW_SECONDS = 0.5
 PLAIN_WIDTH = 110  # columns, if the output is not a terminal
+MOST_NAMES, MOST_ROWS = 50, 100  # scopes in a row of the plan, rows of the table of what ran
 STYLES = {
     "running": "bold cyan",
     "done": "green",
@@ -100,6 +101,12 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def names_text(names: Iterable[str]) -> str:
+    """Names in order, the first MOST_NAMES of them."""
+    known = sorted(names)
+    return " ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else "")
+
+
 def plan_table(states: list[State]) -> Table:
     """Return a table with one row for each decision, step and reason, and the scopes that they apply to."""
     rows: dict[tuple[str, str, str], list[str]] = {}
@@ -108,11 +115,11 @@ def plan_table(states: list[State]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for (decision, step, reason), scopes in sorted(rows.items(), key=lambda row: row[0][1]):
         style = "dim" if decision == "skip" else ""
-        table.add_row(decision, step, " ".join(sorted(scopes)), Text(reason), style=style)
+        table.add_row(decision, step, names_text(scopes), Text(reason), style=style)
     return table
 
 
-def status_table(states: list[State], most_rows: int | None = None) -> Group:
+def status_table(states: list[State], most_rows: int = MOST_ROWS) -> Group:
     """Return a table with a row per scope and a column per step; at most `most_rows` rows, the active ones first."""
     steps = [step for step in STEPS if any(s.job.step == step for s in states)]
     steps += sorted({s.job.step for s in states} - set(STEPS))
@@ -128,10 +135,10 @@ def status_table(states: list[State], most_rows: int | None = None) -> Group:
     return Group(table, Text(hidden)) if hidden else Group(table)
 
 
-def _fold(by_scope: dict[str, dict[str, State]], most_rows: int | None) -> tuple[list[str], str]:
+def _fold(by_scope: dict[str, dict[str, State]], most_rows: int) -> tuple[list[str], str]:
     """Return the scopes to show and a note on the hidden ones: first finished rows, then waiting rows from the end."""
     shown = list(by_scope)
-    excess = len(shown) - most_rows if most_rows else 0
+    excess = len(shown) - most_rows
     if excess <= 0:
         return shown, ""
     finished = [c for c in shown if all(s.status in ("done", "skipped") for s in by_scope[c].values())]
