@@ -363,7 +363,8 @@ def meetings(met: pd.DataFrame) -> Figure:
     sns.heatmap(met, mask=np.eye(len(met), dtype=bool), cmap=colours, vmin=levels[0], vmax=levels[-1], cbar_kws=ticks,
                 xticklabels=every, yticklabels=every, square=True, ax=ax)  # fmt: skip
     ax.set(title="How often two configurations meet", xlabel="second seat", ylabel="first seat")
-    ax.tick_params(labelsize=8)
+    ax.tick_params(labelsize=8 if every == 1 else 7)
+    ax.tick_params(axis="x", rotation=90)
     ax.grid(False)
     return fig
 
@@ -415,6 +416,7 @@ def win_rates(rates: pd.DataFrame) -> Figure:
                 square=True, xticklabels=every, yticklabels=every, cbar_kws={"shrink": 0.7}, ax=ax)  # fmt: skip
     ax.set(title="Row wins against column, %", xlabel="", ylabel="")
     ax.tick_params(labelsize=8, rotation=0)
+    ax.tick_params(axis="x", rotation=0 if every == 1 else 90)
     ax.grid(False)
     return fig
 
