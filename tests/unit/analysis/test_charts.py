@@ -33,7 +33,8 @@ def boxes(fig: plt.Figure) -> dict[str, list]:
         for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-            found[f"{name}{k}"] = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_text()]
+            labels = [label for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()]
+            found[f"{name}{k}"] = [label.get_window_extent() for label in labels if label.get_text()]
         found[f"texts{k}"] = [text.get_window_extent() for text in ax.texts if text.get_text()]
     plt.close(fig)
     return found
