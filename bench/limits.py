@@ -2,13 +2,13 @@
 
 `python bench/limits.py [configurations ...]`. The parameters, the plan, the content keys, the records, the seal and the
 status are the real ones; only the execution of a notebook is left out: a step writes one byte into each file that
-others read. Each phase is a process of its own. The slope is that of log(seconds) over log(configurations).
+others read. Each phase is a process of its own. The slope is that of log(processor seconds) over
+log(configurations).
 """
 
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from telco_nb import ROOT
-from telco_nb.study import params
+from telco_nb.study import machine, params
 
 PHASES = ("plan", "run", "again", "status", "verify")
 PROFILE = "many"
@@ -82,16 +82,16 @@ def phase(name: str, params_dir: Path) -> int:
 
 
 def measured(name: str, folder: Path) -> dict:
-    """Seconds, peak memory in MB and lines of output of a phase."""
-    command = [sys.executable, __file__, "--phase", name, str(folder / "params"), str(folder / "peak")]
+    """Seconds, of them on the processor, peak memory in MB and printed kB of a phase."""
+    command = [sys.executable, __file__, "--phase", name, str(folder / "params"), str(folder / "used")]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TELCO_NB_OUTPUTS": str(folder / "outputs")},
                           capture_output=True, text=True)  # fmt: skip
     seconds = time.monotonic() - start
     if done.returncode:
         sys.exit(f"{name}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    peak = int((folder / "peak").read_text()) / 1e6
-    return {"seconds": seconds, "memory_mb": peak, "output_kb": len(done.stdout) / 1000}
+    used = json.loads((folder / "used").read_text())
+    return used | {"seconds": seconds, "output_kb": len(done.stdout) / 1000}
 
 
 def main(sizes: list[int]) -> None:
@@ -102,9 +102,9 @@ def main(sizes: list[int]) -> None:
             write_params(folder / "params", n)
             for which in PHASES:
                 found = measured(which, folder)
-                seconds.setdefault(which, []).append(found["seconds"])
-                print(f"{n:>7,} {which:7} {found['seconds']:8.1f} s {found['memory_mb']:7.0f} MB "
-                      f"{found['output_kb']:8.0f} kB printed", flush=True)  # fmt: skip
+                seconds.setdefault(which, []).append(found["cpu_seconds"])
+                print(f"{n:>7,} {which:7} {found['seconds']:8.1f} s, {found['cpu_seconds']:8.1f} s on the processor, "
+                      f"{found['memory_mb']:6.0f} MB, {found['output_kb']:6.0f} kB printed", flush=True)  # fmt: skip
             files = [path.lstat() for path in (folder / "outputs").rglob("*")]
             print(f"{n:>7,} {len(files):,} files and folders, {sum(s.st_blocks for s in files) * 512 / 1e6:,.0f} MB",
                   flush=True)  # fmt: skip
@@ -117,7 +117,7 @@ def main(sizes: list[int]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--phase"]:
         code = phase(sys.argv[2], Path(sys.argv[3]))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        Path(sys.argv[4]).write_text(str(peak))
+        used = {"cpu_seconds": time.process_time(), "memory_mb": machine.peak_memory_bytes() / 1e6}
+        Path(sys.argv[4]).write_text(json.dumps(used))
         sys.exit(code)
     main([int(word) for word in sys.argv[1:]] or [100, 1_000, 10_000])
