@@ -340,9 +340,10 @@ def loss_curves(curves: pd.DataFrame, configs: pd.DataFrame, used: Mapping[str, 
     for ax, (title, members) in zip(axes.flat, panels.items(), strict=False):
         for config, curve in curves.groupby("config"):
             is_member, shade = config in members, colour(str(config), used)
-            style = {"color": shade if config in used else COLOURS["lowest loss"], "lw": 0.6 if many else 1.3}
+            has_role = is_member and config in used
+            style = {"color": shade if has_role else COLOURS["lowest loss"], "lw": 1.3 if has_role or not many else 0.6}
             style = style if is_member else {"color": "0.85", "lw": 0.4}
-            ax.plot(curve["tokens_seen"] / 1000, curve["train_loss"], zorder=2 + is_member, **style)
+            ax.plot(curve["tokens_seen"] / 1000, curve["train_loss"], zorder=2 + is_member + has_role, **style)
         role = used.get(str(title))
         ax.set_title(f"{title} ({role})" if role else str(title), fontsize=8)
         ax.tick_params(labelsize=7)

@@ -47,7 +47,8 @@ def look_back(root: Path, job: Job) -> Past:
     if manifest is None or any(manifest["device"].get(fact) != here[fact] for fact in SAME_MACHINE):
         return Past()
     size = sum(output["bytes"] for output in manifest["outputs"])
-    return Past(manifest["seconds"], size, whole_number(manifest["parameters"].get("epochs")))
+    epochs = whole_number(manifest["parameters"].get("epochs"))
+    return Past(manifest["seconds"] / epochs, size, epochs)
 
 
 def estimate_durations(states: Collection[State], root: Path) -> None:
@@ -59,13 +60,14 @@ def estimate_durations(states: Collection[State], root: Path) -> None:
     for state in states:
         if state.past is UNREAD:
             state.past = look_back(root, state.job)
-        if state.status == "done" and state.seconds is not None:
-            state.past = Past(max(state.seconds - OVERHEAD_SECONDS, 0.0), state.past.bytes, _epochs(state))
+        if state.status == "done" and not state.is_counted and state.seconds is not None:
+            rate, state.is_counted = max(state.seconds - OVERHEAD_SECONDS, 0.0) / _epochs(state), True
+            state.past = Past(rate, state.past.bytes, _epochs(state))
         if state.past.rate is not None:
             seen.setdefault(state.job.step, []).append(state.past.rate)
     rates = {step: median(values) for step, values in seen.items()}
     for state in states:
-        if state.job.step in rates and not state.ended:
+        if state.status in ("waiting", "running") and state.job.step in rates:
             rate = rates[state.job.step] if state.past.rate is None else state.past.rate
             state.expected_seconds = OVERHEAD_SECONDS + rate * _epochs(state)
 

@@ -35,16 +35,11 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Past:
-    """What the last success of a job took on this machine; `seconds` is None where none is known."""
+    """What the last success of a job took on this machine: seconds per epoch, None where none is known, and bytes."""
 
-    seconds: float | None = None
+    rate: float | None = None
     bytes: int = 0
     epochs: int = 1
-
-    @property
-    def rate(self) -> float | None:
-        """Seconds per epoch."""
-        return None if self.seconds is None else self.seconds / self.epochs
 
 
 UNREAD = Past()  # not looked up yet
@@ -66,6 +61,7 @@ class State:
     cell: int = 0
     cells: int = 0
     past: Past = UNREAD
+    is_counted: bool = False  # `past` is what this run took
 
     @property
     def elapsed(self) -> float:
@@ -83,7 +79,7 @@ def remaining_text(states: Iterable[State]) -> str:
     """
     states = [*states]
     at_once = max(1, sum(s.status == "running" for s in states))
-    todo = [s for s in states if not s.ended and s.decision != "skip"]
+    todo = [s for s in states if s.status in ("waiting", "running") and s.decision != "skip"]
     known = [max(s.expected_seconds - s.elapsed, 0) for s in todo if s.expected_seconds is not None]
     if not todo:
         return "nothing"
