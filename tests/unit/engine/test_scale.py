@@ -1,16 +1,18 @@
 """What a run reads grows with the number of its steps, not with its square: counted where steps do nothing."""
 
 import io
+import json
 import os
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import fake_study
 import pytest
 
 from bench import limits
 from telco_nb.engine import worker
-from telco_nb.study import content_key, imports, record
+from telco_nb.study import content_key, imports, input_files, record
 
 
 @pytest.fixture
@@ -74,10 +76,21 @@ def test_a_change_of_any_module_or_data_file_is_seen(tmp_path):
 
 
 def test_a_record_that_was_replaced_is_read_again(tmp_path):
-    import fake_study
-
     builder = fake_study.Builder(tmp_path)
     for headline in ("first", "second"):
         builder.close(builder.open("01_glossary", "shared"), headline)
         assert record.finished(builder.root, "shared", "01_glossary")["headline"] == headline
     assert record.finished(builder.root, "shared", "02_synth") is None
+
+
+def test_the_record_of_a_large_study_is_read_though_no_other_file_may_be_so_large(tmp_path):
+    """11,000 configurations make a manifest of 06, and 3,700 a seal, of more than the 32 MiB of other files."""
+    outputs = [{"path": f"artefacts/{'x' * 9000}{i}", "sha256": "0" * 64, "bytes": 1} for i in range(4_000)]
+    builder = fake_study.Builder(tmp_path)
+    builder.close(builder.open("06_analysis", "study"), "analysed")
+    path = record.step_dir(builder.root, "study", "06_analysis") / "manifest.json"
+    record.write_manifest(path, json.loads(path.read_text()) | {"outputs": outputs})
+    assert path.stat().st_size > input_files.MOST_BYTES
+    assert len(record.finished(builder.root, "study", "06_analysis")["outputs"]) == 4_000
+    with pytest.raises(input_files.InputFileError, match="32 MiB"):
+        input_files.read_json(path)
