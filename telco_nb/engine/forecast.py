@@ -1,12 +1,12 @@
 """What a run will take, from what earlier runs of the same steps of this profile took on this machine.
 
-Time, disk and energy come from manifests and metrics: the median and the range of what was seen, with its number. What
-was never seen is said to be unknown.
+Time, disk and energy come from manifests and metrics: what a job took last, else the median, and the range of what was
+seen, with its number. What was never seen is said to be unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,12 +25,12 @@ from telco_nb.study.plan import STEPS, Job
 OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
 SAME_MACHINE = ("cpu", "cores", "gpus")  # facts of the device that must be those of this machine
 ENERGIES = ("train_energy_wh", "answer_energy_wh")
-Range = tuple[float, float, float]  # least, median, most
+Range = tuple[float, float, float]  # least, middle, most
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the jobs of one step are expected to take: (least, median, most) by what was seen `n` times, or None."""
+    """What the jobs of one step are expected to take: (least, middle, most) by what was seen `n` times, or None."""
 
     step: str
     jobs: int
@@ -44,8 +44,8 @@ class Expected:
 def look_back(root: Path, job: Job) -> Past:
     """What the last success of a job took, if it was on this machine."""
     manifest, here = record.finished(root, job.scope, job.step), device_facts()
-    if manifest is None or any(manifest["device"].get(fact) != here[fact] for fact in SAME_MACHINE):
-        return Past()
+    if manifest is None or any((manifest["device"].get(fact) or None) != (here[fact] or None) for fact in SAME_MACHINE):
+        return Past()  # older records name no cards where there are none
     size = sum(output["bytes"] for output in manifest["outputs"])
     epochs = whole_number(manifest["parameters"].get("epochs"))
     return Past(manifest["seconds"] / epochs, size, epochs)
@@ -88,33 +88,37 @@ def expected(states: Sequence[State], root: Path) -> list[Expected]:
 
 def _of_step(step: str, todo: list[State], states: list[State], root: Path) -> Expected:
     seen = [state for state in states if state.past.rate is not None]
-    if not seen:
+    rates = _range({s.job.id: s.past.rate or 0.0 for s in seen}, todo, per_epoch=True)
+    if rates is None:
         return Expected(step, len(todo), 0)
-    epochs = sum(map(_epochs, todo))
-    least, _, most = _scaled([state.past.rate or 0.0 for state in seen], epochs)
-    overhead, middle = OVERHEAD_SECONDS * len(todo), sum(state.expected_seconds or 0.0 for state in todo)
-    seconds = (least + overhead, middle, most + overhead)
-    sizes = _scaled([state.past.bytes for state in seen], len(todo))
-    energies = [(wh / state.past.epochs, kind) for state in seen for wh, kind in _energy(root, state.job)]
-    kinds = {kind for _, kind in energies}
+    overhead = OVERHEAD_SECONDS * len(todo)
+    seconds = rates[0] + overhead, rates[1] + overhead, rates[2] + overhead
+    sizes = _range({s.job.id: s.past.bytes for s in seen}, todo)
+    found = {s.job.id: energy for s in seen if (energy := _energy(root, s.job))}
+    kinds = {kind for _, kind in found.values()}
     if len(kinds) != 1:  # none is known, or kinds that do not add up
         return Expected(step, len(todo), len(seen), seconds, sizes)
-    energy_wh = _scaled([wh for wh, _ in energies], epochs)
+    energy_wh = _range({s.job.id: found[s.job.id][0] / s.past.epochs for s in seen if s.job.id in found}, todo, True)
     return Expected(step, len(todo), len(seen), seconds, sizes, energy_wh, kinds.pop())
 
 
-def _scaled(values: Sequence[float], times: float) -> Range:
-    return min(values) * times, median(values) * times, max(values) * times
+def _range(known: Mapping[str, float], todo: Sequence[State], per_epoch: bool = False) -> Range | None:
+    """The sum over jobs: each as its own last time, else as the median of all; at the ends as the extremes of all."""
+    if not known:
+        return None
+    middle, units = median(known.values()), [_epochs(state) if per_epoch else 1 for state in todo]
+    own = [known.get(state.job.id, middle) * unit for state, unit in zip(todo, units, strict=True)]
+    return min(known.values()) * sum(units), sum(own), max(known.values()) * sum(units)
 
 
-def _energy(root: Path, job: Job) -> list[tuple[float, str]]:
-    """(Wh, kind) of a finished job's training or answers; empty where it has none or it is not known."""
+def _energy(root: Path, job: Job) -> tuple[float, str] | None:
+    """(Wh, kind) of a finished job's training or answers; None where it has none or it is not known."""
     try:
         metrics = read_json(record.step_dir(root, job.scope, job.step) / "metrics.json")
-        found = [metrics.get(name) for name in ENERGIES]
-        return [(float(wh), str(metrics.get("energy_kind"))) for wh in found if wh is not None]
+        known = [float(metrics[name]) for name in ENERGIES if metrics.get(name) is not None]
+        return (known[0], str(metrics.get("energy_kind"))) if known else None
     except (InputFileError, AttributeError, TypeError, ValueError):
-        return []
+        return None
 
 
 def show_forecast(
@@ -134,7 +138,9 @@ def show_forecast(
         return rows
     total = _total(rows)
     if total.n:
-        console.print("Expected, by the times that each step has finished on this machine: median (least to most).")
+        console.print(
+            "Expected: each step as it last was on this machine, else the median (if all were as the least or the most)."
+        )
         console.print(_table([*rows, total]))
     else:
         console.print("Time, disk and energy are not known: none of these steps has finished on this machine.")
@@ -164,9 +170,9 @@ def _table(rows: Sequence[Expected]) -> Table:
     """A row per step; the last one is their sum, which says where a part of it is not known."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("step", "to run", "seen", "time", "disk, MB", "energy, Wh"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name == "step")
     for row in rows:
-        more = "more than " if row is rows[-1] and not all(other.n for other in rows) else ""
+        more = "> " if row is rows[-1] and not all(other.n for other in rows) else ""
         time, size = _text(row.seconds, duration_text), _text(row.bytes, lambda size: f"{size / 1e6:,.1f}")
         energy = f"{_text(row.energy_wh, lambda wh: f'{wh:.3g}')} {row.energy_kind}" if row.energy_wh else "-"
         table.add_row(row.step, str(row.jobs), str(row.n), more + time, more + size, energy)
@@ -183,7 +189,7 @@ def _text(values: Range | None, form: Callable[[float], str]) -> str:
 def _money(total: Expected, usd_per_kwh: float | None, estimates: Sequence[prices.Estimate]) -> Iterator[str]:
     """What the energy and the hosted models will cost, where it is known."""
     if total.energy_wh and usd_per_kwh is not None:
-        usd = _text(_scaled(total.energy_wh, usd_per_kwh / 1000), lambda value: f"{value:.2g}")
+        usd = _text(total.energy_wh, lambda wh: f"{wh / 1000 * usd_per_kwh:.2g}")
         yield f"Energy: {usd} USD at {usd_per_kwh:g} USD a kWh."
     if estimates and all(estimate.usd_mid is not None for estimate in estimates):
         usd = [(estimate.usd_low or 0.0, estimate.usd_mid or 0.0, estimate.usd_high or 0.0) for estimate in estimates]
