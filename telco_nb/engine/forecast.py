@@ -139,7 +139,7 @@ def show_forecast(
     total = _total(rows)
     if total.n:
         console.print(
-            "Expected: each step as it last was on this machine, else the median (if all were as the least or the most)."
+            "Expected: each step as it last was on this machine, else the median (all as the least or as the most)."
         )
         console.print(_table([*rows, total]))
     else:
