@@ -4,13 +4,13 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 try:
     import typer
 
-    from telco_nb.engine import rerender, runner, status
-    from telco_nb.engine.progress import make_console
+    from telco_nb.engine import clean, rerender, runner, status
+    from telco_nb.engine.progress import Output
     from telco_nb.engine.schedule import finite
     from telco_nb.hosted import egress
     from telco_nb.study import params
@@ -32,7 +32,9 @@ EPILOG = """
 - `./run_all.py --profile paper --gpus 0,1,2,3`: four configurations at once, each on a GPU of its own
 - `./run_all.py --notify 'mail -s "Study: $TELCO_NB_EXIT_CODE" me@example.org'`: tell me at the end
 - `./run_all.py --force c03/03_train`: train c03 again; what depends on it follows if its result differs
+- `./run_all.py --profile overnight --log-level warning`: print nothing but warnings and failures, as cron likes it
 - `./run_all.py status --profile overnight`: what is done, running, failed or out of date, and why
+- `./run_all.py clean --dry-run`: what nothing needs any more, with its size; without `--dry-run` it is removed
 - `./run_all.py verify --profile smoke`: name every file that is not as a run of this study last sealed it
 - `./run_all.py verify --seal 0123456789abcdef`: the same, and the seal must be the one that an earlier run printed
 - `./run_all.py report --profile smoke --pdf`: the report again, from the files of a finished study, and as PDF
@@ -128,6 +130,10 @@ def main(
             "environment.",
         ),
     ] = None,
+    log_level: Annotated[
+        Literal["warning", "info", "debug"],
+        typer.Option(help="warning: print warnings and failures only. debug: each cell as it starts, too."),
+    ] = "info",
     params_dir: Annotated[
         Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
     ] = params.PARAMS_DIR,
@@ -155,6 +161,7 @@ def main(
         gpus=tuple(filter(None, (gpus or "").split(","))),
         no_egress=no_egress,
         notify=notify,
+        log_level=log_level,
     )
     sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
 
@@ -219,7 +226,35 @@ def show_status(
 ) -> None:
     """Say what of a study is done, running, failed or out of date, and why. Changes nothing."""
     options = runner.Options(profile=profile, outputs=outputs, json_file=json_file, params_dir=params_dir)
-    sys.exit(status.status(options, metrics, make_console()))
+    sys.exit(status.status(options, metrics, Output()))
+
+
+CLEAN_EPILOG = """
+**Examples**
+
+- `./run_all.py clean --dry-run`: what may be removed from the laptop study, with its size
+- `./run_all.py clean --profile smoke`: remove it
+- `./run_all.py clean --all --dry-run`: the results as well, and what the study would then need again
+
+What a record names as an output stays without `--all`. Stores of judges and generator were paid for and always stay.
+"""
+
+
+@app.command("clean", epilog=CLEAN_EPILOG)
+def clean_study(
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
+    outputs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the list and remove nothing.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The results of all steps as well.")] = False,
+    params_dir: Annotated[
+        Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
+    ] = params.PARAMS_DIR,
+) -> None:
+    """Remove what nothing needs any more: left-overs of failures, dead temporary files, results made by hand."""
+    options = runner.Options(profile=profile, outputs=outputs, dry_run=dry_run, params_dir=params_dir)
+    sys.exit(clean.clean(options, everything, Output()))
 
 
 REPORT_EPILOG = """
@@ -242,7 +277,7 @@ def report(
     pdf: Annotated[bool, typer.Option("--pdf", help="Print the one-file report as PDF too, by Chromium.")] = False,
 ) -> None:
     """Build the report of a finished study again, without running anything."""
-    sys.exit(rerender.rerender(profile, outputs, pdf, _build_report, make_console()))
+    sys.exit(rerender.rerender(profile, outputs, pdf, _build_report, Output()))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from telco_nb.study.opened import Opened, open_study
 from telco_nb.study.params import ParameterError
 from telco_nb.study.plan import UNTUNED, Job, inputs_of
 from telco_nb.study.record import (
+    CHECKPOINTS,
     JOB_VARIABLE,
     RecordError,
     altered_outputs,
+    finished,
     prepare_work_dir,
     publish_step,
     read_manifest,
@@ -96,7 +98,7 @@ class Run:
         return self._manifest_of(step, scope)["parameters"]
 
     def _manifest_of(self, step: str, scope: str) -> dict[str, Any]:
-        manifest = read_manifest(self.root, scope, step)
+        manifest = finished(self.root, scope, step)
         if manifest is None:
             raise RecordError(f"{scope}/{step} has not finished. Run it first: {_command(self.job, step, scope)}")
         return manifest
@@ -181,7 +183,7 @@ class Run:
         write_json(self.work / "metrics.json", self._metrics)
         write_manifest(self.work / "manifest.json", self._manifest(headline))
         # Checkpoints are of no use any more, large, and pickled: they are not part of the record.
-        shutil.rmtree(self.work / ".checkpoints", ignore_errors=True)
+        shutil.rmtree(self.work / CHECKPOINTS, ignore_errors=True)
         if not self.batch:
             publish_step(self.target, self.job.scope, self.job.step, self.owner)
         return HTML(

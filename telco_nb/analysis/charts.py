@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Okabe-Ito: distinct for colour-blind readers and in grey print
 COLOURS = {"first choice": "#009e73", "lowest loss": "#0072b2", "highest loss": "#d55e00", "other": "#6b6b6b"}
 FACTOR_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-MAX_LABELS = 40  # above this only configurations with a role are labelled
+MAX_LABELS = 40  # above this only configurations with a role are labelled, and the others stay in the background
 HATCHED_KINDS = ("estimated", "allocated")
 LABEL_ANGLES = np.radians([35, 145, -35, -145, 0, 180, 90, -90])  # diagonals first: whiskers are upright
 LABEL_DISTANCES = (7, 13, 22, 34)  # points
@@ -55,6 +55,16 @@ def role_legend(fig: Figure, used: Mapping[str, str]) -> None:
 def labelled(configs: Sequence[str], used: Mapping[str, str]) -> list[str]:
     """The configurations to label: all, or of very many only those that have a role."""
     return [config for config in configs if len(configs) <= MAX_LABELS or config in used]
+
+
+def every_nth(n: int) -> int:
+    """Of n ticks every first, second, ... one gets a label, so that labels do not touch."""
+    return math.ceil(n / MAX_LABELS) or 1
+
+
+def row_look(n: int) -> tuple[float, float]:
+    """Height in inches and font size in points of each of n rows that all have a label."""
+    return (0.28, 8) if n <= MAX_LABELS else (0.12, 6)
 
 
 def draw_intervals(
@@ -119,16 +129,18 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
 
 def points_with_intervals(ax: Axes, frame: pd.DataFrame, x: str, y: str, used: Mapping[str, str]) -> None:
     """Labelled points at columns x and y of `frame` (indexed by configuration), whiskers to `<x>_low` etc. if there."""
-    shades = [colour(str(config), used) for config in frame.index]
-    look = {"ecolor": shades, "elinewidth": 0.9, "alpha": 0.45, "zorder": 2}
+    names = labelled(list(frame.index), used)
+    shown, others = frame.loc[names], frame.drop(names)
     ax.margins(0.12)  # room for arrows beside the outermost points
+    ax.scatter(others[x], others[y], s=14, color=COLOURS["other"], alpha=0.35, linewidths=0, zorder=1)
+    shades = [colour(config, used) for config in names]
+    look = {"ecolor": shades, "elinewidth": 0.9, "alpha": 0.45 if others.empty else 1, "zorder": 2}
     for along, values, places in (("x", x, y), ("y", y, x)):
         if f"{values}_low" in frame:
-            bounds = frame[f"{values}_low"], frame[f"{values}_high"]
-            draw_intervals(ax, frame[values], frame[places], *bounds, along, **look)
-    ax.scatter(frame[x], frame[y], s=36, c=shades, zorder=3)
-    names = labelled(list(frame.index), used)
-    label_points(ax, frame.loc[names, x], frame.loc[names, y], names)
+            bounds = shown[f"{values}_low"], shown[f"{values}_high"]
+            draw_intervals(ax, shown[values], shown[places], *bounds, along, **look)
+    ax.scatter(shown[x], shown[y], s=36, c=shades, zorder=3)
+    label_points(ax, shown[x], shown[y], names)
 
 
 def label_points(ax: Axes, x: Numbers, y: Numbers, labels: Sequence[str], size: float = 8) -> None:
@@ -136,6 +148,8 @@ def label_points(ax: Axes, x: Numbers, y: Numbers, labels: Sequence[str], size: 
 
     The labels are placed one after the other. The limits of the axes must be final.
     """
+    from matplotlib.patheffects import withStroke
+
     ax.figure.canvas.draw()
     scale = ax.figure.dpi / 72
     points = ax.transData.transform(np.column_stack([x, y]))
@@ -154,7 +168,8 @@ def label_points(ax: Axes, x: Numbers, y: Numbers, labels: Sequence[str], size: 
         is_far = math.hypot(*(centres[best] - point)) / scale > 26
         arrow = {"arrowstyle": "-", "color": "0.6", "lw": 0.6} if is_far else None
         offset = (low[best] - point) / scale
-        ax.annotate(label, place, offset, textcoords="offset points", fontsize=size, arrowprops=arrow, zorder=5)
+        text = ax.annotate(label, place, offset, textcoords="offset points", fontsize=size, arrowprops=arrow, zorder=5)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable on points and whiskers
 
 
 def front_line(ax: Axes, frame: pd.DataFrame, front: Sequence[str], x: str, y: str) -> None:
@@ -184,8 +199,9 @@ def slopes(ax: Axes, ranks: pd.DataFrame, used: Mapping[str, str]) -> None:
     names = labelled(list(ranks.index), used)
     places = range(ranks.shape[1])
     for config in ranks.index:
-        width, alpha, zorder = (2.4, 1, 3) if config in used else (0.9, 0.55, 2)
-        (line,) = ax.plot(places, ranks.loc[config], marker="o", markersize=4, color=colour(config, used))
+        width, alpha, zorder = (2.4, 1, 3) if config in used else (0.9, 0.55, 2) if config in names else (0.5, 0.25, 1)
+        marker = "o" if config in names else None
+        (line,) = ax.plot(places, ranks.loc[config], marker=marker, markersize=4, color=colour(config, used))
         line.set(lw=width, alpha=alpha, zorder=zorder)
     gap = 0.022 * max(len(ranks), 16)
     for place, side, offset in ((0, "right", -0.04), (places[-1], "left", 0.04)):
@@ -294,7 +310,8 @@ def energy_bars(ax: Axes, energy: pd.DataFrame) -> None:
         left += width
     bounds = energy["low_wh"], energy["high_wh"]
     draw_intervals(ax, energy["total_wh"], places, *bounds, ecolor="0.25", elinewidth=0.9)
-    ax.set_yticks(places, energy.index, fontsize=8 if len(energy) <= MAX_LABELS else 5)
+    ax.set_yticks(places, energy.index, fontsize=row_look(len(energy))[1])
+    ax.grid(axis="y", visible=False)  # a line beside each whisker would look like one
     ax.set(xlim=(0, None), ylim=(len(energy) - 0.4, -0.6), xlabel=f"training energy, {kinds_text(energy)} (Wh)")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
@@ -323,9 +340,10 @@ def loss_curves(curves: pd.DataFrame, configs: pd.DataFrame, used: Mapping[str, 
     for ax, (title, members) in zip(axes.flat, panels.items(), strict=False):
         for config, curve in curves.groupby("config"):
             is_member, shade = config in members, colour(str(config), used)
-            style = {"color": shade if config in used else COLOURS["lowest loss"], "lw": 0.6 if many else 1.3}
+            has_role = is_member and config in used
+            style = {"color": shade if has_role else COLOURS["lowest loss"], "lw": 1.3 if has_role or not many else 0.6}
             style = style if is_member else {"color": "0.85", "lw": 0.4}
-            ax.plot(curve["tokens_seen"] / 1000, curve["train_loss"], zorder=2 + is_member, **style)
+            ax.plot(curve["tokens_seen"] / 1000, curve["train_loss"], zorder=2 + is_member + has_role, **style)
         role = used.get(str(title))
         ax.set_title(f"{title} ({role})" if role else str(title), fontsize=8)
         ax.tick_params(labelsize=7)
@@ -339,14 +357,15 @@ def meetings(met: pd.DataFrame) -> Figure:
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    levels = np.arange(met.to_numpy().max() + 2) - 0.5
-    fig, ax = plt.subplots(figsize=(5.5, 4.5))
+    levels, every = np.arange(met.to_numpy().max() + 2) - 0.5, every_nth(len(met))
+    fig, ax = plt.subplots(figsize=(5.5, 4.5) if every == 1 else (8, 7))
     colours = plt.get_cmap("viridis", len(levels) - 1)
     ticks = {"ticks": range(0, len(levels) - 1, max(1, len(levels) // 8))}
     sns.heatmap(met, mask=np.eye(len(met), dtype=bool), cmap=colours, vmin=levels[0], vmax=levels[-1], cbar_kws=ticks,
-                xticklabels=True, yticklabels=True, square=True, ax=ax)  # fmt: skip
+                xticklabels=every, yticklabels=every, square=True, ax=ax)  # fmt: skip
     ax.set(title="How often two configurations meet", xlabel="second seat", ylabel="first seat")
-    ax.tick_params(labelsize=8)
+    ax.tick_params(labelsize=8 if every == 1 else 7)
+    ax.tick_params(axis="x", rotation=90)
     ax.grid(False)
     return fig
 
@@ -359,7 +378,8 @@ def ranking_intervals(table: pd.DataFrame, title: str) -> Figure:
     import matplotlib.pyplot as plt
 
     rows = table.dropna(subset=["score"]).sort_values("score", ignore_index=True)
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.28 * len(rows)))
+    height, font = row_look(len(rows))
+    fig, ax = plt.subplots(figsize=(8, 1.2 + height * len(rows)))
     limits = rows[["score", "low", "high"]].astype(float).stack()
     room = 0.06 * max(limits.max() - limits.min(), 1.0) if len(rows) else 1.0
     if len(rows):
@@ -371,9 +391,10 @@ def ranking_intervals(table: pd.DataFrame, title: str) -> Figure:
             draw_intervals(ax, part["score"], part.index, part["low"], part["high"], elinewidth=2, **look)
     for y, (_, row) in enumerate(rows.iterrows()):
         text = "anchor" if row["is_anchor"] else rank_text(row)
-        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        ax.text(1.02, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=font)
     ax.axvline(0, color="0.6", lw=1)
-    ax.set_yticks(range(len(rows)), rows["config"])
+    ax.set_yticks(range(len(rows)), rows["config"], fontsize=None if len(rows) <= MAX_LABELS else font)
+    ax.set_ylim(-0.8, len(rows) - 0.2)
     ax.set(xlabel="score, log-odds (mean of the ranked configurations = 0)", title=title)
     return fig
 
@@ -389,12 +410,14 @@ def win_rates(rates: pd.DataFrame) -> Figure:
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    size = 2.2 + 0.34 * len(rates)
+    every = every_nth(len(rates))
+    size = 2.2 + 0.34 * min(len(rates), MAX_LABELS)
     fig, ax = plt.subplots(figsize=(size + 0.9, size))
-    sns.heatmap(100 * rates, vmin=0, vmax=100, cmap="PuOr", annot=True, fmt=".0f", annot_kws={"size": 7}, square=True,
-                xticklabels=True, yticklabels=True, cbar_kws={"shrink": 0.7}, ax=ax)  # fmt: skip
+    sns.heatmap(100 * rates, vmin=0, vmax=100, cmap="PuOr", annot=every == 1, fmt=".0f", annot_kws={"size": 7},
+                square=True, xticklabels=every, yticklabels=every, cbar_kws={"shrink": 0.7}, ax=ax)  # fmt: skip
     ax.set(title="Row wins against column, %", xlabel="", ylabel="")
     ax.tick_params(labelsize=8, rotation=0)
+    ax.tick_params(axis="x", rotation=0 if every == 1 else 90)
     ax.grid(False)
     return fig
 

@@ -26,10 +26,10 @@ for (const button of document.querySelectorAll("button[data-fold]")) {
     for (const part of document.querySelectorAll(button.dataset.fold)) part.open = open;
   });
 }
-// What scrolls sideways can be reached, and so scrolled, by keyboard.
+// What scrolls can be reached, and so scrolled, by keyboard.
 function reach() {
   for (const part of document.querySelectorAll(".scroll, .output_area")) {
-    if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
+    if (part.scrollWidth > part.clientWidth || part.scrollHeight > part.clientHeight) part.tabIndex = 0;
     else part.removeAttribute("tabindex");
   }
 }

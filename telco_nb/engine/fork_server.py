@@ -26,7 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from telco_nb import PACKAGE_DIR, ROOT
+from telco_nb import ROOT
+from telco_nb.study.imports import source_states
 
 SWITCH = "TELCO_NB_WARM_KERNELS"  # 0: never, 1: where possible, unset: for more than one job
 # These three start threads that end before a fork and start again after it. No other library may start a thread: a
@@ -71,12 +72,6 @@ def is_useful(jobs: int) -> bool:
     choice = os.environ.get(SWITCH)
     possible = sys.platform == "linux" and hasattr(os, "pidfd_open") and not any(map(os.path.exists, GPU_DEVICES))
     return possible and choice != "0" and (jobs > 1 or choice == "1")
-
-
-def source_states() -> dict[str, tuple[int, int]]:
-    """Return the time of the last change (ns) and the size (bytes) of each module of telco_nb."""
-    states = {str(path): path.stat() for path in PACKAGE_DIR.rglob("*.py")}
-    return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
 
 
 class ForkServer:

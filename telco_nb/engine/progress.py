@@ -19,6 +19,7 @@ from telco_nb.study.plan import STEPS, Job
 HEARTBEAT_SECONDS = 60.0
 REDRAW_SECONDS = 0.5
 PLAIN_WIDTH = 110  # columns, if the output is not a terminal
+MOST_NAMES, MOST_ROWS = 50, 100  # scopes in a row of the plan, rows of the table of what ran
 STYLES = {
     "running": "bold cyan",
     "done": "green",
@@ -30,6 +31,18 @@ STYLES = {
     "maybe": "dim",
     "waiting": "dim",
 }
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the last success of a job took on this machine: seconds per epoch, None where none is known, and bytes."""
+
+    rate: float | None = None
+    bytes: int = 0
+    epochs: int = 1
+
+
+UNREAD = Past()  # not looked up yet
 
 
 @dataclass
@@ -47,6 +60,8 @@ class State:
     failure: Failure | None = None
     cell: int = 0
     cells: int = 0
+    past: Past = UNREAD
+    is_counted: bool = False  # `past` is what this run took
 
     @property
     def elapsed(self) -> float:
@@ -64,7 +79,7 @@ def remaining_text(states: Iterable[State]) -> str:
     """
     states = [*states]
     at_once = max(1, sum(s.status == "running" for s in states))
-    todo = [s for s in states if not s.ended and s.decision != "skip"]
+    todo = [s for s in states if s.status in ("waiting", "running") and s.decision != "skip"]
     known = [max(s.expected_seconds - s.elapsed, 0) for s in todo if s.expected_seconds is not None]
     if not todo:
         return "nothing"
@@ -82,6 +97,12 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def names_text(names: Iterable[str]) -> str:
+    """Names in order, the first MOST_NAMES of them."""
+    known = sorted(names)
+    return " ".join(known[:MOST_NAMES]) + (f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else "")
+
+
 def plan_table(states: list[State]) -> Table:
     """Return a table with one row for each decision, step and reason, and the scopes that they apply to."""
     rows: dict[tuple[str, str, str], list[str]] = {}
@@ -90,11 +111,11 @@ def plan_table(states: list[State]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     for (decision, step, reason), scopes in sorted(rows.items(), key=lambda row: row[0][1]):
         style = "dim" if decision == "skip" else ""
-        table.add_row(decision, step, " ".join(sorted(scopes)), Text(reason), style=style)
+        table.add_row(decision, step, names_text(scopes), Text(reason), style=style)
     return table
 
 
-def status_table(states: list[State], most_rows: int | None = None) -> Group:
+def status_table(states: list[State], most_rows: int = MOST_ROWS) -> Group:
     """Return a table with a row per scope and a column per step; at most `most_rows` rows, the active ones first."""
     steps = [step for step in STEPS if any(s.job.step == step for s in states)]
     steps += sorted({s.job.step for s in states} - set(STEPS))
@@ -110,10 +131,10 @@ def status_table(states: list[State], most_rows: int | None = None) -> Group:
     return Group(table, Text(hidden)) if hidden else Group(table)
 
 
-def _fold(by_scope: dict[str, dict[str, State]], most_rows: int | None) -> tuple[list[str], str]:
+def _fold(by_scope: dict[str, dict[str, State]], most_rows: int) -> tuple[list[str], str]:
     """Return the scopes to show and a note on the hidden ones: first finished rows, then waiting rows from the end."""
     shown = list(by_scope)
-    excess = len(shown) - most_rows if most_rows else 0
+    excess = len(shown) - most_rows
     if excess <= 0:
         return shown, ""
     finished = [c for c in shown if all(s.status in ("done", "skipped") for s in by_scope[c].values())]
@@ -136,10 +157,12 @@ def _cell(state: State | None) -> Text:
 
 
 class Lines:
-    """Progress for logs and pipes: one line per event, and one per running job and minute."""
+    """Progress for logs and pipes: one line per event, and one per running job and minute; in debug one per cell."""
 
     def __init__(self, console: Console, states: list[State]):
         self.console, self.states, self.last = console, states, time.monotonic()
+        self.is_debug = getattr(console, "level", "info") == "debug"
+        self.told: set[tuple[str, int]] = set()  # the cells that were named
 
     def changed(self, state: State) -> None:
         """Print that a job has started or ended."""
@@ -149,21 +172,25 @@ class Lines:
         why = "" if state.status == "done" else f": {state.failure or state.reason}"
         done = sum(s.ended for s in self.states)
         left = f" ({done} of {len(self.states)}; to go: {remaining_text(self.states)})" if state.ended else ""
-        self._print(f"{state.job.id} {state.status}{took}{why}{left}")
+        self._print(f"{state.job.id} {state.status}{took}{why}{left}", state.failure is not None)
 
     def tick(self) -> None:
-        if time.monotonic() - self.last < HEARTBEAT_SECONDS:
-            return
-        for state in self.states:
-            if state.status == "running":
+        is_time = time.monotonic() - self.last >= HEARTBEAT_SECONDS
+        for state in self.states if is_time or self.is_debug else ():
+            is_new = self.is_debug and state.cell > 0 and (state.job.id, state.cell) not in self.told
+            if state.status == "running" and (is_time or is_new):
+                self.told.add((state.job.id, state.cell))
                 self._print(
                     f"{state.job.id} running {duration_text(state.elapsed)}, cell {state.cell} of {state.cells}"
                 )
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, is_failure: bool = False) -> None:
         self.last = time.monotonic()
-        stamp = datetime.now().isoformat(timespec="seconds")
-        self.console.print(f"{stamp} {text}", soft_wrap=True, markup=False, highlight=False)
+        text = f"{datetime.now().isoformat(timespec='seconds')} {text}"
+        if is_failure:
+            warn(self.console, text)
+        else:
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 class LiveTable:
@@ -194,16 +221,30 @@ class LiveTable:
         return Group(table, Text("\n".join(lines), style="bold"))
 
 
-def make_console() -> Console:
-    """Return standard output, wide enough for the tables if it is not a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, PLAIN_WIDTH))
+class Output(Console):
+    """Standard output, wide enough for the tables if it is not a terminal.
+
+    Its level says what a run prints: `warning` only warnings and failures, `info` plan, steps and result, `debug` each
+    cell, too.
+    """
+
+    def __init__(self, level: str = "info"):
+        super().__init__(highlight=False, quiet=level == "warning")
+        self.level = level
+        if not self.is_terminal:
+            self.width = max(self.width, PLAIN_WIDTH)
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning or a failure; on standard error where the level lets nothing else pass."""
+    chosen = Console(stderr=True, highlight=False) if console.quiet else console
+    chosen.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def open_display(console: Console, states: list[State]) -> Generator[Lines | LiveTable]:
-    """Open a live table in a terminal, and lines elsewhere."""
-    if not console.is_terminal or console.is_dumb_terminal:
+    """Open a live table in a terminal, and lines elsewhere or at another level than info."""
+    if not console.is_terminal or console.is_dumb_terminal or getattr(console, "level", "info") != "info":
         yield Lines(console, states)
         return
     with Live(console=console, auto_refresh=False, transient=True, vertical_overflow="ellipsis") as live:

@@ -10,14 +10,11 @@ from rich.console import Console
 from telco_nb.engine import sealing
 from telco_nb.engine.runner import RunOutcome, UnfitError, errors_as_exit_codes, lock, report_key
 from telco_nb.report.pdf import PrintError, print_pdf, require_chromium
-from telco_nb.study import record, seal
+from telco_nb.study import record
 
 
 def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callable[..., Path], console: Console) -> int:
     """Build the report of a study again and, if asked for, print it; returns the exit code.
-
-    A study that was sealed is sealed again, unless something other than its report has changed since: a new seal would
-    hide that.
 
     Args:
         profile: the study.
@@ -38,34 +35,18 @@ def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callab
         try:
             chromium = require_chromium() if pdf else None
             with lock(root):
-                _build(root, chromium, build_report, console)
+                for text in record.export_again(root, "study", "06_analysis"):  # what was changed is not the record's
+                    console.print(f"{text}: exported again", markup=False, soft_wrap=True)
+                with sealing.sealed_again(root, console):
+                    _build(root, chromium, build_report, console)
         except PrintError as error:
             raise UnfitError(str(error)) from None
     return result.exit_code
 
 
 def _build(root: Path, chromium: str | None, build_report: Callable[..., Path], console: Console) -> None:
-    for text in record.export_again(root, "study", "06_analysis"):  # what was changed is not what the record shows
-        console.print(f"{text}: exported again", markup=False, soft_wrap=True)
-    changes = _changes_of_others(root)
-    sealing.show_changes(console, changes)
-    try:
-        page = build_report(root)
-        record.write_bytes(root / "report" / ".key", report_key(root).encode())
-        console.print(f"Report:  {page}", markup=False, soft_wrap=True)
-        if chromium:
-            console.print(f"PDF:     {print_pdf(page, chromium)}", markup=False, soft_wrap=True)
-    finally:
-        if (root / seal.SEAL_NAME).exists() and not changes:
-            seal.seal_study(root)
-    if changes:
-        console.print("The study is not sealed again, because more than its report has changed.", markup=False)
-
-
-def _changes_of_others(root: Path) -> list[seal.Difference]:
-    """What differs from the seal and is no page of the report; stores may have grown."""
-    try:
-        found = seal.check_seal(root)
-    except seal.NoSeal:
-        return []
-    return [c for c in found if c.kind != "grown" and not c.path.startswith("report/")]
+    page = build_report(root)
+    record.write_bytes(root / "report" / ".key", report_key(root).encode())
+    console.print(f"Report:  {page}", markup=False, soft_wrap=True)
+    if chromium:
+        console.print(f"PDF:     {print_pdf(page, chromium)}", markup=False, soft_wrap=True)

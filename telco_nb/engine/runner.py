@@ -22,8 +22,8 @@ from typing import IO, Any
 from rich.console import Console
 
 from telco_nb import DATA_DIR
-from telco_nb.engine import archive, machine_checks, schedule, sealing
-from telco_nb.engine.progress import State, duration_text, make_console, status_table
+from telco_nb.engine import archive, forecast, machine_checks, schedule, sealing
+from telco_nb.engine.progress import Output, State, duration_text, status_table, warn
 from telco_nb.engine.schedule import Options, UsageError, load_study
 from telco_nb.engine.worker import Runner, gpus_per_worker
 from telco_nb.hosted import egress, prices
@@ -60,6 +60,7 @@ class RunOutcome:
     restored: list[str] = field(default_factory=list)  # exports that were missing, old or changed
     command: str = ""
     jobs: list[dict[str, Any]] = field(default_factory=list)
+    expected: list[forecast.Expected] = field(default_factory=list)  # before the run
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run(options: Options, services: Services) -> int:
     json_file = None
     with errors_as_exit_codes(result):
         json_file = schedule.output_file(options.json_file, "--json")
-        _run(options, services, make_console(), result)
+        _run(options, services, Output(options.log_level), result)
     result.seconds = round(time.monotonic() - start, 3)
     try:
         if json_file:
@@ -114,7 +115,7 @@ def verify(profile: str, outputs: Path | None, known_seal: str | None) -> int:
         result.root = str(root)
         if not (root / seal.SEAL_NAME).exists():
             params.load_study(profile)  # a misspelt profile is named as such
-        result.exit_code = OK if sealing.verify(root, known_seal, make_console()) else FAILED
+        result.exit_code = OK if sealing.verify(root, known_seal, Output()) else FAILED
     return result.exit_code
 
 
@@ -165,7 +166,8 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         states = schedule.plan_states(chosen, root, forced)
         result.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
-        schedule.show_price(services.estimate, console, root, jobs, states)
+        estimates = schedule.show_price(services.estimate, console, root, jobs, states)
+        result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
         check_machine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
@@ -177,6 +179,7 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         states = schedule.plan_states(chosen, root, forced)
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
+        result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
         prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
         check_machine(console, root, states, options.gpus)
         runner = Runner(states, root, options, console, lock_file, gpu_groups)
@@ -223,7 +226,7 @@ def check_machine(console: Console, root: Path, states: list[State], gpus: tuple
     if problems:
         raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
     for text in machine_checks.find_warnings(jobs):
-        console.print(f"warning: {text}", markup=False, soft_wrap=True)
+        warn(console, f"warning: {text}")
 
 
 @contextlib.contextmanager

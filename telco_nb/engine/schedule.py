@@ -5,22 +5,21 @@ from __future__ import annotations
 import fnmatch
 import os
 import shlex
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
-from telco_nb.engine.progress import State, plan_table, remaining_text
+from telco_nb.engine.forecast import estimate_durations
+from telco_nb.engine.progress import State, plan_table, remaining_text, warn
 from telco_nb.hosted import api, attempts, egress, lines, prices
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, describe_difference, is_current
-from telco_nb.study.manifest import whole_number
 from telco_nb.study.plan import Job, unused_parameters
 
 MOST_PID = 2**22  # of Linux, as part of a temporary file's name
-OVERHEAD_SECONDS = 1.0  # of a forked process and kernel, which manifests do not count; new ones take seconds more
 HOSTED_STEPS = {"02_synth": "generator", "05_judge": "judge"}  # steps that can use a hosted model: parameter prefix
 
 Estimator = Callable[..., tuple[prices.Estimate, str]]  # commands.estimate.estimate_job
@@ -50,6 +49,7 @@ class Options:
     gpus: tuple[str, ...] = ()
     no_egress: bool = False
     notify: str | None = None
+    log_level: str = "info"
 
     def command(self) -> str:
         """Return the command that continues this run. It forces nothing, because finished jobs are skipped."""
@@ -62,6 +62,7 @@ class Options:
             "--max-usd": None if self.max_usd is None else f"{self.max_usd:g}",
             "--gpus": ",".join(self.gpus) or None,
             "--notify": self.notify,
+            "--log-level": None if self.log_level == "info" else self.log_level,
         }
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
         words += ["--no-egress"] if self.no_egress else []
@@ -106,7 +107,7 @@ def load_study(options: Options) -> params.StudyParams:
     """Read the parameters of a study. Raises ParameterError for any fault in the parameter files or the notebooks."""
     study = params.load_study(options.profile, options.params_dir)
     if options.configs is not None:
-        study = params.load_study(options.profile, options.params_dir, choose_configs(options.configs, study))
+        study = replace(study, configs=choose_configs(options.configs, study))
     unused = unused_parameters(study)
     if unused:
         raise params.ParameterError(
@@ -178,10 +179,10 @@ def plan_states(chosen: list[Job], root: Path, forced: set[str]) -> list[State]:
     Raises UsageError if a job that is not chosen and has never finished makes an input.
     """
     states: dict[str, State] = {}
-    ids = {job.id for job in chosen}
+    before = {producer for job in chosen for producer in job.depends} - {job.id for job in chosen}
+    unfinished = {producer for producer in before if record.finished(root, *producer.split("/")) is None}
     for job in chosen:
-        missing = [d for d in job.depends if d not in ids and record.read_manifest(root, *d.split("/")) is None]
-        if missing:
+        if missing := [producer for producer in job.depends if producer in unfinished]:
             first = missing[0].split("/")[1]
             raise UsageError(
                 f"{job.id} reads from {', '.join(missing)}, which has never finished and is not among the chosen "
@@ -201,22 +202,6 @@ def _decide(job: Job, root: Path, forced: set[str], before: list[State]) -> Stat
     if any(state.decision != "skip" for state in before):
         return State(job, "maybe", "only if its inputs change")
     return State(job, "skip", reason)
-
-
-def estimate_durations(states: Collection[State], root: Path) -> None:
-    """Set `expected_seconds` from the last time of the job, else from the mean of its step, both per epoch."""
-    rates: dict[str, list[float]] = {}
-    own: dict[str, float] = {}
-    for state in states:
-        manifest = record.read_manifest(root, state.job.scope, state.job.step)
-        if manifest:
-            own[state.job.id] = manifest["seconds"] / whole_number(manifest["parameters"].get("epochs"))
-            rates.setdefault(state.job.step, []).append(own[state.job.id])
-    for state in states:
-        known = rates.get(state.job.step)
-        if known and not state.ended:
-            rate = own.get(state.job.id, sum(known) / len(known))
-            state.expected_seconds = OVERHEAD_SECONDS + rate * whole_number(state.job.parameters.get("epochs"))
 
 
 def show_plan(console: Console, root: Path, states: list[State], explain: bool) -> None:
@@ -273,10 +258,10 @@ def show_price(
         estimates = [(state, *estimate_job(state.job, source, jobs, root)) for state, source in chosen]
     except lines.StoreError as error:
         raise params.ParameterError(str(error)) from None
-    for state, estimate, data in estimates:
-        console.print(f"{state.job.id}: {estimate}. Sent there: {data}.", markup=False, soft_wrap=True)
+    for state, estimate, data in estimates:  # at every level: somebody has to agree to it
+        warn(console, f"{state.job.id}: {estimate}. Sent there: {data}.")
     if spent:
-        console.print(f"Spent by this study so far, at most: ${spent:,.2f}.", markup=False, soft_wrap=True)
+        warn(console, f"Spent by this study so far, at most: ${spent:,.2f}.")
     if chosen and (ignored := egress.ignored_variables()):
         text = f"Requests go straight to these hosts: {', '.join(ignored)} of the environment does not count."
         console.print(text, markup=False, soft_wrap=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 from rich.console import Console
 
+from telco_nb.engine.progress import warn
 from telco_nb.engine.schedule import UsageError
 from telco_nb.study import record, seal
 from telco_nb.study.plan import STEPS, Job
@@ -45,11 +48,32 @@ def show_changes(console: Console, changes: list[seal.Difference]) -> None:
     told = [change for change in changes if change.kind != "grown"]
     if told:
         text = "warning: these files are not as last sealed; a killed run or something else changed them:"
-        console.print(text, markup=False, soft_wrap=True)
+        warn(console, text)
     for change in told[:SHOWN]:
-        console.print(f"  {change}", markup=False, soft_wrap=True)
+        warn(console, f"  {change}")
     if len(told) > SHOWN:
-        console.print(f"  and {len(told) - SHOWN} more: ./run_all.py verify names all", markup=False)
+        warn(console, f"  and {len(told) - SHOWN} more: ./run_all.py verify names all")
+
+
+@contextlib.contextmanager
+def sealed_again(root: Path, console: Console) -> Generator[None]:
+    """Seal a sealed study again after a change by a command, unless something else has changed it: that stays visible.
+
+    Pages of the report may differ, and stores may have grown.
+    """
+    try:
+        found = seal.check_seal(root)
+    except seal.NoSeal:
+        found = []
+    changes = [change for change in found if change.kind != "grown" and not change.path.startswith("report/")]
+    show_changes(console, changes)
+    try:
+        yield
+    finally:
+        if (root / seal.SEAL_NAME).exists() and not changes:
+            seal.seal_study(root)
+    if changes:
+        console.print("The study is not sealed again, because something else has changed it.", markup=False)
 
 
 def restore_exports(root: Path, jobs: list[Job]) -> list[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from telco_nb.engine import archive, schedule
-from telco_nb.engine.progress import STYLES, State, remaining_text, status_table
+from telco_nb.engine.progress import STYLES, State, names_text, remaining_text, status_table
 from telco_nb.engine.runner import RunOutcome, errors_as_exit_codes
 from telco_nb.study import record, seal
 from telco_nb.study.plan import plan_jobs
@@ -72,7 +72,7 @@ def running_process(root: Path) -> str | None:
 def _look_at(state: State, root: Path, is_locked: bool) -> None:
     """Give a planned job the status of its files, with the reason and the seconds of its last success."""
     job = state.job
-    manifest = record.read_manifest(root, job.scope, job.step)
+    manifest = record.finished(root, job.scope, job.step)
     state.seconds = manifest["seconds"] if manifest else None
     failed = archive.failed_notebook(root, job.scope, job.step)
     started = _start(archive.job_file(root, job.scope, job.step)) if is_locked else None
@@ -142,7 +142,7 @@ def _show(console: Console, result: RunOutcome, root: Path, states: list[State],
         if state.status not in ("done", "running"):
             reasons.setdefault((state.status, state.job.step, state.reason), []).append(state.job.scope)
     for (name, step, reason), scopes in sorted(reasons.items(), key=lambda row: ORDER.index(row[0][0])):
-        table.add_row(Text(name, style=STYLES[name]), step, " ".join(sorted(scopes)), Text(reason))
+        table.add_row(Text(name, style=STYLES[name]), step, names_text(scopes), Text(reason))
     if reasons:
         console.print(table)
         to_go = f"To go: {remaining_text(_planned(states))}. Go on with:  {result.command}"

@@ -79,15 +79,17 @@ def _largest_errors(drawn: np.ndarray, gaps: np.ndarray, units: np.ndarray, leve
     with np.errstate(divide="ignore", invalid="ignore"):
         least = np.abs(gaps) / stats.t.isf(separation.least_p(fewest) / 2, df)
     sample = _normal_sample(np.atleast_2d(np.cov(drawn, rowvar=False)), len(drawn), most - 1)
+    squares = None if sample is None else (sample**2).mean(1)
     errors, of_one = np.full((n, n), np.inf), np.zeros(n)
     for i in range(n):
         off = np.delete(np.arange(n), i)
         error = drawn[:, [i]] - drawn[:, off]
         spread = np.maximum(error.std(0), _TINY)
         error = (error - error.mean(0)) / spread
-        if sample is not None:
-            drawn_spread = np.sqrt(((sample[:, :, [i]] - sample[:, :, off]) ** 2).mean(1)) / spread
-            error /= np.maximum(drawn_spread, _TINY)
+        if sample is not None and squares is not None:
+            products = (sample[:, None, :, i] @ sample)[:, 0] / sample.shape[1]
+            squared = (squares[:, [i]] + squares - 2 * products)[:, off]  # of differences, by products: much faster
+            error /= np.maximum(np.sqrt(np.maximum(squared, 0.0)) / spread, _TINY)
         of_one[i] = np.quantile(-error.min(1, initial=0.0), 1 - level)
         here = np.maximum(spread * np.sqrt(fewest / df)[i, off], least[i, off])
         errors[i, off] = np.where(fewest[i, off] > 1, here, np.inf)

@@ -30,6 +30,7 @@ QUESTION = (
     "Which LoRA configuration should answer telecom customers, at what energy, and can validation loss alone pick it?"
 )
 NO_RESULT = "There is no result yet: 06_analysis has not finished."
+MANY = 40  # configurations from which on cards without a role and links to further scopes are folded
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}
 
@@ -48,7 +49,10 @@ def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> 
     for page in study.pages:
         (work / page.name).write_text(_page(page, study.pages), encoding="utf-8")
     content: dict[str, Any] = _content(study) | {"explorer": answer_explorer.write_page(study, work)}
-    whole: dict[str, Any] = content | {"figures": config_cards.figures(root), "cards": config_cards.config_cards(study)}
+    cards = config_cards.config_cards(study)
+    shown = [card for card in cards if len(cards) <= MANY or card["role"] or card["failed"]]
+    whole: dict[str, Any] = content | {"figures": config_cards.figures(root), "cards": shown}
+    whole["folded_cards"] = [card for card in cards if card not in shown]
     content["notebooks"] = _notebooks(study)
     for name, values, single in (("index.html", content, False), ("telco_report.html", whole, True)):
         text = render("report.html.j2", **values, contents=_contents(values), single=single)
@@ -100,6 +104,8 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "effects": effects,
         "figures": [],
         "cards": [],
+        "folded_cards": [],
+        "many": MANY,
         "notebooks": [],
         "status": _status(study),
         "provenance": _provenance(study),

@@ -10,7 +10,7 @@ import fnmatch
 import hashlib
 import json
 import platform
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from telco_nb import ROOT
 from telco_nb.study import imports, params
 from telco_nb.study.plan import Job
-from telco_nb.study.record import altered_outputs, find_manifest, read_manifest, sha256, step_dir
+from telco_nb.study.record import altered_outputs, find_manifest, finished, sha256, step_dir
 
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
@@ -50,19 +50,29 @@ def content_key(job: Job, root: Path) -> tuple[str | None, dict[str, Any]]:
 
 
 def notebook_code(step: str) -> str:
-    cells = json.loads((params.NOTEBOOKS_DIR / f"{step}.ipynb").read_text(encoding="utf-8"))["cells"]
+    path = params.NOTEBOOKS_DIR / f"{step}.ipynb"
+    state = path.stat()
+    return _code(path, (state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=16)
+def _code(path: Path, state: tuple[int, int]) -> str:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
 
 
 def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
     """sha256 of every input, by path relative to the profile's folder; None if a producer has not finished."""
     hashes = {}
+    patterns: dict[tuple[str, str], list[str]] = {}
     for step, scope, pattern in job.inputs:
-        manifest = read_manifest(root, scope, step)
+        patterns.setdefault((scope, step), []).append(pattern)
+    for (scope, step), wanted in patterns.items():
+        manifest = finished(root, scope, step)
         if manifest is None:
             return None
         for output in manifest["outputs"]:
-            if fnmatch.fnmatch(output["path"], pattern):
+            if any(fnmatch.fnmatch(output["path"], pattern) for pattern in wanted):
                 hashes[f"{scope}/{step}/{output['path']}"] = output["sha256"]
     for name, value in job.parameters.items():
         if name.endswith("_path") and value is not None:
@@ -85,6 +95,11 @@ def path_hashes(value: str) -> dict[str, str]:
 
 def module_hashes(code: str) -> dict[str, str]:
     """Hashes of the project's modules that a source imports, followed through, and of the data files they name."""
+    return dict(_module_hashes(code, imports.source_states(ROOT)))
+
+
+@lru_cache(maxsize=16)  # a run needs one for each notebook
+def _module_hashes(code: str, states: tuple[tuple[str, int, int], ...]) -> dict[str, str]:
     texts = imports.all_files(code, ROOT)
     found = {path.relative_to(ROOT).as_posix(): _text_sha256(text) for path, text in texts.items()}
     sources = "".join(texts.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -44,6 +45,17 @@ def sources_sha256(source: str) -> str:
     """Hash of every file of the project that a source imports, for what is redone when its code has changed."""
     texts = all_files(source)
     return hashlib.sha256("".join(texts[path] for path in sorted(texts)).encode()).hexdigest()
+
+
+def source_states(root: Path = ROOT) -> tuple[tuple[str, int, int], ...]:
+    """Path, time of the last change (ns) and size (bytes) of each module, and of each file in telco_nb/data itself."""
+    data, states = os.path.join(root, PACKAGE, "data"), []  # noqa: PTH118 - it runs before every step: Path is slow
+    for folder, folders, names in os.walk(os.path.join(root, PACKAGE)):  # noqa: PTH118
+        folders[:] = [] if folder == data else [name for name in folders if name != "__pycache__"]
+        paths = [f"{folder}/{name}" for name in names if folder == data or name.endswith(".py")]
+        found = [(path, os.stat(path)) for path in paths]  # noqa: PTH116
+        states += [(path, state.st_mtime_ns, state.st_size) for path, state in found]
+    return tuple(sorted(states))
 
 
 @cache

@@ -20,6 +20,7 @@ import yaml
 
 MOST_YAML_BYTES = 1 << 20  # the largest shipped card has 45 kB
 MOST_BYTES = 32 << 20
+MOST_RECORD_BYTES = 512 << 20  # manifest of 06 and seal: 3 and 9 kB a configuration
 MOST_DEPTH = 30  # of lists and mappings in one another
 LARGEST_INTEGER = 2**63 - 1
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
@@ -162,17 +163,18 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_json(path: Path, control_characters: bool = False) -> Any:
+def read_json(path: Path, control_characters: bool = False, most_bytes: int = MOST_BYTES) -> Any:
     """The content of a JSON file.
 
     Args:
         path: the file.
         control_characters: allow them in texts, as names of files and outputs of notebooks may hold some.
+        most_bytes: a larger file is refused.
 
     Raises:
         InputFileError: it cannot be read, or holds something else than JSON.
     """
-    return _json_value(read_text(path), str(path), control_characters)
+    return _json_value(read_text(path, most_bytes), str(path), control_characters)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -212,16 +214,25 @@ def refuse_odd(value: Any, where: str, control_characters: bool = False, place: 
         control_characters: texts may hold control characters.
         place: the keys that lead to the value.
     """
-    fault = _fault(value, len(place), control_characters)
-    if fault:
-        raise InputFileError(f"{where}: {_place_text(place)}{fault}")
+    if found := _first_fault(value, len(place), control_characters):
+        raise InputFileError(f"{where}: {_place_text((*place, *found[1]))}{found[0]}")
+
+
+def _first_fault(value: Any, depth: int, control_characters: bool) -> tuple[str, tuple[str | int, ...]] | None:
+    """The first fault in a value and the keys that lead to it; None if there is none."""
+    if fault := _fault(value, depth, control_characters):
+        return fault, ()
     if isinstance(value, dict):
         for key, child in value.items():
-            refuse_odd(key, where, control_characters, (*place, "(key)"))
-            refuse_odd(child, where, control_characters, (*place, key))
+            if found := _first_fault(key, depth + 1, control_characters):
+                return found[0], ("(key)", *found[1])
+            if found := _first_fault(child, depth + 1, control_characters):
+                return found[0], (key, *found[1])
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            refuse_odd(child, where, control_characters, (*place, i))
+            if found := _first_fault(child, depth + 1, control_characters):
+                return found[0], (i, *found[1])
+    return None
 
 
 def _fault(node: Any, depth: int, control_characters: bool) -> str:

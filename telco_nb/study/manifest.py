@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from telco_nb.study.input_files import InputFileError, read_json
+from telco_nb.study.input_files import MOST_RECORD_BYTES, InputFileError, read_json
 
 SCHEMA_VERSION = 1
 SEAL = "seal"  # key of the hash over everything else in the same file
@@ -84,7 +84,7 @@ def load_manifest(path: Path, scope: str | None = None, step: str | None = None)
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
         return None, "no result yet"
     try:
-        manifest = read_json(path, control_characters=True)
+        manifest = read_json(path, control_characters=True, most_bytes=MOST_RECORD_BYTES)
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]

@@ -10,9 +10,10 @@ import ast
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -190,10 +191,11 @@ class StudyParams:
     judge_files: dict[str, dict[str, Any]]
     configs: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def repeats(self) -> list[str]:
         """Scopes of the seed repeats, `<config>-seed<seed>`, for the repeated configurations in `configs`."""
-        repeated = [c for c in self.base["repeat_configs"] if c in self.configs]
+        configs = set(self.configs)
+        repeated = [c for c in self.base["repeat_configs"] if c in configs]
         return [repeat_name(config, seed) for config in repeated for seed in self.base["repeat_seeds"]]
 
     def values(self, scope: str) -> dict[str, Any]:
@@ -309,7 +311,7 @@ def _check_all(study: StudyParams, params_dir: Path) -> None:
 def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
     for key in ("configs", "judges", "repeat_configs", "repeat_seeds"):
         values = study.configs if key == "configs" else study.base[key]
-        doubled = sorted({str(v) for v in values if values.count(v) > 1})
+        doubled = sorted(str(value) for value, count in Counter(values).items() if count > 1)
         if doubled:
             raise ParameterError(f"{params_dir}: {key}: {', '.join(doubled)} is listed twice. Remove one of them.")
     seen: dict[str, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from telco_nb.study.params import ParameterError, StudyParams, declared
@@ -32,7 +33,7 @@ class Job:
     def id(self) -> str:
         return f"{self.scope}/{self.step}"
 
-    @property
+    @cached_property
     def depends(self) -> tuple[str, ...]:
         """Ids of the jobs whose outputs this one reads, in order, without repetition."""
         return tuple(dict.fromkeys(f"{scope}/{step}" for step, scope, _ in self.inputs))

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ JOB_VARIABLE = "TELCO_NB_JOB"
 CHUNK_BYTES = 1 << 20  # that are read at once
 OUTPUTS_VARIABLE = "TELCO_NB_OUTPUTS"
 BASE_FILE = "base_model.json"  # in the folder of an adapter: the base model on which it rests
+CHECKPOINTS = ".checkpoints"  # in the folder of a training; of no use when it has finished
 OWNED = re.compile(r"\..+\.(\d+)\.(tmp|work|old)")  # files and folders of one process: .<name>.<pid>.<kind>
 
 
@@ -107,10 +109,11 @@ def sweep_replaced(root: Path, scope: str, step: str) -> None:
 
 def export_again(root: Path, scope: str, step: str) -> list[str]:
     """Write the exports of a finished step that are missing, old or changed; returns what was wrong with them."""
-    manifest = read_manifest(root, scope, step)
-    outputs = {output["path"]: output["sha256"] for output in manifest["outputs"]} if manifest else {}
-    done = []
-    for name, source in manifest["exports"].items() if manifest else ():
+    manifest = finished(root, scope, step)
+    if manifest is None or not manifest["exports"]:
+        return []
+    outputs, done = {output["path"]: output["sha256"] for output in manifest["outputs"]}, []
+    for name, source in manifest["exports"].items():
         fault = _export_fault(root / name, outputs.get(source))
         data = _bytes_or_none(step_dir(root, scope, step) / source)
         if fault and data is not None and hashlib.sha256(data).hexdigest() == outputs.get(source):
@@ -134,17 +137,20 @@ def _bytes_or_none(path: Path) -> bytes | None:
         return None
 
 
-def sweep(root: Path) -> list[Path]:
-    """Delete temporary files and work folders of processes that are gone; returns them. Needs the study's lock."""
-    swept = []
+def owned(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Temporary files and work folders of single processes, each with whether its process lives."""
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
-            match = OWNED.fullmatch(name)
-            if match and not _is_alive(int(match.group(1))):
-                path = Path(folder, name)
-                shutil.rmtree(path, ignore_errors=True) if name in folders else path.unlink(missing_ok=True)
-                swept.append(path)
+            if match := OWNED.fullmatch(name):
+                yield Path(folder, name), _is_alive(int(match.group(1)))
         folders[:] = [name for name in folders if not OWNED.fullmatch(name)]
+
+
+def sweep(root: Path) -> list[Path]:
+    """Delete what processes that are gone have left behind; returns it. Needs the study's lock."""
+    swept = [path for path, is_alive in owned(root) if not is_alive]
+    for path in swept:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return swept
 
 
@@ -196,13 +202,37 @@ def read_manifest(root: Path, scope: str, step: str) -> dict[str, Any] | None:
 
 def find_manifest(root: Path, scope: str, step: str) -> tuple[dict[str, Any] | None, str]:
     """The manifest of a finished step, or None with the reason in words. An interrupted swap is completed first."""
+    return load_manifest(_manifest_file(root, scope, step), scope, step)
+
+
+def finished(root: Path, scope: str, step: str) -> dict[str, Any] | None:
+    """The manifest of a finished step without its inputs and key parts, which are most of it; None if there is none.
+
+    It is kept in memory, and read again only if the file has changed: steps that read from all others ask for it.
+    """
+    path = _manifest_file(root, scope, step)
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return _kept_manifest(path, scope, step, (state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@cache
+def _kept_manifest(path: Path, scope: str, step: str, state: tuple[int, int, int]) -> dict[str, Any] | None:
+    manifest = load_manifest(path, scope, step)[0]
+    return manifest and {name: value for name, value in manifest.items() if name not in ("inputs", "key_parts")}
+
+
+def _manifest_file(root: Path, scope: str, step: str) -> Path:
+    """Where the manifest of a finished step is. A swap of the step's folder that was interrupted is completed first."""
     final = step_dir(root, scope, step)
     old = final.with_name(f".{step}.old")
-    if old.exists() and not final.exists():  # died between the two renames of publish_step, or is between them now
+    if not final.exists() and old.exists():  # died between the two renames of publish_step, or is between them now
         with contextlib.suppress(OSError), _publishing(root):
             if old.exists() and not final.exists():
                 os.replace(old, final)
-    return load_manifest(final / "manifest.json", scope, step)
+    return final / "manifest.json"
 
 
 def altered_outputs(

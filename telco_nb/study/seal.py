@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from telco_nb.study.input_files import InputFileError, read_json
+from telco_nb.study.input_files import MOST_RECORD_BYTES, InputFileError, read_json
 from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, sealed
 from telco_nb.study.record import CHUNK_BYTES, RecordError, json_bytes, whole_lines_bytes, write_json
 
@@ -134,7 +134,7 @@ def _sha256_of_first(stream: BinaryIO, size: int) -> str:
 def _read_seal(root: Path) -> dict[str, Any] | None:
     """The seal of a study; None if there is none or a byte of it differs from what was written."""
     try:
-        seal = read_json(root / SEAL_NAME, control_characters=True)
+        seal = read_json(root / SEAL_NAME, control_characters=True, most_bytes=MOST_RECORD_BYTES)
         exact = json_bytes(seal) == (root / SEAL_NAME).read_bytes()
     except (OSError, InputFileError):
         return None

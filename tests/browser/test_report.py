@@ -164,3 +164,12 @@ def test_the_csv_can_be_taken_out_of_the_one_file(built, open_page):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_axe_finds_nothing_wrong_with_the_report(built, open_page, width, scheme):
     assert violations(open_page(built / "telco_report.html", width=width, scheme=scheme)) == []
+
+
+def test_a_long_table_scrolls_below_its_head_and_can_be_reached_by_keyboard(built, open_page):
+    page = open_page(built / "telco_report.html", height=400)
+    part, head = page.locator("#results .scroll"), page.locator("#results thead th").first
+    part.evaluate("e => { e.scrollIntoView(); e.scrollTop = e.scrollHeight }")
+    assert part.evaluate("e => e.scrollTop") > 0 and part.get_attribute("tabindex") == "0"
+    top, last = part.bounding_box()["y"], page.locator("#results tbody tr").last.bounding_box()
+    assert abs(head.bounding_box()["y"] - top) < 2 and last["y"] < top + part.bounding_box()["height"]

@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 from telco_nb import ROOT
-from telco_nb.engine import archive, fork_server, machine_checks, progress, runner, schedule, worker
+from telco_nb.engine import archive, forecast, fork_server, machine_checks, progress, runner, schedule, worker
 from telco_nb.engine.archive import Failure
 from telco_nb.engine.job import death_reason, kernel_environment
 from telco_nb.engine.progress import State
-from telco_nb.study import params, record
+from telco_nb.study import machine, params, record
 from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
 
@@ -48,8 +48,13 @@ def recorded(monkeypatch):
     monkeypatch.setattr(
         schedule, "is_current", lambda j, root: (j.id not in records.stale, records.stale.get(j.id, "up to date"))
     )
-    monkeypatch.setattr(record, "read_manifest", lambda root, scope, step: records.finished.get(f"{scope}/{step}"))
+    monkeypatch.setattr(record, "finished", lambda root, scope, step: records.finished.get(f"{scope}/{step}"))
     return records
+
+
+def seen(seconds: float, **values) -> dict:
+    """The record of a step that has finished on this machine."""
+    return {"seconds": seconds, "parameters": values, "device": machine.device_facts(), "outputs": [], "exports": {}}
 
 
 def decisions(jobs, forced=frozenset()) -> dict:
@@ -114,10 +119,10 @@ def test_a_left_out_step_without_a_result_is_refused_with_the_command(recorded):
 
 
 def test_expected_seconds_come_from_earlier_runs_per_epoch(recorded):
-    recorded.finished["c01/03_train"] = {"seconds": 30.0, "parameters": {"epochs": 1}}
+    recorded.finished["c01/03_train"] = seen(30.0, epochs=1)
     recorded.stale = {"c02/03_train": "no result yet"}
     states = {s.job.id: s for s in schedule.plan_states(JOBS, Path("/nowhere"), set())}
-    assert states["c02/03_train"].expected_seconds == 90 + schedule.OVERHEAD_SECONDS
+    assert states["c02/03_train"].expected_seconds == 90 + forecast.OVERHEAD_SECONDS
     assert states["c01/04_energy"].expected_seconds is None
 
 

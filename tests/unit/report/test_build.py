@@ -406,3 +406,13 @@ def test_ordinals(value, text):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_many_configurations_fold_those_without_a_role_and_lose_none(root, monkeypatch):
+    monkeypatch.setattr(build, "MANY", 1)
+    page = soup(build.build_report(root))
+    shown = [card for card in page.select("article.card") if not card.find_parent("details")]
+    assert [card["id"] for card in page.select("details#more-configurations article.card")]
+    assert all(card.h3.find(class_="tag") for card in shown) and len(page.select("article.card")) == N
+    links = soup(root / "report" / "index.html").select("#notebooks li details a")
+    assert {link.get_text() for link in links} >= {"c02", "c03", "c04"}
