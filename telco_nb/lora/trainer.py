@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
 # Writing checkpoints takes this share of a training's time at most, and SAVING_FREE_S: 1.44 GB may take 3 s or 30 s.
 SAVING_SHARE, SAVING_FREE_S = 0.02, 1.0
 ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted")  # of PackedRows: how a resumed training cuts its rows
+STEPS_TO_JUDGE = 20  # whether a training diverges: a quarter of them has to stand for the data
 PER_PROCESS_READINGS = (
     "cpu_s",
     "gpu_j",
@@ -186,6 +187,22 @@ def loss_curve(log_history: list[dict[str, Any]], rows: PackedRows) -> pd.DataFr
     frame["tokens_seen"] = [round(step * sum(rows.tokens) / len(rows)) for step in frame["step"].tolist()]
     columns = ["step", "tokens_seen", "epoch", "train_loss", "learning_rate", "grad_norm"]
     return frame[columns].astype({"train_loss": float, "grad_norm": float}).drop_duplicates("step", keep="last")
+
+
+def diverges(losses: Sequence[float], untuned_loss: float) -> bool | None:
+    """Whether a training has lost, in its last quarter, half or more of what it had gained over the untuned model.
+
+    Args:
+        losses: the training loss of each step, nats per token.
+        untuned_loss: of the model without the adapter, nats per token.
+
+    Returns:
+        None if there are fewer than STEPS_TO_JUDGE steps: single rows differ too much in difficulty.
+    """
+    if len(losses) < STEPS_TO_JUDGE:
+        return None
+    quarters = [float(part.mean()) for part in np.array_split(np.asarray(losses, float), 4)]
+    return quarters[-1] - min(quarters) >= (untuned_loss - min(quarters)) / 2
 
 
 def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, np.ndarray]:

@@ -15,17 +15,19 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import base_model, chat_template, device, packing, preflight
+from telco_nb.lora import base_model, chat_template, device, packing, preflight, step
 from telco_nb.lora.errors import PreflightError
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.lora.step import SEGMENTED, TrainingError, token_losses
 from telco_nb.lora.trainer import (
     SAVING_FREE_S,
     SAVING_SHARE,
+    STEPS_TO_JUDGE,
     PackedTrainer,
     TrainingMonitor,
     answer_losses,
     constant_arguments,
+    diverges,
     is_out_of_memory,
     last_checkpoint,
     loss_curve,
@@ -220,7 +222,9 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def train(folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, callback=None, checkpoint_seconds=1e9):
+def train(
+    folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, callback=None, checkpoint_seconds=1e9, epochs=3
+):
     torch.manual_seed(1)
     base = tiny()
     base.name_or_path = "owner/model"  # as a model from the hub
@@ -324,12 +328,12 @@ def test_writing_checkpoints_takes_a_fiftieth_of_the_training_however_long_one_t
             control.should_save = False
 
     watch.on_train_begin(arguments, state, control)
-    for step in range(1, 6001):
+    for number in range(1, 6001):
         watch.on_step_begin(arguments, state, control)
-        clock.now_s, state.global_step = clock.now_s + 1.0, step
+        clock.now_s, state.global_step = clock.now_s + 1.0, number
         watch.on_step_end(arguments, state, control)
         save_if_wanted()
-        if step % 1500 == 0:
+        if number % 1500 == 0:
             control.should_save = True  # as the Trainer's own callback asks for
             watch.on_epoch_end(arguments, state, control)
             save_if_wanted()
@@ -349,6 +353,43 @@ def test_no_checkpoint_asks_the_hub(tmp_path, monkeypatch, save):
     train(tmp_path)
     assert [*{*asked}] == ([] if save == "ours" else [("owner/model", "config.json")])
     assert not list(tmp_path.glob("checkpoint-*/training_args.bin")) or save != "ours"
+
+
+@pytest.mark.parametrize(
+    ("curve", "found"),
+    [
+        (np.linspace(3.9, 3.6, 40), False),
+        (np.r_[np.linspace(3.9, 1.0, 20), np.full(20, 6.5)], True),  # up, and it stays there
+        (np.r_[np.linspace(3.9, 2.0, 20), np.linspace(8.0, 2.0, 10), np.full(30, 1.9)], False),  # a spike, recovered
+        (np.r_[np.linspace(3.9, 2.0, 20), np.full(20, 3.4)], True),  # most of the gain is lost
+        (np.full(40, 4.2), True),  # never below the untuned model
+        (np.full(19, 9.0), None),
+    ],
+)
+def test_a_training_diverges_if_it_ends_without_half_of_what_it_had_gained(curve, found):
+    noise = np.random.default_rng(0).normal(0, 0.1, len(curve))  # rows differ in difficulty
+    assert diverges(curve + noise, untuned_loss=3.9) is found
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("rate", "found"), [(1e-3, False), (1e-1, True)])
+def test_a_learning_rate_far_too_high_diverges_on_the_real_model_and_a_usual_one_does_not(
+    tmp_path, examples, rate, found
+):
+    """Tiny random models do not diverge at any rate: their norms hold whatever the weights are."""
+    base, _ = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
+    torch.manual_seed(1)
+    tuned = step.attach_adapters(base, LoraConfig(r=8, target_modules=step.TARGET_MODULES["all"]))
+    step.prepare_step(tuned)
+    rows = packing.PackedRows(examples, 64, 0)
+    arguments = TrainingArguments(
+        output_dir=tmp_path, num_train_epochs=8, per_device_train_batch_size=1, learning_rate=rate, seed=0,
+        disable_tqdm=True, **(constant_arguments() | {"save_strategy": "no"}),
+    )  # fmt: skip
+    trainer = PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
+    trainer.train()
+    curve = loss_curve(trainer.state.log_history, rows).train_loss
+    assert len(curve) >= STEPS_TO_JUDGE and diverges(curve, curve.iloc[0]) is found
 
 
 class NotANumber(TrainerCallback):
