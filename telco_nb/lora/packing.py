@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -151,18 +151,23 @@ def collate(examples: list[Example]) -> dict[str, Any]:
         each conversation starts and the last one ends. Lists, one number a conversation, which stay on the host:
         "segments", its tokens, and "supervised", its labelled positions.
     """
-    shifted = [label for e in examples for label in (*e.labels[1:], IGNORE_INDEX)]
     segments = [len(e.input_ids) for e in examples]
+    bounds = np.array([0, *accumulate(segments)])
+    ids = np.fromiter(chain.from_iterable(e.input_ids for e in examples), np.int64)
+    labels = np.fromiter(chain.from_iterable(e.labels for e in examples), np.int64)
+    shifted = np.append(labels[1:], IGNORE_INDEX)
+    shifted[bounds[1:] - 1] = IGNORE_INDEX
+    kept = shifted != IGNORE_INDEX
     return {
-        "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
-        "position_ids": torch.tensor([[p for n in segments for p in range(n)]]),
-        "shift_labels": torch.tensor([shifted]),
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(bounds[:-1], segments))[None],
+        "shift_labels": torch.from_numpy(shifted)[None],
         # The Trainer counts supervised tokens (in shift_labels) only for batches that also hold "labels".
-        "labels": torch.tensor([[label for e in examples for label in e.labels]]),
-        "kept": torch.tensor([i for i, label in enumerate(shifted) if label != IGNORE_INDEX], dtype=torch.int64),
-        "bounds": torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
+        "labels": torch.from_numpy(labels)[None],
+        "kept": torch.from_numpy(np.flatnonzero(kept)),
+        "bounds": torch.from_numpy(bounds.astype(np.int32)),
         "segments": segments,
-        "supervised": [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in examples],
+        "supervised": np.add.reduceat(kept, bounds[:-1], dtype=int).tolist(),
     }
 
 
