@@ -23,10 +23,15 @@ Metrics = Mapping[str, Mapping[str, Any]]  # by configuration
 
 
 class Rates(NamedTuple):
-    """What a kWh costs: `usd_per_kwh` in US dollars, `carbon_g_per_kwh` in grams of CO2e."""
+    """What a kWh costs: `usd_per_kwh` in US dollars, `carbon_g_per_kwh` in grams of CO2e.
+
+    `pue` is the power usage effectiveness: energy of the whole site over that of its machines. Money and CO2e are those
+    of the site, energy is always the machine's.
+    """
 
     usd_per_kwh: float
     carbon_g_per_kwh: float
+    pue: float = 1.0
 
 
 def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.DataFrame:
@@ -41,7 +46,8 @@ def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.D
     Returns:
         A DataFrame by configuration: kwh, kwh_low, kwh_high, usd, co2e_kg, break_even_answers, after which answering
         has taken more energy than training (missing where the two energies are of different kinds), train_co2e_g, the
-        CO2e of the training, and energy_kind, that of answering. A value without a measurement or an estimate is
+        CO2e of the training, pue, which usd, co2e_kg and train_co2e_g hold and the energies do not, and energy_kind,
+        that of answering. A value without a measurement or an estimate is
         missing.
     """
     rows = {}
@@ -55,10 +61,11 @@ def million_answers(answering: Metrics, training: Metrics, rates: Rates) -> pd.D
             "kwh": kwh,
             "kwh_low": low,
             "kwh_high": high,
-            "usd": kwh * rates.usd_per_kwh,
-            "co2e_kg": kwh * rates.carbon_g_per_kwh / GRAMS_PER_KG,
+            "usd": kwh * rates.pue * rates.usd_per_kwh,
+            "co2e_kg": kwh * rates.pue * rates.carbon_g_per_kwh / GRAMS_PER_KG,
             "break_even_answers": even,
-            "train_co2e_g": None if trained is None else trained / WH_PER_KWH * rates.carbon_g_per_kwh,
+            "train_co2e_g": None if trained is None else trained / WH_PER_KWH * rates.pue * rates.carbon_g_per_kwh,
+            "pue": rates.pue,
             "energy_kind": kind,
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("config")
@@ -81,7 +88,11 @@ def serving_finding(table: pd.DataFrame, config: str | None, rates: Rates) -> Fi
     energy = f"{row['kwh']:.2g} kWh {interval_text(row['kwh_low'], row['kwh_high'], '.2g')} ({kind})"
     money = f"{row['usd']:.2g} USD at {rates.usd_per_kwh:g} USD a kWh"
     carbon = f"{row['co2e_kg']:.2g} kg CO2e at {rates.carbon_g_per_kwh:g} g a kWh"
-    text = f"A million answers of {config} take {energy}: {money} and {carbon}, on this machine, without idle servers."
+    overhead = "" if rates.pue == 1 else f" and a PUE of {rates.pue:g}"
+    text = (
+        f"A million answers of {config} take {energy}: {money} and {carbon}{overhead}, on this machine, without idle "
+    )
+    text += "servers."
     if not pd.isna(row["break_even_answers"]):
         text += f" After {row['break_even_answers']:,.0f} answers, answering has taken more energy than training."
     kwh = Interval(row["kwh"], row["kwh_low"], row["kwh_high"])

@@ -52,7 +52,7 @@ def save_adapter(
         checksum: of the base weights (`base_model.weights_checksum`).
         quantization: of the base weights in training: "none", "int8" or "nf4".
     """
-    tuned.save_pretrained(folder, safe_serialization=True)
+    tuned.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)  # else peft asks the hub
     model = tuned.get_base_model()
     facts = base_facts(base_model, model) | {
         "checksum": checksum,

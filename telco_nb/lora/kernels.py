@@ -27,6 +27,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 LONGEST_SEGMENT = 1024  # tokens; the attention matrix kept for the backward pass grows with the square
 QUERY_BLOCK = 128  # tokens per block of queries in float32; twice as many in 16 bits
 LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma, Granite, Cohere
+FUSED = (LlamaAttention, LlamaMLP, LlamaRMSNorm, Qwen2Attention, Qwen2MLP, Qwen2RMSNorm)  # what `fuse` changes
 HEAD_CHUNK = 256  # positions whose logits are in memory at one time; more are hardly faster
 
 
@@ -349,7 +350,9 @@ def unfuse(model: nn.Module) -> None:
 
 
 def is_fused(model: nn.Module) -> bool:
-    return any(map(_has_fused_forward, model.modules()))
+    """Whether `fuse` has changed the model: all of FUSED or none, so the first one tells."""
+    first = next((module for module in model.modules() if isinstance(module, FUSED)), None)
+    return first is not None and _has_fused_forward(first)
 
 
 def _has_fused_forward(module: nn.Module) -> bool:

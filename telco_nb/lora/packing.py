@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from telco_nb.lora.chat_template import Rendered, end_token_id, fit_messages, re
 from telco_nb.lora.errors import PreflightError
 
 IGNORE_INDEX = -100  # label of a token that is not learned, as in transformers
+RETRY_ROWS = 20  # rows that must fit before larger micro-batches are tried again
 
 
 @dataclass(frozen=True)
@@ -150,18 +151,23 @@ def collate(examples: list[Example]) -> dict[str, Any]:
         each conversation starts and the last one ends. Lists, one number a conversation, which stay on the host:
         "segments", its tokens, and "supervised", its labelled positions.
     """
-    shifted = [label for e in examples for label in (*e.labels[1:], IGNORE_INDEX)]
     segments = [len(e.input_ids) for e in examples]
+    bounds = np.array([0, *accumulate(segments)])
+    ids = np.fromiter(chain.from_iterable(e.input_ids for e in examples), np.int64)
+    labels = np.fromiter(chain.from_iterable(e.labels for e in examples), np.int64)
+    shifted = np.append(labels[1:], IGNORE_INDEX)
+    shifted[bounds[1:] - 1] = IGNORE_INDEX
+    kept = shifted != IGNORE_INDEX
     return {
-        "input_ids": torch.tensor([[t for e in examples for t in e.input_ids]]),
-        "position_ids": torch.tensor([[p for n in segments for p in range(n)]]),
-        "shift_labels": torch.tensor([shifted]),
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(bounds[:-1], segments))[None],
+        "shift_labels": torch.from_numpy(shifted)[None],
         # The Trainer counts supervised tokens (in shift_labels) only for batches that also hold "labels".
-        "labels": torch.tensor([[label for e in examples for label in e.labels]]),
-        "kept": torch.tensor([i for i, label in enumerate(shifted) if label != IGNORE_INDEX], dtype=torch.int64),
-        "bounds": torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
+        "labels": torch.from_numpy(labels)[None],
+        "kept": torch.from_numpy(np.flatnonzero(kept)),
+        "bounds": torch.from_numpy(bounds.astype(np.int32)),
         "segments": segments,
-        "supervised": [sum(label != IGNORE_INDEX for label in e.labels[1:]) for e in examples],
+        "supervised": np.add.reduceat(kept, bounds[:-1], dtype=int).tolist(),
     }
 
 
@@ -173,9 +179,10 @@ def to_device(row: dict[str, Any], device: torch.device) -> dict[str, Any]:
 class PackedRows(torch.utils.data.Dataset):
     """Packed rows as a dataset of `collate`'s tensors. One row is one optimiser step.
 
-    A row is computed in micro-batches. They get smaller when memory runs out; `shrunk` lists the sizes that were too
-    large. `share` is (rank, processes): with several processes each computes its own conversations of every row.
-    `tokens` and `supervised` count the tokens and the labelled tokens of each row.
+    A row is computed in micro-batches. They get smaller when memory runs out, and larger again when rows have fitted;
+    `shrunk` lists the sizes that were too large, `fitted` counts the rows since the last change. `share` is
+    (rank, processes): with several processes each computes its own conversations of every row. `tokens` and
+    `supervised` count the tokens and the labelled tokens of each row.
 
     Args:
         examples: the training conversations.
@@ -188,8 +195,9 @@ class PackedRows(torch.utils.data.Dataset):
         self.rows = [[examples[i] for i in row] for row in pack_rows(examples, batch_tokens, seed)]
         self.tokens = [sum(len(e.input_ids) for e in row) for row in self.rows]
         self.supervised = [sum(e.n_supervised for e in row) for row in self.rows]
-        self.micro_batch_tokens = micro_batch_tokens or batch_tokens
+        self.micro_batch_tokens = self.most_at_once = micro_batch_tokens or batch_tokens
         self.shrunk: list[int] = []
+        self.fitted = 0
         self.share = (0, 1)
 
     def __len__(self) -> int:
@@ -199,6 +207,22 @@ class PackedRows(torch.utils.data.Dataset):
     def largest(self) -> int:
         """Tokens of this process's largest share of a row."""
         return max(sum(len(e.input_ids) for e in share_of_rank(row, *self.share)) for row in self.rows)
+
+    def halve(self, size: int, longest: int) -> None:
+        """Compute half of `size` tokens at once, which were too many, but at least the `longest` conversation."""
+        self.shrunk.append(size)
+        self.micro_batch_tokens, self.fitted = max(longest, size // 2), 0
+
+    def count_fitted(self) -> None:
+        """A row has fitted. After enough of them twice as many tokens are computed at once, as far as wanted at first.
+
+        Enough are RETRY_ROWS, and twice as many each further time that memory has run out: if that was no accident,
+        tries to grow get rare.
+        """
+        self.fitted += 1
+        enough = RETRY_ROWS * 2 ** (len(self.shrunk) - 1) if self.shrunk else 0
+        if self.micro_batch_tokens < self.most_at_once and self.fitted >= enough:
+            self.micro_batch_tokens, self.fitted = min(2 * self.micro_batch_tokens, self.most_at_once), 0
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, p
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.study.record import write_json
 
-NO_MEMORY = (  # what stands in the message of a plain RuntimeError
-    "DefaultCPUAllocator",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
+    "out of memory|(can't|cannot|not) allocate|not enough memory|ALLOC_FAILED|ALLOCATION_FAILED"
+    "|NOT_INITIALIZED when calling `cublasCreate",  # what cuBLAS says where its workspace finds no room
+    re.IGNORECASE,
 )
+# Writing checkpoints takes this share of a training's time at most, and SAVING_FREE_S: 1.44 GB may take 3 s or 30 s.
+SAVING_SHARE, SAVING_FREE_S = 0.02, 1.0
+ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted")  # of PackedRows: how a resumed training cuts its rows
+STEPS_TO_JUDGE = 20  # whether a training diverges: a quarter of them has to stand for the data
 PER_PROCESS_READINGS = (
     "cpu_s",
     "gpu_j",
@@ -54,12 +56,15 @@ class PackedTrainer(Trainer):
         vars(model).pop("_is_accelerate_prepared", None)
         super().__init__(model, args, train_dataset=train_dataset, **options)
         self.remove_callback(PrinterCallback)  # TrainingMonitor writes the step log
+        self.trained = [p for p in model.parameters() if p.requires_grad]  # to walk through all modules takes 5 ms
         self.rows = train_dataset
         self.rows.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.saving_seconds = 0.0
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the supervised tokens: num_items_in_batch
 
     def train(self, *arguments: Any, **options: Any) -> Any:
+        tuned: Any = self.model
+        tuned.train()
         try:
             return super().train(*arguments, **options)
         finally:
@@ -87,39 +92,59 @@ class PackedTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
         """Loss and gradient of one row. If memory runs out, the row starts again with half the micro-batch size."""
-        before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}  # of earlier rows of this step
+        before = [None if p.grad is None else p.grad.clone() for p in self.trained]  # of earlier rows of this step
         while True:
             try:
                 parts = micro_batches(inputs, self.rows.micro_batch_tokens)
-                return self._micro_batch_steps(model, parts, num_items_in_batch)
-            except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
+                loss = self._micro_batch_steps(model, parts, num_items_in_batch)
+                self.rows.count_fitted()
+                return loss
+            except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
                 if not is_out_of_memory(error):
                     raise
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
             # Outside of the except block, because the exception keeps the arrays of the step alive.
-            self._halve_micro_batches(max(inputs["segments"]))
-            for parameter in model.parameters():
-                parameter.grad = before[parameter].clone() if parameter in before else None
+            self._halve_micro_batches(max(inputs["segments"]), reason)
+            for parameter, gradient in zip(self.trained, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
 
     def _micro_batch_steps(self, model: Any, parts: list[dict], num_items_in_batch: Any) -> torch.Tensor:
+        """As transformers' own step, without setting every module to training mode each time."""
         total = torch.zeros((), device=self.args.device)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1  # several processes exchange gradients once a row
             with nullcontext() if last else self.accelerator.no_sync(model):
-                total += super().training_step(model, part, num_items_in_batch)
+                with self.compute_loss_context_manager():
+                    inputs: Any = self._prepare_inputs(part)
+                    loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(loss)
+                total += loss.detach()
         return total
 
-    def _halve_micro_batches(self, longest: int) -> None:
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: `step_flops` counts those of a LoRA step, once, without looking at all weights in each step."""
+        return 0
+
+    def _halve_micro_batches(self, longest: int, reason: str) -> None:
         """Raises TrainingError if a conversation of `longest` tokens does not fit, or with several processes."""
         size = min(self.rows.micro_batch_tokens, self.rows.largest)
         if self.accelerator.num_processes > 1 or size <= longest:
             remedy = "set gradient_checkpointing to true or quantization to nf4, or use shorter conversations"
             if size > longest:
                 remedy = f"set micro_batch_tokens to {size // 2}"
-            raise TrainingError(f"memory ran out with {size} tokens at once: {remedy}.")
-        self.rows.shrunk.append(size)
-        self.rows.micro_batch_tokens = max(longest, size // 2)
+            raise TrainingError(f"memory ran out with {size} tokens at once ({reason[:200]}): {remedy}.")
+        self.rows.halve(size, longest)
         if on_gpu():
             torch.cuda.empty_cache()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter alone. transformers would let peft ask the hub, each time, whether the vocabulary has grown."""
+        if self.args.should_save:
+            tuned: Any = self.model
+            tuned.save_pretrained(output_dir, save_embedding_layers=False)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, start = Path(str(self.args.output_dir)), time.monotonic()
@@ -136,8 +161,8 @@ class PackedTrainer(Trainer):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if a device, torch's allocator on the CPU, or a library on the GPU had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in NO_MEMORY)
+    """True if a device, main memory, or a library on the GPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 def constant_arguments() -> dict[str, Any]:
@@ -177,6 +202,22 @@ def loss_curve(log_history: list[dict[str, Any]], rows: PackedRows) -> pd.DataFr
     return frame[columns].astype({"train_loss": float, "grad_norm": float}).drop_duplicates("step", keep="last")
 
 
+def diverges(losses: Sequence[float], untuned_loss: float) -> bool | None:
+    """Whether a training has lost, in its last quarter, half or more of what it had gained over the untuned model.
+
+    Args:
+        losses: the training loss of each step, nats per token.
+        untuned_loss: of the model without the adapter, nats per token.
+
+    Returns:
+        None if there are fewer than STEPS_TO_JUDGE steps: single rows differ too much in difficulty.
+    """
+    if len(losses) < STEPS_TO_JUDGE:
+        return None
+    quarters = [float(part.mean()) for part in np.array_split(np.asarray(losses, float), 4)]
+    return quarters[-1] - min(quarters) >= (untuned_loss - min(quarters)) / 2
+
+
 def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, np.ndarray]:
     """The losses of conversations, packed, without gradient.
 
@@ -207,25 +248,30 @@ class TrainingMonitor(TrainerCallback):
     training counts every step of the final adapter once. With several processes the clock of the first one decides on
     checkpoints, and its meter takes over the readings of all. `resumed` tells whether a checkpoint was used.
 
+    A checkpoint is due after `checkpoint_seconds` and at the end of an epoch. It waits while another one that takes as
+    long as the last one would bring the time spent on writing above SAVING_SHARE.
+
     Args:
         meter: an energy.Meter.
-        checkpoint_seconds: time between checkpoints, at most.
+        checkpoint_seconds: time between checkpoints, at most, where they are written fast enough.
         rows: the training rows.
         log: receives one line per step.
     """
 
     def __init__(self, meter: Any, checkpoint_seconds: float, rows: PackedRows, log: Callable[[str], object] = print):
         self.meter, self.checkpoint_seconds, self.rows, self.log = meter, checkpoint_seconds, rows, log
-        self.last_save = self.started = time.monotonic()
-        self.resumed, self.first_step = False, 0
+        self.last_save = self.started = self.save_began = time.monotonic()
+        self.saving_s = self.last_saving_s = 0.0
+        self.resumed, self.first_step, self.saved_step = False, 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:
             saved = json.loads(_progress_file(args, state).read_text())
             if state.is_world_process_zero:
                 self.meter.restore(saved["meter"])
-            self.rows.micro_batch_tokens, self.rows.shrunk = saved["micro_batch_tokens"], saved["shrunk"]
-            self.resumed, self.first_step = True, state.global_step
+            for name in ROWS_STATE:
+                setattr(self.rows, name, saved[name])
+            self.resumed, self.first_step, self.saved_step = True, state.global_step, state.global_step
             self.log(f"resumed at step {state.global_step} of {state.max_steps}")
         self.last_save = self.started = time.monotonic()
 
@@ -233,22 +279,29 @@ class TrainingMonitor(TrainerCallback):
         self.meter.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if broadcast_from_rank0(time.monotonic() - self.last_save > self.checkpoint_seconds):
-            control.should_save = True
-        if control.should_save:
-            self.meter.pause()
+        self._save_if_affordable(control, time.monotonic() - self.last_save > self.checkpoint_seconds)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.meter.pause()  # a checkpoint follows
-        if state.global_step >= state.max_steps:  # here the adapter follows, and at most checkpoint_seconds are at risk
-            control.should_save = False
+        # After the last step the adapter follows; the last step of another epoch may have been saved already.
+        self._save_if_affordable(control, state.global_step not in (state.max_steps, self.saved_step))
+
+    def _save_if_affordable(self, control: Any, due: bool) -> None:
+        """Let the Trainer write a checkpoint if one is due and writing has taken little time so far."""
+        spent_s = self.saving_s + self.last_saving_s
+        affordable = spent_s <= SAVING_FREE_S + SAVING_SHARE * (time.monotonic() - self.started)
+        control.should_save = broadcast_from_rank0(due and affordable)
+        if control.should_save:
+            self.meter.pause()
+            self.save_began = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        sizes = {"micro_batch_tokens": self.rows.micro_batch_tokens, "shrunk": self.rows.shrunk}
+        sizes = {name: getattr(self.rows, name) for name in ROWS_STATE}
         saved = {"meter": sum_readings(self.meter), "rows": self.rows.fingerprint} | sizes
         if state.is_world_process_zero:  # by now every process has written its part of the checkpoint
             write_json(_progress_file(args, state), saved)
-        self.last_save = time.monotonic()
+        self.last_save, self.saved_step = time.monotonic(), state.global_step
+        self.last_saving_s = self.last_save - self.save_began
+        self.saving_s += self.last_saving_s
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:

@@ -23,8 +23,18 @@ def test_a_million_answers_agree_with_values_worked_out_by_hand():
     row = million_answers(answering(), training(), RATES).loc["c01"]
     answers = {"kwh": 20, "kwh_low": 10, "kwh_high": 40, "usd": 5, "co2e_kg": 8}
     assert row.drop("energy_kind").to_dict() == pytest.approx(
-        answers | {"break_even_answers": 150, "train_co2e_g": 1.2}
+        answers | {"break_even_answers": 150, "train_co2e_g": 1.2, "pue": 1.0}
     )
+
+
+def test_the_overhead_of_a_site_is_in_money_and_carbon_and_in_no_energy():
+    rates = RATES._replace(pue=1.5)
+    table = million_answers(answering(), training(), rates)
+    one = million_answers(answering(), training(), RATES).loc["c01"].drop("energy_kind")
+    ratios = table.loc["c01"].drop("energy_kind") / one
+    more = {"usd", "co2e_kg", "train_co2e_g", "pue"}
+    assert ratios.to_dict() == pytest.approx({name: 1.5 if name in more else 1.0 for name in ratios.index})
+    assert "at 400 g a kWh and a PUE of 1.5, on this machine" in serving_finding(table, "c01", rates).statement
 
 
 def test_a_configuration_that_was_not_trained_has_no_break_even():

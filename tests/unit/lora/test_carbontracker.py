@@ -3,11 +3,13 @@
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from carbontracker import constants, exceptions
 from carbontracker.components.component import Component
-from carbontracker.components.cpu import intel
+from carbontracker.components.cpu import generic, intel
+from carbontracker.emissions.intensity import intensity
 from carbontracker.tracker import CarbonTrackerThread
 from fake_sensors import spend, write_zone
 
@@ -147,6 +149,46 @@ def test_bare_an_error_of_a_sensor_ends_the_process_and_the_meter_s_goes_on(monk
 
 
 HANDLE_ERROR = CarbonTrackerThread._handle_error  # as the library has it, before any meter
+FETCH_GEO_LOCATION = intensity.IntensityService._fetch_geo_location
+
+
+def test_bare_a_processor_without_a_counter_has_half_the_watts_of_a_table_and_the_meter_s_follows_the_load(monkeypatch):
+    monkeypatch.setattr(generic.GenericCPU, "get_cpu_brand", lambda self: "EPYC 7232P")
+    handler = generic.GenericCPU([], False)
+    handler.init()
+    idle_w = handler.power_usage()
+    sum(range(10**6))
+    assert handler.power_usage() == idle_w == [120.0 / 2], "whatever it does"
+    joules = []
+    for cpu_s in (0.0, 10.0):
+        meter = energy.Meter(WATTS, 0.3)
+        meter.total |= {"window_s": 10.0, "cpu_s": cpu_s, "tracker_cpu_s": 10.0}
+        joules.append(meter.statement("train").set_index("component").loc["cpu", "gross_j"])
+        meter.tracker.close()
+    assert joules[0] < 0.9 * joules[1]
+
+
+def test_bare_a_stop_in_mid_epoch_loses_the_epoch_and_the_meter_s_stop_keeps_the_window(thread):
+    thread.epoch_start()
+    time.sleep(0.2)
+    thread.stop()
+    assert list(thread.epoch_times) == [] and thread.total_energy_per_epoch().sum() == 0
+    meter = energy.Meter(WATTS, 0.3)
+    meter.start()
+    time.sleep(0.2)
+    meter.stop()
+    assert meter.total["tracker_cpu_s"] >= 0.2 and meter.total["window_s"] >= 0.2
+
+
+def test_bare_it_asks_the_network_where_it_is_and_the_meter_s_does_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(intensity.geocoder, "ip", lambda whose: asked.append(whose) or None)
+    monkeypatch.setattr(intensity.IntensityService, "_fetch_geo_location", FETCH_GEO_LOCATION)
+    FETCH_GEO_LOCATION(SimpleNamespace(logger=SimpleNamespace(err_debug=lambda text: None)))
+    assert asked == ["me"]
+    asked.clear()
+    energy.Meter(WATTS, 0.3).stop()
+    assert asked == []
 
 
 def test_a_reader_is_warned_where_carbontracker_saw_another_window():

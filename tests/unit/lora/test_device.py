@@ -105,12 +105,30 @@ def test_the_data_sheet_is_known_by_the_cards_full_name_and_missing_for_others(g
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
         "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "unable to mmap 8 bytes from file <model.safetensors>: Cannot allocate memory (12)",
     ],
 )
 def test_memory_that_ran_out_is_seen_by_every_name(text):
     assert is_out_of_memory(RuntimeError(text))
-    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("any text"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED",
+        "CUDA error: device-side assert triggered",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0",
+    ],
+)
+def test_another_failure_is_not_taken_for_a_lack_of_memory(text):
+    assert not is_out_of_memory(RuntimeError(text))
 
 
 def test_the_facts_of_a_machine_name_its_cards_and_driver(monkeypatch):

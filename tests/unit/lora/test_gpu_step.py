@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 from telco_nb.lora import kernels, packing, preflight, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example
+from telco_nb.lora.trainer import PackedTrainer, constant_arguments
 from tests.support.fake_gpu import lend_cuda_guard
 
 LENGTHS = (9, 21, 14)
@@ -170,6 +171,37 @@ def test_the_preflight_of_a_step_that_is_not_fused_holds_in_bfloat16():
     check = preflight.check_step(tuned, examples)
     assert check.loss_difference < 5e-2 and check.gradient_difference is not None
     assert not any(getattr(m, "cast_input_dtype_enabled", False) for m in tuned.modules()), "the step goes on without"
+
+
+def test_a_step_of_the_trainer_goes_through_all_modules_once_and_waits_twice(tmp_path, monkeypatch):
+    """A walk through the modules of a 3B model takes milliseconds, in which a GPU has nothing to do.
+
+    The one walk is the Trainer's zero_grad; it waits for the loss and the gradient's norm, which it logs.
+    """
+    tuned, visited, found = tiny_qwen2(torch.float32), [], []
+    plain_step(tuned)
+    rows = packing.PackedRows([Example(str(i), [*range(9)], [IGNORE_INDEX, *range(1, 9)]) for i in range(20)], 20, 0)
+    named_modules = torch.nn.Module.named_modules
+
+    def counted(module, *arguments, **options):
+        for name, part in named_modules(module, *arguments, **options):
+            visited.extend([name] if module is tuned else [])
+            yield name, part
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    for steps in (4, 8):
+        given = {"save_strategy": "no", "optim": "adamw_torch_fused"}  # as on a GPU
+        arguments = TrainingArguments(
+            output_dir=tmp_path, max_steps=steps, per_device_train_batch_size=1, disable_tqdm=True,
+            **(constant_arguments() | given),
+        )  # fmt: skip
+        visited.clear()
+        with WaitCounter() as counter:
+            PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row).train()
+        found.append((len(visited), counter.waits["_local_scalar_dense"]))
+    modules = sum(1 for _ in named_modules(tuned))
+    a_step = [(b - a) / 4 for a, b in zip(*found, strict=True)]
+    assert modules <= a_step[0] < 1.2 * modules and a_step[1] == 2
 
 
 @pytest.fixture(scope="module")

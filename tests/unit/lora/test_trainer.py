@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainingArguments
 
 from telco_nb import ROOT
-from telco_nb.lora import base_model, chat_template, device, packing, preflight
+from telco_nb.lora import base_model, chat_template, device, packing, preflight, step
 from telco_nb.lora.errors import PreflightError
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.lora.step import SEGMENTED, TrainingError, token_losses
 from telco_nb.lora.trainer import (
+    SAVING_FREE_S,
+    SAVING_SHARE,
+    STEPS_TO_JUDGE,
     PackedTrainer,
     TrainingMonitor,
     answer_losses,
     constant_arguments,
+    diverges,
     is_out_of_memory,
     last_checkpoint,
     loss_curve,
@@ -217,15 +222,19 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def train(folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, callback=None):
+def train(
+    folder, kill_at=None, learning_rate=1e-2, micro_batch_tokens=None, callback=None, checkpoint_seconds=1e9, epochs=3
+):
     torch.manual_seed(1)
-    tuned = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    base = tiny()
+    base.name_or_path = "owner/model"  # as a model from the hub
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     rows = packing.PackedRows(fake_examples(), 48, 3, micro_batch_tokens)
     arguments = TrainingArguments(
         output_dir=folder, num_train_epochs=3, per_device_train_batch_size=1, learning_rate=learning_rate, seed=3,
         disable_tqdm=True, **constant_arguments(),
     )  # fmt: skip
-    watch = TrainingMonitor(FakeMeter(), 1e9, rows, log=lambda _: None)
+    watch = TrainingMonitor(FakeMeter(), checkpoint_seconds, rows, log=lambda _: None)
     callbacks = [watch] + ([Kill(kill_at)] if kill_at else []) + ([callback] if callback else [])
     trainer = PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder, rows.fingerprint))
@@ -270,6 +279,117 @@ def test_every_epoch_but_the_last_leaves_a_checkpoint_as_the_adapter_follows(tmp
     _, trainer, _, _ = train(tmp_path)
     steps = sorted(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*"))
     assert steps == [trainer.state.max_steps // 3, trainer.state.max_steps // 3 * 2]
+
+
+def test_a_checkpoint_at_every_step_resumes_bit_for_bit_from_the_end_of_an_epoch_and_is_written_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("telco_nb.lora.trainer.SAVING_FREE_S", 1e9)
+    written, save = [], PackedTrainer._save
+    monkeypatch.setattr(PackedTrainer, "_save", lambda self, folder: save(self, folder) or written.append(folder))
+    whole, trainer, _, rows = train(tmp_path / "whole", checkpoint_seconds=0)
+    assert len(written) == len({*written}) >= trainer.state.max_steps - 1
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", len(rows) + 1, checkpoint_seconds=0)
+    resumed, again, watch, _ = train(tmp_path / "cut", checkpoint_seconds=0)
+    assert watch.first_step == len(rows)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    curves = [loss_curve(t.state.log_history, rows).train_loss.tolist() for t in (trainer, again)]
+    assert curves[0] == curves[1]
+
+
+class Clock:
+    """A clock that stands still but for `sleep`."""
+
+    now_s = 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+
+@pytest.mark.parametrize(("save_s", "written"), [(0.05, 51), (3.0, 41), (30.0, 4)])
+def test_writing_checkpoints_takes_a_fiftieth_of_the_training_however_long_one_takes(
+    tmp_path, monkeypatch, save_s, written
+):
+    """4 epochs of 1,500 steps of 1 s, a checkpoint each 120 s if it can be afforded."""
+    clock, saves = Clock(), []
+    monkeypatch.setattr("telco_nb.lora.trainer.time", clock)
+    rows = packing.PackedRows(fake_examples(3), 48, 3)
+    watch = TrainingMonitor(FakeMeter(), 120.0, rows, log=lambda _: None)
+    state, control = SimpleNamespace(global_step=0, max_steps=6000, is_world_process_zero=True), TrainerControl()
+    arguments = SimpleNamespace(output_dir=tmp_path)
+
+    def save_if_wanted():
+        if control.should_save:
+            clock.now_s += save_s
+            (tmp_path / f"checkpoint-{state.global_step}").mkdir()
+            watch.on_save(arguments, state, control)
+            saves.append(clock.now_s)
+            control.should_save = False
+
+    watch.on_train_begin(arguments, state, control)
+    for number in range(1, 6001):
+        watch.on_step_begin(arguments, state, control)
+        clock.now_s, state.global_step = clock.now_s + 1.0, number
+        watch.on_step_end(arguments, state, control)
+        save_if_wanted()
+        if number % 1500 == 0:
+            control.should_save = True  # as the Trainer's own callback asks for
+            watch.on_epoch_end(arguments, state, control)
+            save_if_wanted()
+        assert watch.saving_s <= save_s + SAVING_FREE_S + SAVING_SHARE * clock.now_s
+    assert len(saves) == written
+    assert watch.saving_s == pytest.approx(save_s * len(saves))
+
+
+@pytest.mark.parametrize("save", ["ours", "transformers'"])
+def test_no_checkpoint_asks_the_hub(tmp_path, monkeypatch, save):
+    asked = []
+    monkeypatch.setattr(
+        "peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *a, **_: asked.append(a) or False
+    )
+    if save != "ours":
+        monkeypatch.delattr(PackedTrainer, "_save")
+    train(tmp_path)
+    assert [*{*asked}] == ([] if save == "ours" else [("owner/model", "config.json")])
+    assert not list(tmp_path.glob("checkpoint-*/training_args.bin")) or save != "ours"
+
+
+@pytest.mark.parametrize(
+    ("curve", "found"),
+    [
+        (np.linspace(3.9, 3.6, 40), False),
+        (np.r_[np.linspace(3.9, 1.0, 20), np.full(20, 6.5)], True),  # up, and it stays there
+        (np.r_[np.linspace(3.9, 2.0, 20), np.linspace(8.0, 2.0, 10), np.full(30, 1.9)], False),  # a spike, recovered
+        (np.r_[np.linspace(3.9, 2.0, 20), np.full(20, 3.4)], True),  # most of the gain is lost
+        (np.full(40, 4.2), True),  # never below the untuned model
+        (np.full(19, 9.0), None),
+    ],
+)
+def test_a_training_diverges_if_it_ends_without_half_of_what_it_had_gained(curve, found):
+    noise = np.random.default_rng(0).normal(0, 0.1, len(curve))  # rows differ in difficulty
+    assert diverges(curve + noise, untuned_loss=3.9) is found
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("rate", "found"), [(1e-3, False), (1e-1, True)])
+def test_a_learning_rate_far_too_high_diverges_on_the_real_model_and_a_usual_one_does_not(
+    tmp_path, examples, rate, found
+):
+    """Tiny random models do not diverge at any rate: their norms hold whatever the weights are."""
+    base, _ = base_model.load_model(base_model.PACKAGED_MODEL, torch.float32)
+    torch.manual_seed(1)
+    tuned = step.attach_adapters(base, LoraConfig(r=8, target_modules=step.TARGET_MODULES["all"]))
+    step.prepare_step(tuned)
+    rows = packing.PackedRows(examples, 64, 0)
+    arguments = TrainingArguments(
+        output_dir=tmp_path, num_train_epochs=8, per_device_train_batch_size=1, learning_rate=rate, seed=0,
+        disable_tqdm=True, **(constant_arguments() | {"save_strategy": "no"}),
+    )  # fmt: skip
+    trainer = PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row)
+    trainer.train()
+    curve = loss_curve(trainer.state.log_history, rows).train_loss
+    assert len(curve) >= STEPS_TO_JUDGE and diverges(curve, curve.iloc[0]) is found
 
 
 class NotANumber(TrainerCallback):
@@ -317,6 +437,70 @@ def test_when_memory_runs_out_the_row_is_halved_and_the_training_is_the_same(tmp
     assert (saved["micro_batch_tokens"], saved["shrunk"]) == (rows.micro_batch_tokens, rows.shrunk)
 
 
+class ScarceMemory:
+    """Memory for a row of `room` tokens at the calls `first` to `last` of the step, later for any row."""
+
+    def __init__(self, room, last):
+        self.room, self.last, self.calls, self.sizes = room, last, 0, []
+
+    def __call__(self, model, row):
+        losses = token_losses(model, row)
+        self.calls += 1
+        self.sizes.append(row["input_ids"].shape[1])
+        if self.calls <= self.last and self.sizes[-1] > self.room:
+            raise MemoryError  # as the host's memory runs out
+        return losses
+
+
+def test_micro_batches_grow_back_when_memory_is_there_again_and_a_resumed_training_does_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("telco_nb.lora.packing.RETRY_ROWS", 3)
+    wanted = train(tmp_path / "wanted")[0]
+    monkeypatch.setattr("telco_nb.lora.trainer.token_losses", ScarceMemory(room=30, last=6))
+    found, _, _, rows = train(tmp_path / "found")
+    assert rows.shrunk and rows.micro_batch_tokens == rows.most_at_once == 48
+    assert all(torch.allclose(wanted[name], found[name], atol=1e-4) for name in wanted)
+    kill_at = len(rows) + 1
+    monkeypatch.setattr("telco_nb.lora.trainer.token_losses", ScarceMemory(room=30, last=6))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", kill_at)
+    monkeypatch.setattr("telco_nb.lora.trainer.token_losses", token_losses)
+    resumed, _, watch, again = train(tmp_path / "cut")
+    assert watch.resumed and again.shrunk == rows.shrunk
+    assert all(torch.equal(found[name], resumed[name]) for name in found)
+
+
+def test_a_size_that_never_fits_is_tried_again_ever_more_rarely():
+    rows, tries = packing.PackedRows(fake_examples(3), 64, 0), []
+    rows.most_at_once = rows.micro_batch_tokens = 64
+    for row in range(1000):
+        if rows.micro_batch_tokens > 40:
+            tries.append(row)
+            rows.halve(rows.micro_batch_tokens, 10)
+        rows.count_fitted()
+    assert rows.shrunk == [64] * len(tries) and tries == [0, 20, 60, 140, 300, 620]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(5, 60), st.integers(0, 5))
+def test_a_row_in_any_parts_has_the_same_sum_of_losses_and_the_same_gradient(tokens, seed):
+    """Weights in float64, so that hardly more than the order of sums differs."""
+    torch.manual_seed(seed)
+    tuned = get_peft_model(
+        tiny(), LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    ).double()
+    row = packing.PackedRows(fake_examples(), 60, seed)[0]
+    found = []
+    for parts in ([row], packing.micro_batches(row, tokens)):
+        tuned.zero_grad()
+        total = sum(token_losses(tuned, part).sum() for part in parts)
+        total.backward()
+        gradient = torch.cat([p.grad.flatten() for p in tuned.parameters() if p.grad is not None])
+        found.append((total.detach(), gradient))
+    (a, x), (b, y) = found
+    assert abs(a - b) <= 1e-6 * abs(a)  # the head's losses are float32 always
+    assert (x - y).norm() <= 1e-6 * x.norm()
+
+
 def test_the_message_of_torch_s_own_allocator_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
@@ -329,7 +513,8 @@ def test_one_conversation_that_does_not_fit_ends_with_the_remedy(tmp_path, monke
 
     monkeypatch.setattr("telco_nb.lora.trainer.token_losses", full)
     with pytest.raises(
-        TrainingError, match=r"memory ran out with \d+ tokens at once: set gradient_checkpointing to true"
+        TrainingError,
+        match=r"memory ran out with \d+ tokens at once \(CUDA out of memory\.\): set gradient_checkpointing to true",
     ):
         train(tmp_path)
 

@@ -132,7 +132,9 @@ def test_a_faulty_line_is_refused_with_file_key_and_fix(folder, text, fix):
 
 
 def test_a_missing_profile_names_those_that_exist(folder):
-    with pytest.raises(ParameterError, match=r"profiles/nope\.yaml: no such file.*laptop, overnight, paper, smoke"):
+    with pytest.raises(
+        ParameterError, match=r"profiles/nope\.yaml: no such file.*laptop, overnight, paper, paper-pilot, smoke"
+    ):
         load_study("nope", folder)
 
 
