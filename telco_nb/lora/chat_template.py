@@ -7,6 +7,7 @@ characters, and never the token that ends a turn.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -55,6 +56,14 @@ def fit_messages(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[st
 def _template(tokenizer: Any) -> str:
     """The chat template, or several by name, as text: part of a cache's key."""
     return str(getattr(tokenizer, "chat_template", None))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of all that decides how a conversation becomes tokens: core, template and the end of text."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    text = core.to_str() if core else repr(sorted(tokenizer.get_vocab().items()))
+    parts = (text, _template(tokenizer), repr(sorted(control_tokens(tokenizer))), str(tokenizer.eos_token_id))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @lru_cache(maxsize=8)
