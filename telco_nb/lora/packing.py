@@ -215,12 +215,16 @@ class PackedRows(torch.utils.data.Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the tokens and labels of all rows, in order."""
-        rows = [[(e.input_ids, e.labels) for e in row] for row in self.rows]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return fingerprint(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return collate(share_of_rank(self.rows[index], *self.share))
+
+
+def fingerprint(rows: list[list[Example]]) -> str:
+    """sha256 of the tokens and labels of rows, in order."""
+    content = [[(e.input_ids, e.labels) for e in row] for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def share_of_rank(row: list[Example], rank: int, processes: int) -> list[Example]:
