@@ -57,6 +57,12 @@ def _estimate_job(*arguments: Any) -> Any:
     return estimate_job(*arguments)
 
 
+def _find_needs(*arguments: Any, **options: Any) -> Any:
+    from telco_nb.commands.needs import study_needs  # needs pandas, as above
+
+    return study_needs(*arguments, **options)
+
+
 def _build_report(*arguments: Any) -> Path:
     from telco_nb.report.build import build_report  # needs pandas, which the runner does without
 
@@ -163,7 +169,7 @@ def main(
         notify=notify,
         log_level=log_level,
     )
-    sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
+    sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report, _find_needs)))
 
 
 def _refuse_options_of_a_run(context: typer.Context) -> None:

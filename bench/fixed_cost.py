@@ -124,7 +124,7 @@ def beyond_work(folder: Path, jobs: dict[str, float]) -> dict[str, float]:
     seconds = {}
     for step, work in WORK.items():
         metrics = json.loads((folder / step / "metrics.json").read_text())
-        worked = sum(metrics[name] for name in work)
+        worked = sum(metrics[name] for name in work) * metrics.get("answer_passes", 1)
         for cell in json.loads((folder / f"{step}.ipynb").read_text())["cells"]:
             if "answer_losses(" in "".join(cell["source"]):
                 worked += cell["metadata"]["papermill"]["duration"]

@@ -22,6 +22,7 @@ from telco_nb.study import params
 from telco_nb.study.content_key import content_key, versions
 from telco_nb.study.machine import device_facts, device_text, die_with_parent, git_state, peak_memory_bytes
 from telco_nb.study.manifest import SCHEMA_VERSION
+from telco_nb.study.once import made_once
 from telco_nb.study.opened import Opened, open_study
 from telco_nb.study.params import ParameterError
 from telco_nb.study.plan import UNTUNED, Job, inputs_of
@@ -142,6 +143,22 @@ class Run:
         if data is not None:
             data.to_csv(folder / f"{name}.csv", index=False)
         return Image(filename=str(folder / f"{name}.png"), alt=alt or name.replace("_", " "))
+
+    def once(self, name: str, make: Callable[[], DataFrame], **decides: Any) -> DataFrame:
+        """A table that all configurations compute alike: computed by the first one, read by the others.
+
+        Args:
+            name: of the table.
+            make: computes it.
+            decides: everything that decides about it, beside this step's code, inputs, libraries and machine.
+
+        Returns:
+            The table. Its `attrs["made_by"]` is the job that computed it, and becomes the metric `<name>_made_by`.
+        """
+        common = [self.key_parts[part] for part in ("notebook", "modules", "inputs", "versions")]
+        table = made_once(self.target, name, common, [decides, device_facts()], self.job.id, make)
+        self.metric(**{f"{name}_made_by": table.attrs["made_by"]})
+        return table
 
     def metric(self, **values: float | int | str | bool | None) -> None:
         """Add flat metrics; numpy scalars become Python numbers, NaN becomes null."""

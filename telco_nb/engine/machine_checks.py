@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from telco_nb import ROOT
@@ -16,10 +17,19 @@ from telco_nb.study.machine import nvidia_driver
 from telco_nb.study.plan import Job
 
 PACKAGED_MODEL = "smollm2-135m-instruct"  # as in telco_nb.lora.base_model, which imports torch: too slow here
-FREE_BYTES = 2 * 1024**3
+FREE_BYTES = 2 * 1024**3  # for the records of a study, and for the adapters and checkpoints of the packaged model
 TRY_GPU = "from telco_nb.lora.device import use_device; use_device({device!r})"  # torch is too slow to import here
 TRY_SECONDS = 120.0
 BUSY_GPU_MIB = 500  # below this, a desktop or an idle driver
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the trainings of one base model need: sentences for the plan, bytes by folder, and what cannot be met."""
+
+    lines: list[str]
+    disk: list[tuple[Path, float]]
+    faults: list[str]
 
 
 def find_problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -> list[str]:
@@ -39,13 +49,13 @@ def find_problems(jobs: Iterable[Job], root: Path, gpus: tuple[str, ...] = ()) -
         for name in ("papermill", "nbclient", "ipykernel")
         if importlib.util.find_spec(name) is None
     ]
-    problems += _disk_problems(root)
+    problems += disk_problems([(root, FREE_BYTES)])
     known = {name for row in _nvidia_smi("index,uuid") for name in row} if gpus else set()
     if missing := [gpu for gpu in gpus if gpu not in known]:
         problems.append(
             f"--gpus names {', '.join(missing)}, which nvidia-smi does not list. Name the indices it lists."
         )
-    problems += _gpu_problems(_devices(jobs), gpus)
+    problems += _gpu_problems(jobs, gpus)
     for model in sorted({job.parameters["base_model"] for job in jobs if "base_model" in job.parameters}):
         problems += _model_problems(model)
     return problems
@@ -55,13 +65,20 @@ def _devices(jobs: Iterable[Job]) -> set[str]:
     return {job.parameters["device"] for job in jobs if "device" in job.parameters}
 
 
-def _gpu_problems(devices: set[str], gpus: tuple[str, ...]) -> list[str]:
+def _gpu_problems(jobs: list[Job], gpus: tuple[str, ...]) -> list[str]:
+    devices = _devices(jobs)
     if gpus and devices == {"cpu"}:
         return ["--gpus names GPUs, and device is cpu, which uses none. Set device to cuda, or leave --gpus out."]
-    if "cuda" in devices or ("auto" in devices and _auto_uses_gpu()):
+    if times_a_gpu(jobs):
         fault = _gpu_fault("cuda" if "cuda" in devices else "auto")
         return [fault] if fault else []
     return []
+
+
+def times_a_gpu(jobs: Iterable[Job]) -> bool:
+    """Whether training computes on a GPU here, if it can start."""
+    devices = _devices(jobs)
+    return "cuda" in devices or ("auto" in devices and _auto_uses_gpu())
 
 
 def _auto_uses_gpu() -> bool:
@@ -116,17 +133,27 @@ def device_line(jobs: Iterable[Job]) -> str | None:
     return f"Training and answering compute on {reasons[device]}."
 
 
-def _disk_problems(root: Path) -> list[str]:
-    folder = next(p for p in (root, *root.parents) if p.exists())
-    if not os.access(folder, os.W_OK):
-        return [f"{folder} is not writable. Choose another place with --outputs."]
+def disk_problems(needed: Iterable[tuple[Path, float]]) -> list[str]:
+    """A sentence for each disk that cannot be written or has not the bytes that its folders need together."""
+    by_disk: dict[int, list[tuple[Path, float]]] = {}
+    for folder, size in needed:
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+        by_disk.setdefault(place.stat().st_dev, []).append((place, size))
+    return [text for found in by_disk.values() if (text := _disk_problem(found))]
+
+
+def _disk_problem(needed: list[tuple[Path, float]]) -> str | None:
+    for folder, _ in needed:
+        if not os.access(folder, os.W_OK):
+            return f"{folder} is not writable. Choose another place with --outputs, or HF_HOME for the hub cache."
+    folder, size = needed[0][0], sum(size for _, size in needed)
     free = shutil.disk_usage(folder).free
-    if free < FREE_BYTES:
-        return [
-            f"{folder} has {free / 1024**3:.1f} GiB free and {FREE_BYTES / 1024**3:.0f} GiB are needed. "
+    if free < size:
+        return (
+            f"{folder} has {free / 1024**3:.1f} GiB free and {size / 1024**3:.1f} GiB are needed. "
             "Make room or choose another place with --outputs."
-        ]
-    return []
+        )
+    return None
 
 
 def _model_problems(model: str) -> list[str]:
@@ -142,9 +169,13 @@ def _model_problems(model: str) -> list[str]:
 
 
 def _in_hub_cache(model: str) -> bool:
+    return (hub_cache() / f"models--{model.replace('/', '--')}").is_dir()
+
+
+def hub_cache() -> Path:
+    """The folder into which models of the hub are downloaded."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    return (hub / f"models--{model.replace('/', '--')}").is_dir()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
 
 
 def find_warnings(jobs: Iterable[Job]) -> list[str]:

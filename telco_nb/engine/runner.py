@@ -16,6 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +70,7 @@ class Services:
 
     estimate: schedule.Estimator  # commands.estimate.estimate_job
     build_report: Callable[..., Path]  # report.build.build_report
+    needs: Callable[..., list[machine_checks.Needs]] | None = None  # commands.needs.study_needs
 
 
 def run(options: Options, services: Services) -> int:
@@ -160,6 +162,7 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
     chosen = schedule.choose_steps(jobs, options.steps)
     refuse_too_few(chosen)
     gpu_groups = gpus_per_worker(options.gpus, chosen)
+    needs = services.needs and partial(services.needs, plan=jobs, root=root, at_once=max(1, len(gpu_groups)))
     forced = schedule.choose_forced(chosen, options.force)
     if options.dry_run:
         sealing.show_changes(console, sealing.changes_since(root))
@@ -168,7 +171,7 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
         result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
-        check_machine(console, root, states, options.gpus)
+        check_machine(console, root, states, options.gpus, needs)
         return
     with lock(root) as lock_file:
         record.sweep(root)
@@ -181,7 +184,7 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
         result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
         prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
-        check_machine(console, root, states, options.gpus)
+        check_machine(console, root, states, options.gpus, needs)
         runner = Runner(states, root, options, console, lock_file, gpu_groups)
         runner.go()
         result.jobs = [_summary(state, root) for state in states]
@@ -215,16 +218,30 @@ def _ask_consent() -> bool:
     return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def check_machine(console: Console, root: Path, states: list[State], gpus: tuple[str, ...]) -> None:
-    """Check this machine for the jobs that are to run, and print warnings. Raises UnfitError with all problems."""
+def check_machine(
+    console: Console,
+    root: Path,
+    states: list[State],
+    gpus: tuple[str, ...],
+    find_needs: Callable[..., list[machine_checks.Needs]] | None = None,
+) -> None:
+    """Check this machine for the jobs that are to run, and print what they need, with warnings.
+
+    Raises UnfitError with all problems.
+    """
     jobs = [state.job for state in states if state.decision != "skip"]
     if not jobs:
         return
     if line := machine_checks.device_line(jobs):
         console.print(line, markup=False, soft_wrap=True)
     problems = machine_checks.find_problems(jobs, root, gpus)
+    needs = find_needs(jobs, usable=not problems and machine_checks.times_a_gpu(jobs)) if find_needs else []
+    for line in (line for need in needs for line in need.lines):
+        console.print(line, markup=False, soft_wrap=True)
+    problems += machine_checks.disk_problems(place for need in needs for place in need.disk)
+    problems += [fault for need in needs for fault in need.faults]
     if problems:
-        raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
+        raise UnfitError("\n".join(["this machine cannot run the study yet.", *dict.fromkeys(problems)]))
     for text in machine_checks.find_warnings(jobs):
         warn(console, f"warning: {text}")
 

@@ -139,22 +139,42 @@ def load_model(
         ModelError: the model is not there, damaged, without a chat template or of an architecture that cannot be
             trained here, or bitsandbytes is missing.
     """
-    from transformers import AutoTokenizer
-
     source, options = resolve_model(base_model), {}
     pinned = _pinned(base_model, source, revision)
     if quantization != "none":  # quantised weights cannot be moved after loading
         options = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": torch_device()}}
-    tokenizer: Any = _preloaded.pop(f"{source} tokenizer", None)
+    tokenizer = load_tokenizer(base_model, revision)
     with _library_errors(base_model):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False, **pinned)
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
         mapped = None if options else map_weights(base_model, dtype)
         model = mapped or _load_weights(source, dtype, **options, **pinned)
     check_supported(base_model, model)
     settle_end(tokenizer, model.generation_config.eos_token_id)
     return (model if options else model.to(torch_device())), tokenizer
+
+
+def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model; arguments and errors are those of `load_model`."""
+    from transformers import AutoTokenizer
+
+    source = resolve_model(base_model)
+    tokenizer: Any = _preloaded.pop(f"{source} tokenizer", None)
+    with _library_errors(base_model):
+        pinned = _pinned(base_model, source, revision)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False, **pinned)
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ModelError(f"{base_model} has no chat template, so it cannot be trained on conversations.")
+    return tokenizer
+
+
+def bytes_to_download(base_model: str, shell: Any) -> float:
+    """Bytes of a hub model's weights, in the format in which they are published, that are not in the hub cache yet."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if base_model == PACKAGED_MODEL or Path(resolve_model(base_model)).exists():
+        return 0.0
+    blobs = Path(HF_HUB_CACHE, f"models--{base_model.replace('/', '--')}", "blobs")
+    published = sum(p.numel() for p in shell.parameters()) * (shell.config.dtype or torch.float32).itemsize
+    return max(0.0, published - sum(file.stat().st_size for file in blobs.glob("*")))
 
 
 def _pinned(base_model: str, source: str, revision: str | None) -> dict[str, str]:

@@ -7,10 +7,11 @@ characters, and never the token that ends a turn.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -19,6 +20,7 @@ from telco_nb.lora.errors import ModelError
 
 SYSTEM_PROMPT = "You are a support agent of a telecom operator."
 SPLIT = "\ufdd0"  # a noncharacter, which Unicode keeps out of texts: it holds the parts of a forged token apart
+COMPARED = 16  # texts at both ends of a batch that are read in two ways
 INVISIBLE = "\u200b"  # a space of no width
 # Both go in front of a chat template.
 GUARD = """{{%- if not messages or messages[0].role != 'system' -%}}
@@ -57,6 +59,14 @@ def _template(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "chat_template", None))
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of all that decides how a conversation becomes tokens: core, template and the end of text."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    text = core.to_str() if core else repr(sorted(tokenizer.get_vocab().items()))
+    parts = (text, _template(tokenizer), repr(sorted(control_tokens(tokenizer))), str(tokenizer.eos_token_id))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
 @lru_cache(maxsize=8)
 def _takes_system(tokenizer: Any, template: str) -> bool:
     """False if the template (the second part of the cache's key) refuses a system message or drops its text."""
@@ -86,7 +96,7 @@ def render_all(tokenizer: Any, chats: Sequence[tuple[list[dict[str, str]], bool]
     """Conversations from `fit_messages` as text and token ids. No text in a message becomes a control token.
 
     Args:
-        tokenizer: of the base model. It reads all conversations in one call, which its own threads share.
+        tokenizer: of the base model. It reads all conversations together, by its own threads.
         chats: the messages of each conversation, and whether the head of the assistant's next turn follows.
 
     Raises:
@@ -96,11 +106,36 @@ def render_all(tokenizer: Any, chats: Sequence[tuple[list[dict[str, str]], bool]
     texts = [_apply(tokenizer, chat, tokenize=False, add_generation_prompt=generation) for chat, generation in chats]
     forged = {i for i, (chat, _) in enumerate(chats) if pattern and any(pattern.search(m["content"]) for m in chat)}
     plain = [text for i, text in enumerate(texts) if i not in forged]
-    ids = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+    ids = iter(_encode_all(tokenizer, pattern, plain))
     return [
         Rendered(text, _split_ids(tokenizer, pattern, *chats[i]) if i in forged else next(ids))
         for i, text in enumerate(texts)
     ]
+
+
+def _encode_all(tokenizer: Any, pattern: re.Pattern[str] | None, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts. What stands between two control tokens is read once, however many texts hold it.
+
+    A conversation and the heads of its turns share nearly everything. A tokenizer cuts a text at its control tokens
+    before it reads on, with exceptions (a space in front of the first word, say): the first and the last texts are
+    read as a whole, too, and all of them where that makes a difference.
+    """
+
+    def whole(chosen: list[str]) -> list[list[int]]:
+        return tokenizer(chosen, add_special_tokens=False)["input_ids"] if chosen else []
+
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or pattern is None or len(texts) <= 2 * COMPARED:
+        return whole(texts)
+    cuts = re.compile(f"({pattern.pattern})")
+    pieces = [cuts.split(text) for text in texts]
+    different = list(dict.fromkeys(chain.from_iterable(pieces)))
+    read = zip(different, core.encode_batch_fast(different, add_special_tokens=False), strict=True)
+    ids = {piece: encoding.ids for piece, encoding in read}
+    joined = [[*chain.from_iterable(map(ids.__getitem__, found))] for found in pieces]
+    ends = [*range(COMPARED), *range(-COMPARED, 0)]
+    same = [joined[i] for i in ends] == whole([texts[i] for i in ends])
+    return joined if same else whole(texts)
 
 
 def _split_ids(tokenizer: Any, pattern: Any, chat: list[dict[str, str]], generation: bool) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AttentionInterface
 from telco_nb.lora.adapter_check import check_adapter
 from telco_nb.lora.base_model import map_weights
 from telco_nb.lora.chat_template import end_token_id, prompt_ids
+from telco_nb.lora.energy import SHORTEST_WINDOW_S, Meter
 from telco_nb.lora.errors import ModelError
 from telco_nb.lora.step import check_attention_options, set_attention
 
@@ -138,6 +140,30 @@ def answer_prompts(
         answers = (_answer_row(tokenizer, ids, end) | {"seconds": seconds} for ids in generated)
         rows += [{"prompt_id": prompts["prompt_id"].iloc[i]} | row for i, row in zip(batch, answers, strict=True)]
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
+
+
+def answer_metered(meter: Meter, answer: Callable[[], pd.DataFrame]) -> tuple[pd.DataFrame, int]:
+    """Answer in one window of the meter, and again until it is long enough for the meter's sensors.
+
+    A GPU answers all prompts in a few seconds, and its energy counter needs twenty. Each pass does the same work, so
+    divided by the passes the meter's readings are those of one. Without a sensor a second is enough.
+
+    Args:
+        meter: it is stopped at the end.
+        answer: answers all prompts, as `answer_prompts` does.
+
+    Returns:
+        The answers of the first pass, and the number of passes.
+    """
+    rows = meter.statement("answer").set_index("component")
+    shortest_s = max(SHORTEST_WINDOW_S.get(source, 0.0) for source in rows.loc[["cpu", "gpu"], "source"])
+    meter.start()
+    start, answers, passes = time.perf_counter(), answer(), 1
+    while time.perf_counter() - start < shortest_s:
+        answer()
+        passes += 1
+    meter.stop()
+    return answers, passes
 
 
 def _answer_row(tokenizer: Any, ids: list[int], end: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from telco_nb.lora.chat_template import Rendered, end_token_id, fit_messages, render_all, turn_end_id
@@ -75,6 +76,18 @@ def encode_conversations(
             raise PreflightError(f"{name} has {reason}")
         made.append(Example(name, whole.ids, labels if assistant_only else [IGNORE_INDEX, *whole.ids[1:]]))
     return made
+
+
+def examples_table(examples: Sequence[Example]) -> pd.DataFrame:
+    """Examples as a table with columns conversation_id, input_ids and labels, the latter two as int32 arrays."""
+    rows = [(e.conversation_id, np.array(e.input_ids, "int32"), np.array(e.labels, "int32")) for e in examples]
+    return pd.DataFrame(rows, columns=["conversation_id", "input_ids", "labels"])
+
+
+def examples_of(table: pd.DataFrame) -> list[Example]:
+    """The examples of an `examples_table`."""
+    columns = (table["conversation_id"], table["input_ids"], table["labels"])
+    return [Example(name, ids.tolist(), labels.tolist()) for name, ids, labels in zip(*columns, strict=True)]
 
 
 def _answer_labels(tokenizer: Any, ids: list[int], prefixes: list[list[int]], name: str) -> list[int]:
@@ -226,12 +239,16 @@ class PackedRows(torch.utils.data.Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the tokens and labels of all rows, in order."""
-        rows = [[(e.input_ids, e.labels) for e in row] for row in self.rows]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return fingerprint(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return collate(share_of_rank(self.rows[index], *self.share))
+
+
+def fingerprint(rows: list[list[Example]]) -> str:
+    """sha256 of the tokens and labels of rows, in order."""
+    content = [[(e.input_ids, e.labels) for e in row] for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def share_of_rank(row: list[Example], rank: int, processes: int) -> list[Example]:

@@ -10,12 +10,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
-from telco_nb.lora.chat_template import end_token_id
+from telco_nb.lora.chat_template import end_token_id, tokenizer_hash
 from telco_nb.lora.device import on_gpu
 from telco_nb.lora.errors import PreflightError
-from telco_nb.lora.packing import IGNORE_INDEX, Example, collate, to_device
+from telco_nb.lora.packing import (
+    IGNORE_INDEX,
+    Example,
+    collate,
+    encode_conversations,
+    examples_of,
+    examples_table,
+    to_device,
+)
 from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
 from telco_nb.study.machine import device_facts
 
@@ -36,6 +45,39 @@ def check_labels(tokenizer: Any, example: Example, messages: list[dict[str, str]
     pairs = zip(example.input_ids, example.labels, strict=True)
     if labelled != answers or any(label not in (IGNORE_INDEX, token) for token, label in pairs):
         raise PreflightError(f"{example.conversation_id}: labels cover {labelled!r}, not the answers {answers!r}.")
+
+
+def encode_once(
+    once: Callable[..., pd.DataFrame],
+    name: str,
+    tokenizer: Any,
+    frame: pd.DataFrame,
+    max_length: int,
+    answers_only: bool,
+) -> list[Example]:
+    """The conversations of a file as examples, encoded and checked by the first configuration that asks.
+
+    Args:
+        once: of the notebook's run.
+        name: of the file, as "train".
+        tokenizer: of the base model.
+        frame: columns conversation_id and messages.
+        max_length: tokens of a conversation, at most.
+        answers_only: False labels every token but the first.
+
+    Raises:
+        PreflightError: as `encode_conversations` and `check_labels`.
+    """
+
+    def encode() -> pd.DataFrame:
+        pairs = list(zip(frame["conversation_id"], frame["messages"], strict=True))
+        examples = encode_conversations(tokenizer, pairs, max_length, answers_only)
+        for example, messages in zip(examples if answers_only else (), frame["messages"], strict=False):
+            check_labels(tokenizer, example, messages)
+        return examples_table(examples)
+
+    decides = {"tokenizer": tokenizer_hash(tokenizer), "max_length": max_length, "answers_only": answers_only}
+    return examples_of(once(f"{name}_encoded", encode, **decides))
 
 
 class StepCheck(NamedTuple):

@@ -18,7 +18,7 @@ CELLS = [
 ]
 
 
-def told(meter: energy.Meter) -> tuple[str, str]:
+def told(meter: energy.Meter, passes: int = 1) -> tuple[str, str]:
     """What the cells show of a meter: their tables, and their prose."""
     tables, prose = [], []
 
@@ -29,6 +29,7 @@ def told(meter: energy.Meter) -> tuple[str, str]:
     names = {
         "energy": energy, "meter": meter, "pd": pd, "readable": shown, "markdown": prose.append, "lost": 0,
         "run": SimpleNamespace(table=lambda name, frame: frame), "answers": [1, 2], "tokens": 40, "seconds": 30.0,
+        "passes": passes,
     }  # fmt: skip
     first = next(i for i, cell in enumerate(CELLS) if 'meter.statement("answer")' in cell)
     for cell in CELLS[first : first + 3]:
@@ -63,3 +64,10 @@ def test_an_estimated_answer_has_its_interval_and_no_warning(meter):
     tables, prose = told(meter())
     assert "mWh (" in prose and "estimated" in prose and "Not valid" not in prose
     assert "no GPU" in tables and "nan" not in f"{tables} {prose}"
+
+
+def test_the_cost_of_an_answer_is_that_of_one_pass_however_often_the_meter_saw_it(meter):
+    once, thrice = meter(), meter()
+    thrice.total |= {"window_s": 90.0, "cpu_s": 90.0}
+    assert told(once)[1].splitlines()[-1] == told(thrice, passes=3)[1].splitlines()[-1]
+    assert told(once)[1] != told(thrice)[1]

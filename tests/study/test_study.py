@@ -101,6 +101,16 @@ def test_every_configuration_beats_the_untuned_models_validation_loss(study):
         assert float(row["val_loss"]) < metrics["val_loss_before"]
 
 
+def test_one_configuration_encodes_and_computes_the_untuned_loss_for_all_of_them(study):
+    folders = [study.root / row["config"] / "03_train" for row in rows(study)]
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    for name in ("train_encoded_made_by", "val_encoded_made_by", "val_before_made_by"):
+        makers = {found[name] for found in metrics}
+        assert len(makers) == 1 and makers < {"c01/03_train", "c07/03_train", "c10/03_train"}
+    tables = [pd.read_parquet(folder / "tables" / "val_losses.parquet") for folder in folders]
+    assert all(table["loss_sum_before"].equals(tables[0]["loss_sum_before"]) for table in tables)
+
+
 def test_estimated_energy_is_an_interval_and_says_so(study):
     for row in rows(study):
         low, mid, high = (float(row[f"train_energy{end}_wh"]) for end in ("_low", "", "_high"))
