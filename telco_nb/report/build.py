@@ -31,6 +31,18 @@ QUESTION = (
 )
 NO_RESULT = "There is no result yet: 06_analysis has not finished."
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
+# The findings that a reader looks up together; in this order, the first group is open.
+GROUPS = {
+    "The decision": ("primary", "deploy", "fitness.", "first_choice", "loss_choice", "confidence", "gain."),
+    "Loss against judged quality": (
+        "tau.", "divergence.", "regret.", "top3.", "best_loss_rank.", "worst_loss_rank.", "misplaced.",
+    ),
+    "Why loss and quality part": ("parting.", "strength."),
+    "Which parameter moves what": ("effect.",),
+    "Energy and cost": ("energy_ratio", "pareto.", "serving"),
+    "Do the judges agree?": ("judges.", "kappa.", "alpha.", "self_preference."),
+    "Chance, and what a study of this size can tell": ("noise_floor", "luck.", "power", "equivalence."),
+}  # fmt: skip
 TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}
 
 
@@ -81,9 +93,6 @@ def _content(study: StudyFiles) -> dict[str, Any]:
     shown: list[dict[str, Any]] = [
         f | {"tone": TONES.get(f["verdict"], ""), "reasons": _new_reasons(f)} for f in study.findings
     ]
-    effects = [f for f in shown if f["id"].startswith("effect.")]
-    folded = _folded([f for f in shown if f not in effects])
-    hidden = [*effects, *(f for _, group in folded for f in group)]
     return {
         "title": f"Telco LoRA study, profile {study.root.name}",
         "question": QUESTION,
@@ -95,9 +104,7 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "results": _results(study),
         "legend": f"{energy}Places count from 1, the best.",
         "csv": base64.b64encode(read_or_none((study.root / "results.csv").read_bytes) or b"").decode(),
-        "findings": [f for f in shown if f not in hidden],
-        "folded": folded,
-        "effects": effects,
+        "findings": _grouped(shown),
         "figures": [],
         "cards": [],
         "notebooks": [],
@@ -119,6 +126,24 @@ def _new_reasons(finding: Mapping[str, Any]) -> list[str]:
     return [reason for reason in dict.fromkeys(finding["blocked_by"]) if reason not in finding["statement"]]
 
 
+def _grouped(findings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of the findings: title, what is shown in the open, and what is folded (`_folded`)."""
+    group_of = {
+        f["id"]: next((t for t, starts in GROUPS.items() if f["id"].startswith(starts)), "More") for f in findings
+    }
+    groups = []
+    for title in [*GROUPS, "More"]:
+        members = [f for f in findings if group_of[f["id"]] == title]
+        folded = _folded(members)
+        hidden = [f for _, group in folded for f in group]
+        shown = sum(f["verdict"] == "supported" for f in members)
+        count = f"{len(members)}{f', {shown} supported' if shown else ''}"
+        groups.append(
+            {"title": title, "count": count, "open": [f for f in members if f not in hidden], "folded": folded}
+        )
+    return [group for group in groups if group["open"] or group["folded"]]
+
+
 def _folded(findings: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """(reason, findings) of the findings that one reason blocks alike; the decision and the claim stay in the open."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -134,12 +159,9 @@ def _tags(study: StudyFiles) -> list[tuple[str, str]]:
     tags += [(model, "") for model in base_models(study)[:1]]
     kinds = energy_kinds(study)
     tags += [(f"energy {kind}", "note" if kind in GUESSED else "") for kind in kinds]
-    proxies = [judge for judge in study.judges if study.is_proxy(judge)]
-    if proxies:
-        noun = "judges" if len(proxies) > 1 else "judge"
-        tags.append((f"offline proxy {noun}, no language model: {name_list(proxies)}", "note"))
-    others = [judge for judge in study.judges if judge not in proxies]
-    return tags + ([(f"judges: {name_list(others)}", "")] if others else [])
+    for sort, judges in study.judges_by_sort().items():
+        tags.append((f"judged by {sort}: {name_list(judges)}", "note" if sort == "offline rules" else ""))
+    return tags
 
 
 def _alarms(study: StudyFiles) -> list[str]:
