@@ -90,7 +90,7 @@ def choose_another(notebook: Any) -> None:
 
 def vote_in_the_panel(page: Any, notebook: Any, folder: Path) -> Path:
     """Opens the blind panel of 05, votes on every pair by keyboard, and returns the file of the votes."""
-    notebook.get_by_role("button", name="Vote without names").click()
+    notebook.get_by_role("button", name="Open the panel").click()
     panel = notebook.frame_locator("iframe[title='Blind panel']")
     panel.get_by_label("Your name").fill("ann")
     page.keyboard.press("Enter")

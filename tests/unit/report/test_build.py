@@ -59,14 +59,14 @@ def test_the_first_screen_answers_a_manager(built, finished):
     for told in (
         "Loss alone would have chosen",
         results["loss_choice"]["value"],
-        "How sure",
+        "Is the first choice better",
         "Wh",
         "estimated",
         "paper",
     ):
         assert told in answer
     tags = soup(built / "telco_report.html").find("header").get_text(" ")
-    assert "offline proxy judges, no language model" in tags
+    assert "judged by offline rules: checklist and embedding" in tags
     assert "energy estimated" in tags
 
 
