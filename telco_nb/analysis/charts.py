@@ -264,7 +264,7 @@ def effect_panels(effects: pd.DataFrame) -> Figure:
         labels = part["factor"].str.replace("_", " ") + ": " + part["contrast"]
         ax.set_yticks(places, labels, fontsize=8)
         ax.set_ylim(len(part) - 0.5, -0.5)
-        ax.set_title(f"{response.replace('val_loss', 'validation loss')} ({unit})", fontsize=9)
+        ax.set_title(f"{str(response).replace('val_loss', 'validation loss')} ({unit})", fontsize=9)
         ax.tick_params(axis="x", labelsize=8)
     for ax in axes[:, 1:].flat:
         if all(len(part) == n_lines for _, part in panels):

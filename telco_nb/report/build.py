@@ -20,7 +20,7 @@ from telco_nb.judge.ranking import interval_text
 from telco_nb.report import answer_explorer, config_cards
 from telco_nb.report.config_cards import GUESSED
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
-from telco_nb.report.pages import first_heading, notebook_body
+from telco_nb.report.pages import first_heading, neighbours, notebook_body, with_contents
 from telco_nb.report.rendering import render
 from telco_nb.report.tiles import Tile, base_models, energy_kinds, first_sentence, first_tiles
 from telco_nb.study.machine import device_text
@@ -329,12 +329,13 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def _page(page: Page, pages: Sequence[Page]) -> str:
-    """The page of one executed notebook, with links to its neighbours in the same scope."""
-    neighbours = [(p.step + " (failed)" * p.failed, p.name) for p in pages if p.scope == page.scope and p != page]
+    """The page of one executed notebook, with links to the other steps and to its own parts."""
+    body, contents = with_contents(notebook_body(page, pages))
     return render(
         "report_page.html.j2",
         title=f"{page.scope} {page.step}",
-        notebook=notebook_body(page, pages),
-        neighbours=neighbours,
+        notebook=body,
+        contents=contents,
+        neighbours=neighbours(page, pages),
         failed=page.failed,
     )
