@@ -67,8 +67,9 @@ def _answer_first(body: str) -> str:
     return re.sub("</h1>", lambda end: f"{end[0]}{boxes[-1]}", body, count=1) if boxes else body
 
 
-def with_contents(body: str) -> tuple[Markup, list[tuple[str, Markup]]]:
+def with_contents(page: Markup) -> tuple[Markup, list[tuple[str, Markup]]]:
     """The body of a page with an anchor at each part, and (anchor, title) of the parts."""
+    body = str(page)  # methods of Markup would escape what they put in
     titles = [Markup(re.sub("<[^>]*>", "", title)) for title in re.findall(r"<h2>(.*?)</h2>", body)]
     contents = [(f"part-{number}", title) for number, title in enumerate(titles, 1)]
     for anchor, _ in contents:

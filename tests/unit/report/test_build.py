@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from markupsafe import Markup
 
 from telco_nb.report import build, config_cards, pages
 from telco_nb.report.files import Page, duration
@@ -113,7 +114,7 @@ def test_a_page_leads_to_every_other_step_in_order(built):
 
 
 def test_a_page_of_several_parts_lists_them_and_each_entry_leads_to_its_part():
-    body, contents = pages.with_contents("<h1>t</h1><h2>What <code>a</code> &lt; b</h2><p>x</p><h2>Result</h2>")
+    body, contents = pages.with_contents(Markup("<h1>t</h1><h2>What <code>a</code> &lt; b</h2><p>x</p><h2>Result</h2>"))
     assert [title for _, title in contents] == ["What a &lt; b", "Result"]
     page = BeautifulSoup(body, "html.parser")
     assert [page.find(id=anchor).get_text() for anchor, _ in contents] == ["What a < b", "Result"]
