@@ -193,7 +193,7 @@ def _strongest_effect(study: StudyFiles, pick: str) -> list[str]:
     if loss and loss["value"] is not None:
         word = "shown as well" if loss["verdict"] == "supported" else "not shown"
         lines.append(f"On the loss this effect is {word} ({loss['value']:+.3f} nats per token).")
-    return [*lines, f"Here {pick} has {_level(study, pick, factor)}."]
+    return [*lines, f"{pick}'s {name}: {_level(study, pick, factor)}."]
 
 
 def _level(study: StudyFiles, config: str, factor: str) -> str:

@@ -153,6 +153,9 @@ def test_it_prints_with_answers_unfolded(built, open_page, tmp_path):
     page = open_page(built / "telco_report.html")
     pdf = page.pdf(format="A4")
     assert pdf.startswith(b"%PDF") and len(pdf) > 100_000
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 703, "height": 1000})  # A4 between its margins, at 96 dots per inch
+    assert all(tile.bounding_box()["y"] + tile.bounding_box()["height"] <= 1000 for tile in page.locator(".tile").all())
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("#configurations details:not([open])").count() == 0
 
