@@ -108,6 +108,7 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "figures": [],
         "cards": [],
         "notebooks": [],
+        "work": _put_to_work(study),
         "status": _status(study),
         "provenance": _provenance(study),
     }
@@ -201,8 +202,9 @@ def _first_names(names: Sequence[str], most: int = 6) -> str:
 
 def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(anchor, title) of the parts that the report has."""
-    parts = ("notebooks", "results", "figures", "findings", "cards", "status", "provenance")
+    parts = ("notebooks", "results", "figures", "findings", "cards", "work", "status", "provenance")
     names = {"cards": ("configurations", "Configurations"), "status": ("status", "What ran")}
+    names |= {"work": ("work", "Put it to work")}
     return [names.get(part, (part, part.capitalize())) for part in parts if content[part]]
 
 
@@ -280,6 +282,17 @@ def _notebooks(study: StudyFiles) -> list[dict[str, Any]]:
             first = {"step": step, "question": question, "scope": pages[0].scope, "href": pages[0].name}
             found.append(first | {"others": others})
     return found
+
+
+def _put_to_work(study: StudyFiles) -> dict[str, Any] | None:
+    """The commands that put the first choice to work, as in README.md, and whether it is fit; None without a choice."""
+    config, profile = study.first_choice, study.root.name
+    if config is None:
+        return None
+    option = "" if profile == "laptop" else f" --profile {profile}"
+    commands = (f"chat {config} --beside", f"export {config} {config}-peft --to hf", f"serve {config} --port 8000")
+    lines = [f"python -m telco_nb {command}{option}" for command in commands]
+    return {"config": config, "lines": lines, "fit": (study.finding("deploy") or {}).get("verdict") != "not fit"}
 
 
 def _status(study: StudyFiles) -> dict[str, Any]:

@@ -252,6 +252,17 @@ def test_every_finding_has_a_group_of_its_kind_and_none_is_lost():
         assert groups[0]["title"] == "The decision"
 
 
+@pytest.mark.parametrize("verdict", ["supported", "not fit"])
+def test_what_the_report_puts_to_work_are_lines_of_the_readme_which_a_test_runs(verdict):
+    study = dataclasses.replace(files(changes={"deploy": {"verdict": verdict}}), root=Path("outputs/smoke"))
+    work = build._put_to_work(study)
+    readme = publish.README.read_text().split("## Put it to work\n")[1].split("\n## ")[0]
+    known = {line.split("  #")[0].strip() for line in readme.splitlines()}
+    assert len(work["lines"]) == 3 and work["fit"] == (verdict == "supported")
+    assert {line.replace(work["config"], "c04").removesuffix(" --profile smoke") for line in work["lines"]} <= known
+    assert build._put_to_work(files(changes=BLOCKED)) is None
+
+
 def test_one_open_bound_does_not_hide_the_other():
     low, high = pd.Series([0.38, math.nan, math.nan]), pd.Series([math.nan, math.nan, 1.0])
     shown = [cell["interval"] for cell in build._numbers(pd.Series([0.8, 0.5, 0.7]), ".2f", low, high)]
