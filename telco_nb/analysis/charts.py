@@ -127,6 +127,23 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
     return fig, data.reset_index()
 
 
+def any_two(results: pd.DataFrame, x: str, y: str) -> Figure:
+    """Any two columns of a results table against each other; ringed are those that no other one beats on both.
+
+    Beating is less along x and more along y. Configurations without one of the values are left out.
+    """
+    import matplotlib.pyplot as plt
+
+    frame = results[list(dict.fromkeys([x, y]))].astype(float).dropna()
+    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    points_with_intervals(ax, frame, x, y, used={})
+    if len(frame):
+        front_line(ax, frame, pareto_front(frame[x], frame[y]), x, y)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    plt.close(fig)
+    return fig
+
+
 def points_with_intervals(ax: Axes, frame: pd.DataFrame, x: str, y: str, used: Mapping[str, str]) -> None:
     """Labelled points at columns x and y of `frame` (indexed by configuration), whiskers to `<x>_low` etc. if there."""
     names = labelled(list(frame.index), used)
@@ -236,7 +253,8 @@ def bias_panel(ax: Axes, measures: pd.DataFrame) -> None:
         part = measures[measures["judge"] == judge].set_index("metric").reindex(names)
         places = np.arange(len(names)) + (k - (len(judges) - 1) / 2) * 0.7 / max(len(judges), 2)
         _share_dots(ax, part, places, markersize=4, label=judge)
-    ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
+    words = [name.replace("p_first_seat", "first seat wins").replace("_", " ") for name in names]
+    ax.set_yticks(range(len(names)), words, fontsize=8)
     ax.set_title("each judge with itself (share)", fontsize=9)
     ax.legend(fontsize=8, loc="lower left")
 
@@ -262,7 +280,7 @@ def effect_panels(effects: pd.DataFrame) -> Figure:
         labels = part["factor"].str.replace("_", " ") + ": " + part["contrast"]
         ax.set_yticks(places, labels, fontsize=8)
         ax.set_ylim(len(part) - 0.5, -0.5)
-        ax.set_title(f"{response} ({unit})", fontsize=9)
+        ax.set_title(f"{str(response).replace('val_loss', 'validation loss')} ({unit})", fontsize=9)
         ax.tick_params(axis="x", labelsize=8)
     for ax in axes[:, 1:].flat:
         if all(len(part) == n_lines for _, part in panels):

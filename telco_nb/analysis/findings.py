@@ -373,7 +373,7 @@ def _effect(row: dict[Any, Any], blocks: list[str], family: int, order: float, k
     """
     factor, contrast, response, unit, n = (row[key] for key in ("factor", "contrast", "response", "unit", "n"))
     id = f"effect.{response}.{factor}.{contrast}".replace(" ", "")
-    name = f"{factor} {contrast} on {response}"
+    name = f"{factor} {contrast} on {response}".replace("val_loss", "validation loss").replace("_", " ")
     if not row["estimable"]:
         return not_estimable(id, f"The effect of {name} is not estimable", row["reason"], n)
     digits = ".2f" if unit == "ratio" else "+.3f"

@@ -20,7 +20,7 @@ from telco_nb.judge.ranking import interval_text
 from telco_nb.report import answer_explorer, config_cards
 from telco_nb.report.config_cards import GUESSED
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
-from telco_nb.report.pages import first_heading, notebook_body
+from telco_nb.report.pages import first_heading, neighbours, notebook_body, with_contents
 from telco_nb.report.rendering import render
 from telco_nb.report.tiles import Tile, base_models, energy_kinds, first_sentence, first_tiles
 from telco_nb.study.machine import device_text
@@ -32,6 +32,18 @@ QUESTION = (
 NO_RESULT = "There is no result yet: 06_analysis has not finished."
 MANY = 40  # configurations from which on cards without a role and links to further scopes are folded
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
+# The findings that a reader looks up together; in this order, the first group is open.
+GROUPS = {
+    "The decision": ("primary", "deploy", "fitness.", "first_choice", "loss_choice", "confidence", "gain."),
+    "Loss against judged quality": (
+        "tau.", "divergence.", "regret.", "top3.", "best_loss_rank.", "worst_loss_rank.", "misplaced.",
+    ),
+    "Why loss and quality part": ("parting.", "strength."),
+    "Which parameter moves what": ("effect.",),
+    "Energy and cost": ("energy_ratio", "pareto.", "serving"),
+    "Do the judges agree?": ("judges.", "kappa.", "alpha.", "self_preference."),
+    "Chance, and what a study of this size can tell": ("noise_floor", "luck.", "power", "equivalence."),
+}  # fmt: skip
 TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}
 
 
@@ -85,9 +97,6 @@ def _content(study: StudyFiles) -> dict[str, Any]:
     shown: list[dict[str, Any]] = [
         f | {"tone": TONES.get(f["verdict"], ""), "reasons": _new_reasons(f)} for f in study.findings
     ]
-    effects = [f for f in shown if f["id"].startswith("effect.")]
-    folded = _folded([f for f in shown if f not in effects])
-    hidden = [*effects, *(f for _, group in folded for f in group)]
     return {
         "title": f"Telco LoRA study, profile {study.root.name}",
         "question": QUESTION,
@@ -99,14 +108,13 @@ def _content(study: StudyFiles) -> dict[str, Any]:
         "results": _results(study),
         "legend": f"{energy}Places count from 1, the best.",
         "csv": base64.b64encode(read_or_none((study.root / "results.csv").read_bytes) or b"").decode(),
-        "findings": [f for f in shown if f not in hidden],
-        "folded": folded,
-        "effects": effects,
+        "findings": _grouped(shown),
         "figures": [],
         "cards": [],
         "folded_cards": [],
         "many": MANY,
         "notebooks": [],
+        "work": _put_to_work(study),
         "status": _status(study),
         "provenance": _provenance(study),
     }
@@ -125,6 +133,24 @@ def _new_reasons(finding: Mapping[str, Any]) -> list[str]:
     return [reason for reason in dict.fromkeys(finding["blocked_by"]) if reason not in finding["statement"]]
 
 
+def _grouped(findings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of the findings: title, what is shown in the open, and what is folded (`_folded`)."""
+    group_of = {
+        f["id"]: next((t for t, starts in GROUPS.items() if f["id"].startswith(starts)), "More") for f in findings
+    }
+    groups = []
+    for title in [*GROUPS, "More"]:
+        members = [f for f in findings if group_of[f["id"]] == title]
+        folded = _folded(members)
+        hidden = [f for _, group in folded for f in group]
+        shown = sum(f["verdict"] == "supported" for f in members)
+        count = f"{len(members)}{f', {shown} supported' if shown else ''}"
+        groups.append(
+            {"title": title, "count": count, "open": [f for f in members if f not in hidden], "folded": folded}
+        )
+    return [group for group in groups if group["open"] or group["folded"]]
+
+
 def _folded(findings: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """(reason, findings) of the findings that one reason blocks alike; the decision and the claim stay in the open."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -140,12 +166,9 @@ def _tags(study: StudyFiles) -> list[tuple[str, str]]:
     tags += [(model, "") for model in base_models(study)[:1]]
     kinds = energy_kinds(study)
     tags += [(f"energy {kind}", "note" if kind in GUESSED else "") for kind in kinds]
-    proxies = [judge for judge in study.judges if study.is_proxy(judge)]
-    if proxies:
-        noun = "judges" if len(proxies) > 1 else "judge"
-        tags.append((f"offline proxy {noun}, no language model: {name_list(proxies)}", "note"))
-    others = [judge for judge in study.judges if judge not in proxies]
-    return tags + ([(f"judges: {name_list(others)}", "")] if others else [])
+    for sort, judges in study.judges_by_sort().items():
+        tags.append((f"judged by {sort}: {name_list(judges)}", "note" if sort == "offline rules" else ""))
+    return tags
 
 
 def _alarms(study: StudyFiles) -> list[str]:
@@ -185,8 +208,9 @@ def _first_names(names: Sequence[str], most: int = 6) -> str:
 
 def _contents(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(anchor, title) of the parts that the report has."""
-    parts = ("notebooks", "results", "figures", "findings", "cards", "status", "provenance")
+    parts = ("notebooks", "results", "figures", "findings", "cards", "work", "status", "provenance")
     names = {"cards": ("configurations", "Configurations"), "status": ("status", "What ran")}
+    names |= {"work": ("work", "Put it to work")}
     return [names.get(part, (part, part.capitalize())) for part in parts if content[part]]
 
 
@@ -266,6 +290,17 @@ def _notebooks(study: StudyFiles) -> list[dict[str, Any]]:
     return found
 
 
+def _put_to_work(study: StudyFiles) -> dict[str, Any] | None:
+    """The commands that put the first choice to work, as in README.md, and whether it is fit; None without a choice."""
+    config, profile = study.first_choice, study.root.name
+    if config is None:
+        return None
+    option = "" if profile == "laptop" else f" --profile {profile}"
+    commands = (f"chat {config} --beside", f"export {config} {config}-peft --to hf", f"serve {config} --port 8000")
+    lines = [f"python -m telco_nb {command}{option}" for command in commands]
+    return {"config": config, "lines": lines, "fit": (study.finding("deploy") or {}).get("verdict") != "not fit"}
+
+
 def _status(study: StudyFiles) -> dict[str, Any]:
     states = [cell.state for cell in study.cells.values()]
     words = {"ok": "ok", "failed": "failed", "blocked": "blocked", "noresult": "without result", "missing": "not run"}
@@ -313,12 +348,13 @@ def _distinct(values: Iterable[str]) -> str:
 
 
 def _page(page: Page, pages: Sequence[Page]) -> str:
-    """The page of one executed notebook, with links to its neighbours in the same scope."""
-    neighbours = [(p.step + " (failed)" * p.failed, p.name) for p in pages if p.scope == page.scope and p != page]
+    """The page of one executed notebook, with links to the other steps and to its own parts."""
+    body, contents = with_contents(notebook_body(page, pages))
     return render(
         "report_page.html.j2",
         title=f"{page.scope} {page.step}",
-        notebook=notebook_body(page, pages),
-        neighbours=neighbours,
+        notebook=body,
+        contents=contents,
+        neighbours=neighbours(page, pages),
         failed=page.failed,
     )

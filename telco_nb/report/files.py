@@ -83,9 +83,20 @@ class StudyFiles:
         return f"{judge} (offline proxy)" if self.is_proxy(judge) else judge
 
     def is_proxy(self, judge: str) -> bool:
+        return self._kind(judge) in PROXY_KINDS
+
+    def judges_by_sort(self) -> dict[str, list[str]]:
+        """The judges that are offline rules, language models and people, without a sort that has none."""
+        sorts: dict[str, list[str]] = {}
+        for judge in self.judges:
+            sort = "offline rules" if self.is_proxy(judge) else "language models"
+            sorts.setdefault("people" if self._kind(judge) == "human" else sort, []).append(judge)
+        return sorts
+
+    def _kind(self, judge: str) -> str:
         kind = self.metrics.get((f"judge-{judge}", "05_judge"), {}).get("judge_kind")
         parameters = self.manifests.get((f"judge-{judge}", "05_judge"), {}).get("parameters", {})
-        return (kind or parameters.get("judge_kind") or judge) in PROXY_KINDS
+        return str(kind or parameters.get("judge_kind") or judge)
 
 
 def expected_steps(scope: str) -> tuple[str, ...]:

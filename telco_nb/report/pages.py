@@ -86,6 +86,24 @@ def _answer_first(body: str) -> str:
     return re.sub("</h1>", lambda end: f"{end[0]}{boxes[-1]}", body, count=1) if boxes else body
 
 
+def with_contents(page: Markup) -> tuple[Markup, list[tuple[str, Markup]]]:
+    """The body of a page with an anchor at each part, and (anchor, title) of the parts."""
+    body = str(page)  # methods of Markup would escape what they put in
+    titles = [Markup(re.sub("<[^>]*>", "", title)) for title in re.findall(r"<h2>(.*?)</h2>", body)]
+    contents = [(f"part-{number}", title) for number, title in enumerate(titles, 1)]
+    for anchor, _ in contents:
+        body = body.replace("<h2>", f'<h2 id="{anchor}">', 1)
+    return Markup(body), contents
+
+
+def neighbours(page: Page, pages: Sequence[Page]) -> list[tuple[str, str]]:
+    """(step, page) of the other steps, in order: of the same scope where there is one, else of the first scope."""
+    own = [p for p in pages if p.scope == page.scope and p != page]
+    steps = {p.step for p in [*own, page]}
+    firsts = {p.step: p for p in reversed(pages) if p.step not in steps and not p.failed}
+    return [(p.step + " (failed)" * p.failed, p.name) for p in sorted([*own, *firsts.values()], key=lambda p: p.step)]
+
+
 def _folded(table: re.Match[str]) -> str:
     return f'<details class="parameters"><summary>Parameters, code and device</summary>{table[0]}</details>'
 

@@ -15,6 +15,7 @@ from typing import Any
 from telco_nb import ROOT
 from telco_nb.analysis.statements import words_of
 from telco_nb.judge.ranking import interval_text
+from telco_nb.report.tiles import first_sentence
 from telco_nb.study.input_files import read_json
 from telco_nb.study.params import PUBLISHED
 from telco_nb.study.record import export_again, read_manifest, write_bytes
@@ -40,21 +41,12 @@ CLOSING = [
     "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
     "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
 ]
-README_FINDINGS = (
-    "primary",
-    "deploy",
-    "fitness.",
-    "first_choice",
-    "gain.",
-    "tau.",
-    "parting.all.",
-    "loss_choice",
-    "misplaced.",
-    "effect.",
-    "kappa.",
-    "energy_ratio",
-    "serving",
-)
+# What README.md says in the open, and what it folds.
+IN_THE_OPEN = (
+    "deploy", "fitness.coverage", "fitness.unsafe", "primary", "loss_choice", "best_loss_rank.", "effect.",
+    "energy_ratio", "serving",
+)  # fmt: skip
+FOLDED = ("first_choice", "gain.", "fitness.broken", "misplaced.", "tau.", "parting.all.", "kappa.")
 
 
 def publish_study(root: Path, folder: Path = REFERENCE) -> None:
@@ -79,17 +71,23 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
 
 
 def readme_block(folder: Path = REFERENCE) -> str:
-    """The generated part of the README: words, findings, figure and table, with the kinds of energy and judges."""
+    """The generated part of the README: figure, words, findings and table, with the kinds of energy and judges."""
     with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     findings, about = (read_json(folder / name) for name in ("findings.json", "about.json"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
-    shown = _shown_statements(findings)
+    shown, folded = (_shown_statements(findings, starts) for starts in (IN_THE_OPEN, FOLDED))
+    words = words_of([*shown, *folded])
     parts = [
         [_heading(about, rows, judges)],
-        [f"*{word}*: {meaning}.<br>" for word, meaning in words_of(shown)],
-        [f"- {statement}" for statement in shown],
         ["![Validation loss against judged quality of the configurations](outputs/reference/loss_vs_quality.png)"],
+        [f"<details><summary>Words used below: {', '.join(word for word, _ in words)}</summary>"],
+        [f"*{word}*: {meaning}.<br>" for word, meaning in words],
+        ["</details>"],
+        [f"- {first_sentence(said) if said.startswith('Effect of') else said}" for said in shown],
+        ["<details><summary>The first choice, loss against scores, why they part, agreement of the judges</summary>"],
+        [f"- {statement}" for statement in folded],
+        ["</details>"],
         ["<details><summary>All configurations</summary>"],
         _table(rows, judges),
         ["</details>"],
@@ -110,8 +108,8 @@ def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges
     return f"{text}% intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}"
 
 
-def _shown_statements(findings: list[dict[str, Any]]) -> list[str]:
-    """The statements of `README_FINDINGS`, in that order. Of the effects of factors, those on scores that are shown."""
+def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> list[str]:
+    """The statements whose ids begin with `starts`, in that order. Of effects of factors, those on scores if shown."""
 
     def is_told(finding: dict[str, Any]) -> bool:
         if finding["id"].startswith("effect."):
@@ -119,7 +117,7 @@ def _shown_statements(findings: list[dict[str, Any]]) -> list[str]:
         return not finding["blocked_by"] or finding["verdict"] == "not fit"
 
     told = [finding for finding in findings if is_told(finding)]
-    return [f["statement"] for start in README_FINDINGS for f in told if f["id"].startswith(start)]
+    return [f["statement"] for start in starts for f in told if f["id"].startswith(start)]
 
 
 def _proxies(judges: list[str]) -> str:

@@ -137,12 +137,12 @@ def _energy_lines(study: StudyFiles, chosen: str, pick: str | None) -> list[str]
         other = study.results.loc[pick]
         if other["train_energy_wh"] > 0 and other["energy_kind"] == row["energy_kind"]:
             share = row["train_energy_wh"] / other["train_energy_wh"]
-            lines.append(f"{share:.0%} of what loss's choice, {pick}, takes.")
+            lines.append(f"{share:.2g} times what loss's choice, {pick}, takes.")
     return lines
 
 
 def _confidence_tile(study: StudyFiles) -> Tile:
-    confidence, title = study.finding("confidence"), "How sure that it beats loss's choice?"
+    confidence, title = study.finding("confidence"), "Is the first choice better than loss's?"
     if confidence is None:
         return Tile(title, "not known", ["The analysis does not say."])
     value, lines = confidence["value"], [confidence["statement"]]
@@ -151,7 +151,7 @@ def _confidence_tile(study: StudyFiles) -> Tile:
     if value is None:
         return Tile(title, "nothing to decide", lines)
     word = {"supported": "yes", "refuted": "no"}.get(confidence["verdict"], "not shown")
-    return Tile(title, f"{word}, {percent(value)}", lines)
+    return Tile(title, f"{word}, {percent(value)}" if word != "not shown" else word, lines)
 
 
 def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
@@ -161,7 +161,44 @@ def _loss_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
     lines = [f"The lowest validation loss, {study.results.loc[pick, 'val_loss']:.4f}."]
     if ranks := _ranks(study, "best_loss_rank"):
         lines.append(f"Its place: {ranks}.")
-    return Tile(title, pick, [*lines, "It is the same configuration."] if pick == chosen else lines)
+    if pick == chosen:
+        lines.append("It is the same configuration.")
+    return Tile(title, pick, [*lines, *_strongest_effect(study, pick)])
+
+
+def _strongest_effect(study: StudyFiles, pick: str) -> list[str]:
+    """The factor shown to move scores most, what of it is shown on the loss, and its level in loss's choice.
+
+    Nothing is said where no effect on a score is shown.
+    """
+    shown = [
+        (judge, effect, effect["id"].removeprefix(start))
+        for judge in study.judges
+        if (start := f"effect.{judge}score.")
+        for effect in study.findings
+        if effect["id"].startswith(start) and effect["verdict"] == "supported"
+    ]
+    if not shown:
+        return []
+    strongest = max(shown, key=lambda one: abs(one[1]["value"]))[2]
+    factor, contrast = strongest.split(".", 1)
+    by = [
+        f"{effect['value']:+.2f} {interval_text(_number(effect['low']), _number(effect['high']))} ({judge})"
+        for judge, effect, name in shown
+        if name == strongest
+    ]
+    name = factor.replace("_", " ")
+    lines = [f"What moves scores most: {name} from {contrast.replace('->', ' to ')}, by {name_list(by)} log-odds."]
+    loss = study.finding(f"effect.val_loss.{strongest}")
+    if loss and loss["value"] is not None:
+        word = "shown as well" if loss["verdict"] == "supported" else "not shown"
+        lines.append(f"On the loss this effect is {word} ({loss['value']:+.3f} nats per token).")
+    return [*lines, f"{pick}'s {name}: {_level(study, pick, factor)}."]
+
+
+def _level(study: StudyFiles, config: str, factor: str) -> str:
+    level = study.results.loc[config, factor]
+    return level if isinstance(level, str) else f"{level:g}"
 
 
 def _ranks(study: StudyFiles, prefix: str) -> str:
@@ -229,8 +266,10 @@ def _paper_tile(study: StudyFiles) -> Tile:
 def _limits_tile(study: StudyFiles) -> Tile:
     """What the study cannot say, as far as its own files show it."""
     lines = []
-    if proxies := [judge for judge in study.judges if study.is_proxy(judge)]:
-        lines.append(f"Offline rules judged the answers, not people: {name_list(proxies)}.")
+    sorts = study.judges_by_sort()
+    if others := [f"{sort} ({name_list(names)})" for sort, names in sorts.items() if sort != "people"]:
+        people = f" beside people ({name_list(sorts['people'])})" if "people" in sorts else ", not people"
+        lines.append(f"The answers were judged by {name_list(others)}{people}.")
     if asked := read_or_none(_asked, study):
         lines.append(f"{asked[0]} questions on {asked[1]} terms were asked: other questions may go otherwise.")
     if models := base_models(study):

@@ -129,6 +129,16 @@ def test_400_pixels_are_enough(built, open_page, name, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+def test_the_decision_stands_open_and_one_button_shows_all_findings(built, open_page):
+    page = open_page(built / "telco_report.html", width=400, height=800)
+    groups = page.locator("#findings > details")
+    opened = [group.get_attribute("open") is not None for group in groups.all()]
+    assert opened == [True] + [False] * (len(opened) - 1) and len(opened) > 3
+    assert groups.first.locator("li").first.is_visible() and not groups.nth(1).locator("li").first.is_visible()
+    page.get_by_role("button", name="Show all findings").click()
+    assert all(item.is_visible() for item in page.locator("#findings li").all())
+
+
 def test_links_of_the_index_open_pages(built, open_page):
     page = open_page(built / "index.html")
     page.locator("#status td.failed a").first.click()
@@ -143,6 +153,9 @@ def test_it_prints_with_answers_unfolded(built, open_page, tmp_path):
     page = open_page(built / "telco_report.html")
     pdf = page.pdf(format="A4")
     assert pdf.startswith(b"%PDF") and len(pdf) > 100_000
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 703, "height": 1000})  # A4 between its margins, at 96 dots per inch
+    assert all(tile.bounding_box()["y"] + tile.bounding_box()["height"] <= 1000 for tile in page.locator(".tile").all())
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("#configurations details:not([open])").count() == 0
 
@@ -162,8 +175,9 @@ def test_the_csv_can_be_taken_out_of_the_one_file(built, open_page):
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_axe_finds_nothing_wrong_with_the_report(built, open_page, width, scheme):
-    assert violations(open_page(built / "telco_report.html", width=width, scheme=scheme)) == []
+def test_axe_finds_nothing_wrong_with_the_report_and_a_notebooks_page(built, open_page, width, scheme):
+    for name in ("telco_report.html", "study-06_analysis.html"):
+        assert violations(open_page(built / name, width=width, scheme=scheme)) == []
 
 
 def test_a_long_table_scrolls_below_its_head_and_can_be_reached_by_keyboard(built, open_page):

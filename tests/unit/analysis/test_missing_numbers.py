@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from fake_study import make_judge, make_study
 
-from telco_nb.analysis import findings, recommendation, rows
+from telco_nb.analysis import charts, findings, recommendation, rows
 from telco_nb.analysis.claims import primary_finding
 from telco_nb.analysis.correction import Correction, correction_text
 from telco_nb.analysis.statements import p_text
@@ -103,3 +103,11 @@ def test_how_much_narrower_votes_become_is_printed_from_the_figures(width, word)
     assert word in told and not NOT_A_NUMBER.search(told)
     constant = correction_text(Correction("checklist", "ann", table.assign(score=0.0), 0.3, 200, 20))
     assert "not known" in constant and not NOT_A_NUMBER.search(constant)
+
+
+def test_any_two_columns_ring_what_no_other_beats_and_leave_out_what_is_missing():
+    frame = pd.DataFrame({"x": [1.0, 2, 3, None], "y": [1, 3, 2, 9]}, index=["c01", "c02", "c03", "c04"])
+    axes = charts.any_two(frame, "x", "y").axes[0]
+    assert axes.lines[-1].get_xydata().tolist() == [[1, 1], [2, 3]]
+    assert {text.get_text() for text in axes.texts} == {"c01", "c02", "c03"}
+    assert charts.any_two(frame.loc[["c04"]], "x", "y").axes[0].lines[:] == []

@@ -16,9 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from markupsafe import Markup
 
 from telco_nb.report import build, config_cards, pages
 from telco_nb.report.files import Page, duration
+from telco_nb.study.plan import STEPS
 
 matplotlib.use("Agg")
 N, JUDGES, REPEATS = 4, ("checklist", "embedding"), 1
@@ -59,14 +61,14 @@ def test_the_first_screen_answers_a_manager(built, finished):
     for told in (
         "Loss alone would have chosen",
         results["loss_choice"]["value"],
-        "How sure",
+        "Is the first choice better",
         "Wh",
         "estimated",
         "paper",
     ):
         assert told in answer
     tags = soup(built / "telco_report.html").find("header").get_text(" ")
-    assert "offline proxy judges, no language model" in tags
+    assert "judged by offline rules: checklist and embedding" in tags
     assert "energy estimated" in tags
 
 
@@ -101,6 +103,21 @@ def test_links_between_notebooks_lead_to_the_page_of_the_right_scope(built):
     page = soup(built / "c01-04_energy.html")
     assert page.find("a", string="02_synth")["href"] == "shared-02_synth.html"
     assert page.find("nav").find("a", string="03_train")["href"] == "c01-03_train.html"
+
+
+def test_a_page_leads_to_every_other_step_in_order(built):
+    known = [step for step in STEPS if list(built.glob(f"*-{step}.html"))]
+    assert len(known) > 3
+    for name in ("c02-03_train.html", "study-06_analysis.html"):
+        links = soup(built / name).find("nav", attrs={"aria-label": "Pages"}).find_all("a")[1:]
+        assert [link.get_text() for link in links] == [step for step in known if step not in name]
+
+
+def test_a_page_of_several_parts_lists_them_and_each_entry_leads_to_its_part():
+    body, contents = pages.with_contents(Markup("<h1>t</h1><h2>What <code>a</code> &lt; b</h2><p>x</p><h2>Result</h2>"))
+    assert [title for _, title in contents] == ["What a &lt; b", "Result"]
+    page = BeautifulSoup(body, "html.parser")
+    assert [page.find(id=anchor).get_text() for anchor, _ in contents] == ["What a < b", "Result"]
 
 
 def test_numbers_sort_as_numbers_and_missing_cells_stay_empty(root):

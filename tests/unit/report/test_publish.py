@@ -55,6 +55,14 @@ def test_no_statement_of_the_readme_stands_twice_and_the_decision_is_short():
     assert len(findings["deploy"]["statement"].split()) <= 50 and "first_choice" in findings
 
 
+@published
+def test_what_the_readme_says_in_the_open_is_short_and_answers_what_a_newcomer_asks():
+    block = publish.readme_block()
+    shown = re.sub(r"<details>.*?</details>", "", block, flags=re.DOTALL)
+    assert block.count("<details>") == 3 and len(shown.split()) < 500
+    assert all(word in shown for word in ("No configuration is fit", "Loss alone would choose", "Effect of", "kWh"))
+
+
 def test_missing_markers_are_an_error(tmp_path):
     (tmp_path / "README.md").write_text("# nothing")
     with pytest.raises(ValueError, match="markers"):
@@ -68,4 +76,6 @@ def test_of_the_effects_of_factors_the_readme_tells_those_on_scores_that_are_sho
 
     found = [effect(r, v) for r in ("val_loss", "checklistscore") for v in ("supported", "not distinguishable")]
     blocked = {"id": "tau.x", "statement": "tau", "verdict": "blocked", "blocked_by": ["its gate failed"]}
-    assert publish._shown_statements([*found, blocked]) == ["checklistscore supported"]
+    assert publish._shown_statements([*found, blocked], (*publish.IN_THE_OPEN, *publish.FOLDED)) == [
+        "checklistscore supported"
+    ]

@@ -1,6 +1,7 @@
 """Every sentence of the report's first screen is true of the data that it is computed from."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from fake_study import make_judge, make_study
 from telco_nb.analysis import findings
 from telco_nb.analysis.claims import primary_finding
 from telco_nb.analysis.statements import words_of
-from telco_nb.report import build, config_cards
+from telco_nb.report import build, config_cards, publish
 from telco_nb.report import tiles as first_screen
 from telco_nb.report.files import StudyFiles
 
@@ -108,8 +109,8 @@ def test_energies_of_two_kinds_are_not_set_into_a_ratio():
     mixed = files(energy_kind=["estimated"] * 3 + ["measured"] + ["estimated"] * 2)  # the choice is c04
     pick = mixed.finding("loss_choice")["value"]
     assert mixed.results.loc[pick, "energy_kind"] != mixed.results.loc["c04", "energy_kind"]
-    assert "of what loss's choice" not in text(tiles(mixed)["What it costs"])
-    assert "of what loss's choice" in text(tiles(files())["What it costs"])
+    assert "times what loss's choice" not in text(tiles(mixed)["What it costs"])
+    assert "times what loss's choice" in text(tiles(files())["What it costs"])
 
 
 def test_an_energy_is_called_estimated_or_measured_as_it_is():
@@ -128,13 +129,13 @@ def test_a_shared_lowest_loss_is_not_called_a_missing_one():
     study = make_study(6, [make_judge(SCORE, 0.1)], val_loss=[0.5, 0.5, 0.6, 0.6, 0.7, 0.7])
     shown = tiles(files(study))
     assert "share the lowest loss" in text(shown["Loss alone would have chosen"])
-    assert "share the lowest loss" in text(shown["How sure that it beats loss's choice?"])
-    assert "no valid judge" not in text(shown["How sure that it beats loss's choice?"]).lower()
+    assert "share the lowest loss" in text(shown["Is the first choice better than loss's?"])
+    assert "no valid judge" not in text(shown["Is the first choice better than loss's?"]).lower()
 
 
 def test_a_choice_of_loss_that_answers_better_is_not_explained_by_its_cost():
     study = files(changes={"confidence": {"verdict": "refuted", "value": 0.1, "statement": "x", "blocked_by": []}})
-    assert tiles(study)["How sure that it beats loss's choice?"].big == "no, 10%"
+    assert tiles(study)["Is the first choice better than loss's?"].big == "no, 10%"
 
 
 def test_no_tile_prints_a_number_that_is_missing():
@@ -183,7 +184,7 @@ def test_what_it_costs_is_told_with_and_without_a_choice(changes):
 
 def test_what_the_study_cannot_say_comes_from_its_own_files(tmp_path):
     known = text(tiles(files())["What this cannot say"])
-    assert "Offline rules judged the answers, not people: checklist." in known
+    assert "The answers were judged by offline rules (checklist), not people." in known
     assert (
         "Energy is estimated" in known
         and "6 of 6 configurations were trained once" in known
@@ -199,7 +200,67 @@ def test_what_the_study_cannot_say_comes_from_its_own_files(tmp_path):
     assert "3 questions on 2 terms" in told and "Only tiny was trained" in told and "Energy" not in told
 
 
+def test_who_judged_is_told_by_sort_and_people_are_not_denied():
+    kinds = {"panel": "language_model_panel", "human-ann": "human"}
+    study = make_study(6, [make_judge(SCORE, 0.1, name=name) for name in ("checklist", *kinds)])
+    metrics = {(f"judge-{name}", "05_judge"): {"judge_kind": kind} for name, kind in kinds.items()}
+    told = text(tiles(dataclasses.replace(files(study), metrics=metrics))["What this cannot say"])
+    assert "by offline rules (checklist) and language models (panel) beside people (human-ann)." in told
+
+
+# ---------------------------------------------------------------- the factor that moves scores most
+
+EFFECT = BELOW | {"low": 1.0, "high": 2.0, "verdict": "supported", "statement": "x"}
+SCORE_EFFECTS = [
+    EFFECT | {"id": "effect.checklistscore.learning_rate.0.0005->0.002", "value": 1.1},
+    EFFECT | {"id": "effect.checklistscore.epochs.1->4", "value": 1.6},
+    EFFECT | {"id": "effect.checklistscore.rank.8->64", "value": 9.0, "verdict": "not distinguishable"},
+]
+
+
+def loss_tile(effects: list[dict], verdict: str) -> str:
+    on_loss = EFFECT | {"id": "effect.val_loss.epochs.1->4", "value": -0.02, "verdict": verdict}
+    study = files()
+    others = [f for f in study.findings if not f["id"].startswith("effect.")]
+    study = dataclasses.replace(study, findings=[*others, *effects, on_loss])
+    return text(tiles(study)["Loss alone would have chosen"])
+
+
+@pytest.mark.parametrize(("verdict", "word"), [("supported", "shown as well"), ("not distinguishable", "not shown")])
+def test_the_strongest_shown_effect_on_scores_stands_beside_what_loss_shows_of_it(verdict, word):
+    told = loss_tile(SCORE_EFFECTS, verdict)
+    assert "What moves scores most: epochs from 1 to 4, by +1.60 [+1.00, +2.00] (checklist) log-odds." in told
+    assert f"On the loss this effect is {word} (-0.020 nats per token)." in told
+
+
+def test_without_a_shown_effect_on_scores_the_first_screen_tells_none():
+    blocked = [effect | {"verdict": "blocked"} for effect in SCORE_EFFECTS]
+    assert "moves scores" not in loss_tile(blocked, "supported")
+
+
 # ---------------------------------------------------------------- findings and table
+
+
+def test_every_finding_has_a_group_of_its_kind_and_none_is_lost():
+    published = json.loads((publish.REFERENCE / "findings.json").read_text())
+    simulated = files(make_study(8, [make_judge(SCORE.reindex([f"c{i:02}" for i in range(1, 9)], fill_value=0), 0.1)]))
+    for findings_of in (published, simulated.findings):
+        groups = build._grouped(findings_of)
+        told = [f["id"] for g in groups for f in [*g["open"], *(f for _, folded in g["folded"] for f in folded)]]
+        assert sorted(told) == sorted(f["id"] for f in findings_of)
+        assert [group["title"] for group in groups if group["title"] == "More"] == []
+        assert groups[0]["title"] == "The decision"
+
+
+@pytest.mark.parametrize("verdict", ["supported", "not fit"])
+def test_what_the_report_puts_to_work_are_lines_of_the_readme_which_a_test_runs(verdict):
+    study = dataclasses.replace(files(changes={"deploy": {"verdict": verdict}}), root=Path("outputs/smoke"))
+    work = build._put_to_work(study)
+    readme = publish.README.read_text().split("## Put it to work\n")[1].split("\n## ")[0]
+    known = {line.split("  #")[0].strip() for line in readme.splitlines()}
+    assert len(work["lines"]) == 3 and work["fit"] == (verdict == "supported")
+    assert {line.replace(work["config"], "c04").removesuffix(" --profile smoke") for line in work["lines"]} <= known
+    assert build._put_to_work(files(changes=BLOCKED)) is None
 
 
 def test_one_open_bound_does_not_hide_the_other():
