@@ -1,0 +1,298 @@
+"""Runs jobs on a Ray cluster: one task a notebook, with whole GPUs or a node's processor, again where one was lost.
+
+All state is on the outputs folder that the nodes share (see `shared_folder`). Ray carries jobs to nodes and events back.
+It is imported only here, and only by a run that asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from telco_nb.engine import archive, machine_checks, shared_folder
+from telco_nb.engine.archive import Failure
+from telco_nb.engine.local_engine import Control, Event, follow, remove_traces, signal_group, start_process
+from telco_nb.engine.schedule import UnfitError
+from telco_nb.study import machine, record
+from telco_nb.study.content_key import content_key, describe_difference
+from telco_nb.study.plan import Job
+
+PROCESSOR = "processor"  # custom resource of a node: how many jobs without a GPU it runs at once
+POLL_SECONDS = 0.5
+JOIN_SECONDS = 120.0  # for nodes to join a cluster that has just been started
+MOST_LOSSES = 3  # of one job, before it fails
+MOST_WAITING = 64  # jobs that are given to a cluster at once: more nodes may join it
+INSTALL = "pip install --no-deps -r requirements-ray.txt"
+FROM_DRIVER = ("TELCO_NB_NO_EGRESS", "HF_HUB_OFFLINE", "TELCO_NB_WARM_KERNELS")  # variables that a job takes along
+
+
+def require_ray() -> None:
+    """Raise UnfitError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UnfitError(f"--engine ray needs the package ray, which is not installed. Run: {INSTALL}")
+
+
+class RayEngine:
+    """Runs jobs on the cluster at `address`, or on one of this machine alone, which ends with the run."""
+
+    first_status = "queued"
+
+    def __init__(self, jobs: Sequence[Job], root: Path, address: str | None, say: Callable[[str], None]):
+        if not address:
+            _stay_on_this_machine()
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        import ray  # ty: ignore[import-not-found]
+
+        self.ray, self.root = ray, root
+        self.folder = None if address else _short_folder()
+        try:
+            self._connect(address)
+            self.demands = {job.id: demand(job, self._most("GPU")) for job in jobs}
+            self._wait_for_nodes()
+            self._check_nodes(jobs)
+            capacity = max(1, int(self._total("GPU") + self._total(PROCESSOR)))
+            self.places = [None] * (max(MOST_WAITING, capacity) if address else capacity)
+            say(self._description(address))
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, address: str | None) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+        if address:
+            options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+        else:
+            options |= {"_temp_dir": self.folder, "resources": {PROCESSOR: 1}, "object_store_memory": 80 * 2**20}
+        try:
+            self.ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            where = f"the Ray cluster at {address} cannot be joined" if address else "Ray does not start here"
+            raise UnfitError(f"{where}: {archive.describe(error)}") from None
+        if not address and (open_ports := listening_beyond_loopback()):
+            raise UnfitError(f"Ray listens beyond this machine, on {', '.join(open_ports)}; nothing was started.")
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self.ray.nodes() if node["Alive"]]
+
+    def _most(self, resource: str) -> float:
+        return max((node["Resources"].get(resource, 0) for node in self._nodes()), default=0)
+
+    def _total(self, resource: str) -> float:
+        return sum(node["Resources"].get(resource, 0) for node in self._nodes())
+
+    def _wait_for_nodes(self) -> None:
+        """Wait until some node can run each job. Raises UnfitError with the fix if none joins in JOIN_SECONDS."""
+        deadline = time.monotonic() + JOIN_SECONDS
+        while missing := self._missing():
+            if time.monotonic() > deadline:
+                raise UnfitError("\n".join(["this cluster cannot run the study.", *missing]))
+            time.sleep(POLL_SECONDS)
+
+    def _missing(self) -> list[str]:
+        gpus = max(needed["num_gpus"] for needed in self.demands.values())
+        missing = []
+        if gpus > self._most("GPU"):
+            missing.append(f"No node has {gpus} GPUs, which `processes` and `device` of the profile ask for.")
+        if any(needed["resources"] for needed in self.demands.values()) and not self._total(PROCESSOR):
+            fix = f"""ray start ... --resources='{{"{PROCESSOR}": 1}}'"""
+            missing.append(f"No node offers the resource {PROCESSOR}, for jobs without a GPU. Start nodes with: {fix}")
+        return missing
+
+    def _check_nodes(self, jobs: Sequence[Job]) -> None:
+        """Let every node look at the shared folder and at itself. Raises UnfitError with all problems."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # ty: ignore[import-not-found]
+
+        with shared_folder.probe(self.root) as probe:
+            asked = {}
+            for node in self._nodes():
+                fits = [job for job in jobs if self.demands[job.id]["num_gpus"] <= node["Resources"].get("GPU", 0)]
+                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = self.ray.remote(check_node).options(num_cpus=0, max_retries=0, scheduling_strategy=place)
+                asked[task.remote(probe, fits)] = node["NodeManagerAddress"]
+            problems = [f"{name}: {text}" for ref, name in asked.items() for text in self._answer(ref)]
+        if problems:
+            raise UnfitError("\n".join(["the nodes of this cluster cannot run the study yet.", *problems]))
+
+    def _answer(self, ref: Any) -> list[str]:
+        try:
+            return self.ray.get(ref, timeout=JOIN_SECONDS)
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            return [
+                f"{archive.describe(cause)}. Every node needs this project and its environment, at the same commit."
+            ]
+
+    def _description(self, address: str | None) -> str:
+        where = f"at {address}" if address else "on this machine alone, listening on loopback only"
+        nodes, gpus, processors = len(self._nodes()), int(self._total("GPU")), int(self._total(PROCESSOR))
+        return f"Ray cluster {where}. Nodes: {nodes}; GPUs: {gpus}; jobs at once without a GPU: {processors}."
+
+    def start(self, job: Job, job_file: Path, place: Any, control: Control) -> Iterator[Event]:
+        return self._run(job, job_file, control)
+
+    def _run(self, job: Job, job_file: Path, control: Control) -> Iterator[Event]:
+        """The events of a job, which starts again where it was lost."""
+        key = json.loads(job_file.read_text(encoding="utf-8"))["key"]
+        loss = ""
+        for _ in range(MOST_LOSSES):
+            record.prepare_work_dir(job, self.root, key)
+            claim = shared_folder.Claim(self.root, job.scope, job.step)
+            try:
+                loss = yield from self._attempt(job, job_file, claim, control)
+            finally:
+                claim.give_up()  # what may still run somewhere stops
+            if not loss:
+                return
+            yield {"lost": loss}
+            time.sleep(shared_folder.FENCE_SECONDS)
+        failure = Failure("died", f"lost {MOST_LOSSES} times, the last time as {loss}")
+        with contextlib.suppress(OSError):
+            archive.keep_failed(self.root, job.scope, job.step, failure)
+        yield {"exit_code": None, "failure": asdict(failure)}
+
+    def _attempt(
+        self, job: Job, job_file: Path, claim: shared_folder.Claim, control: Control
+    ) -> Generator[Event, None, str]:
+        """Yield the events of one task; returns why it was lost, or an empty text if it ended."""
+        stream, started = self._submit(job, job_file, claim), False
+        while True:
+            if control.stops > claim.stops:
+                claim.tell(control.stops)
+            if not self.ray.wait([stream], timeout=POLL_SECONDS)[0]:
+                yield {}
+                if not started and not control.keep_waiting():
+                    self.ray.cancel(stream)
+                    yield {"withdrawn": True}
+                    return ""
+                continue
+            try:
+                event = self.ray.get(next(stream))
+            except (self.ray.exceptions.RayError, StopIteration) as error:
+                if not control.stops:
+                    return loss_reason(error)
+                event = {"exit_code": None, "failure": asdict(Failure("interrupted", loss_reason(error)))}
+            started = True
+            yield event
+            if "exit_code" in event:
+                return ""
+
+    def _submit(self, job: Job, job_file: Path, claim: shared_folder.Claim) -> Any:
+        environment = {name: os.environ[name] for name in FROM_DRIVER if name in os.environ}
+        settings = {"num_cpus": 0, "max_retries": 0, "num_returns": "streaming", "name": job.id}
+        task = self.ray.remote(run_on_node).options(**settings, **self.demands[job.id])
+        return task.remote(str(job_file), claim.token, environment)
+
+    def close(self) -> None:
+        self.ray.shutdown()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def demand(job: Job, most_gpus: float) -> dict[str, Any]:
+    """What a task needs of its node: whole GPUs, or one of the node's processors. `most_gpus` are those of any node."""
+    device = job.parameters.get("device", "cpu")
+    if device == "cuda" or (device == "auto" and most_gpus):
+        return {"num_gpus": job.parameters.get("processes", 1), "resources": {}}
+    return {"num_gpus": 0, "resources": {PROCESSOR: 1}}
+
+
+def loss_reason(error: Exception) -> str:
+    """Why a task gave no result, from what Ray raises, in a line."""
+    cause = getattr(error, "cause", None) or error
+    return archive.describe(cause).partition(" The ")[0][:200]
+
+
+def _short_folder() -> str:
+    """A private folder for Ray's sockets, whose paths add 66 characters and may have 104."""
+    place = tempfile.gettempdir() if len(tempfile.gettempdir()) < 24 else "/tmp"
+    return tempfile.mkdtemp(prefix="tnb-ray-", dir=place)
+
+
+def _stay_on_this_machine() -> None:
+    """Set what Ray reads when it is imported, for a cluster that nobody else can see or reach."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for loopback addresses, on Linux, too
+    os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}  # a lack of memory ends the kernel alone, and is named
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else it lies in the home folder
+
+
+def listening_beyond_loopback() -> list[str]:
+    """Addresses of this machine at which processes below this one listen for others."""
+    found = set()
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            found |= {c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    loopback = ("127.", "::1", "::ffff:127.")
+    return sorted(f"{address.ip}:{address.port}" for address in found if not address.ip.startswith(loopback))
+
+
+# ---------------------------------------------------------------- on a node
+
+
+def check_node(probe: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+    """Problems of this node: the shared folder, packages, disk, model, GPUs."""
+    problems = shared_folder.find_problems(probe)
+    return problems or machine_checks.find_problems(jobs, Path(probe["root"]))
+
+
+def run_on_node(job_file: str, token: str, environment: dict[str, str]) -> Iterator[Event]:
+    """Run a job in a process of this node and yield its events; stop when the job is no longer this task's."""
+    import ray  # ty: ignore[import-not-found]
+
+    node, values = node_name(ray), json.loads(Path(job_file).read_text(encoding="utf-8"))
+    yield {"node": node}
+    if difference := difference_here(values):
+        reason = f"{node} would compute something else than the driver: {difference}. Install the same there."
+        yield {"exit_code": None, "failure": asdict(Failure("not started", reason))}
+        return
+    place = Path(values["root"]), values["scope"], values["step"]
+    gpus = ",".join(map(str, ray.get_gpu_ids()))
+    own = {"CUDA_VISIBLE_DEVICES": gpus, machine.NODE_VARIABLE: node, machine.AT_ONCE_VARIABLE: str(jobs_at_once(ray))}
+    with archive.running_log(*place).open("wb") as errors:
+        child = start_process(Path(job_file), errors, environment | own)
+    told: Event = {}
+    try:
+        for event in follow(child, place, shared_folder.Orders(*place, token)):
+            told |= event
+            if event:
+                yield event
+    finally:
+        if child.poll() is None:
+            signal_group(child.pid, signal.SIGKILL)
+            remove_traces(told)
+
+
+def node_name(ray: Any) -> str:
+    """The name that `ray start --node-name` gave this node, else its host name."""
+    node_id = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
+    return node["NodeName"] if node["NodeName"] != node["NodeManagerAddress"] else socket.gethostname()
+
+
+def jobs_at_once(ray: Any) -> int:
+    """How many jobs may share this node's processors."""
+    node_id = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
+    each = max(1, len(ray.get_gpu_ids()))
+    return max(1, int(node["Resources"].get("GPU", 0) // each + node["Resources"].get(PROCESSOR, 0)))
+
+
+def difference_here(values: dict[str, Any]) -> str | None:
+    """What would make this node compute something else than the driver planned, in words; None if nothing."""
+    inputs = tuple(tuple(read) for read in values["inputs"])
+    job = Job(values["step"], values["scope"], values["parameters"], inputs)
+    key, parts = content_key(job, Path(values["root"]), Path(values["notebook"]).parent)
+    return None if key == values["key"] else describe_difference(values["key_parts"], parts) or "an input is missing"
