@@ -1,7 +1,7 @@
 """Runs jobs on a Ray cluster: one task a notebook, with whole GPUs or a node's processor, again where one was lost.
 
-All state is on the outputs folder that the nodes share (see `shared_folder`). Ray carries jobs to nodes and events back.
-It is imported only here, and only by a run that asks for it.
+All state is on the outputs folder that the nodes share (see `shared_folder`). Ray carries jobs to nodes (`ray_node`)
+and events back. It is imported only by a run that asks for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,15 +21,14 @@ from typing import Any
 
 import psutil
 
-from telco_nb.engine import archive, machine_checks, shared_folder
+from telco_nb.engine import archive, shared_folder
 from telco_nb.engine.archive import Failure
-from telco_nb.engine.local_engine import Control, Event, follow, remove_traces, signal_group, start_process
+from telco_nb.engine.local_engine import Control, Event
+from telco_nb.engine.ray_node import PROCESSOR, check_node, run_on_node
 from telco_nb.engine.schedule import UnfitError
-from telco_nb.study import machine, record
-from telco_nb.study.content_key import content_key, describe_difference
+from telco_nb.study import record
 from telco_nb.study.plan import Job
 
-PROCESSOR = "processor"  # custom resource of a node: how many jobs without a GPU it runs at once
 POLL_SECONDS = 0.5
 JOIN_SECONDS = 120.0  # for nodes to join a cluster that has just been started
 MOST_LOSSES = 3  # of one job, before it fails
@@ -79,7 +76,7 @@ class RayEngine:
             options |= {"_temp_dir": self.folder, "resources": {PROCESSOR: 1}, "object_store_memory": 80 * 2**20}
         try:
             self.ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # Ray raises many kinds, also plain ones
             where = f"the Ray cluster at {address} cannot be joined" if address else "Ray does not start here"
             raise UnfitError(f"{where}: {archive.describe(error)}") from None
         if not address and (open_ports := listening_beyond_loopback()):
@@ -237,62 +234,3 @@ def listening_beyond_loopback() -> list[str]:
             found |= {c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     loopback = ("127.", "::1", "::ffff:127.")
     return sorted(f"{address.ip}:{address.port}" for address in found if not address.ip.startswith(loopback))
-
-
-# ---------------------------------------------------------------- on a node
-
-
-def check_node(probe: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """Problems of this node: the shared folder, packages, disk, model, GPUs."""
-    problems = shared_folder.find_problems(probe)
-    return problems or machine_checks.find_problems(jobs, Path(probe["root"]))
-
-
-def run_on_node(job_file: str, token: str, environment: dict[str, str]) -> Iterator[Event]:
-    """Run a job in a process of this node and yield its events; stop when the job is no longer this task's."""
-    import ray  # ty: ignore[import-not-found]
-
-    node, values = node_name(ray), json.loads(Path(job_file).read_text(encoding="utf-8"))
-    yield {"node": node}
-    if difference := difference_here(values):
-        reason = f"{node} would compute something else than the driver: {difference}. Install the same there."
-        yield {"exit_code": None, "failure": asdict(Failure("not started", reason))}
-        return
-    place = Path(values["root"]), values["scope"], values["step"]
-    gpus = ",".join(map(str, ray.get_gpu_ids()))
-    own = {"CUDA_VISIBLE_DEVICES": gpus, machine.NODE_VARIABLE: node, machine.AT_ONCE_VARIABLE: str(jobs_at_once(ray))}
-    with archive.running_log(*place).open("wb") as errors:
-        child = start_process(Path(job_file), errors, environment | own)
-    told: Event = {}
-    try:
-        for event in follow(child, place, shared_folder.Orders(*place, token)):
-            told |= event
-            if event:
-                yield event
-    finally:
-        if child.poll() is None:
-            signal_group(child.pid, signal.SIGKILL)
-            remove_traces(told)
-
-
-def node_name(ray: Any) -> str:
-    """The name that `ray start --node-name` gave this node, else its host name."""
-    node_id = ray.get_runtime_context().get_node_id()
-    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
-    return node["NodeName"] if node["NodeName"] != node["NodeManagerAddress"] else socket.gethostname()
-
-
-def jobs_at_once(ray: Any) -> int:
-    """How many jobs may share this node's processors."""
-    node_id = ray.get_runtime_context().get_node_id()
-    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
-    each = max(1, len(ray.get_gpu_ids()))
-    return max(1, int(node["Resources"].get("GPU", 0) // each + node["Resources"].get(PROCESSOR, 0)))
-
-
-def difference_here(values: dict[str, Any]) -> str | None:
-    """What would make this node compute something else than the driver planned, in words; None if nothing."""
-    inputs = tuple(tuple(read) for read in values["inputs"])
-    job = Job(values["step"], values["scope"], values["parameters"], inputs)
-    key, parts = content_key(job, Path(values["root"]), Path(values["notebook"]).parent)
-    return None if key == values["key"] else describe_difference(values["key_parts"], parts) or "an input is missing"

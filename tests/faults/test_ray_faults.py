@@ -127,3 +127,87 @@ def test_jobs_run_on_both_nodes_and_end_as_those_of_this_machine(study, tmp_path
     assert same == [manifest(local, "s", "compare")[key] for key in keys if key[:3] != "key"]
     again = finish(start(study))
     assert "3 skipped" in again and "Ray cluster" not in again
+
+
+def test_a_job_whose_worker_is_killed_starts_again(study):
+    study.add("train", SLEEP_ONCE, FINISH)
+    process = start(study)
+    wait_for(lambda: (study.root / "asleep").exists(), 60)
+    (job,) = jobs_of(study)
+    job.parent().kill()
+    output = finish(process)
+    assert "s/train queued again, as WorkerCrashedError" in output
+    assert study.status("train") == "done" and not [*study.root.glob("s/.*claim*")]
+
+
+def test_a_driver_killed_at_any_time_is_started_again_and_ends_as_an_undisturbed_one(study, tmp_path):
+    slow = "import time\nfor _ in range(4):\n    time.sleep(0.5)"
+    for scope in ("c1", "c2", "c3"):
+        study.add("train", slow, FINISH, scope=scope, value=int(scope[1]))
+    for seconds in (1.5, 3.0, 5.0, 8.0):
+        process = start(study)
+        wait_for(lambda: jobs_of(study) or process.poll() is not None, 60)  # noqa: B023
+        time.sleep(seconds - 1.5)
+        process.kill()
+        process.communicate(timeout=30)
+    finish(start(study))
+    assert {(study.root / c / "train" / "artefacts" / "value.txt").read_text() for c in ("c1", "c2", "c3")} == {*"123"}
+    assert "3 skipped" in finish(start(study))
+
+
+def test_a_new_driver_stops_what_the_killed_one_has_left_before_it_starts_the_job_again(study):
+    study.add("train", SLEEP_ONCE, FINISH)
+    process = start(study)
+    wait_for(lambda: (study.root / "asleep").exists(), 60)
+    (old,) = jobs_of(study)
+    process.kill()
+    process.communicate(timeout=30)
+    finish(start(study))
+    assert not alive([old])
+
+
+def test_ctrl_c_stops_the_job_on_its_node_and_the_next_run_goes_on(study):
+    study.add("train", SLEEP_ONCE, FINISH)
+    process = start(study)
+    wait_for(lambda: (study.root / "asleep").exists(), 60)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert study.failure("train")["kind"] == study.status("train") == "interrupted"
+    assert (study.root / "s" / ".train.work").is_dir() and not alive(jobs_of(study))
+    finish(start(study))
+
+
+def test_a_job_whose_node_dies_starts_again_on_another(study, cluster):
+    study.add("train", SLEEP_ONCE, FINISH)
+    process = start(study)
+    wait_for(lambda: (study.root / "asleep").exists(), 60)
+    lost = (study.root / "asleep").read_text()
+    cluster.kill(lost)
+    output = finish(process)
+    assert "s/train queued again, as" in output
+    assert {lost, manifest(study, "s", "train")["device"]["node"]} == {"a", "b"}
+
+
+def test_a_cluster_without_processors_is_refused_with_the_fix(study, cluster, tmp_path):
+    for name in {"a", "b"} & {*cluster.nodes}:
+        cluster.kill(name)
+    study.add("train", FINISH)
+    output, _ = start(study, environment={"TELCO_NB_JOIN_SECONDS": "2"}).communicate(timeout=240)
+    assert """ray start ... --resources='{"processor": 1}'""" in output
+    assert json.loads((study.folder / "summary.json").read_text())["exit_code"] == 3
+
+
+def test_without_an_address_a_cluster_of_this_machine_is_started_that_listens_on_loopback_only(tmp_path):
+    study = Study(tmp_path)
+    study.add("train", SLEEP_ONCE.replace("120", "5"), FINISH)
+    process = study.start(engine="ray")
+    wait_for(lambda: (study.root / "asleep").exists() or process.poll() is not None, 120)
+    below = [p for p in psutil.Process(process.pid).children(recursive=True) if "raylet" in p.name()]
+    listening = [c.laddr.ip for p in study.processes() for c in p.net_connections("inet") if c.status == "LISTEN"]
+    output = finish(process)
+    assert below and len(listening) >= 4
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    assert "on this machine alone, listening on loopback only" in output
+    assert study.status("train") == "done" and not [*study.temporary.glob("*ray*")]
+    wait_for(lambda: not alive(study.processes()), 20)
