@@ -30,7 +30,7 @@ from telco_nb.study import record
 from telco_nb.study.plan import Job
 
 POLL_SECONDS = 0.5
-JOIN_SECONDS = 120.0  # for nodes to join a cluster that has just been started
+JOIN_SECONDS = float(os.environ.get("TELCO_NB_JOIN_SECONDS", "120"))  # for nodes to join a cluster that starts
 MOST_LOSSES = 3  # of one job, before it fails
 MOST_WAITING = 64  # jobs that are given to a cluster at once: more nodes may join it
 INSTALL = "pip install --no-deps -r requirements-ray.txt"
@@ -60,7 +60,7 @@ class RayEngine:
             self._connect(address)
             self.demands = {job.id: demand(job, self._most("GPU")) for job in jobs}
             self._wait_for_nodes()
-            self._check_nodes(jobs)
+            self._check_nodes(jobs if address else [])  # the runner has checked this machine
             capacity = max(1, int(self._total("GPU") + self._total(PROCESSOR)))
             self.places = [None] * (max(MOST_WAITING, capacity) if address else capacity)
             say(self._description(address))
@@ -179,9 +179,13 @@ class RayEngine:
             try:
                 event = self.ray.get(next(stream))
             except (self.ray.exceptions.RayError, StopIteration) as error:
-                if not control.stops:
+                is_fault = isinstance(
+                    error, self.ray.exceptions.RayTaskError
+                )  # of the task itself: it would come again
+                if not control.stops and not is_fault:
                     return loss_reason(error)
-                event = {"exit_code": None, "failure": asdict(Failure("interrupted", loss_reason(error)))}
+                failure = Failure("interrupted" if control.stops else "not started", loss_reason(error))
+                event = {"exit_code": None, "failure": asdict(failure)}
             started = True
             yield event
             if "exit_code" in event:

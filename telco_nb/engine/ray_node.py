@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,9 @@ PROCESSOR = "processor"  # custom resource of a node: how many jobs without a GP
 
 
 def check_node(probe: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """Problems of this node: the shared folder, packages, disk, model, GPUs."""
+    """Problems of this node: the shared folder; packages, disk, model and GPUs for the jobs that it may run."""
+    if any(job.parameters.get("device") in ("auto", "cuda") for job in jobs):
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that owns none
     problems = shared_folder.find_problems(probe)
     return problems or machine_checks.find_problems(jobs, Path(probe["root"]))
 
@@ -30,15 +33,18 @@ def run_on_node(job_file: str, token: str, environment: dict[str, str]) -> Itera
     """Run a job in a process of this node and yield its events; stop when the job is no longer this task's."""
     import ray  # ty: ignore[import-not-found]
 
-    node, values = node_name(ray), json.loads(Path(job_file).read_text(encoding="utf-8"))
-    yield {"node": node}
+    here = ray.get_runtime_context().get_node_id()
+    (facts,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    node, gpus = node_name(facts), ray.get_gpu_ids()
+    yield {"node": f"{node}, GPU {', '.join(map(str, gpus))}" if gpus else node}
+    values = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if difference := difference_here(values):
         reason = f"{node} would compute something else than the driver: {difference}. Install the same there."
         yield {"exit_code": None, "failure": asdict(Failure("not started", reason))}
         return
     place = Path(values["root"]), values["scope"], values["step"]
-    gpus = ",".join(map(str, ray.get_gpu_ids()))
-    own = {"CUDA_VISIBLE_DEVICES": gpus, machine.NODE_VARIABLE: node, machine.AT_ONCE_VARIABLE: str(jobs_at_once(ray))}
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), machine.NODE_VARIABLE: node}
+    own |= {machine.AT_ONCE_VARIABLE: str(jobs_at_once(facts, len(gpus)))}
     with archive.running_log(*place).open("wb") as errors:
         child = start_process(Path(job_file), errors, environment | own)
     told: Event = {}
@@ -53,19 +59,15 @@ def run_on_node(job_file: str, token: str, environment: dict[str, str]) -> Itera
             remove_traces(told)
 
 
-def node_name(ray: Any) -> str:
-    """The name that `ray start --node-name` gave this node, else its host name."""
-    node_id = ray.get_runtime_context().get_node_id()
-    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
-    return node["NodeName"] if node["NodeName"] != node["NodeManagerAddress"] else socket.gethostname()
+def node_name(facts: dict[str, Any]) -> str:
+    """The name that `ray start --node-name` gave a node, which is this one; else its host name."""
+    return facts["NodeName"] if facts["NodeName"] != facts["NodeManagerAddress"] else socket.gethostname()
 
 
-def jobs_at_once(ray: Any) -> int:
-    """How many jobs may share this node's processors."""
-    node_id = ray.get_runtime_context().get_node_id()
-    (node,) = [node for node in ray.nodes() if node["NodeID"] == node_id]
-    each = max(1, len(ray.get_gpu_ids()))
-    return max(1, int(node["Resources"].get("GPU", 0) // each + node["Resources"].get(PROCESSOR, 0)))
+def jobs_at_once(facts: dict[str, Any], gpus: int) -> int:
+    """How many jobs may share a node's processors: those with `gpus` GPUs each, and those without."""
+    resources = facts["Resources"]
+    return max(1, int(resources.get("GPU", 0) // max(1, gpus) + resources.get(PROCESSOR, 0)))
 
 
 def difference_here(values: dict[str, Any]) -> str | None:

@@ -166,7 +166,8 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         result.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
         schedule.show_price(services.estimate, console, root, jobs, states)
-        check_machine(console, root, states, options)
+        if not options.address:  # the nodes of a cluster are checked when it is joined
+            check_machine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
         shared_folder.sweep_claims(root)
@@ -179,7 +180,8 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
         prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
-        check_machine(console, root, states, options)
+        if not options.address:
+            check_machine(console, root, states, options.gpus)
         runner = Runner(states, root, options, console, _engine(options, states, root, console, lock_file, places))
         runner.go()
         result.jobs = [_summary(state, root) for state in states]
@@ -225,17 +227,14 @@ def _ask_consent() -> bool:
     return input("Send it? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def check_machine(console: Console, root: Path, states: list[State], options: Options) -> None:
-    """Check this machine for the jobs that are to run, and print warnings. Raises UnfitError with all problems.
-
-    The nodes of a cluster are checked when it is joined.
-    """
+def check_machine(console: Console, root: Path, states: list[State], gpus: tuple[str, ...]) -> None:
+    """Check this machine for the jobs that are to run, and print warnings. Raises UnfitError with all problems."""
     jobs = [state.job for state in states if state.decision != "skip"]
-    if not jobs or options.address:
+    if not jobs:
         return
     if line := machine_checks.device_line(jobs):
         console.print(line, markup=False, soft_wrap=True)
-    problems = machine_checks.find_problems(jobs, root, options.gpus)
+    problems = machine_checks.find_problems(jobs, root, gpus)
     if problems:
         raise UnfitError("\n".join(["this machine cannot run the study yet.", *problems]))
     for text in machine_checks.find_warnings(jobs):
