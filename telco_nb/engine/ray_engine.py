@@ -227,6 +227,7 @@ def _stay_on_this_machine() -> None:
     """Set what Ray reads when it is imported, for a cluster that nobody else can see or reach."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for loopback addresses, on Linux, too
     os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}  # a lack of memory ends the kernel alone, and is named
+    os.environ |= {"RAY_raylet_start_wait_time_s": "180"}  # a busy machine takes longer than the 30 s of Ray
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else it lies in the home folder
 
 
