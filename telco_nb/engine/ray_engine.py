@@ -31,6 +31,8 @@ from telco_nb.study.plan import Job
 
 POLL_SECONDS = 0.5
 JOIN_SECONDS = float(os.environ.get("TELCO_NB_JOIN_SECONDS", "120"))  # for nodes to join a cluster that starts
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
 MOST_WAITING = 64  # jobs that are given to a cluster at once: more nodes may join it
 INSTALL = "pip install --no-deps -r requirements-ray.txt"
@@ -57,7 +59,7 @@ class RayEngine:
         self.ray, self.root = ray, root
         self.folder = None if address else _short_folder()
         try:
-            self._connect(address)
+            self._join(address) if address else self._start_here()
             self.demands = {job.id: demand(job, self._most("GPU")) for job in jobs}
             self._wait_for_nodes()
             self._check_nodes(jobs if address else [])  # the runner has checked this machine
@@ -68,19 +70,28 @@ class RayEngine:
             self.close()
             raise
 
-    def _connect(self, address: str | None) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        if address:
-            options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
-        else:
-            options |= {"_temp_dir": self.folder, "resources": {PROCESSOR: 1}, "object_store_memory": 80 * 2**20}
+    def _join(self, address: str) -> None:
         try:
-            self.ray.init(**options)
+            self.ray.init(address=address, **QUIET)
         except Exception as error:  # Ray raises many kinds, also plain ones
-            where = f"the Ray cluster at {address} cannot be joined" if address else "Ray does not start here"
-            raise UnfitError(f"{where}: {archive.describe(error)}") from None
-        if not address and (open_ports := listening_beyond_loopback()):
-            raise UnfitError(f"Ray listens beyond this machine, on {', '.join(open_ports)}; nothing was started.")
+            raise UnfitError(f"the Ray cluster at {address} cannot be joined: {archive.describe(error)}") from None
+
+    def _start_here(self) -> None:
+        """Start a cluster of this machine, again if need be: Ray's helpers have 15 s, and a busy machine is slower."""
+        small = {"_temp_dir": self.folder, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        for tries_left in (2, 1, 0):
+            try:
+                self.ray.init(resources={PROCESSOR: 1}, **small, **QUIET)
+                break
+            except Exception as error:
+                self.ray.shutdown()
+                for helper in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        helper.kill()
+                if not tries_left:
+                    raise UnfitError(f"Ray does not start here: {archive.describe(error)}") from None
+        if found := listening_beyond_loopback():
+            raise UnfitError(f"Ray listens beyond this machine, on {', '.join(found)}; nothing was started.")
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
@@ -227,7 +238,6 @@ def _stay_on_this_machine() -> None:
     """Set what Ray reads when it is imported, for a cluster that nobody else can see or reach."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's switch for loopback addresses, on Linux, too
     os.environ |= {"RAY_memory_monitor_refresh_ms": "0"}  # a lack of memory ends the kernel alone, and is named
-    os.environ |= {"RAY_raylet_start_wait_time_s": "180"}  # a busy machine takes longer than the 30 s of Ray
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # else it lies in the home folder
 
 
