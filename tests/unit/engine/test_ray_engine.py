@@ -258,5 +258,5 @@ def test_the_kubernetes_manifest_has_the_fields_that_a_study_needs():
         assert {"name": "TELCO_NB_CACHE", "value": "/cache"} in container["env"]
     assert int(pods[1]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) >= 1
     assert policy["kind"] == "NetworkPolicy" and policy["spec"]["policyTypes"] == ["Egress"]
-    words = job["spec"]["entrypoint"].split("run_all.py ")[1].rstrip('"').split()
+    words = job["spec"]["entrypoint"].split("run_all.py ")[1].split()
     assert words[:4] == ["--engine", "ray", "--address", "auto"] and words[-1].startswith("/shared/")
