@@ -50,7 +50,7 @@ class Cluster:
         self.cluster, self.nodes = Cluster(), {}
 
     def add(self, name: str, gpus: int = 0) -> None:
-        ports = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+        ports = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
         chosen = {port: free_port() for port in ports}  # if Ray chooses them, it gives up after 15 s on a busy machine
         small = chosen | {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
         made = self.cluster.add_node(node_name=name, num_gpus=gpus, resources={"processor": 1}, **small)
@@ -197,8 +197,10 @@ def test_a_job_whose_node_dies_starts_again_on_another(study, cluster):
     assert {manifest(study, scope, "train")["device"]["node"] for scope in ("c1", "c2")} == {"a"}
 
 
-def test_a_job_for_gpus_gets_whole_ones_of_its_node_and_one_without_gets_none(study, cluster):
-    cluster.add("g", gpus=2)  # Ray takes the number on trust
+def test_a_job_for_gpus_gets_whole_ones_of_its_node_and_one_without_gets_none(study, cluster, monkeypatch):
+    with monkeypatch.context() as visible:
+        visible.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        cluster.add("g", gpus=2)  # Ray takes the number on trust
     seen = "import os\nvalue = os.environ['CUDA_VISIBLE_DEVICES'] + ' of ' + os.environ['TELCO_NB_JOBS_AT_ONCE']"
     write_notebook(study.folder / "notebooks" / "pair.ipynb", "device = ''\nprocesses = 0", seen, FINISH)
     study.jobs.append(("pair", "s", {"value": 1, "device": "auto", "processes": 2}, []))
@@ -214,7 +216,7 @@ def test_without_an_address_a_cluster_of_this_machine_is_started_that_listens_on
     study = Study(tmp_path)
     study.add("train", SLEEP_ONCE.replace("120", "5"), FINISH)
     process = study.start(engine="ray")
-    wait_for(lambda: (study.root / "asleep").exists() or process.poll() is not None, 120)
+    wait_for(lambda: (study.root / "asleep").exists() or process.poll() is not None, 240)
     below = [p for p in psutil.Process(process.pid).children(recursive=True) if "raylet" in p.name()]
     listening = [c.laddr.ip for p in study.processes() for c in p.net_connections("inet") if c.status == "LISTEN"]
     output = finish(process)
