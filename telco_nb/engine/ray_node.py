@@ -35,15 +35,15 @@ def run_on_node(job_file: str, token: str, environment: dict[str, str]) -> Itera
 
     here = ray.get_runtime_context().get_node_id()
     (facts,) = [node for node in ray.nodes() if node["NodeID"] == here]
-    node, gpus = node_name(facts), ray.get_gpu_ids()
-    yield {"node": f"{node}, GPU {', '.join(map(str, gpus))}" if gpus else node}
+    node, gpus = node_name(facts), sorted(map(str, ray.get_gpu_ids()), key=lambda number: (len(number), number))
+    yield {"node": f"{node}, GPU {', '.join(gpus)}" if gpus else node}
     values = json.loads(Path(job_file).read_text(encoding="utf-8"))
     if difference := difference_here(values):
         reason = f"{node} would compute something else than the driver: {difference}. Install the same there."
         yield {"exit_code": None, "failure": asdict(Failure("not started", reason))}
         return
     place = Path(values["root"]), values["scope"], values["step"]
-    own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)), machine.NODE_VARIABLE: node}
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), machine.NODE_VARIABLE: node}
     own |= {machine.AT_ONCE_VARIABLE: str(jobs_at_once(facts, len(gpus)))}
     with archive.running_log(*place).open("wb") as errors:
         child = start_process(Path(job_file), errors, environment | own)

@@ -206,7 +206,7 @@ def test_a_job_for_gpus_gets_whole_ones_of_its_node_and_one_without_gets_none(st
     study.jobs.append(("pair", "s", {"value": 1, "device": "auto", "processes": 2}, []))
     study.add("single", seen, FINISH)
     output = finish(start(study))
-    assert "s/pair running on g, GPU 0, 1" in output
+    assert "s/pair running on g, GPU 0, 1" in output, output
     values = [(study.root / "s" / step / "artefacts" / "value.txt").read_text() for step in ("pair", "single")]
     assert values[0] == "0,1 of 2" and values[1].startswith(" of ")
     assert manifest(study, "s", "pair")["device"]["visible_gpus"] == "0,1"
