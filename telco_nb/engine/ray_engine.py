@@ -34,7 +34,6 @@ JOIN_SECONDS = float(os.environ.get("TELCO_NB_JOIN_SECONDS", "120"))  # for node
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
-MOST_WAITING = 64  # jobs that are given to a cluster at once: more nodes may join it
 INSTALL = "pip install --no-deps -r requirements-ray.txt"
 FROM_DRIVER = ("TELCO_NB_NO_EGRESS", "HF_HUB_OFFLINE", "TELCO_NB_WARM_KERNELS")  # variables that a job takes along
 
@@ -63,8 +62,8 @@ class RayEngine:
             self.demands = {job.id: demand(job, self._most("GPU")) for job in jobs}
             self._wait_for_nodes()
             self._check_nodes(jobs if address else [])  # the runner has checked this machine
-            capacity = max(1, int(self._total("GPU") + self._total(PROCESSOR)))
-            self.places = [None] * (max(MOST_WAITING, capacity) if address else capacity)
+            # No more than the cluster can run at once: so jobs start in the order of the plan.
+            self.places = [None] * max(1, int(self._total("GPU") + self._total(PROCESSOR)))
             say(self._description(address))
         except BaseException:
             self.close()
@@ -225,7 +224,7 @@ def demand(job: Job, most_gpus: float) -> dict[str, Any]:
 def loss_reason(error: Exception) -> str:
     """Why a task gave no result, from what Ray raises, in a line."""
     cause = getattr(error, "cause", None) or error
-    return archive.describe(cause).partition(" The ")[0][:200]
+    return archive.describe(cause).partition(". ")[0].rstrip(".")
 
 
 def _short_folder() -> str:

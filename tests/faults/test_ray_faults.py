@@ -6,14 +6,18 @@ import json
 import os
 import secrets
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from fault_runs import Study, alive, wait_for
+from fault_runs import Study, alive, can_unshare, wait_for
 from fault_study import FINISH, write_notebook
 from ports import free_port
+
+from telco_nb import ROOT
 
 pytestmark = [
     pytest.mark.nightly,
@@ -225,3 +229,37 @@ def test_without_an_address_a_cluster_of_this_machine_is_started_that_listens_on
     assert "on this machine alone, listening on loopback only" in output
     assert study.status("train") == "done" and not [*study.temporary.glob("*ray*")]
     wait_for(lambda: not alive(study.processes()), 20)
+
+
+STAND_INS = {  # for Slurm: one machine is both nodes of the job
+    "scontrol": "printf 'n1\\nn2\\n'",
+    "srun": """while [[ $1 == -* ]]; do [ "$1" = -w ] && shift; shift; done
+[ "$1" = hostname ] && { echo 127.0.0.1; exit; }
+exec "$@" """,
+    "python": f'exec {sys.executable} "$@"',
+    "ray": f"""exec {sys.executable} -c 'from ray.scripts.scripts import main; main()' "$@" """,
+}
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs the right to make a network namespace")
+def test_the_slurm_script_starts_its_nodes_and_runs_a_step_without_any_network_but_loopback(tmp_path):
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    study = Study(tmp_path)  # for its temporary folder, by which its processes are found
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "RAY_PORT": "6391"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(study.temporary)}
+    command = f"ip link set lo up; exec bash tools/slurm.sh --profile smoke --steps 01 --outputs {tmp_path}/outputs"
+    try:
+        done = subprocess.run(
+            ["unshare", "-n", "bash", "-c", command],
+            **{"env": environment, "cwd": ROOT, "start_new_session": True, "timeout": 280},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        )
+    finally:
+        for process in study.processes():  # Slurm ends what a job has started
+            process.kill()
+    assert done.returncode == 0, done.stdout
+    assert "Nodes: 2; GPUs: 0; jobs at once without a GPU: 2" in done.stdout
+    made = json.loads((tmp_path / "outputs" / "smoke" / "shared" / "01_glossary" / "manifest.json").read_text())
+    assert made["device"]["node"] in ("n1", "n2")
