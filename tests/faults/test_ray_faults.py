@@ -248,7 +248,8 @@ def test_the_slurm_script_starts_its_nodes_and_runs_a_step_without_any_network_b
         (tmp_path / name).chmod(0o755)
     study = Study(tmp_path)  # for its temporary folder, by which its processes are found
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "RAY_PORT": "6391"}
-    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(study.temporary)}
+    slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(study.temporary)}
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")} | slurm
     command = f"ip link set lo up; exec bash tools/slurm.sh --profile smoke --steps 01 --outputs {tmp_path}/outputs"
     try:
         done = subprocess.run(
