@@ -26,6 +26,7 @@ from telco_nb.engine.archive import Failure
 from telco_nb.engine.local_engine import Control, Event
 from telco_nb.engine.ray_node import PROCESSOR, check_node, run_on_node
 from telco_nb.engine.schedule import UnfitError
+from telco_nb.hosted import egress
 from telco_nb.study import record
 from telco_nb.study.plan import Job
 
@@ -35,7 +36,7 @@ QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
 INSTALL = "pip install --no-deps -r requirements-ray.txt"
-FROM_DRIVER = ("TELCO_NB_NO_EGRESS", "HF_HUB_OFFLINE", "TELCO_NB_WARM_KERNELS")  # variables that a job takes along
+FROM_DRIVER = (egress.NO_EGRESS, "HF_HUB_OFFLINE")  # variables that a job takes along
 
 
 def require_ray() -> None:

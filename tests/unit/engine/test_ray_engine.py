@@ -1,5 +1,6 @@
 """What a run on a cluster refuses or chooses, without Ray; tests/faults/test_ray_faults.py runs it on nodes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
 from telco_nb import ROOT
-from telco_nb.engine import archive, ray_engine, ray_node, schedule, shared_folder
+from telco_nb.engine import archive, progress, ray_engine, ray_node, schedule, shared_folder, worker
 from telco_nb.engine.schedule import Options, UnfitError, UsageError
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key
@@ -169,6 +171,29 @@ def test_a_fault_of_the_task_itself_is_not_tried_again_and_a_stop_ends_a_lost_jo
     assert event["failure"] == {"kind": "not started", "reason": "RayTaskError: no module telco_nb", "cell": None}
     (event,) = run_tasks(tmp_path, monkeypatch, [LOST], stops=1)
     assert event["failure"]["kind"] == "interrupted"
+
+
+def test_the_table_tells_where_a_job_runs_and_why_it_waits_again(tmp_path, monkeypatch):
+    events = [{"node": "a"}, {"cell": 2, "of": 5}, {"lost": "NodeDiedError: x"}, {"node": "b, GPU 1"}, {"cell": 1}, END]
+    state, lines = run_state(tmp_path, monkeypatch, events)
+    assert lines == ["queued: new", "running on a", "queued again, as NodeDiedError: x", "running on b, GPU 1"]
+    assert (state.status, state.cell, state.exit_code) == ("done", 1, 0)
+
+
+def test_a_job_that_never_started_waits_as_before(tmp_path, monkeypatch):
+    state, lines = run_state(tmp_path, monkeypatch, [{}, {"withdrawn": True}])
+    assert (state.status, state.seconds, lines) == ("waiting", None, ["queued: new"])
+
+
+def run_state(root: Path, monkeypatch, events: list[dict]) -> tuple[progress.State, list[str]]:
+    """Run a job whose engine tells these events; returns its state and the lines of a log from the status on."""
+    state, out = progress.State(Job("train", "s", {}, ()), "run", "new"), io.StringIO()
+    engine = SimpleNamespace(places=[None], first_status="queued", start=lambda *_: iter(events))
+    made = worker.Runner([state], root, Options(), None, engine)
+    made.display = progress.Lines(Console(file=out, width=200), [state])
+    monkeypatch.setattr(made, "write_job", lambda state: root / "job.json")
+    made._execute(state, None)
+    return state, [line.split("s/train ")[1] for line in out.getvalue().splitlines()]
 
 
 # ---------------------------------------------------------------- the shared folder
