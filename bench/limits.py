@@ -39,14 +39,14 @@ def write_params(folder: Path, n: int) -> None:
     (folder / "profiles" / f"{PROFILE}.yaml").write_text("\n".join([*kept, *added]) + "\n")
 
 
-def do_nothing(worker, state) -> None:
-    """Stands for Worker.run: the record of a step, without the notebook."""
+def do_nothing(run_of_study, state, place) -> None:
+    """Stands for Runner._run_job: the record of a step, without the notebook."""
     from telco_nb.engine import archive
     from telco_nb.notebook import Run
     from telco_nb.study.plan import READS
 
-    root, job = worker.runner.root, state.job
-    job_file = worker.runner.write_job(state)
+    root, job = run_of_study.root, state.job
+    job_file = run_of_study.write_job(state)
     values = json.loads(job_file.read_text())
     run = Run(job, root, Path(values["work"]), values["key"], values["key_parts"], batch=True)
     for step, scope, pattern in job.inputs:
@@ -72,7 +72,7 @@ def phase(name: str, params_dir: Path) -> int:
     from telco_nb.engine import runner, status, worker
     from telco_nb.engine.progress import Output
 
-    worker.Worker.run = do_nothing
+    worker.Runner._run_job = do_nothing
     options = runner.Options(profile=PROFILE, params_dir=params_dir, dry_run=name == "plan")
     if name == "status":
         return status.status(options, None, Output())

@@ -37,7 +37,7 @@ def count(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(record, "load_manifest", counted)
-    monkeypatch.setattr(worker.Worker, "run", worker.Worker.run)  # limits.phase replaces it
+    monkeypatch.setattr(worker.Runner, "_run_job", worker.Runner._run_job)  # limits.phase replaces it
     monkeypatch.setattr(content_key, "_module_hashes", lambda code, states: {})  # parsing them takes seconds
     record._kept_manifest.cache_clear()
     return phases
