@@ -39,14 +39,14 @@ def write_params(folder: Path, n: int) -> None:
     (folder / "profiles" / f"{PROFILE}.yaml").write_text("\n".join([*kept, *added]) + "\n")
 
 
-def do_nothing(worker, state) -> None:
+def do_nothing(place, state) -> None:
     """Stands for Worker.run: the record of a step, without the notebook."""
     from telco_nb.engine import archive
     from telco_nb.notebook import Run
     from telco_nb.study.plan import READS
 
-    root, job = worker.runner.root, state.job
-    job_file = worker.runner.write_job(state)
+    root, job = place.runner.root, state.job
+    job_file = place.runner.write_job(state)
     values = json.loads(job_file.read_text())
     run = Run(job, root, Path(values["work"]), values["key"], values["key_parts"], batch=True)
     for step, scope, pattern in job.inputs:
