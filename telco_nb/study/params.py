@@ -296,8 +296,9 @@ def _check_all(study: StudyParams, params_dir: Path) -> None:
     scopes = {"shared": "base.yaml"} | {c: f"{study.base['lora_folder']}/{c}.yaml" for c in study.lora}
     scopes |= dict.fromkeys(study.repeats, "base.yaml")
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base["judges"]}
+    one = {"configs": study.configs[:1]}  # the whole list was checked with the base: not again for each of its names
     for scope, name in scopes.items():
-        validate(study.values(scope), f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
+        validate(study.values(scope) | one, f"{params_dir / name} (with base.yaml and profiles/{study.profile}.yaml)")
     for judge in study.base["judges"]:
         where, values = f"{params_dir / 'judges' / judge}.yaml", study.values(f"judge-{judge}")
         if study.judge_files[judge].get("judge") != judge:

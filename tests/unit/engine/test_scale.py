@@ -12,7 +12,7 @@ import pytest
 
 from bench import limits
 from telco_nb.engine import worker
-from telco_nb.study import content_key, imports, input_files, record
+from telco_nb.study import content_key, imports, input_files, params, record
 
 
 @pytest.fixture
@@ -94,3 +94,11 @@ def test_the_record_of_a_large_study_is_read_though_no_other_file_may_be_so_larg
     assert len(record.finished(builder.root, "study", "06_analysis")["outputs"]) == 4_000
     with pytest.raises(input_files.InputFileError, match="32 MiB"):
         input_files.read_json(path)
+
+
+def test_the_list_of_configurations_is_not_checked_again_for_each_of_them(tmp_path, monkeypatch):
+    limits.write_params(tmp_path / "params", 30)
+    checked, validate = [], params.validate
+    monkeypatch.setattr(params, "validate", lambda values, where: checked.append(values) or validate(values, where))
+    params.load_study(limits.PROFILE, tmp_path / "params")
+    assert sum(len(values["configs"]) for values in checked) <= 30 + len(checked)
