@@ -60,6 +60,9 @@ class Run:
         self.params = SimpleNamespace(**job.parameters)
         self.started = time.time()
         self._inputs: dict[str, dict[str, Any]] = {}
+        self._declared: dict[str, dict[str, set[str]]] = {}  # scopes by step and pattern: 06 reads thousands of files
+        for step, scope, pattern in job.inputs:
+            self._declared.setdefault(step, {}).setdefault(pattern, set()).add(scope)
         self._metrics: dict[str, Any] = {}
         self._exports: dict[str, str] = {}
 
@@ -74,9 +77,9 @@ class Run:
         Raises:
             RecordError: the read is not declared in telco_nb/study/plan.py, or the file is missing or altered.
         """
-        declared = [s for st, s, pattern in self.job.inputs if st == step and _covers(pattern, name)]
-        scope = scope or (self.job.scope if self.job.scope in declared else "shared")
-        if scope not in declared:
+        covering = [scopes for pattern, scopes in self._declared.get(step, {}).items() if _covers(pattern, name)]
+        scope = scope or (self.job.scope if any(self.job.scope in scopes for scopes in covering) else "shared")
+        if not any(scope in scopes for scopes in covering):
             undeclared = f"{self.job.id} reads {scope}/{step}/{name}, which telco_nb/study/plan.py does not declare."
             raise RecordError(undeclared)
 
