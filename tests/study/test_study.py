@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -250,7 +251,8 @@ def test_no_file_of_a_study_holds_a_piece_of_the_key_with_which_its_judge_was_as
     assert {"verdicts.jsonl", "05_judge.ipynb", "egress.jsonl", "telco_report.html", "answers.html"} <= {
         path.name for path in files
     }
-    held = [path for path in files if any(piece in text_of(path) for piece in pieces)]
+    any_piece = re.compile("|".join(map(re.escape, pieces)))
+    held = [path for path in files if any_piece.search(text_of(path))]
     assert held == [] and "[key]" in (study.root / "judge-own-server" / "store" / "verdicts.jsonl").read_text()
 
 
