@@ -247,20 +247,20 @@ def test_the_slurm_script_starts_its_nodes_and_runs_a_step_without_any_network_b
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     study = Study(tmp_path)  # for its temporary folder, by which its processes are found
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "RAY_PORT": "6391"}
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "RAY_PORT": "6391", "RAY_TMPDIR": "/tmp"}
     slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(study.temporary)}
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")} | slurm
     command = f"ip link set lo up; exec bash tools/slurm.sh --profile smoke --steps 01 --outputs {tmp_path}/outputs"
+    log = tmp_path / "slurm.log"  # not a pipe, which the nodes would hold open
+    with log.open("w") as stream:
+        streams = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(["unshare", "-n", "bash", "-c", command], env=environment, cwd=ROOT, **streams)
     try:
-        done = subprocess.run(
-            ["unshare", "-n", "bash", "-c", command],
-            **{"env": environment, "cwd": ROOT, "start_new_session": True, "timeout": 280},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-        )
+        code = process.wait(timeout=280)
     finally:
-        for process in study.processes():  # Slurm ends what a job has started
-            process.kill()
-    assert done.returncode == 0, done.stdout
-    assert "Nodes: 2; GPUs: 0; jobs at once without a GPU: 2" in done.stdout
+        for left in study.processes():  # Slurm ends what a job has started
+            left.kill()
+    assert code == 0, log.read_text()
+    assert "Nodes: 2; GPUs: 0; jobs at once without a GPU: 2" in log.read_text()
     made = json.loads((tmp_path / "outputs" / "smoke" / "shared" / "01_glossary" / "manifest.json").read_text())
     assert made["device"]["node"] in ("n1", "n2")
