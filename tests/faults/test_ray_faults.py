@@ -202,17 +202,19 @@ def test_a_job_whose_node_dies_starts_again_on_another(study, cluster):
 
 
 def test_a_job_for_gpus_gets_whole_ones_of_its_node_and_one_without_gets_none(study, cluster, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with monkeypatch.context() as visible:
         visible.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         cluster.add("g", gpus=2)  # Ray takes the number on trust
     seen = "import os\nvalue = os.environ['CUDA_VISIBLE_DEVICES'] + ' of ' + os.environ['TELCO_NB_JOBS_AT_ONCE']"
+    seen += " + ', threads: ' + os.environ.get('OMP_NUM_THREADS', 'all')"  # Ray's default, 1, makes other sums
     write_notebook(study.folder / "notebooks" / "pair.ipynb", "device = ''\nprocesses = 0", seen, FINISH)
     study.jobs.append(("pair", "s", {"value": 1, "device": "auto", "processes": 2}, []))
     study.add("single", seen, FINISH)
     output = finish(start(study))
     assert "s/pair running on g, GPU 0, 1" in output, output
     values = [(study.root / "s" / step / "artefacts" / "value.txt").read_text() for step in ("pair", "single")]
-    assert values[0] == "0,1 of 2" and values[1].startswith(" of ")
+    assert values[0] == "0,1 of 2, threads: all" and values[1] in (" of 1, threads: all", " of 3, threads: all")
     assert manifest(study, "s", "pair")["device"]["visible_gpus"] == "0,1"
 
 
