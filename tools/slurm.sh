@@ -22,7 +22,7 @@ on_gpu_nodes=$([ -n "${SLURM_GPUS_ON_NODE:-}" ] && echo '{}' || echo "$processor
 
 srun --nodes=1 --ntasks=1 -w "$head" ray start --head --block --node-ip-address="${ip%% *}" --port="${address##*:}" \
   --node-name="$head" --resources="$processor" --include-dashboard=false --disable-usage-stats &
-for _ in {1..60}; do ray health-check --address "$address" && break; sleep 2; done
+until ray health-check --address "$address"; do kill -0 $!; sleep 2; done  # ends if the head has ended
 for node in "${nodes[@]:1}"; do
   srun --nodes=1 --ntasks=1 -w "$node" ray start --block --address="$address" --node-name="$node" \
     --resources="$on_gpu_nodes" --disable-usage-stats &

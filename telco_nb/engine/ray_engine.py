@@ -36,7 +36,7 @@ QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
 INSTALL = "pip install --no-deps -r requirements-ray.txt"
-FROM_DRIVER = (egress.NO_EGRESS, "HF_HUB_OFFLINE")  # variables that a job takes along
+FROM_DRIVER = (egress.NO_EGRESS, "HF_HUB_OFFLINE", "OMP_NUM_THREADS")  # variables that a job takes along
 
 
 def require_ray() -> None:

@@ -45,6 +45,7 @@ def run_on_node(job_file: str, token: str, environment: dict[str, str]) -> Itera
     place = Path(values["root"]), values["scope"], values["step"]
     own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), machine.NODE_VARIABLE: node}
     own |= {machine.AT_ONCE_VARIABLE: str(jobs_at_once(facts, len(gpus)))}
+    os.environ.pop("OMP_NUM_THREADS", None)  # Ray's is 1: other sums than on all cores, and slow; the driver's counts
     with archive.running_log(*place).open("wb") as errors:
         child = start_process(Path(job_file), errors, environment | own)
     told: Event = {}

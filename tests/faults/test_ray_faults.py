@@ -202,17 +202,19 @@ def test_a_job_whose_node_dies_starts_again_on_another(study, cluster):
 
 
 def test_a_job_for_gpus_gets_whole_ones_of_its_node_and_one_without_gets_none(study, cluster, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with monkeypatch.context() as visible:
         visible.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         cluster.add("g", gpus=2)  # Ray takes the number on trust
     seen = "import os\nvalue = os.environ['CUDA_VISIBLE_DEVICES'] + ' of ' + os.environ['TELCO_NB_JOBS_AT_ONCE']"
+    seen += " + ', threads: ' + os.environ.get('OMP_NUM_THREADS', 'all')"  # Ray's default, 1, makes other sums
     write_notebook(study.folder / "notebooks" / "pair.ipynb", "device = ''\nprocesses = 0", seen, FINISH)
     study.jobs.append(("pair", "s", {"value": 1, "device": "auto", "processes": 2}, []))
     study.add("single", seen, FINISH)
     output = finish(start(study))
     assert "s/pair running on g, GPU 0, 1" in output, output
     values = [(study.root / "s" / step / "artefacts" / "value.txt").read_text() for step in ("pair", "single")]
-    assert values[0] == "0,1 of 2" and values[1].startswith(" of ")
+    assert values[0] == "0,1 of 2, threads: all" and values[1] in (" of 1, threads: all", " of 3, threads: all")
     assert manifest(study, "s", "pair")["device"]["visible_gpus"] == "0,1"
 
 
@@ -247,20 +249,20 @@ def test_the_slurm_script_starts_its_nodes_and_runs_a_step_without_any_network_b
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     study = Study(tmp_path)  # for its temporary folder, by which its processes are found
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "RAY_PORT": "6391"}
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "RAY_PORT": "6391", "RAY_TMPDIR": "/tmp"}
     slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(study.temporary)}
     environment = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")} | slurm
     command = f"ip link set lo up; exec bash tools/slurm.sh --profile smoke --steps 01 --outputs {tmp_path}/outputs"
+    log = tmp_path / "slurm.log"  # not a pipe, which the nodes would hold open
+    with log.open("w") as stream:
+        streams = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(["unshare", "-n", "bash", "-c", command], env=environment, cwd=ROOT, **streams)
     try:
-        done = subprocess.run(
-            ["unshare", "-n", "bash", "-c", command],
-            **{"env": environment, "cwd": ROOT, "start_new_session": True, "timeout": 280},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
-        )
+        code = process.wait(timeout=280)
     finally:
-        for process in study.processes():  # Slurm ends what a job has started
-            process.kill()
-    assert done.returncode == 0, done.stdout
-    assert "Nodes: 2; GPUs: 0; jobs at once without a GPU: 2" in done.stdout
+        for left in study.processes():  # Slurm ends what a job has started
+            left.kill()
+    assert code == 0, log.read_text()
+    assert "Nodes: 2; GPUs: 0; jobs at once without a GPU: 2" in log.read_text()
     made = json.loads((tmp_path / "outputs" / "smoke" / "shared" / "01_glossary" / "manifest.json").read_text())
     assert made["device"]["node"] in ("n1", "n2")
