@@ -62,8 +62,10 @@ lock: .venv/tested  ## write the pins of pyproject.toml, all that they need and 
 	$(LOCK) $(UPGRADE) -o requirements.txt
 	$(LOCK) $(UPGRADE) --extra dev -c requirements.txt -o requirements-dev.txt \
 	  $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements.txt)
+	$(LOCK) $(UPGRADE) --extra ray -c requirements.txt -o requirements-ray.txt \
+	  $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements.txt)
 	$(BIN)/uv pip compile --quiet --no-deps requirements-model.txt -o requirements-model.txt >/dev/null
-	for file in requirements.txt requirements-dev.txt requirements-model.txt; do \
+	for file in requirements.txt requirements-dev.txt requirements-ray.txt requirements-model.txt; do \
 	  sed "s/ ; $(EVERYWHERE) / /" $$file > .lock.new && mv .lock.new $$file || exit 1; done
 
 licences: .venv/tested  ## write LICENCES.md from the metadata of the packages

@@ -120,6 +120,16 @@ def main(
             "Default: one after another.",
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="Where jobs run: local, or ray for a cluster (extra package, see the README)."),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="With --engine ray: a running cluster, or auto. Default: one of this machine."
+        ),
+    ] = None,
     notify: Annotated[
         str | None,
         typer.Option(
@@ -155,6 +165,8 @@ def main(
         gpus=tuple(filter(None, (gpus or "").split(","))),
         no_egress=no_egress,
         notify=notify,
+        engine=engine,
+        address=address,
     )
     sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report)))
 

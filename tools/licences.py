@@ -14,12 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LICENCES = ROOT / "LICENCES.md"
 RUN = ("requirements.txt", "requirements-torch.txt", "requirements-model.txt")
 TESTS = ("requirements-dev.txt",)
+RAY = ("requirements-ray.txt",)
 COPYLEFT = re.compile(r"\bA?GPL\b|\bA?GPL-|(?<!Lesser )General Public", re.IGNORECASE)  # the LGPL allows linking
 ELSEWHERE = {  # needed on a Mac only or by one version of Python only, or without a licence in the metadata
     "aiohappyeyeballs": "PSF-2.0", "aiohttp": "Apache-2.0 AND MIT", "aiosignal": "Apache-2.0",
     "appnope": "BSD-2-Clause", "frozenlist": "Apache-2.0", "multidict": "Apache-2.0", "overrides": "Apache-2.0",
     "propcache": "Apache-2.0", "yarl": "Apache-2.0",
     "axe-playwright-python": "MIT AND MPL-2.0",  # stated in its files only; MPL-2.0 is that of axe.min.js
+    "msgpack": "Apache-2.0", "protobuf": "BSD-3-Clause", "ray": "Apache-2.0",  # the extra is not installed here
 }  # fmt: skip
 HEAD = """# Licences of the packages
 
@@ -52,8 +54,8 @@ def table(files: tuple[str, ...]) -> str:
 def render() -> str:
     """The whole text of LICENCES.md; raises PackageNotFoundError for a package that is unknown here."""
     return (
-        f"{HEAD}\n## At run time\n\n{table(RUN)}\n## Tests and tools only\n\n"
-        f"Not needed to run a study, and not imported by it.\n\n{table(TESTS)}"
+        f"{HEAD}\n## At run time\n\n{table(RUN)}\n## With --engine ray only\n\n{table(RAY)}\n"
+        f"## Tests and tools only\n\nNot needed to run a study, and not imported by it.\n\n{table(TESTS)}"
     )
 
 

@@ -127,6 +127,7 @@ class Execution:
     def run(self) -> Failure | None:
         """Run the notebook; return None if it succeeded and left a valid manifest."""
         kills_before = oom_kills()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # Ray's processes block the first
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, self._on_terminate)
         try:

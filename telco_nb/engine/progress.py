@@ -21,6 +21,7 @@ REDRAW_SECONDS = 0.5
 PLAIN_WIDTH = 110  # columns, if the output is not a terminal
 STYLES = {
     "running": "bold cyan",
+    "queued": "cyan",
     "done": "green",
     "skipped": "dim",
     "failed": "bold red",
@@ -47,6 +48,7 @@ class State:
     failure: Failure | None = None
     cell: int = 0
     cells: int = 0
+    where: str = ""  # on which node of a cluster it runs, or why it is queued again
 
     @property
     def elapsed(self) -> float:
@@ -54,7 +56,7 @@ class State:
 
     @property
     def ended(self) -> bool:
-        return self.status not in ("waiting", "running")
+        return self.status not in ("waiting", "queued", "running")
 
 
 def remaining_text(states: Iterable[State]) -> str:
@@ -146,10 +148,11 @@ class Lines:
         if state.status == "skipped" and state.decision == "skip":
             return  # the plan shows it
         took = f" in {duration_text(state.seconds)}" if state.seconds is not None else ""
-        why = "" if state.status == "done" else f": {state.failure or state.reason}"
+        where = f" {state.where}" if state.where and not state.ended else ""
+        why = "" if where or state.status == "done" else f": {state.failure or state.reason}"
         done = sum(s.ended for s in self.states)
         left = f" ({done} of {len(self.states)}; to go: {remaining_text(self.states)})" if state.ended else ""
-        self._print(f"{state.job.id} {state.status}{took}{why}{left}")
+        self._print(f"{state.job.id} {state.status}{where}{took}{why}{left}")
 
     def tick(self) -> None:
         if time.monotonic() - self.last < HEARTBEAT_SECONDS:
@@ -184,7 +187,11 @@ class LiveTable:
             self.drawn = time.monotonic()
 
     def _picture(self) -> Group:
-        lines = [f"{s.job.id}: cell {s.cell} of {s.cells}" for s in self.states if s.status == "running" and s.cells]
+        lines = [
+            f"{s.job.id}: cell {s.cell} of {s.cells} {s.where}".rstrip()
+            for s in self.states
+            if s.status == "running" and s.cells
+        ]
         done = sum(s.ended for s in self.states)
         lines.append(
             f"{done} of {len(self.states)} steps, {duration_text(time.monotonic() - self.start)} elapsed; "

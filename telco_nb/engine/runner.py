@@ -22,10 +22,11 @@ from typing import IO, Any
 from rich.console import Console
 
 from telco_nb import DATA_DIR
-from telco_nb.engine import archive, machine_checks, schedule, sealing
+from telco_nb.engine import archive, machine_checks, ray_engine, schedule, sealing, shared_folder
+from telco_nb.engine.local_engine import Engine, LocalEngine, gpus_per_place
 from telco_nb.engine.progress import State, duration_text, make_console, status_table
-from telco_nb.engine.schedule import Options, UsageError, load_study
-from telco_nb.engine.worker import Runner, gpus_per_worker
+from telco_nb.engine.schedule import Options, UnfitError, UsageError, load_study
+from telco_nb.engine.worker import Runner
 from telco_nb.hosted import egress, prices
 from telco_nb.study import imports, params, record, seal
 from telco_nb.study.input_files import InputFileError
@@ -40,10 +41,6 @@ ERROR_CODES = {  # error of a notebook: exit code of the run
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2
 NOTIFY_SECONDS = 120.0
-
-
-class UnfitError(RuntimeError):
-    """This machine or this outputs folder cannot be used now; the message says what to do. Exit code 3."""
 
 
 @dataclass
@@ -151,6 +148,9 @@ def _print_error(text: str) -> None:
 
 def _run(options: Options, services: Services, console: Console, result: RunOutcome) -> None:
     """Plan, run and report the study of the options; `result` receives the outcome."""
+    schedule.check_engine(options)
+    if options.engine == "ray":
+        ray_engine.require_ray()
     record.use_outputs(options.outputs)
     study = load_study(options)
     root = record.profile_root(study.profile)
@@ -158,7 +158,7 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
     jobs = plan_jobs(study)
     chosen = schedule.choose_steps(jobs, options.steps)
     refuse_too_few(chosen)
-    gpu_groups = gpus_per_worker(options.gpus, chosen)
+    places = gpus_per_place(options.gpus, chosen)
     forced = schedule.choose_forced(chosen, options.force)
     if options.dry_run:
         sealing.show_changes(console, sealing.changes_since(root))
@@ -166,9 +166,11 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         result.jobs = [_summary(state, root) for state in states]
         schedule.show_plan(console, root, states, options.explain)
         schedule.show_price(services.estimate, console, root, jobs, states)
-        check_machine(console, root, states, options.gpus)
+        if not options.address:  # the nodes of a cluster are checked when it is joined
+            check_machine(console, root, states, options.gpus)
         return
     with lock(root) as lock_file:
+        shared_folder.sweep_claims(root)
         record.sweep(root)
         for job in jobs:
             archive.sweep_attempt(root, job.scope, job.step)
@@ -178,13 +180,26 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         schedule.show_plan(console, root, states, options.explain)
         estimates = schedule.show_price(services.estimate, console, root, jobs, states)
         prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
-        check_machine(console, root, states, options.gpus)
-        runner = Runner(states, root, options, console, lock_file, gpu_groups)
+        if not options.address:
+            check_machine(console, root, states, options.gpus)
+        runner = Runner(states, root, options, console, _engine(options, states, root, console, lock_file, places))
         runner.go()
         result.jobs = [_summary(state, root) for state in states]
         result.exit_code = exit_code(states, stopped=runner.stops > 0)
         _conclude(services.build_report, console, root, jobs, states, changes, result)
         show_end(console, root, states, result)
+
+
+def _engine(
+    options: Options, states: list[State], root: Path, console: Console, lock_file: IO[str], places: list[str | None]
+) -> Engine:
+    """The engine of the options; a cluster only if there is something to run."""
+    jobs = [state.job for state in states if state.decision != "skip"]
+    if options.engine == "ray" and jobs:
+        return ray_engine.RayEngine(
+            jobs, root, options.address, lambda text: console.print(text, markup=False, soft_wrap=True)
+        )
+    return LocalEngine(places, lock_file, len(jobs))
 
 
 def _conclude(

@@ -30,6 +30,10 @@ class UsageError(ValueError):
     """The command line names something that does not exist; the message says what does. Exit code 2."""
 
 
+class UnfitError(RuntimeError):
+    """This machine, cluster or outputs folder cannot be used now; the message says what to do. Exit code 3."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of the command line."""
@@ -50,6 +54,8 @@ class Options:
     gpus: tuple[str, ...] = ()
     no_egress: bool = False
     notify: str | None = None
+    engine: str = "local"
+    address: str | None = None
 
     def command(self) -> str:
         """Return the command that continues this run. It forces nothing, because finished jobs are skipped."""
@@ -62,10 +68,25 @@ class Options:
             "--max-usd": None if self.max_usd is None else f"{self.max_usd:g}",
             "--gpus": ",".join(self.gpus) or None,
             "--notify": self.notify,
+            "--engine": None if self.engine == "local" else self.engine,
+            "--address": self.address,
         }
         words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
         words += ["--no-egress"] if self.no_egress else []
         return shlex.join(["./run_all.py", *words])
+
+
+def check_engine(options: Options) -> None:
+    """Raise UsageError for options that do not go together with the engine."""
+    if options.engine not in ("local", "ray"):
+        raise UsageError(f"--engine {options.engine}: no such engine. Known: local, ray.")
+    if options.address and options.engine != "ray":
+        raise UsageError("--address names a Ray cluster: add --engine ray.")
+    if options.gpus and options.engine == "ray":
+        raise UsageError(
+            "--gpus is for --engine local: Ray gives each job GPUs of its own, of all that it finds. Leave it out; to "
+            "keep some GPUs back, start Ray with CUDA_VISIBLE_DEVICES."
+        )
 
 
 def finite(value: float | None) -> float | None:

@@ -29,15 +29,15 @@ KEY_PACKAGES = (
 MOST_FILES = 10_000  # in a folder of data
 
 
-def content_key(job: Job, root: Path) -> tuple[str | None, dict[str, Any]]:
+def content_key(job: Job, root: Path, notebooks: Path | None = None) -> tuple[str | None, dict[str, Any]]:
     """The content key of a job, as (sha256, parts). The key is None while an input does not exist yet.
 
     The parts are the notebook's code cells, its parameters, the hashes of its inputs, the sources of the telco_nb
     modules that it imports, directly or not, with the data files that these name, and the versions of libraries.
-    Prose changes nothing.
+    Prose changes nothing. `notebooks` is the folder of the notebooks, by default the project's.
     """
     inputs = input_hashes(job, root)
-    code = notebook_code(job.step)
+    code = notebook_code(job.step, notebooks)
     parts = {
         "notebook": hashlib.sha256(code.encode()).hexdigest(),
         "parameters": job.parameters,
@@ -49,8 +49,8 @@ def content_key(job: Job, root: Path) -> tuple[str | None, dict[str, Any]]:
     return (None if inputs is None else key), parts
 
 
-def notebook_code(step: str) -> str:
-    cells = json.loads((params.NOTEBOOKS_DIR / f"{step}.ipynb").read_text(encoding="utf-8"))["cells"]
+def notebook_code(step: str, notebooks: Path | None = None) -> str:
+    cells = json.loads(((notebooks or params.NOTEBOOKS_DIR) / f"{step}.ipynb").read_text(encoding="utf-8"))["cells"]
     return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
 
 

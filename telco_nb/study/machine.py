@@ -17,6 +17,7 @@ from typing import Any
 from telco_nb import ROOT
 
 AT_ONCE_VARIABLE = "TELCO_NB_JOBS_AT_ONCE"  # how many jobs share the machine's processors; unset: one
+NODE_VARIABLE = "TELCO_NB_NODE"  # the node of a cluster on which a job runs; unset: no cluster
 
 
 @cache
@@ -35,7 +36,11 @@ def git_state() -> dict[str, Any]:
 
 @cache
 def device_facts() -> dict[str, Any]:
-    """Processor name, cores this process may use, memory, operating system, and the NVIDIA cards with their driver."""
+    """Processor name, cores this process may use, memory, operating system, and the NVIDIA cards with their driver.
+
+    On a cluster `node` is the node's name. `visible_gpus` are the numbers of the cards that this process may use; None
+    where nothing restricts it.
+    """
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -44,7 +49,8 @@ def device_facts() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     system = f"{platform.system()} {platform.release()}"
-    return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": system} | gpu_facts()
+    place = {"node": os.environ.get(NODE_VARIABLE), "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    return {"cpu": name, "cores": cores, "memory_bytes": memory, "system": system} | place | gpu_facts()
 
 
 def device_text(facts: dict[str, Any]) -> str:

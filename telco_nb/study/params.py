@@ -25,6 +25,8 @@ from telco_nb.study.input_files import InputFileError, read_json, read_yaml, tex
 
 PARAMS_DIR = ROOT / "params"
 NOTEBOOKS_DIR = ROOT / "notebooks"
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # as a path shows it: s3://bucket is s3:/bucket
+IS_URL = "this is a URL, and a step is finished by renames, which need a folder. Copy a finished study there."
 Share = Field(ge=0, le=1)
 
 
@@ -267,7 +269,7 @@ def check_profile_name(profile: str) -> None:
 def given_path(path: str | Path, option: str) -> Path:
     """The absolute path that an option means. Raises ParameterError, naming the option, if there can be none."""
     try:
-        fault = text_fault(str(path))
+        fault = text_fault(str(path)) or (IS_URL if URL.match(str(path)) else "")
         absolute = Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link loop, an unknown user, a NUL
         fault, absolute = f"{str(error).rstrip('.')}.", Path()

@@ -27,7 +27,7 @@ from papermill.engines import Engine, papermill_engines  # noqa: E402
 from telco_nb import notebook  # noqa: E402, F401
 from telco_nb.analysis import results  # noqa: E402, F401
 from telco_nb.engine import job as job_module  # noqa: E402
-from telco_nb.engine import kernel_manager, runner, worker  # noqa: E402
+from telco_nb.engine import kernel_manager, local_engine, runner  # noqa: E402
 from telco_nb.engine.archive import is_executed  # noqa: E402
 from telco_nb.report import build  # noqa: E402
 from telco_nb.study import content_key, params  # noqa: E402
@@ -163,8 +163,8 @@ def _register_engine() -> str:
     return "forking"
 
 
-def _start_afresh(self: worker.Worker, job_file: Path, errors) -> SimpleNamespace:
-    """What Worker._start_afresh does, by a fork."""
+def _start_afresh(self: local_engine.LocalEngine, job_file: Path, errors, place) -> SimpleNamespace:
+    """What LocalEngine._start_afresh does, by a fork."""
     parent, (read, write) = os.getpid(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -215,7 +215,7 @@ def serve(folder: Path) -> None:
     write_notebooks(folder / "notebooks")
     write_notebooks(folder / "broken", broken=True)
     os.environ["TELCO_NB_WARM_KERNELS"] = "0"
-    kernel_manager.register_engine, worker.Worker._start_afresh = _register_engine, _start_afresh
+    kernel_manager.register_engine, local_engine.LocalEngine._start_afresh = _register_engine, _start_afresh
     content_key.versions()
     judge_study.shipped.gold_rows()
     for code in ("from telco_nb.report import build", OPEN, *(source for _, _, source, _ in STUDY)):

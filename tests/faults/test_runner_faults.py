@@ -1,12 +1,10 @@
 """What a run leaves after faults in notebooks, and what the run after it does, with real kernels."""
 
 import json
-import shutil
-import subprocess
 import sys
 
 import pytest
-from fault_runs import Study, alive
+from fault_runs import Study, alive, can_unshare
 from fault_study import FINISH
 
 # ---------------------------------------------------------------- one run with many faults
@@ -184,13 +182,7 @@ def test_a_kernel_of_another_environment_is_not_used(study):
     assert study.run(environment={"JUPYTER_PATH": str(study.folder / "jupyter")})[0] == 0
 
 
-def _can_unshare() -> bool:
-    return (
-        bool(shutil.which("unshare")) and subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode == 0
-    )
-
-
-@pytest.mark.skipif(not _can_unshare(), reason="needs the right to make a network namespace")
+@pytest.mark.skipif(not can_unshare(), reason="needs the right to make a network namespace")
 def test_a_run_needs_no_network_not_even_loopback(study):
     study.add("01_a", FINISH)
     assert study.run("unshare", "-n")[0] == 0

@@ -51,6 +51,15 @@ def test_the_direct_dependencies_are_pinned_as_in_the_locks():
     assert tools == {name: (RUN | DEV)[name] for name in tools}
 
 
+def test_the_optional_ray_is_pinned_as_in_its_lock_and_the_other_locks_have_the_rest_of_its_needs():
+    (ray,) = PROJECT["optional-dependencies"]["ray"]
+    lock = versions("requirements-ray.txt")
+    assert pins([ray]) == {"ray": lock["ray"]}
+    needed = {"click", "filelock", "jsonschema", "msgpack", "packaging", "protobuf", "pyyaml", "requests"}
+    assert needed <= {*RUN, *lock} and not {*RUN} & {*lock}
+    assert all(hashes for _, hashes in requirements("requirements-ray.txt"))
+
+
 def test_no_package_is_pinned_in_two_locks():
     names = [plain(r.name) for r, _ in requirements(*LOCKS)]
     assert len(names) == len(set(names))
@@ -63,7 +72,7 @@ def test_every_pin_is_exact_and_all_but_torch_have_hashes():
 
 
 def test_the_locks_name_no_registry():
-    for file in LOCKS:
+    for file in (*LOCKS, "requirements-ray.txt"):
         assert "://" not in (ROOT / file).read_text(), file
 
 

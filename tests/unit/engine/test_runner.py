@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from telco_nb import ROOT
-from telco_nb.engine import archive, fork_server, machine_checks, progress, runner, schedule, worker
+from telco_nb.engine import archive, fork_server, local_engine, machine_checks, progress, runner, schedule, worker
 from telco_nb.engine.archive import Failure
 from telco_nb.engine.job import death_reason, kernel_environment
 from telco_nb.engine.progress import State
@@ -202,8 +202,8 @@ def test_an_outputs_folder_that_cannot_be_made_is_unfit(tmp_path):
 def test_stopping_escalates_with_time_and_with_each_request(monkeypatch):
     sent = []
     monkeypatch.setattr(os, "killpg", lambda pid, number: sent.append(number))
-    monkeypatch.setattr(worker, "INTERRUPT_SECONDS", 0.05)
-    stopping = worker._stop_child(SimpleNamespace(pid=1))
+    monkeypatch.setattr(local_engine, "INTERRUPT_SECONDS", 0.05)
+    stopping = local_engine._stop_child(SimpleNamespace(pid=1))
     stopping.send(1)
     stopping.send(1)
     assert sent == [signal.SIGINT]
@@ -461,36 +461,36 @@ def jobs_with(*processes: int) -> list[Job]:
 
 
 @pytest.fixture
-def state_and_worker(tmp_path):
-    """A job to run, and a worker whose runner has no folder to start it in yet."""
+def state_and_runner(tmp_path, monkeypatch):
+    """A job to run, and a runner with an engine whose `start` a test replaces."""
     state = progress.State(Job("01_a", "s", {}, ()), "run", "first")
-    job_file = tmp_path / "s" / ".01_a.job.json"
-    job_file.parent.mkdir()
-    owner = SimpleNamespace(root=tmp_path, write_job=lambda _: job_file)
-    return state, worker.Worker(owner, "0")
+    engine = local_engine.LocalEngine(["0"], None, 1)
+    made = worker.Runner([state], tmp_path, runner.Options(), None, engine)
+    made.display = SimpleNamespace(changed=lambda state: None, tick=lambda: None)
+    monkeypatch.setattr(made, "write_job", lambda state: tmp_path / ".01_a.job.json")
+    return state, made
 
 
 def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_process_that_cannot_be_started_fails_its_job_alone(state_and_worker, monkeypatch):
-    state, busy = state_and_worker
-    monkeypatch.setattr(busy, "_start_afresh", full_disk)
-    assert str(busy.run(state)) == "could not run: OSError: [Errno 28] No space left on device"
+def test_a_process_that_cannot_be_started_fails_its_job_alone(state_and_runner, monkeypatch):
+    state, busy = state_and_runner
+    monkeypatch.setattr(busy.engine, "start", full_disk)
+    assert str(busy._run_job(state, "0")) == "could not run: OSError: [Errno 28] No space left on device"
 
 
-def test_an_error_while_a_process_is_followed_is_no_failure_to_start(state_and_worker, monkeypatch):
-    state, busy = state_and_worker
-    monkeypatch.setattr(busy, "_start", lambda _: SimpleNamespace(returncode=None))
-    monkeypatch.setattr(busy, "_follow", full_disk)
+def test_an_error_while_a_process_is_followed_is_no_failure_to_start(state_and_runner, monkeypatch):
+    state, busy = state_and_runner
+    monkeypatch.setattr(busy.engine, "start", lambda *_: map(full_disk, [{}]))
     with pytest.raises(OSError, match="No space left"):
-        busy.run(state)
+        busy._run_job(state, "0")
 
 
-def test_workers_get_as_many_gpus_as_a_training_has_processes():
-    assert worker.gpus_per_worker((), jobs_with(2)) == [None]
-    assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
-    assert worker.gpus_per_worker(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
+def test_places_get_as_many_gpus_as_a_training_has_processes():
+    assert local_engine.gpus_per_place((), jobs_with(2)) == [None]
+    assert local_engine.gpus_per_place(("0", "1", "2", "3"), jobs_with(1)) == ["0", "1", "2", "3"]
+    assert local_engine.gpus_per_place(("0", "1", "2", "3"), jobs_with(2, 2)) == ["0,1", "2,3"]
     with pytest.raises(schedule.UsageError, match="--gpus names 3 GPUs, and processes is 2: name a multiple of 2"):
-        worker.gpus_per_worker(("0", "1", "2"), jobs_with(2))
+        local_engine.gpus_per_place(("0", "1", "2"), jobs_with(2))
