@@ -85,11 +85,15 @@ def test_weights_that_do_not_fit_in_float32_stop_before_they_are_loaded_to_answe
 
 
 def test_free_memory_is_what_this_machine_has_left():
-    free = device.free_memory()
-    size = 1 << 28
-    with mmap.mmap(-1, size) as fresh:  # an array might get pages that this process already has
-        fresh.write(b"1" * size)
-        assert free / 1e9 > 0.3 and device.free_memory() < free - 0.5 * size
+    assert device.free_memory() / 1e9 > 0.3
+
+    def is_less_beside(size: int) -> bool:
+        free = device.free_memory()
+        with mmap.mmap(-1, size) as fresh:  # an array might get pages that this process already has
+            fresh.write(b"1" * size)
+            return device.free_memory() < free - 0.5 * size
+
+    assert any(is_less_beside(1 << 28) for _ in range(5)), "other processes may free some meanwhile, not five times"
 
 
 @pytest.mark.parametrize("name", ["PreflightError", "ModelError"])

@@ -55,8 +55,9 @@ def test_the_gold_answer_comes_first_then_the_configurations_then_the_anchors(ro
 def test_an_answer_carries_its_flags_and_what_was_not_checked_is_null(root):
     answers = dict(zip(["reference", "c01", "c02"], data_of(root)["questions"][0]["answers"], strict=False))
     assert {"looping", "cut"} <= set(answers["c02"]["flags"])
-    assert answers["c01"]["coverage"] is not None and answers["c01"]["credits"] is None
-    assert data_of(root)["questions"][39]["answers"][1]["coverage"] is None  # the fake checks end at p019
+    assert answers["c01"]["coverage"] is not None and len(answers["c01"]["credits"]) == 3
+    unchecked = data_of(root)["questions"][39]["answers"][1]  # the fake checks end at p019
+    assert unchecked["coverage"] is None and unchecked["credits"] is None
 
 
 @pytest.mark.parametrize(
