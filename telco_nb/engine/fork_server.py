@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from telco_nb import ROOT
-from telco_nb.study.imports import source_states
 
 SWITCH = "TELCO_NB_WARM_KERNELS"  # 0: never, 1: where possible, unset: for more than one job
 # These three start threads that end before a fork and start again after it. No other library may start a thread: a
@@ -74,11 +73,18 @@ def is_useful(jobs: int) -> bool:
     return possible and choice != "0" and (jobs > 1 or choice == "1")
 
 
+def _source_states() -> tuple[tuple[str, int, int], ...]:
+    """The state of every source; imported here, so that a forked kernel holds no more modules than a fresh one."""
+    from telco_nb.study.imports import source_states
+
+    return source_states()
+
+
 class ForkServer:
     """Starts the fork server with the `environment` of later kernels, and requests processes from it."""
 
     def __init__(self, environment: dict[str, str]):
-        self.sources = source_states()
+        self.sources = _source_states()
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = theirs.fileno()
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -91,7 +97,7 @@ class ForkServer:
 
     def is_outdated(self) -> bool:
         """True if a source has changed since the start: the imported modules may not be what a job has to run."""
-        return source_states() != self.sources
+        return _source_states() != self.sources
 
     def fork(self, job_file: Path, log: IO[bytes], lock: IO[str], keep_waiting: Callable[[], bool]) -> ForkedJob | None:
         """Fork the process of a job.
