@@ -97,7 +97,7 @@ def test_adapter_and_merged_model_give_the_same_logits_elsewhere(elsewhere, stra
     assert not [*Path(stranger["HOME"]).rglob("*.safetensors")]
 
 
-@pytest.mark.parametrize("to", ["hf", "merged"])
+@pytest.mark.parametrize("to", ["hf", pytest.param("merged", marks=pytest.mark.nightly)])
 def test_the_lines_of_the_card_load_the_model_and_answer_as_chat_does(elsewhere, outputs, stranger, to, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (elsewhere / to / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "c04").symlink_to(elsewhere / to)

@@ -55,6 +55,7 @@ def served(tmp_path_factory):
         log.close()
 
 
+@pytest.mark.nightly  # the judge below asks the same server in every run
 def test_what_a_small_model_writes_is_asked_for_again_then_counted_and_never_made_up(served, tmp_path):
     url, name = served
     cards, contexts = load_cards(DATA_DIR / "cards"), scenarios.load_contexts(DATA_DIR / "contexts.yaml")

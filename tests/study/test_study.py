@@ -181,7 +181,10 @@ def test_a_changed_parameter_runs_again_exactly_what_depends_on_it(study):
     assert "learning_rate 0.002 -> 0.001" in reasons["c01/03_train"]
 
 
-@pytest.mark.parametrize("step", list(STEPS))
+SLOW_BY_HAND = ("03_train", "04_energy")  # a minute or two each
+
+
+@pytest.mark.parametrize("step", [pytest.param(s, marks=[pytest.mark.nightly] * (s in SLOW_BY_HAND)) for s in STEPS])
 def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_path_factory):
     """As "Run All" does in JupyterLab: no job, no injected parameters. The record stays as the batch made it."""
     place = study.outputs.parent / "by-hand"
@@ -199,6 +202,7 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     assert check_seal(place / "smoke") == []
 
 
+@pytest.mark.nightly  # tests/unit/lora/test_data_parallel.py takes the same steps with two processes in every run
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU cannot serve two processes")
 def test_a_configuration_that_two_processes_train_learns_what_one_does(study, tmp_path):
     both = Study(tmp_path)
