@@ -34,7 +34,7 @@ WRITTEN_BY = (
     "or read them."
 )
 # Shipped gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
-BLIND_READING = {"conversations": 60, "mean": 4.39, "second_reading_of_the_same": 4.79}
+BLIND_READING = {"conversations": 40, "mean": 4.70, "second_reading_of_the_same": 4.85}
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 
 
@@ -44,7 +44,7 @@ def blind_reading_note(gold_path: str | None, reviews_path: str | None) -> str:
         return ""
     found = BLIND_READING
     return (
-        "These scores come from another instance of a language model, and are generous: a blind third reading of "
+        "These scores come from another instance of a language model, and are generous: a blind reading of "
         f"{found['conversations']} conversations gave a mean of {found['mean']} where the second one had given "
         f"{found['second_reading_of_the_same']} (LOG.md, Content)."
     )

@@ -282,4 +282,4 @@ def test_cards_of_ones_own_get_no_licence_and_no_claims_of_this_project(study, t
     assert export(tmp_path / "export").exit_code == 0
     head, text = readme(tmp_path / "export")
     assert head["license"] == "other" and not (tmp_path / "export" / "LICENSE").exists()
-    assert "apache" not in text.lower() and "third reading" not in text and "No lawyer" not in text
+    assert "apache" not in text.lower() and "blind reading" not in text and "No lawyer" not in text
