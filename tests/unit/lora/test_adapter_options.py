@@ -277,6 +277,7 @@ if torch.distributed.is_initialized():
 """
 
 
+@pytest.mark.nightly  # test_data_parallel.py takes the same steps with two processes in every run
 def test_two_processes_train_what_one_trains(tmp_path):
     """torchrun with gloo: each of the two accumulated rows of a step is shared out to the processes."""
     found = {}
