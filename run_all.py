@@ -51,6 +51,16 @@ EPILOG = """
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", context_settings=HELP)
 
 
+# Options that several commands share.
+Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")]
+Outputs = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
+]
+ParamsDir = Annotated[
+    Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
+]
+
+
 def _estimate_job(*arguments: Any) -> Any:
     from telco_nb.commands.estimate import estimate_job  # reads the cards: a dry run without hosted models need not
 
@@ -150,9 +160,7 @@ def main(
         Literal["warning", "info", "debug"],
         typer.Option(help="warning: print warnings and failures only. debug: each cell as it starts, too."),
     ] = "info",
-    params_dir: Annotated[
-        Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
-    ] = params.PARAMS_DIR,
+    params_dir: ParamsDir = params.PARAMS_DIR,
 ) -> None:
     """Run the study: six notebooks, once per study, configuration or judge, skipping what is up to date."""
     if context.invoked_subcommand:
@@ -198,10 +206,8 @@ def _is_given(context: typer.Context, name: str | None) -> bool:
 
 @app.command()
 def verify(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
-    outputs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
-    ] = None,
+    profile: Profile = "laptop",
+    outputs: Outputs = None,
     seal: Annotated[
         str | None,
         typer.Option(metavar="HASH", help="The seal must be this one: the characters that the run printed, or all."),
@@ -228,19 +234,15 @@ before it give other results, and *waiting* if it has never finished.
 
 @app.command("status", epilog=STATUS_EPILOG)
 def show_status(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
-    outputs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
-    ] = None,
+    profile: Profile = "laptop",
+    outputs: Outputs = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write it machine-readable, too.")
     ] = None,
     metrics: Annotated[
         Path | None, typer.Option("--metrics", metavar="FILE", help="Write it as Prometheus text, too.")
     ] = None,
-    params_dir: Annotated[
-        Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
-    ] = params.PARAMS_DIR,
+    params_dir: ParamsDir = params.PARAMS_DIR,
 ) -> None:
     """Say what of a study is done, running, failed or out of date, and why. Changes nothing."""
     options = runner.Options(profile=profile, outputs=outputs, json_file=json_file, params_dir=params_dir)
@@ -260,15 +262,11 @@ What a record names as an output stays without `--all`. Stores of judges and gen
 
 @app.command("clean", epilog=CLEAN_EPILOG)
 def clean_study(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
-    outputs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
-    ] = None,
+    profile: Profile = "laptop",
+    outputs: Outputs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the list and remove nothing.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="The results of all steps as well.")] = False,
-    params_dir: Annotated[
-        Path, typer.Option("--params", metavar="DIR", help="Where the parameter files are.", show_default="params")
-    ] = params.PARAMS_DIR,
+    params_dir: ParamsDir = params.PARAMS_DIR,
 ) -> None:
     """Remove what nothing needs any more: left-overs of failures, dead temporary files, results made by hand."""
     options = runner.Options(profile=profile, outputs=outputs, dry_run=dry_run, params_dir=params_dir)
@@ -288,10 +286,8 @@ is using it, or there is no Chromium to print with
 
 @app.command(epilog=REPORT_EPILOG)
 def report(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The study: a file of params/profiles.")] = "laptop",
-    outputs: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results are. Default: outputs, or $TELCO_NB_OUTPUTS.")
-    ] = None,
+    profile: Profile = "laptop",
+    outputs: Outputs = None,
     pdf: Annotated[bool, typer.Option("--pdf", help="Print the one-file report as PDF too, by Chromium.")] = False,
 ) -> None:
     """Build the report of a finished study again, without running anything."""

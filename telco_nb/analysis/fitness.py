@@ -114,9 +114,8 @@ def most_missed(points: pd.DataFrame, prompts: pd.DataFrame, configs: Sequence[s
     shares = tuned.groupby(["prompt_id", "config"])["credit"].mean().groupby("prompt_id").agg(["mean", "max"])
     by_point = tuned.groupby(["prompt_id", "point"], sort=False)["credit"].mean().reset_index()
     shares["points"] = by_point.groupby("prompt_id").size()
-    shares["missed most"] = by_point.loc[by_point.groupby("prompt_id")["credit"].idxmin()].set_index("prompt_id")[
-        "point"
-    ]
+    missed = by_point.loc[by_point.groupby("prompt_id")["credit"].idxmin()]
+    shares["missed most"] = missed.set_index("prompt_id")["point"]
     asked = prompts.set_index("prompt_id")
     shares["question"] = asked["messages"].map(lambda messages: messages[-1]["content"])
     table = shares.join(asked[["term_id", "kind"]]).sort_values(["mean", "points"], ascending=[True, False]).head(n)
