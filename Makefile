@@ -25,7 +25,7 @@ test: .venv/tested  ## lint, types, unit tests, notebook rules, faults, browser,
 	$(BIN)/python -m pytest --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
 nightly: .venv/tested  ## the slow tests that `make test` leaves out
-	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest -m nightly --timeout=7200
 
 lab: .venv/installed  ## JupyterLab, on the page that says where to start
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url='/lab/tree/notebooks/README.md?factory=Markdown%20Preview' \

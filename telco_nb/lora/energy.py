@@ -8,8 +8,6 @@ watches the same window. A sensor that fails makes its component invalid, with t
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import os
 import time
@@ -23,6 +21,7 @@ import pandas as pd
 from telco_nb.lora import sensors
 from telco_nb.lora.power_samples import Integral, Periodic, PowerSampler, PowerSource
 from telco_nb.lora.sensors import SensorError, elapsed_j, find_rapl, gpu_name, has_power, nvml_handle, read_gpu_j
+from telco_nb.lora.tracker import Carbontracker
 from telco_nb.study.machine import AT_ONCE_VARIABLE, device_facts
 
 RAPL = Path("/sys/class/powercap")
@@ -47,8 +46,8 @@ NO_GPU = "no GPU"  # the reason of a row that nothing has failed for
 KINDS = ("measured", "external", "allocated", "estimated", "none")  # from the strongest to the weakest
 SHOWN_COLUMNS = {  # columns of a statement that a notebook shows, with their headers; the saved table has all
     "component": "component", "kind": "kind", "source": "source", "gross_j": "energy, Wh", "low_j": "low, Wh",
-    "high_j": "high, Wh", "window_s": "window, s", "carbontracker_j": "carbontracker, Wh", "valid": "valid",
-    "invalid_reason": "why it is not valid",
+    "high_j": "high, Wh", "net_j": "above rest, Wh", "window_s": "window, s", "carbontracker_j": "carbontracker, Wh",
+    "valid": "valid", "invalid_reason": "why it is not valid",
 }  # fmt: skip
 
 
@@ -73,16 +72,47 @@ class Meter:
         self.gpu = self._find_gpu()
         self.battery = self._find_battery()
         tracked = self.gpu is not None and self.gpu_share == 1 and has_power(self.gpu)
-        self.tracker = _Carbontracker(self.gpu if tracked else None)
+        self.tracker = Carbontracker(self.gpu if tracked else None)
+        self.idle_w: dict[str, float] = {}  # by component: what its sensor read at rest, in W
+        self._set_to_zero()
+        self._window_start: dict[str, Any] | None = None
+        self._zones_uj: dict[str, float] = {}
+        self._wrap_watch = Periodic(self._count_zones, RAPL_WRAP_S)
+
+    def gpu_state(self) -> dict[str, Any]:
+        """Temperature, limit, clock and what slows the card down (`sensors.gpu_state`); empty without a card."""
+        return {} if self.gpu is None else sensors.gpu_state(self.gpu)
+
+    def _set_to_zero(self) -> None:
         names = ("window_s", "cpu_s", "gpu_j", "gpu_half_j", "tracker_cpu_s", "tracker_gpu_j")
         self.total = dict.fromkeys(names, 0.0)
         self.total |= {"rapl_j": 0.0 if self.rapl else math.nan}
         self.total |= dict.fromkeys(("battery_j", "battery_half_j"), 0.0 if self.battery else math.nan)
         self.apart_j = {zone.name: 0.0 for zone in self.apart}
         self.n_windows = 0
-        self._window_start: dict[str, Any] | None = None
-        self._zones_uj: dict[str, float] = {}
-        self._wrap_watch = Periodic(self._count_zones, RAPL_WRAP_S)
+
+    def rest(self, seconds: float, cool_to_celsius: float | None = None) -> dict[str, float]:
+        """Measure the power at rest, before the work's first window; the statement then tells the energy above it too.
+
+        Sleeps for `seconds` if a sensor is there to be read, else it returns at once: the model of the cores has an
+        assumption for their rest. A card is read as it stands, after it has cooled down to `cool_to_celsius`.
+
+        Returns:
+            The power at rest in W by component, as `idle_w`; empty without a sensor.
+        """
+        if not seconds or not (self.gpu is not None or self.rapl or self.battery):
+            return {}
+        if self.gpu is not None and cool_to_celsius is not None:
+            sensors.cool_down(self.gpu, cool_to_celsius)
+        self.start()
+        time.sleep(seconds)
+        self.pause()
+        read = {name: self.total[f"{name}_j"] for name in ("gpu", "battery")} | {"cpu": self.total["rapl_j"]}
+        absent = [name for name, there in (("gpu", self.gpu is not None), ("battery", self.battery)) if not there]
+        watts = {name: joules / self.total["window_s"] for name, joules in (read | self.apart_j).items()}
+        self.idle_w = {name: w for name, w in watts.items() if name not in absent and not math.isnan(w)}
+        self._set_to_zero()
+        return self.idle_w
 
     def _find_gpu(self) -> Any | None:
         """The card that tells its energy or, failing that, its power, which is then sampled."""
@@ -264,7 +294,7 @@ class Meter:
     def _cpu_row(self) -> dict[str, Any]:
         failure = self._failure("cpu", self.total["rapl_j"]) if self.rapl else None
         if self.rapl and not failure:
-            row = self._row("cpu", "measured", "rapl", self.total["rapl_j"], idle_w=None)
+            row = self._row("cpu", "measured", "rapl", self.total["rapl_j"], self.idle_w.get("cpu"))
             reason = f"cpu: the counter holds all {self.at_once} jobs that ran at once"
             return row | ({"valid": False, "invalid_reason": reason} if self.at_once > 1 else {})
         low, middle, high = (self._watts(w, self.utilisation) * self.total["window_s"] for w in self.watts)
@@ -280,7 +310,7 @@ class Meter:
         source = "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
         joules, half_j = self.total["gpu_j"], self.total["gpu_half_j"]
         if self.gpu_share == 1:
-            return self._row("gpu", "measured", source, joules, idle_w=None, half_j=half_j)
+            return self._row("gpu", "measured", source, joules, self.idle_w.get("gpu"), half_j)
         row = self._row("gpu", "allocated", source, joules * self.gpu_share, idle_w=None)
         note = f"{self.gpu_share:.0%} of the card's energy, as of its memory: the card cannot tell its parts apart"
         return row | {"low_j": 0.0, "high_j": joules + half_j, "note": note}
@@ -289,7 +319,7 @@ class Meter:
         if failure := self._failure("battery", self.total["battery_j"]):
             return _missing_row("battery", failure)
         joules, half_j = self.total["battery_j"], self.total["battery_half_j"]
-        row = self._row("battery", "measured", "battery_power", joules, idle_w=None, half_j=half_j)
+        row = self._row("battery", "measured", "battery_power", joules, self.idle_w.get("battery"), half_j)
         reason = f"battery: it feeds all {self.at_once} jobs that ran at once"
         row |= {"valid": False, "invalid_reason": reason} if self.at_once > 1 else {}
         return row | {"note": "the whole machine, with its display"}
@@ -302,7 +332,8 @@ class Meter:
 
     def _apart_row(self, name: str, joules: float) -> dict[str, Any]:
         failure = self._failure(name, joules)
-        row = _missing_row(name, failure) if failure else self._row(name, "measured", "rapl", joules, idle_w=None)
+        idle_w = self.idle_w.get(name)
+        row = _missing_row(name, failure) if failure else self._row(name, "measured", "rapl", joules, idle_w)
         return row | {"note": "shown apart: not in the total"}
 
     def _failure(self, component: str, joules: float) -> str | None:
@@ -361,13 +392,14 @@ def energy_metrics(statement: pd.DataFrame, prefix: str) -> dict[str, Any]:
 
     Returns:
         `<prefix>_energy_wh`, `<prefix>_energy_low_wh` and `<prefix>_energy_high_wh`: the energy of all windows and the
-        ends of its interval, in Wh, NaN where it is missing. `energy_kind`: one of KINDS. `energy_source`: what was
-        read, as "rapl". `energy_valid`: False if the figure must not be quoted. `carbontracker_ratio`: carbontracker's
-        joules over ours, both of cpu and gpu; NaN if one of them is missing.
+        ends of its interval, in Wh, NaN where it is missing. `<prefix>_net_energy_wh`: what of it is above rest.
+        `energy_kind`: one of KINDS. `energy_source`: what was read, as "rapl". `energy_valid`: False if the figure must
+        not be quoted. `carbontracker_ratio`: carbontracker's joules over ours, both of cpu and gpu; NaN if one of them
+        is missing.
     """
     rows = statement.set_index("component")
     row = rows.loc["gpu" if rows.loc["gpu", "kind"] in ("measured", "allocated") else "total"]
-    columns = {"energy_wh": "gross_j", "energy_low_wh": "low_j", "energy_high_wh": "high_j"}
+    columns = {"energy_wh": "gross_j", "energy_low_wh": "low_j", "energy_high_wh": "high_j", "net_energy_wh": "net_j"}
     return {f"{prefix}_{name}": _number(row[column]) / JOULES_PER_WH for name, column in columns.items()} | {
         "energy_kind": row["kind"],
         "energy_source": row["source"],
@@ -438,50 +470,19 @@ def carbontracker_note(statement: pd.DataFrame) -> str:
     return f"{text} {warning}"
 
 
-class _Carbontracker:
-    """carbontracker over the same windows: silent, offline, and without its power usage effectiveness.
+def rest_note(statement: pd.DataFrame) -> str:
+    """A sentence on the power at rest, measured or assumed; empty where the statement has none."""
+    rows = statement.set_index("component").loc[["cpu", "gpu"]]
+    rows = rows[rows["idle_w"].notna() & rows["valid"].astype(bool)]
+    told = [f"{row.Index.upper()} {row.idle_w:.1f} W, {row.net_j / row.gross_j:.0%} above" for row in rows.itertuples()]
+    assumed = "assumed" if (rows["kind"] == "estimated").all() else "measured before the work"
+    return f"At rest ({assumed}): {'; '.join(told)}." if told else ""
 
-    Without a readable sensor it would take the power from a table of names or end the process. So it gets 1 W for all
-    cores, and its reading is the number of seconds that it saw. Our own model turns them into joules: this checks the
-    windows, not the watts.
-    """
 
-    def __init__(self, gpu: Any | None):
-        from carbontracker.components.gpu.nvidia import NvidiaGPU
-        from carbontracker.emissions.intensity.intensity import IntensityService
-        from carbontracker.tracker import CarbonTracker, CarbonTrackerThread
-
-        # The constructor would ask a web service for this machine's location and has no option against it.
-        IntensityService._fetch_geo_location = lambda _: None  # ty: ignore[invalid-assignment]  (replaced on purpose)
-        NvidiaGPU._get_handles = lambda _: [gpu]  # ty: ignore[invalid-assignment]  (else it reads all of the machine)
-        # Both would end the whole process after an error of a sensor.
-        for kind in (CarbonTracker, CarbonTrackerThread):
-            kind._handle_error = lambda *_: None  # ty: ignore[invalid-assignment]
-        self._output = io.StringIO()
-        with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):
-            self._tracker = CarbonTracker(
-                epochs=1_000_000, epochs_before_pred=0, monitor_epochs=-1, interpretable=False, verbose=0,
-                components="cpu" if gpu is None else "gpu,cpu",
-                sim_cpu=device_facts()["cpu"], sim_cpu_tdp=1.0, sim_cpu_util=1.0,
-            )  # fmt: skip
-            until = time.monotonic() + 0.1
-            while "simulated CPU" not in self._output.getvalue() and time.monotonic() < until:
-                time.sleep(0.002)  # its thread prints this once at its start
-        self._thread = self._tracker.tracker
-
-    def start(self) -> None:
-        self._tracker.epoch_start()
-
-    def pause(self) -> tuple[float, float]:
-        """(seconds of the cores, joules of the GPU) of the window that ends now; NaN for what it has not read."""
-        self._tracker.epoch_end()
-        times = self._thread.epoch_times
-        if not self._thread.running or not times:
-            return math.nan, math.nan
-        values = {c.name: c.energy_usage(times)[-1] * 3.6e6 for c in self._thread.components}
-        return _number(values.get("cpu")), _number(values.get("gpu"))
-
-    def close(self) -> None:
-        with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):
-            self._thread.stop()
-            self._tracker.intensity_stopper.set()
+def state_note(states: Mapping[str, Any]) -> str:
+    """A warning of what made the card slower or shared it (`Meter.gpu_state`, `gpu_<name>_before` and `_after`)."""
+    reasons = {str(states.get(f"gpu_slowed_by_{when}") or "") for when in ("before", "after")} - {""}
+    others = max((states.get(f"gpu_other_processes_{when}") or 0 for when in ("before", "after")), default=0)
+    text = f" **The card was slowed down** by {', '.join(sorted(reasons))}." if reasons else ""
+    shared = f" **{others} other processes computed on the card**: the energy is not of this work alone."
+    return text + (shared if others else "")

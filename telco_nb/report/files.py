@@ -15,7 +15,7 @@ import pandas as pd
 
 from telco_nb.analysis.results import PROXY_KINDS
 from telco_nb.study import record
-from telco_nb.study.params import split_run
+from telco_nb.study.params import config_of, drift_name
 from telco_nb.study.plan import STEPS
 
 
@@ -67,7 +67,7 @@ class StudyFiles:
     @property
     def configs(self) -> list[str]:
         """Configurations with a result or a trace in the folder."""
-        traces = [scope for scope in self.scopes if "03_train" in expected_steps(scope) and split_run(scope)[1] is None]
+        traces = [scope for scope in self.scopes if "03_train" in expected_steps(scope) and scope == config_of(scope)]
         return list(dict.fromkeys([*self.results.index, *traces]))
 
     def finding(self, id: str) -> dict[str, Any] | None:
@@ -104,7 +104,8 @@ def expected_steps(scope: str) -> tuple[str, ...]:
     if scope.startswith("judge-"):
         return ("05_judge",)
     fixed = {"shared": ("01_glossary", "02_synth"), "untuned": ("04_energy",), "study": ("06_analysis",)}
-    return fixed.get(scope, ("03_train", "04_energy"))
+    trained = ("03_train",) if scope == drift_name(config_of(scope)) else ("03_train", "04_energy")
+    return fixed.get(scope, trained)
 
 
 def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> StudyFiles:
@@ -154,7 +155,7 @@ def _scopes(root: Path, jobs: Iterable[tuple[str, str]], results: pd.DataFrame) 
     }
 
     def place(scope: str) -> tuple[int, str]:
-        if split_run(scope)[1] is not None:
+        if scope != config_of(scope):
             return 2, scope
         return {"shared": 0, "untuned": 3, "study": 5}.get(scope, 4 if scope.startswith("judge-") else 1), scope
 

@@ -147,6 +147,10 @@ class Parameters(LoraParameters, JudgeParameters):
     cpu_watts_per_core: float = Field(gt=0)
     cpu_watts_per_core_high: float = Field(gt=0)
     idle_share: float = Share
+    idle_seconds: float = Field(ge=0)
+    cool_down_celsius: float | None = Field(gt=0)
+    drift_config: str | None
+    drift_runs: list[str]
     external_wh: float | None = Field(gt=0)
     usd_per_kwh: float = Field(ge=0)
     carbon_g_per_kwh: float = Field(ge=0)
@@ -173,10 +177,20 @@ def repeat_name(config: str, seed: int) -> str:
     return f"{config}-seed{seed}"
 
 
+def drift_name(config: str) -> str:
+    """The run of a configuration that is trained once more at the end, with the same seed: `c01-drift`."""
+    return f"{config}-drift"
+
+
 def split_run(run: str) -> tuple[str, int | None]:
-    """The configuration of a run and the seed of a repeat: (`c06`, 1) for `c06-seed1`, (`c06`, None) for `c06`."""
+    """The configuration of a run and the seed of a repeat: (`c06`, 1) for `c06-seed1`, (`c06`, None) for `c06`.
+
+    A run for the drift of the machine, `c06-drift`, has the seed of the configuration: (`c06`, None).
+    """
     found = re.fullmatch(r"(.+)-seed(-?\d+)", run)
-    return (found[1], int(found[2])) if found else (run, None)
+    if found:
+        return found[1], int(found[2])
+    return (run if run.startswith("judge-") else run.removesuffix("-drift")), None
 
 
 def config_of(run: str) -> str:
@@ -201,9 +215,16 @@ class StudyParams:
         repeated = [c for c in self.base["repeat_configs"] if c in configs]
         return [repeat_name(config, seed) for config in repeated for seed in self.base["repeat_seeds"]]
 
+    @property
+    def drift_runs(self) -> list[str]:
+        """The scope of the training that shows the drift of the machine; empty without a `drift_config`."""
+        config = self.base["drift_config"]
+        return [drift_name(config)] if config in self.configs else []
+
     def values(self, scope: str) -> dict[str, Any]:
         """All parameter values for one scope (`shared`, `c01`, `c01-seed1`, `untuned`, `judge-x`, `study`)."""
         merged = {**self.base, "scope": scope, "configs": self.configs, "repeats": self.repeats}
+        merged |= {"drift_runs": self.drift_runs}
         merged |= {"external_wh": None}  # only typed into a notebook that is run by hand
         config, seed = split_run(scope)
         if config in self.lora:
@@ -224,7 +245,7 @@ PUBLISHED = "reference"  # the folder of outputs that holds the published run
 BY_HAND = "by-hand"  # the folder of outputs for results of notebooks that are run by hand
 OFFLINE_KINDS = {"checklist", "embedding", "human", "language_model_panel"}
 # Never written in a file: what the plan computes, and a wall meter's figure, which is known after a training by hand.
-RUNNER_KEYS = {"scope", "repeats", "external_wh"}
+RUNNER_KEYS = {"scope", "repeats", "drift_runs", "external_wh"}
 
 
 def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[str] | None = None) -> StudyParams:
@@ -237,17 +258,19 @@ def load_study(profile: str, params_dir: Path = PARAMS_DIR, configs: Iterable[st
     check_profile_name(profile)
     profile_file = params_dir / "profiles" / f"{profile}.yaml"
     base |= _read_file(profile_file, set(Parameters.model_fields) - RUNNER_KEYS) | {"profile": profile}
-    validate(base | {"scope": "shared", "repeats": [], "external_wh": None}, f"{profile_file} (with base.yaml)")
+    computed = {"scope": "shared", "repeats": [], "drift_runs": [], "external_wh": None}
+    validate(base | computed, f"{profile_file} (with base.yaml)")
     folder = base["lora_folder"]
     lora = {p.stem: _read_file(p, LORA_KEYS) for p in sorted((params_dir / folder).glob("*.yaml"))}
     _check_names(lora, params_dir / folder)
     judges = {p.stem: _read_file(p, JUDGE_KEYS) for p in sorted((params_dir / "judges").glob("*.yaml"))}
-    for key, known, place in (
-        ("configs", lora, folder),
-        ("repeat_configs", lora, folder),
-        ("judges", judges, "judges"),
+    for key, names, known, place in (
+        ("configs", base["configs"], lora, folder),
+        ("repeat_configs", base["repeat_configs"], lora, folder),
+        ("drift_config", [name for name in [base["drift_config"]] if name], lora, folder),
+        ("judges", base["judges"], judges, "judges"),
     ):
-        for name in base[key]:
+        for name in names:
             if name not in known:
                 raise ParameterError(
                     f"{profile_file}: {key}: there is no {params_dir / place / name}.yaml. "
@@ -286,7 +309,7 @@ def _check_names(names: Iterable[str], folder: Path) -> None:
     """Refuse names of configurations that a study uses itself, or that cannot be the name of a folder everywhere."""
     for name in names:
         where = f"{folder / name}.yaml: a configuration cannot be called {name!r}"
-        if name in RESERVED_NAMES or "-seed" in name or name.startswith("judge-"):
+        if name in RESERVED_NAMES or "-seed" in name or name.endswith("-drift") or name.startswith("judge-"):
             raise ParameterError(f"{where}: the study uses that name itself. Rename the file.")
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
             raise ParameterError(f"{where}: a name has small letters, digits and - only. Rename the file.")
@@ -294,7 +317,7 @@ def _check_names(names: Iterable[str], folder: Path) -> None:
 
 def _check_all(study: StudyParams, params_dir: Path) -> None:
     scopes = {"shared": "base.yaml"} | {c: f"{study.base['lora_folder']}/{c}.yaml" for c in study.lora}
-    scopes |= dict.fromkeys(study.repeats, "base.yaml")
+    scopes |= dict.fromkeys([*study.repeats, *study.drift_runs], "base.yaml")
     scopes |= {f"judge-{j}": f"judges/{j}.yaml" for j in study.base["judges"]}
     one = {"configs": study.configs[:1]}  # the whole list was checked with the base: not again for each of its names
     for scope, name in scopes.items():

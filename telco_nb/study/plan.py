@@ -16,7 +16,7 @@ class Read:
     """Files matching `pattern` in the folder of `step`, in the scopes that `scopes` stands for."""
 
     step: str
-    scopes: str  # shared | own | configs | repeats | untuned | judges
+    scopes: str  # shared | own | configs | repeats | drift | untuned | judges
     pattern: str
 
 
@@ -73,6 +73,7 @@ READS: dict[str, tuple[Read, ...]] = {
         Read("02_synth", "shared", "artefacts/dataset_card.json"),
         Read("02_synth", "shared", "artefacts/test_prompts.parquet"),
         *(Read("03_train", scopes, name) for scopes in ("configs", "repeats") for name in _TRAINED),
+        Read("03_train", "drift", "metrics.json"),
         *(Read("04_energy", scopes, name) for scopes in ("configs", "untuned") for name in _ANSWERED),
         *(Read("05_judge", "judges", name) for name in _JUDGED),
     ),
@@ -88,6 +89,7 @@ def inputs_of(step: str, values: dict[str, Any]) -> tuple[tuple[str, str, str], 
         "own": [] if values["scope"] == UNTUNED else [values["scope"]],
         "configs": values.get("configs", []),
         "repeats": values.get("repeats", []),
+        "drift": values.get("drift_runs", []),
         "untuned": [UNTUNED],
         "judges": [f"judge-{judge}" for judge in values.get("judges", [])],
     }
@@ -126,11 +128,16 @@ def run_order(configs: list[str], seed: int) -> list[str]:
 
 
 def plan_jobs(study: StudyParams) -> list[Job]:
-    """All jobs of a study in the order in which they run; that of the configurations is drawn with the study's seed."""
+    """All jobs of a study in the order in which they run; that of the configurations is drawn with the study's seed.
+
+    The configuration that shows the drift of the machine is trained first of all, and once more last of all.
+    """
     scopes = [("01_glossary", "shared"), ("02_synth", "shared"), ("04_energy", UNTUNED)]
-    for config in run_order(study.configs, study.base["seed"]):
+    order = run_order(study.configs, study.base["seed"])
+    for config in sorted(order, key=lambda config: config != study.base["drift_config"]):
         scopes += [("03_train", config), ("04_energy", config)]
     scopes += [(step, repeat) for repeat in study.repeats for step in ("03_train", "04_energy")]
+    scopes += [("03_train", run) for run in study.drift_runs]
     scopes += [("05_judge", f"judge-{judge}") for judge in study.base["judges"]]
     scopes += [("06_analysis", "study")]
     return [make_job(step, study.values(scope)) for step, scope in scopes]
@@ -150,6 +157,8 @@ def refuse_too_few(jobs: list[Job]) -> None:
 
 def unused_parameters(study: StudyParams) -> list[str]:
     """Keys of the parameter files that no notebook declares and the plan itself does not use."""
-    used = {"lora_folder", "repeat_configs", "repeat_seeds"} | {name for step in STEPS for name in declared(step)}
+    used = {"lora_folder", "repeat_configs", "repeat_seeds", "drift_config"} | {
+        name for step in STEPS for name in declared(step)
+    }
     given = set(study.base).union(*study.lora.values(), *study.judge_files.values())
     return sorted(given - used)

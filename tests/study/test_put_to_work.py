@@ -18,6 +18,7 @@ import pytest
 import torch
 import trained_study
 from ports import free_port
+from told import run_told
 from typer.testing import CliRunner
 
 from telco_nb import ROOT
@@ -83,7 +84,7 @@ def stranger(tmp_path):
 def python(code: str, folder: Path, env: dict[str, str]) -> str:
     """What a program prints that cannot import this project."""
     code = f"import sys; sys.modules['telco_nb'] = None\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    done = run_told([sys.executable, "-c", code], env, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lab import choose_another, jupyter_lab, run_all, vote_in_the_panel
 from provider_server import Server
+from told import run_told
 
 from telco_nb import ROOT
 from telco_nb.commands.votes import import_votes
@@ -55,7 +56,7 @@ class Study:
         summary = self.outputs.parent / "summary.json"
         command = [*prefix, sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke", "--json", str(summary)]
         command += ["--outputs", str(self.outputs), "--params", str(self.params), *options]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        done = run_told(command, self.environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return json.loads(summary.read_text())
 
@@ -193,7 +194,7 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     target = tmp_path_factory.mktemp("hand") / f"{step}.ipynb"
     command = [sys.executable, "-m", "papermill", f"{step}.ipynb", str(target), "--kernel", "python3"]
     environment = {**os.environ, "TELCO_NB_OUTPUTS": str(place), "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=params.NOTEBOOKS_DIR, env=environment, capture_output=True, text=True)
+    done = run_told(command, environment, params.NOTEBOOKS_DIR)
     assert done.returncode == 0, done.stderr[-3000:]
     scope = params.declared(step)["scope"]
     manifest = json.loads((place / "by-hand" / "smoke" / scope / step / "manifest.json").read_text())

@@ -17,11 +17,18 @@ MEMORY_BYTES = {"GPU-1": 80, "MIG-1": 20}
 class Clock:
     """Time that passes only in `spend`; the true energy of the work is known at every moment."""
 
-    def __init__(self) -> None:
-        self.times, self.joules = [0.0], [0.0]
+    def __init__(self, rest_w: float = 60.0) -> None:
+        self.times, self.joules, self.rest_w = [0.0], [0.0], rest_w
 
     def perf_counter(self) -> float:
         return self.times[-1]
+
+    def monotonic(self) -> float:
+        return self.times[-1]
+
+    def sleep(self, seconds: float) -> None:
+        """Let the machine rest."""
+        self.spend(seconds, self.rest_w)
 
     def spend(self, seconds: float, watts: float) -> None:
         """Let work of this power run."""
@@ -101,8 +108,9 @@ def install_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(energy, "time", clock)
     monkeypatch.setattr(power_samples, "time", clock)
+    monkeypatch.setattr(sensors, "time", clock)
     monkeypatch.setattr(power_samples.Periodic, "start", lambda _: None)
-    monkeypatch.setattr(energy, "_Carbontracker", NoTracker)
+    monkeypatch.setattr(energy, "Carbontracker", NoTracker)
     return clock
 
 

@@ -213,7 +213,7 @@ def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
     monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetName", lambda handle: "Test GPU")
     asked = []
     monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetPowerUsage", lambda handle: asked.append(handle) or 300_000)
-    tracker, began = energy._Carbontracker(card), time.perf_counter()
+    tracker, began = energy.Carbontracker(card), time.perf_counter()
     tracker.start()
     time.sleep(0.3)
     _, joules = tracker.pause()

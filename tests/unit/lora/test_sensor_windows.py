@@ -1,6 +1,10 @@
 """Planted energies: what each kind of sensor reads of them lies within the interval that the meter states."""
 
 import math
+import os
+import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,3 +319,85 @@ def test_windows_and_the_time_between_them_add_up_to_the_time_on_the_clock(clock
         between_s += pause_s
     assert meter.total["window_s"] + between_s == pytest.approx(clock.perf_counter() - began, rel=1e-12)
     assert meter.n_windows == 50
+
+
+@pytest.mark.parametrize("sensor", ["card", "powered"])
+def test_the_energy_above_rest_is_what_the_work_added_to_the_power_of_an_idle_card(clock, sensor, request):
+    request.getfixturevalue(sensor)
+    meter = energy.Meter(WATTS, 0.3)
+    assert meter.rest(20.0) == {"gpu": pytest.approx(60, rel=0.02)}
+    meter.start()
+    train(clock, meter, 100, watts=300)
+    meter.stop()
+    gpu = rows(meter).loc["gpu"]
+    assert gpu.window_s == pytest.approx(100) and gpu.n_samples == 1  # the rest is no part of the work
+    assert gpu.gross_j == pytest.approx(30_000, rel=0.02) and gpu.net_j == pytest.approx(24_000, rel=0.02)
+    assert re.search(
+        r"measured before the work.*GPU (59|60)\.\d W, 80% above", energy.rest_note(meter.statement("train"))
+    )
+
+
+def test_rapl_at_rest_is_told_by_zone(clock, tmp_path):
+    for number, watts in enumerate((20.0, 30.0)):
+        write_zone(tmp_path / f"powercap/intel-rapl:{number}", f"package-{number}", 1_000_000, INTEL_RANGE_UJ)
+        rests = (tmp_path / f"powercap/intel-rapl:{number}", watts)
+        clock.sleep = (lambda slept, zone: lambda s: (slept(s), spend(zone[0], zone[1] * s)))(clock.sleep, rests)
+    meter = energy.Meter(WATTS, 0.3)
+    assert meter.rest(15.0) == {"cpu": pytest.approx(50.0)}
+
+
+def test_without_a_sensor_nobody_rests_and_the_rest_of_the_cores_is_the_assumed_one(clock, monkeypatch):
+    meter = energy.Meter(WATTS, 0.3)
+    assert meter.rest(15.0, 40.0) == {} and clock.perf_counter() == 0
+    monkeypatch.setattr(energy.os, "times", lambda: (0.9 * clock.perf_counter(), 0.0, 0.0, 0.0))
+    meter.start()
+    clock.spend(100, 300)
+    meter.stop()
+    assert energy.rest_note(meter.statement("train")).startswith("At rest (assumed): CPU ")
+
+
+def test_a_card_whose_counter_fails_while_it_rests_has_no_figure_and_the_work_goes_on(clock, card, monkeypatch):
+    def fail() -> None:
+        sys.modules["pynvml"].nvmlDeviceGetTotalEnergyConsumption = not_supported
+
+    meter = energy.Meter(WATTS, 0.3)
+    monkeypatch.setattr(clock, "sleep", lambda seconds: (clock.spend(seconds, 60), fail()))
+    assert meter.rest(20.0) == {}
+    meter.start()
+    clock.spend(100, 300)
+    meter.stop()
+    assert rows(meter).loc["gpu", "kind"] == "none" and "Not Supported" in rows(meter).loc["gpu", "invalid_reason"]
+
+
+def warm(monkeypatch, clock: Clock, celsius_at) -> None:
+    fake = sys.modules["pynvml"]
+    fake.NVML_TEMPERATURE_GPU, fake.NVML_CLOCK_SM = 0, 1
+    fake.nvmlDeviceGetTemperature = lambda *_: celsius_at(clock.perf_counter())
+
+
+def test_a_hot_card_cools_down_before_it_rests_and_one_that_stays_hot_is_not_waited_for_longer_than_five_minutes(
+    clock, card, monkeypatch
+):
+    warm(monkeypatch, clock, lambda at: round(80 - at / 2))
+    energy.Meter(WATTS, 0.3).rest(15.0, 50.0)
+    assert clock.perf_counter() == pytest.approx(60 + 15, abs=2)
+    warm(monkeypatch, clock, lambda _: 90)
+    before = clock.perf_counter()
+    energy.Meter(WATTS, 0.3).rest(15.0, 50.0)
+    assert clock.perf_counter() - before == pytest.approx(300 + 15, abs=2)
+
+
+def test_what_slows_a_card_down_or_shares_it_is_a_warning_and_what_it_does_not_tell_is_none(clock, card, monkeypatch):
+    warm(monkeypatch, clock, lambda _: 71)
+    fake, meter = sys.modules["pynvml"], energy.Meter(WATTS, 0.3)
+    fake.nvmlDeviceGetEnforcedPowerLimit = lambda _: 350_000
+    fake.nvmlDeviceGetCurrentClocksThrottleReasons = lambda _: 0x1 | 0x4 | 0x20
+    fake.nvmlDeviceGetComputeRunningProcesses = lambda _: [SimpleNamespace(pid=pid) for pid in (os.getpid(), 1, 2)]
+    state = meter.gpu_state()
+    assert state == {
+        "celsius": 71, "power_limit_w": 350.0, "sm_clock_mhz": None, "slowed_by": "power limit, heat",
+        "other_processes": 2,
+    }  # fmt: skip
+    note = energy.state_note({f"gpu_{name}_after": value for name, value in state.items()})
+    assert "slowed down** by power limit, heat." in note and "2 other processes" in note
+    assert energy.state_note({}) == ""

@@ -9,7 +9,7 @@ import yaml
 
 from telco_nb.lora.step import TARGET_MODULES
 from telco_nb.study import params
-from telco_nb.study.params import ParameterError, config_of, load_study, repeat_name, split_run
+from telco_nb.study.params import ParameterError, config_of, drift_name, load_study, repeat_name, split_run
 from telco_nb.study.plan import plan_jobs, unused_parameters
 
 
@@ -55,7 +55,7 @@ def test_the_papers_profile_has_its_ranks_and_2_4_and_7_target_modules_in_a_bala
             alone = sum(row[i] == a for row in factors) * sum(row[j] == b for row in factors)
             assert pairs.count((a, b)) * 16 == alone
     trained = [job.parameters["rank"] for job in plan_jobs(study) if job.step == "03_train"]
-    assert len(trained) == 20 and set(trained) == {16, 32}
+    assert len(trained) == 21 and set(trained) == {16, 32}
 
 
 def test_a_folder_of_configurations_that_does_not_exist_is_refused_by_name(folder):
@@ -83,9 +83,25 @@ def trained(folder: Path) -> list[str]:
 def test_configurations_train_in_an_order_drawn_with_the_seed_and_repeats_after_them(folder):
     first, study = trained(folder), load_study("laptop", folder)
     assert first == trained(folder) and first[:16] != study.configs == sorted(first[:16])
-    assert first[16:] == study.repeats
+    assert first[16:] == [*study.repeats, "c01-drift"]
     edit(folder / "base.yaml", "seed: 20260605", "seed: 1")
     assert trained(folder) != first
+
+
+def test_the_configuration_that_shows_the_drift_is_trained_first_and_with_its_seed_once_more_last(folder):
+    study = load_study("laptop", folder)
+    order, last = trained(folder), study.values("c01-drift")
+    assert (order[0], order[-1]) == ("c01", "c01-drift") and order.count("c01") == 1
+    assert last | {"scope": "c01"} == study.values("c01")
+    jobs = {job.id: job for job in plan_jobs(study)}
+    assert "c01-drift/04_energy" not in jobs and "c01-drift/03_train" in jobs["study/06_analysis"].depends
+    assert load_study("laptop", folder, ["c02", "c03"]).drift_runs == []
+
+
+def test_a_drift_of_a_configuration_that_does_not_exist_is_refused(folder):
+    edit(folder / "profiles" / "laptop.yaml", "drift_config: c01", "drift_config: c99")
+    with pytest.raises(ParameterError, match=r"drift_config: there is no .*c99\.yaml. Known: c01"):
+        load_study("laptop", folder)
 
 
 def test_what_a_wall_meter_shows_is_typed_into_the_notebook_and_no_file(folder):
@@ -176,7 +192,7 @@ def test_a_whole_number_is_accepted_where_a_float_is_meant(folder):
 def test_every_given_parameter_is_declared_by_a_notebook_and_the_other_way_round():
     study = load_study("laptop")
     assert unused_parameters(study) == []
-    assert len(plan_jobs(study)) == 3 + 2 * 16 + 2 * len(study.repeats) + 1 + 1
+    assert len(plan_jobs(study)) == 3 + 2 * 16 + 2 * len(study.repeats) + len(study.drift_runs) + 1 + 1
 
 
 def test_the_notebooks_defaults_are_the_smoke_values():
@@ -201,7 +217,7 @@ def test_base_yaml_explains_every_key():
     "name",
     [
         "tie", "untuned", "gold", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
-        "c01-seed9", "c01-seedx", "a-seed", "C01", "c 1", "c01.x", "-c",
+        "c01-seed9", "c01-seedx", "a-seed", "c01-drift", "C01", "c 1", "c01.x", "-c",
     ],
 )  # fmt: skip
 def test_a_configuration_whose_name_means_something_else_is_refused_with_its_file(folder, name):
@@ -234,7 +250,8 @@ def test_a_judges_name_is_never_taken_for_a_seed(folder):
 
 def test_the_name_of_a_repeat_is_put_together_and_taken_apart_in_one_way():
     assert split_run(repeat_name("c06", 1)) == ("c06", 1) and config_of("c06-seed12") == "c06"
-    for name in ("c06", "untuned", "judge-my-seedling", "c06-seedx"):
+    assert split_run(drift_name("c06")) == ("c06", None) and config_of("c06-drift") == "c06"
+    for name in ("c06", "untuned", "judge-my-seedling", "judge-a-drift", "c06-seedx"):
         assert split_run(name) == (name, None)
 
 
