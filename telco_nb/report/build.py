@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from telco_nb.analysis.statements import name_list, words_of
 from telco_nb.judge.ranking import interval_text
-from telco_nb.report import answer_explorer, config_cards
+from telco_nb.report import answer_explorer, config_cards, search
 from telco_nb.report.config_cards import GUESSED
 from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
 from telco_nb.report.pages import first_heading, neighbours, notebook_body, with_contents
@@ -58,8 +59,12 @@ def build_report(profile_root: Path, jobs: Sequence[Mapping[str, Any]] = ()) -> 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     study = read_study(root, jobs)
+    found: list[dict[str, str]] = []
     for page in study.pages:
-        (work / page.name).write_text(_page(page, study.pages), encoding="utf-8")
+        body, contents = with_contents(notebook_body(page, study.pages))
+        (work / page.name).write_text(_page(page, study.pages, body, contents), encoding="utf-8")
+        found += search.parts_of(page, body)
+    search.write_page(study, found, work)
     content: dict[str, Any] = _content(study) | {"explorer": answer_explorer.write_page(study, work)}
     cards = config_cards.config_cards(study)
     shown = [card for card in cards if len(cards) <= MANY or card["role"] or card["failed"]]
@@ -347,9 +352,8 @@ def _distinct(values: Iterable[str]) -> str:
 # ---------------------------------------------------------------- rendering
 
 
-def _page(page: Page, pages: Sequence[Page]) -> str:
+def _page(page: Page, pages: Sequence[Page], body: Markup, contents: list[tuple[str, Markup]]) -> str:
     """The page of one executed notebook, with links to the other steps and to its own parts."""
-    body, contents = with_contents(notebook_body(page, pages))
     return render(
         "report_page.html.j2",
         title=f"{page.scope} {page.step}",
