@@ -121,11 +121,13 @@ def test_a_foreign_script_or_image_is_refused_even_if_markup_got_through(built, 
 
 
 @pytest.mark.parametrize(
-    "name", ["telco_report.html", "index.html", "study-06_analysis.html", "c03-03_train.failed.html"]
+    "name",
+    ["telco_report.html", "index.html", "study-06_analysis.html", "c03-03_train.failed.html", "search.html#q=loss"],
 )
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_400_pixels_are_enough(built, open_page, name, scheme):
-    page = open_page(built / name, width=400, height=800, scheme=scheme)
+    name, _, fragment = name.partition("#")
+    page = open_page(built / name, width=400, height=800, scheme=scheme, fragment=fragment)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
@@ -178,6 +180,45 @@ def test_the_csv_can_be_taken_out_of_the_one_file(built, open_page):
 def test_axe_finds_nothing_wrong_with_the_report_and_a_notebooks_page(built, open_page, width, scheme):
     for name in ("telco_report.html", "study-06_analysis.html"):
         assert violations(open_page(built / name, width=width, scheme=scheme)) == []
+    assert violations(open_page(built / "search.html", width=width, scheme=scheme, fragment="q=loss")) == []
+
+
+def search(page, words: str) -> list[str]:
+    """Type words into the search page by keyboard; the hits that it shows."""
+    page.get_by_role("searchbox").fill("")
+    page.keyboard.type(words)
+    return [hit.inner_text() for hit in page.locator("#hits li").all()]
+
+
+def test_words_lead_to_the_part_of_the_notebook_that_holds_them(built, open_page):
+    page = open_page(built / "index.html")
+    page.get_by_role("link", name="Search all notebooks").click()
+    assert page.evaluate("document.activeElement.id") == "words"
+    page.get_by_label("In").select_option("06_analysis")
+    hits = search(page, "lack of fit holm")
+    assert hits and all("06_analysis study" in hit for hit in hits) and page.locator("#hits mark").count() > 2
+    assert f"{len(hits)} of " in page.locator("#status").inner_text()
+    page.locator("#hits a").first.click()
+    heading = page.locator(f"#{page.url.partition('#')[2]}")
+    assert "06_analysis" in page.url and heading.bounding_box()["y"] < 900
+    page.go_back()
+    assert page.get_by_role("searchbox").input_value() == "lack of fit holm"  # the address keeps the question
+
+
+def test_the_search_finds_findings_and_conversations_by_step_and_says_when_there_is_nothing(built, open_page):
+    page = open_page(built / "search.html")
+    statement = json.loads((built / "findings.json").read_text())[0]["statement"]
+    assert any("Finding" in hit for hit in search(page, " ".join(statement.split()[:6]).rstrip(".,:")))
+    everywhere = len(search(page, "loss"))
+    page.get_by_label("In").select_option("findings")
+    assert 0 < page.locator("#hits li").count() < everywhere
+    assert search(page, "loss zzzz") == [] and "Nothing holds all" in page.locator("#status").inner_text()
+
+
+def test_a_script_in_a_notebook_is_text_on_the_search_page_too(built, open_page):
+    page = open_page(built / "search.html")
+    hits = search(page, "<script>document.title")
+    assert hits and all("<script>" in hit for hit in hits) and page.title().startswith("Search, profile")
 
 
 def test_a_long_table_scrolls_below_its_head_and_can_be_reached_by_keyboard(built, open_page):

@@ -380,6 +380,7 @@ def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> d
         "scope": "study",
         "configs": configs,
         "repeats": [f"{c}-seed{s}" for c in configs[:repeats] for s in (1, 2)],
+        "drift_runs": [],
         "judges": list(judges),
         "bootstrap_draws": 400,
         "seed": 20260605,
