@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 
@@ -149,8 +149,31 @@ def _print_error(text: str) -> None:
     Console(stderr=True, highlight=False).print(f"run_all: {text}", markup=False, soft_wrap=True)
 
 
+class Planned(NamedTuple):
+    """What the options ask for: all jobs of the study, those chosen of them, and where they can run."""
+
+    root: Path
+    jobs: list[Job]
+    chosen: list[Job]
+    forced: set[str]
+    places: list[str | None]
+
+
 def _run(options: Options, services: Services, console: Console, result: RunOutcome) -> None:
     """Plan, run and report the study of the options; `result` receives the outcome."""
+    plan = _plan(options, result)
+    if not options.dry_run:
+        with lock(plan.root) as lock_file:
+            _execute(plan, options, services, console, result, lock_file)
+        return
+    sealing.show_changes(console, sealing.changes_since(plan.root))
+    states, _ = _expect(plan, options, services, console, result)
+    result.jobs = [_summary(state, plan.root) for state in states]
+    _check_machine(plan, options, services, console, states)
+
+
+def _plan(options: Options, result: RunOutcome) -> Planned:
+    """Read the parameter files and choose the jobs of the options."""
     schedule.check_engine(options)
     if options.engine == "ray":
         ray_engine.require_ray()
@@ -162,38 +185,47 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
     chosen = schedule.choose_steps(jobs, options.steps)
     refuse_too_few(chosen)
     places = gpus_per_place(options.gpus, chosen)
-    needs = services.needs and partial(services.needs, plan=jobs, root=root, at_once=len(places))
-    forced = schedule.choose_forced(chosen, options.force)
-    if options.dry_run:
-        sealing.show_changes(console, sealing.changes_since(root))
-        states = schedule.plan_states(chosen, root, forced)
-        result.jobs = [_summary(state, root) for state in states]
-        schedule.show_plan(console, root, states, options.explain)
-        estimates = schedule.show_price(services.estimate, console, root, jobs, states)
-        result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
-        if not options.address:  # the nodes of a cluster are checked when it is joined
-            check_machine(console, root, states, options.gpus, needs)
-        return
-    with lock(root) as lock_file:
-        shared_folder.sweep_claims(root)
-        record.sweep(root)
-        for job in jobs:
-            archive.sweep_attempt(root, job.scope, job.step)
-        changes = sealing.changes_since(root)
-        sealing.show_changes(console, changes)
-        states = schedule.plan_states(chosen, root, forced)
-        schedule.show_plan(console, root, states, options.explain)
-        estimates = schedule.show_price(services.estimate, console, root, jobs, states)
-        result.expected = forecast.show_forecast(console, root, jobs, states, estimates)
-        prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
-        if not options.address:
-            check_machine(console, root, states, options.gpus, needs)
-        runner = Runner(states, root, options, console, _engine(options, states, root, console, lock_file, places))
-        runner.go()
-        result.jobs = [_summary(state, root) for state in states]
-        result.exit_code = exit_code(states, stopped=runner.stops > 0)
-        _conclude(services.build_report, console, root, jobs, states, changes, result)
-        show_end(console, root, states, result)
+    return Planned(root, jobs, chosen, schedule.choose_forced(chosen, options.force), places)
+
+
+def _execute(
+    plan: Planned, options: Options, services: Services, console: Console, result: RunOutcome, lock_file: IO[str]
+) -> None:
+    """Clean up after earlier runs, ask for consent, run what is not up to date, and report."""
+    root, jobs = plan.root, plan.jobs
+    shared_folder.sweep_claims(root)
+    record.sweep(root)
+    for job in jobs:
+        archive.sweep_attempt(root, job.scope, job.step)
+    changes = sealing.changes_since(root)
+    sealing.show_changes(console, changes)
+    states, estimates = _expect(plan, options, services, console, result)
+    prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
+    _check_machine(plan, options, services, console, states)
+    runner = Runner(states, root, options, console, _engine(options, states, root, console, lock_file, plan.places))
+    runner.go()
+    result.jobs = [_summary(state, root) for state in states]
+    result.exit_code = exit_code(states, stopped=runner.stops > 0)
+    _conclude(services.build_report, console, root, jobs, states, changes, result)
+    show_end(console, root, states, result)
+
+
+def _expect(
+    plan: Planned, options: Options, services: Services, console: Console, result: RunOutcome
+) -> tuple[list[State], list[prices.Estimate]]:
+    """Show what will be done and what it is expected to take; returns the states of the jobs and the prices."""
+    states = schedule.plan_states(plan.chosen, plan.root, plan.forced)
+    schedule.show_plan(console, plan.root, states, options.explain)
+    estimates = schedule.show_price(services.estimate, console, plan.root, plan.jobs, states)
+    result.expected = forecast.show_forecast(console, plan.root, plan.jobs, states, estimates)
+    return states, estimates
+
+
+def _check_machine(plan: Planned, options: Options, services: Services, console: Console, states: list[State]) -> None:
+    """Check this machine for the jobs; the nodes of a cluster are checked when it is joined."""
+    if not options.address:
+        needs = services.needs and partial(services.needs, plan=plan.jobs, root=plan.root, at_once=len(plan.places))
+        check_machine(console, plan.root, states, options.gpus, needs)
 
 
 def _engine(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from fault_runs import Study, alive, can_unshare, wait_for
 from fault_study import FINISH, write_notebook
-from ports import free_port
+from ray_cluster import ON_LOOPBACK, Cluster
 
 from telco_nb import ROOT
 
@@ -27,7 +27,6 @@ pytestmark = [
     ),
 ]
 
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 NODE = "import os\nnode = os.environ['TELCO_NB_NODE']\n"
 MARK = "import os\nfrom pathlib import Path\nplace = Path(os.environ['TELCO_NB_JOB']).parents[1]\n"
 MEET = f"""{MARK}
@@ -43,25 +42,6 @@ first = not (place / "asleep").exists()
 if first:
     time.sleep(120)
 """
-
-
-class Cluster:
-    """Nodes on this machine, each for one job without a GPU; the first one is the head, "a"."""
-
-    def __init__(self):
-        from ray.cluster_utils import Cluster
-
-        self.cluster, self.nodes = Cluster(), {}
-
-    def add(self, name: str, gpus: int = 0) -> None:
-        ports = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
-        chosen = {port: free_port() for port in ports}  # if Ray chooses them, it gives up after 15 s on a busy machine
-        small = chosen | {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-        made = self.cluster.add_node(node_name=name, num_gpus=gpus, resources={"processor": 1}, **small)
-        self.nodes[name] = made
-
-    def kill(self, name: str) -> None:
-        self.cluster.remove_node(self.nodes.pop(name), allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
