@@ -6,8 +6,7 @@ other work. Configurations whose energies are closer than that cannot be told ap
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -25,22 +24,30 @@ def drift_findings(training: Metrics, again: Metrics) -> list[Finding]:
         training: metrics of 03 by configuration.
         again: metrics of 03 by run.
     """
-    return [drift_finding(config_of(run), training[config_of(run)], metrics) for run, metrics in again.items()]
+    began = [_began(metrics) for metrics in training.values()]
+    return [drift_finding(config_of(run), training[config_of(run)], metrics, began) for run, metrics in again.items()]
 
 
-def drift_finding(config: str, first: Mapping[str, Any], again: Mapping[str, Any]) -> Finding:
+def drift_finding(
+    config: str, first: Mapping[str, Any], again: Mapping[str, Any], began: Sequence[datetime] = ()
+) -> Finding:
     """Energy, time and loss of the second training of a configuration beside those of the first.
 
     Args:
         config: its name.
         first, again: metrics of 03 of the two trainings, with `train_energy_wh`, `energy_kind`, `energy_valid`,
-            `train_seconds`, `val_loss` and `train_started_at`.
+            `train_seconds`, `val_loss`, `train_started_at`, `node` and `visible_gpus`.
+        began: when the trainings of all configurations began.
 
     Returns:
         The finding `drift`; its value is the ratio of the energies, second over first.
     """
     text = f"The drift of the machine, from {config} trained first and again last with the same seed"
     both = (first, again)
+    if not all(_began(first) <= start <= _began(again) for start in began):
+        return not_estimable("drift", text, "it was trained again in another order, so they are not first and last")
+    if any(first.get(name) != again.get(name) for name in ("node", "visible_gpus")):
+        return not_estimable("drift", text, "the two ran on different cards or machines")
     kinds = [run.get("energy_kind") for run in both]
     if any(run.get("train_energy_wh") is None or not run.get("energy_valid") for run in both):
         return not_estimable("drift", text, "one of the two energies is missing or not valid")
@@ -58,14 +65,17 @@ def drift_finding(config: str, first: Mapping[str, Any], again: Mapping[str, Any
 
 
 def _hours(first: Mapping[str, Any], again: Mapping[str, Any]) -> float:
-    began = [datetime.fromisoformat(run["train_started_at"]) for run in (first, again)]
-    return (began[1] - began[0]).total_seconds() / HOUR_S
+    return (_began(again) - _began(first)).total_seconds() / HOUR_S
+
+
+def _began(run: Mapping[str, Any]) -> datetime:
+    return datetime.fromisoformat(run["train_started_at"])
 
 
 def _losses(first: Mapping[str, Any], again: Mapping[str, Any]) -> str:
     losses = [run["val_loss"] for run in (first, again)]
+    if None in losses:  # metrics hold no NaN
+        return "a validation loss is missing"
     if losses[0] == losses[1]:
         return "the validation loss is the same to the last bit"
-    if any(map(math.isnan, losses)):
-        return "one of the validation losses is no number"
     return f"the validation loss differs by {abs(losses[1] - losses[0]):.2g} nats per token"

@@ -168,7 +168,6 @@ def _run(options: Options, services: Services, console: Console, result: RunOutc
         return
     sealing.show_changes(console, sealing.changes_since(plan.root))
     states, _ = _expect(plan, options, services, console, result)
-    result.jobs = [_summary(state, plan.root) for state in states]
     _check_machine(plan, options, services, console, states)
 
 
@@ -215,6 +214,8 @@ def _expect(
 ) -> tuple[list[State], list[prices.Estimate]]:
     """Show what will be done and what it is expected to take; returns the states of the jobs and the prices."""
     states = schedule.plan_states(plan.chosen, plan.root, plan.forced)
+    if options.dry_run:
+        result.jobs = [_summary(state, plan.root) for state in states]
     schedule.show_plan(console, plan.root, states, options.explain)
     estimates = schedule.show_price(services.estimate, console, plan.root, plan.jobs, states)
     result.expected = forecast.show_forecast(console, plan.root, plan.jobs, states, estimates)

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from telco_nb.lora import sensors
+from telco_nb.lora.gpu_state import CardWatch, cool_down
 from telco_nb.lora.power_samples import Integral, Periodic, PowerSampler, PowerSource
 from telco_nb.lora.sensors import SensorError, elapsed_j, find_rapl, gpu_name, has_power, nvml_handle, read_gpu_j
 from telco_nb.lora.tracker import Carbontracker
@@ -79,40 +80,48 @@ class Meter:
         self._zones_uj: dict[str, float] = {}
         self._wrap_watch = Periodic(self._count_zones, RAPL_WRAP_S)
 
-    def gpu_state(self) -> dict[str, Any]:
-        """Temperature, limit, clock and what slows the card down (`sensors.gpu_state`); empty without a card."""
-        return {} if self.gpu is None else sensors.gpu_state(self.gpu)
-
     def _set_to_zero(self) -> None:
         names = ("window_s", "cpu_s", "gpu_j", "gpu_half_j", "tracker_cpu_s", "tracker_gpu_j")
         self.total = dict.fromkeys(names, 0.0)
         self.total |= {"rapl_j": 0.0 if self.rapl else math.nan}
         self.total |= dict.fromkeys(("battery_j", "battery_half_j"), 0.0 if self.battery else math.nan)
         self.apart_j = {zone.name: 0.0 for zone in self.apart}
+        self.card = CardWatch(self.gpu)
         self.n_windows = 0
 
     def rest(self, seconds: float, cool_to_celsius: float | None = None) -> dict[str, float]:
         """Measure the power at rest, before the work's first window; the statement then tells the energy above it too.
 
-        Sleeps for `seconds` if a sensor is there to be read, else it returns at once: the model of the cores has an
-        assumption for their rest. A card is read as it stands, after it has cooled down to `cool_to_celsius`.
+        A card first cools down to `cool_to_celsius`. Then the process sleeps for `seconds`, or longer where a sensor
+        needs longer (SHORTEST_WINDOW_S), if there is a sensor: the model of the cores has an assumption for their rest.
+        The card is read as it stands, with what is loaded; of a part of a card (MIG) nobody knows the rest.
 
         Returns:
             The power at rest in W by component, as `idle_w`; empty without a sensor.
         """
-        if not seconds or not (self.gpu is not None or self.rapl or self.battery):
-            return {}
         if self.gpu is not None and cool_to_celsius is not None:
-            sensors.cool_down(self.gpu, cool_to_celsius)
+            cool_down(self.gpu, cool_to_celsius)
+        sources = self._sources
+        if not seconds or not sources:
+            return {}
+        known = dict(self.failures)
         self.start()
-        time.sleep(seconds)
+        time.sleep(max(seconds, *(SHORTEST_WINDOW_S[source] for source in sources.values())))
         self.pause()
         read = {name: self.total[f"{name}_j"] for name in ("gpu", "battery")} | {"cpu": self.total["rapl_j"]}
-        absent = [name for name, there in (("gpu", self.gpu is not None), ("battery", self.battery)) if not there]
         watts = {name: joules / self.total["window_s"] for name, joules in (read | self.apart_j).items()}
-        self.idle_w = {name: w for name, w in watts.items() if name not in absent and not math.isnan(w)}
+        shown = sources.keys() | self.apart_j.keys()
+        self.idle_w = {name: w for name, w in watts.items() if name in shown and not math.isnan(w)}
+        self.failures = known  # what fails at rest need not fail during the work
         self._set_to_zero()
         return self.idle_w
+
+    @property
+    def _sources(self) -> dict[str, str]:
+        """The sensors that can tell a power at rest, by component."""
+        gpu = "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
+        found = {"gpu": gpu} if self.gpu is not None and self.gpu_share == 1 else {}
+        return found | ({"cpu": "rapl"} if self.rapl else {}) | ({"battery": "battery_power"} if self.battery else {})
 
     def _find_gpu(self) -> Any | None:
         """The card that tells its energy or, failing that, its power, which is then sampled."""
@@ -144,6 +153,7 @@ class Meter:
     def start(self) -> None:
         """Open a window; does nothing if one is open."""
         if self._window_start is None:
+            self.card.open()
             self.tracker.start()
             self._window_start = self._snapshot()
             for sampler in self._samplers.values():
@@ -171,6 +181,7 @@ class Meter:
         cpu_s, gpu_j = self.tracker.pause()
         self.total["tracker_cpu_s"] += cpu_s
         self.total["tracker_gpu_j"] += gpu_j
+        self.card.close()
         self.n_windows += 1
 
     def stop(self) -> None:
@@ -471,18 +482,12 @@ def carbontracker_note(statement: pd.DataFrame) -> str:
 
 
 def rest_note(statement: pd.DataFrame) -> str:
-    """A sentence on the power at rest, measured or assumed; empty where the statement has none."""
-    rows = statement.set_index("component").loc[["cpu", "gpu"]]
-    rows = rows[rows["idle_w"].notna() & rows["valid"].astype(bool)]
-    told = [f"{row.Index.upper()} {row.idle_w:.1f} W, {row.net_j / row.gross_j:.0%} above" for row in rows.itertuples()]
-    assumed = "assumed" if (rows["kind"] == "estimated").all() else "measured before the work"
-    return f"At rest ({assumed}): {'; '.join(told)}." if told else ""
-
-
-def state_note(states: Mapping[str, Any]) -> str:
-    """A warning of what made the card slower or shared it (`Meter.gpu_state`, `gpu_<name>_before` and `_after`)."""
-    reasons = {str(states.get(f"gpu_slowed_by_{when}") or "") for when in ("before", "after")} - {""}
-    others = max((states.get(f"gpu_other_processes_{when}") or 0 for when in ("before", "after")), default=0)
-    text = f" **The card was slowed down** by {', '.join(sorted(reasons))}." if reasons else ""
-    shared = f" **{others} other processes computed on the card**: the energy is not of this work alone."
-    return text + (shared if others else "")
+    """A sentence on the power at rest of each component, measured or assumed; empty where the statement has none."""
+    rows = statement[statement["component"].isin(["cpu", "gpu", "battery"]) & statement["idle_w"].notna()]
+    rows = rows[rows["valid"].astype(bool)]
+    how = rows["kind"].map({"estimated": "assumed"}).fillna("measured")
+    told = [
+        f"{row.component} {row.idle_w:.1f} W, {word}, {row.net_j / row.gross_j:.0%} of its energy above"
+        for row, word in zip(rows.itertuples(), how, strict=True)
+    ]
+    return f"At rest: {'; '.join(told)}." if told else ""

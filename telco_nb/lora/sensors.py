@@ -8,21 +8,12 @@ tells the power of the whole machine.
 
 from __future__ import annotations
 
-import os
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ZONE = re.compile(r"intel-rapl:\d+(:\d+)*")  # also on AMD; intel-rapl-mmio is the same counter a second time
-LONGEST_COOL_DOWN_S = 300.0
-# Bits of NVML's nvmlClocksThrottleReasons; the same numbers as nvmlClocksEventReasons of newer libraries.
-SLOWED_BY = {
-    0x04: "power limit", 0x08: "hardware", 0x10: "another card in step", 0x20: "heat", 0x40: "heat (hardware)",
-    0x80: "power brake", 0x200: "board limit", 0x400: "reliability",
-}  # fmt: skip
 PACKAGE = re.compile(r"package-\d+(-die-\d+)?")
 
 
@@ -225,47 +216,6 @@ def read_gpu_w(handle: Any) -> float:
     import pynvml
 
     return _ask("the card's power cannot be read", pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3
-
-
-def gpu_state(handle: Any) -> dict[str, Any]:
-    """What can make one window of a card differ from the next; None for what the card does not tell.
-
-    Returns:
-        `celsius`; `power_limit_w`, at which the card slows itself down; `sm_clock_mhz`; `slowed_by`, names of the
-        reasons for which it runs below its clock now, "" for none; `other_processes` that compute on it.
-    """
-    import pynvml
-
-    questions = {
-        "celsius": lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-        "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-        "sm_clock_mhz": lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-        "slowed_by": lambda: _slowed_by(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-        "other_processes": lambda: sum(
-            process.pid != os.getpid() for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        ),
-    }
-    return {name: _answer_or_none(question) for name, question in questions.items()}
-
-
-def _answer_or_none(question: Callable[[], Any]) -> Any:
-    try:
-        return question()
-    except Exception:  # NVMLError, or an older library that does not know the question
-        return None
-
-
-def _slowed_by(reasons: int) -> str:
-    """The names of NVML's bits of reasons, those left out that slow nothing down: an idle card, clocks set by hand."""
-    return ", ".join(name for bit, name in SLOWED_BY.items() if reasons & bit)
-
-
-def cool_down(handle: Any, celsius: float, longest_s: float = LONGEST_COOL_DOWN_S) -> int | None:
-    """Wait until the card is no warmer than `celsius`, at most `longest_s` seconds; its temperature then, or None."""
-    until = time.monotonic() + longest_s
-    while (now := gpu_state(handle)["celsius"]) is not None and now > celsius and time.monotonic() < until:
-        time.sleep(1.0)
-    return now
 
 
 def has_power(handle: Any) -> bool:

@@ -43,9 +43,8 @@ def open_study(step: str, given: dict[str, Any]) -> Opened:
     root = profile_root(analysis["parameters"]["profile"])
     recorded = _recorded(step, given["scope"], root, analysis["parameters"])
     parameters = {name: recorded.get(name, value) for name, value in given.items()} | changed
-    if "configs" in changed and "repeats" in parameters and "repeats" not in changed:
-        kept = [repeat for repeat in parameters["repeats"] if config_of(repeat) in changed["configs"]]
-        parameters["repeats"] = kept
+    for runs in {"repeats", "drift_runs"} & parameters.keys() - changed.keys() if "configs" in changed else ():
+        parameters[runs] = [run for run in parameters[runs] if config_of(run) in changed["configs"]]
     target = _target(root, parameters["scope"], step)
     return Opened(parameters, root, target, _note(analysis, target))
 

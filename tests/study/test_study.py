@@ -56,7 +56,7 @@ class Study:
         summary = self.outputs.parent / "summary.json"
         command = [*prefix, sys.executable, str(ROOT / "run_all.py"), "--profile", "smoke", "--json", str(summary)]
         command += ["--outputs", str(self.outputs), "--params", str(self.params), *options]
-        done = run_told(command, self.environment)
+        done = run_told(command, self.environment, logs=self.outputs)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return json.loads(summary.read_text())
 

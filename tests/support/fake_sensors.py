@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from telco_nb.lora import energy, power_samples, sensors
+from telco_nb.lora import energy, gpu_state, power_samples, sensors
 
 MEMORY_BYTES = {"GPU-1": 80, "MIG-1": 20}
 
@@ -108,7 +108,7 @@ def install_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(energy, "time", clock)
     monkeypatch.setattr(power_samples, "time", clock)
-    monkeypatch.setattr(sensors, "time", clock)
+    monkeypatch.setattr(gpu_state, "time", clock)
     monkeypatch.setattr(power_samples.Periodic, "start", lambda _: None)
     monkeypatch.setattr(energy, "Carbontracker", NoTracker)
     return clock

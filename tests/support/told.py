@@ -18,14 +18,20 @@ def run_told(
     command: Sequence[str],
     environment: Mapping[str, str],
     folder: Path | None = None,
+    logs: Path | None = None,
     hangs_after_s: float = HANGS_AFTER_S,
 ) -> subprocess.CompletedProcess:
     """Run a command and return its exit code and output, as `subprocess.run` with captured text.
 
     The output goes to files: a process that a command leaves behind would keep a pipe open, and the test waiting.
 
+    Args:
+        command, environment, folder: as of subprocess.run.
+        logs: a folder; processes of the command write their stacks to `*.log` files below it.
+        hangs_after_s: how long the command may run.
+
     Raises:
-        AssertionError: the command runs longer than `hangs_after_s`; the message holds the stacks of its processes.
+        AssertionError: the command runs longer than that; the message holds the stacks of its processes.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -36,7 +42,9 @@ def run_told(
         except subprocess.TimeoutExpired:
             _abort(process.pid)
             errors.seek(0)
-            raise AssertionError(f"{' '.join(command)} hangs:\n{errors.read()[-20_000:]}") from None
+            told = [errors.read()]
+            told += [path.read_text(errors="replace") for path in (logs.rglob("*.log") if logs else ())]
+            raise AssertionError("\n".join([f"{' '.join(command)} hangs:", *(text[-8000:] for text in told)])) from None
         except BaseException:
             _abort(process.pid)
             raise

@@ -11,8 +11,11 @@ FIRST = {
 LAST = FIRST | {"train_energy_wh": 10.4, "train_seconds": 102.0, "train_started_at": "2026-01-01T16:30:00+00:00"}
 
 
+BETWEEN = FIRST | {"train_started_at": "2026-01-01T12:00:00+00:00"}
+
+
 def found(**changed):
-    (finding,) = drift_findings({"c01": FIRST, "c02": {}}, {"c01-drift": LAST | changed})
+    (finding,) = drift_findings({"c01": FIRST, "c02": BETWEEN}, {"c01-drift": LAST | changed})
     return finding
 
 
@@ -22,6 +25,10 @@ def test_the_drift_is_the_ratio_of_the_energies_with_the_time_between_them():
     assert "c01 was trained again 6.5 h later" in finding.statement and "(+4.0%, measured)" in finding.statement
     assert "in 1.02 times the time" in finding.statement and "less than 4.0%" in finding.statement
     assert "the same to the last bit" in finding.statement
+
+
+def test_a_loss_that_was_no_number_is_told_as_missing():
+    assert "a validation loss is missing" in found(val_loss=None).statement
 
 
 def test_another_loss_of_the_same_training_is_told():
@@ -34,6 +41,10 @@ def test_another_loss_of_the_same_training_is_told():
         ({"train_energy_wh": None}, "missing or not valid"),
         ({"energy_valid": False}, "missing or not valid"),
         ({"energy_kind": "estimated"}, "one energy is measured, the other estimated"),
+        ({"train_started_at": "2026-01-01T11:00:00+00:00"}, "not first and last"),
+        ({"train_started_at": "2026-01-01T09:00:00+00:00"}, "not first and last"),
+        ({"visible_gpus": "1"}, "different cards or machines"),
+        ({"node": "b"}, "different cards or machines"),
     ],
 )
 def test_without_two_energies_of_one_kind_there_is_no_drift(changed, reason):

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb import ROOT
-from telco_nb.corpus import cards, dataset, duplicates, filters, scenarios, variants
+from telco_nb.corpus import cards, choices, dataset, duplicates, filters, gold, scenarios, variants
+from telco_nb.study.params import load_study
 
 GRID, GOLD = shipped.grid(), shipped.gold_rows()
 BANKING = ROOT / "tests" / "unit" / "corpus" / "data"
@@ -376,3 +377,22 @@ def test_another_domains_glossary_gives_its_own_data_set():
     prompts = dataset.test_prompts([row for row in found if row["split"] == "test"], "test", None, seed=1)
     assert held and {p["scenario_id"] for p in prompts} <= held
     assert not re.search(r"\b(?:SIM|network|router|broadband|phone number)\b", json.dumps(found))
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "params" / "profiles").glob("*.yaml")))
+def test_a_profile_asks_for_no_more_than_the_written_conversations_hold(kept, profile):
+    """02_synth would end otherwise. Variants fill up what is missing, but no profile shall need them for a sample."""
+    values, rows = load_study(profile).base, [row for row in kept if row["origin"] == "gold"]
+    assert values["unseen_terms"] == shipped.PARAMS["unseen_terms"]
+    seed, longest = values["seed"], values["longest_words"]
+    for split, own in (("train", rows), ("val", dataset.validation_rows(rows))):
+        n = values[f"{split}_conversations"]
+        assert len(dataset.sample_split(own, split, n, seed, longest)) == n or n is None
+    held_out = {name: [row for row in rows if row["split"] == name] for name in ("test", "unseen")}
+    asked = dataset.test_prompts(held_out["test"], "test", values["test_prompts"], seed, longest)
+    noisy = gold.load_noisy(ROOT / values["noisy_path"], GRID)
+    again = [row for row in noisy if row["scenario_id"] in {prompt["scenario_id"] for prompt in asked}]
+    for name, own, limit in (("unseen", held_out["unseen"], longest), ("noisy", again, None)):
+        n = values[f"{name}_prompts"]
+        assert len(dataset.test_prompts(own, name, n, seed, limit)) == n or n is None
+    assert len(choices.choice_items(shipped.cards(), GOLD, values["choice_items"])) == values["choice_items"]

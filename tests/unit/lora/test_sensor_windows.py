@@ -21,6 +21,7 @@ from fake_sensors import (
 )
 
 from telco_nb.lora import energy
+from telco_nb.lora.gpu_state import state_note
 from telco_nb.lora.power_samples import Integral, integrate
 
 WATTS = (2.0, 5.0, 12.0)
@@ -332,9 +333,8 @@ def test_the_energy_above_rest_is_what_the_work_added_to_the_power_of_an_idle_ca
     gpu = rows(meter).loc["gpu"]
     assert gpu.window_s == pytest.approx(100) and gpu.n_samples == 1  # the rest is no part of the work
     assert gpu.gross_j == pytest.approx(30_000, rel=0.02) and gpu.net_j == pytest.approx(24_000, rel=0.02)
-    assert re.search(
-        r"measured before the work.*GPU (59|60)\.\d W, 80% above", energy.rest_note(meter.statement("train"))
-    )
+    note = energy.rest_note(meter.statement("train"))
+    assert re.search(r"cpu \d\.\d W, assumed, .*; gpu (59|60)\.\d W, measured, 80% of its energy above", note)
 
 
 def test_rapl_at_rest_is_told_by_zone(clock, tmp_path):
@@ -343,7 +343,18 @@ def test_rapl_at_rest_is_told_by_zone(clock, tmp_path):
         rests = (tmp_path / f"powercap/intel-rapl:{number}", watts)
         clock.sleep = (lambda slept, zone: lambda s: (slept(s), spend(zone[0], zone[1] * s)))(clock.sleep, rests)
     meter = energy.Meter(WATTS, 0.3)
-    assert meter.rest(15.0) == {"cpu": pytest.approx(50.0)}
+    assert meter.rest(15.0) == {"cpu": pytest.approx(50.0)} and clock.perf_counter() == 15
+    assert meter.rest(1.0) == {"cpu": pytest.approx(50.0)} and clock.perf_counter() == 15 + 10  # RAPL's shortest window
+
+
+def test_the_rest_of_a_laptop_on_its_battery_is_that_of_the_whole_machine(clock, laptop):
+    meter = energy.Meter(WATTS, 0.3)
+    watts = meter.rest(10.0)
+    assert set(watts) == {"battery"} and clock.perf_counter() == pytest.approx(60, abs=1)
+    meter.start()
+    train(clock, meter, 100)
+    meter.stop()
+    assert f"battery {watts['battery']:.1f} W, measured" in energy.rest_note(meter.statement("train"))
 
 
 def test_without_a_sensor_nobody_rests_and_the_rest_of_the_cores_is_the_assumed_one(clock, monkeypatch):
@@ -353,20 +364,38 @@ def test_without_a_sensor_nobody_rests_and_the_rest_of_the_cores_is_the_assumed_
     meter.start()
     clock.spend(100, 300)
     meter.stop()
-    assert energy.rest_note(meter.statement("train")).startswith("At rest (assumed): CPU ")
+    note = energy.rest_note(meter.statement("train"))
+    assert re.fullmatch(r"At rest: cpu \d\.\d W, assumed, \d+% of its energy above\.", note)
 
 
-def test_a_card_whose_counter_fails_while_it_rests_has_no_figure_and_the_work_goes_on(clock, card, monkeypatch):
-    def fail() -> None:
-        sys.modules["pynvml"].nvmlDeviceGetTotalEnergyConsumption = not_supported
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_counter_that_fails_at_rest_costs_the_rest_alone_and_the_work_only_if_it_fails_there_too(
+    clock, card, monkeypatch, recovers
+):
+    fake = sys.modules["pynvml"]
+
+    def sleep(seconds: float) -> None:
+        clock.spend(seconds, 60)
+        fake.nvmlDeviceGetTotalEnergyConsumption = not_supported
 
     meter = energy.Meter(WATTS, 0.3)
-    monkeypatch.setattr(clock, "sleep", lambda seconds: (clock.spend(seconds, 60), fail()))
+    monkeypatch.setattr(clock, "sleep", sleep)
     assert meter.rest(20.0) == {}
+    if recovers:
+        fake.nvmlDeviceGetTotalEnergyConsumption = card.counter_mj
     meter.start()
     clock.spend(100, 300)
     meter.stop()
-    assert rows(meter).loc["gpu", "kind"] == "none" and "Not Supported" in rows(meter).loc["gpu", "invalid_reason"]
+    gpu = rows(meter).loc["gpu"]
+    assert gpu.kind == ("measured" if recovers else "none") and gpu.net_j is None
+    assert recovers or "Not Supported" in gpu.invalid_reason
+
+
+def test_of_a_part_of_a_card_nobody_knows_the_rest(clock, monkeypatch):
+    card = Card(clock)
+    install_nvml(monkeypatch, "MIG-1", nvmlDeviceGetTotalEnergyConsumption=card.counter_mj)
+    meter = energy.Meter(WATTS, 0.3)
+    assert meter.gpu_share < 1 and meter.rest(20.0) == {} and clock.perf_counter() == 0
 
 
 def warm(monkeypatch, clock: Clock, celsius_at) -> None:
@@ -379,25 +408,46 @@ def test_a_hot_card_cools_down_before_it_rests_and_one_that_stays_hot_is_not_wai
     clock, card, monkeypatch
 ):
     warm(monkeypatch, clock, lambda at: round(80 - at / 2))
-    energy.Meter(WATTS, 0.3).rest(15.0, 50.0)
-    assert clock.perf_counter() == pytest.approx(60 + 15, abs=2)
+    energy.Meter(WATTS, 0.3).rest(0.0, 50.0)
+    assert clock.perf_counter() == pytest.approx(60, abs=2)
     warm(monkeypatch, clock, lambda _: 90)
     before = clock.perf_counter()
-    energy.Meter(WATTS, 0.3).rest(15.0, 50.0)
-    assert clock.perf_counter() - before == pytest.approx(300 + 15, abs=2)
+    energy.Meter(WATTS, 0.3).rest(20.0, 50.0)
+    assert clock.perf_counter() - before == pytest.approx(300 + 20, abs=2)
 
 
 def test_what_slows_a_card_down_or_shares_it_is_a_warning_and_what_it_does_not_tell_is_none(clock, card, monkeypatch):
-    warm(monkeypatch, clock, lambda _: 71)
+    warm(monkeypatch, clock, lambda at: round(60 + at / 10))
     fake, meter = sys.modules["pynvml"], energy.Meter(WATTS, 0.3)
+    heat_s = 0.3  # of a window's time, and already some before it
+    seen = {0: 0.0, 1: lambda: 7 + heat_s * clock.perf_counter()}
+
+    def violation(_: object, policy: int) -> SimpleNamespace:
+        return SimpleNamespace(violationTime=round(1e9 * (seen[policy]() if policy else seen[policy])))
+
+    fake.nvmlDeviceGetViolationStatus = violation
     fake.nvmlDeviceGetEnforcedPowerLimit = lambda _: 350_000
-    fake.nvmlDeviceGetCurrentClocksThrottleReasons = lambda _: 0x1 | 0x4 | 0x20
-    fake.nvmlDeviceGetComputeRunningProcesses = lambda _: [SimpleNamespace(pid=pid) for pid in (os.getpid(), 1, 2)]
-    state = meter.gpu_state()
-    assert state == {
-        "celsius": 71, "power_limit_w": 350.0, "sm_clock_mhz": None, "slowed_by": "power limit, heat",
-        "other_processes": 2,
+    fake.nvmlDeviceGetComputeRunningProcesses = lambda _: [SimpleNamespace(pid=pid) for pid in (os.getpid(), 1)]
+    assert meter.card.facts() == {}
+    for _ in range(2):
+        meter.start()
+        clock.spend(50, 300)
+        meter.pause()
+    facts = meter.card.facts()
+    assert facts == {
+        "gpu_celsius_before": 60, "gpu_celsius_after": 70, "gpu_power_limit_w": 350.0, "gpu_sm_clock_mhz": None,
+        "gpu_other_processes": 1, "gpu_slowed_by_power_s": 0.0, "gpu_slowed_by_heat_s": pytest.approx(30.0),
+        "gpu_slowed_by_sync_boost_s": None, "gpu_slowed_by_board_limit_s": None, "gpu_slowed_by_reliability_s": None,
     }  # fmt: skip
-    note = energy.state_note({f"gpu_{name}_after": value for name, value in state.items()})
-    assert "slowed down** by power limit, heat." in note and "2 other processes" in note
-    assert energy.state_note({}) == ""
+    note = state_note(facts, cool_to_celsius=50)
+    assert "slowed down**: 30.0 s by heat." in note and "1 other process computed" in note and "began at 60" in note
+    assert state_note(facts | {"gpu_slowed_by_heat_s": 0.0, "gpu_other_processes": 0}, 65) == state_note({}) == ""
+
+
+def test_in_a_container_that_numbers_its_own_processes_nobody_is_called_another_one(clock, card, monkeypatch):
+    warm(monkeypatch, clock, lambda _: 60)
+    fake, meter = sys.modules["pynvml"], energy.Meter(WATTS, 0.3)
+    fake.nvmlDeviceGetComputeRunningProcesses = lambda _: [SimpleNamespace(pid=10**9)]
+    meter.start()
+    meter.pause()
+    assert meter.card.facts()["gpu_other_processes"] is None

@@ -29,6 +29,7 @@ def finish(
         values: dict[str, Any] = declared(step) | {"profile": profile, "scope": scope}
         values |= {name: list(given) for name, given in (("configs", configs), ("judges", judges)) if name in values}
         values |= {"repeats": [f"{configs[0]}-seed1"]} if "repeats" in values else {}
+        values |= {"drift_runs": [f"{configs[0]}-drift"]} if "drift_runs" in values else {}
         values |= {"epochs": 7} if "epochs" in values else {}
         content = {
             "schema_version": SCHEMA_VERSION, "step": step, "scope": scope, "key": "0" * 64, "key_parts": {},
@@ -100,10 +101,11 @@ def test_a_profile_alone_is_a_sufficient_change(outputs):
     assert open_with("03_train", profile="laptop").parameters["scope"] == "c03"
 
 
-def test_a_subset_of_configurations_takes_only_the_repeats_that_belong_to_it(outputs):
+def test_a_subset_of_configurations_takes_only_the_runs_that_belong_to_it(outputs):
     finish(outputs, "laptop", "2026-11-25T08:00:00+00:00", configs=("c01", "c02", "c03"))
-    assert open_with("06_analysis", configs=["c02", "c03"]).parameters["repeats"] == []
-    assert open_with("06_analysis", configs=["c01", "c03"]).parameters["repeats"] == ["c01-seed1"]
+    for configs, repeats, drift in ((["c02", "c03"], [], []), (["c01", "c03"], ["c01-seed1"], ["c01-drift"])):
+        found = open_with("06_analysis", configs=configs).parameters
+        assert (found["repeats"], found["drift_runs"]) == (repeats, drift)
 
 
 def test_a_step_that_was_made_by_hand_is_made_again_in_its_place(outputs):
