@@ -24,7 +24,7 @@ def drift_findings(training: Metrics, again: Metrics) -> list[Finding]:
         training: metrics of 03 by configuration.
         again: metrics of 03 by run.
     """
-    began = [_began(metrics) for metrics in training.values()]
+    began = [_began(metrics) for metrics in training.values() if metrics.get("train_started_at")]
     return [drift_finding(config_of(run), training[config_of(run)], metrics, began) for run, metrics in again.items()]
 
 
@@ -44,6 +44,8 @@ def drift_finding(
     """
     text = f"The drift of the machine, from {config} trained first and again last with the same seed"
     both = (first, again)
+    if not all(run.get("train_started_at") for run in both):
+        return not_estimable("drift", text, "a record does not say when its training began")
     if not all(_began(first) <= start <= _began(again) for start in began):
         return not_estimable("drift", text, "it was trained again in another order, so they are not first and last")
     if any(first.get(name) != again.get(name) for name in ("node", "visible_gpus")):

@@ -56,6 +56,10 @@ class CardWatch:
             "gpu_other_processes": max(others, default=None),
         } | {f"gpu_slowed_by_{reason}_s": seconds for reason, seconds in spent.items()}
 
+    def note(self, cool_to_celsius: float | None = None) -> str:
+        """The facts that are a warning, in words (`state_note`)."""
+        return state_note(self.facts(), cool_to_celsius)
+
 
 def read_state(handle: Any) -> dict[str, Any]:
     """Temperature, limit, clock, seconds slowed down by each reason, and other processes; None for what is not told."""

@@ -43,6 +43,7 @@ def test_another_loss_of_the_same_training_is_told():
         ({"energy_kind": "estimated"}, "one energy is measured, the other estimated"),
         ({"train_started_at": "2026-01-01T11:00:00+00:00"}, "not first and last"),
         ({"train_started_at": "2026-01-01T09:00:00+00:00"}, "not first and last"),
+        ({"train_started_at": None}, "does not say when"),
         ({"visible_gpus": "1"}, "different cards or machines"),
         ({"node": "b"}, "different cards or machines"),
     ],
