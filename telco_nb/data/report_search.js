@@ -4,7 +4,7 @@ const parts = JSON.parse(document.getElementById("data").content.textContent);
 const words = document.getElementById("words"), step = document.getElementById("step");
 const status = document.getElementById("status"), hits = document.getElementById("hits");
 const MOST = 60, AROUND = 110;
-for (const part of parts) part.all = `${part.step} ${part.scope} ${part.title} ${part.text}`.toLowerCase();
+for (const part of parts) part.head = `${part.step} ${part.scope} ${part.title}`;
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -12,36 +12,43 @@ function make(tag, attributes, ...children) {
   element.append(...children);
   return element;
 }
-// The text around the first word that stands in it, each word marked.
+// A word is found where a word of the text begins with it: "loss" finds losses, not blossom.
+function pattern(word, flags) {
+  const letters = word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+  return new RegExp(/^[\p{L}\p{N}]/u.test(word) ? `(?<![\\p{L}\\p{N}])${letters}` : letters, flags);
+}
+// The text around the first place where one of the words stands, each of them marked.
 function excerpt(text, asked) {
-  const lower = text.toLowerCase(), places = asked.map((word) => lower.indexOf(word)).filter((place) => place >= 0);
+  const places = asked.map((word) => text.search(pattern(word, "iu"))).filter((place) => place >= 0);
   const start = Math.max(0, (places.length ? Math.min(...places) : 0) - AROUND), shown = text.slice(start, start + 3 * AROUND);
-  const pieces = [start ? "… " : ""], low = shown.toLowerCase();
+  const pieces = [start ? "… " : ""];
   let at = 0;
-  while (at < shown.length) {
-    const next = asked.map((word) => [low.indexOf(word, at), word]).filter(([place]) => place >= 0).sort((a, b) => a[0] - b[0])[0];
-    if (!next) break;
-    const [place, word] = next;
-    pieces.push(shown.slice(at, place), make("mark", {}, shown.slice(place, place + word.length)));
-    at = place + word.length;
+  for (const found of shown.matchAll(new RegExp(asked.map((word) => pattern(word, "u").source).join("|"), "giu"))) {
+    pieces.push(shown.slice(at, found.index), make("mark", {}, found[0]));
+    at = found.index + found[0].length;
   }
   return make("p", {}, ...pieces, shown.slice(at), start + 3 * AROUND < text.length ? " …" : "");
 }
-function weight(part, asked) { // a word in the title says more than one in the text
-  const title = `${part.step} ${part.scope} ${part.title}`.toLowerCase();
-  return asked.filter((word) => title.includes(word)).length;
+// The address of a part, with some words that a browser which knows text fragments scrolls to.
+function address(part, asked) {
+  const place = Math.min(...asked.map((word) => part.text.search(pattern(word, "iu"))).filter((at) => at >= 0));
+  const words = place < Infinity ? part.text.slice(place, place + 60).split(" ").slice(0, 3).join(" ") : "";
+  return part.page + (part.anchor || words ? `#${part.anchor}` : "") + (words ? `:~:text=${encodeURIComponent(words).replace(/-/g, "%2D")}` : "");
 }
 function search() {
   const asked = [...new Set(words.value.toLowerCase().split(/\s+/).filter(Boolean))];
   history.replaceState(null, "", asked.length ? `#${new URLSearchParams({ q: words.value, in: step.value })}` : "#");
   hits.replaceChildren();
   if (!asked.length) { status.textContent = "Type a word."; return; }
-  const found = parts.filter((part) => (!step.value || part.step === step.value) && asked.every((word) => part.all.includes(word)));
-  found.sort((a, b) => weight(b, asked) - weight(a, asked)); // a stable sort: else in the order of the study
+  const patterns = asked.map((word) => pattern(word, "iu"));
+  const holds = (part) => patterns.every((one) => one.test(part.head) || one.test(part.text));
+  const weight = (part) => patterns.filter((one) => one.test(part.head)).length; // a word in the title says more
+  const found = parts.filter((part) => (!step.value || part.step === step.value) && holds(part));
+  found.sort((a, b) => weight(b) - weight(a)); // a stable sort: else in the order of the study
   const more = found.length > MOST ? ` The first ${MOST} are shown; one more word makes them fewer.` : "";
   status.textContent = found.length ? `${found.length} of ${parts.length} parts hold this.${more}` : "Nothing holds all of these words.";
   for (const part of found.slice(0, MOST)) {
-    const link = make("a", { href: part.page + (part.anchor ? `#${part.anchor}` : "") }, part.title || "Start of the notebook");
+    const link = make("a", { href: address(part, asked) }, part.title || "Start of the notebook");
     hits.append(make("li", {}, link, " ", make("small", {}, `${part.step} ${part.scope}`), excerpt(part.text, asked)));
   }
 }
