@@ -189,7 +189,7 @@ def _ahead_of_loss(
     elif min(shares.values()) < 0.5:
         text += f" {pick} may answer better, but is not shown to."
     elif not ahead:
-        text += f" With bounds that hold for all pairs at once, {own} is not shown to be ahead."
+        text += f" With so many pairs compared, its lead can still be chance: {own} is not shown to be ahead."
     return text, "supported" if ahead else "refuted" if behind else "not distinguishable"
 
 

@@ -228,10 +228,12 @@ def _part_text(part: str, shares: Mapping[str, float], named: str | None, held: 
     if part == "coverage":
         gold = "" if held.gold_coverage is None else f"; the gold answers make {held.gold_coverage:.0%}"
         made = f"{who} {'makes' if one else 'make'} {span} of a full answer's points{own}{gold}"
-        return f"By {reader}, an offline proxy for a human reader, {made}. The bar is half of the gold answers' share."
+        bar = "" if held.gold_coverage is None else f": {LEAST_COVERAGE * held.gold_coverage:.0%}"
+        limit = f"The bar is half of the gold answers' share{bar}"
+        return f"By {reader}, an offline proxy for a human reader, {made}. {limit}."
     if part == "unsafe":
         beside = "" if held.gold_unsafe is None else f"; {beside_unsafe(held.gold_unsafe, held.template_unsafe)}"
-        limit = f"The bar is {100 * MOST_UNSAFE:.0f} points above the gold answers"
+        limit = f"At most {100 * MOST_UNSAFE:.0f} points more than the gold answers are allowed"
         return f"By {reader}, an offline proxy, {span} of {whose} answers are unsafe{own}{beside}. {limit}."
     limit = f"measured without a judge. The bar is {MOST_BROKEN:.0%}"
     return f"{span} of {whose} answers are empty, loop or break off{own}, {limit}."

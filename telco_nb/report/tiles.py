@@ -102,8 +102,8 @@ def _claim_tile(primary: Mapping[str, Any]) -> Tile:
     """The claim that was written down before the run, with its verdict."""
     lines = [primary["statement"]]
     if primary["value"] is not None:
-        share = percent(float(expit(primary["value"])))
-        lines.append(f"In other words: the best of the others wins {share} of the decided comparisons with it.")
+        lead, share = f"{primary['value']:.2f}", percent(float(expit(primary["value"])))
+        lines.append(f"A lead of {lead} means: the best of the others wins {share} of the decided comparisons with it.")
     return Tile("Can loss pick it?", CLAIM_WORDS.get(primary["verdict"], "cannot tell"), lines)
 
 
@@ -114,7 +114,8 @@ def _cost_tile(study: StudyFiles, chosen: str | None, pick: str | None) -> Tile:
     if len(energy):
         ends = dict.fromkeys(f"{end:.2g}" for end in (energy.min(), energy.max()))
         kind = " and ".join(energy_kinds(study)) or "of unknown kind"
-        lines.append(f"{'All training' if chosen else 'Training'}: {' to '.join(ends)} Wh, {kind}.")
+        each = f"Training, each of the {len(energy)}" if len(ends) > 1 else "Training"
+        lines.append(f"{each}: {' to '.join(ends)} Wh, {kind}.")
     lines.append(first_sentence(serving["statement"]) if serving else "What a million answers cost is not known.")
     if not chosen:
         return Tile(title, "" if len(energy) else "not known", lines)
@@ -191,8 +192,8 @@ def _strongest_effect(study: StudyFiles, pick: str) -> list[str]:
     lines = [f"What moves scores most: {name} from {contrast.replace('->', ' to ')}, by {name_list(by)} log-odds."]
     loss = study.finding(f"effect.val_loss.{strongest}")
     if loss and loss["value"] is not None:
-        word = "shown as well" if loss["verdict"] == "supported" else "not shown"
-        lines.append(f"On the loss this effect is {word} ({loss['value']:+.3f} nats per token).")
+        word = "shows this effect too" if loss["verdict"] == "supported" else "does not clearly show this effect"
+        lines.append(f"The validation loss {word} ({loss['value']:+.3f} nats per token).")
     return [*lines, f"{pick}'s {name}: {_level(study, pick, factor)}."]
 
 

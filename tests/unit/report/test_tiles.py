@@ -79,7 +79,7 @@ def test_the_primary_claim_is_a_tile_of_its_own(verdict, word):
     assert tile.big == word
     assert list(tile.lines) == [
         "Primary claim: so.",
-        "In other words: the best of the others wins 50% of the decided comparisons with it.",
+        "A lead of 0.00 means: the best of the others wins 50% of the decided comparisons with it.",
     ]
 
 
@@ -179,7 +179,9 @@ def test_what_fails_without_any_judge_stands_before_what_blocks_a_ranking():
 @pytest.mark.parametrize("changes", [{}, BLOCKED])
 def test_what_it_costs_is_told_with_and_without_a_choice(changes):
     shown = text(tiles(with_findings(files(changes=changes), SERVING))["What it costs"])
-    assert re.search(r"raining: [\d.]+ to [\d.]+ Wh, estimated\.", shown) and SERVING["statement"] in shown
+    assert (
+        re.search(r"Training, each of the 6: [\d.]+ to [\d.]+ Wh, estimated\.", shown) and SERVING["statement"] in shown
+    )
 
 
 def test_what_the_study_cannot_say_comes_from_its_own_files(tmp_path):
@@ -226,11 +228,13 @@ def loss_tile(effects: list[dict], verdict: str) -> str:
     return text(tiles(study)["Loss alone would have chosen"])
 
 
-@pytest.mark.parametrize(("verdict", "word"), [("supported", "shown as well"), ("not distinguishable", "not shown")])
+@pytest.mark.parametrize(
+    ("verdict", "word"), [("supported", "shows this"), ("not distinguishable", "does not clearly show this")]
+)
 def test_the_strongest_shown_effect_on_scores_stands_beside_what_loss_shows_of_it(verdict, word):
     told = loss_tile(SCORE_EFFECTS, verdict)
     assert "What moves scores most: epochs from 1 to 4, by +1.60 [+1.00, +2.00] (checklist) log-odds." in told
-    assert f"On the loss this effect is {word} (-0.020 nats per token)." in told
+    assert f"The validation loss {word} effect" in told and "(-0.020 nats per token)." in told
 
 
 def test_without_a_shown_effect_on_scores_the_first_screen_tells_none():
