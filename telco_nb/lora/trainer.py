@@ -215,7 +215,7 @@ def diverges(losses: Sequence[float], untuned_loss: float) -> bool | None:
     if len(losses) < STEPS_TO_JUDGE:
         return None
     quarters = [float(part.mean()) for part in np.array_split(np.asarray(losses, float), 4)]
-    return quarters[-1] - min(quarters) >= (untuned_loss - min(quarters)) / 2
+    return bool(quarters[-1] - min(quarters) >= (untuned_loss - min(quarters)) / 2)  # the loss may be numpy's
 
 
 def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import by_hand
 import pandas as pd
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_every_notebook_runs_by_hand_with_its_default_values(study, step, tmp_pa
     if not place.exists():
         shutil.copytree(study.outputs, place)
     target = tmp_path_factory.mktemp("hand") / f"{step}.ipynb"
-    command = [sys.executable, "-m", "papermill", f"{step}.ipynb", str(target), "--kernel", "python3"]
+    command = [sys.executable, by_hand.__file__, f"{step}.ipynb", str(target)]
     environment = {**os.environ, "TELCO_NB_OUTPUTS": str(place), "JUPYTER_PREFER_ENV_PATH": "1", "HF_HUB_OFFLINE": "1"}
     done = run_told(command, environment, params.NOTEBOOKS_DIR)
     assert done.returncode == 0, done.stderr[-3000:]

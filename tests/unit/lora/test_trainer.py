@@ -365,7 +365,7 @@ def test_no_checkpoint_asks_the_hub(tmp_path, monkeypatch, save):
 )
 def test_a_training_diverges_if_it_ends_without_half_of_what_it_had_gained(curve, found):
     noise = np.random.default_rng(0).normal(0, 0.1, len(curve))  # rows differ in difficulty
-    assert diverges(curve + noise, untuned_loss=3.9) is found
+    assert diverges(curve + noise, untuned_loss=np.float64(3.9)) is found
 
 
 @pytest.mark.nightly
