@@ -29,7 +29,7 @@ def told(meter: energy.Meter, passes: int = 1) -> tuple[str, str]:
     names = {
         "energy": energy, "meter": meter, "pd": pd, "readable": shown, "markdown": prose.append, "lost": 0,
         "run": SimpleNamespace(table=lambda name, frame: frame), "answers": [1, 2], "tokens": 40, "seconds": 30.0,
-        "passes": passes,
+        "passes": passes, "cool_down_celsius": None,
     }  # fmt: skip
     first = next(i for i, cell in enumerate(CELLS) if 'meter.statement("answer")' in cell)
     for cell in CELLS[first : first + 3]:
