@@ -117,10 +117,13 @@ class Meter:
         return self.idle_w
 
     @property
+    def _gpu_source(self) -> str:
+        return "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
+
+    @property
     def _sources(self) -> dict[str, str]:
         """The sensors that can tell a power at rest, by component."""
-        gpu = "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
-        found = {"gpu": gpu} if self.gpu is not None and self.gpu_share == 1 else {}
+        found = {"gpu": self._gpu_source} if self.gpu is not None and self.gpu_share == 1 else {}
         return found | ({"cpu": "rapl"} if self.rapl else {}) | ({"battery": "battery_power"} if self.battery else {})
 
     def _find_gpu(self) -> Any | None:
@@ -318,7 +321,7 @@ class Meter:
             return _missing_row("gpu", NO_GPU)
         if failure := self._failure("gpu", self.total["gpu_j"]):
             return _missing_row("gpu", failure)
-        source = "nvml_energy_counter" if self.gpu_samples is None else "nvml_power_samples"
+        source = self._gpu_source
         joules, half_j = self.total["gpu_j"], self.total["gpu_half_j"]
         if self.gpu_share == 1:
             return self._row("gpu", "measured", source, joules, self.idle_w.get("gpu"), half_j)
