@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,27 +150,38 @@ def _rejected_row(conversation: Any, refused: Reject) -> tuple[str | None, str, 
 # --- samples -----------------------------------------------------------------------------------------
 
 
-def balanced_order(rows: list[Conversation], seed: int) -> list[int]:
+def balanced_order(rows: list[Conversation], seed: int, asked: Iterable[Conversation] = ()) -> list[int]:
     """Order all rows so that gold stands first, and every prefix is balanced over terms, then kinds and contexts.
 
     Terms take turns. Each gives its least used scenario, preferably of the rarest kind and context so far, and of this
-    scenario the gold conversation, then the next one by hash. A hash decides ties.
+    scenario the next conversation by hash. A hash decides ties. Among gold, and among the rest, the problems of `asked`
+    come first; of one term each of them once before one comes twice.
     """
-    gold = [i for i, row in enumerate(rows) if row["origin"] == "gold"]
-    rest = [i for i, row in enumerate(rows) if row["origin"] != "gold"]
-    return [own[i] for own in (gold, rest) if own for i in _balanced([rows[i] for i in own], seed)]
+    problems = {_problem(row) for row in asked}
+    groups: dict[tuple[bool, bool], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row["origin"] != "gold", _problem(row) not in problems].append(i)
+    parts = sorted(groups.items())
+    return [own[i] for (_, other), own in parts for i in _balanced([rows[i] for i in own], seed, not other)]
 
 
-def _balanced(rows: list[Conversation], seed: int) -> list[int]:
+def _problem(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["term_id"], row["problem_id"]
+
+
+def _balanced(rows: list[Conversation], seed: int, by_problem: bool) -> list[int]:
     pools: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     tie_break = partial(stable_hash, seed, "sample")
     for i in sorted(range(len(rows)), key=lambda i: tie_break(rows[i]["conversation_id"])):
         pools[rows[i]["term_id"]][rows[i]["scenario_id"]].append(i)
     counts: Counter = Counter()
 
+    def uses(row: Conversation) -> list:
+        return [row["scenario_id"], *[_problem(row)] * by_problem, *(row[key] for key in FACTORS)]
+
     def scenario_rank(pool: list[int]) -> tuple:
         row = rows[pool[0]]
-        return (counts[row["scenario_id"]], *(counts[row[key]] for key in FACTORS), tie_break(row["scenario_id"]))
+        return (*(counts[use] for use in uses(row)), tie_break(row["scenario_id"]))
 
     order: list[int] = []
     turn = 0
@@ -180,18 +191,17 @@ def _balanced(rows: list[Conversation], seed: int) -> list[int]:
         for term in sorted(open_terms, key=lambda term: tie_break(turn, term)):
             chosen = min(filter(None, pools[term].values()), key=scenario_rank).pop(0)
             order.append(chosen)
-            counts.update([rows[chosen][key] for key in (*FACTORS, "scenario_id")])
+            counts.update(uses(rows[chosen]))
     return order
 
 
-def count_words(conversation: Conversation, exchanges: int | None = None) -> int:
-    """Return the words of a conversation, or of its first `exchanges`."""
-    messages = conversation["messages"][: None if exchanges is None else 2 * exchanges]
-    return sum(len(message["content"].split()) for message in messages)
+def first_exchanges(rows: Iterable[Conversation], n: int | None) -> list[Conversation]:
+    """Return the conversations with their first `n` exchanges (a customer's and an agent's message); None: whole."""
+    return [{**row, "messages": row["messages"][: 2 * n]} if n else row for row in rows]
 
 
 def sample_split(
-    rows: list[Conversation], split: str, n: int | None, seed: int, longest_words: int | None = None
+    rows: list[Conversation], split: str, n: int | None, seed: int, asked: Iterable[Conversation] = ()
 ) -> list[Conversation]:
     """Take a balanced sample of a split, gold conversations first.
 
@@ -200,16 +210,23 @@ def sample_split(
         split: one of `scenarios.SPLITS`.
         n: the number of conversations; None for all, in balanced order.
         seed: the seed of the sample. A larger sample contains the smaller one.
-        longest_words: leave out longer conversations; None for no limit.
+        asked: held-out conversations or prompts whose problems the sample takes first. In the whole data set each
+            held-out scenario has its problem in training, in other contexts; so it has in a small sample.
 
     Raises:
         ValueError: the split has fewer than `n` such rows.
     """
-    own = [row for row in rows if row["split"] == split and not (longest_words and count_words(row) > longest_words)]
+    own = [row for row in rows if row["split"] == split]
     if n is not None and n > len(own):
-        limit = f" of at most {longest_words} words" if longest_words else ""
-        raise ValueError(f"{n} conversations requested from split {split!r}, which has {len(own)}{limit}")
-    return [own[i] for i in balanced_order(own, seed)[:n]]
+        raise ValueError(f"{n} conversations requested from split {split!r}, which has {len(own)}")
+    return [own[i] for i in balanced_order(own, seed, asked)[:n]]
+
+
+def trained_problems(train: Iterable[Conversation], held_out: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Count the held-out rows, and those of them whose problem occurs in training, in another context."""
+    known = {_problem(row) for row in train}
+    met = [_problem(row) in known for row in held_out]
+    return len(met), sum(met)
 
 
 def validation_rows(rows: list[Conversation]) -> list[Conversation]:
@@ -225,9 +242,7 @@ def _by_scenario(rows: Iterable[Conversation]) -> dict[str, list[Conversation]]:
     return groups
 
 
-def test_prompts(
-    rows: list[Conversation], test_set: str, n: int | None, seed: int, longest_words: int | None = None
-) -> list[dict[str, Any]]:
+def test_prompts(rows: list[Conversation], test_set: str, n: int | None, seed: int) -> list[dict[str, Any]]:
     """Take one prompt per scenario: the first customer message, with the answer of its conversation as reference.
 
     Args:
@@ -235,7 +250,6 @@ def test_prompts(
         test_set: its name: test, noisy or unseen.
         n: the number of prompts, taken in balanced order; None for all.
         seed: the seed of the sample.
-        longest_words: leave out first exchanges that are longer; None for no limit.
 
     Raises:
         ValueError: there are fewer than `n` such scenarios.
@@ -245,7 +259,6 @@ def test_prompts(
         return row["origin"] != "gold", stable_hash("prompt", row["conversation_id"])
 
     drawn = [min(own, key=rank) for own in _by_scenario(rows).values()]
-    drawn = [row for row in drawn if not (longest_words and count_words(row, 1) > longest_words)]
     if n is not None and n > len(drawn):
         raise ValueError(f"{n} prompts requested from test set {test_set!r}, which has {len(drawn)}")
     return [

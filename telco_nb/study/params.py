@@ -125,7 +125,7 @@ class Parameters(LoraParameters, JudgeParameters):
     conversations_per_scenario: int = Field(ge=1, le=20)
     train_conversations: int | None = Field(ge=1)
     val_conversations: int | None = Field(ge=1)
-    longest_words: int | None = Field(ge=30)
+    max_exchanges: int | None = Field(ge=1)
     test_prompts: int | None = Field(ge=1)
     noisy_prompts: int | None = Field(ge=0)
     unseen_prompts: int | None = Field(ge=0)

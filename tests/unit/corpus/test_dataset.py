@@ -263,14 +263,51 @@ def test_null_means_the_whole_split_and_too_many_is_refused_with_both_numbers():
         dataset.sample_split(GOLD, "val", 145, seed=1)
 
 
-def test_longer_conversations_than_longest_words_are_left_out_and_named_in_the_error(kept):
-    rows = dataset.sample_split(kept, "train", None, seed=1, longest_words=90)
-    by_hand = [
-        r for r in kept if r["split"] == "train" and len(" ".join(m["content"] for m in r["messages"]).split()) <= 90
-    ]
-    assert len(rows) == len(by_hand) > 500 and all(row in by_hand for row in rows[:50])
-    with pytest.raises(ValueError, match=r"9999 .* split 'test', which has \d+ of at most 90 words"):
-        dataset.sample_split(kept, "test", 9999, seed=1, longest_words=90)
+def held_out_samples(kept, n_test=24, n_val=16):
+    tested = dataset.test_prompts([row for row in kept if row["split"] == "test"], "test", n_test, seed=1)
+    return tested + dataset.sample_split(dataset.validation_rows(kept), "val", n_val, seed=1)
+
+
+def problem(row):
+    return row["term_id"], row["problem_id"]
+
+
+@pytest.mark.parametrize("n", [48, 64, 80, 300, 1152])
+def test_a_small_training_sample_teaches_the_problems_that_are_asked_as_the_whole_one_does(kept, n):
+    """Each held-out problem stands in training in two other contexts; a sample of any problems had 1 in 8 of them."""
+    asked = held_out_samples(kept)
+    wanted = {problem(row) for row in asked}
+    rows = dataset.sample_split(kept, "train", n, seed=1, asked=asked)
+    assert len(wanted) == 40 and {row["origin"] for row in rows} == {"gold"}
+    times = Counter(problem(row) for row in rows if problem(row) in wanted)
+    assert set(times) == wanted and set(times.values()) <= {1, 2}
+    assert sum(times.values()) == min(n, 80)
+    assert not {row["scenario_id"] for row in rows} & {row["scenario_id"] for row in asked}
+    assert dataset.trained_problems(rows, asked) == (40, 40)
+    assert rows == dataset.sample_split(kept, "train", 1152, seed=1, asked=asked)[:n]
+
+
+def test_asked_problems_come_first_among_variants_too_but_never_before_gold(kept):
+    asked = held_out_samples(kept)
+    wanted = {problem(row) for row in asked}
+    rows = dataset.sample_split(kept, "train", 1152 + 80, seed=1, asked=asked)
+    assert {row["origin"] for row in rows[:1152]} == {"gold"}
+    assert {problem(row) for row in rows[1152:]} == wanted and {row["origin"] for row in rows[1152:]} == {"variant"}
+
+
+def test_problems_that_no_context_of_training_has_are_counted_as_not_taught(kept):
+    unseen = dataset.test_prompts([row for row in kept if row["split"] == "unseen"], "unseen", 12, seed=1)
+    train = dataset.sample_split(kept, "train", None, seed=1)
+    assert dataset.trained_problems(train, unseen) == (12, 0)
+    assert dataset.trained_problems(train, held_out_samples(kept, 144, 144)) == (288, 288)
+
+
+def test_conversations_can_be_cut_after_their_first_exchanges():
+    whole = [row for row in GOLD if len(row["messages"]) >= 4][:5]
+    cut = dataset.first_exchanges(whole, 1)
+    assert [row["messages"] for row in cut] == [row["messages"][:2] for row in whole]
+    assert [row["messages"][-1]["role"] for row in cut] == ["assistant"] * 5
+    assert dataset.first_exchanges(whole, None) == whole == dataset.first_exchanges(whole, 9)
 
 
 def test_validation_takes_gold_alone_where_there_is_any(kept):
@@ -311,15 +348,6 @@ def test_fewer_prompts_are_a_balanced_part_of_all_and_too_many_are_refused():
     assert max(Counter(p["context"] for p in some).values()) == 16
     with pytest.raises(ValueError, match="145 prompts requested from test set 'test', which has 144"):
         dataset.test_prompts(rows, "test", 145, seed=1)
-
-
-def test_prompts_whose_first_exchange_is_too_long_are_left_out():
-    rows = [row for row in GOLD if row["split"] == "test"]
-    prompts = dataset.test_prompts(rows, "test", None, seed=1, longest_words=80)
-    short = {
-        row["scenario_id"] for row in rows if len(" ".join(m["content"] for m in row["messages"][:2]).split()) <= 80
-    }
-    assert {p["scenario_id"] for p in prompts} == short and 0 < len(short) < 144
 
 
 # --- tables and files --------------------------------------------------------------------------------
@@ -384,15 +412,15 @@ def test_a_profile_asks_for_no_more_than_the_written_conversations_hold(kept, pr
     """02_synth would end otherwise. Variants fill up what is missing, but no profile shall need them for a sample."""
     values, rows = load_study(profile).base, [row for row in kept if row["origin"] == "gold"]
     assert values["unseen_terms"] == shipped.PARAMS["unseen_terms"]
-    seed, longest = values["seed"], values["longest_words"]
+    seed = values["seed"]
     for split, own in (("train", rows), ("val", dataset.validation_rows(rows))):
         n = values[f"{split}_conversations"]
-        assert len(dataset.sample_split(own, split, n, seed, longest)) == n or n is None
+        assert len(dataset.sample_split(own, split, n, seed)) == n or n is None
     held_out = {name: [row for row in rows if row["split"] == name] for name in ("test", "unseen")}
-    asked = dataset.test_prompts(held_out["test"], "test", values["test_prompts"], seed, longest)
+    asked = dataset.test_prompts(held_out["test"], "test", values["test_prompts"], seed)
     noisy = gold.load_noisy(ROOT / values["noisy_path"], GRID)
     again = [row for row in noisy if row["scenario_id"] in {prompt["scenario_id"] for prompt in asked}]
-    for name, own, limit in (("unseen", held_out["unseen"], longest), ("noisy", again, None)):
+    for name, own in (("unseen", held_out["unseen"]), ("noisy", again)):
         n = values[f"{name}_prompts"]
-        assert len(dataset.test_prompts(own, name, n, seed, limit)) == n or n is None
+        assert len(dataset.test_prompts(own, name, n, seed)) == n or n is None
     assert len(choices.choice_items(shipped.cards(), GOLD, values["choice_items"])) == values["choice_items"]
