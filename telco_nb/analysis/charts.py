@@ -450,3 +450,28 @@ def shares_with_intervals(measures: pd.DataFrame, title: str) -> Figure:
     ax.set_yticks(range(len(measures)), labels)
     ax.set(xlabel="share", title=title)
     return fig
+
+
+def taught_dots(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
+    """Points made on taught and on other problems (columns taught, untaught; index config), joined by a line.
+
+    Args:
+        table: from `taught.taught_table`, in the order of the rows from above.
+        labels: other names of rows.
+    """
+    import matplotlib.pyplot as plt
+
+    height, size = row_look(len(table))
+    fig, ax = plt.subplots(figsize=(8, 1.4 + height * len(table)), layout="constrained")
+    places = np.arange(len(table))[::-1]
+    ax.hlines(places, 100 * table["untaught"], 100 * table["taught"], color=COLOURS["other"], linewidth=1)
+    for kind, label in (("taught", "problem stands in training"), ("untaught", "problem was not trained on")):
+        look = {
+            "facecolor": COLOURS["lowest loss"] if kind == "taught" else "white",
+            "edgecolor": COLOURS["lowest loss"],
+        }
+        ax.scatter(100 * table[kind], places, label=label, zorder=3, **look)
+    ax.set_yticks(places, [labels.get(name, name) for name in table.index], fontsize=size)
+    ax.set(xlabel="share of a full answer's points, %", xlim=(0, None))
+    fig.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+    return fig

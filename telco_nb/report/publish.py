@@ -43,7 +43,7 @@ CLOSING = [
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
-    "deploy", "fitness.coverage", "fitness.unsafe", "primary", "loss_choice", "best_loss_rank.", "effect.",
+    "deploy", "fitness.coverage", "fitness.unsafe", "taught", "primary", "loss_choice", "best_loss_rank.", "effect.",
     "energy_ratio", "serving",
 )  # fmt: skip
 FOLDED = ("first_choice", "gain.", "fitness.broken", "misplaced.", "tau.", "parting.all.", "kappa.")

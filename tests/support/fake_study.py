@@ -346,6 +346,7 @@ def checks_of(score: pd.Series) -> pd.DataFrame:
     rows = rows.set_axis(["config", "prompt_id", "term_id"], axis=1)
     level = 0.5 + 0.1 * rows["config"].map(score.fillna(0)) + rng.normal(0, 0.05, len(rows))
     rows["test_set"], rows["coverage"], rows["content"] = "test", level.clip(0, 1), level.clip(0, 1)
+    rows["taught"] = pd.Series(rows["prompt_id"].str[-1].astype(int) < 7, dtype="boolean")
     return rows.assign(style=rng.uniform(0.5, 1, len(rows)), n_words=40, unsafe=False, asks_for_secret=False, flags="")
 
 
