@@ -465,12 +465,12 @@ def taught_dots(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     fig, ax = plt.subplots(figsize=(8, 1.4 + height * len(table)), layout="constrained")
     places = np.arange(len(table))[::-1]
     ax.hlines(places, 100 * table["untaught"], 100 * table["taught"], color=COLOURS["other"], linewidth=1)
-    for kind, label in (("taught", "problem stands in training"), ("untaught", "problem was not trained on")):
-        look = {
-            "facecolor": COLOURS["lowest loss"] if kind == "taught" else "white",
-            "edgecolor": COLOURS["lowest loss"],
-        }
-        ax.scatter(100 * table[kind], places, label=label, zorder=3, **look)
+    blue = COLOURS["lowest loss"]
+    for kind, label, fill in (
+        ("taught", "problem stands in training", blue),
+        ("untaught", "problem was not trained on", "white"),
+    ):
+        ax.scatter(100 * table[kind], places, label=label, zorder=3, facecolor=fill, edgecolor=blue)
     ax.set_yticks(places, [labels.get(name, name) for name in table.index], fontsize=size)
     ax.set(xlabel="share of a full answer's points, %", xlim=(0, None))
     fig.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)

@@ -50,7 +50,8 @@ def taught_table(checks: pd.DataFrame | None, configs: Sequence[str], n_draws: i
         with 95 % bounds low and high, n_taught and n_untaught (questions) and n_terms, the smaller of the two numbers
         of terms. Empty where there are not both kinds of questions.
     """
-    rows = pd.DataFrame() if checks is None else checks.dropna(subset=["taught"])
+    known = checks is not None and "taught" in checks  # a record of an earlier version has no such column
+    rows = checks.dropna(subset=["taught"]) if known else pd.DataFrame()
     if not len(rows) or rows["taught"].nunique() < 2:
         return pd.DataFrame()
     names = [*configs, *(name for name in BESIDE if name in set(rows["config"]))]

@@ -73,10 +73,12 @@ def test_the_finding_names_shares_questions_the_best_and_what_needs_no_training(
         assert words in found.statement
 
 
-@pytest.mark.parametrize("checks", [None, pd.DataFrame(), checks_of({"c1": (0.4, 0.1)}, n_untaught=0)])
+EARLIER = checks_of({"c1": (0.4, 0.1)}).drop(columns="taught")
+TRAINED_ALONE = checks_of({"c1": (0.4, 0.1)}, n_untaught=0)
+
+
+@pytest.mark.parametrize("checks", [None, EARLIER, TRAINED_ALONE, TRAINED_ALONE.iloc[:0]])
 def test_without_both_kinds_of_questions_nothing_is_claimed(checks):
-    if checks is not None and checks.empty:
-        checks = pd.DataFrame(columns=["config", "term_id", "coverage", "taught"])
     table = taught_table(checks, ["c1"], 200, 1)
     found = taught_finding(table, ["c1"])
     assert table.empty and found.verdict == "not estimable" and found.value is None
