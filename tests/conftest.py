@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from telco_nb.report.pdf import PrintError, require_chromium
+from telco_nb.study.machine import device_facts
 
 # Tests, and what they start, compute on the processor also beside a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Workers share the cores: threads of two that all want every core wait for each other most of the time.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device_facts()["cores"] // workers)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

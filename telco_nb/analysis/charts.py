@@ -453,7 +453,7 @@ def shares_with_intervals(measures: pd.DataFrame, title: str) -> Figure:
 
 
 def taught_dots(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
-    """Points made on taught and on other problems (columns taught, untaught; index config), joined by a line.
+    """Points made on taught problems, with 95 % bounds, and on others, joined by a line.
 
     Args:
         table: from `taught.taught_table`, in the order of the rows from above.
@@ -463,14 +463,13 @@ def taught_dots(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
 
     height, size = row_look(len(table))
     fig, ax = plt.subplots(figsize=(8, 1.4 + height * len(table)), layout="constrained")
-    places = np.arange(len(table))[::-1]
-    ax.hlines(places, 100 * table["untaught"], 100 * table["taught"], color=COLOURS["other"], linewidth=1)
-    blue = COLOURS["lowest loss"]
-    for kind, label, fill in (
-        ("taught", "problem stands in training", blue),
-        ("untaught", "problem was not trained on", "white"),
-    ):
-        ax.scatter(100 * table[kind], places, label=label, zorder=3, facecolor=fill, edgecolor=blue)
+    places, blue, shares = np.arange(len(table))[::-1], COLOURS["lowest loss"], 100 * table
+    ax.hlines(places, shares["untaught"], shares["taught"], color=COLOURS["other"], linewidth=3, alpha=0.4)
+    draw_intervals(ax, shares["taught"], places, shares["taught_low"], shares["taught_high"], color=blue, fmt="o",
+                   elinewidth=1, label="problem stands in training")  # fmt: skip
+    ax.scatter(
+        shares["untaught"], places, zorder=3, facecolor="white", edgecolor=blue, label="problem was not trained on"
+    )
     ax.set_yticks(places, [labels.get(name, name) for name in table.index], fontsize=size)
     ax.set(xlabel="share of a full answer's points, %", xlim=(0, None))
     fig.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)

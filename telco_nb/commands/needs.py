@@ -15,6 +15,7 @@ import pandas as pd
 
 from telco_nb import ROOT
 from telco_nb.commands.estimate import SAMPLED, Corpus
+from telco_nb.corpus import dataset
 from telco_nb.engine.machine_checks import FREE_BYTES, PACKAGED_MODEL, Needs, hub_cache
 from telco_nb.study.plan import Job
 from telco_nb.study.record import step_dir
@@ -60,7 +61,8 @@ def _work(training: list[Job], answering: list[Job], plan: Sequence[Job], root: 
         corpus = Corpus(values)
         written = sum(s.split == "train" for s in corpus.grid) * values["conversations_per_scenario"]
         n_train = min(written, values["train_conversations"] or written)
-        sample, n_prompts, exact = [row["messages"] for row in corpus.sample()], corpus.count_prompts(), False
+        drawn = dataset.first_exchanges(corpus.sample(), values["max_exchanges"])
+        sample, n_prompts, exact = [row["messages"] for row in drawn], corpus.count_prompts(), False
     new_tokens = n_prompts * sum(job.parameters["answer_max_tokens"] for job in answering)
     return {"conversations": n_train, "exact": exact, "new_tokens": new_tokens, "sample": sample}
 

@@ -151,11 +151,11 @@ def _rejected_row(conversation: Any, refused: Reject) -> tuple[str | None, str, 
 
 
 def balanced_order(rows: list[Conversation], seed: int, asked: Iterable[Conversation] = ()) -> list[int]:
-    """Order all rows so that gold stands first, and every prefix is balanced over terms, then kinds and contexts.
+    """Order all rows so that gold stands first, and is balanced over terms, then kinds and contexts, as the rest is.
 
     Terms take turns. Each gives its least used scenario, preferably of the rarest kind and context so far, and of this
     scenario the next conversation by hash. A hash decides ties. Among gold, and among the rest, the problems of `asked`
-    come first; of one term each of them once before one comes twice.
+    come first and are balanced on their own; of one term each of them once before one comes twice.
     """
     problems = {_problem(row) for row in asked}
     groups: dict[tuple[bool, bool], list[int]] = defaultdict(list)
@@ -196,7 +196,10 @@ def _balanced(rows: list[Conversation], seed: int, by_problem: bool) -> list[int
 
 
 def first_exchanges(rows: Iterable[Conversation], n: int | None) -> list[Conversation]:
-    """Return the conversations with their first `n` exchanges (a customer's and an agent's message); None: whole."""
+    """Return the conversations with their first `n` exchanges (a customer's and an agent's message); None: whole.
+
+    `n_turns` stays that of the whole conversation.
+    """
     return [{**row, "messages": row["messages"][: 2 * n]} if n else row for row in rows]
 
 
@@ -209,9 +212,10 @@ def sample_split(
         rows: conversations of all splits.
         split: one of `scenarios.SPLITS`.
         n: the number of conversations; None for all, in balanced order.
-        seed: the seed of the sample. A larger sample contains the smaller one.
+        seed: the seed of the sample. With the same `asked` a larger sample contains the smaller one.
         asked: held-out conversations or prompts whose problems the sample takes first. In the whole data set each
-            held-out scenario has its problem in training, in other contexts; so it has in a small sample.
+            held-out scenario has its problem in training, in other contexts; so it has in a sample that is large
+            enough.
 
     Raises:
         ValueError: the split has fewer than `n` such rows.
@@ -223,7 +227,7 @@ def sample_split(
 
 
 def trained_problems(train: Iterable[Conversation], held_out: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-    """Count the held-out rows, and those of them whose problem occurs in training, in another context."""
+    """Count the held-out rows, and those of them whose problem occurs in training."""
     known = {_problem(row) for row in train}
     met = [_problem(row) in known for row in held_out]
     return len(met), sum(met)

@@ -1,5 +1,6 @@
 """The real chain, end to end: the smoke study on the real model, through the real runner, without a network."""
 
+import base64
 import csv
 import json
 import os
@@ -135,8 +136,25 @@ def test_the_conversations_load_with_the_datasets_library(study, tmp_path):
 
     folder = study.root / "shared" / "02_synth" / "artefacts"
     train = Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(tmp_path))
-    assert len(train) == 8
+    assert len(train) == 10 and {len(row["messages"]) for row in train} == {2}  # max_exchanges is 1
     assert set(train[0]["messages"][0]) == {"role", "content"}
+
+
+def test_training_has_the_problem_of_every_question_of_test_and_the_checklist_reads_that(study):
+    checks = pd.read_parquet(study.root / "judge-checklist" / "05_judge" / "tables" / "checks.parquet")
+    taught = checks.groupby("test_set")["taught"].agg(["all", "any"]).T.to_dict("list")
+    assert taught == {"test": [True, True], "noisy": [True, True], "unseen": [False, False]}
+    findings = {f["id"]: f for f in json.loads((study.root / "findings.json").read_text())}
+    assert findings["taught"]["verdict"] == "not estimable"  # two unseen questions are too few
+    assert "terms only" in findings["taught"]["statement"]
+
+
+def test_every_figure_that_a_notebook_saves_is_shown_in_it(study):
+    for path in study.root.glob("*/*/figures/*.png"):
+        notebook = json.loads(path.parents[2].joinpath(f"{path.parents[1].name}.ipynb").read_text())
+        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        shown = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+        assert path.read_bytes() in [base64.b64decode(image) for image in shown], path
 
 
 def test_no_file_of_a_study_tells_a_path_of_this_machine_or_its_name(study):

@@ -408,16 +408,17 @@ def test_another_domains_glossary_gives_its_own_data_set():
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "params" / "profiles").glob("*.yaml")))
-def test_a_profile_asks_for_no_more_than_the_written_conversations_hold(kept, profile):
+def test_a_profile_teaches_all_problems_it_asks_about_and_asks_for_no_more_than_is_written(kept, profile):
     """02_synth would end otherwise. Variants fill up what is missing, but no profile shall need them for a sample."""
     values, rows = load_study(profile).base, [row for row in kept if row["origin"] == "gold"]
     assert values["unseen_terms"] == shipped.PARAMS["unseen_terms"]
-    seed = values["seed"]
-    for split, own in (("train", rows), ("val", dataset.validation_rows(rows))):
-        n = values[f"{split}_conversations"]
-        assert len(dataset.sample_split(own, split, n, seed)) == n or n is None
+    seed, n_train = values["seed"], values["train_conversations"]
     held_out = {name: [row for row in rows if row["split"] == name] for name in ("test", "unseen")}
     asked = dataset.test_prompts(held_out["test"], "test", values["test_prompts"], seed)
+    val = dataset.sample_split(dataset.validation_rows(rows), "val", values["val_conversations"], seed)
+    train = dataset.sample_split(rows, "train", n_train, seed, asked=[*asked, *val])
+    assert len(val) == (values["val_conversations"] or 144) and len(train) == (n_train or 1152)
+    assert dataset.trained_problems(train, [*asked, *val]) == (len(asked) + len(val),) * 2
     noisy = gold.load_noisy(ROOT / values["noisy_path"], GRID)
     again = [row for row in noisy if row["scenario_id"] in {prompt["scenario_id"] for prompt in asked}]
     for name, own in (("unseen", held_out["unseen"]), ("noisy", again)):
