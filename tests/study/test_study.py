@@ -136,7 +136,7 @@ def test_the_conversations_load_with_the_datasets_library(study, tmp_path):
 
     folder = study.root / "shared" / "02_synth" / "artefacts"
     train = Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(tmp_path))
-    assert len(train) == 10 and {len(row["messages"]) for row in train} == {2}  # max_exchanges is 1
+    assert len(train) == 12 and {len(row["messages"]) for row in train} == {2}  # max_exchanges is 1
     assert set(train[0]["messages"][0]) == {"role", "content"}
 
 
