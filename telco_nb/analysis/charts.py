@@ -466,9 +466,9 @@ def taught_dots(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     places, blue, shares = np.arange(len(table))[::-1], COLOURS["lowest loss"], 100 * table
     ax.hlines(places, shares["untaught"], shares["taught"], color=COLOURS["other"], linewidth=3, alpha=0.4)
     draw_intervals(ax, shares["taught"], places, shares["taught_low"], shares["taught_high"], color=blue, fmt="o",
-                   elinewidth=1, label="problem stands in training")  # fmt: skip
+                   elinewidth=1, label="problem was in training (line: 95 % interval)")  # fmt: skip
     ax.scatter(
-        shares["untaught"], places, zorder=3, facecolor="white", edgecolor=blue, label="problem was not trained on"
+        shares["untaught"], places, zorder=3, facecolor="white", edgecolor=blue, label="problem was not in training"
     )
     ax.set_yticks(places, [labels.get(name, name) for name in table.index], fontsize=size)
     ax.set(xlabel="share of a full answer's points, %", xlim=(0, None))

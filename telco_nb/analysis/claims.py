@@ -36,7 +36,13 @@ def primary_finding(study: StudyResults) -> Finding:
     text += f" {VERDICTS[verdict]}: {pick} is behind the best of the others by {name_list(told)} (log-odds; "
     text += "bounds hold for all configurations at once; margin "
     least = max(leads.values(), key=lambda lead: lead[2] - lead[1])
-    return Finding("primary", f"{text}{claims.margin:g}).", *least, n=len(study.losses), verdict=verdict)
+    text += f"{claims.margin:g})."
+    alone = [label for label, (_, low, _) in leads.items() if low > claims.margin]
+    if verdict == "cannot tell" and alone:
+        text += (
+            f" By {name_list(alone)} alone it would be refuted; the rule, written before the run, needs every judge."
+        )
+    return Finding("primary", text, *least, n=len(study.losses), verdict=verdict)
 
 
 def _lead_text(value: float, low: float, high: float) -> str:

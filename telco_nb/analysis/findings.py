@@ -19,7 +19,7 @@ import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
 from telco_nb.analysis.divergence import divergence_tables
-from telco_nb.analysis.fitness import bar_findings, lead_over
+from telco_nb.analysis.fitness import bar_findings, floor_findings, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
@@ -122,7 +122,14 @@ def decision_findings(study: StudyResults) -> list[Finding]:
     choice, every = recommend(study), [str(config) for config in study.results.index]
     bar = bar_findings(study, [choice.deploy] if choice.deploy else every, choice.config)
     first = first_choice_finding(study, choice)
-    return [deploy_finding(study, choice), *bar, *([first] if first else []), *_decisions(study, choice)]
+    first = [first] if first else []
+    return [
+        deploy_finding(study, choice),
+        *bar,
+        *floor_findings(study.checks, every),
+        *first,
+        *_decisions(study, choice),
+    ]
 
 
 def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:

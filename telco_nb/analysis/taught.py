@@ -17,7 +17,7 @@ from telco_nb.analysis.statements import Finding, counted, excludes_zero, not_es
 from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, ratio_draws
 from telco_nb.judge.ranking import interval_text
 
-ALL, UNTUNED, LOOKUP = "all configurations", "untuned", "nearest"
+ALL, UNTUNED, LOOKUP, ECHO = "all configurations", "untuned", "nearest", "echo"
 FEWEST_TERMS = 4  # of either kind of question: with 4 the bounds cover .95 (tests), with 2 .83
 
 
@@ -47,13 +47,14 @@ def taught_table(checks: pd.DataFrame | None, configs: Sequence[str], n_draws: i
         seed: of the resamples.
 
     Returns:
-        One row for `ALL` (the mean), each configuration, `LOOKUP` and `UNTUNED`: taught and untaught (shares, 0 to 1),
-        taught_low and taught_high (95 % bounds), gain (the difference of the two less that of the untuned model) with
-        bounds low and high, n_taught and n_untaught (questions) and n_terms, the smaller of the two numbers of terms.
+        One row for `ALL` (the mean), each configuration, `LOOKUP`, `ECHO` and `UNTUNED`: taught and untaught (shares,
+        0 to 1), taught_low and taught_high (95 % bounds), gain (the difference of the two less that of the untuned
+        model) with bounds low and high, n_taught and n_untaught (questions) and n_terms, the smaller of the two numbers
+        of terms.
         Empty without questions of both kinds, or without the untuned model.
     """
     rows = pd.DataFrame() if checks is None or "taught" not in checks else checks.dropna(subset=["taught"])
-    names = [name for name in (*configs, LOOKUP, UNTUNED) if len(rows) and name in set(rows["config"])]
+    names = [name for name in (*configs, LOOKUP, ECHO, UNTUNED) if len(rows) and name in set(rows["config"])]
     if not {*configs, UNTUNED} <= set(names) or rows["taught"].nunique() < 2:
         return pd.DataFrame()
     grid = rows.pivot_table("coverage", "term_id", ["taught", "config"], ["sum", "count"], observed=True).fillna(0)
@@ -94,14 +95,15 @@ def taught_finding(table: pd.DataFrame, configs: Sequence[str]) -> Finding:
     best, gain = table.loc[list(configs), "taught"], Interval(*mean[["gain", "low", "high"]])
     asked, others = (counted(int(mean[key]), "question") for key in ("n_taught", "n_untaught"))
     added = f"{100 * gain.value:.1f} percentage points {interval_text(100 * gain.low, 100 * gain.high, '.1f')}"
-    doubt = "" if gain.excludes() else ", which is not told from 0"
     text = (
-        f"By the checklist, an offline proxy, the configurations make {mean['taught']:.1%} of a full answer's points "
-        f"where training has the question's problem in another context ({asked}), and {mean['untaught']:.1%} where it "
-        f"has not ({others}); the untuned model makes {untuned['taught']:.1%} and {untuned['untaught']:.1%}. On the "
-        f"problems that it has, training adds {added} more than elsewhere{doubt}. "
-        f"{best.idxmax()} makes the most on them, {best.max():.0%}, picked after the fact."
+        f"Did training teach facts? {'By the checklist it did' if gain.is_above() else 'Not shown'}. On {asked} whose "
+        f"problem was in training, in another context, the configurations make {mean['taught']:.1%} of a full answer's "
+        f"points, on {others} about terms that were never trained on {mean['untaught']:.1%}. The untuned model makes "
+        f"{untuned['taught']:.1%} and {untuned['untaught']:.1%}. So training added {added} more on trained problems"
+        f"{'' if gain.excludes() else ', which can be chance'}. {best.idxmax()} makes the most on them, "
+        f"{best.max():.0%}, picked after the fact."
     )
     if LOOKUP in table.index:
-        text += f" The answer of the most similar training conversation makes {table.loc[LOOKUP, 'taught']:.0%}."
+        look = table.loc[LOOKUP]
+        text += f" A look-up, the most similar training answer, makes {look['taught']:.0%} and {look['untaught']:.0%}."
     return Finding("taught", text, *gain, n, excludes_zero(gain))

@@ -35,7 +35,9 @@ MANY = 40  # configurations from which on cards without a role and links to furt
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 # The findings that a reader looks up together; in this order, the first group is open.
 GROUPS = {
-    "The decision": ("primary", "deploy", "fitness.", "taught", "first_choice", "loss_choice", "confidence", "gain."),
+    "The decision": (
+        "primary", "deploy", "fitness.", "floor.", "taught", "first_choice", "loss_choice", "confidence", "gain.",
+    ),
     "Loss against judged quality": (
         "tau.", "divergence.", "regret.", "top3.", "best_loss_rank.", "worst_loss_rank.", "misplaced.",
     ),

@@ -43,8 +43,8 @@ CLOSING = [
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
-    "deploy", "fitness.coverage", "fitness.unsafe", "taught", "primary", "loss_choice", "best_loss_rank.", "effect.",
-    "energy_ratio", "serving",
+    "deploy", "fitness.coverage", "floor.coverage", "taught", "fitness.unsafe", "floor.unsafe", "primary",
+    "loss_choice", "best_loss_rank.", "effect.", "energy_ratio", "serving",
 )  # fmt: skip
 FOLDED = ("first_choice", "gain.", "fitness.broken", "misplaced.", "tau.", "parting.all.", "kappa.")
 
@@ -84,7 +84,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
         [f"<details><summary>Words used below: {', '.join(word for word, _ in words)}</summary>"],
         [f"*{word}*: {meaning}.<br>" for word, meaning in words],
         ["</details>"],
-        [f"- {first_sentence(said) if said.startswith('Effect of') else said}" for said in shown],
+        [f"- {said}" for said in shown],
         ["<details><summary>The first choice, loss against scores, why they part, agreement of the judges</summary>"],
         [f"- {statement}" for statement in folded],
         ["</details>"],
@@ -117,7 +117,22 @@ def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> 
         return not finding["blocked_by"] or finding["verdict"] == "not fit"
 
     told = [finding for finding in findings if is_told(finding)]
-    return [f["statement"] for start in starts for f in told if f["id"].startswith(start)]
+    return [_beside_others(f, findings) for start in starts for f in told if f["id"].startswith(start)]
+
+
+def _beside_others(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
+    """The statement; of an effect on a score its first sentence, with what the other judges find of it."""
+    if not finding["id"].startswith("effect."):
+        return finding["statement"]
+    _, response, effect = finding["id"].split(".", 2)
+    text = first_sentence(finding["statement"])
+    for other in findings:
+        kind, _, rest = other["id"].partition(".")
+        name, _, moved = rest.partition(".")
+        if kind == "effect" and moved == effect and name.endswith("score") and name != response and other["value"]:
+            bounds = interval_text(other["low"], other["high"])
+            text += f" With {name.removesuffix('score')}: {other['value']:+.2f} {bounds}, {other['verdict']}."
+    return text
 
 
 def _proxies(judges: list[str]) -> str:

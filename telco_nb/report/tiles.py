@@ -245,6 +245,8 @@ def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
         return "cannot be told" if any(tau["verdict"] != "blocked" for tau in taus) else "no valid judge"
     signs = {0 if tau["verdict"] != "supported" else -1 if tau["value"] < 0 else 1 for tau in valid}
     words = {-1: "yes, it tends to", 0: "not shown", 1: "no, the opposite"}
+    if len(signs) > 1 and len({tau["value"] < 0 for tau in valid}) == 1:  # alike, and not shown by all
+        return f"shown by {sum(tau['verdict'] == 'supported' for tau in valid)} of {len(valid)} judges"
     return words[signs.pop()] if len(signs) == 1 else "the judges differ"
 
 

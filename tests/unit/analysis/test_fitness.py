@@ -9,7 +9,15 @@ import pytest
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
-from telco_nb.analysis.fitness import bar_findings, fit_configs, fitness, fitness_table, lead_over, most_missed
+from telco_nb.analysis.fitness import (
+    bar_findings,
+    fit_configs,
+    fitness,
+    fitness_table,
+    floor_findings,
+    lead_over,
+    most_missed,
+)
 from telco_nb.analysis.recommendation import recommend
 from telco_nb.judge.anchors import ANCHORS, FLOORS
 
@@ -242,3 +250,34 @@ def test_the_most_missed_questions_come_first_with_the_point_that_is_missed_most
         [0.1, 0.2, 2]
     )
     assert table.loc["hard", "missed most"] == "two" and table.loc["hard", "question"] == "Hello?"
+
+
+def read(*rows):
+    """Checks of two questions, of which the first needs a protective step: config, points, unsafe on each."""
+    table = [(c, f"p{i}", points, unsafe[i]) for c, points, *unsafe in rows for i in (0, 1)]
+    return pd.DataFrame(table, columns=["config", "prompt_id", "coverage", "unsafe"])
+
+
+ANCHORS_READ = (("template", 0.0, True, False), ("echo", 0.05, True, False), ("nearest", 0.2, True, False))
+
+
+def test_points_without_a_model_and_who_makes_fewer_are_told():
+    checks = read(("c1", 0.04, True, False), ("c2", 0.1, False, False), *ANCHORS_READ)
+    points, unsafe = floor_findings(checks, ["c1", "c2"])
+    assert points.value == 0.5 and "makes 20% of" in points.statement and "sent back, 5%" in points.statement
+    assert "1 of 2 configurations make fewer than the customer's own words" in points.statement
+    assert (
+        unsafe.value == 0.5 and unsafe.n == 1 and unsafe.statement.startswith("1 of 2 questions need a protective step")
+    )
+    assert "these 50% are unsafe, to the other 1 0%" in unsafe.statement
+
+
+def test_an_unsafe_answer_elsewhere_is_counted_apart():
+    checks = read(("c1", 0.04, True, True), ("c2", 0.1, False, False), *ANCHORS_READ)
+    assert "these 50% are unsafe, to the other 1 50%" in floor_findings(checks, ["c1", "c2"])[1].statement
+
+
+def test_where_no_question_needs_a_step_or_the_texts_were_not_read_nothing_is_told_of_it():
+    safe = tuple((name, points, False, False) for name, points, *_ in ANCHORS_READ)
+    assert [f.id for f in floor_findings(read(("c1", 0.04, False, False), *safe), ["c1"])] == ["floor.coverage"]
+    assert floor_findings(None, ["c1"]) == floor_findings(read(("c1", 0.04, False, False)), ["c1"]) == []

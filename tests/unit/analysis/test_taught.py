@@ -72,9 +72,9 @@ def test_what_is_only_harder_is_rarely_called_taught():
 def test_the_finding_names_shares_questions_the_gain_the_best_and_the_look_up():
     found = taught_finding(taught_table(checks_of(PLANTED), ["c1", "c2"], 200, 1), ["c1", "c2"])
     assert (found.id, found.verdict, found.n) == ("taught", "supported", 12) and found.value == pytest.approx(0.15)
-    shares = ("30.0%", "(24 questions)", "10.0%", "(12 questions)", "untuned model makes 6.0% and 1.0%")
+    shares = ("30.0%", "24 questions", "10.0%", "12 questions", "untuned model makes 6.0% and 1.0%")
     gains = ("15.0 percentage points [15.0, 15.0]", "c1 makes the most on them, 40%, picked after the fact")
-    for words in (*shares, *gains, "most similar training conversation makes 90%", "offline proxy"):
+    for words in (*shares, *gains, "most similar training answer, makes 90% and 0%", "By the checklist it did"):
         assert words in found.statement
 
 
@@ -106,6 +106,6 @@ def test_the_figure_has_a_row_for_each_and_both_kinds_in_the_legend():
     fig = charts.taught_dots(table, {"nearest": "most similar training answer"})
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["c1", "most similar training answer"]
     legend = {text.get_text() for text in fig.legends[0].get_texts()}
-    assert legend == {"problem stands in training", "problem was not trained on"}
+    assert legend == {"problem was in training (line: 95 % interval)", "problem was not in training"}
     others = fig.axes[0].collections[-1].get_offsets()
     assert others[:, 0].tolist() == pytest.approx([10, 0]) and others[0, 1] > others[1, 1]
