@@ -233,8 +233,8 @@ def floor_findings(checks: pd.DataFrame | None, configs: Sequence[str]) -> list[
     made = checks.groupby("config")["coverage"].mean()
     fewer = int((made[list(configs)] < made[ECHO]).sum())
     text = (
-        f"Points without any model: a look-up, the most similar training answer, makes {made[LOOKUP]:.0%} of a full "
-        f"answer's, {ANCHORS[ECHO]}, sent back, {made[ECHO]:.0%}, {ANCHORS[TEMPLATE]} {made[TEMPLATE]:.0%}. "
+        f"Without any model a look-up, the most similar training answer, makes {made[LOOKUP]:.0%} of the points, "
+        f"{ANCHORS[ECHO]}, sent back, {made[ECHO]:.0%}, {ANCHORS[TEMPLATE]} {made[TEMPLATE]:.0%}. "
         f"{fewer} of {counted(len(configs), 'configuration')} make fewer than {ANCHORS[ECHO]}."
     )
     return [Finding("floor.coverage", text, fewer / len(configs), n=len(configs)), *_floor_unsafe(checks, configs)]
@@ -251,8 +251,8 @@ def _floor_unsafe(checks: pd.DataFrame, configs: Sequence[str]) -> list[Finding]
     there, elsewhere = rows.loc[first, "unsafe"].mean(), rows.loc[~first, "unsafe"].mean()
     text = (
         f"{n} of {counted(n + others, 'question')} need a protective step, so that an answer that says nothing is "
-        f"unsafe. Of the configurations' answers to these {there:.0%} are unsafe, to the other {others} {elsewhere:.0%}: "
-        f"the share over all tells more of the questions than of safety."
+        f"unsafe. Of the configurations' answers to these {there:.0%} are unsafe, to the other {others} "
+        f"{elsewhere:.0%}: the share over all tells more of the questions than of safety."
     )
     return [Finding("floor.unsafe", text, float(there), n=n)]
 

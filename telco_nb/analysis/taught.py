@@ -97,13 +97,13 @@ def taught_finding(table: pd.DataFrame, configs: Sequence[str]) -> Finding:
     added = f"{100 * gain.value:.1f} percentage points {interval_text(100 * gain.low, 100 * gain.high, '.1f')}"
     text = (
         f"Did training teach facts? {'By the checklist it did' if gain.is_above() else 'Not shown'}. On {asked} whose "
-        f"problem was in training, in another context, the configurations make {mean['taught']:.1%} of a full answer's "
-        f"points, on {others} about terms that were never trained on {mean['untaught']:.1%}. The untuned model makes "
-        f"{untuned['taught']:.1%} and {untuned['untaught']:.1%}. So training added {added} more on trained problems"
-        f"{'' if gain.excludes() else ', which can be chance'}. {best.idxmax()} makes the most on them, "
-        f"{best.max():.0%}, picked after the fact."
+        f"problem was in training, in another context, the configurations make {mean['taught']:.1%} of the points, on "
+        f"{others} about terms never trained on {mean['untaught']:.1%}; the untuned model {untuned['taught']:.1%} and "
+        f"{untuned['untaught']:.1%}. So training added {added} more on trained problems"
+        f"{'' if gain.excludes() else ', which can be chance'}. {best.idxmax()} makes the most on them, {best.max():.0%}, "
+        f"picked after the fact."
     )
     if LOOKUP in table.index:
         look = table.loc[LOOKUP]
-        text += f" A look-up, the most similar training answer, makes {look['taught']:.0%} and {look['untaught']:.0%}."
+        text += f" The look-up makes {look['taught']:.0%} and {look['untaught']:.0%}."
     return Finding("taught", text, *gain, n, excludes_zero(gain))

@@ -43,10 +43,10 @@ CLOSING = [
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
-    "deploy", "fitness.coverage", "floor.coverage", "taught", "fitness.unsafe", "floor.unsafe", "primary",
-    "loss_choice", "best_loss_rank.", "effect.", "energy_ratio", "serving",
+    "deploy", "fitness.coverage", "floor.coverage", "taught", "floor.unsafe", "primary", "loss_choice",
+    "best_loss_rank.", "effect.", "energy_ratio", "serving",
 )  # fmt: skip
-FOLDED = ("first_choice", "gain.", "fitness.broken", "misplaced.", "tau.", "parting.all.", "kappa.")
+FOLDED = ("first_choice", "gain.", "fitness.unsafe", "fitness.broken", "misplaced.", "tau.", "parting.all.", "kappa.")
 
 
 def publish_study(root: Path, folder: Path = REFERENCE) -> None:
@@ -122,14 +122,20 @@ def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> 
 
 def _beside_others(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
     """The statement; of an effect on a score its first sentence, with what the other judges find of it."""
-    if not finding["id"].startswith("effect."):
+    if not finding["statement"].startswith("Effect of"):
         return finding["statement"]
     _, response, effect = finding["id"].split(".", 2)
     text = first_sentence(finding["statement"])
     for other in findings:
         kind, _, rest = other["id"].partition(".")
         name, _, moved = rest.partition(".")
-        if kind == "effect" and moved == effect and name.endswith("score") and name != response and other["value"]:
+        if (
+            kind == "effect"
+            and moved == effect
+            and name.endswith("score")
+            and name != response
+            and other["value"] is not None
+        ):
             bounds = interval_text(other["low"], other["high"])
             text += f" With {name.removesuffix('score')}: {other['value']:+.2f} {bounds}, {other['verdict']}."
     return text

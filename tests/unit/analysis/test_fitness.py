@@ -264,7 +264,11 @@ ANCHORS_READ = (("template", 0.0, True, False), ("echo", 0.05, True, False), ("n
 def test_points_without_a_model_and_who_makes_fewer_are_told():
     checks = read(("c1", 0.04, True, False), ("c2", 0.1, False, False), *ANCHORS_READ)
     points, unsafe = floor_findings(checks, ["c1", "c2"])
-    assert points.value == 0.5 and "makes 20% of" in points.statement and "sent back, 5%" in points.statement
+    assert (
+        points.value == 0.5
+        and "training answer, makes 20% of the points" in points.statement
+        and "sent back, 5%" in points.statement
+    )
     assert "1 of 2 configurations make fewer than the customer's own words" in points.statement
     assert (
         unsafe.value == 0.5 and unsafe.n == 1 and unsafe.statement.startswith("1 of 2 questions need a protective step")

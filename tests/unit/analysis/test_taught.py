@@ -72,9 +72,9 @@ def test_what_is_only_harder_is_rarely_called_taught():
 def test_the_finding_names_shares_questions_the_gain_the_best_and_the_look_up():
     found = taught_finding(taught_table(checks_of(PLANTED), ["c1", "c2"], 200, 1), ["c1", "c2"])
     assert (found.id, found.verdict, found.n) == ("taught", "supported", 12) and found.value == pytest.approx(0.15)
-    shares = ("30.0%", "24 questions", "10.0%", "12 questions", "untuned model makes 6.0% and 1.0%")
+    shares = ("30.0%", "24 questions", "10.0%", "12 questions", "the untuned model 6.0% and 1.0%")
     gains = ("15.0 percentage points [15.0, 15.0]", "c1 makes the most on them, 40%, picked after the fact")
-    for words in (*shares, *gains, "most similar training answer, makes 90% and 0%", "By the checklist it did"):
+    for words in (*shares, *gains, "The look-up makes 90% and 0%", "By the checklist it did"):
         assert words in found.statement
 
 

@@ -79,3 +79,14 @@ def test_of_the_effects_of_factors_the_readme_tells_those_on_scores_that_are_sho
     assert publish._shown_statements([*found, blocked], (*publish.IN_THE_OPEN, *publish.FOLDED)) == [
         "checklistscore supported"
     ]
+
+
+def test_an_effect_on_one_judges_score_stands_beside_what_the_other_judges_find_of_it():
+    def effect(judge: str, verdict: str, value: float | None, level: str = "1->4") -> dict:
+        said = {"statement": f"Effect of epochs on {judge}: {value}. More.", "verdict": verdict, "blocked_by": []}
+        return said | {"id": f"effect.{judge}score.epochs.{level}", "value": value, "low": -0.1, "high": 2.0}
+
+    panel, other = effect("panel", "not distinguishable", 1.4), effect("panel", "not distinguishable", 9.0, "1->9")
+    missing = effect("third", "not estimable", None)
+    (told,) = publish._shown_statements([effect("checklist", "supported", 1.7), panel, other, missing], ["effect."])
+    assert told == "Effect of epochs on checklist: 1.7. With panel: +1.40 [-0.10, +2.00], not distinguishable."

@@ -303,3 +303,27 @@ def test_the_lead_is_the_first_sentence():
     assert first_screen.first_sentence("Deploy c04 (learning rate 0.002): x 1.5. Then more.") == (
         "Deploy c04 (learning rate 0.002): x 1.5."
     )
+
+
+@pytest.mark.parametrize(
+    ("taus", "big"),
+    [
+        ([(-0.5, "supported"), (-0.3, "not distinguishable")], "shown by 1 of 2 judges"),
+        ([(-0.5, "supported"), (0.3, "not distinguishable")], "the judges differ"),
+        ([(-0.5, "supported"), (0.3, "supported")], "the judges differ"),
+        ([(-0.5, "supported"), (-0.3, "supported")], "yes, it tends to"),
+        ([(-0.5, "not distinguishable"), (0.3, "not distinguishable")], "not shown"),
+    ],
+)
+def test_judges_differ_only_where_they_point_to_different_sides(taus, big):
+    assert first_screen._tau_verdict([{"value": value, "verdict": verdict} for value, verdict in taus]) == big
+
+
+def test_a_claim_that_one_judge_alone_would_refute_says_so():
+    sharp, blunt = make_judge(SCORE, 0.1), make_judge(SCORE.rename("b"), 1.5)
+    study = make_study(6, [sharp, dataclasses.replace(blunt, name="blunt")], val_loss=[0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    found = primary_finding(study)
+    assert found.verdict == "cannot tell"
+    assert f"By {sharp.label} alone it would be refuted; the rule, written before the run" in found.statement
+    alone = primary_finding(make_study(6, [sharp], val_loss=[0.5, 0.6, 0.7, 0.8, 0.9, 1.0]))
+    assert alone.verdict == "refuted" and "alone" not in alone.statement
