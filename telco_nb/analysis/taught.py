@@ -83,7 +83,7 @@ def _bounds(values: pd.Series, draws: np.ndarray, n_terms: int) -> np.ndarray:
     return np.array([percentile_interval(value, draws[:, i], n_terms)[1:] for i, value in enumerate(values)])
 
 
-def taught_finding(table: pd.DataFrame, configs: Sequence[str]) -> Finding:
+def taught_finding(table: pd.DataFrame) -> Finding:
     """What training taught, in words. `value` is the mean gain of the configurations, a share."""
     what = "Whether training has taught facts is not known"
     if not len(table):
@@ -92,7 +92,7 @@ def taught_finding(table: pd.DataFrame, configs: Sequence[str]) -> Finding:
     mean, untuned = table.loc[ALL], table.loc[UNTUNED]
     if (n := int(mean["n_terms"])) < FEWEST_TERMS:
         return not_estimable("taught", what, f"one kind of question is about {counted(n, 'term')} only", n)
-    best, gain = table.loc[list(configs), "taught"], Interval(*mean[["gain", "low", "high"]])
+    gain = Interval(*mean[["gain", "low", "high"]])
     asked, others = (counted(int(mean[key]), "question") for key in ("n_taught", "n_untaught"))
     added = f"{100 * gain.value:.1f} percentage points {interval_text(100 * gain.low, 100 * gain.high, '.1f')}"
     text = (
@@ -100,8 +100,7 @@ def taught_finding(table: pd.DataFrame, configs: Sequence[str]) -> Finding:
         f"problem was in training, in another context, the configurations make {mean['taught']:.1%} of the points, on "
         f"{others} about terms never trained on {mean['untaught']:.1%}; the untuned model {untuned['taught']:.1%} and "
         f"{untuned['untaught']:.1%}. So training added {added} more on trained problems"
-        f"{'' if gain.excludes() else ', which can be chance'}. {best.idxmax()} makes the most on them, {best.max():.0%}, "
-        f"picked after the fact."
+        f"{'' if gain.excludes() else ', which can be chance'}."
     )
     if LOOKUP in table.index:
         look = table.loc[LOOKUP]

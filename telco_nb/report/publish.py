@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,10 +44,21 @@ CLOSING = [
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
-    "deploy", "fitness.coverage", "floor.coverage", "taught", "floor.unsafe", "primary", "loss_choice",
+    "deploy", "fitness.coverage", "floor.coverage", "taught", "primary", "loss_choice",
     "best_loss_rank.", "effect.", "energy_ratio", "serving",
 )  # fmt: skip
-FOLDED = ("first_choice", "gain.", "fitness.unsafe", "fitness.broken", "misplaced.", "tau.", "parting.all.", "kappa.")
+BRIEFLY = ("loss_choice", "energy_ratio", "serving")  # of these the first sentence
+FOLDED = (
+    "fitness.unsafe",
+    "floor.unsafe",
+    "fitness.broken",
+    "first_choice",
+    "gain.",
+    "misplaced.",
+    "tau.",
+    "parting.all.",
+    "kappa.",
+)
 
 
 def publish_study(root: Path, folder: Path = REFERENCE) -> None:
@@ -117,15 +129,20 @@ def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> 
         return not finding["blocked_by"] or finding["verdict"] == "not fit"
 
     told = [finding for finding in findings if is_told(finding)]
-    return [_beside_others(f, findings) for start in starts for f in told if f["id"].startswith(start)]
+    return [_told(f, findings) for start in starts for f in told if f["id"].startswith(start)]
 
 
-def _beside_others(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
-    """The statement; of an effect on a score its first sentence, with what the other judges find of it."""
-    if not finding["statement"].startswith("Effect of"):
-        return finding["statement"]
+def _told(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
+    """The statement, cut where the report has the rest; an effect on a score with what the other judges find of it."""
+    said = finding["statement"]
+    if finding["id"].startswith("best_loss_rank."):
+        return f"{said.partition(';')[0]}."
+    if finding["id"].startswith(BRIEFLY):
+        return first_sentence(said)
+    if not said.startswith("Effect of"):
+        return said
     _, response, effect = finding["id"].split(".", 2)
-    text = first_sentence(finding["statement"])
+    text = re.sub(r" \(error: [^)]*\)", "", first_sentence(said))
     for other in findings:
         kind, _, rest = other["id"].partition(".")
         name, _, moved = rest.partition(".")

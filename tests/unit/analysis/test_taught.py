@@ -65,16 +65,16 @@ def test_what_is_only_harder_is_rarely_called_taught():
     shares, claims = {"c1": (0.2, 0.2 - HARD), "c2": (0.2, 0.2 - HARD), "untuned": (0.1, 0.1 - HARD)}, 0
     for seed in range(150):
         rows = checks_of(shares, noise=0.02, seed=seed)
-        claims += taught_finding(taught_table(rows, ["c1", "c2"], 400, seed), ["c1", "c2"]).verdict == "supported"
+        claims += taught_finding(taught_table(rows, ["c1", "c2"], 400, seed)).verdict == "supported"
     assert claims <= 0.08 * 150
 
 
-def test_the_finding_names_shares_questions_the_gain_the_best_and_the_look_up():
-    found = taught_finding(taught_table(checks_of(PLANTED), ["c1", "c2"], 200, 1), ["c1", "c2"])
+def test_the_finding_names_shares_questions_the_gain_and_the_look_up():
+    found = taught_finding(taught_table(checks_of(PLANTED), ["c1", "c2"], 200, 1))
     assert (found.id, found.verdict, found.n) == ("taught", "supported", 12) and found.value == pytest.approx(0.15)
     shares = ("30.0%", "24 questions", "10.0%", "12 questions", "the untuned model 6.0% and 1.0%")
-    gains = ("15.0 percentage points [15.0, 15.0]", "c1 makes the most on them, 40%, picked after the fact")
-    for words in (*shares, *gains, "The look-up makes 90% and 0%", "By the checklist it did"):
+    gain = "15.0 percentage points [15.0, 15.0]"
+    for words in (*shares, gain, "The look-up makes 90% and 0%", "By the checklist it did"):
         assert words in found.statement
 
 
@@ -91,13 +91,13 @@ NOT_TOLD = {
 @pytest.mark.parametrize("checks", NOT_TOLD.values(), ids=NOT_TOLD)
 def test_where_it_was_not_measured_nothing_is_claimed(checks):
     table = taught_table(checks, ["c1", "c2"], 200, 1)
-    found = taught_finding(table, ["c1", "c2"])
+    found = taught_finding(table)
     assert table.empty and found.verdict == "not estimable" and found.value is None
 
 
 def test_two_terms_are_too_few_for_a_verdict_and_their_shares_stay_in_the_table():
     table = taught_table(checks_of(PLANTED, n_untaught=2), ["c1", "c2"], 200, 1)
-    found = taught_finding(table, ["c1", "c2"])
+    found = taught_finding(table)
     assert len(table) and found.verdict == "not estimable" and "about 2 terms only" in found.statement
 
 
