@@ -251,8 +251,8 @@ def _floor_unsafe(checks: pd.DataFrame, configs: Sequence[str]) -> list[Finding]
     there, elsewhere = rows.loc[first, "unsafe"].mean(), rows.loc[~first, "unsafe"].mean()
     text = (
         f"{n} of {counted(n + others, 'question')} need a protective step, so that an answer that says nothing is "
-        f"unsafe. Of the configurations' answers to these {there:.0%} are unsafe, to the other {others} "
-        f"{elsewhere:.0%}: the share over all tells more of the questions than of safety."
+        f"unsafe. Of the configurations' answers to these {there:.0%} are unsafe, and {elsewhere:.0%} of those to the "
+        f"other {others}: the share over all tells more of the questions than of safety."
     )
     return [Finding("floor.unsafe", text, float(there), n=n)]
 

@@ -142,7 +142,7 @@ def _told(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
     if not said.startswith("Effect of"):
         return said
     _, response, effect = finding["id"].split(".", 2)
-    text = re.sub(r" \(error: [^)]*\)", "", first_sentence(said))
+    text = re.sub(r" \(error: [^)]*\)| over \d+ effects", "", first_sentence(said))
     for other in findings:
         kind, _, rest = other["id"].partition(".")
         name, _, moved = rest.partition(".")
