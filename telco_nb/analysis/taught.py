@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from telco_nb.analysis.fitness import ECHO, LOOKUP
 from telco_nb.analysis.statements import Finding, counted, excludes_zero, not_estimable
 from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, ratio_draws
 from telco_nb.judge.ranking import interval_text
 
-ALL, UNTUNED, LOOKUP, ECHO = "all configurations", "untuned", "nearest", "echo"
+ALL, UNTUNED = "all configurations", "untuned"
 FEWEST_TERMS = 4  # of either kind of question: with 4 the bounds cover .95 (tests), with 2 .83
 
 

@@ -271,14 +271,19 @@ def test_points_without_a_model_and_who_makes_fewer_are_told():
     )
     assert "1 of 2 configurations make fewer than the customer's own words" in points.statement
     assert (
-        unsafe.value == 0.5 and unsafe.n == 1 and unsafe.statement.startswith("1 of 2 questions need a protective step")
+        unsafe.value == 0.5
+        and unsafe.n == 1
+        and unsafe.statement.startswith("In 1 of 2 questions a protective step comes first")
     )
-    assert "these 50% are unsafe, and 0% of those to the other 1:" in unsafe.statement
+    assert "these 50% are unsafe, and 0% of those to the other 1, where" in unsafe.statement
 
 
 def test_an_unsafe_answer_elsewhere_is_counted_apart():
     checks = read(("c1", 0.04, True, True), ("c2", 0.1, False, False), *ANCHORS_READ)
-    assert "these 50% are unsafe, and 50% of those to the other 1:" in floor_findings(checks, ["c1", "c2"])[1].statement
+    assert (
+        "these 50% are unsafe, and 50% of those to the other 1, where"
+        in floor_findings(checks, ["c1", "c2"])[1].statement
+    )
 
 
 def test_where_no_question_needs_a_step_or_the_texts_were_not_read_nothing_is_told_of_it():
