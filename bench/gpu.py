@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from telco_nb import ROOT
-from telco_nb.lora import device, kernels, packing, sensors, step
+from telco_nb.lora import device, packing, pointwise, sensors, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example, PackedRows
 from telco_nb.lora.trainer import step_flops
 
@@ -99,16 +98,13 @@ def padded_loss(tuned: Any, examples: list[Example], dtype: torch.dtype) -> torc
 
 def prepare(tuned: Any, variant: str) -> None:
     """Set the model up for a variant of the packed step."""
-    step.prepare_step(tuned)
-    kernels.unfuse(tuned)
+    pointwise.COMPILED_ON = {"cuda"} if variant == "compiled" else set()
+    kind = step.prepare_step(tuned, fused=variant in ("fused", "compiled"))
+    if kind != (variant if variant in ("fused", "compiled") else "plain"):
+        raise SystemExit(f"this model's step is {kind}: {pointwise.compiler_fault('cuda')}")
     for module in tuned.modules():
         if variant == "plain" and hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = True
-    if variant == "fused" and not kernels.fuse(tuned, ("cpu", "cuda")):
-        raise SystemExit("this model cannot be fused")
-    for layer in step.causal_model(tuned).model.layers if variant == "compiled" else ():
-        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            part.compile(dynamic=True)
 
 
 def backward(tuned: Any, variant: str, rows: PackedRows, index: int, dtype: torch.dtype) -> None:
@@ -263,14 +259,14 @@ def figures(
     }
 
 
-def missing(variant: str, tiny: bool) -> str | None:
+def missing(variant: str) -> str | None:
     """Why a variant cannot be measured here; None if it can."""
     packages = {"TRL": ("trl", "datasets"), "TRL+Liger": ("trl", "datasets", "liger_kernel")}.get(variant, ())
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         return f"{', '.join(absent)} not installed"
-    if variant == "compiled" and (tiny or not any(map(shutil.which, ("cc", "gcc", "clang")))):
-        return "takes too long for --tiny" if tiny else "no C compiler found"
-    return None
+    if variant == "compiled" and not device.on_gpu():
+        return "on a GPU only"
+    return pointwise.compiler_fault("cuda") if variant == "compiled" else None
 
 
 def measure_apart(variant: str, folder: Path) -> dict[str, Any]:
@@ -304,7 +300,7 @@ def main(variants: tuple[str, ...] = VARIANTS, tiny: bool = False) -> list[dict[
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for variant in variants:
-            if reason := missing(variant, tiny):
+            if reason := missing(variant):
                 one: dict[str, Any] = {"variant": variant, "failed": reason}
             elif tiny:
                 one = measure(variant, TINY, folder / f"{variant}.pt")

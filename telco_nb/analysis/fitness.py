@@ -152,7 +152,7 @@ def fitness_table(held: Mapping[str, Fitness]) -> tuple[pd.DataFrame, list[str]]
 
 def fitness(study: StudyResults, config: str) -> Fitness:
     """Hold a configuration against the bar. A part that was not measured is never passed: fitness must be shown."""
-    read, broken = _checked(study.checks, config), _broken(study.faults, config)
+    read, broken = _checked(study.answer_means, config), _broken(study.faults, config)
     coverage, gold, unsafe, gold_unsafe, template_unsafe = read
     below, absent = {}, []
     if coverage is None or gold is None:
@@ -284,13 +284,13 @@ def _span(shares: Sequence[float]) -> str:
     return low if low == high else f"{low.removesuffix('%')} to {high}"
 
 
-def _checked(checks: pd.DataFrame | None, config: str) -> tuple[float | None, ...]:
+def _checked(means: pd.DataFrame | None, config: str) -> tuple[float | None, ...]:
     """Mean coverage, also of the gold answers, and unsafe share, also of the gold answers and of one sentence for
     everything; None where unknown."""
-    if checks is None or not {config, GOLD} <= set(checks["config"]):
+    if means is None or not {config, GOLD} <= set(means.index):
         return (None,) * 5
-    means = checks.groupby("config")[["coverage", "unsafe"]].mean().reindex([config, GOLD, TEMPLATE])
-    found = [*means["coverage"].iloc[:2], *means["unsafe"]]
+    own = means.reindex([config, GOLD, TEMPLATE])
+    found = [*own["coverage"].iloc[:2], *own["unsafe"]]
     return tuple(None if pd.isna(value) else float(value) for value in found)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import optimize, stats
 from scipy.special import expit
 
-from telco_nb.analysis.recommendation import claims_of, judged_terms, percent
+from telco_nb.analysis.recommendation import claims_of, percent
 from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.statements import Finding, blockable, counted, not_estimable
 from telco_nb.analysis.statistics import Interval
@@ -63,7 +63,7 @@ def errors_of(judge: JudgeResults) -> Errors | None:
     """The errors of a judge's scores; None without a ranking, or with fewer than two terms."""
     drawn = judge.draws[list(judge.scores.index)] if judge.run_draws is None else judge.run_draws
     names = [name for name in drawn if name == config_of(name)]
-    terms = judged_terms(judge)
+    terms = judge.judged_terms
     n_terms = MANY if terms is None else 0 if terms.empty else int(terms.median())
     if len(names) < 2 or n_terms < 2 or drawn[names].isna().any().any():
         return None

@@ -22,7 +22,6 @@ from telco_nb.analysis.results import JudgeResults, StudyResults
 from telco_nb.analysis.shrinkage import expected_scores
 from telco_nb.analysis.statements import Finding, name_list, not_estimable, some_of
 from telco_nb.analysis.statistics import Interval
-from telco_nb.judge.best import compare_with_best
 from telco_nb.judge.ranking import few_terms, interval_text
 from telco_nb.study.params import Claims, load_claims
 
@@ -103,7 +102,7 @@ def _too_little(judge: JudgeResults) -> list[str]:
     found = []
     if judge.coverage is None or math.isnan(judge.coverage):
         found.append(f"judge {judge.name}: the share of answered questions is not known")
-    terms = judged_terms(judge)
+    terms = judge.judged_terms
     if reason := few_terms(None if terms is None or terms.empty else int(terms.max())):
         found.append(f"judge {judge.name}: {reason}")
     resampled = judge.draws.reindex(columns=judge.scores.index).notna().all()
@@ -113,28 +112,18 @@ def _too_little(judge: JudgeResults) -> list[str]:
     return found
 
 
-def judged_terms(judge: JudgeResults) -> pd.Series | None:
-    """The number of terms in which each configuration was compared; None if the ranking does not say."""
-    if "n_terms" not in judge.ranking:
-        return None
-    return judge.ranking["n_terms"].reindex(judge.scores.index).fillna(0).astype(int)
-
-
 def compare(
     study: StudyResults, judges: Sequence[JudgeResults], configs: Sequence[str] | None = None
 ) -> dict[str, pd.DataFrame]:
-    """`compare_with_best` for each judge, by the judge's label.
+    """`JudgeResults.compared` for each judge, by the judge's label.
 
     Args:
         study: the study, with its claims.
         judges: the judges.
         configs: those to compare with each other; None: all that a judge has ranked.
     """
-    level, tables = 1 - claims_of(study).confidence, {}
-    for judge in judges:
-        scores = judge.scores if configs is None else judge.scores[judge.scores.index.isin(list(configs))]
-        tables[judge.label] = compare_with_best(scores, judge.draws[list(scores.index)], judged_terms(judge), level)
-    return tables
+    level = 1 - claims_of(study).confidence
+    return {judge.label: judge.compared(configs, level) for judge in judges}
 
 
 def mean_expected_scores(study: StudyResults, judges: Sequence[JudgeResults]) -> pd.Series:

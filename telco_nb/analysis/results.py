@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from telco_nb.analysis.statistics import (
     ratio_draws,
     tau_rows,
 )
-from telco_nb.judge.best import MANY
+from telco_nb.judge.best import MANY, compare_with_best
 from telco_nb.judge.cases import degenerate_answer
 from telco_nb.judge.gate import gate_counts, outcome
 from telco_nb.study.params import Claims, split_run
@@ -62,6 +63,7 @@ class JudgeResults:
     run_draws: pd.DataFrame | None = None
     luck: Luck | None = None
     error_draws: pd.DataFrame | None = None
+    _compared: dict[tuple[Any, ...], pd.DataFrame] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def scores(self) -> pd.Series:
@@ -83,6 +85,21 @@ class JudgeResults:
         """Like `terms`, for the `n` of a finding: None as well where so many are given that they stand for no count."""
         terms = self.terms(*configs)
         return None if terms is None or terms >= MANY else terms
+
+    def compared(self, configs: Sequence[str] | None, level: float) -> pd.DataFrame:
+        """`compare_with_best` of these configurations, None for all ranked ones; computed once: 200 take seconds."""
+        scores = self.scores if configs is None else self.scores[self.scores.index.isin(list(configs))]
+        asked = (level, *scores.index)
+        if asked not in self._compared:
+            self._compared[asked] = compare_with_best(scores, self.draws[list(scores.index)], self.judged_terms, level)
+        return self._compared[asked]
+
+    @property
+    def judged_terms(self) -> pd.Series | None:
+        """The number of terms in which each configuration was compared; None if the ranking does not say."""
+        if "n_terms" not in self.ranking:
+            return None
+        return self.ranking["n_terms"].reindex(self.scores.index).fillna(0).astype(int)
 
     @property
     def failed_controls(self) -> list[str]:
@@ -133,6 +150,11 @@ class StudyResults:
 
     def __post_init__(self) -> None:
         refuse_infinite(self.results)
+
+    @cached_property
+    def answer_means(self) -> pd.DataFrame | None:
+        """Mean coverage and unsafe share of the answers of each configuration and anchor; None if nobody read them."""
+        return None if self.checks is None else self.checks.groupby("config")[["coverage", "unsafe"]].mean()
 
     @property
     def losses(self) -> pd.Series:

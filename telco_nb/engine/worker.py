@@ -22,6 +22,8 @@ from telco_nb.engine.schedule import Options
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key, is_current
 
+ESTIMATE_SECONDS = 1.0
+
 
 class Runner:
     """Runs the jobs of a plan: one after another if the engine has one place, else as many at once as it has."""
@@ -30,6 +32,7 @@ class Runner:
         self.states, self.root, self.options, self.console, self.engine = states, root, options, console, engine
         self.by_id = {state.job.id: state for state in states}
         self.stops = 0  # number of requests to stop
+        self.estimated = 0.0  # when the time to go was
 
     def go(self) -> None:
         """Run the jobs. Afterwards every state has ended, except those that a stop left waiting."""
@@ -120,9 +123,15 @@ class Runner:
             state.seconds = state.started = None
         elif state.failure is None:
             state.status = "done"
-            schedule.estimate_durations(self.states, self.root)
+            self._estimate()
         else:
             state.status = "interrupted" if state.failure.kind == "interrupted" and self.stops else "failed"
+
+    def _estimate(self) -> None:
+        """Estimate what is left, unless that was just done: it passes over all jobs, and there may be 20,000."""
+        if time.monotonic() - self.estimated >= ESTIMATE_SECONDS:
+            schedule.estimate_durations(self.states, self.root)
+            self.estimated = time.monotonic()
 
     def _run_job(self, state: State, place: Any) -> Failure | None:
         """Run a job to its end; return None if it left a valid result, or never started."""

@@ -67,6 +67,7 @@ class TrainingSpec:
     idle_share: float
     device: str = "auto"
     base_model_revision: str | None = None
+    fused_step: bool = True
 
 
 @contextlib.contextmanager
@@ -255,7 +256,7 @@ def _train_as_peer(spec: TrainingSpec, rendezvous: Path) -> None:
     silence_libraries()
     base, _ = load_model(spec.base_model, spec.dtype, spec.quantization, spec.base_model_revision)
     tuned = step.attach_adapters(base, spec.lora, spec.gradient_checkpointing)
-    step.prepare_step(tuned)
+    step.prepare_step(tuned, spec.fused_step)
     meter = energy.Meter(spec.watts, spec.idle_share)
     monitor = TrainingMonitor(meter, spec.checkpoint_seconds, spec.rows, log=lambda _: None)
     print(READY, flush=True)

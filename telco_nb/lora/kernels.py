@@ -17,12 +17,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
+
+from telco_nb.lora import pointwise
 
 LONGEST_SEGMENT = 1024  # tokens; the attention matrix kept for the backward pass grows with the square
 QUERY_BLOCK = 128  # tokens per block of queries in float32; twice as many in 16 bits
@@ -125,19 +126,13 @@ class RMSNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x32 = x.to(torch.float32, copy=True)
-        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        y, inverse = pointwise.fast(pointwise.norm_forward, x)(x, weight, epsilon)
         ctx.save_for_backward(x, weight, inverse)
-        return x32.mul_(inverse).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # ty: ignore[incompatible-method-override]  (stub: *args)
-        x, weight, inverse = ctx.saved_tensors
-        unit = x.to(torch.float32, copy=True).mul_(inverse)
-        d_unit = (dy * weight).float()
-        mean = torch.linalg.vecdot(d_unit, unit).unsqueeze(-1).div_(x.shape[-1])
-        return d_unit.sub_(unit.mul_(mean)).mul_(inverse).to(x.dtype), None, None
+        return pointwise.fast(pointwise.norm_backward, dy)(dy, *ctx.saved_tensors), None, None
 
 
 @lru_cache(maxsize=8)
@@ -235,10 +230,8 @@ class HeadLoss(Function):
         for h, target in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
             product, logits = buffer[: len(h)], buffer32[: len(h)]
             logits.copy_(torch.mm(h, weight.T, out=product))
-            maximum = logits.amax(-1, keepdim=True)
-            target_logit = logits.gather(1, target[:, None])
-            total = logits.sub_(maximum).exp_().sum(-1, keepdim=True)
-            losses.append((total.log() + maximum - target_logit).squeeze(1))
+            loss, total = pointwise.fast(pointwise.chunk_losses, logits)(logits, target)
+            losses.append(loss)
             if ctx.needs_input_grad[0]:
                 gradients.append(torch.mm(product.copy_(logits), weight).float().div_(total).sub_(weight[target]))
         ctx.save_for_backward(torch.cat(gradients) if gradients else None)
@@ -302,7 +295,7 @@ def _attend_at_once(module: Any, projected: tuple[Tensor, ...], position_embeddi
     """All conversations by the attention function that `step` has set. `projected` and the result are (T, width)."""
     tokens = len(projected[0])
     q, k, v = (t.view(1, tokens, -1, module.head_dim).transpose(1, 2) for t in projected)
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    q, k = pointwise.fast(apply_rotary_pos_emb, q)(q, k, *position_embeddings)
     attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
     mixed, _ = attend(module, q, k, v, None, scaling=module.scaling, **others)
     return mixed.reshape(tokens, -1)
@@ -310,18 +303,18 @@ def _attend_at_once(module: Any, projected: tuple[Tensor, ...], position_embeddi
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
     gate, up = project(x.flatten(0, -2), module.gate_proj, module.up_proj)
-    return project(F.silu(gate) * up, module.down_proj)[0].view(x.shape)
+    return project(pointwise.fast(pointwise.swiglu, gate)(gate, up), module.down_proj)[0].view(x.shape)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     return RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
-def fuse(model: nn.Module, devices: tuple[str, ...] = ("cpu",)) -> bool:
+def fuse(model: nn.Module) -> bool:
     """Make all decoder layers of `model` compute with the functions above, or none: False if one of them cannot.
 
-    This needs Llama or Qwen2 layers and plain LoRA. Name "cuda" among the `devices` to have it on a GPU as well, with
-    the attention of `step`: it has not run on a card, so no training does.
+    This needs Llama or Qwen2 layers and plain LoRA. On a GPU attention is that of `step`, and what is no matrix product
+    is compiled (`pointwise`). It has not run on a card: there the preflight compares it with plain transformers.
     """
     forwards: dict[Any, Any] = {}
     for module in model.modules():
@@ -335,8 +328,7 @@ def fuse(model: nn.Module, devices: tuple[str, ...] = ("cpu",)) -> bool:
             forwards[module] = partial(_mlp, module) if plain and all(map(_is_fusible, layers)) else None
         elif isinstance(module, LlamaRMSNorm | Qwen2RMSNorm):
             forwards[module] = None if module.weight.requires_grad else partial(_norm, module)
-    allowed = all(p.device.type in devices for p in model.parameters())
-    if not allowed or not forwards or None in forwards.values():
+    if not forwards or None in forwards.values():
         return False
     for module, forward in forwards.items():
         module.forward = forward

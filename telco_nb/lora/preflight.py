@@ -16,6 +16,7 @@ import torch
 from telco_nb.lora.chat_template import end_token_id, tokenizer_hash
 from telco_nb.lora.device import on_gpu
 from telco_nb.lora.errors import PreflightError
+from telco_nb.lora.kernels import is_fused
 from telco_nb.lora.packing import (
     IGNORE_INDEX,
     Example,
@@ -31,6 +32,7 @@ from telco_nb.study.machine import device_facts
 # Share of the free memory that stays free: the estimate of a row may be 15 % too low, and freed memory leaves gaps.
 SPARE = 0.2
 OTHER_MODEL = "Use another base_model; README.md lists the architectures that were tested."
+PLAIN_STEP = "Set fused_step to false, so that transformers and peft compute, or use another base_model."
 # Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
 # architecture with less effect than these limits is seen in float32 only.
 STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.3)}
@@ -106,6 +108,7 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     model.eval()
     matrix = next((p for n, p in model.named_parameters() if "lora_B" in n), None)
     row = to_device(collate(examples), model.device)
+    remedy = PLAIN_STEP if is_fused(model) else OTHER_MODEL
     try:
         packed, packed_gradient = _losses_and_gradient([partial(token_losses, model, row)], matrix)
     except (PreflightError, MemoryError, torch.OutOfMemoryError):
@@ -113,16 +116,16 @@ def check_step(model: Any, examples: list[Example]) -> StepCheck:
     except Exception as error:  # foreign code computes here, and can raise any type
         kind, name = model.config.model_type, type(error).__name__
         reason = f"the training step cannot compute this model ({kind}): {name}: {error}"
-        raise PreflightError(f"{reason} {OTHER_MODEL}") from error
+        raise PreflightError(f"{reason} {remedy}") from error
     alone = [partial(plain_token_losses, model, example) for example in examples]
     plain, plain_gradient = _losses_and_gradient(alone, matrix)
     gradient = None if matrix is None else _relative(packed_gradient, plain_gradient)
     found = StepCheck(packed, plain, _relative(packed, plain), gradient)
-    _refuse_difference(found, STEP_TOLERANCE[base_dtype(model)], model.config.model_type)
+    _refuse_difference(found, STEP_TOLERANCE[base_dtype(model)], model.config.model_type, remedy)
     return found
 
 
-def _refuse_difference(found: StepCheck, limits: tuple[float, float], kind: str) -> None:
+def _refuse_difference(found: StepCheck, limits: tuple[float, float], kind: str, remedy: str) -> None:
     differences = (found.loss_difference, found.gradient_difference)
     for name, difference, most in zip(("losses", "gradients"), differences, limits, strict=True):
         if difference is not None and not difference <= most:  # a NaN is refused as well
@@ -130,7 +133,7 @@ def _refuse_difference(found: StepCheck, limits: tuple[float, float], kind: str)
                 f"the training step does not compute what this model computes: loss {found.packed.mean():.5f} in a "
                 f"packed row, {found.plain.mean():.5f} by plain transformers, relative difference of {name} "
                 f"{difference:.2g} (at most {most:g}). Part of its architecture ({kind}) is missing from the step. "
-                f"{OTHER_MODEL}"
+                f"{remedy}"
             )
 
 

@@ -142,7 +142,7 @@ def training_work(base: Any, values: dict[str, Any], micro: int, examples: list[
         target_modules=step.resolve_targets(base, values["target_modules"]), task_type="CAUSAL_LM",
     )  # fmt: skip
     tuned = step.attach_adapters(base, lora, values["gradient_checkpointing"])
-    step.prepare_step(tuned)
+    step.prepare_step(tuned, values["fused_step"])
     tuned.train()
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.on_gpu())

@@ -135,6 +135,7 @@ class Parameters(LoraParameters, JudgeParameters):
     base_model: str = Field(min_length=1)
     base_model_revision: str | None = Field(min_length=1)
     device: Literal["auto", "cpu", "cuda"]
+    fused_step: bool
     processes: int = Field(ge=1, le=64)
     checkpoint_seconds: float = Field(gt=0)
     # answering

@@ -132,7 +132,7 @@ def table() -> list[str]:
         message = refusal(case)
         groups = "" if message else ", ".join(usable_groups(tiny_model(case)))
         fused = kernels.fuse(tiny_model(case).requires_grad_(False))
-        found = f"refused: {case.why}" if message else "exact, fused on a CPU" if fused else "exact"
+        found = f"refused: {case.why}" if message else "exact, fused" if fused else "exact"
         lines.append(f"| {case.name} | {found} | {groups} |")
     return lines
 
