@@ -63,7 +63,7 @@ def export_pairs(
     Args:
         root: the study's folder `outputs/<profile>`.
         file: where to; neither it nor the page (`panel_path`) may exist.
-        n: the number of pairs, controls and repeats among them.
+        n: the number of pairs, those with anchors, controls and repeats among them.
         seed: of all random choices; None for the study's.
         params_dir: the folder of the parameter files.
 
@@ -108,7 +108,8 @@ def score_draws(root: Path) -> list[pd.DataFrame]:
 
 def export_report(root: Path, file: Path, export: Export, material: Material, n: int = PAIRS) -> str:
     """What the command prints after an export of `n` pairs, or of fewer where the study has no more."""
-    counts = f"{export.count('ranking')} comparisons, {export.count('control')} planted controls"
+    counts = f"{export.count('ranking')} comparisons, {export.count('anchor')} with texts that need no training, "
+    counts += f"{export.count('control')} planted controls"
     lines = [
         f"{file}: {len(export.pairs)} pairs: {counts}, {export.count('swap')} repeats with exchanged seats",
         f"{panel_path(file)}: the same for people; a browser shows them offline and saves the votes as a file",

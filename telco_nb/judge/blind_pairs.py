@@ -2,13 +2,16 @@
 
 The pairs whose vote is worth most come first. What a rater gets names no configuration and no control; the key maps
 `pair_id` to them. Answers that lose by rule are not shown: their verdict is known. They are drawn like all others and
-stand in the key, because without them a configuration that often loops would look better than it is.
+stand in the key, because without them a configuration that often loops would look better than it is. Some pairs set a
+configuration beside an anchor, a text that needs no training.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
@@ -20,13 +23,14 @@ import pandas as pd
 
 from telco_nb.corpus.cards import Card
 from telco_nb.judge import design
+from telco_nb.judge.anchors import ANCHORS
 from telco_nb.judge.cases import Answers, degenerate_answer, printable
 from telco_nb.judge.gate import planted_controls
 from telco_nb.judge.prompts import card_text
 from telco_nb.judge.store import text_sha256
 from telco_nb.study.input_files import InputFileError, read_json_lines
 
-CONTROL_SHARE, REPEAT_SHARE = 0.15, 0.05
+CONTROL_SHARE, ANCHOR_SHARE, REPEAT_SHARE = 0.15, 0.15, 0.05
 BALANCED_EVERY = 5  # every fifth pair follows the round robin, so that all configurations hang together
 MOST_DRAWS = 20  # per pair to be shown; where nearly all answers lose by rule fewer pairs are shown
 KEY_COLUMNS = ["pair_id", "position", *design.PLAN_COLUMNS, "control", "planted", "sha256_first", "sha256_second"]
@@ -141,28 +145,59 @@ def spread_prompts(prompts: pd.DataFrame, rng: np.random.Generator) -> list[Row]
     return [{name: row[name] for name in design.PROMPT_COLUMNS} for row in rows]
 
 
-def ranking_rows(material: Material, n: int, worth: np.ndarray | None, rng: np.random.Generator) -> list[Row]:
-    """Draw pairs until `n` can be shown. Rows in order; `by_rule` marks those whose verdict needs no judge."""
+def ranking_rows(
+    material: Material, n: int, worth: np.ndarray | None, rng: np.random.Generator, taken: set[tuple]
+) -> list[Row]:
+    """Draw pairs until `n` can be shown. Rows in order; `by_rule` marks those whose verdict needs no judge.
+
+    `taken` holds the questions that were drawn before, by prompt and texts; new ones are added.
+    """
     configs = list(material.configs)
     prompts, seats = spread_prompts(material.prompts, rng), design.Seats(len(configs), rng)
     rows: list[Row] = []
-    taken: set[tuple] = set()
     shown = 0
     for k, (i, j) in enumerate(pair_order(worth, len(configs), n, rng)):
         if shown == n or k == MOST_DRAWS * n:
             break
         for key in prompts[k % len(prompts) :] + prompts[: k % len(prompts)]:
             row = design.pair_row(key, "ranking", configs[i], configs[j])
-            question = (key["prompt_id"], *sorted(material.texts(row)))
-            if question in taken:  # asked, also where another pair gave the same two answers
+            if not _is_new(row, material, taken):  # asked, also where another pair gave the same two answers
                 continue
-            taken.add(question)
             a, b = seats.take(i, j)
             row |= {"config_first": configs[a], "config_second": configs[b]}
             row["by_rule"] = any(degenerate_answer(text) for text in material.texts(row))
             shown += not row["by_rule"]
             rows.append(row)
             break
+    return rows
+
+
+def _is_new(row: Row, material: Material, taken: set[tuple]) -> bool:
+    """Whether this question was not drawn before; from now on it was."""
+    question = (row["prompt_id"], *sorted(material.texts(row)))
+    is_new = question not in taken
+    taken.add(question)
+    return is_new
+
+
+def anchor_rows(material: Material, n: int, rng: np.random.Generator, taken: set[tuple]) -> list[Row]:
+    """Pairs of an anchor and a configuration until `n` can be shown, anchors, configurations and prompts in turn.
+
+    `taken` as in `ranking_rows`.
+    """
+    prompts = spread_prompts(material.prompts, rng)
+    anchors = [name for name in ANCHORS if any((name, key["prompt_id"]) in material.answers for key in prompts)]
+    configs = [material.configs[i] for i in rng.permutation(len(material.configs))]
+    rows: list[Row] = []
+    for turn in range(len(configs) * len(prompts)):
+        shift = turn // math.lcm(len(configs), len(prompts))  # otherwise the same pairs would come again
+        key, config = prompts[(turn + shift) % len(prompts)], configs[turn % len(configs)]
+        for anchor in anchors:
+            if sum(not row["by_rule"] for row in rows) == n:
+                return rows
+            row = design.pair_row(key, "anchor", *((anchor, config) if turn % 2 else (config, anchor)))
+            if _is_new(row, material, taken):
+                rows.append(row | {"by_rule": any(degenerate_answer(text) for text in material.texts(row))})
     return rows
 
 
@@ -186,7 +221,7 @@ def make_export(material: Material, n: int, seed: int, score_draws: Sequence[pd.
 
     Args:
         material: what can be voted on.
-        n: the number of pairs, controls and repeats among them.
+        n: the number of pairs, those with anchors, controls and repeats among them.
         seed: of all random choices.
         score_draws: of the rankings that exist, see `worth_of_pairs`.
     """
@@ -194,12 +229,20 @@ def make_export(material: Material, n: int, seed: int, score_draws: Sequence[pd.
     n_repeats = round(REPEAT_SHARE * n)
     controls = control_rows(material.controls, round(CONTROL_SHARE * n), rng)
     worth = worth_of_pairs(score_draws, material.configs)
-    drawn = ranking_rows(material, n - len(controls) - n_repeats, worth, rng)
+    n_anchored, taken = round(ANCHOR_SHARE * n), set()
+    drawn = ranking_rows(material, n - len(controls) - n_repeats - n_anchored, worth, rng, taken)
+    anchored = anchor_rows(material, n_anchored, rng, taken)
     shown = [row for row in drawn if not row["by_rule"]]
     early = shown[: len(shown) // 2]
     again = [early[i] for i in sorted(rng.permutation(len(early))[:n_repeats])]
     repeats = [design.with_swapped_seats(row) | {"by_rule": False} for row in again]
-    return _sealed(_mixed(drawn, controls, repeats, rng), material, seed)
+    return _sealed(_mixed(_merged(drawn, anchored), controls, repeats, rng), material, seed)
+
+
+def _merged(*lists: list[Row]) -> list[Row]:
+    """Rows in their orders, every stretch with all lists in their shares."""
+    placed = [[((i + 0.5) / len(rows), k, row) for i, row in enumerate(rows)] for k, rows in enumerate(lists)]
+    return [row for _, _, row in heapq.merge(*placed, key=lambda entry: entry[:2])]
 
 
 def _mixed(drawn: list[Row], controls: list[Row], repeats: list[Row], rng: np.random.Generator) -> list[Row]:

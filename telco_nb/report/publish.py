@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from telco_nb import ROOT
 from telco_nb.analysis.statements import words_of
@@ -34,6 +37,7 @@ FILES = {
     "report/answers.html": "answers.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
+PICKS = ("first_choice", "loss_choice")  # findings that name a configuration whose notebooks are published
 PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
     "embedding": "likeness to the gold answer by sentence embeddings",
@@ -41,6 +45,8 @@ PROXY_WORDS = {
 CLOSING = [
     "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
     "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
+    "Beside them lie [executed notebooks](outputs/reference/notebooks), [tables](outputs/reference/tables) and every "
+    "[verdict](outputs/reference/verdicts) with its reason.",
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
@@ -70,6 +76,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
         shutil.copyfile(root / source, folder / name)
+    _publish_record(root, folder)
     steps = [read_json(path, control_characters=True) for path in root.glob("*/*/manifest.json")]
     facts = {
         "profile": root.name,
@@ -80,6 +87,30 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
         "seconds": round(sum(step["seconds"] for step in steps)),
     }
     write_bytes(folder / "about.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _publish_record(root: Path, folder: Path) -> None:
+    """Copy what the results rest on: tables, the verdicts of every judge, and one executed notebook of each kind.
+
+    Of 02, which shows all conversations, they are in the repository already.
+    """
+    for name in ("notebooks", "tables", "verdicts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir()
+    for table in sorted(root.glob("study/06_analysis/tables/*.csv")):
+        shutil.copyfile(table, folder / "tables" / table.name)
+    for store in sorted(root.glob("judge-*/store/verdicts.jsonl")):
+        judge = store.parts[-3].removeprefix("judge-")
+        pd.read_parquet(store.parents[1] / "05_judge/tables/ranking.parquet").to_csv(
+            folder / "tables" / f"ranking_{judge}.csv", index=False, lineterminator="\n"
+        )
+        packed = gzip.compress(store.read_bytes(), mtime=0)
+        write_bytes(folder / "verdicts" / f"{judge}.jsonl.gz", packed)
+    found = {finding["id"]: finding["value"] for finding in read_json(root / "findings.json")}
+    scopes = ["shared", "untuned", *dict.fromkeys(filter(None, map(found.get, PICKS))), "judge-*", "study"]
+    for notebook in sorted(path for scope in scopes for path in root.glob(f"{scope}/0[!2]*.ipynb")):
+        scope = notebook.parent.name
+        shutil.copyfile(notebook, folder / "notebooks" / f"{notebook.stem}_{scope}.ipynb")
 
 
 def readme_block(folder: Path = REFERENCE) -> str:

@@ -130,7 +130,8 @@ def test_votes_become_a_judge_that_05_ranks(study, pairs, tmp_path, monkeypatch,
     assert {line["source"] for line in lines} <= {"votes", "rule"} and len(lines) >= len(pairs)
     assert {line["latency_s"] for line in lines if line["source"] == "votes"} == {4.5}
     ranked = pd.read_parquet(folder / "05_judge" / "tables" / "ranking.parquet")
-    assert ranked["config"].tolist() == CONFIGS
+    assert ranked.loc[~ranked["is_anchor"], "config"].tolist() == CONFIGS
+    assert {"reference", "template", "nearest"} < set(ranked.loc[ranked["is_anchor"], "config"])
     agreement = pd.read_parquet(folder / "05_judge" / "tables" / "agreement.parquet").set_index("metric")
     assert agreement.loc["swap_consistency", "value"] == 1
     assert "a person: votes on blind pairs" in json.dumps(notebook)

@@ -90,7 +90,7 @@ def test_the_key_says_which_answer_is_whose(material, export):
 
 def test_15_per_cent_are_controls_of_all_kinds_and_5_per_cent_repeats_with_exchanged_seats(material, export):
     shown = [row for row in export.key if row["pair_id"]]
-    assert Counter(row["purpose"] for row in shown) == {"ranking": 160, "control": 30, "swap": 10}
+    assert Counter(row["purpose"] for row in shown) == {"ranking": 130, "anchor": 30, "control": 30, "swap": 10}
     kinds = Counter(row["control"] for row in shown if row["control"])
     assert set(kinds) == set(material.controls["control"]) and max(kinds.values()) - min(kinds.values()) <= 1
     first = {
@@ -98,6 +98,22 @@ def test_15_per_cent_are_controls_of_all_kinds_and_5_per_cent_repeats_with_excha
     }
     for row in (row for row in shown if row["purpose"] == "swap"):
         assert row["position"] - first[row["prompt_id"], row["config_second"], row["config_first"]] >= 20
+
+
+def test_15_per_cent_set_a_configuration_beside_a_text_that_needs_no_training_in_turn_and_in_both_seats(material):
+    prompts, small = material.prompts, make_export(material, 200, seed=1)
+    everything = blind_pairs.anchor_rows(material, 10_000, np.random.default_rng(0), set())
+    names = {"untuned", "reference", "template", "echo", "nearest"}
+    assert len({tuple(row.values()) for row in everything}) == len(everything) == 5 * len(CONFIGS) * len(prompts)
+    rows = [row for row in small.key if row["purpose"] == "anchor"]
+    met = Counter(name for row in rows for name in (row["config_first"], row["config_second"]))
+    assert {name for name in met if name not in CONFIGS} == names
+    for group in (names, CONFIGS):
+        counts = [met[name] for name in group]
+        assert max(counts) - min(counts) <= 5 and min(counts) >= 5
+    assert sum(row["config_first"] in names for row in rows) == pytest.approx(len(rows) / 2, abs=4)
+    places = [row["position"] for row in rows]
+    assert min(places) < 20 and max(places) > 180, "from beginning to end: a rater may stop anywhere"
 
 
 def test_the_same_seed_gives_the_same_export_and_another_seed_another_one(material, export):
@@ -167,7 +183,9 @@ def test_votes_become_a_judge_whose_gate_swaps_and_ranking_are_computed_like_any
     assert found.n_new == len(distinct) and found.n_known == 200 - len(distinct) and set(store.statuses) == {"ok"}
     result = rerank.rerank(store, draws=100)
     assert result.validity["passed"] and result.blocks == []
-    assert result.ranking["config"].tolist() == CONFIGS
+    ranked = result.ranking.set_index("config")["score"]
+    assert [name for name in ranked.index if name in CONFIGS] == CONFIGS
+    assert min(ranked["reference"], ranked["c01"]) > ranked["template"], "what needs no training stands on the same scale"
     pairs = judged_rows(store.planned("pairs"), store)
     swaps = bias.bias_observations(pairs)["swap_consistent"].dropna()
     assert len(swaps) == 10 and swaps.mean() == 1
