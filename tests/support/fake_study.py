@@ -96,6 +96,13 @@ def make_study(n: int = 16, judges: list[JudgeResults] | None = None, **columns:
     return StudyResults(results, draws, panel, repeats)
 
 
+def flip(path: Path, place: int = -1) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 class Builder:
     """Writes steps of one profile below `root` in the way that notebooks do."""
 
