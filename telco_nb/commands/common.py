@@ -31,7 +31,12 @@ Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file
 ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
 MaxUsd = Annotated[
     float | None,
-    typer.Option(metavar="X", min=0.0, callback=finite, help="Never spend more than this, in dollars."),
+    typer.Option(
+        metavar="X",
+        min=0.0,
+        callback=finite,
+        help="The study spends no more than this, in dollars, in all.",
+    ),
 ]
 NoEgress = Annotated[bool, typer.Option("--no-egress", help="Refuse every host outside this network.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from fake_study import flip
 
 from telco_nb import ROOT
 from telco_nb.corpus import llm_writer
@@ -18,7 +19,7 @@ from telco_nb.hosted.ledger import BatchLedger
 from telco_nb.hosted.lines import MONEY, StoreError
 from telco_nb.judge import panel
 from telco_nb.judge.store import VerdictStore
-from telco_nb.study import params
+from telco_nb.study import params, record, seal
 from telco_nb.study.plan import declared
 
 GOOD = {"call_id": "a", "status": "ok", "usd": 0.25, "output": {}}
@@ -230,6 +231,27 @@ def test_with_a_store_that_cannot_be_read_a_judge_and_a_generator_are_not_opened
     values |= {"judge": "x", "judge_kind": "openai", "judge_model": "gpt-5.2", "judge_endpoint": None}
     with pytest.raises(StoreError, match="what it cost is not known"):
         panel.open_judge(declared("05_judge") | {k: v for k, v in values.items() if k.startswith("judge")}, tmp_path)
+
+
+def test_a_generator_works_on_the_unchanged_store_of_the_study_or_by_hand_on_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef0123456789abcdef")
+    values, model = params.load_study("smoke").values("shared"), HostedModel("openai", "gpt-5.2")
+    root, target = tmp_path / "smoke", tmp_path / "by-hand" / "smoke"
+    path = root / "shared" / "store" / "conversations.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(line() + '{"torn": ')
+    submitted(path.with_name("batches.jsonl"))
+    seal.seal_study(root)
+    before = path.read_bytes()
+    for _ in range(2):
+        session = llm_writer.open_session(values, model, [], root, None, target=target)
+        session.store.append([GOOD | {"call_id": "b"}])
+    assert path.read_bytes() == before and session.under_way == {"a", "b"}
+    assert (target / "shared/store/conversations.jsonl").read_text() == line() + 2 * line(call_id="b")
+    flip(path, 3)
+    for where in (None, target):
+        with pytest.raises(record.RecordError, match=r"conversations\.jsonl was changed"):
+            llm_writer.open_session(values, model, [], root, None, target=where)
 
 
 def test_an_event_of_a_ledger_that_gives_a_name_twice_is_refused(tmp_path):
