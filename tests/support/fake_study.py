@@ -103,6 +103,16 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(data)
 
 
+def write_again(root: Path, scope: str, step: str) -> None:
+    """Let the record of a step be one that has written the files which are in its folder now."""
+    folder = record.step_dir(root, scope, step)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [folder / output["path"] for output in manifest["outputs"] if (folder / output["path"]).is_file()]
+    facts = [{"sha256": record.sha256(path), "bytes": path.stat().st_size} for path in files]
+    outputs = [{"path": str(f.relative_to(folder))} | fact for f, fact in zip(files, facts, strict=True)]
+    record.write_manifest(folder / "manifest.json", manifest | {"outputs": outputs})
+
+
 class Builder:
     """Writes steps of one profile below `root` in the way that notebooks do."""
 

@@ -12,7 +12,7 @@ import fake_study
 import numpy as np
 import pandas as pd
 import pytest
-from fake_study import Builder, flip
+from fake_study import Builder, flip, write_again
 from typer.testing import CliRunner
 
 from telco_nb.__main__ import app
@@ -20,7 +20,7 @@ from telco_nb.commands import results
 from telco_nb.report import publish
 from telco_nb.report.publish import FILES
 from telco_nb.study import seal
-from telco_nb.study.record import sha256, write_manifest
+from telco_nb.study.record import sha256
 
 JUDGE = Path("judge-checklist", "05_judge", "artefacts", "judgements.parquet")
 SCORES = {"points", "without_flag", "wins, checklist (offline proxy)"}
@@ -41,18 +41,6 @@ def finish(outputs: Path) -> Path:
     (root / "findings.json").write_text("[]")
     seal.seal_study(root)
     return root
-
-
-def write_again(root: Path, scope: str, step: str) -> None:
-    """Let the record of a step be one that has written the files which are in its folder now."""
-    path = root / scope / step / "manifest.json"
-    manifest = json.loads(path.read_text())
-    files = [path.parent / output["path"] for output in manifest["outputs"]]
-    manifest["outputs"] = [
-        {"path": str(f.relative_to(path.parent)), "sha256": sha256(f), "bytes": f.stat().st_size}
-        for f in files if f.is_file()
-    ]  # fmt: skip
-    write_manifest(path, manifest)
 
 
 @pytest.fixture(scope="module")
