@@ -123,7 +123,11 @@ def main(
     max_usd: Annotated[
         float | None,
         typer.Option(
-            metavar="X", min=0.0, callback=finite, help="Never spend more than this on hosted models, in dollars."
+            metavar="X",
+            min=0.0,
+            callback=finite,
+            help="Never let the study spend more than this on hosted models, in dollars, earlier runs and open batches "
+            "included. The steps that ask them then run one after another.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to send data to the hosts that the plan names.")] = False,

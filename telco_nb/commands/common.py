@@ -21,7 +21,7 @@ from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
 from telco_nb.judge.cases import printable
 from telco_nb.lora.errors import PreflightError
-from telco_nb.study import params, record
+from telco_nb.study import params, record, seal
 from telco_nb.study.input_files import InputFileError
 
 ExportAction = Annotated[Literal["export"], typer.Argument(help="What to do.")]
@@ -31,7 +31,12 @@ Profile = Annotated[str, typer.Option("--profile", "-p", help="The study: a file
 ParamsDir = Annotated[Path, typer.Option("--params", metavar="DIR", help="The folder of the parameter files.")]
 MaxUsd = Annotated[
     float | None,
-    typer.Option(metavar="X", min=0.0, callback=finite, help="Never spend more than this, in dollars."),
+    typer.Option(
+        metavar="X",
+        min=0.0,
+        callback=finite,
+        help="The study spends no more than this, in dollars, in all.",
+    ),
 ]
 NoEgress = Annotated[bool, typer.Option("--no-egress", help="Refuse every host outside this network.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host that is named.")]
@@ -41,7 +46,15 @@ Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host
 def locked_study(profile: str, params_dir: Path) -> Generator[None]:
     """Hold the lock of a study. Raises ParameterError for a wrong profile before a folder is made for the lock."""
     params.load_study(profile, params_dir)
-    with runner.lock(record.profile_root(profile)):
+    with locked(record.profile_root(profile)):
+        yield
+
+
+@contextmanager
+def locked(root: Path) -> Generator[None]:
+    """Hold the lock of the study in a folder, to add to its stores."""
+    with runner.lock(root):
+        seal.forget_deleted_stores(root)
         yield
 
 
@@ -57,6 +70,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     RankingError: runner.FAILED,
     CallsStopped: runner.FAILED,
     runner.UnfitError: runner.UNFIT,
+    record.RecordError: runner.UNFIT,
     PreflightError: runner.UNFIT,
     OSError: runner.UNFIT,
     SendingRefused: runner.COST,

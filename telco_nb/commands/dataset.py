@@ -29,6 +29,7 @@ from telco_nb.notebook import data_path
 from telco_nb.study import params
 from telco_nb.study.content_key import path_hashes
 from telco_nb.study.record import profile_root, read_manifest, step_dir
+from telco_nb.study.seal import require_unchanged
 
 Tables = dict[str, dict[str, pa.Table]]  # by config and split
 
@@ -100,8 +101,10 @@ def open_study(profile: str) -> Study:
         ParameterError: there is no such profile.
         CommandError: the study has not made its data set yet, or its files have changed since; the message says which
             command makes it.
+        RecordError: the data set is not as its steps have written it.
     """
     root = profile_root(profile)
+    require_unchanged(root, "shared/01_glossary/artefacts/glossary.json", "shared/02_synth/artefacts/*")
     glossary, manifest = (read_manifest(root, "shared", step) for step in ("01_glossary", "02_synth"))
     make = f"Run: ./run_all.py --profile {profile} --steps 01-02"
     if glossary is None or manifest is None:

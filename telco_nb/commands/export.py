@@ -22,8 +22,10 @@ from telco_nb.commands.eval_results import write_eval_results
 from telco_nb.commands.export_folder import refuse_folder, whole_folder
 from telco_nb.commands.trained import Config, Trained, find_trained, load_base, load_deployed, model_errors
 from telco_nb.engine.runner import UnfitError
+from telco_nb.report.files import READS
 from telco_nb.study.params import given_path
 from telco_nb.study.record import BASE_FILE
+from telco_nb.study.seal import require_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +67,7 @@ def export(
     """
     folder = given_path(folder, "FOLDER")
     refuse_folder(folder, BASE_FILE, replace)  # before the work
+    require_unchanged(trained.root, *READS)  # for the model card
     program = converter_program(converter) if to == "gguf" else None
     wanted = weights_dtype(trained, dtype)
     with whole_folder(folder, BASE_FILE, replace) as temporary:

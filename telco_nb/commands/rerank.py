@@ -7,6 +7,7 @@ coverage, the ranking and the reasons against a headline. By default draws and s
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,7 +19,7 @@ from telco_nb.judge import bradley_terry, ranking
 from telco_nb.judge.gate import gate_result, outcome
 from telco_nb.judge.protocol import headline_blocks
 from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_table, judged_rows
-from telco_nb.study import record
+from telco_nb.study import record, seal
 
 DRAWS, SEED = 2000, 20260605
 
@@ -65,6 +66,11 @@ def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranke
     return Reranked(judge, kind, validity, coverage, table, headline_blocks(validity, coverage, unrankable or few))
 
 
+def reads(folder: str) -> list[str]:
+    """What the command reads of a judge's folder, as patterns."""
+    return [f"{glob.escape(folder)}/store/*", f"{glob.escape(folder)}/05_judge/manifest.json"]
+
+
 def settings(folder: Path) -> tuple[int, int]:
     """Draws and seed of the last finished run of 05_judge in this folder, else the defaults."""
     manifest = record.read_manifest(folder.parent, folder.name, "05_judge")
@@ -109,6 +115,7 @@ def main(
         path = folder / "store" / "verdicts.jsonl"
         if not path.is_file():
             raise CommandError(f"{path}: no such file. Give the folder of a judge with stored verdicts.")
+        seal.require_unchanged(folder.resolve().parent, *reads(folder.resolve().name))
         last_draws, last_seed = settings(folder)
         store = VerdictStore(path)
         print(report(rerank(store, draws or last_draws, last_seed if seed is None else seed), store))

@@ -5,6 +5,7 @@ torch is imported only when a model is loaded, so that the other commands start 
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from telco_nb.commands.common import CommandError
 from telco_nb.engine.runner import UnfitError
 from telco_nb.hosted import egress
 from telco_nb.study import params
-from telco_nb.study.record import BASE_FILE, altered_outputs, profile_root, read_manifest, step_dir
+from telco_nb.study.record import BASE_FILE, profile_root, read_manifest, step_dir
+from telco_nb.study.seal import require_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -49,17 +51,20 @@ def find_trained(profile: str, config: str) -> Trained:
 
     Raises:
         ParameterError: there is no such profile.
-        CommandError: the configuration is not trained, or a file of its adapter is not the one that was written.
+        CommandError: the configuration is not trained.
+        RecordError: a file of its adapter is not the one that was written.
     """
     root = profile_root(profile)
     known = sorted(path.parent.name for path in root.glob("*/03_train") if (path / "manifest.json").is_file())
+    if config in known:
+        require_unchanged(
+            root, f"{glob.escape(config)}/03_train/{ADAPTER}*", f"{glob.escape(config)}/04_energy/metrics.json"
+        )
     manifest = read_manifest(root, config, "03_train") if config in known else None
     again = f"./run_all.py --profile {profile} --configs {config} --steps 03"
     if manifest is None:
         params.load_study(profile)  # a misspelt profile is named as such
         raise CommandError(f"{root} holds no trained {config}. Trained: {', '.join(known) or 'none'}. Run: {again}")
-    for path, fault in altered_outputs(root, manifest, lambda path: path.startswith(ADAPTER)):
-        raise CommandError(f"{path} {fault} after 03_train. Run: {again}")
     adapter = step_dir(root, config, "03_train") / ADAPTER
     if not (adapter / BASE_FILE).is_file():
         raise CommandError(f"{adapter} is of an older version: it does not name its base model. Run: {again}")

@@ -11,16 +11,15 @@ from typing import Annotated, Literal
 import pandas as pd
 import typer
 
-from telco_nb.commands.common import CommandError, ParamsDir, errors_as_exit_codes
+from telco_nb.commands.common import CommandError, ParamsDir, errors_as_exit_codes, locked
 from telco_nb.judge import blind_pairs
 from telco_nb.judge.blind_pairs import Export, Material
 from telco_nb.judge.panel import open_judge
 from telco_nb.judge.people import HumanJudge, Import, OutsideJudge, check_votes
-from telco_nb.judge.protocol import read_answers, store_path
-from telco_nb.judge.store import VerdictStore
+from telco_nb.judge.protocol import open_store, read_answers
 from telco_nb.judge.votes_file import Line, VotesError, one_vote_each, read_votes, refuse
 from telco_nb.report.blind_panel import panel_page
-from telco_nb.study import params
+from telco_nb.study import params, seal
 from telco_nb.study.params import PARAMS_DIR, ParameterError, StudyParams
 from telco_nb.study.record import write_bytes
 
@@ -102,6 +101,7 @@ def panel_path(file: Path) -> Path:
 
 def score_draws(root: Path) -> list[pd.DataFrame]:
     """The draws of all rankings that a study has so far, (draws, configurations) each."""
+    seal.require_unchanged(root, "judge-*/05_judge/tables/score_draws.parquet")
     tables = map(pd.read_parquet, sorted(root.glob("judge-*/05_judge/tables/score_draws.parquet")))
     return [table.pivot(index="draw", columns="config", values="score") for table in tables]
 
@@ -142,22 +142,24 @@ def import_votes(root: Path, file: Path, judge: str | None = None, params_dir: P
     Raises:
         VotesError: a vote is bad; every bad one is named by file, line and field.
         ParameterError: there is no such judge, or it takes no votes.
+        UnfitError: a run or another import is using the study.
     """
     lines = read_votes(file)
     by_judge = {name: one_vote_each(votes) for name, votes in _by_judge(lines, judge).items()}
     study = open_study(root, params_dir)
-    judges = {name: open_outside(name, study, root, params_dir) for name in by_judge}
-    try:
-        keys = blind_pairs.read_keys(root)
-    except ValueError as error:
-        raise VotesError(str(error)) from None
-    material = open_material(root, study)
-    imports = [
-        check_votes(judges[name], votes, keys, material, VerdictStore(store_path(root, name)))
-        for name, votes in by_judge.items()
-    ]
-    replace_all({found.store.path: found.stored() for found in imports if found.lines})
-    return imports
+    with locked(root):  # a run, or another import, would add lines that the new files do not hold
+        judges = {name: open_outside(name, study, root, params_dir) for name in by_judge}
+        seal.require_unchanged(root, f"{blind_pairs.KEY_FOLDER}/*")
+        try:
+            keys = blind_pairs.read_keys(root)
+        except ValueError as error:
+            raise VotesError(str(error)) from None
+        material = open_material(root, study)
+        imports = [
+            check_votes(judges[name], votes, keys, material, open_store(root, name)) for name, votes in by_judge.items()
+        ]
+        replace_all({found.store.path: found.stored() for found in imports if found.lines})
+        return imports
 
 
 def _by_judge(lines: Sequence[Line], judge: str | None) -> dict[str, list[Line]]:

@@ -24,6 +24,7 @@ from telco_nb.study.record import sha256
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"
 SYSTEM_TEMPLATE, CALL_TEMPLATE = PROMPT_PATH.read_text(encoding="utf-8").split("\n---\n")
 GENERATOR_ID = "llm-2"
+STORE = "shared/store/conversations.jsonl"  # below a study's folder
 ORIGIN = "llm"
 ITEMS_PER_CALL = 5
 CARD_FIELDS = {"term", "aliases", "definition", "facts", "figures", "wrong_beliefs"}  # what the model is told of a term
@@ -234,7 +235,13 @@ def stored_conversations(planned: Plan, store: attempts.AttemptStore, model: Hos
 
 
 def open_session(
-    values: Mapping[str, Any], model: HostedModel, planned: Plan, root: Path, max_usd: float | None, batch: bool = False
+    values: Mapping[str, Any],
+    model: HostedModel,
+    planned: Plan,
+    root: Path,
+    max_usd: float | None,
+    batch: bool = False,
+    target: Path | None = None,
 ) -> Session:
     """Open a session for the calls of a plan, with the store and the budget of the study in `root`.
 
@@ -245,12 +252,13 @@ def open_session(
         root: the study's folder.
         max_usd: the most that the whole study may spend, in US dollars; None for no limit.
         batch: send the calls in batches, at half the price.
+        target: the folder for the results, if it is another: then the store is a copy there.
     """
     described = describe_calls(planned, model)
     declared = values["generator_input_usd_per_mtok"], values["generator_output_usd_per_mtok"]
     price = prices.Prices(model, *declared, prices.BATCH_FACTOR if batch else 1.0)
     return Session(
-        ApiClient(model, batch), attempts.AttemptStore(store_path(root)), price,
+        ApiClient(model, batch), attempts.AttemptStore(attempts.store_for(root, target, STORE)), price,
         prices.Budget(max_usd, attempts.spent_usd(root)),
         max_in_flight=values["max_in_flight"], describe=lambda request: described[request.id],
     )  # fmt: skip
@@ -258,7 +266,7 @@ def open_session(
 
 def store_path(root: Path) -> Path:
     """Return the file with the attempts of a study's generator."""
-    return root / "shared" / "store" / "conversations.jsonl"
+    return root / STORE
 
 
 def unanswered_calls(planned: Plan, store: attempts.AttemptStore, model: HostedModel) -> Plan:

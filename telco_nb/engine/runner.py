@@ -198,6 +198,7 @@ def _execute(
         archive.sweep_attempt(root, job.scope, job.step)
     changes = sealing.changes_since(root)
     sealing.show_changes(console, changes)
+    seal.forget_deleted_stores(root)
     states, estimates = _expect(plan, options, services, console, result)
     prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
     _check_machine(plan, options, services, console, states)

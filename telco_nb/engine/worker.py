@@ -31,6 +31,9 @@ class Runner:
     def __init__(self, states: list[State], root: Path, options: Options, console: Console, engine: Engine):
         self.states, self.root, self.options, self.console, self.engine = states, root, options, console, engine
         self.by_id = {state.job.id: state for state in states}
+        # Each of them spends what is left of the cap when it starts, so no two may run at once.
+        capped = states if options.max_usd is not None else []
+        self.spenders = {state.job.id for state in capped if schedule.hosted_model(state.job)}
         self.stops = 0  # number of requests to stop
         self.estimated = 0.0  # when the time to go was
 
@@ -70,7 +73,13 @@ class Runner:
                 self.display.tick()
 
     def _is_ready(self, state: State) -> bool:
-        return state.status == "waiting" and all(self.by_id[d].ended for d in state.job.depends if d in self.by_id)
+        if state.status != "waiting" or not all(self.by_id[d].ended for d in state.job.depends if d in self.by_id):
+            return False
+        return state.job.id not in self.spenders or not any(map(self._is_under_way, self.spenders))
+
+    def _is_under_way(self, job_id: str) -> bool:
+        state = self.by_id[job_id]
+        return state.status != "waiting" and not state.ended
 
     def _must_stop(self) -> bool:
         return bool(self.stops) or (not self.options.keep_going and any(s.status == "failed" for s in self.states))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb.hosted.ledger import LEDGER, BatchLedger
-from telco_nb.hosted.lines import append_lines, check_money, parse_line
+from telco_nb.hosted.lines import StoreError, append_lines, check_money, parse_line
+from telco_nb.study.record import write_bytes
+from telco_nb.study.seal import require_unchanged
 
 
 class AttemptStore:
@@ -20,7 +23,8 @@ class AttemptStore:
         key: the field of a line that holds the request's id.
 
     Opening writes nothing, because another process may be writing a line at this moment. A last line that a kill cut
-    short is skipped, so its request is sent again; the next `append` removes it. Any other unreadable line is skipped.
+    short is skipped, so its request is sent again; the next `append` removes it. Any other unreadable line is skipped
+    here, and refused by `spent_usd`, so that nothing is sent.
 
     Raises:
         StoreError: an amount of dollars is not a finite number from 0 up.
@@ -70,6 +74,28 @@ class AttemptStore:
             self._read(json.loads(line))
 
 
+def store_for(root: Path, target: Path | None, name: str) -> Path:
+    """The file of a store to work with: a study's, or for results that go elsewhere a copy there: the record stays.
+
+    Args:
+        root: the study's folder.
+        target: the folder of the results; None for the study itself. A copy gets the lines that it lacks.
+        name: the file's path below either.
+
+    Raises:
+        RecordError: a sealed line of the study's store was changed.
+    """
+    require_unchanged(root, f"{glob.escape(str(Path(name).parent))}/*")
+    store, copy = root / name, (target or root) / name
+    if copy != store and store.is_file():
+        known = set(copy.read_bytes().splitlines(keepends=True)) if copy.is_file() else set()
+        lines = store.read_bytes().splitlines(keepends=True)
+        append_lines(copy, [line for line in lines if line.endswith(b"\n") and line not in known])
+    if copy != store and store.with_name(LEDGER).is_file():  # what is under way is not asked for by hand either
+        write_bytes(copy.with_name(LEDGER), store.with_name(LEDGER).read_bytes())
+    return copy
+
+
 def cost_usd(attempt: Mapping[str, Any]) -> float:
     """Dollars that an attempt cost; if its answer was lost, the most that it may have cost."""
     return attempt.get("usd") or attempt.get("usd_at_most") or 0.0
@@ -78,12 +104,13 @@ def cost_usd(attempt: Mapping[str, Any]) -> float:
 def spent_usd(root: Path) -> float:
     """Dollars that all stores of the study in `root` have recorded so far, at most, batches under way included.
 
-    Raises StoreError if an amount cannot be trusted.
+    Raises StoreError if an amount cannot be trusted, or a line cannot be read: then the sum is not known. A last line
+    that a kill cut short does not count.
     """
     stores = sorted(root.glob("*/store/*.jsonl"))
     ledgers = [BatchLedger(path) for path in stores if path.name == LEDGER]
-    answered = sum(cost_usd(line) for path in stores if path.name != LEDGER for line in read_attempts(path))
-    return answered + sum(ledger.usd_at_most for ledger in ledgers)
+    answered = (line for p in stores if p.name != LEDGER for line in _checked_lines(p, all_readable=True))
+    return sum(map(cost_usd, filter(None, answered))) + sum(ledger.usd_at_most for ledger in ledgers)
 
 
 def read_attempts(store: Path) -> Iterator[dict[str, Any]]:
@@ -91,8 +118,8 @@ def read_attempts(store: Path) -> Iterator[dict[str, Any]]:
     return (line for line in _checked_lines(store) if line is not None)
 
 
-def _checked_lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The lines of a store, None for one that cannot be read."""
+def _checked_lines(path: Path, all_readable: bool = False) -> Iterator[dict[str, Any] | None]:
+    """The lines of a store, None for one that cannot be read. With `all_readable` only a torn last line may be one."""
     if not path.is_file():
         return
     with path.open("rb") as stream:
@@ -100,4 +127,10 @@ def _checked_lines(path: Path) -> Iterator[dict[str, Any] | None]:
             line = parse_line(data)
             if line is not None:
                 check_money(line, f"{path}:{number}")
+            elif all_readable and data.endswith(b"\n") and data.strip():
+                raise StoreError(
+                    f"{path}:{number}: no JSON object, or one that gives a name twice, so what it cost is not known, "
+                    "and the cap counts on it. Nothing is sent. Restore the file from a copy; or delete the line, if "
+                    "the provider says that it cost nothing."
+                )
             yield line

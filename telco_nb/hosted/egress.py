@@ -131,14 +131,16 @@ def open_log(path: Path | None) -> contextlib.AbstractContextManager[Callable[[C
     if path is None:
         return contextlib.nullcontext(lambda call: None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _appending(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+    return _appending(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644))
 
 
 @contextlib.contextmanager
 def _appending(descriptor: int) -> Generator[Callable[[Call], None]]:
     def write(call: Call) -> None:
         with contextlib.suppress(OSError):
-            os.write(descriptor, json.dumps(asdict(call)).encode("ascii") + b"\n")
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"  # of a full disk, or of a kill
+            os.write(descriptor, b"\n" * torn + json.dumps(asdict(call)).encode("ascii") + b"\n")
 
     try:
         yield write

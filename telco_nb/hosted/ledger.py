@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telco_nb.hosted.lines import StoreError, append_lines, is_amount
+from telco_nb.hosted.lines import StoreError, append_lines, is_amount, parse_line
 
 LEDGER = "batches.jsonl"  # the ledger's name, beside the store whose requests it lists
 
@@ -43,7 +43,7 @@ class BatchLedger:
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                self._apply(json.loads(line))
+                self._apply(_event(line))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 if number == len(lines) and not line.endswith(b"\n"):
                     continue
@@ -110,6 +110,13 @@ class BatchLedger:
     def unconfirmed(self) -> list[int]:
         """Numbers of the open batches without a handle."""
         return [i for i, batch in self.open() if batch.handle is None]
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    event = parse_line(line)
+    if event is None:
+        raise ValueError("no JSON object, or a name stands twice")
+    return event
 
 
 def ledger_of(store: Path) -> BatchLedger:

@@ -60,9 +60,16 @@ def is_amount(value: Any) -> bool:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None if it is none, or cannot be read."""
+    """The object of a line; None if it is none, cannot be read, or gives a name twice: which amount would count?"""
     try:
-        attempt = json.loads(line)
+        attempt = json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None
     return attempt if isinstance(attempt, dict) else None
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands twice")
+    return values

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import pandas as pd
 
 from telco_nb.corpus.cards import Card, load_cards
+from telco_nb.hosted import attempts
 from telco_nb.hosted.api import ProviderError
 from telco_nb.judge import asking, design
 from telco_nb.judge.anchors import ANCHORS, anchor_texts
@@ -23,12 +24,16 @@ from telco_nb.judge.language_model import LanguageModelJudge
 from telco_nb.judge.panel import open_judge
 from telco_nb.judge.people import OutsideJudge, shown_pairs
 from telco_nb.judge.store import VerdictStore, coverage_block, judged_rows
-from telco_nb.study import params, record
+from telco_nb.study import params, record, seal
 from telco_nb.study.content_key import is_current
 from telco_nb.study.params import ParameterError
 from telco_nb.study.plan import UNTUNED, plan_jobs
 
 SHARES = ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")
+SHARED_READS = (
+    "shared/01_glossary/artefacts/glossary.json", "shared/02_synth/artefacts/test_prompts.parquet",
+    "shared/02_synth/artefacts/train.parquet",
+)  # fmt: skip
 AnyJudge = TypeVar("AnyJudge", bound=OfflineJudge | LanguageModelJudge)
 
 
@@ -193,6 +198,11 @@ def store_path(root: Path, judge: str) -> Path:
     return root / f"judge-{judge}" / "store" / "verdicts.jsonl"
 
 
+def open_store(root: Path, judge: str, target: Path | None = None) -> VerdictStore:
+    """The store of a judge in the study's folder `root`, or for results in another folder its copy (`store_for`)."""
+    return VerdictStore(attempts.store_for(root, target, store_path(root, judge).relative_to(root).as_posix()))
+
+
 def open_study(
     profile: str, judge: str, params_dir: Path = params.PARAMS_DIR, *, to_ask: bool, max_usd: float | None = None
 ) -> Protocol[LanguageModelJudge]:
@@ -234,20 +244,24 @@ def open_protocol(values: Mapping[str, Any], root: Path, max_usd: float | None =
     judge = open_judge(values, root, max_usd)
     if not isinstance(judge, LanguageModelJudge):
         raise ProviderError(f"judge {judge.name} is not asked over HTTP: run the study itself.")
-    store = VerdictStore(store_path(root, judge.name))
-    return build_protocol(judge, store, values, *read_answers(root, values["configs"]))
+    return build_protocol(judge, open_store(root, judge.name), values, *read_answers(root, values["configs"]))
 
 
 def read_answers(
     root: Path, configs: Iterable[str]
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
-    """Reads the outputs of the earlier steps: test prompts, answers with the anchors, and cards by term_id."""
-    shared = root / "shared"
+    """Reads the outputs of the earlier steps: test prompts, answers with the anchors, and cards by term_id.
+
+    Raises RecordError if one of them is not as its step has written it.
+    """
+    configs, shared = [*configs, UNTUNED], root / "shared"
+    answered = [f"{config}/04_energy/artefacts/answers.parquet" for config in configs]
+    seal.require_unchanged(root, *SHARED_READS, *answered)
     prompts = judged_prompts(pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet"))
     cards = {card.id: card for card in load_cards(shared / "01_glossary" / "artefacts" / "glossary.json")}
     train = pd.read_parquet(shared / "02_synth" / "artefacts" / "train.parquet", columns=["messages"])
     answers = anchor_texts(prompts, cards, train)
-    for config in (*configs, UNTUNED):
+    for config in configs:
         table = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
         answers |= {(config, i): text for i, text in zip(table["prompt_id"], table["answer"], strict=True)}
     return prompts, answers, cards

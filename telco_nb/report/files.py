@@ -18,6 +18,12 @@ from telco_nb.study import record
 from telco_nb.study.params import config_of, drift_name
 from telco_nb.study.plan import STEPS
 
+# What `read_study` and the readers of its results find in steps, as patterns.
+READS = (
+    "shared/0*/*", "*/0*/metrics.json", "*/04_energy/artefacts/answers.parquet", "judge-*/05_judge/*",
+    "study/06_analysis/*",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Page:

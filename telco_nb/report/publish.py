@@ -23,6 +23,7 @@ from telco_nb.report.tiles import first_sentence
 from telco_nb.study.input_files import read_json
 from telco_nb.study.params import PUBLISHED
 from telco_nb.study.record import export_again, read_manifest, write_bytes
+from telco_nb.study.seal import require_unchanged
 
 REFERENCE = ROOT / "outputs" / PUBLISHED
 README = ROOT / "README.md"
@@ -68,11 +69,15 @@ FOLDED = (
 
 
 def publish_study(root: Path, folder: Path = REFERENCE) -> None:
-    """Copy the results, figure and report of a study. Raises FileNotFoundError if the study is not finished."""
+    """Copy the results, figure and report of a study.
+
+    Raises FileNotFoundError if the study is not finished, and RecordError if one of its files was changed.
+    """
     manifest = read_manifest(root, "study", "06_analysis")
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
     export_again(root, "study", "06_analysis")  # what was changed since is not what the record shows
+    require_unchanged(root, "study/06_analysis/*", "*/0*/manifest.json", "report/*", needs_seal=True)
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
         shutil.copyfile(root / source, folder / name)

@@ -240,8 +240,10 @@ class StudyParams:
 VOTED_KINDS = ("human", "language_model_panel")
 LORA_KEYS = {*LoraParameters.model_fields, "seed"}
 JUDGE_KEYS = {*JudgeParameters.model_fields}
-# What else stands where a configuration's name can stand: the other scopes, the anchors, and a tied verdict.
-RESERVED_NAMES = {"shared", "study", "report", "untuned", "reference", "gold", "template", "echo", "nearest", "tie"}
+# What else stands where a configuration's name can stand: other folders of a study, the anchors, and a tied verdict.
+RESERVED_NAMES = {
+    "shared", "study", "report", "untuned", "votes", "store", "reference", "gold", "template", "echo", "nearest", "tie",
+}  # fmt: skip
 PUBLISHED = "reference"  # the folder of outputs that holds the published run
 BY_HAND = "by-hand"  # the folder of outputs for results of notebooks that are run by hand
 OFFLINE_KINDS = {"checklist", "embedding", "human", "language_model_panel"}

@@ -26,6 +26,7 @@ from telco_nb.study.plan import Job
 JOB_VARIABLE = "TELCO_NB_JOB"
 CHUNK_BYTES = 1 << 20  # that are read at once
 OUTPUTS_VARIABLE = "TELCO_NB_OUTPUTS"
+PUBLISH_LOCK = ".publish.lock"
 BASE_FILE = "base_model.json"  # in the folder of an adapter: the base model on which it rests
 CHECKPOINTS = ".checkpoints"  # in the folder of a training; of no use when it has finished
 OWNED = re.compile(r"\..+\.(\d+)\.(tmp|work|old)")  # files and folders of one process: .<name>.<pid>.<kind>
@@ -59,7 +60,17 @@ def use_outputs(folder: Path | None) -> None:
 
 
 def step_dir(root: Path, scope: str, step: str) -> Path:
-    return root / scope / step
+    """The folder of a finished step; while `publish_step` has died between its two renames, that of the one before.
+
+    Readers rename nothing: `sweep_replaced`, which needs the study's lock, completes the swap.
+    """
+    final, old = root / scope / step, root / scope / f".{step}.old"
+    if not final.exists() and old.exists():
+        with contextlib.suppress(OSError), (root / PUBLISH_LOCK).open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH)  # a process may be between the two renames now
+        if not final.exists() and old.exists():
+            return old
+    return final
 
 
 def work_dir(root: Path, scope: str, step: str, owner: int | None = None) -> Path:
@@ -82,14 +93,14 @@ def prepare_work_dir(job: Job, root: Path, key: str, owner: int | None = None) -
 @contextlib.contextmanager
 def _publishing(root: Path) -> Generator[None]:
     """Only one process at a time replaces steps of a study; the next one waits for the moment that it takes."""
-    with (root / ".publish.lock").open("a") as stream:
+    with (root / PUBLISH_LOCK).open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def publish_step(root: Path, scope: str, step: str, owner: int | None = None) -> None:
     """Put the finished work folder in the place of the step's folder, and its exports into the profile's folder."""
-    work, final = work_dir(root, scope, step, owner), step_dir(root, scope, step)
+    work, final = work_dir(root, scope, step, owner), root / scope / step
     old = final.with_name(f".{step}.old")
     with _publishing(root):
         shutil.rmtree(old, ignore_errors=True)
@@ -101,33 +112,48 @@ def publish_step(root: Path, scope: str, step: str, owner: int | None = None) ->
 
 
 def sweep_replaced(root: Path, scope: str, step: str) -> None:
-    """Delete the folder that a finished step has replaced, if the process that replaced it died before it could."""
-    final = step_dir(root, scope, step)
-    if final.exists():
-        shutil.rmtree(final.with_name(f".{step}.old"), ignore_errors=True)
+    """Complete the swap of a step's folder, if the process that made it died before it could: needs the study's lock.
+
+    The folder that was replaced goes, or comes back if no other has taken its place.
+    """
+    final, old = root / scope / step, root / scope / f".{step}.old"
+    if not old.exists():
+        return
+    with _publishing(root):
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            os.replace(old, final)
 
 
 def export_again(root: Path, scope: str, step: str) -> list[str]:
     """Write the exports of a finished step that are missing, old or changed; returns what was wrong with them."""
-    manifest = finished(root, scope, step)
-    if manifest is None or not manifest["exports"]:
+    manifest, done = finished(root, scope, step), []
+    if manifest is None:
         return []
-    outputs, done = {output["path"]: output["sha256"] for output in manifest["outputs"]}, []
-    for name, source in manifest["exports"].items():
-        fault = _export_fault(root / name, outputs.get(source))
+    for name, fault in altered_exports(root, manifest).items():
+        source = manifest["exports"][name]
         data = _bytes_or_none(step_dir(root, scope, step) / source)
-        if fault and data is not None and hashlib.sha256(data).hexdigest() == outputs.get(source):
+        if data is not None and hashlib.sha256(data).hexdigest() == _sha256_of_output(manifest, source):
             write_bytes(root / name, data)
             done.append(f"{name} {fault}")
     return done
 
 
-def _export_fault(path: Path, expected: str | None) -> str | None:
-    """What is wrong with an exported file, given the hash of its source: "was missing", "was not ...", or nothing."""
-    data = _bytes_or_none(path)
-    if data is None:
-        return "was missing"
-    return None if hashlib.sha256(data).hexdigest() == expected else "was not that of the last analysis"
+def altered_exports(root: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """The exports of a finished step that are not its files, by name: "was missing", or what it was not."""
+    found = {}
+    for name, source in manifest["exports"].items():
+        data = _bytes_or_none(root / name)
+        if data is None:
+            found[name] = "was missing"
+        elif hashlib.sha256(data).hexdigest() != _sha256_of_output(manifest, source):
+            found[name] = "was not that of the last analysis"
+    return found
+
+
+def _sha256_of_output(manifest: dict[str, Any], path: str) -> str | None:
+    return next((output["sha256"] for output in manifest["outputs"] if output["path"] == path), None)
 
 
 def _bytes_or_none(path: Path) -> bytes | None:
@@ -201,7 +227,7 @@ def read_manifest(root: Path, scope: str, step: str) -> dict[str, Any] | None:
 
 
 def find_manifest(root: Path, scope: str, step: str) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of a finished step, or None with the reason in words. An interrupted swap is completed first."""
+    """The manifest of a finished step, or None with the reason in words."""
     return load_manifest(_manifest_file(root, scope, step), scope, step)
 
 
@@ -225,14 +251,7 @@ def _kept_manifest(path: Path, scope: str, step: str, state: tuple[int, int, int
 
 
 def _manifest_file(root: Path, scope: str, step: str) -> Path:
-    """Where the manifest of a finished step is. A swap of the step's folder that was interrupted is completed first."""
-    final = step_dir(root, scope, step)
-    old = final.with_name(f".{step}.old")
-    if not final.exists() and old.exists():  # died between the two renames of publish_step, or is between them now
-        with contextlib.suppress(OSError), _publishing(root):
-            if old.exists() and not final.exists():
-                os.replace(old, final)
-    return final / "manifest.json"
+    return step_dir(root, scope, step) / "manifest.json"
 
 
 def altered_outputs(

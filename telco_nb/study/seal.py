@@ -7,20 +7,36 @@ Whoever changes files can write a new seal for them, so keep the hash that a run
 
 The stores of judges and of the generator, and the log of calls, only ever grow, so one that is longer than it was
 sealed is told apart from one whose sealed lines have changed.
+
+A command that reads a study calls `require_unchanged` first: what a step wrote is compared with its manifest, all else
+with the seal, as a run does it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from telco_nb.study.input_files import MOST_RECORD_BYTES, InputFileError, read_json
 from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, sealed
-from telco_nb.study.record import CHUNK_BYTES, RecordError, json_bytes, whole_lines_bytes, write_json
+from telco_nb.study.plan import STEPS
+from telco_nb.study.record import (
+    CHUNK_BYTES,
+    RecordError,
+    altered_exports,
+    altered_outputs,
+    find_manifest,
+    json_bytes,
+    step_dir,
+    whole_lines_bytes,
+    write_json,
+)
 
 SEAL_NAME = "seal.json"
 STORE = "store"  # name of the folder of a store
@@ -63,6 +79,15 @@ def seal_study(root: Path) -> str:
     return content[SEAL]
 
 
+def forget_deleted_stores(root: Path) -> None:
+    """Take stores that somebody has deleted out of a seal: what is asked again is no change of their sealed lines."""
+    seal = _read_seal(root)
+    deleted = [path for path in (seal or {"files": {}})["files"] if is_store(path) and not (root / path).exists()]
+    if seal and deleted:
+        kept = {path: entry for path, entry in seal["files"].items() if path not in deleted}
+        write_json(root / SEAL_NAME, sealed(seal | {"files": kept}))
+
+
 def seal_hash(root: Path) -> str | None:
     """The hash of a study's seal; None if it has no whole one."""
     seal = _read_seal(root)
@@ -91,6 +116,53 @@ def check_seal(root: Path, wanted: Callable[[str], bool] = lambda _: True, known
     found = {path: _difference(root, path, entry) for path, entry in seal["files"].items() if wanted(path)}
     found |= {path: "new" for path in shown_files(root) if path not in seal["files"] and wanted(path)}
     return [Difference(kind, path) for path, kind in sorted(found.items()) if kind]
+
+
+def require_unchanged(root: Path, *patterns: str, needs_seal: bool = False) -> None:
+    """Return if the files that a command is about to read are as the runs of the study have left them.
+
+    A store may have grown since it was sealed, by an import or by a run that was killed, or be gone; files may be new.
+
+    Args:
+        root: the study's folder.
+        patterns: paths from there, such as `<scope>/<step>/<file>`, as for `fnmatch`. With a step its exports count.
+        needs_seal: refuse a study without a seal, which alone can prove the report; else nothing is compared with it.
+
+    Raises:
+        RecordError: a file was changed or is missing; the message names every one, and the fix.
+    """
+    found = _altered_results(root, patterns)
+    if needs_seal or (root / SEAL_NAME).exists():
+        # What a step holds is proven by its manifest: a run that is under way, or was killed, has sealed nothing yet.
+        changes = check_seal(root, lambda path: not set(path.split("/")) & set(STEPS) and _matches(path, patterns))
+        found += [f"{change.path} was changed" for change in changes if change.kind == "changed"]
+        found += [f"{c.path} is missing" for c in changes if c.kind == "missing" and not is_store(c.path)]
+    if found:
+        raise RecordError(
+            f"{root} is not as the runs of this study left it: {', '.join(found)}. Nothing was read. Restore this from "
+            f"a copy, or run ./run_all.py --profile {root.name}: it makes again what steps, report and seal hold. A "
+            "store can also be deleted: then its questions are asked again."
+        )
+
+
+def _altered_results(root: Path, patterns: Sequence[str]) -> list[str]:
+    """What is not as the manifests of the steps say that the patterns name, in words."""
+    found = []
+    folders = {folder for pattern in patterns for folder in root.glob("/".join(pattern.split("/")[:2]))}
+    for scope, step in sorted(f.relative_to(root).parts for f in folders if f.name in STEPS and f.parent != root):
+        manifest = find_manifest(root, scope, step)[0]
+        if manifest is None:
+            damaged = (step_dir(root, scope, step) / "manifest.json").exists()
+            found += [f"{scope}/{step}/manifest.json was changed"] * damaged
+            continue
+        wanted = partial(_matches, patterns=patterns, folder=f"{scope}/{step}/")
+        found += [f"{path.relative_to(root)} {fault}" for path, fault in altered_outputs(root, manifest, wanted)]
+        found += [f"{name} {fault}" for name, fault in altered_exports(root, manifest).items()]
+    return found
+
+
+def _matches(path: str, patterns: Sequence[str], folder: str = "") -> bool:
+    return any(fnmatch.fnmatchcase(folder + path, pattern) for pattern in patterns)
 
 
 def is_store(path: str) -> bool:

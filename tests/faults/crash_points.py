@@ -1,9 +1,10 @@
 """Counts every change of a file below one folder, and stops the process at a chosen one.
 
-`install()` must run before anything else is imported: it replaces `open`, `os.replace`, `os.rename`, `os.fsync`,
-`os.unlink` and `shutil.rmtree` for the whole process and those that it forks. `watch` then names the folder, a log that
-gets one line per change, and the fault. A point is `kind path n`: the n-th change of that kind of that path in a run.
-What libraries write without Python (Parquet, safetensors) is not seen; it all lies in work folders without a manifest.
+`install()` must run before anything else is imported: it replaces `open`, `os.write`, `os.replace`, `os.rename`,
+`os.fsync`, `os.unlink` and `shutil.rmtree` for the whole process and those that it forks. `watch` then names the
+folder, a log that gets one line per change, and the fault. A point is `kind path n`: the n-th change of that kind of
+that path in a run. What libraries write without Python (Parquet, safetensors) is not seen; it all lies in work folders
+without a manifest.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def watch(plan: Watch) -> None:
 def install() -> None:
     """Replace the functions that change files."""
     _real.update({"open": io.open, "rmtree": shutil.rmtree, "os.open": os.open})
-    for name in ("replace", "fsync", "unlink"):
+    for name in ("replace", "fsync", "unlink", "write"):
         _real[name] = getattr(os, name)
     os.replace = os.rename = _replace
     os.unlink = os.remove = lambda path, **more: _unlink(path, more)
+    os.write = _write
     os.fsync = lambda file: _change("fsync", _path_of(file), lambda: _real["fsync"](file))
     shutil.rmtree = _rmtree
     io.open = builtins.open = _open
@@ -70,6 +72,13 @@ def _replace(src: Any, dst: Any, **more: Any) -> None:
 def _unlink(path: Any, more: dict[str, Any]) -> None:
     exists = not more.get("dir_fd") and os.path.lexists(path)  # what is not there cannot be half removed
     return _change("unlink" if exists else None, path, lambda: _real["unlink"](path, **more))
+
+
+def _write(file: int, data: Any) -> int:
+    """A write to what `os.open` has opened, such as the log of calls."""
+    half = memoryview(data)[: len(data) // 2]
+    act, torn = (lambda part=part: _real["write"](file, part) for part in (data, half))
+    return _change("append", _path_of(file), act, torn)
 
 
 def _path_of(file: Any) -> str:
@@ -109,7 +118,7 @@ def _arrive(what: str) -> str | None:
         fcntl.flock(file, fcntl.LOCK_EX)
         seen = os.pread(file, 1 << 24, 0).decode().splitlines()
         point = f"{what} {1 + sum(line.rpartition(' ')[0] == what for line in seen)}"
-        os.write(file, f"{point}\n".encode())
+        _real["write"](file, f"{point}\n".encode())
     finally:
         os.close(file)
     return _watch.how if point == _watch.point else None

@@ -48,11 +48,22 @@ run = Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts
 """
 WRITE = """
 from telco_nb.hosted.attempts import AttemptStore
+from telco_nb.hosted.egress import Call, log_path, open_log
+from telco_nb.hosted.ledger import ledger_of
 from telco_nb.corpus.llm_writer import store_path
 store = AttemptStore(store_path(run.root))
+ledger, batch = ledger_of(store.path), value - 1
+if len(ledger.batches) == batch:
+    ledger.write("submitting", ids=[f"{value}-batch"], usd_at_most=0.02)
+if ledger.batches[batch].handle is None:
+    ledger.write("submitted", entry=batch, handle={"id": f"{value}-batch"})
+if not ledger.batches[batch].closed:
+    ledger.close(batch, "collected")
 for call in (f"{value}-{n}" for n in range(2)):
     if call not in store.ok:
         run.log(f"asks {call}")
+        with open_log(log_path(store.path)) as note:
+            note(Call.now("localhost", "machine", "generator", call.encode()))
         store.append([{"call_id": call, "status": "ok", "usd": 0.01, "text": "Restart the router. " * 9}])
 run.artefact("texts.txt").write_text("".join(store.ok[c]["text"] for c in sorted(store.ok) if c[0] == str(value)))
 """

@@ -96,6 +96,23 @@ def make_study(n: int = 16, judges: list[JudgeResults] | None = None, **columns:
     return StudyResults(results, draws, panel, repeats)
 
 
+def flip(path: Path, place: int = -1) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def write_again(root: Path, scope: str, step: str) -> None:
+    """Let the record of a step be one that has written the files which are in its folder now."""
+    folder = record.step_dir(root, scope, step)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [folder / output["path"] for output in manifest["outputs"] if (folder / output["path"]).is_file()]
+    facts = [{"sha256": record.sha256(path), "bytes": path.stat().st_size} for path in files]
+    outputs = [{"path": str(f.relative_to(folder))} | fact for f, fact in zip(files, facts, strict=True)]
+    record.write_manifest(folder / "manifest.json", manifest | {"outputs": outputs})
+
+
 class Builder:
     """Writes steps of one profile below `root` in the way that notebooks do."""
 

@@ -95,8 +95,13 @@ def build(root: Path, n_prompts: int, configs: list[str], hostile: dict[str, str
     return builder.root
 
 
-def run_judge(root: Path, monkeypatch: Any, **values: Any) -> tuple[Path, nbformat.NotebookNode]:
-    """Run the cells of 05 here, without a kernel; returns the judge's folder and the executed notebook."""
+def run_judge(
+    root: Path, monkeypatch: Any, target: Path | None = None, **values: Any
+) -> tuple[Path, nbformat.NotebookNode]:
+    """Run the cells of 05 here, without a kernel; returns the judge's folder and the executed notebook.
+
+    With `target` its results belong there, as those of a run by hand, and are not put in the place of the record's.
+    """
     given = declared("05_judge") | values
     job = make_job("05_judge", given)
     work = record.prepare_work_dir(job, root, "0" * 64)
@@ -116,7 +121,10 @@ def run_judge(root: Path, monkeypatch: Any, **values: Any) -> tuple[Path, nbform
             shown.extend(filter(lambda x: x is not None, [_run(cell.source, names)]))
             cells.append(new_code_cell(cell.source, metadata=cell.metadata, outputs=list(map(_output, shown))))
             names |= job.parameters if "parameters" in cell.metadata.get("tags", []) else {}
-    record.publish_step(root, job.scope, "05_judge")
+            if target and "run" in names:
+                names["run"].target = target
+    if not target:
+        record.publish_step(root, job.scope, "05_judge")
     return root / job.scope, new_notebook(cells=cells)
 
 

@@ -358,7 +358,8 @@ def test_a_changed_adapter_and_one_of_an_older_version_are_refused(study):
     folder = study / "c04/03_train/artefacts/adapter"
     (folder / "base_model.json").write_text("{}")
     result = run("chat", "c04", "--prompt", "Hi")
-    assert result.exit_code == 2 and "base_model.json" in result.stderr and "--steps 03" in result.stderr
+    assert result.exit_code == 3 and "adapter/base_model.json was changed" in result.stderr
+    assert "run ./run_all.py" in result.stderr
     manifest = folder.parents[1] / "manifest.json"
     facts = json.loads(manifest.read_text())
     facts["outputs"] = [output for output in facts["outputs"] if "base_model" not in output["path"]]
@@ -381,7 +382,7 @@ def test_a_base_model_that_is_missing_ends_with_exit_code_3(home):
 
 
 @pytest.mark.parametrize(("studied", "asked"), [("cpu", "cpu"), ("cuda", "auto"), ("auto", "auto")])
-def test_a_study_on_the_processor_is_asked_there_and_that_of_a_gpu_wherever_it_can(home, monkeypatch, studied, asked):
+def test_a_study_on_the_processor_is_asked_there_and_that_of_a_gpu_wherever_it_can(study, monkeypatch, studied, asked):
     from telco_nb.lora import device
 
     found, used = trained.find_trained("laptop", "c04"), []

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import shipped
 import yaml
-from fake_study import Builder
+from fake_study import Builder, flip
 from typer.testing import CliRunner
 
 from telco_nb import ROOT
@@ -283,3 +283,18 @@ def test_cards_of_ones_own_get_no_licence_and_no_claims_of_this_project(study, t
     head, text = readme(tmp_path / "export")
     assert head["license"] == "other" and not (tmp_path / "export" / "LICENSE").exists()
     assert "apache" not in text.lower() and "blind reading" not in text and "No lawyer" not in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "01_glossary/artefacts/glossary.json", "02_synth/artefacts/scenarios.parquet", "02_synth/manifest.json",
+        "02_synth/artefacts/conversations.parquet", "02_synth/artefacts/dataset_card.json", "01_glossary/manifest.json",
+    ],
+)  # fmt: skip
+def test_a_data_set_of_which_a_byte_was_changed_is_not_exported(study, tmp_path, name):
+    flip(tmp_path / "outputs" / "smoke" / "shared" / name, 40)
+    result = export(tmp_path / "export")
+    assert (
+        result.exit_code == 3 and f"shared/{name} was changed" in result.output and not (tmp_path / "export").exists()
+    )

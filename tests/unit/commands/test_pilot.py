@@ -14,7 +14,7 @@ from provider_server import Server, answer_body
 from telco_nb.commands import estimate, pilot
 from telco_nb.hosted import prices
 from telco_nb.judge import panel, protocol
-from telco_nb.study import params
+from telco_nb.study import params, record, seal
 from telco_nb.study.plan import declared, make_job, plan_jobs
 
 matplotlib.use("Agg")
@@ -89,3 +89,17 @@ def test_after_a_failed_gate_the_pilot_asks_nothing_more(served):
     gate = protocol.open_protocol(values, root).questions("controls")
     assert pilot.ask(protocol.open_protocol(values, root), 1000) == len(gate) == len(server.requests)
     assert pilot.ask(protocol.open_protocol(values, root), 1000) == 0  # it always takes the first seat
+
+
+@pytest.mark.parametrize("name", ["verdicts.jsonl", "batches.jsonl"])
+def test_a_judge_whose_sealed_lines_were_changed_is_asked_nothing_by_pilot_and_batches(served, name):
+    root, values, server = served
+    path = protocol.store_path(root, "own").with_name(name)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"event": "submitting", "ids": [], "usd_at_most": 0.1, "status": "ok", "judgement_id": "a"}\n')
+    seal.seal_study(root)
+    protocol.open_protocol(values, root)
+    path.write_text(path.read_text().replace("0.1", "0.0"))
+    with pytest.raises(record.RecordError, match=rf"judge-own/store/{name} was changed"):
+        protocol.open_protocol(values, root)
+    assert not server.requests

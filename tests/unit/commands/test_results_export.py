@@ -12,12 +12,14 @@ import fake_study
 import numpy as np
 import pandas as pd
 import pytest
-from fake_study import Builder
+from fake_study import Builder, flip, write_again
 from typer.testing import CliRunner
 
 from telco_nb.__main__ import app
 from telco_nb.commands import results
+from telco_nb.report import publish
 from telco_nb.report.publish import FILES
+from telco_nb.study import seal
 from telco_nb.study.record import sha256
 
 JUDGE = Path("judge-checklist", "05_judge", "artefacts", "judgements.parquet")
@@ -37,6 +39,7 @@ def finish(outputs: Path) -> Path:
         root / "results.csv", index=False
     )
     (root / "findings.json").write_text("[]")
+    seal.seal_study(root)
     return root
 
 
@@ -93,6 +96,7 @@ def test_a_log_holds_each_question_once_with_answer_gold_answer_and_scores(study
 def test_what_nobody_has_measured_has_no_score(study, tmp_path):
     (study / "judge-checklist/05_judge/tables/checks.parquet").unlink()
     (study / JUDGE).unlink()
+    write_again(study, "judge-checklist", "05_judge")
     results.export("laptop", tmp_path / "out")
     log = logs_of(tmp_path / "out")["c01"]
     assert log["results"]["scores"] == [] and all(sample["scores"] == {} for sample in log["samples"])
@@ -107,6 +111,7 @@ def test_wins_are_those_of_the_verdicts(study, tmp_path, winners, wins):
     rows = [("main", *pair, winner, 1, "p000", "x") for pair, winner in zip(pairs, winners, strict=True)]
     names = ["purpose", "config_first", "config_second", "winner", "margin", "prompt_id", "analysis"]
     pd.DataFrame(rows, columns=names).to_parquet(study / JUDGE)
+    write_again(study, "judge-checklist", "05_judge")
     results.export("laptop", tmp_path / "out")
     samples = {sample["id"]: sample for sample in logs_of(tmp_path / "out")["c01"]["samples"]}
     assert samples["p000"]["scores"]["wins, checklist (offline proxy)"]["value"] == wins
@@ -148,3 +153,25 @@ print(json.dumps({log.eval.model: {s.name: s.metrics["mean"].value for s in log.
     assert (
         found.keys() == expected.keys() and np.isfinite([v for scores in found.values() for v in scores.values()]).all()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("report/telco_report.html", True), ("report/answers.html", True), ("study/06_analysis/manifest.json", True),
+        ("seal.json", True), ("c02/04_energy/artefacts/answers.parquet", False), (str(JUDGE), False),
+        ("c01/03_train/metrics.json", False), ("shared/02_synth/artefacts/test_prompts.parquet", False),
+    ],
+)  # fmt: skip
+def test_a_study_of_which_a_byte_was_changed_is_neither_exported_nor_published(
+    study, tmp_path, monkeypatch, name, published
+):
+    flip(study / name)
+    monkeypatch.setattr(publish, "REFERENCE", tmp_path / "reference")
+    if "06" not in name:  # without its manifest no study is finished
+        done = CliRunner().invoke(app, ["results", "export", str(tmp_path / "out")])
+        assert done.exit_code == 3 and f"{name} was changed" in done.output and not (tmp_path / "out").exists()
+    if published:
+        done = CliRunner().invoke(app, ["publish"])
+        assert done.exit_code == 3 and not list(tmp_path.glob("reference/*")), done.output
+        assert "holds no finished study" in done.output or f"{name} was changed" in done.output

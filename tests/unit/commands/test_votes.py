@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from fake_study import flip, write_again
 from judge_study import command
 
 from telco_nb.commands import votes
+from telco_nb.engine import runner
 from telco_nb.judge import blind_pairs
 from telco_nb.judge.store import VerdictStore
-from telco_nb.study import params
+from telco_nb.study import params, seal
 from telco_nb.study.params import PARAMS_DIR
 
 matplotlib.use("Agg")
@@ -59,7 +61,7 @@ def stored(study, judge):
 
 
 def files_of(study):
-    return {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in study.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_the_key_stays_in_the_study_and_the_file_alone_says_nothing(study, tmp_path, capsys):
@@ -241,5 +243,53 @@ def test_answers_that_all_lose_by_rule_leave_nothing_to_vote_on(study, tmp_path,
     for config in CONFIGS[1:]:
         path = study / config / "04_energy" / "artefacts" / "answers.parquet"
         pd.read_parquet(path).assign(answer="").to_parquet(path)
+        write_again(study, config, "04_energy")
     assert command("votes", "export", study, tmp_path / "pairs.jsonl") == 2
     assert "nothing to vote on" in capsys.readouterr().err and not (study / "votes").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shared/01_glossary/artefacts/glossary.json", "shared/02_synth/artefacts/test_prompts.parquet",
+        "c02/04_energy/artefacts/answers.parquet", "untuned/04_energy/manifest.json", "votes/*.jsonl",
+        "judge-human-ann/store/verdicts.jsonl",
+    ],
+)  # fmt: skip
+def test_votes_on_a_study_of_which_a_byte_was_changed_are_neither_exported_nor_imported(
+    study, pairs, tmp_path, capsys, name
+):
+    path = write(tmp_path / "votes.jsonl", [longer(pair, rater="ann") for pair in pairs])
+    assert command("votes", "import", study, path) == 0
+    seal.seal_study(study)
+    assert command("votes", "import", study, path) == 0, "nothing has changed"
+    (changed,) = study.glob(name)
+    flip(changed, changed.stat().st_size // 2)
+    before, only_imported = files_of(study), name.startswith(("votes", "judge"))
+    assert command("votes", "import", study, path) == 3
+    assert f"{changed.relative_to(study)} was changed" in capsys.readouterr().err
+    if not only_imported:
+        assert command("votes", "export", study, tmp_path / "more.jsonl", "--seed", "4") == 3
+        assert f"{changed.relative_to(study)} was changed" in capsys.readouterr().err
+    assert files_of(study) == before
+
+
+def test_while_votes_are_imported_nobody_else_adds_to_the_study(study, pairs, tmp_path, capsys, monkeypatch):
+    half, real, codes = len(pairs) // 2, votes.replace_all, []
+    first, second = (
+        write(tmp_path / f"{i}.jsonl", [longer(pair, rater="ann") for pair in part])
+        for i, part in enumerate((pairs[:half], pairs[half:]))
+    )
+    monkeypatch.setattr(runner, "LOCK_SECONDS", 0.0)
+
+    def at_the_same_time(files):
+        monkeypatch.setattr(votes, "replace_all", real)
+        codes.append(command("votes", "import", study, second))
+        real(files)
+
+    monkeypatch.setattr(votes, "replace_all", at_the_same_time)
+    assert command("votes", "import", study, first) == 0 and codes == [3]
+    assert "is using" in capsys.readouterr().err
+    assert command("votes", "import", study, second) == 0
+    named = {line["pair_id"] for line in stored(study, "human-ann").ok.values() if line["source"] == "votes"}
+    assert named == {pair["pair_id"] for pair in pairs}

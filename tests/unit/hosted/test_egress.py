@@ -101,6 +101,18 @@ def test_a_call_without_a_reply_is_on_record_too(tmp_path):
     assert line["status"] is None and line["bytes_in"] == 0 and line["bytes_out"] > 0 and asking.ledger.batches == []
 
 
+def test_half_a_line_that_a_full_disk_has_left_spoils_no_other(tmp_path):
+    path, call = tmp_path / egress.CALLS, egress.Call.now("localhost", "machine", "judge", b"x")
+    for _ in range(2):
+        with egress.open_log(path) as note:
+            note(call)
+    whole = path.read_bytes().splitlines()[0]
+    path.write_bytes(whole + b"\n" + whole[:40])
+    with egress.open_log(path) as note:
+        note(call)
+    assert path.read_bytes().splitlines() == [whole, whole[:40], whole]
+
+
 def test_nothing_is_sent_if_it_cannot_be_put_on_record_and_it_costs_nothing(tmp_path):
     (tmp_path / "egress.jsonl").mkdir()
     with Server("openai", lambda body, n: GOOD) as server:

@@ -9,13 +9,18 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from fake_study import flip
 
 from telco_nb import ROOT
+from telco_nb.corpus import llm_writer
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import HostedModel, ProviderError
 from telco_nb.hosted.ledger import BatchLedger
 from telco_nb.hosted.lines import MONEY, StoreError
+from telco_nb.judge import panel
 from telco_nb.judge.store import VerdictStore
+from telco_nb.study import params, record, seal
+from telco_nb.study.plan import declared
 
 GOOD = {"call_id": "a", "status": "ok", "usd": 0.25, "output": {}}
 BAD_MONEY = ["NaN", "Infinity", "-Infinity", "-0.01", '"0.5"', '"free"', "true", "[1]", "{}", "1e999", "-5"]
@@ -191,3 +196,66 @@ def test_a_command_line_with_a_cap_that_is_no_money_ends_with_exit_code_2(option
     command = [sys.executable, "run_all.py", "--profile", "smoke", "--dry-run", "--max-usd", option]
     env = os.environ | {"TELCO_NB_OUTPUTS": str(tmp_path)}
     assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode == 2
+
+
+# ---------------------------------------------------------------- a sum that is not known
+
+UNREADABLE = {
+    "no JSON": b'{"call_id": "b", "status": "ok", "usd": 0.5, "output": {\n', "zeros": b"\0" * 80 + b"\n",
+    "usd twice": b'{"call_id": "b", "status": "ok", "usd": 0.5, "usd": 0, "output": {}}\n', "a list": b"[]\n",
+    "usd_at_most twice": b'{"call_id": "b", "status": "x", "usd_at_most": 0.5, "usd_at_most": null}\n',
+    "too deep": b"[" * 100_000 + b"\n", "no UTF-8": b'{"call_id": "\xff", "usd": 0.5}\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_line_that_cannot_be_read_makes_the_sum_unknown_and_is_named(data, tmp_path):
+    path = tmp_path / "shared" / "store" / "conversations.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(line().encode() + data + line(call_id="c").encode())
+    with pytest.raises(StoreError, match=r"conversations\.jsonl:2: .*Nothing is sent"):
+        attempts.spent_usd(tmp_path)
+    path.write_bytes(line().encode() + data.rstrip(b"\n")[:30])
+    assert attempts.spent_usd(tmp_path) == 0.25, "a last line that a kill cut short has not been paid yet"
+
+
+def test_with_a_store_that_cannot_be_read_a_judge_and_a_generator_are_not_opened(tmp_path, monkeypatch):
+    """In a plan, in a run, in the pilot and in batches: each opens its judge or generator by these two."""
+    path = tmp_path / "shared" / "store" / "conversations.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(UNREADABLE["usd twice"])
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef0123456789abcdef")
+    values = params.load_study("smoke").values("shared")
+    with pytest.raises(StoreError, match="what it cost is not known"):
+        llm_writer.open_session(values, HostedModel("openai", "gpt-5.2"), [], tmp_path, None)
+    values |= {"judge": "x", "judge_kind": "openai", "judge_model": "gpt-5.2", "judge_endpoint": None}
+    with pytest.raises(StoreError, match="what it cost is not known"):
+        panel.open_judge(declared("05_judge") | {k: v for k, v in values.items() if k.startswith("judge")}, tmp_path)
+
+
+def test_a_generator_works_on_the_unchanged_store_of_the_study_or_by_hand_on_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef0123456789abcdef")
+    values, model = params.load_study("smoke").values("shared"), HostedModel("openai", "gpt-5.2")
+    root, target = tmp_path / "smoke", tmp_path / "by-hand" / "smoke"
+    path = root / "shared" / "store" / "conversations.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(line() + '{"torn": ')
+    submitted(path.with_name("batches.jsonl"))
+    seal.seal_study(root)
+    before = path.read_bytes()
+    for _ in range(2):
+        session = llm_writer.open_session(values, model, [], root, None, target=target)
+        session.store.append([GOOD | {"call_id": "b"}])
+    assert path.read_bytes() == before and session.under_way == {"a", "b"}
+    assert (target / "shared/store/conversations.jsonl").read_text() == line() + 2 * line(call_id="b")
+    flip(path, 3)
+    for where in (None, target):
+        with pytest.raises(record.RecordError, match=r"conversations\.jsonl was changed"):
+            llm_writer.open_session(values, model, [], root, None, target=where)
+
+
+def test_an_event_of_a_ledger_that_gives_a_name_twice_is_refused(tmp_path):
+    path = tmp_path / "batches.jsonl"
+    path.write_text('{"event": "submitting", "ids": [], "usd_at_most": 5, "usd_at_most": 0}\n')
+    with pytest.raises(StoreError, match=r"batches\.jsonl:1.*stands twice"):
+        BatchLedger(path)

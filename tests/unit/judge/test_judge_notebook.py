@@ -8,15 +8,17 @@ import judge_study
 import matplotlib
 import pandas as pd
 import pytest
+from fake_study import flip
 from judge_study import HOSTILE
 
 from telco_nb.analysis import results
 from telco_nb.commands import rerank
-from telco_nb.judge import panel
+from telco_nb.judge import anchors, panel
 from telco_nb.judge.cases import Verdict
 from telco_nb.judge.store import VerdictStore
 from telco_nb.report.files import Page
 from telco_nb.report.pages import notebook_body
+from telco_nb.study import record, seal
 
 matplotlib.use("Agg")
 CONFIGS = ["c01", "c02", "c03"]
@@ -93,3 +95,20 @@ def test_after_a_failed_gate_a_paid_judge_is_asked_nothing_more_unless_told_to(r
         assert "No ranking" in json.dumps(notebook) and "nan" not in metrics["headline_blocked_by"]
         judge = results.read_judge("paid", lambda name: folder / "05_judge" / name)
         assert judge.scores.empty and len(judge.blocks) == 3
+
+
+def test_05_by_hand_with_other_configurations_leaves_the_store_of_the_record_as_it_is(root, monkeypatch, tmp_path):
+    folder, _ = judge_study.run_judge(root, monkeypatch, **SMALL)
+    store = folder / "store" / "verdicts.jsonl"
+    seal.seal_study(root)
+    before, target = store.read_bytes(), tmp_path / "by-hand" / "smoke"
+    judge_study.run_judge(root, monkeypatch, target=target, **SMALL | {"configs": CONFIGS[:2]})
+    copy = target / folder.name / "store" / "verdicts.jsonl"
+    assert store.read_bytes() == before and copy.read_bytes().startswith(before)
+    planned = VerdictStore(copy).planned("pairs")
+    assert set(planned["config_first"]) <= {*CONFIGS[:2], *anchors.ANCHORS} and len(copy.read_bytes()) > len(before)
+    judge_study.run_judge(root, monkeypatch, target=target, **SMALL)
+    assert copy.read_bytes().count(before.splitlines()[0]) == 1, "what the copy holds is not copied twice"
+    flip(store)
+    with pytest.raises(record.RecordError, match=r"verdicts\.jsonl was changed"):
+        judge_study.run_judge(root, monkeypatch, target=target, **SMALL)

@@ -15,6 +15,7 @@ from telco_nb.judge.anchors import ANCHORS
 from telco_nb.judge.cases import CRITERIA, Case, JudgeError, Verdict, degenerate_answer, printable
 from telco_nb.judge.prompts import MAX_ANSWER_CHARACTERS, PairReply, RubricReply, render_prompt
 from telco_nb.judge.store import FIELDS, VerdictStore, judged_rows, rated_rows
+from telco_nb.study import seal
 
 CONFIGS = ["c01", "c02", "c03"]
 
@@ -231,3 +232,21 @@ def test_a_store_in_which_nobody_answered_ranks_nothing_and_says_so(prompts, tmp
     assert store.statuses == {"timeout": plan["judgement_id"].nunique()}
     with pytest.raises(bradley_terry.RankingError, match="nothing has been asked"):
         rerank.rerank(VerdictStore(tmp_path / "empty.jsonl"))
+
+
+def test_two_verdicts_that_change_places_rank_nothing_and_the_store_is_named(prompts, hostile, tmp_path, capsys):
+    folder = tmp_path / "smoke" / "judge-checklist"
+    store, judge = VerdictStore(folder / "store" / "verdicts.jsonl"), checklist.ChecklistJudge("checklist")
+    plan = judge_study.pair_plan(prompts, CONFIGS)
+    plan = put(judge, plan, asking.build_cases(plan, prompts, hostile, CARDS), store)
+    seal.seal_study(folder.parent)
+    assert command("rerank", folder, "--draws", "50") == 0 and "c01" in capsys.readouterr().out
+    text = store.path.read_text()
+    swapped = text.replace('"verdict": "A"', '"verdict": "?"').replace('"verdict": "B"', '"verdict": "A"')
+    store.path.write_text(swapped.replace('"verdict": "?"', '"verdict": "B"'))
+    assert store.path.read_text() != text and command("rerank", folder, "--draws", "50") == 3
+    said = capsys.readouterr()
+    assert "judge-checklist/store/verdicts.jsonl was changed" in said.err and not said.out
+    store.path.write_text(text)
+    store.append([store.ok[plan["judgement_id"].iloc[0]] | {"attempt": 2}])
+    assert command("rerank", folder, "--draws", "50") == 0, "it has only grown"

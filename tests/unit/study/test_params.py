@@ -217,7 +217,7 @@ def test_base_yaml_explains_every_key():
     "name",
     [
         "tie", "untuned", "gold", "reference", "template", "echo", "nearest", "shared", "study", "report", "judge-x",
-        "c01-seed9", "c01-seedx", "a-seed", "c01-drift", "C01", "c 1", "c01.x", "-c",
+        "votes", "store", "c01-seed9", "c01-seedx", "a-seed", "c01-drift", "C01", "c 1", "c01.x", "-c",
     ],
 )  # fmt: skip
 def test_a_configuration_whose_name_means_something_else_is_refused_with_its_file(folder, name):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telco_nb.notebook import Run
-from telco_nb.study import content_key, manifest, record
+from telco_nb.study import content_key, manifest, record, seal
 from telco_nb.study.content_key import is_current
 from telco_nb.study.plan import Job
 
@@ -225,11 +225,31 @@ def test_a_dead_process_that_nobody_collected_is_swept_as_well(tmp_path):
 def test_a_replaced_folder_goes_only_when_its_successor_is_there(tmp_path):
     old = tmp_path / "c01" / ".03_train.old"
     old.mkdir(parents=True)
+    (old / "metrics.json").touch()
     record.sweep_replaced(tmp_path, "c01", "03_train")
-    assert old.is_dir(), "it is the last good result"
-    (tmp_path / "c01" / "03_train").mkdir()
+    assert (tmp_path / "c01" / "03_train" / "metrics.json").exists(), "it is the last good result"
+    assert not old.exists()
+    old.mkdir()
     record.sweep_replaced(tmp_path, "c01", "03_train")
     assert not old.exists()
+
+
+def test_who_reads_a_step_whose_swap_was_interrupted_finds_it_and_renames_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(content_key, "content_key", lambda job, root: ("0" * 64, {}))
+    finished(tmp_path)
+    whole = record.read_manifest(tmp_path, "study", "06_analysis")
+    current = is_current(JOB, tmp_path)
+    final = record.step_dir(tmp_path, "study", "06_analysis")
+    os.replace(final, final.with_name(".06_analysis.old"))
+    (tmp_path / ".publish.lock").unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert record.read_manifest(tmp_path, "study", "06_analysis") == whole is not None
+    assert record.finished(tmp_path, "study", "06_analysis")
+    assert is_current(JOB, tmp_path) == current and list(record.altered_outputs(tmp_path, whole)) == []
+    seal.require_unchanged(tmp_path, "study/06_analysis/*")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    record.sweep_replaced(tmp_path, "study", "06_analysis")
+    assert final.is_dir() and not final.with_name(".06_analysis.old").exists() and is_current(JOB, tmp_path) == current
 
 
 def test_a_write_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):

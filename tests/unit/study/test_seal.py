@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_study import Builder, flip
 
 from telco_nb import ROOT
 from telco_nb.engine import sealing
@@ -157,3 +158,83 @@ def test_a_run_names_what_was_changed_beside_it_but_not_what_manifests_name(stud
     (study / "shared/01_glossary/log.txt").write_text("changed\n")
     (study / "c01" / "notes.txt").write_text("new\n")
     assert [str(change) for change in sealing.changes_since(study)] == ["changed  shared/01_glossary/log.txt"]
+
+
+# ---------------------------------------------------------------- who reads a study
+
+READ = ("judge-checklist/store/*", "report/*", "study/06_analysis/*", "shared/store/*", "votes/*")
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """A sealed study whose 06 has a manifest and exports a file, with a store, a key of votes and a report."""
+    builder = Builder(tmp_path)
+    run = builder.open("06_analysis", "study")
+    run.artefact("results.csv").write_text("config\nc01\n")
+    run.export("results.csv", run.artefact("results.csv"))
+    builder.close(run, "analysed")
+    for name in ("judge-checklist/store/verdicts.jsonl", "shared/store/batches.jsonl", "votes/a.jsonl"):
+        (builder.root / name).parent.mkdir(parents=True)
+        (builder.root / name).write_text('{"verdict": "A"}\n{"verdict": "B"}\n')
+    (builder.root / "report").mkdir()
+    (builder.root / "report" / "answers.html").write_text("<p>answers</p>")
+    seal.seal_study(builder.root)
+    return builder.root
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "judge-checklist/store/verdicts.jsonl", "shared/store/batches.jsonl", "votes/a.jsonl", "report/answers.html",
+        "study/06_analysis/artefacts/results.csv", "study/06_analysis/manifest.json", "results.csv", "seal.json",
+    ],
+)  # fmt: skip
+def test_who_reads_a_changed_file_is_refused_with_its_name_and_who_reads_others_is_not(written, name):
+    seal.require_unchanged(written, *READ, needs_seal=True)
+    flip(written / name)
+    with pytest.raises(record.RecordError, match=rf"{name} was .*Restore this from a copy, or run \./run_all\.py"):
+        seal.require_unchanged(written, *READ)
+    if name != "seal.json":
+        seal.require_unchanged(written, "judge-other/store/*", "c01/03_train/*")
+
+
+@pytest.mark.parametrize("name", ["report/answers.html", "study/06_analysis/artefacts/results.csv", "results.csv"])
+def test_who_reads_a_missing_file_is_refused_with_its_name(written, name):
+    (written / name).unlink()
+    with pytest.raises(record.RecordError, match=rf"{name} (is|was) missing"):
+        seal.require_unchanged(written, *READ)
+
+
+def test_a_study_that_has_grown_since_it_was_sealed_is_read(written):
+    """By imports of votes and batches, by new exports of pairs, and by a run that was killed before it could seal."""
+    with (written / "judge-checklist/store/verdicts.jsonl").open("a") as stream:
+        stream.write('{"verdict": "A"}\n{"torn": ')
+    for name in ("judge-human-ann/store/verdicts.jsonl", "votes/b.jsonl"):
+        (written / name).parent.mkdir(parents=True, exist_ok=True)
+        (written / name).write_text("{}\n")
+    builder = Builder(written.parent)
+    run = builder.open("06_analysis", "study")
+    run.artefact("results.csv").write_text("config\nc02\n")
+    run.export("results.csv", run.artefact("results.csv"))
+    builder.close(run, "analysed again")
+    record.export_again(written, "study", "06_analysis")
+    seal.require_unchanged(written, *READ, "judge-human-ann/store/*", needs_seal=True)
+
+
+def test_without_a_seal_only_what_nothing_else_can_prove_is_refused(written):
+    (written / "seal.json").unlink()
+    seal.require_unchanged(written, *READ)
+    with pytest.raises(seal.NoSeal, match="A run writes it at its end"):
+        seal.require_unchanged(written, *READ, needs_seal=True)
+
+
+def test_a_store_that_was_deleted_can_be_filled_again_whatever_ends_the_run(written):
+    store = written / "judge-checklist/store/verdicts.jsonl"
+    store.unlink()
+    assert str(sealing.changes_since(written)[0]).startswith("missing")
+    seal.forget_deleted_stores(written)
+    store.write_text('{"verdict": "asked again"}\n')
+    seal.require_unchanged(written, *READ)
+    assert sealing.changes_since(written) == []
+    flip(written / "votes/a.jsonl")
+    assert told(written) == {"judge-checklist/store/verdicts.jsonl": "new", "votes/a.jsonl": "changed"}
