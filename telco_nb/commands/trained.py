@@ -5,7 +5,6 @@ torch is imported only when a model is loaded, so that the other commands start 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from telco_nb.commands.common import CommandError
 from telco_nb.engine.runner import UnfitError
 from telco_nb.hosted import egress
 from telco_nb.study import params
-from telco_nb.study.record import BASE_FILE, altered_outputs, profile_root, read_manifest, step_dir
+from telco_nb.study.record import BASE_FILE, altered_outputs, profile_root, read_manifest, read_object, step_dir
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +64,7 @@ def find_trained(profile: str, config: str) -> Trained:
         raise CommandError(f"{adapter} is of an older version: it does not name its base model. Run: {again}")
     answering = read_manifest(root, config, "04_energy")
     others = answering["parameters"] if answering else params.load_study(profile).values(config)
-    base = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
+    base = read_object(adapter / BASE_FILE)
     return Trained(config, profile, root, manifest, adapter, others | manifest["parameters"], base)
 
 
@@ -76,7 +75,7 @@ def answer_dtype(trained: Trained) -> torch.dtype:
     from telco_nb.lora.device import choose_dtype
 
     path = step_dir(trained.root, trained.config, "04_energy") / "metrics.json"
-    if path.is_file() and (name := json.loads(path.read_text(encoding="utf-8")).get("dtype")):
+    if path.is_file() and (name := read_object(path).get("dtype")):
         return getattr(torch, name)
     _use_device(trained)
     return choose_dtype(trained.values["dtype"])[0]

@@ -10,9 +10,9 @@ import pytest
 from judge_study import CARDS
 
 from telco_nb.commands import rerank
+from telco_nb.hosted.keys import printable
 from telco_nb.judge import asking, bias, blind_pairs, checklist, gate, panel, people, votes_file
 from telco_nb.judge.blind_pairs import KEY_COLUMNS, json_lines, make_export
-from telco_nb.judge.cases import printable
 from telco_nb.judge.store import VerdictStore, judged_rows
 from telco_nb.judge.votes_file import VotesError, one_vote_each, read_votes
 from telco_nb.study import params
