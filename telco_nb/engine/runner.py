@@ -175,6 +175,7 @@ def _plan(options: Options, result: RunOutcome) -> Planned:
     """Read the parameter files and choose the jobs of the options."""
     schedule.check_engine(options)
     if options.engine == "ray":
+        ray_engine.require_allowed_cluster(options.address)
         ray_engine.require_ray()
     record.use_outputs(options.outputs)
     study = load_study(options)
