@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -101,7 +100,7 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
     """
     import torch
 
-    from telco_nb.lora.base_model import load_model, silence_libraries
+    from telco_nb.lora.base_model import load_model, silence_libraries, weights_checksum
 
     silence_libraries()
     egress.log_hub(trained.root)
@@ -110,24 +109,14 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
         model, tokenizer = load_model(
             trained.values["base_model"], torch.float32, revision=trained.values.get("base_model_revision")
         )
-    checksum, quantization = trained.base["checksum"], trained.base["quantization"]
-    if quantization == "none" and _checksum(model, trained) != checksum:
+    checksum, dtype = trained.base["checksum"], getattr(torch, trained.base["dtype"])
+    found = weights_checksum(model, biases=trained.values["bias"] == "none", dtype=dtype)
+    if trained.base["quantization"] == "none" and found != checksum:
         raise CommandError(
             f"{trained.values['base_model']} does not hold the weights that {trained.config} was trained on: their "
             f"checksum was {checksum[:12]}. Bring those back, or train it again."
         )
     return model, tokenizer
-
-
-def _checksum(model: Any, trained: Trained) -> str:
-    """The checksum of the base weights in the number format of the training."""
-    import torch
-
-    from telco_nb.lora.base_model import weights_checksum
-
-    dtype = getattr(torch, trained.base["dtype"])
-    cast = SimpleNamespace(named_parameters=lambda: ((name, w.to(dtype)) for name, w in model.named_parameters()))
-    return weights_checksum(cast, biases=trained.values["bias"] == "none")
 
 
 def load_deployed(trained: Trained, dtype: torch.dtype, tuned: bool = True) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ from telco_nb.lora import unpacked
 from telco_nb.lora.chat_template import settle_end
 from telco_nb.lora.device import torch_device
 from telco_nb.lora.errors import ModelError
+from telco_nb.study.model_files import cache_dir
 from telco_nb.study.record import sha256
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -34,13 +35,6 @@ UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # number format -> pl
 BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # nf4: 4 bits and a quantised constant per 64 weights
 DROPPED_BYTES = 5  # of an input after dropout: a float32 and a flag
 CONFIG_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")  # what the estimates read
-
-
-def cache_dir() -> Path:
-    """User cache for unpacked models: TELCO_NB_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
-    if folder := os.environ.get("TELCO_NB_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telco_nb"
 
 
 def packaged_gguf() -> Path:
@@ -356,7 +350,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def weights_checksum(model: Any, biases: bool = True) -> str:
+def weights_checksum(model: Any, biases: bool = True, dtype: torch.dtype | None = None) -> str:
     """Checksum of the base weights, equal before and after a training that leaves the base model unchanged.
 
     The bits of each weight are summed as integers, which copies nothing: copies for sums of floats took half a second.
@@ -364,6 +358,7 @@ def weights_checksum(model: Any, biases: bool = True) -> str:
     Args:
         model: with or without adapters; adapter weights do not count.
         biases: False leaves biases out, for a training that changes them.
+        dtype: number format to which each weight is cast first; None for its own.
 
     Returns:
         sha256 in hexadecimal digits.
@@ -372,7 +367,8 @@ def weights_checksum(model: Any, biases: bool = True) -> str:
     for name, weight in model.named_parameters():
         if "lora_" not in name and (biases or not name.endswith("bias")):
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            bits = weight.detach().reshape(-1).view(torch.uint8)
-            words = bits.view(torch.int64) if bits.numel() % 8 == 0 and bits.data_ptr() % 8 == 0 else bits
+            bits = weight.detach().to(dtype or weight.dtype).reshape(-1).view(torch.uint8)
+            bits = bits.clone() if bits.data_ptr() % 8 else bits  # a place in a file must not change the sum
+            words = bits.view(torch.int64) if bits.numel() % 8 == 0 else bits
             digest.update(f"{name} {words.sum().item()}\n".encode())
     return digest.hexdigest()
