@@ -5,11 +5,11 @@ Loading works offline unless the user names a hub id. Weights are safetensors. R
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator
@@ -88,31 +88,41 @@ def _checked(folder: Path) -> Path:
 def unpack_gguf(gguf: Path, folder: Path) -> Path:
     """Dequantise a GGUF file into a folder of float32 safetensors; the folder appears complete or not at all.
 
-    The folder also holds a bfloat16 copy: mapping a file takes a quarter of the time of casting the weights.
+    The folder also holds a bfloat16 copy: mapping a file takes a quarter of the time of casting the weights. Of several
+    processes one unpacks, and the others wait for it. What processes left behind that were killed is deleted.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.parent.glob(f".{folder.name}.*"):  # nobody else unpacks this model now
+            shutil.rmtree(left, ignore_errors=True)
+        if not _is_unpacked(folder):
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            try:
+                _write_unpacked(gguf, temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return _checked(folder)
+
+
+def _write_unpacked(gguf: Path, folder: Path) -> None:
+    """Write the weights of a GGUF file in both number formats, its tokenizer, and the hashes of all files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # transformers does not save a model with a GGUF quantizer attached, although its weights are dequantised.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(temporary, safe_serialization=True)
-        model.to(torch.bfloat16).save_pretrained(temporary / BFLOAT16, safe_serialization=True)
-        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
-        tokenizer.save_pretrained(temporary)
-        record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
-        unpacked.write_record(temporary, record)
-        if not _is_unpacked(folder):  # another process may have finished first
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers does not save a model with a GGUF quantizer attached, although its weights are dequantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder, safe_serialization=True)
+    model.to(torch.bfloat16).save_pretrained(folder / BFLOAT16, safe_serialization=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(folder)
+    facts = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
+    unpacked.write_record(folder, facts)
 
 
 def load_model(

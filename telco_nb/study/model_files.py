@@ -14,6 +14,7 @@ from pathlib import Path
 
 from telco_nb import ROOT
 from telco_nb.study.input_files import InputFileError, read_json
+from telco_nb.study.machine import home_folder
 from telco_nb.study.params import ParameterError
 from telco_nb.study.record import sha256, write_json
 
@@ -22,10 +23,17 @@ MOST_FILES = 1_000  # of a base model
 
 
 def cache_dir() -> Path:
-    """User cache for unpacked models: TELCO_NB_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
+    """User cache for unpacked models: TELCO_NB_CACHE, else XDG_CACHE_HOME, else ~/.cache.
+
+    Raises ParameterError if none of them is known.
+    """
     if folder := os.environ.get("TELCO_NB_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~").expanduser() / ".cache") / "telco_nb"
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "telco_nb"
+    if home := home_folder():
+        return home / ".cache" / "telco_nb"
+    raise ParameterError("this user has no home folder for unpacked models. Name one in TELCO_NB_CACHE.")
 
 
 def model_hashes(base_model: str) -> dict[str, str]:
