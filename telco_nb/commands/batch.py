@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from telco_nb.study import params, record
 if TYPE_CHECKING:
     from pydantic_ai.models.batch import Batch, BatchRequest
 
+DEADLINE_S = 1800.0  # of one call: results may have 1 GiB
 T = TypeVar("T")
 Action = Literal["submit", "poll", "collect", "forget"]
 
@@ -95,9 +97,17 @@ def _batch_type() -> TypeAdapter[Batch]:
 
 
 async def _asked(session: Session, call: Awaitable[T]) -> T:
-    """What a call of the provider's SDK returns; each of its errors becomes CallsStopped, without its traceback."""
+    """What a call of the provider's SDK returns; each of its errors becomes CallsStopped, without its traceback.
+
+    The deadline is for the whole call: a server that sends a byte now and then never exceeds the limit of one reading.
+    """
     try:
-        return await call
+        async with asyncio.timeout(DEADLINE_S):
+            return await call
+    except TimeoutError:
+        host = session.client.hosted_model.host
+        fix = "Run it again: it goes on from the ledger"
+        raise CallsStopped("timeout", f"{host} did not end its reply within {DEADLINE_S:,.0f} s. {fix}.") from None
     except Exception as error:  # of the SDK, in any of its ways
         response = api.failed_response(error, session.client.hosted_model)
     raise CallsStopped(response.status, str(response.error))

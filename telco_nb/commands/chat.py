@@ -14,6 +14,7 @@ import typer
 from telco_nb.commands.common import Profile, errors_as_exit_codes
 from telco_nb.commands.model_card import held_against_bar, unfit_reasons
 from telco_nb.commands.trained import Config, Trained, answer_dtype, find_trained, load_deployed
+from telco_nb.hosted.keys import printable
 from telco_nb.report.files import read_study
 
 HELP = "/quit ends, /new starts another conversation."
@@ -65,6 +66,10 @@ def stream(speaker: Speaker, messages: list[dict[str, str]], max_tokens: int, te
     import torch
     from transformers import TextStreamer
 
+    class SafeStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
     from telco_nb.lora.chat_template import prompt_ids
 
     ids = torch.tensor([prompt_ids(speaker.tokenizer, messages)], device=speaker.model.device)
@@ -78,7 +83,7 @@ def stream(speaker: Speaker, messages: list[dict[str, str]], max_tokens: int, te
         attention_mask=torch.ones_like(ids),
         **options,
         max_new_tokens=max_tokens,
-        streamer=TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=SafeStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     return speaker.tokenizer.decode(written[0, start:], skip_special_tokens=True).strip()
 
@@ -134,5 +139,5 @@ def main(
             converse(trained, speakers, limit)
             return
         for speaker in speakers:
-            text = answer(trained, speaker, prompt, limit)
+            text = printable(answer(trained, speaker, prompt, limit))
             print(f"{speaker.name}: {text}" if beside else text)

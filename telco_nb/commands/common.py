@@ -14,12 +14,11 @@ from telco_nb.engine import runner
 from telco_nb.engine.schedule import finite
 from telco_nb.hosted.api import ProviderError
 from telco_nb.hosted.egress import SendingRefused
-from telco_nb.hosted.keys import redact
+from telco_nb.hosted.keys import printable, redact
 from telco_nb.hosted.lines import StoreError
 from telco_nb.hosted.prices import BudgetStop
 from telco_nb.hosted.session import CallsStopped
 from telco_nb.judge.bradley_terry import RankingError
-from telco_nb.judge.cases import printable
 from telco_nb.lora.errors import PreflightError
 from telco_nb.study import params, record, seal
 from telco_nb.study.input_files import InputFileError

@@ -6,7 +6,6 @@ belong together.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from telco_nb.corpus.scenarios import Scenario
 from telco_nb.notebook import data_path
 from telco_nb.study import params
 from telco_nb.study.content_key import path_hashes
-from telco_nb.study.record import profile_root, read_manifest, step_dir
+from telco_nb.study.record import naming_damage, profile_root, read_manifest, read_object, step_dir
 from telco_nb.study.seal import require_unchanged
 
 Tables = dict[str, dict[str, pa.Table]]  # by config and split
@@ -101,7 +100,7 @@ def open_study(profile: str) -> Study:
         ParameterError: there is no such profile.
         CommandError: the study has not made its data set yet, or its files have changed since; the message says which
             command makes it.
-        RecordError: the data set is not as its steps have written it.
+        RecordError: a file of the data set is damaged, or is not as its steps have written it.
     """
     root = profile_root(profile)
     require_unchanged(root, "shared/01_glossary/artefacts/glossary.json", "shared/02_synth/artefacts/*")
@@ -113,14 +112,19 @@ def open_study(profile: str) -> Study:
     if changed := _changed_files(manifest):
         raise CommandError(f"{changed[0]} is not as the study has read it. {make}")
     made = step_dir(root, "shared", "02_synth") / "artefacts"
-    rows = pq.read_table(made / "scenarios.parquet").to_pylist()
+    scenarios = made / "scenarios.parquet"
+    written_cards = step_dir(root, "shared", "01_glossary") / "artefacts" / "glossary.json"
+    with naming_damage(scenarios):
+        rows = [Scenario(**row) for row in pq.read_table(scenarios).to_pylist()]
+    with naming_damage(written_cards):
+        cards = load_cards(written_cards)
     values = glossary["parameters"] | manifest["parameters"]
     return Study(
         manifest,
         made / "conversations.parquet",
-        [Scenario(**row) for row in rows],
-        load_cards(step_dir(root, "shared", "01_glossary") / "artefacts" / "glossary.json"),
-        json.loads((made / "dataset_card.json").read_text(encoding="utf-8")),
+        rows,
+        cards,
+        read_object(made / "dataset_card.json"),
         all(data_path(values.get(name)) == DATA_DIR / folder for name, folder in SHIPPED.items()),
     )
 
@@ -146,8 +150,9 @@ def build_tables(study: Study) -> Tables:
     """
     reviews = load_reviews(study.path("reviews_path"), study.scenarios)
     scores = {row["scenario_id"]: {point: row[point] for point in POINTS} for row in reviews}
-    table = pq.read_table(study.conversations)
-    keys = zip(table["scenario_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
+    with naming_damage(study.conversations):
+        table = pq.read_table(study.conversations)
+        keys = zip(table["scenario_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
     own = pa.array([scores.get(name) if origin == "gold" else None for name, origin in keys], SCORES)
     scored = table.append_column("scores", own)
     noisy = load_noisy(study.path("noisy_path"), study.scenarios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from telco_nb.judge.prompts import render_prompt
 from telco_nb.judge.store import VerdictStore
 from telco_nb.notebook import data_path
 from telco_nb.study.plan import Job
+from telco_nb.study.record import RecordError, read_table
 
 SENT = {
     "generator": "fact cards and scenario readings, no customer data",
@@ -167,8 +169,10 @@ def _mean_interval(numbers: Sequence[float]) -> prices.Range:
 
 
 def _mean_answer(root: Path) -> int | None:
-    """Mean characters of the answers on disk; None if there are none."""
-    files = sorted(root.glob("*/04_energy/artefacts/answers.parquet"))
-    if not files:
-        return None
-    return round(pd.concat([pd.read_parquet(f, columns=["answer"]) for f in files])["answer"].str.len().mean())
+    """Mean characters of the answers on disk; None if there are none. A damaged file's step runs again."""
+    answers = []
+    for path in sorted(root.glob("*/04_energy/artefacts/answers.parquet")):
+        with contextlib.suppress(RecordError):
+            answers.append(read_table(path, ["answer"])["answer"].str.len())
+    lengths = pd.concat(answers) if answers else pd.Series(dtype=float)
+    return None if lengths.empty else round(lengths.mean())

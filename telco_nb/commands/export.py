@@ -99,7 +99,8 @@ def weights_dtype(trained: Trained, dtype: DTypeName) -> torch.dtype:
         return getattr(torch, dtype)
     with model_errors():
         source = resolve_model(trained.values["base_model"])
-    return AutoConfig.from_pretrained(source, trust_remote_code=False).dtype or torch.float32
+        revision = trained.values.get("base_model_revision") or "main"
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision).dtype or torch.float32
 
 
 # ---------------------------------------------------------------- the kinds of export

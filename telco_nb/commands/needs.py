@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from telco_nb import ROOT
 from telco_nb.commands.estimate import SAMPLED, Corpus
 from telco_nb.corpus import dataset
 from telco_nb.engine.machine_checks import FREE_BYTES, PACKAGED_MODEL, Needs, hub_cache
 from telco_nb.study.plan import Job
-from telco_nb.study.record import step_dir
+from telco_nb.study.record import RecordError, read_table, step_dir
 
 KEPT_CHECKPOINTS = 3  # of a training: the two newest, and the one that is being written
 PROBE_TIMEOUT_S = 900.0
@@ -53,11 +52,11 @@ def _work(training: list[Job], answering: list[Job], plan: Sequence[Job], root: 
     """Numbers of conversations and prompts, at most or as 02_synth has made them, and a sample of conversations."""
     values = {name: value for job in reversed(plan) for name, value in job.parameters.items()}
     made = step_dir(root, "shared", "02_synth") / "artefacts"
-    if (made / "train.parquet").is_file() and (made / "test_prompts.parquet").is_file():
-        train = pd.read_parquet(made / "train.parquet", columns=["messages"])["messages"]
+    try:
+        train = read_table(made / "train.parquet", ["messages"])["messages"]
         sample = [list(messages) for messages in train.iloc[:: max(1, len(train) // SAMPLED)]]
-        n_train, n_prompts, exact = len(train), len(pd.read_parquet(made / "test_prompts.parquet")), True
-    else:
+        n_train, n_prompts, exact = len(train), len(read_table(made / "test_prompts.parquet", ["prompt_id"])), True
+    except (FileNotFoundError, RecordError):  # not made yet, or damaged, so that the step runs again
         corpus = Corpus(values)
         written = sum(s.split == "train" for s in corpus.grid) * values["conversations_per_scenario"]
         n_train = min(written, values["train_conversations"] or written)

@@ -29,6 +29,7 @@ from telco_nb.commands.model_card import QUESTION
 from telco_nb.commands.trained import Config, Trained, find_trained
 from telco_nb.engine.runner import INTERRUPTED, UnfitError
 from telco_nb.study import record
+from telco_nb.study.model_files import cache_dir
 
 HOST = "127.0.0.1"
 READY_SECONDS, END_SECONDS, POLL_SECONDS = 300.0, 10.0, 0.2
@@ -110,8 +111,6 @@ def _folder(config: str) -> Generator[Path]:
 
 def served_dir() -> Path:
     """Where the merged models of running servers lie."""
-    from telco_nb.lora.base_model import cache_dir
-
     return cache_dir() / "served"
 
 

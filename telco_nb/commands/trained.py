@@ -6,11 +6,9 @@ torch is imported only when a model is loaded, so that the other commands start 
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -19,7 +17,7 @@ from telco_nb.commands.common import CommandError
 from telco_nb.engine.runner import UnfitError
 from telco_nb.hosted import egress
 from telco_nb.study import params
-from telco_nb.study.record import BASE_FILE, profile_root, read_manifest, step_dir
+from telco_nb.study.record import BASE_FILE, profile_root, read_manifest, read_object, step_dir
 from telco_nb.study.seal import require_unchanged
 
 if TYPE_CHECKING:
@@ -70,7 +68,7 @@ def find_trained(profile: str, config: str) -> Trained:
         raise CommandError(f"{adapter} is of an older version: it does not name its base model. Run: {again}")
     answering = read_manifest(root, config, "04_energy")
     others = answering["parameters"] if answering else params.load_study(profile).values(config)
-    base = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
+    base = read_object(adapter / BASE_FILE)
     return Trained(config, profile, root, manifest, adapter, others | manifest["parameters"], base)
 
 
@@ -81,7 +79,7 @@ def answer_dtype(trained: Trained) -> torch.dtype:
     from telco_nb.lora.device import choose_dtype
 
     path = step_dir(trained.root, trained.config, "04_energy") / "metrics.json"
-    if path.is_file() and (name := json.loads(path.read_text(encoding="utf-8")).get("dtype")):
+    if path.is_file() and (name := read_object(path).get("dtype")):
         return getattr(torch, name)
     _use_device(trained)
     return choose_dtype(trained.values["dtype"])[0]
@@ -107,7 +105,7 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
     """
     import torch
 
-    from telco_nb.lora.base_model import load_model, silence_libraries
+    from telco_nb.lora.base_model import load_model, silence_libraries, weights_checksum
 
     silence_libraries()
     egress.log_hub(trained.root)
@@ -116,24 +114,14 @@ def load_base(trained: Trained) -> tuple[Any, Any]:
         model, tokenizer = load_model(
             trained.values["base_model"], torch.float32, revision=trained.values.get("base_model_revision")
         )
-    checksum, quantization = trained.base["checksum"], trained.base["quantization"]
-    if quantization == "none" and _checksum(model, trained) != checksum:
+    checksum, dtype = trained.base["checksum"], getattr(torch, trained.base["dtype"])
+    found = weights_checksum(model, biases=trained.values["bias"] == "none", dtype=dtype)
+    if trained.base["quantization"] == "none" and found != checksum:
         raise CommandError(
             f"{trained.values['base_model']} does not hold the weights that {trained.config} was trained on: their "
             f"checksum was {checksum[:12]}. Bring those back, or train it again."
         )
     return model, tokenizer
-
-
-def _checksum(model: Any, trained: Trained) -> str:
-    """The checksum of the base weights in the number format of the training."""
-    import torch
-
-    from telco_nb.lora.base_model import weights_checksum
-
-    dtype = getattr(torch, trained.base["dtype"])
-    cast = SimpleNamespace(named_parameters=lambda: ((name, w.to(dtype)) for name, w in model.named_parameters()))
-    return weights_checksum(cast, biases=trained.values["bias"] == "none")
 
 
 def load_deployed(trained: Trained, dtype: torch.dtype, tuned: bool = True) -> tuple[Any, Any]:

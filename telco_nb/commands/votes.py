@@ -19,7 +19,7 @@ from telco_nb.judge.people import HumanJudge, Import, OutsideJudge, check_votes
 from telco_nb.judge.protocol import open_store, read_answers
 from telco_nb.judge.votes_file import Line, VotesError, one_vote_each, read_votes, refuse
 from telco_nb.report.blind_panel import panel_page
-from telco_nb.study import params, seal
+from telco_nb.study import params, record, seal
 from telco_nb.study.params import PARAMS_DIR, ParameterError, StudyParams
 from telco_nb.study.record import write_bytes
 
@@ -102,8 +102,12 @@ def panel_path(file: Path) -> Path:
 def score_draws(root: Path) -> list[pd.DataFrame]:
     """The draws of all rankings that a study has so far, (draws, configurations) each."""
     seal.require_unchanged(root, "judge-*/05_judge/tables/score_draws.parquet")
-    tables = map(pd.read_parquet, sorted(root.glob("judge-*/05_judge/tables/score_draws.parquet")))
-    return [table.pivot(index="draw", columns="config", values="score") for table in tables]
+    return [_score_draws(path) for path in sorted(root.glob("judge-*/05_judge/tables/score_draws.parquet"))]
+
+
+def _score_draws(path: Path) -> pd.DataFrame:
+    with record.naming_damage(path):
+        return record.read_table(path).pivot(index="draw", columns="config", values="score")
 
 
 def export_report(root: Path, file: Path, export: Export, material: Material, n: int = PAIRS) -> str:

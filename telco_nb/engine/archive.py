@@ -18,6 +18,7 @@ from typing import Any
 
 from telco_nb import ROOT
 from telco_nb.study import record
+from telco_nb.study.machine import home_folder
 
 LONG_LINES, HEAD_LINES, TAIL_LINES = 100, 40, 20
 LONG_CHARACTERS = 20_000
@@ -189,7 +190,7 @@ def without_machine_paths(text: str, root: Path) -> str:
         sysconfig.get_paths()["purelib"]: "site-packages",
         sysconfig.get_paths()["stdlib"]: "python",
         str(ROOT): "",
-        str(Path.home()): "~",
+        str(home_folder() or "/"): "~",
     }
     for place, name in places.items():
         if place != "/":

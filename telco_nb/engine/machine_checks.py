@@ -174,7 +174,7 @@ def _in_hub_cache(model: str) -> bool:
 
 def hub_cache() -> Path:
     """The folder into which models of the hub are downloaded."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))  # noqa: PTH111 - as the hub
     return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from telco_nb.engine.archive import Failure
+from telco_nb.hosted.keys import printable
 from telco_nb.study.plan import STEPS, Job
 
 HEARTBEAT_SECONDS = 60.0
@@ -228,7 +231,18 @@ class LiveTable:
         return Group(table, Text("\n".join(lines), style="bold"))
 
 
-class Output(Console):
+class SafeConsole(Console):
+    """A console whose texts cannot steer the terminal: names, reasons and errors come from files and servers, too.
+
+    Its own colours and movements of the cursor stay. rich takes out some control characters itself, but not ESC.
+    """
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class Output(SafeConsole):
     """Standard output, wide enough for the tables if it is not a terminal.
 
     Its level says what a run prints: `warning` only warnings and failures, `info` plan, steps and result, `debug` each
@@ -244,7 +258,7 @@ class Output(Console):
 
 def warn(console: Console, text: str) -> None:
     """Print a warning or a failure; on standard error where the level lets nothing else pass."""
-    chosen = Console(stderr=True, highlight=False) if console.quiet else console
+    chosen = SafeConsole(stderr=True, highlight=False) if console.quiet else console
     chosen.print(text, markup=False, soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -25,8 +26,9 @@ from telco_nb.engine import archive, shared_folder
 from telco_nb.engine.archive import Failure
 from telco_nb.engine.local_engine import Control, Event
 from telco_nb.engine.ray_node import PROCESSOR, check_node, run_on_node
-from telco_nb.engine.schedule import UnfitError
+from telco_nb.engine.schedule import UnfitError, UsageError
 from telco_nb.hosted import egress
+from telco_nb.hosted.hosts import Address
 from telco_nb.study import record
 from telco_nb.study.plan import Job
 
@@ -36,13 +38,30 @@ QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
 INSTALL = "pip install --no-deps -r requirements-ray.txt"
-FROM_DRIVER = (egress.NO_EGRESS, "HF_HUB_OFFLINE", "OMP_NUM_THREADS")  # variables that a job takes along
+# Variables that a job takes along: what may be sent where was agreed to at the driver, for all nodes.
+FROM_DRIVER = (egress.NO_EGRESS, egress.AGREED, "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 
 
 def require_ray() -> None:
     """Raise UnfitError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UnfitError(f"--engine ray needs the package ray, which is not installed. Run: {INSTALL}")
+
+
+def require_allowed_cluster(address: str | None) -> None:
+    """Returns if jobs may go to the cluster at an address. Raises EgressRefused if --no-egress forbids that.
+
+    The address `auto` names no host; `RayEngine` looks at the nodes that it has joined.
+    """
+    if address in (None, "auto", "local"):
+        return
+    try:
+        host = urlsplit(address if "//" in address else f"//{address}").hostname
+    except ValueError:
+        host = None
+    if not host:
+        raise UsageError(f"--address {address!r:.80} names no host. Write it as host:port.")
+    egress.require_allowed(Address("ray", host, None, ""), "--address")
 
 
 class RayEngine:
@@ -60,6 +79,8 @@ class RayEngine:
         self.folder = None if address else _short_folder()
         try:
             self._join(address) if address else self._start_here()
+            for node in self._nodes():
+                require_allowed_cluster(node["NodeManagerAddress"])
             self.demands = {job.id: demand(job, self._most("GPU")) for job in jobs}
             self._wait_for_nodes()
             self._check_nodes(jobs if address else [])  # the runner has checked this machine

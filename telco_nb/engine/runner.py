@@ -25,7 +25,7 @@ from rich.console import Console
 from telco_nb import DATA_DIR
 from telco_nb.engine import archive, forecast, machine_checks, ray_engine, schedule, sealing, shared_folder
 from telco_nb.engine.local_engine import Engine, LocalEngine, gpus_per_place
-from telco_nb.engine.progress import Output, State, duration_text, status_table, warn
+from telco_nb.engine.progress import Output, SafeConsole, State, duration_text, status_table, warn
 from telco_nb.engine.schedule import Options, UnfitError, UsageError, load_study
 from telco_nb.engine.worker import Runner
 from telco_nb.hosted import egress, prices
@@ -146,7 +146,7 @@ def _readable(value: Any) -> Any:
 
 
 def _print_error(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"run_all: {text}", markup=False, soft_wrap=True)
+    SafeConsole(stderr=True, highlight=False).print(f"run_all: {text}", markup=False, soft_wrap=True)
 
 
 class Planned(NamedTuple):
@@ -175,6 +175,7 @@ def _plan(options: Options, result: RunOutcome) -> Planned:
     """Read the parameter files and choose the jobs of the options."""
     schedule.check_engine(options)
     if options.engine == "ray":
+        ray_engine.require_allowed_cluster(options.address)
         ray_engine.require_ray()
     record.use_outputs(options.outputs)
     study = load_study(options)

@@ -57,6 +57,11 @@ def _pieces(key: str) -> set[str]:
     return {key[i : i + PIECE] for i in range(len(key) - PIECE + 1)}
 
 
+def printable(text: str) -> str:
+    """Replaces control characters, direction marks and lone surrogates, which could harm a page or a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def safe(text: object, hide: Callable[[str], str] = redact) -> str:
     """A text of a server in one line, fit for a terminal and a record; `hide` removes the keys.
 
@@ -64,7 +69,7 @@ def safe(text: object, hide: Callable[[str], str] = redact) -> str:
     becomes the replacement character and is not removed, so the parts of a key around it do not join.
     """
     line = hide(" ".join(hide(_text_of(text)).split()))
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)[:ERROR_CHARACTERS]
+    return printable(line)[:ERROR_CHARACTERS]
 
 
 def _text_of(value: object) -> str:

@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.corpus.cards import Card
+from telco_nb.hosted.keys import printable
 from telco_nb.judge import design
 from telco_nb.judge.anchors import ANCHORS
-from telco_nb.judge.cases import Answers, degenerate_answer, printable
+from telco_nb.judge.cases import Answers, degenerate_answer
 from telco_nb.judge.gate import planted_controls
 from telco_nb.judge.prompts import card_text
 from telco_nb.judge.store import text_sha256

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from telco_nb.corpus.cards import Card
+from telco_nb.hosted.keys import printable as printable  # for 05, which shows texts by it
 from telco_nb.study.params import ParameterError
 
 Form = Literal["pair", "rubric"]
@@ -142,11 +143,6 @@ class OfflineJudge(Judge):
     @abstractmethod
     def judge(self, case: Case) -> Verdict:
         """The verdict on a case. Raises JudgeError if there is none."""
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, direction marks and lone surrogates, which could harm a page or a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def degenerate_answer(text: str) -> Literal["empty", "looping"] | None:

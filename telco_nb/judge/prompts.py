@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from telco_nb import ROOT
 from telco_nb.corpus.cards import Card, Problem
-from telco_nb.judge.cases import CRITERIA, FLAGS, Case, Form, Verdict, printable
+from telco_nb.hosted.keys import printable
+from telco_nb.judge.cases import CRITERIA, FLAGS, Case, Form, Verdict
 
 MAX_ANSWER_CHARACTERS = 20_000  # of one answer in a prompt; no answer of the study is near it; it limits the cost
 TEMPLATES: dict[Form, str] = {"pair": "judge_prompt.md", "rubric": "judge_rubric_prompt.md"}

@@ -252,17 +252,25 @@ def read_answers(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
     """Reads the outputs of the earlier steps: test prompts, answers with the anchors, and cards by term_id.
 
-    Raises RecordError if one of them is not as its step has written it.
+    Raises RecordError if one is damaged or not as its step has written it, FileNotFoundError if one is missing.
     """
-    configs, shared = [*configs, UNTUNED], root / "shared"
+    configs = [*configs, UNTUNED]
+    made = root / "shared" / "02_synth" / "artefacts"
+    glossary = root / "shared" / "01_glossary" / "artefacts" / "glossary.json"
     answered = [f"{config}/04_energy/artefacts/answers.parquet" for config in configs]
     seal.require_unchanged(root, *SHARED_READS, *answered)
-    prompts = judged_prompts(pd.read_parquet(shared / "02_synth" / "artefacts" / "test_prompts.parquet"))
-    cards = {card.id: card for card in load_cards(shared / "01_glossary" / "artefacts" / "glossary.json")}
-    train = pd.read_parquet(shared / "02_synth" / "artefacts" / "train.parquet", columns=["messages"])
+    tests = made / "test_prompts.parquet"
+    with record.naming_damage(tests):
+        prompts = judged_prompts(record.read_table(tests))
+    glossary.stat()
+    with record.naming_damage(glossary):
+        cards = {card.id: card for card in load_cards(glossary)}
+    train = record.read_table(made / "train.parquet", columns=["messages"])
     answers = anchor_texts(prompts, cards, train)
     for config in configs:
-        table = pd.read_parquet(root / config / "04_energy" / "artefacts" / "answers.parquet")
+        table = record.read_table(
+            root / config / "04_energy" / "artefacts" / "answers.parquet", ["prompt_id", "answer"]
+        )
         answers |= {(config, i): text for i, text in zip(table["prompt_id"], table["answer"], strict=True)}
     return prompts, answers, cards
 

@@ -23,8 +23,9 @@ from scipy import stats
 from telco_nb import __version__
 from telco_nb.hosted import api
 from telco_nb.hosted.attempts import AttemptStore
+from telco_nb.hosted.keys import printable
 from telco_nb.judge import design
-from telco_nb.judge.cases import CRITERIA, Form, Judge, Question, Verdict, printable
+from telco_nb.judge.cases import CRITERIA, Form, Judge, Question, Verdict
 from telco_nb.judge.prompts import prompt_sha256
 from telco_nb.study.input_files import LARGEST_INTEGER
 

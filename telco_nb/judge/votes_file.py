@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from telco_nb.corpus import tables
-from telco_nb.judge.cases import Verdict, printable
+from telco_nb.hosted.keys import printable
+from telco_nb.judge.cases import Verdict
 from telco_nb.study.input_files import InputFileError, numbered_lines, parse_json
 
 SHOWN = ("conversation", "card", "answer_a", "answer_b")  # fields of an exported pair that a votes file may keep

@@ -5,11 +5,11 @@ Loading works offline unless the user names a hub id. Weights are safetensors. R
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Generator
@@ -24,6 +24,7 @@ from telco_nb.lora import unpacked
 from telco_nb.lora.chat_template import settle_end
 from telco_nb.lora.device import torch_device
 from telco_nb.lora.errors import ModelError
+from telco_nb.study.model_files import cache_dir
 from telco_nb.study.record import sha256
 
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -34,13 +35,6 @@ UNPACKED = {torch.float32: ".", torch.bfloat16: BFLOAT16}  # number format -> pl
 BYTES_PER_WEIGHT = {"none": None, "int8": 1.0, "nf4": 0.52}  # nf4: 4 bits and a quantised constant per 64 weights
 DROPPED_BYTES = 5  # of an input after dropout: a float32 and a flag
 CONFIG_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")  # what the estimates read
-
-
-def cache_dir() -> Path:
-    """User cache for unpacked models: TELCO_NB_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
-    if folder := os.environ.get("TELCO_NB_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telco_nb"
 
 
 def packaged_gguf() -> Path:
@@ -94,31 +88,41 @@ def _checked(folder: Path) -> Path:
 def unpack_gguf(gguf: Path, folder: Path) -> Path:
     """Dequantise a GGUF file into a folder of float32 safetensors; the folder appears complete or not at all.
 
-    The folder also holds a bfloat16 copy: mapping a file takes a quarter of the time of casting the weights.
+    The folder also holds a bfloat16 copy: mapping a file takes a quarter of the time of casting the weights. Of several
+    processes one unpacks, and the others wait for it. What processes left behind that were killed is deleted.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.parent.glob(f".{folder.name}.*"):  # nobody else unpacks this model now
+            shutil.rmtree(left, ignore_errors=True)
+        if not _is_unpacked(folder):
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            try:
+                _write_unpacked(gguf, temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return _checked(folder)
+
+
+def _write_unpacked(gguf: Path, folder: Path) -> None:
+    """Write the weights of a GGUF file in both number formats, its tokenizer, and the hashes of all files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # transformers does not save a model with a GGUF quantizer attached, although its weights are dequantised.
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(temporary, safe_serialization=True)
-        model.to(torch.bfloat16).save_pretrained(temporary / BFLOAT16, safe_serialization=True)
-        tokenizer: Any = AutoTokenizer.from_pretrained(**source)
-        tokenizer.save_pretrained(temporary)
-        record = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
-        unpacked.write_record(temporary, record)
-        if not _is_unpacked(folder):  # another process may have finished first
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers does not save a model with a GGUF quantizer attached, although its weights are dequantised.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder, safe_serialization=True)
+    model.to(torch.bfloat16).save_pretrained(folder / BFLOAT16, safe_serialization=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(**source)
+    tokenizer.save_pretrained(folder)
+    facts = {"source": gguf.name, "bytes": gguf.stat().st_size, "unpacked_at": time.strftime("%Y-%m-%d")}
+    unpacked.write_record(folder, facts)
 
 
 def load_model(
@@ -356,7 +360,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def weights_checksum(model: Any, biases: bool = True) -> str:
+def weights_checksum(model: Any, biases: bool = True, dtype: torch.dtype | None = None) -> str:
     """Checksum of the base weights, equal before and after a training that leaves the base model unchanged.
 
     The bits of each weight are summed as integers, which copies nothing: copies for sums of floats took half a second.
@@ -364,6 +368,7 @@ def weights_checksum(model: Any, biases: bool = True) -> str:
     Args:
         model: with or without adapters; adapter weights do not count.
         biases: False leaves biases out, for a training that changes them.
+        dtype: number format to which each weight is cast first; None for its own.
 
     Returns:
         sha256 in hexadecimal digits.
@@ -372,7 +377,8 @@ def weights_checksum(model: Any, biases: bool = True) -> str:
     for name, weight in model.named_parameters():
         if "lora_" not in name and (biases or not name.endswith("bias")):
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            bits = weight.detach().reshape(-1).view(torch.uint8)
-            words = bits.view(torch.int64) if bits.numel() % 8 == 0 and bits.data_ptr() % 8 == 0 else bits
+            bits = weight.detach().to(dtype or weight.dtype).reshape(-1).view(torch.uint8)
+            bits = bits.clone() if bits.data_ptr() % 8 else bits  # a place in a file must not change the sum
+            words = bits.view(torch.int64) if bits.numel() % 8 == 0 else bits
             digest.update(f"{name} {words.sum().item()}\n".encode())
     return digest.hexdigest()

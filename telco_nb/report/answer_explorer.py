@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from telco_nb.corpus.cards import Card, load_cards
+from telco_nb.hosted.keys import printable
 from telco_nb.judge import anchors
-from telco_nb.judge.cases import degenerate_answer, printable
+from telco_nb.judge.cases import degenerate_answer
 from telco_nb.judge.protocol import judged_prompts
 from telco_nb.judge.safety import CLAIMED, MISSING
 from telco_nb.report import config_cards

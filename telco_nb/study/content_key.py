@@ -18,6 +18,7 @@ from typing import Any
 
 from telco_nb import ROOT
 from telco_nb.study import imports, params
+from telco_nb.study.model_files import model_hashes
 from telco_nb.study.plan import Job
 from telco_nb.study.record import altered_outputs, find_manifest, finished, sha256, step_dir
 
@@ -77,7 +78,8 @@ def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
     for name, value in job.parameters.items():
         if name.endswith("_path") and value is not None:
             hashes |= path_hashes(value)
-    return hashes
+    model = model_hashes(job.parameters.get("base_model") or "")
+    return hashes | {f"base_model/{name}": digest for name, digest in model.items()}
 
 
 def path_hashes(value: str) -> dict[str, str]:

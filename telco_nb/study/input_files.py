@@ -1,8 +1,8 @@
 """Reads every file that people or other programs may have written: texts, YAML, JSON and lines of JSON.
 
-Whatever the file holds, it is either read or refused in seconds: its size, its depth and its integers have limits, YAML
-aliases and tags are no part of it, and every number is finite. What comes out is plain: mappings with texts as keys,
-lists, texts, numbers, true, false and null.
+Whatever the file holds, it is either read or refused in seconds: its size, its depth, the number of its values and its
+integers have limits, YAML aliases and tags are no part of it, and every number is decimal and finite. What comes out is
+plain: mappings with texts as keys, lists, texts, numbers, true, false and null.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ import yaml
 MOST_YAML_BYTES = 1 << 20  # the largest shipped card has 45 kB
 MOST_BYTES = 32 << 20
 MOST_RECORD_BYTES = 512 << 20  # manifest of 06 and seal: 3 and 9 kB a configuration
+MOST_YAML_VALUES = 200_000  # keys included
+BYTES_A_VALUE = 16  # of the largest JSON file: a file of many small values takes time by their number, not its size
 MOST_DEPTH = 30  # of lists and mappings in one another
 LARGEST_INTEGER = 2**63 - 1
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")}
+_NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float")}
 _TEXT = "tag:yaml.org,2002:str"
+_NOT_DECIMAL = re.compile(r"[-+]?0[\w]|[^:]*:")  # octal, hexadecimal, binary; base 60, which takes quadratic time
 
 
 class InputFileError(ValueError):
@@ -72,12 +76,19 @@ def _read_bytes(path: Path, most_bytes: int) -> bytes:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Reads plain scalars as null, true, false, numbers or texts; every key is a text, and stands once."""
+    """Reads plain scalars as null, true, false, decimal numbers or texts; every key is a text, and stands once.
+
+    What YAML 1.1 reads as a number with another base, such as 010, 0x1F or 9:30, is a text, as a person means it.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
         first: [(tag, pattern) for tag, pattern in resolvers if tag in _PLAIN]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def resolve(self, kind: type[yaml.Node], value: str, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        return _TEXT if tag in _NUMBERS and _NOT_DECIMAL.match(value) else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         for key, _ in node.value:
@@ -123,7 +134,7 @@ def read_yaml(path: Path, check: Callable[[yaml.Node], None] | None = None) -> A
 
 def _refuse_events(text: str) -> None:
     """Refuse what would make a small file large, or run code, before anything is built of it."""
-    depth = 0
+    depth = values = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _at(event, "aliases (&name, *name) are not used here. Write the value out")
@@ -132,6 +143,9 @@ def _refuse_events(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
             raise _at(event, f"nested more than {MOST_DEPTH} deep. Write it flat")
+        values += isinstance(event, yaml.NodeEvent)
+        if values > MOST_YAML_VALUES:
+            raise _at(event, f"more than {MOST_YAML_VALUES:,} values. Divide the file, or shorten it")
 
 
 def _yaml_fault(path: Path, error: Exception) -> str:
@@ -150,7 +164,7 @@ def parse_json(text: str) -> Any:
     Raises ValueError for what is no JSON, or gives a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -161,6 +175,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"{name!r:.60} is given twice")
     return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_once)
 
 
 def read_json(path: Path, control_characters: bool = False, most_bytes: int = MOST_BYTES) -> Any:
@@ -174,7 +191,9 @@ def read_json(path: Path, control_characters: bool = False, most_bytes: int = MO
     Raises:
         InputFileError: it cannot be read, or holds something else than JSON.
     """
-    return _json_value(read_text(path, most_bytes), str(path), control_characters)
+    text = read_text(path, most_bytes)
+    _refuse_many(text, path, most_bytes)
+    return _json_value(text, str(path), control_characters)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -182,15 +201,25 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises InputFileError if the file cannot be read, or a line holds something else than JSON.
     """
+    name = str(path)
     for number, line in numbered_lines(path):
-        yield number, _json_value(line, f"{path}, line {number}")
+        yield number, _json_value(line, f"{name}, line {number}")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of the filled lines of a file; a JSON text may hold other line separators than \\n."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    text = read_text(path)
+    _refuse_many(text, path, MOST_BYTES)
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, line
+
+
+def _refuse_many(text: str, path: Path, most_bytes: int) -> None:
+    """Refuse more values than can be looked at in time; counted are the marks that divide values, also in texts."""
+    most = most_bytes // BYTES_A_VALUE
+    if sum(text.count(mark) for mark in ",:[{\n") > most:
+        raise InputFileError(f"{path}: the file holds more than {most:,} values. Divide it, or shorten it.")
 
 
 def _json_value(text: str, where: str, control_characters: bool = False) -> Any:

@@ -20,6 +20,14 @@ AT_ONCE_VARIABLE = "TELCO_NB_JOBS_AT_ONCE"  # how many jobs share the machine's 
 NODE_VARIABLE = "TELCO_NB_NODE"  # the node of a cluster on which a job runs; unset: no cluster
 
 
+def home_folder() -> Path | None:
+    """The user's home folder; None where neither HOME nor the list of users names one, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 @cache
 def git_state() -> dict[str, Any]:
     """Commit and dirty flag of the working tree; both None outside a git checkout."""

@@ -443,7 +443,7 @@ def _refuse_traps(node: yaml.Node, where: str) -> None:
     elif isinstance(node, yaml.ScalarNode) and not node.style:  # plain, that is: unquoted
         for pattern, message in _TRAPS:
             if pattern.fullmatch(node.value):
-                raise ParameterError(f"{where}: {message(node.value)}")
+                raise ParameterError(f"{where}: {message(node.value[:40])}")
 
 
 def parameters_cell(notebook: Path) -> str:

@@ -16,12 +16,16 @@ import shutil
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from telco_nb import ROOT
+from telco_nb.study.input_files import MOST_RECORD_BYTES, read_json
 from telco_nb.study.manifest import load_manifest, sealed
 from telco_nb.study.params import check_profile_name, given_path
 from telco_nb.study.plan import Job
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 JOB_VARIABLE = "TELCO_NB_JOB"
 CHUNK_BYTES = 1 << 20  # that are read at once
@@ -273,6 +277,41 @@ def altered_outputs(
             yield path, "is missing"
         elif path.stat().st_size != output["bytes"] or sha256(path) != output["sha256"]:
             yield path, "was changed"
+
+
+@contextlib.contextmanager
+def naming_damage(path: Path) -> Generator[None]:
+    """Turns whatever a reader raises about a damaged output of a step into a RecordError that names the file.
+
+    A missing file stays a FileNotFoundError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # pyarrow's are among these
+        reason = " ".join(str(error).split())
+        raise RecordError(
+            f"{path} is damaged ({type(error).__name__}: {reason:.200}). Run ./run_all.py: it makes the step again."
+        ) from None
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> DataFrame:
+    """A table that a step wrote. Raises RecordError if it is damaged, FileNotFoundError if there is none."""
+    import pandas as pd  # the runner does without
+
+    with naming_damage(path):
+        return pd.read_parquet(path, columns=columns)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that a step wrote. Raises RecordError if it is damaged, FileNotFoundError if there is none."""
+    path.stat()
+    with naming_damage(path):
+        value = read_json(path, control_characters=True, most_bytes=MOST_RECORD_BYTES)
+        if not isinstance(value, dict):
+            raise TypeError("a JSON object is expected")
+    return value
 
 
 def whole_lines_bytes(stream: BinaryIO) -> int:

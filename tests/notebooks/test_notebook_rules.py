@@ -37,6 +37,20 @@ def test_there_are_exactly_the_six_notebooks_of_the_plan():
     assert [p.stem for p in NOTEBOOKS] == list(STEPS)
 
 
+def test_every_loading_of_a_base_model_names_its_revision():
+    """Else a hub model is the newest one in one cell and the pinned one in another."""
+    loaders = ("load_model", "model_shell", "load_tokenizer", "TrainingSpec")
+    found = 0
+    for path in NOTEBOOKS:
+        cells = ["".join(c["source"]) for c in load(path)["cells"] if c["cell_type"] == "code"]
+        for node in (node for cell in cells for node in ast.walk(ast.parse(cell.replace("%", "#")))):
+            name = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", None))
+            if isinstance(node, ast.Call) and name in loaders:
+                found += 1
+                assert "base_model_revision" in ast.unparse(node), f"{path.name}: {ast.unparse(node)}"
+    assert found >= 6
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
     def test_there_is_one_title_and_no_level_of_headings_is_skipped(self, path):

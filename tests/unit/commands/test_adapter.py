@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from telco_nb import ROOT
 from telco_nb.__main__ import app
-from telco_nb.commands import export, serve, trained
+from telco_nb.commands import chat, export, serve, trained
 from telco_nb.lora import adapter, base_model, chat_template, decoding
 from telco_nb.study import record
 
@@ -335,6 +335,19 @@ def test_a_conversation_is_streamed_starts_anew_and_ends_with_quit(home, one_thr
     result = run("chat", "c04", "--max-tokens", 12, keys=f"{PROMPT}\n\n/new\n{PROMPT}\n/quit\nnever asked\n")
     assert result.exit_code == 0 and result.stdout.count(f"c04: {wanted()}") == 2, result.output
     assert run("chat", "c04", "--max-tokens", 4, keys="Hi\n").exit_code == 0  # the end of the input ends it too
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07Restart\x9b31m\u202e it.\r"
+
+
+@pytest.mark.parametrize("words", [["--prompt", "Hi"], []], ids=["once", "streamed"])
+def test_an_answer_cannot_steer_the_terminal(home, one_thread, monkeypatch, words):
+    from transformers import TextStreamer
+
+    monkeypatch.setattr(chat, "answer", lambda *_: HOSTILE)
+    monkeypatch.setattr(TextStreamer, "put", lambda self, _: self.on_finalized_text(HOSTILE))
+    result = run("chat", "c04", *words, "--max-tokens", 2, keys="Hi\n/quit\n")
+    assert "Restart" in result.stdout and result.stdout.replace("\n", "").isprintable()
 
 
 def test_a_conversation_longer_than_the_model_can_read_is_not_answered(home):

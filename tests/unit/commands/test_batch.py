@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import threading
+import time
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from telco_nb import ROOT
 from telco_nb.__main__ import app
+from telco_nb.commands import batch
 from telco_nb.commands.batch import _act, _generator_work, _run, collect, judge_work, poll, submit
 from telco_nb.commands.common import CommandError
 from telco_nb.hosted import api, attempts, prices
@@ -44,6 +47,7 @@ class AnthropicBatches:
         self.ended = False
         self.refuse_create = False
         self.error = ""  # instead of every state and result
+        self.trickles = False  # a space now and then, and never a reply
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -71,8 +75,12 @@ class AnthropicBatches:
                 data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Content-Length", str(10**9 if outer.trickles else len(data)))
                 self.end_headers()
+                with contextlib.suppress(OSError):
+                    while outer.trickles:
+                        self.wfile.write(b" ")
+                        time.sleep(0.02)
                 self.wfile.write(data)
 
             def log_message(self, *_: object) -> None:
@@ -204,6 +212,26 @@ def test_a_mistake_of_our_own_is_no_failure_of_the_provider(server, tmp_path, mo
     monkeypatch.setattr("telco_nb.hosted.api.request_parameters", mistake)
     with pytest.raises(LookupError, match="ours"):
         act(server, tmp_path, submit, QUESTIONS)
+
+
+@pytest.mark.parametrize("step", [submit, poll, collect], ids=lambda step: step.__name__)
+def test_a_reply_that_trickles_ends_every_call_of_a_batch_and_the_next_one_goes_on(server, tmp_path, monkeypatch, step):
+    if step is not submit:
+        assert act(server, tmp_path, submit, QUESTIONS) == 7
+    arguments = () if step is poll else (QUESTIONS,)
+    server.trickles, server.ended = True, True
+    monkeypatch.setattr(batch, "DEADLINE_S", 0.5)
+    with pytest.raises(
+        CallsStopped, match=r"127\.0\.0\.1:\d+ did not end its reply within 0 s\. Run it again"
+    ) as stopped:
+        act(server, tmp_path, step, *arguments)
+    assert stopped.value.status == "timeout" and len(server.created) == 1
+    server.trickles = False
+    if step is submit:
+        with pytest.raises(CommandError, match="may exist"):
+            act(server, tmp_path, submit, QUESTIONS)
+    else:
+        assert act(server, tmp_path, collect, QUESTIONS) == {"ok": 7}
 
 
 def test_submit_poll_collect_can_each_be_repeated_and_every_question_is_paid_once_at_half_price(server, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import shipped
 import yaml
+from damage import damage
 from fake_study import Builder, flip
 from typer.testing import CliRunner
 
@@ -167,6 +168,15 @@ def test_no_file_holds_an_absolute_path_or_a_user_name(folder, tmp_path):
             text += json.dumps(pq.read_table(path).to_pylist(), ensure_ascii=False)
         for secret in (str(tmp_path), str(ROOT), str(Path.home()), "made_up_user"):
             assert not re.search(rf"{re.escape(secret)}(?!\w)", text), f"{path}: {secret}"
+
+
+@pytest.mark.parametrize("way", ["cut", "a table with other columns"])
+@pytest.mark.parametrize("name", ["scenarios.parquet", "conversations.parquet", "dataset_card.json", "glossary.json"])
+def test_a_damaged_file_of_the_study_ends_the_export_with_exit_code_3_and_its_name(study, tmp_path, name, way):
+    (path,) = (tmp_path / "outputs" / "smoke").glob(f"shared/*/artefacts/{name}")
+    damage(path, way)
+    result = export(tmp_path / "export")
+    assert result.exit_code == 3 and f"{name} is damaged" in result.stderr and not (tmp_path / "export").exists()
 
 
 def test_a_second_export_is_refused_without_replace_and_then_takes_the_place_of_the_first(folder):

@@ -4,11 +4,12 @@ import io
 
 import pandas as pd
 import pytest
+from damage import DAMAGES, damage
 from rich.console import Console
 from tiny_chat import tiny_tokenizer
 from transformers import Qwen2Config
 
-from telco_nb.commands import needs
+from telco_nb.commands import estimate, needs
 from telco_nb.engine import machine_checks, progress, runner
 from telco_nb.study import params
 from telco_nb.study.plan import plan_jobs
@@ -134,6 +135,25 @@ def test_what_02_has_made_is_counted_exactly(tmp_path):
     jobs = paper_jobs("any")
     work = needs._work(jobs, [job for job in jobs if job.step == "04_energy"], jobs, tmp_path)
     assert work["exact"] and work["conversations"] == 7 and work["new_tokens"] == 21 * 5 * 192
+
+
+@pytest.mark.parametrize("way", DAMAGES)
+def test_a_damaged_file_of_02_or_04_is_for_the_plan_as_if_it_were_not_there(tmp_path, way):
+    """The plan must not end: it is a run that makes the file again."""
+    jobs = paper_jobs("any")
+    absent = needs._work(jobs, [], jobs, tmp_path)
+    made, answers = tmp_path / "shared" / "02_synth" / "artefacts", tmp_path / "c01" / "04_energy" / "artefacts"
+    for folder in (made, answers):
+        folder.mkdir(parents=True)
+    pd.DataFrame({"messages": [[{"role": "user", "content": "Hello"}]]}).to_parquet(made / "train.parquet")
+    for path in (made / "test_prompts.parquet", answers / "answers.parquet"):
+        pd.DataFrame({"prompt_id": ["1"], "answer": ["12345"]}).to_parquet(path)
+    assert estimate._mean_answer(tmp_path) == 5 and needs._work(jobs, [], jobs, tmp_path)["exact"]
+    for name in ("train.parquet", "test_prompts.parquet"):
+        damage(made / name, way)
+        assert needs._work(jobs, [], jobs, tmp_path) == absent
+    damage(answers / "answers.parquet", way)
+    assert estimate._mean_answer(tmp_path) is None
 
 
 def test_two_folders_on_one_disk_need_their_bytes_together(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from damage import DAMAGES, damage
 from fake_study import flip, write_again
 from judge_study import command
 
@@ -116,6 +117,23 @@ def test_the_next_export_asks_first_where_the_rankings_are_unsure(study, tmp_pat
     export, _ = votes.export_pairs(study, tmp_path / "pairs.jsonl", 30)
     first = [row for row in export.key if row["purpose"] == "ranking"][:4]
     assert all({row["config_first"], row["config_second"]} == {"c02", "c03"} for row in first)
+
+
+READ = [
+    "shared/01_glossary/artefacts/glossary.json", "shared/02_synth/artefacts/test_prompts.parquet",
+    "shared/02_synth/artefacts/train.parquet", "c02/04_energy/artefacts/answers.parquet",
+    "judge-checklist/05_judge/tables/score_draws.parquet",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "way"), zip(READ, ["a list", *list(DAMAGES)[2:]], strict=False))
+def test_a_damaged_file_of_the_study_ends_a_command_with_exit_code_3_and_its_name(study, tmp_path, capsys, name, way):
+    (study / name).parent.mkdir(parents=True, exist_ok=True)
+    (study / name).touch()
+    damage(study / name, way)
+    assert command("votes", "export", study, tmp_path / "pairs.jsonl") == 3
+    said = capsys.readouterr().err
+    assert f"{name} is damaged" in said and "Run ./run_all.py" in said and said.count("\n") == 1
 
 
 def test_votes_become_a_judge_that_05_ranks(study, pairs, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """What a run prints at each level, and what stays readable with many configurations."""
 
+import contextlib
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -69,3 +71,30 @@ def test_plan_and_table_of_many_configurations_stay_short_and_show_every_failure
     said = console.file.getvalue()
     assert len(said.splitlines()) <= progress.MOST_ROWS + 15 and said.count("failed") == 1
     assert ("more" in said) == (n > progress.MOST_NAMES)
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x1b]8;;https://evil.example\x1b\\click\x9b31m\u202eevil\r\b\x7f"
+
+
+def steers(text: str) -> bool:
+    """True if a text holds more than rich's own colours, frames and movements of the cursor."""
+    return not re.sub(r"\x1b\[[0-9;?]*[A-KmhlG]|\r", "", text).replace("\n", "").isprintable()
+
+
+def test_what_a_run_prints_of_files_and_servers_cannot_steer_a_terminal(tmp_path, capsys):
+    console = progress.SafeConsole(file=io.StringIO(), force_terminal=True, width=200)
+    state = State(Job("03_train", HOSTILE, {}, ()), "run", HOSTILE, cells=3)
+    state.failure = Failure("error", HOSTILE, 3)
+    for status in ("running", "failed"):
+        state.status = status
+        for display in (progress.Lines(console, [state]), None):
+            with contextlib.nullcontext(display) if display else progress.open_display(console, [state]) as shown:
+                shown.changed(state)
+        console.print(progress.status_table([state]), HOSTILE)
+        progress.warn(console, HOSTILE)
+    runner._print_error(HOSTILE)
+    said = console.file.getvalue()
+    assert said.count("click") > 8 and "\x1b[" in said and not steers(said.replace("\x1b[2J", ""))
+    assert "\x1b[2J" not in said and "\r\b" not in said
+    error = capsys.readouterr().err
+    assert "click" in error and not steers(error)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ from rich.console import Console
 from telco_nb import ROOT
 from telco_nb.engine import archive, progress, ray_engine, ray_node, schedule, shared_folder, worker
 from telco_nb.engine.schedule import Options, UnfitError, UsageError
+from telco_nb.hosted import egress, hosts
 from telco_nb.study import params, record
 from telco_nb.study.content_key import content_key
 from telco_nb.study.plan import Job, plan_jobs
@@ -47,6 +49,49 @@ def test_a_missing_extra_is_exit_code_3_with_the_command_that_installs_it():
 def test_options_that_do_not_go_together_are_refused_with_the_fix(values, words):
     with pytest.raises(UsageError, match=words):
         schedule.check_engine(Options(**values))
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "words"),
+    [
+        ("8.8.8.8:6379", 4, "the host 8.8.8.8 lies outside this network (parameter --address)"),
+        ("ray://cluster.example.com:10001", 4, "cluster.example.com lies outside"),
+        ("[2001:4860::1]:6379", 4, "lies outside"),
+        ("0x08080808:6379", 4, "lies outside"),
+        ("[::1", 2, "names no host"),
+        (":6379", 2, "names no host"),
+        ("127.0.0.1:6379", 3, "package ray"),
+        ("ray://10.0.0.1:10001", 3, "package ray"),
+        ("auto", 3, "package ray"),
+    ],
+)
+def test_without_egress_no_job_goes_to_a_cluster_outside_this_network(address, code, words):
+    done = run_all("--engine", "ray", "--address", address, "--no-egress", "--dry-run", hide_ray=True)
+    assert done.returncode == code and words in done.stderr, done.stderr
+
+
+def test_without_egress_a_cluster_with_a_node_outside_this_network_is_refused(tmp_path, monkeypatch):
+    nodes = [{"Alive": True, "Resources": {}, "NodeManagerAddress": host} for host in ("10.0.0.1", "8.8.4.4")]
+    stopped = []
+    ray = SimpleNamespace(init=lambda **_: None, nodes=lambda: nodes, shutdown=lambda: stopped.append(True))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv(egress.NO_EGRESS, "1")
+    with pytest.raises(egress.EgressRefused, match=r"8\.8\.4\.4"):
+        ray_engine.RayEngine([], tmp_path, "auto", print)
+    assert stopped
+
+
+def test_a_job_takes_what_was_agreed_to_along_to_its_node(tmp_path, monkeypatch):
+    """Else a node that resolves a name to another address would ask it, though the plan has shown one nearby."""
+    monkeypatch.setenv(egress.AGREED, "")
+    egress.agree([hosts.parse_address("http://127.0.0.1:8000")])
+    given, engine, job = [], object.__new__(ray_engine.RayEngine), Job("train", "s", {}, ())
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *words: given.append(words[-1])))
+    engine.ray, engine.demands = SimpleNamespace(remote=lambda function: task), {job.id: {}}
+    engine._submit(job, tmp_path / "job.json", SimpleNamespace(token="t"))
+    assert given[0][egress.AGREED] == os.environ[egress.AGREED]
+    with pytest.raises(egress.EgressRefused, match="farther away"):
+        egress.require_agreed(hosts.parse_address("http://8.8.8.8/v1"), "judge_endpoint")
 
 
 def test_the_command_that_goes_on_names_the_engine_and_the_cluster():

@@ -30,7 +30,7 @@ from telco_nb.engine import (
 from telco_nb.engine.archive import Failure
 from telco_nb.engine.job import death_reason, kernel_environment
 from telco_nb.engine.progress import State
-from telco_nb.study import machine, params, record
+from telco_nb.study import machine, model_files, params, record
 from telco_nb.study.plan import Job, plan_jobs, refuse_too_few
 
 
@@ -310,6 +310,19 @@ def test_machine_paths_are_replaced_but_images_are_left_alone(tmp_path):
     assert archive.without_machine_paths(f"{Path.home()}/models {tmp_path}/a", tmp_path) == (
         f"~/models outputs/{tmp_path.name}/a"
     )
+
+
+def test_a_user_without_a_home_folder_can_keep_records_and_is_asked_for_a_cache_by_name(tmp_path, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    for name in ("TELCO_NB_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert archive.without_machine_paths(f"{tmp_path}/a /b", tmp_path) == f"outputs/{tmp_path.name}/a /b"
+    assert machine_checks.hub_cache().name == "hub"
+    with pytest.raises(params.ParameterError, match="Name one in TELCO_NB_CACHE"):
+        model_files.cache_dir()
 
 
 def test_a_failure_before_anything_was_saved_still_leaves_a_record(tmp_path):

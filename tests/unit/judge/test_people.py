@@ -10,9 +10,9 @@ import pytest
 from judge_study import CARDS
 
 from telco_nb.commands import rerank
+from telco_nb.hosted.keys import printable
 from telco_nb.judge import asking, bias, blind_pairs, checklist, gate, panel, people, votes_file
 from telco_nb.judge.blind_pairs import KEY_COLUMNS, json_lines, make_export
-from telco_nb.judge.cases import printable
 from telco_nb.judge.store import VerdictStore, judged_rows
 from telco_nb.judge.votes_file import VotesError, one_vote_each, read_votes
 from telco_nb.study import params
@@ -185,7 +185,7 @@ def test_votes_become_a_judge_whose_gate_swaps_and_ranking_are_computed_like_any
     assert result.validity["passed"] and result.blocks == []
     ranked = result.ranking.set_index("config")["score"]
     assert [name for name in ranked.index if name in CONFIGS] == CONFIGS
-    assert min(ranked["reference"], ranked["c01"]) > ranked["template"], "what needs no training stands on the same scale"
+    assert min(ranked["reference"], ranked["c01"]) > ranked["template"], "all stand on one scale"
     pairs = judged_rows(store.planned("pairs"), store)
     swaps = bias.bias_observations(pairs)["swap_consistent"].dropna()
     assert len(swaps) == 10 and swaps.mean() == 1

@@ -10,9 +10,10 @@ from judge_study import CARDS, HOSTILE, command, put, put_plan
 from pydantic import ValidationError
 
 from telco_nb.commands import rerank
+from telco_nb.hosted.keys import printable
 from telco_nb.judge import asking, bradley_terry, checklist, design
 from telco_nb.judge.anchors import ANCHORS
-from telco_nb.judge.cases import CRITERIA, Case, JudgeError, Verdict, degenerate_answer, printable
+from telco_nb.judge.cases import CRITERIA, Case, JudgeError, Verdict, degenerate_answer
 from telco_nb.judge.prompts import MAX_ANSWER_CHARACTERS, PairReply, RubricReply, render_prompt
 from telco_nb.judge.store import FIELDS, VerdictStore, judged_rows, rated_rows
 from telco_nb.study import seal

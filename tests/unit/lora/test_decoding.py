@@ -1,7 +1,9 @@
 """Answers: batching changes nothing, and a model that does not stop is not hidden."""
 
+import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -120,6 +122,46 @@ def cache(tmp_path, monkeypatch) -> Path:
 def resolved() -> str:
     unpacked._right.clear()  # as in a new process
     return base_model.resolve_model(base_model.PACKAGED_MODEL)
+
+
+def slow_unpacking(gguf: Path, folder: Path) -> None:
+    """Stands in for the unpacking: notes that it has begun, and takes as long as others need to begin as well."""
+    with (gguf.parent / "begun").open("a") as stream:
+        stream.write("x")
+    time.sleep(0.5)
+    (folder / base_model.BFLOAT16).mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    unpacked.write_record(folder, {"source": gguf.name})
+
+
+def test_of_several_processes_that_need_a_model_one_unpacks_it_and_sweeps_what_killed_ones_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_model, "_write_unpacked", slow_unpacking)
+    monkeypatch.setattr(unpacked, "_right", set())
+    folder, others = tmp_path / "cache" / "model-1", tmp_path / "cache" / ".model-2.7.tmp"
+    for left in (folder.with_name(".model-1.12.tmp"), folder.with_name(".model-1.a1b2c3d4"), others):
+        (left / "bfloat16").mkdir(parents=True)
+    work = (tmp_path / "model.gguf", folder)
+    work[0].touch()
+    processes = [
+        multiprocessing.get_context("fork").Process(target=base_model.unpack_gguf, args=work) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4 and (tmp_path / "begun").read_text() == "x"
+    assert sorted(p.name for p in folder.parent.iterdir()) == [".model-2.7.tmp", "model-1", "model-1.lock"]
+
+
+def test_an_unpacking_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(gguf, folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(base_model, "_write_unpacked", full)
+    with pytest.raises(OSError, match="No space"):
+        base_model.unpack_gguf(tmp_path / "a.gguf", tmp_path / "cache" / "a")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["a.lock"]
 
 
 @pytest.mark.parametrize("fault", ["no copy", "no hashes"])

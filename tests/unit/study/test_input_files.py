@@ -38,6 +38,10 @@ def test_a_file_has_the_same_content_however_an_editor_saved_it(tmp_path, save):
     assert list(read_json_lines(file(tmp_path, lines))) == [(1, value), (2, value)]
 
 
+def lines_of(path: Path) -> list:
+    return list(read_json_lines(path))
+
+
 YAML_FAULTS = [
     ("a: 1\nb: [1", 3, "not readable as YAML"),
     ("a: 1\nb: &x [1]", 2, "aliases"),
@@ -125,6 +129,28 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path, read):
 def test_a_file_beyond_the_limit_is_refused_with_the_limit(tmp_path):
     with pytest.raises(InputFileError, match=r"odd\.yaml: the file is larger than 1 MiB"):
         read_yaml(file(tmp_path, "a: " + "x" * input_files.MOST_YAML_BYTES))
+
+
+OTHER_BASES = ["010", "-017", "0x1F", "0b11", "9:30", "1:9:9.5", "1" + ":9" * 500_000, "2026-01-01", "<<", "1e5"]
+
+
+@pytest.mark.parametrize("written", OTHER_BASES, ids=range(len(OTHER_BASES)))
+def test_a_plain_scalar_is_a_decimal_number_or_the_text_that_a_person_sees(tmp_path, written):
+    """Otherwise 9:30 is 570, 010 is 8, and a long number in base 60 takes a minute for each megabyte."""
+    assert read_yaml(file(tmp_path, f"a: {written}")) == {"a": written}
+
+
+ZEROS, LISTS = "[" + "0, " * 200 + "0]", "[" + "[], " * 200 + "0]"
+MANY_VALUES = [(read_json, ZEROS), (read_json, LISTS), (read_yaml, ZEROS), (read_yaml, LISTS), (lines_of, "0\n" * 201)]
+
+
+@pytest.mark.parametrize(("read", "text"), MANY_VALUES, ids=range(len(MANY_VALUES)))
+def test_a_file_of_many_small_values_is_refused_by_their_number(tmp_path, read, text, monkeypatch):
+    monkeypatch.setattr(input_files, "BYTES_A_VALUE", input_files.MOST_BYTES // 200)
+    monkeypatch.setattr(input_files, "MOST_YAML_VALUES", 200)
+    with pytest.raises(InputFileError, match="more than 200 values"):
+        read(file(tmp_path, text))
+    assert read(file(tmp_path, text.replace("0, " * 20, "").replace("[], " * 20, "").replace("0\n" * 20, "")))
 
 
 LAUGHS = "a: &a [x]\n" + "".join(f"{name}: &{name} [{'*a, ' * 9}]\n" for name in "bcdefghij")

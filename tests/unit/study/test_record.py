@@ -7,7 +7,9 @@ import sys
 import threading
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from damage import DAMAGES, damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,3 +272,18 @@ def test_the_whole_lines_of_a_file_end_at_its_last_line_feed(tmp_path, monkeypat
     (tmp_path / "lines").write_bytes(data)
     with (tmp_path / "lines").open("rb") as stream:
         assert record.whole_lines_bytes(stream) == data.rfind(b"\n") + 1
+
+
+@pytest.mark.parametrize("way", DAMAGES)
+def test_a_damaged_output_of_a_step_is_an_error_of_the_record_that_names_the_file(tmp_path, way):
+    table, facts = tmp_path / "t.parquet", tmp_path / "metrics.json"
+    pd.DataFrame({"answer": ["a" * 5000]}).to_parquet(table)
+    facts.write_text(json.dumps({"dtype": "float32", "text": "a" * 5000}))
+    assert record.read_table(table, ["answer"]).shape == (1, 1) and record.read_object(facts)["dtype"] == "float32"
+    for read, path in ((lambda p: record.read_table(p, ["answer"]), table), (record.read_object, facts)):
+        damage(path, way)
+        with pytest.raises(record.RecordError, match=rf"{path.name} is damaged .*Run \./run_all\.py"):
+            read(path)
+        path.unlink()
+        with pytest.raises(FileNotFoundError):
+            read(path)
