@@ -37,9 +37,9 @@ PLAIN_STEP = "Set fused_step to false, so that transformers and peft compute, or
 # Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
 # architecture with less effect than these limits is seen in float32 only.
 STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.3)}
-# Of losses, gradients, and a gradient's length. Rounding made 1e-6, 4e-6 and 1e-6 in float32, and 0.020, 0.064 and
-# 0.020 in bfloat16 (packaged model, all or qv); a factor of 1.1 in one backward made 0.1 or more of the length.
-BACKWARD_TOLERANCE = {torch.float32: (1e-4, 1e-4, 1e-4), torch.bfloat16: (0.05, 0.15, 0.05)}
+# Of losses, gradients, and a gradient's length. Rounding made 2e-6, 4e-5 and 2e-5 in float32, and 0.020, 0.065 and
+# 0.021 in bfloat16 (packaged model, all or qv); a factor of 1.1 in one backward made 0.088 or more of the length.
+BACKWARD_TOLERANCE = {torch.float32: (1e-4, 1e-3, 1e-3), torch.bfloat16: (0.05, 0.15, 0.05)}
 FILLED_B = 0.01  # standard deviation of B in that comparison: at 0, as it starts, A has no gradient
 BASE_LOSS = (0.5, 8.0)  # nats per token, wide guesses
 
