@@ -130,14 +130,18 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
 def any_two(results: pd.DataFrame, x: str, y: str) -> Figure:
     """Any two columns of a results table against each other; ringed are those that no other one beats on both.
 
-    Beating is less along x and more along y. Configurations without one of the values are left out.
+    Beating is less along x and more along y. Configurations without one of the values are left out. Energies of
+    different kinds do not beat each other.
     """
     import matplotlib.pyplot as plt
 
     frame = results[list(dict.fromkeys([x, y]))].astype(float).dropna()
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     points_with_intervals(ax, frame, x, y, used={})
-    if len(frame):
+    by_energy = any(word in name for name in (x, y) for word in ("_wh", "joules", "mean_w"))
+    if by_energy and "energy_kind" in results and results.loc[frame.index, "energy_kind"].nunique(dropna=False) > 1:
+        ax.set_title("Energies of different kinds: none is ringed")
+    elif len(frame):
         front_line(ax, frame, pareto_front(frame[x], frame[y]), x, y)
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     plt.close(fig)
@@ -312,6 +316,17 @@ def kinds_text(bars: pd.DataFrame) -> str:
     """`estimated`, `measured`, `estimated and measured`: every kind that stands in the bars."""
     kinds = pd.concat([bars["cpu_kind"], bars["gpu_kind"]]).dropna()
     return " and ".join(sorted(set(kinds))) or "not metered"
+
+
+def extremes_text(bars: pd.DataFrame) -> str:
+    """Whether the energies of the cheapest and the most expensive configuration overlap; kinds are not compared."""
+    if len(bars) < 2:
+        return ""
+    if len(bars[["cpu_kind", "gpu_kind"]].drop_duplicates()) > 1:
+        return "Energies of different kinds do not stand on one ranking, so none is the cheapest."
+    least, most = bars.loc[bars["total_wh"].idxmin()], bars.loc[bars["total_wh"].idxmax()]
+    word = "overlap" if least["high_wh"] >= most["low_wh"] else "do not overlap"
+    return f"The intervals of the cheapest and the most expensive one ({least.name}, {most.name}) {word}."
 
 
 def energy_bars(ax: Axes, energy: pd.DataFrame) -> None:

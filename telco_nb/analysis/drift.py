@@ -61,9 +61,17 @@ def drift_finding(
         "drift",
         f"{config} was trained again {_hours(first, again):.1f} h later with the same seed: {energies[0]:.3g} Wh, then "
         f"{energies[1]:.3g} Wh ({ratio - 1:+.1%}, {kinds[0]}), in {pace:.2f} times the time; {_losses(first, again)}. "
-        f"Energies of configurations that differ by less than {abs(ratio - 1):.1%} can be the machine's drift.",
+        f"{_at_rest(first, again)}Energies of configurations that differ by less than {abs(ratio - 1):.1%} can be the "
+        "machine's drift.",
         ratio,
     )
+
+
+def _at_rest(first: Mapping[str, Any], again: Mapping[str, Any]) -> str:
+    """The power at rest before both trainings, of each component where both were measured; empty without one."""
+    watts = [(name, first.get(f"idle_{name}_w"), again.get(f"idle_{name}_w")) for name in ("cpu", "gpu", "battery")]
+    told = [f"the {name} drew {a:.1f} W, then {b:.1f} W" for name, a, b in watts if a is not None and b is not None]
+    return f"At rest {' and '.join(told)}. " if told else ""
 
 
 def _hours(first: Mapping[str, Any], again: Mapping[str, Any]) -> float:

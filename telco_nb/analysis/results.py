@@ -32,7 +32,8 @@ SET_LOSSES = (  # of the gold answers on the three test sets, from 04: nats per 
     "test_loss", "test_perplexity", "noisy_loss", "noisy_perplexity", "unseen_loss", "unseen_perplexity",
 )  # fmt: skip
 ENERGY_COLUMNS = (
-    "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "energy_kind", "energy_source",
+    "train_energy_wh", "train_energy_low_wh", "train_energy_high_wh", "train_net_energy_wh", "energy_kind",
+    "energy_source",
     "train_joules_per_token", "train_joules_per_supervised_token", "train_mean_w",
 )  # fmt: skip
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")

@@ -23,7 +23,8 @@ Metrics = Mapping[str, Mapping[str, Any]]  # by configuration
 
 
 class Rates(NamedTuple):
-    """What a kWh costs: `usd_per_kwh` in US dollars, `carbon_g_per_kwh` in grams of CO2e.
+    """What a kWh costs: `usd_per_kwh` in US dollars, `carbon_g_per_kwh` in grams of CO2e, and `carbon_source`,
+    whose electricity that is, when and who says so.
 
     `pue` is the power usage effectiveness: energy of the whole site over that of its machines. Money and CO2e are those
     of the site, energy is always the machine's.
@@ -31,6 +32,7 @@ class Rates(NamedTuple):
 
     usd_per_kwh: float
     carbon_g_per_kwh: float
+    carbon_source: str
     pue: float = 1.0
 
 
@@ -87,7 +89,7 @@ def serving_finding(table: pd.DataFrame, config: str | None, rates: Rates) -> Fi
     kind = "energy of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
     energy = f"{row['kwh']:.2g} kWh {interval_text(row['kwh_low'], row['kwh_high'], '.2g')} ({kind})"
     money = f"{row['usd']:.2g} USD at {rates.usd_per_kwh:g} USD a kWh"
-    carbon = f"{row['co2e_kg']:.2g} kg CO2e at {rates.carbon_g_per_kwh:g} g a kWh"
+    carbon = f"{row['co2e_kg']:.2g} kg CO2e at {rates.carbon_g_per_kwh:g} g a kWh ({rates.carbon_source})"
     overhead = "" if rates.pue == 1 else f" and a PUE of {rates.pue:g}"
     text = (
         f"A million answers of {config} take {energy}: {money} and {carbon}{overhead}, on this machine, without idle "

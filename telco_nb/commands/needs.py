@@ -15,6 +15,7 @@ import numpy as np
 from telco_nb import ROOT
 from telco_nb.commands.estimate import SAMPLED, Corpus
 from telco_nb.corpus import dataset
+from telco_nb.engine.job import common_environment
 from telco_nb.engine.machine_checks import FREE_BYTES, PACKAGED_MODEL, Needs, hub_cache
 from telco_nb.study.plan import Job
 from telco_nb.study.record import RecordError, read_table, step_dir
@@ -76,7 +77,7 @@ def _ask_probe(
         "base_model": model[0], "revision": model[1], "conversations": sample, "timed": timed,
         "trainings": [job.parameters for job in training], "answering": answer,
     }  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = os.environ | common_environment({"base_model": model[0]})  # as a study's, whose memory it measures
     command = [sys.executable, "-m", "telco_nb.lora.probe"]
     try:
         done = subprocess.run(

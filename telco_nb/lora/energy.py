@@ -79,6 +79,7 @@ class Meter:
         self._window_start: dict[str, Any] | None = None
         self._zones_uj: dict[str, float] = {}
         self._wrap_watch = Periodic(self._count_zones, RAPL_WRAP_S)
+        self.on_start = self.on_pause = lambda: None  # called around each window
 
     def _set_to_zero(self) -> None:
         names = ("window_s", "cpu_s", "gpu_j", "gpu_half_j", "tracker_cpu_s", "tracker_gpu_j")
@@ -156,6 +157,7 @@ class Meter:
     def start(self) -> None:
         """Open a window; does nothing if one is open."""
         if self._window_start is None:
+            self.on_start()
             self.card.open()
             self.tracker.start()
             self._window_start = self._snapshot()
@@ -186,6 +188,7 @@ class Meter:
         self.total["tracker_gpu_j"] += gpu_j
         self.card.close()
         self.n_windows += 1
+        self.on_pause()
 
     def stop(self) -> None:
         """Close the open window and end carbontracker."""

@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -225,15 +226,20 @@ class HeadLoss(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses, gradients = [], []
-        buffer = hidden.new_empty(min(len(hidden), HEAD_CHUNK), len(weight))  # for all chunks: new arrays took longer
+        # Compiled, the last chunk is as long as the others: one shape. What it holds beyond its end is never read.
+        least = HEAD_CHUNK if pointwise.is_compiled(hidden.device) else 0
+        size = max(least, min(len(hidden), HEAD_CHUNK))
+        buffer = hidden.new_empty(size, len(weight))  # for all chunks: new arrays took longer
         buffer32 = torch.empty_like(buffer, dtype=torch.float32) if buffer.dtype != torch.float32 else buffer
         for h, target in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
-            product, logits = buffer[: len(h)], buffer32[: len(h)]
+            n = len(h)
+            product, logits, filled = buffer[:n], buffer32[:n], buffer32[: max(n, least)]
             logits.copy_(torch.mm(h, weight.T, out=product))
-            loss, total = pointwise.fast(pointwise.chunk_losses, logits)(logits, target)
-            losses.append(loss)
+            labelled = F.pad(target, (0, len(filled) - n)) if len(filled) > n else target
+            loss, total = pointwise.fast(pointwise.chunk_losses, logits)(filled, labelled)
+            losses.append(loss[:n])
             if ctx.needs_input_grad[0]:
-                gradients.append(torch.mm(product.copy_(logits), weight).float().div_(total).sub_(weight[target]))
+                gradients.append(torch.mm(product.copy_(logits), weight).float().div_(total[:n]).sub_(weight[target]))
         ctx.save_for_backward(torch.cat(gradients) if gradients else None)
         ctx.dtype = hidden.dtype
         return torch.cat(losses)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 COMPILED_ON = {"cuda"}  # types of devices
 COMPILER: dict[str, Any] = {"fullgraph": True}  # all of a function or an error, never a part of it
@@ -80,4 +82,23 @@ def compiler_fault(device_type: str) -> str | None:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, **COMPILER)
+    """The function, compiled until the compiler fails: torch compiles 8 variants of it at most, then it raises."""
+    used = torch.compile(function, **COMPILER)
+
+    def call(*arguments: Any) -> Any:
+        nonlocal used
+        try:
+            return used(*arguments)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything was computed
+            if used is function:
+                raise
+            used = function
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(
+                f"{getattr(function, '__name__', function)} is no longer compiled: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return function(*arguments)
+
+    return call

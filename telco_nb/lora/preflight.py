@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from telco_nb.lora.packing import (
     examples_table,
     to_device,
 )
-from telco_nb.lora.step import base_dtype, plain_token_losses, token_losses
+from telco_nb.lora.step import base_dtype, plain_token_losses, prepare_step, token_losses
 from telco_nb.study.machine import device_facts
 
 # Share of the free memory that stays free: the estimate of a row may be 15 % too low, and freed memory leaves gaps.
@@ -36,6 +37,10 @@ PLAIN_STEP = "Set fused_step to false, so that transformers and peft compute, or
 # Relative, of losses and gradient. In bfloat16 rounding alone made 0.013 and 0.07 (packaged model), so a part of the
 # architecture with less effect than these limits is seen in float32 only.
 STEP_TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (5e-2, 0.3)}
+# Of losses, gradients, and a gradient's length. Rounding made 2e-6, 4e-5 and 2e-5 in float32, and 0.020, 0.065 and
+# 0.021 in bfloat16 (packaged model, all or qv); a factor of 1.1 in one backward made 0.088 or more of the length.
+BACKWARD_TOLERANCE = {torch.float32: (1e-4, 1e-3, 1e-3), torch.bfloat16: (0.05, 0.15, 0.05)}
+FILLED_B = 0.01  # standard deviation of B in that comparison: at 0, as it starts, A has no gradient
 BASE_LOSS = (0.5, 8.0)  # nats per token, wide guesses
 
 
@@ -135,6 +140,85 @@ def _refuse_difference(found: StepCheck, limits: tuple[float, float], kind: str,
                 f"{difference:.2g} (at most {most:g}). Part of its architecture ({kind}) is missing from the step. "
                 f"{remedy}"
             )
+
+
+class BackwardCheck(NamedTuple):
+    """The step beside transformers, peft and autograd: relative differences of losses and of the adapters' gradients.
+
+    `scale_difference`: of the kind of matrix (as B of q_proj, of all layers) where it is largest, how much longer or
+    shorter its gradient is along the right one. Rounding points anywhere and adds little to it; a wrong factor does.
+    """
+
+    loss_difference: float
+    gradient_difference: float
+    scale_difference: float
+
+
+def check_backward(model: Any, examples: list[Example]) -> BackwardCheck:
+    """Check the parts that `kernels` writes out against autograd, on the same row and in the same number format.
+
+    `check_step` sees the gradient of one matrix, and in bfloat16 beside the rounding of another way to compute. Nothing
+    is drawn from torch's generators, no gradient is kept, and the adapters are as before.
+
+    Args:
+        model: with adapters, after `step.prepare_step`; it is set to evaluation mode.
+        examples: as of `check_step`; they are one packed row.
+
+    Raises:
+        PreflightError: they differ by more than rounding.
+    """
+    model.eval()
+    row, fused = to_device(collate(examples), model.device), is_fused(model)
+    trained = {n: p for n, p in model.named_parameters() if "lora_A" in n or "lora_B" in n}
+    with _filled(trained):
+        losses, gradients = _all_gradients(token_losses(model, row), trained)
+        prepare_step(model, fused=False)
+        try:
+            plain, plain_gradients = _all_gradients(token_losses(model, row, own_head=True), trained)
+        finally:
+            prepare_step(model, fused)
+    kinds = [".".join(name.split(".")[-4:-2]) for name in trained]
+    sums = pd.DataFrame([_products(*both) for both in zip(gradients, plain_gradients, strict=True)], kinds)
+    by_kind, total = sums.groupby(level=0).sum(), sums.sum()
+    scale = (by_kind["along"] / by_kind["plain"] - 1).abs().max(skipna=False)
+    found = BackwardCheck(_relative(losses, plain), math.sqrt(total["apart"] / total["plain"]), float(scale))
+    _refuse_backward(found, BACKWARD_TOLERANCE[base_dtype(model)], PLAIN_STEP if fused else OTHER_MODEL)
+    return found
+
+
+def _refuse_backward(found: BackwardCheck, limits: tuple[float, ...], remedy: str) -> None:
+    for name, difference, most in zip(("losses", "gradients", "gradients' lengths"), found, limits, strict=True):
+        if not difference <= most:  # a NaN is refused as well
+            raise PreflightError(
+                f"the training step does not compute what transformers, peft and autograd do with the same row: "
+                f"relative difference of {name} {difference:.2g} (at most {most:g}). {remedy}"
+            )
+
+
+@contextmanager
+def _filled(trained: dict[str, torch.Tensor]) -> Generator[None]:
+    """Context in which every B holds random numbers."""
+    before, generator = {n: p.detach().clone() for n, p in trained.items() if "lora_B" in n}, torch.Generator()
+    with torch.no_grad():
+        for name in before:
+            trained[name].copy_(FILLED_B * torch.randn(before[name].shape, generator=generator.manual_seed(len(name))))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                trained[name].copy_(values)
+
+
+def _all_gradients(losses: torch.Tensor, trained: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Sequence[Any]]:
+    return losses.detach().double(), torch.autograd.grad(losses.sum(), list(trained.values()))
+
+
+def _products(found: torch.Tensor, plain: torch.Tensor) -> dict[str, float]:
+    """<found, plain>, <plain, plain>, and the squared norm of their difference."""
+    found, plain = found.double(), plain.double()
+    products = {"along": found * plain, "plain": plain * plain, "apart": (found - plain).square()}
+    return {name: product.sum().item() for name, product in products.items()}
 
 
 def _losses_and_gradient(parts: Sequence[Callable[[], Any]], matrix: Any) -> tuple[torch.Tensor, Any]:

@@ -9,6 +9,7 @@ The probe has been run on a processor and on fake devices only, not on a card.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -57,8 +58,10 @@ def answer(request: dict[str, Any], seconds: float = PROBE_S) -> dict[str, Any]:
     }  # fmt: skip
     if request["timed"]:
         device.use_device(request["trainings"][0]["device"])
-        found |= {"card": _card(), "free_bytes": device.free_memory(), "faults": _faults(shell, request, needs)}
-        found |= {} if found["faults"] else _speeds(shell.config, request, needs, examples, seconds)
+        free = device.free_memory()  # once: what a study's training, alone in its process, finds as well
+        sizes, faults = _sizes(shell, request, needs, free)
+        found |= {"card": _card(), "free_bytes": free, "faults": faults}
+        found |= {} if faults else _speeds(shell.config, request, needs, sizes, examples, seconds)
     return found
 
 
@@ -83,23 +86,19 @@ def _needs(shell: Any, values: dict[str, Any], examples: list[packing.Example]) 
     }
 
 
-def _faults(shell: Any, request: dict[str, Any], needs: list[dict[str, Any]]) -> list[str]:
-    """What 03 and 04 would refuse on this device, once each."""
-    faults = {}
+def _sizes(
+    shell: Any, request: dict[str, Any], needs: list[dict[str, Any]], free: float
+) -> tuple[list[int], list[str]]:
+    """Tokens that each training computes at once with `free` bytes, and what 03 and 04 would refuse, once each."""
+    sizes, faults = [], {}
     for values, need in zip(request["trainings"], needs, strict=True):
+        row = (values["batch_tokens"], values["max_length"])
         try:
-            _micro(values, need)
-            preflight.check_merging(shell, device.free_memory())
+            sizes.append(values["micro_batch_tokens"] or preflight.fitting_tokens(need["memory"], *row, free))
+            preflight.check_merging(shell, free)
         except PreflightError as error:
             faults[str(error)] = None
-    return list(faults)
-
-
-def _micro(values: dict[str, Any], need: dict[str, Any]) -> int:
-    size = values["batch_tokens"]
-    return values["micro_batch_tokens"] or preflight.fitting_tokens(
-        need["memory"], size, values["max_length"], device.free_memory()
-    )
+    return sizes, list(faults)
 
 
 def _card() -> str:
@@ -107,8 +106,9 @@ def _card() -> str:
 
 
 def _speeds(
-    config: Any, request: dict[str, Any], needs: list[dict[str, Any]], examples: list[packing.Example], seconds: float
-) -> dict[str, Any]:
+    config: Any, request: dict[str, Any], needs: list[dict[str, Any]], sizes: list[int],
+    examples: list[packing.Example], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     """Speeds of answering, and of the trainings with the smallest and the largest adapter.
 
     Each is a dict with "adapter_weights", "tokens_per_second", "mean_w" and "energy_kind"; mean_w is None without a
@@ -117,12 +117,21 @@ def _speeds(
     order = sorted(range(len(needs)), key=lambda i: needs[i]["adapter_weights"])
     trained = []
     for i in dict.fromkeys((order[0], order[-1])):
-        values, micro = request["trainings"][i], _micro(request["trainings"][i], needs[i])
-        work = training_work(_random_model(config, values["dtype"]), values, micro, examples)
+        values = request["trainings"][i]
+        work = training_work(_random_model(config, values["dtype"]), values, sizes[i], examples)
         trained.append(metered(work, seconds, values) | {"adapter_weights": needs[i]["adapter_weights"]})
+        del work
+        _free_device()
     answering, values = request["answering"], request["trainings"][0]
     work = answering_work(_random_model(config, answering["dtype"]), answering["answer_batch_size"], examples)
     return {"training_speeds": trained, "answering_speed": metered(work, seconds, values)}
+
+
+def _free_device() -> None:
+    """Give back what a measurement has left: a model whose fused modules refer to themselves, and the allocator's."""
+    gc.collect()
+    if device.on_gpu():
+        torch.cuda.empty_cache()
 
 
 def _random_model(config: Any, dtype: str) -> Any:

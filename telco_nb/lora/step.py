@@ -259,7 +259,7 @@ def pad_to_multiple(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def token_losses(model: Any, row: dict[str, Any]) -> torch.Tensor:
+def token_losses(model: Any, row: dict[str, Any], own_head: bool = False) -> torch.Tensor:
     """Cross-entropy of each supervised position of a packed row, with gradient.
 
     Nothing here waits for a GPU: what decides on shapes comes with the row.
@@ -267,6 +267,7 @@ def token_losses(model: Any, row: dict[str, Any]) -> torch.Tensor:
     Args:
         model: after `prepare_step`, with or without adapters.
         row: from `packing.collate`, its tensors on the model's device.
+        own_head: let the model compute all logits, as it is always done where `HeadLoss` cannot compute them.
 
     Returns:
         (supervised positions,) float32, nats, in the row's order.
@@ -275,7 +276,7 @@ def token_losses(model: Any, row: dict[str, Any]) -> torch.Tensor:
     causal = causal_model(model)
     # Adapters are float32 in every base format: bfloat16's 8 bits are too few for their updates.
     mixed = base_dtype(model) == torch.bfloat16 and not kernels.is_fused(model)
-    own_head = kernels.has_own_head(causal)
+    own_head = own_head or kernels.has_own_head(causal)
     hidden_only = nullcontext() if own_head else kernels.without_lm_head(causal)
     with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), hidden_only:
         output = model(

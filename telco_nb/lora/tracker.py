@@ -40,7 +40,7 @@ class Carbontracker:
             until = time.monotonic() + 0.1
             while "simulated CPU" not in self._output.getvalue() and time.monotonic() < until:
                 time.sleep(0.002)  # its thread prints this once at its start
-        self._thread = self._tracker.tracker
+        self._thread = getattr(self._tracker, "tracker", None)  # None after an error at its start
 
     def start(self) -> None:
         """Begin a window."""
@@ -49,14 +49,16 @@ class Carbontracker:
     def pause(self) -> tuple[float, float]:
         """(seconds of the cores, joules of the GPU) of the window that ends now; NaN for what it has not read."""
         self._tracker.epoch_end()
-        times = self._thread.epoch_times
-        if not self._thread.running or not times:
+        if self._thread is None or not self._thread.running or not self._thread.epoch_times:
             return math.nan, math.nan
+        times = self._thread.epoch_times
         values = {c.name: c.energy_usage(times)[-1] * 3.6e6 for c in self._thread.components}
         return values.get("cpu", math.nan), values.get("gpu", math.nan)
 
     def close(self) -> None:
         """End its thread."""
+        if self._thread is None:
+            return
         with contextlib.redirect_stdout(self._output), contextlib.redirect_stderr(self._output):
             self._thread.stop()
             self._tracker.intensity_stopper.set()

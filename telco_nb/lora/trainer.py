@@ -33,6 +33,8 @@ NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
 # Writing checkpoints takes this share of a training's time at most, and SAVING_FREE_S: 1.44 GB may take 3 s or 30 s.
 SAVING_SHARE, SAVING_FREE_S = 0.02, 1.0
 ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted")  # of PackedRows: how a resumed training cuts its rows
+WARM_UP_STEPS = 5
+WARMED_UP_ON = {"cuda"}  # types of devices; on a processor nothing is compiled, and 03's checks have warmed it up
 STEPS_TO_JUDGE = 20  # whether a training diverges: a quarter of them has to stand for the data
 PER_PROCESS_READINGS = (
     "cpu_s",
@@ -65,6 +67,8 @@ class PackedTrainer(Trainer):
     def train(self, *arguments: Any, **options: Any) -> Any:
         tuned: Any = self.model
         tuned.train()
+        if self.args.device.type in WARMED_UP_ON:
+            self.warm_up()
         try:
             return super().train(*arguments, **options)
         finally:
@@ -72,6 +76,22 @@ class PackedTrainer(Trainer):
                 # Otherwise the next training of these weights would also exchange gradients with this group.
                 self.model_wrapped._remove_autograd_hooks()
                 self.model_wrapped = self.model
+
+    def warm_up(self) -> None:
+        """Forward and backward of a few rows, before the meter starts: a first step compiles, loads and allocates.
+
+        No gradient is kept, no weight and no random number of the training changes. The optimiser is not warmed up.
+        """
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                for i in range(WARM_UP_STEPS):
+                    row = to_device(self.rows[i % len(self.rows)], self.args.device)
+                    for part in micro_batches(row, self.rows.micro_batch_tokens):
+                        torch.autograd.grad(token_losses(self.model, part).sum(), self.trained, allow_unused=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise  # else the first step finds out as well, and halves the micro-batch size
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()

@@ -155,6 +155,7 @@ class Parameters(LoraParameters, JudgeParameters):
     external_wh: float | None = Field(gt=0)
     usd_per_kwh: float = Field(ge=0)
     carbon_g_per_kwh: float = Field(ge=0)
+    carbon_source: str = Field(min_length=1)
     pue: float = Field(ge=1)
     # ranking and claims
     bootstrap_draws: int = Field(ge=100)

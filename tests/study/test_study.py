@@ -118,6 +118,18 @@ def test_one_configuration_encodes_and_computes_the_untuned_loss_for_all_of_them
     assert all(table["loss_sum_before"].equals(tables[0]["loss_sum_before"]) for table in tables)
 
 
+@pytest.mark.parametrize("step", ["03_train", "04_energy"])
+def test_the_metered_window_and_the_overhead_by_phase_are_the_notebook_s_seconds(study, step):
+    for row in rows(study):
+        folder = study.root / row["config"] / step
+        metrics, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("metrics", "manifest"))
+        window = {"03_train": "train_seconds", "04_energy": "answer_seconds"}[step]
+        phases = [v for n, v in metrics.items() if re.fullmatch("overhead_[a-z]+_seconds", n)]
+        assert len(phases) >= 3 and sum(phases) == pytest.approx(metrics["overhead_seconds"])
+        told = metrics["overhead_seconds"] + metrics[window] * metrics.get("answer_passes", 1)
+        assert told == pytest.approx(manifest["seconds"], rel=0.05)
+
+
 def test_estimated_energy_is_an_interval_and_says_so(study):
     for row in rows(study):
         low, mid, high = (float(row[f"train_energy{end}_wh"]) for end in ("_low", "", "_high"))

@@ -405,6 +405,7 @@ def analysis_job(root: Path, n: int, judges: tuple[str, ...], repeats: int) -> d
         "claims_path": "params/claims.yaml",
         "usd_per_kwh": 0.25,
         "carbon_g_per_kwh": 436.0,
+        "carbon_source": "a grid, 2022",
         "pue": 1.0,
     }
     job = Job("06_analysis", "study", values, inputs_of("06_analysis", values))

@@ -27,6 +27,13 @@ def test_the_drift_is_the_ratio_of_the_energies_with_the_time_between_them():
     assert "the same to the last bit" in finding.statement
 
 
+def test_the_power_at_rest_of_both_ends_is_told_where_it_was_measured(monkeypatch):
+    assert "At rest" not in found().statement and "At rest" not in found(idle_gpu_w=60.0).statement
+    monkeypatch.setitem(FIRST, "idle_gpu_w", 55.0)
+    assert "At rest the gpu drew 55.0 W, then 61.3 W. Energies" in found(idle_gpu_w=61.3, idle_cpu_w=9.0).statement
+    assert "At rest" not in found(idle_gpu_w=None).statement
+
+
 def test_a_loss_that_was_no_number_is_told_as_missing():
     assert "a validation loss is missing" in found(val_loss=None).statement
 

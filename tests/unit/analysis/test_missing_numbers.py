@@ -111,3 +111,27 @@ def test_any_two_columns_ring_what_no_other_beats_and_leave_out_what_is_missing(
     assert axes.lines[-1].get_xydata().tolist() == [[1, 1], [2, 3]]
     assert {text.get_text() for text in axes.texts} == {"c01", "c02", "c03"}
     assert charts.any_two(frame.loc[["c04"]], "x", "y").axes[0].lines[:] == []
+
+
+@pytest.mark.parametrize("y", ["train_energy_wh", "train_joules_per_token", "train_mean_w", "score"])
+def test_any_two_columns_ring_nothing_where_energies_are_of_two_kinds(y):
+    frame = pd.DataFrame({"x": [1.0, 2, 3], y: [1.0, 3, 2]}, index=["c01", "c02", "c03"])
+    for kinds, ringed in ((["measured"] * 3, True), (["measured", "estimated", "measured"], y == "score")):
+        axes = charts.any_two(frame.assign(energy_kind=kinds), "x", y).axes[0]
+        assert bool(axes.lines[:]) == ringed and ("kinds" in axes.get_title()) != ringed
+    mixed = frame.assign(energy_kind=["measured", "estimated", "measured"])
+    assert charts.any_two(mixed.loc[["c01", "c03"]], "x", y).axes[0].lines[:], "of those shown"
+    missing = mixed.assign(**{y: [1.0, None, 2]})
+    assert charts.any_two(missing, "x", y).axes[0].lines[:], "a point that is not drawn has no say"
+
+
+def test_energies_of_two_kinds_have_no_cheapest():
+    bars = pd.DataFrame(
+        {"total_wh": [3.0, 1, 2], "low_wh": [2.9, 0.9, 1.9], "high_wh": [3.1, 1.1, 2.1], "cpu_kind": "estimated",
+         "gpu_kind": ["measured", "measured", "measured"]}, index=["c01", "c02", "c03"],
+    )  # fmt: skip
+    assert "(c02, c01) do not overlap" in charts.extremes_text(bars)
+    assert "(c02, c01) overlap" in charts.extremes_text(bars.assign(high_wh=3.0))
+    mixed = charts.extremes_text(bars.assign(gpu_kind=["measured", None, "measured"]))
+    assert "different kinds" in mixed and "c02" not in mixed
+    assert charts.extremes_text(bars.iloc[:1]) == ""

@@ -66,15 +66,15 @@ def test_results_columns_are_the_agreed_ones_and_missing_stays_empty():
     expected = (
         "config target_modules rank lora_alpha epochs learning_rate seed train_tokens val_loss val_loss_low "
         "val_loss_high test_loss test_perplexity noisy_loss noisy_perplexity unseen_loss "
-        "unseen_perplexity train_energy_wh train_energy_low_wh train_energy_high_wh energy_kind energy_source "
-        "train_joules_per_token train_joules_per_supervised_token train_mean_w answer_energy_wh "
+        "unseen_perplexity train_energy_wh train_energy_low_wh train_energy_high_wh train_net_energy_wh energy_kind "
+        "energy_source train_joules_per_token train_joules_per_supervised_token train_mean_w answer_energy_wh "
         "train_started_at train_seconds tokens_per_second checklist_score checklist_low checklist_high "
         "checklist_rank checklist_rank_low checklist_rank_high checklist_gate"
     )
     assert list(table.columns) == expected.split()
     first, second = table.to_csv(index=False).splitlines()[1:]
-    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,,,,,,,none,,,,,0.0,,,,0.3,")
-    assert second == "c02" + "," * 35 + "failed"
+    assert first.startswith("c01,qv,8,,1,,,,0.5,0.4,0.6,,,,,,,,,,,none,,,,,0.0,,,,0.3,")
+    assert second == "c02" + "," * 36 + "failed"
 
 
 def test_a_configuration_that_the_judge_left_out_has_no_score():

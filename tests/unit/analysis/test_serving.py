@@ -6,7 +6,7 @@ import pytest
 
 from telco_nb.analysis.serving import Rates, million_answers, serving_finding
 
-RATES = Rates(usd_per_kwh=0.25, carbon_g_per_kwh=400)
+RATES = Rates(usd_per_kwh=0.25, carbon_g_per_kwh=400, carbon_source="a grid, 2022")
 ONE = "answer_energy{}_per_answer_wh"
 
 
@@ -34,7 +34,10 @@ def test_the_overhead_of_a_site_is_in_money_and_carbon_and_in_no_energy():
     ratios = table.loc["c01"].drop("energy_kind") / one
     more = {"usd", "co2e_kg", "train_co2e_g", "pue"}
     assert ratios.to_dict() == pytest.approx({name: 1.5 if name in more else 1.0 for name in ratios.index})
-    assert "at 400 g a kWh and a PUE of 1.5, on this machine" in serving_finding(table, "c01", rates).statement
+    assert (
+        "at 400 g a kWh (a grid, 2022) and a PUE of 1.5, on this machine"
+        in serving_finding(table, "c01", rates).statement
+    )
 
 
 def test_a_configuration_that_was_not_trained_has_no_break_even():
@@ -53,7 +56,8 @@ def test_the_finding_says_price_carbon_kind_and_break_even():
     found = serving_finding(million_answers(answering(), training(), RATES), "c01", RATES)
     assert found.statement == (
         "A million answers of c01 take 20 kWh [10, 40] (estimated): 5 USD at 0.25 USD a kWh and 8 kg CO2e at 400 g a "
-        "kWh, on this machine, without idle servers. After 150 answers, answering has taken more energy than training."
+        "kWh (a grid, 2022), on this machine, without idle servers. After 150 answers, answering has taken more "
+        "energy than training."
     )
     assert (found.value, found.low, found.high) == pytest.approx((20, 10, 40))
 

@@ -1,6 +1,7 @@
 """The plan of a study says what it needs, and refuses a machine that has less, before an hour is spent."""
 
 import io
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from transformers import Qwen2Config
 
 from telco_nb.commands import estimate, needs
 from telco_nb.engine import machine_checks, progress, runner
+from telco_nb.engine.job import common_environment
 from telco_nb.study import params
 from telco_nb.study.plan import plan_jobs
 
@@ -118,6 +120,21 @@ def test_a_model_that_cannot_be_read_is_a_problem_and_all_that_depends_on_it_is_
     (found,) = needs.study_needs(jobs, jobs, tmp_path, 1, usable=False)
     assert found.faults == ["base_model: no connection."]
     assert found.lines == ["Memory, disk, hours and kWh of owner/name are not known."]
+
+
+def test_the_probe_has_the_variables_of_a_study_s_kernels(monkeypatch):
+    given = {}
+
+    def run(command, env, **_):
+        given.update(env)
+        return SimpleNamespace(returncode=0, stdout="{}")
+
+    monkeypatch.setattr(needs.subprocess, "run", run)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    jobs = [job for job in plan_jobs(params.load_study("laptop")) if job.step == "03_train"]
+    needs._ask_probe(("owner/name", None), jobs, [], [], timed=False)
+    assert given["PYTORCH_ALLOC_CONF"] == "expandable_segments:True" and given["HF_HUB_OFFLINE"] == "0"
+    assert given.items() >= common_environment({"base_model": "owner/name"}).items() and given["PATH"]
 
 
 def test_the_packaged_model_starts_no_probe(tmp_path, monkeypatch):

@@ -5,15 +5,18 @@ import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from carbontracker import constants, exceptions
 from carbontracker.components.component import Component
 from carbontracker.components.cpu import generic, intel
+from carbontracker.components.gpu import nvidia
 from carbontracker.emissions.intensity import intensity
-from carbontracker.tracker import CarbonTrackerThread
-from fake_sensors import spend, write_zone
+from carbontracker.tracker import CarbonTracker, CarbonTrackerThread
+from fake_sensors import install_nvml, not_supported, spend, write_zone
 
 from telco_nb.lora import energy
+from telco_nb.study.machine import AT_ONCE_VARIABLE
 
 WATTS = (2.0, 5.0, 12.0)
 
@@ -149,6 +152,7 @@ def test_bare_an_error_of_a_sensor_ends_the_process_and_the_meter_s_goes_on(monk
 
 
 HANDLE_ERROR = CarbonTrackerThread._handle_error  # as the library has it, before any meter
+GET_HANDLES = nvidia.NvidiaGPU._get_handles
 FETCH_GEO_LOCATION = intensity.IntensityService._fetch_geo_location
 
 
@@ -203,8 +207,6 @@ def test_a_reader_is_warned_where_carbontracker_saw_another_window():
 
 
 def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
-    from carbontracker.components.gpu import nvidia
-
     card = object()
     for name in ("nvmlInit", "nvmlShutdown"):
         monkeypatch.setattr(nvidia.pynvml, name, lambda: None)
@@ -221,3 +223,127 @@ def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
     tracker.close()
     assert asked and {*asked} == {card}
     assert 300 * 0.299 <= joules <= 300 * most
+
+
+def ends_the_process(monkeypatch, component: Component) -> bool:
+    """Whether the library's thread, bare, calls os._exit(70) with this component."""
+    ended = threading.Event()
+    monkeypatch.setattr("carbontracker.tracker.os._exit", lambda code: ended.set() if code == 70 else None)
+    monkeypatch.setattr(CarbonTrackerThread, "_handle_error", HANDLE_ERROR)
+    bare = CarbonTrackerThread([component], Log(), ignore_errors=False, delete=lambda: None)
+    bare.join(60)
+    return ended.is_set()
+
+
+def bare_tracker(monkeypatch, **options) -> CarbonTracker:
+    """The library as it is, but for the look-up of the place."""
+    monkeypatch.setattr(intensity.IntensityService, "_fetch_geo_location", lambda _: None)
+    monkeypatch.setattr(CarbonTracker, "_handle_error", HANDLE_TRACKER_ERROR)
+    monkeypatch.setattr(CarbonTrackerThread, "_handle_error", HANDLE_ERROR)
+    simulation = {"sim_cpu": "a processor", "sim_cpu_tdp": 10.0, "sim_cpu_util": 1.0}
+    return CarbonTracker(**{"epochs": 1, "verbose": 0, "components": "cpu"} | simulation | options)
+
+
+HANDLE_TRACKER_ERROR = CarbonTracker._handle_error
+
+
+def test_bare_a_card_that_is_asked_for_and_missing_ends_the_process_and_the_meter_has_no_figure_of_it(monkeypatch):
+    def no_library() -> None:
+        raise nvidia.pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(nvidia.pynvml, "nvmlInit", no_library)
+    assert ends_the_process(monkeypatch, Component("gpu", [], False, Log()))
+    row = window_of(energy.Meter(WATTS, 0.3)).loc["gpu"]
+    assert row["kind"] == "none" and pd.isna(row["gross_j"])
+
+
+def window_of(meter: energy.Meter):
+    """The statement of a window of 0.1 s."""
+    meter.start()
+    time.sleep(0.1)
+    meter.stop()
+    return meter.statement("train").set_index("component")
+
+
+def test_bare_a_counter_that_a_container_masks_ends_the_process_and_the_meter_s_is_an_estimate(monkeypatch, tmp_path):
+    (tmp_path / "intel-rapl:0").mkdir()  # the name stands there, its files do not
+    monkeypatch.setattr(intel, "RAPL_DIR", str(tmp_path))
+    assert ends_the_process(monkeypatch, Component("cpu", [], False, Log()))
+    row = window_of(energy.Meter(WATTS, 0.3)).loc["cpu"]
+    assert row["kind"] == "estimated" and row["gross_j"] > 0
+
+
+def test_bare_the_readings_are_gone_after_the_last_epoch_and_the_meter_s_stay(monkeypatch):
+    bare = bare_tracker(monkeypatch, epochs_before_pred=0)
+    bare.epoch_start()
+    bare.epoch_end()
+    with pytest.raises(AttributeError, match="tracker"):
+        _ = bare.tracker
+    meter, seconds = energy.Meter(WATTS, 0.3), []
+    for end in (meter.pause, meter.stop):
+        meter.start()
+        time.sleep(0.1)
+        end()
+        seconds.append(meter.total["tracker_cpu_s"])
+    assert seconds[0] >= 0.1 and seconds[1] >= seconds[0] + 0.1
+    assert meter.statement("train").set_index("component").loc["cpu", "carbontracker_j"] > 0
+
+
+def test_bare_two_of_them_count_the_machine_twice_and_the_meter_s_counter_is_then_not_valid(monkeypatch, tmp_path):
+    pair = [CarbonTrackerThread([simulated(10.0)], Log(), False, lambda: None) for _ in range(2)]
+    for bare in pair:
+        bare.epoch_start()
+    began = time.perf_counter()
+    time.sleep(0.3)
+    for bare in pair:
+        bare.epoch_end()
+    joules = sum(float(bare.total_energy_per_epoch()[0]) for bare in pair) * 3.6e6 / constants.PUE_2023
+    assert joules >= 2 * 10.0 * 0.3 and joules > 1.5 * 10.0 * (time.perf_counter() - began)
+    for bare in pair:
+        bare.stop()
+    write_zone(tmp_path / "intel-rapl:0", "package-0", 10**6)
+    monkeypatch.setenv(AT_ONCE_VARIABLE, "2")
+    row = window_of(energy.Meter(WATTS, 0.3)).loc["cpu"]
+    assert not row["valid"] and "holds all 2 jobs" in row["invalid_reason"]
+
+
+@pytest.mark.parametrize("visible", ["GPU-1", "MIG-1", ""])
+def test_bare_cards_that_are_named_otherwise_than_by_number_are_all_counted_and_the_meter_reads_its_own(
+    monkeypatch, visible
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(nvidia.pynvml, name, lambda: None)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetCount", lambda: 4)
+    monkeypatch.setattr(nvidia.pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(nvidia.NvidiaGPU, "_get_handles", GET_HANDLES)
+    bare = nvidia.NvidiaGPU([], False)
+    bare.init()
+    assert bare._handles == [0, 1, 2, 3]
+    meter = energy.Carbontracker("GPU-1")
+    bare.init()
+    meter.close()
+    assert bare._handles == ["GPU-1"]
+
+
+def test_bare_an_error_at_the_start_is_not_ignored_though_told_so_and_the_meter_s_work_goes_on(monkeypatch):
+    with pytest.raises(AttributeError, match="tracker"):
+        bare_tracker(monkeypatch, ignore_errors=True, components="disk")
+    install_nvml(monkeypatch, nvmlDeviceGetTotalEnergyConsumption=not_supported)
+    row = window_of(energy.Meter(WATTS, 0.3)).loc["gpu"]
+    assert not row["valid"] and "Not Supported" in row["invalid_reason"]
+    monkeypatch.setattr("carbontracker.components.component.create_components", lambda **_: 1 / 0)
+    rows = window_of(energy.Meter(WATTS, 0.3))
+    assert rows.loc["cpu", "gross_j"] > 0 and pd.isna(rows.loc["total", "carbontracker_pue_removed_ratio"])
+
+
+def test_bare_it_prints_though_told_to_be_quiet_and_the_meter_s_does_not(monkeypatch, capsys):
+    bare = bare_tracker(monkeypatch)
+    said, until = "", time.monotonic() + 60
+    while not said and time.monotonic() < until:
+        time.sleep(0.01)
+        said += capsys.readouterr().out
+    bare.tracker.stop()
+    assert "simulated CPU" in said
+    window_of(energy.Meter(WATTS, 0.3))
+    assert capsys.readouterr().out == ""

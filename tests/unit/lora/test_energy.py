@@ -478,3 +478,17 @@ def test_a_power_is_sampled_in_the_background_while_the_work_runs():
     time.sleep(0.1)
     assert len(asked) == after
     assert random.getstate() == state  # the order of a training is drawn from it
+
+
+def test_energy_per_token_per_supervised_token_and_per_second_are_those_worked_out_by_hand():
+    figures = {"train_energy_wh": 2.0, "answer_energy_wh": 1.0}
+    assert energy.energy_rates(figures, "train", tokens=14_400, supervised_tokens=7200, window_s=60.0) == {
+        "train_joules_per_token": 0.5, "train_joules_per_supervised_token": 1.0, "train_mean_w": 120.0
+    }  # fmt: skip
+    assert energy.energy_rates(figures, "answer", 100, 100, 36.0)["answer_mean_w"] == 100.0
+
+
+@pytest.mark.parametrize(("wh", "tokens", "window_s"), [(math.nan, 10, 60.0), (2.0, 0, 0.0)])
+def test_a_rate_of_a_missing_energy_or_of_nothing_is_missing_and_no_0(wh, tokens, window_s):
+    rates = energy.energy_rates({"train_energy_wh": wh}, "train", tokens, tokens, window_s)
+    assert len(rates) == 3 and all(map(math.isnan, rates.values()))

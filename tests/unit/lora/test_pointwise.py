@@ -5,8 +5,13 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import config as dynamo
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.testing import CompileCounter
+from transformers import TrainerCallback, TrainingArguments
 
-from telco_nb.lora import kernels, packing, pointwise, step
+from telco_nb.lora import kernels, packing, pointwise, preflight, step, trainer
+from telco_nb.lora.packing import Example
 from tests.unit.lora.test_gpu_step import by_bounds, losses_and_gradients, row_of, tiny_qwen2
 
 HOW = ["as written", "traced", pytest.param("compiled", marks=pytest.mark.nightly)]
@@ -100,3 +105,75 @@ def test_a_row_is_filled_to_one_shape_with_conversations_that_nothing_learns_fro
     assert torch.equal(filled["kept"], row["kept"]) and (filled["shift_labels"][0, 37:] == packing.IGNORE_INDEX).all()
     whole = row_of((30, 34))
     assert step.pad_to_multiple(whole) is whole
+
+
+@pytest.fixture
+def gpu_path(monkeypatch):
+    """A GPU's step on the processor, and the counting compiler."""
+    counter = CompileCounter()
+    monkeypatch.setattr(pointwise, "COMPILED_ON", {"cpu"})
+    monkeypatch.setattr(pointwise, "COMPILER", {"fullgraph": True, "backend": counter})
+    monkeypatch.setattr(trainer, "WARMED_UP_ON", {"cpu"})
+    monkeypatch.setattr(step, "attention_kernel", lambda device, dtype: "varlen")
+    monkeypatch.setattr(step, "varlen_attn", by_bounds)
+    monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK", 16)
+    monkeypatch.setitem(step.ROW_MULTIPLE, "cpu", 32)
+    return counter
+
+
+class AtSteps(TrainerCallback):
+    def __init__(self, note):
+        self.note = note
+
+    def on_step_begin(self, *_, **__):
+        self.note()
+
+    on_step_end = on_step_begin
+
+
+def test_few_variants_are_compiled_and_none_once_the_steps_have_begun(gpu_path, tmp_path):
+    """Checks, warm-up, two epochs with a short last row, micro-batches of several sizes, losses of conversations."""
+    torch.manual_seed(0)
+    lengths = [9, 21, 14, 30, 26, 11, 17, 24, 8, 12, 28, 19, 13, 7]
+    examples = [Example(str(i), t, [-100] * 4 + t[4:]) for i, n in enumerate(lengths) if (t := [*range(3, 3 + n)])]
+    tuned = tiny_qwen2(torch.float32)
+    for model in (tiny_qwen2(torch.float32).unload(), tuned):
+        assert step.prepare_step(model) == "compiled"
+        preflight.check_step(model, [examples[8], examples[3]])
+    rows = packing.PackedRows(examples, 96, 0)
+    assert min(rows.tokens) < 64 < max(rows.tokens)
+    arguments = TrainingArguments(
+        output_dir=tmp_path, num_train_epochs=2, per_device_train_batch_size=1, disable_tqdm=True,
+        **(trainer.constant_arguments() | {"save_strategy": "no"}),
+    )  # fmt: skip
+    counts = []
+    options = {"data_collator": packing.only_row, "callbacks": [AtSteps(lambda: counts.append(gpu_path.frame_count))]}
+    trainer.PackedTrainer(tuned, arguments, train_dataset=rows, **options).train()
+    assert len(counts) == 4 * len(rows) and len({*counts}) == 1 and counts[0] > 0
+    rows.halve(96, 40)
+    trainer.PackedTrainer(tuned, arguments, train_dataset=rows, **options).train()
+    assert len({*counts}) == 1, "halved rows are compiled anew"
+    trainer.answer_losses(tuned, examples, 64)
+    functions = (pointwise.norm_forward, pointwise.norm_backward, pointwise.swiglu, pointwise.chunk_losses)
+    functions += (kernels.apply_rotary_pos_emb,)
+    variants = {f.__name__: len(_debug_get_cache_entry_list(f.__code__)) for f in functions}
+    assert max(variants.values()) <= 5 < dynamo.recompile_limit, variants
+    assert variants["chunk_losses"] == 2, "all chunks have one shape, with gradients and in inference mode"
+
+
+@pytest.mark.parametrize("fault", ["limit", "backend"])
+def test_a_compiler_that_fails_in_mid_training_ends_nothing(gpu_path, monkeypatch, fault):
+    compiled = pointwise.fast(pointwise.swiglu, made(4, 4))
+    assert compiled is not pointwise.swiglu
+    compiled(made(4, 4), made(4, 4))
+    with dynamo.patch(recompile_limit=1), monkeypatch.context() as broken:
+        if fault == "backend":
+            broken.setattr(dynamo, "recompile_limit", 8)
+            broken.setattr(CompileCounter, "__call__", lambda *_: 1 / 0)
+        other = made(3, 5, dtype=torch.float64)
+        with pytest.warns(RuntimeWarning, match="swiglu is no longer compiled: "):
+            found = compiled(other, other)
+    assert torch.equal(found, pointwise.swiglu(other, other)) and torch.equal(compiled(other, other), found)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        compiled(made(4, 4), made(3, 5))

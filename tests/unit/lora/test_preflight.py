@@ -9,8 +9,9 @@ from test_adapter_options import CHAT, BaseTokenizer
 
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure
-from telco_nb.lora import base_model, chat_template, device, packing, preflight, step, trainer
+from telco_nb.lora import base_model, chat_template, device, kernels, packing, preflight, step, trainer
 from telco_nb.lora.errors import PreflightError
+from tests.unit.lora.test_gpu_step import tiny_qwen2
 
 
 def test_an_implausible_base_loss_stops_before_training():
@@ -34,6 +35,44 @@ def test_an_end_token_that_the_base_model_never_saw_stops_before_training():
     loss = trainer.answer_losses(base, examples, 512)["c"][-1]
     with pytest.raises(PreflightError, match="does not know this token, and its answers would run on"):
         preflight.check_end(loss, base.config.vocab_size)
+
+
+def adapted(dtype, **options):
+    tuned = tiny_qwen2(dtype, **options)
+    step.prepare_step(tuned)
+    made = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 60)]
+    return tuned, [packing.Example(str(len(ids)), ids, [-100] * 4 + ids[4:]) for ids in made]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("part", ["HeadLoss", "RMSNorm", "AdaptedLinears", "SegmentAttention"])
+def test_a_wrong_factor_in_a_backward_that_is_written_out_stops_before_training(monkeypatch, part, dtype):
+    tuned, examples = adapted(dtype)
+    backward = getattr(kernels, part).backward
+
+    def longer(*arguments):
+        return tuple(1.1 * g if isinstance(g, torch.Tensor) else g for g in backward(*arguments))
+
+    monkeypatch.setattr(getattr(kernels, part), "backward", staticmethod(longer))
+    with pytest.raises(PreflightError, match=r"gradients.* Set fused_step to false"):
+        preflight.check_backward(tuned, examples)
+    assert kernels.is_fused(tuned)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_right_backward_passes_and_the_check_leaves_no_trace(options, dtype):
+    tuned, examples = adapted(dtype, **options)
+    before, state, fused = (
+        {n: p.clone() for n, p in tuned.named_parameters()},
+        torch.get_rng_state(),
+        "use_dora" not in options,
+    )
+    found = preflight.check_backward(tuned, examples)
+    assert all(value <= most for value, most in zip(found, preflight.BACKWARD_TOLERANCE[dtype], strict=True))
+    assert max(found) > 0 and kernels.is_fused(tuned) == fused
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in tuned.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Lossy(BaseTokenizer):

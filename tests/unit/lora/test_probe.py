@@ -6,6 +6,7 @@ These tests run on a processor. The probe has not run on a card.
 import io
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -67,6 +68,23 @@ def test_what_03_would_refuse_is_a_fault_and_nothing_is_timed(folder, monkeypatc
     monkeypatch.setattr(device, "free_memory", lambda processes=1: 1e6)
     found = probe.answer(request(folder), seconds=0.05)
     assert found["faults"] and "GB are free" in found["faults"][0] and "training_speeds" not in found
+
+
+def test_each_measurement_has_the_size_of_an_empty_device_and_no_model_of_the_one_before(folder, monkeypatch):
+    free, sizes, models = iter([1e12]), [], []
+    build, work = probe._random_model, probe.training_work
+
+    def alone(*arguments):
+        assert not any(model() for model in models), "the model of the measurement before takes memory"
+        made = build(*arguments)
+        models.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(device, "free_memory", lambda processes=1: next(free, 1e6))  # a card that is filled up
+    monkeypatch.setattr(probe, "_random_model", alone)
+    monkeypatch.setattr(probe, "training_work", lambda b, v, micro, e: sizes.append(micro) or work(b, v, micro, e))
+    found = probe.answer(request(folder), seconds=0.05)
+    assert found["faults"] == [] and sizes == [300, 300] and len(models) == 3
 
 
 def test_the_timed_step_trains_a_full_row_of_the_data(folder):

@@ -107,9 +107,12 @@ def steps(rng: np.random.Generator, seconds: float) -> Clock:
     return clock
 
 
-@pytest.mark.parametrize("mean_s", [0.025, 1.0], ids=["a quarter of the time", "the mean of the past second"])
-def test_samples_of_a_card_s_power_hold_the_planted_energy_in_95_of_100_windows(mean_s):
-    rng, hits = np.random.default_rng(2), 0
+@pytest.mark.parametrize(
+    ("mean_s", "widest"), [(0.025, 0.11), (1.0, 0.08)], ids=["a quarter of the time", "the mean of the past second"]
+)
+def test_samples_of_a_card_s_power_hold_the_planted_energy_in_95_of_100_windows(mean_s, widest):
+    """Half an interval is on average under `widest` of the energy: an interval that holds everything says nothing."""
+    rng, hits, widths = np.random.default_rng(2), 0, []
     for _ in range(WINDOWS):
         seconds = rng.uniform(20, 60)
         clock, gaps = steps(rng, seconds), energy.GPU_SAMPLE_S * rng.uniform(0.5, 1.5, 900)
@@ -117,12 +120,14 @@ def test_samples_of_a_card_s_power_hold_the_planted_energy_in_95_of_100_windows(
         at = at[at < seconds + 5]
         watts = reported_w(clock, at, rng.normal(1, energy.SENSOR_ACCURACY / 2), mean_s=mean_s)
         true_j = float(clock.energy_j(at[-1]) - clock.energy_j(5.0))
-        hits += covered(true_j, integrate(at, watts, energy.SENSOR_ACCURACY, energy.GPU_LAG_S))
-    assert hits / WINDOWS >= 0.95
+        read = integrate(at, watts, energy.SENSOR_ACCURACY, energy.GPU_LAG_S)
+        hits += covered(true_j, read)
+        widths.append(read.half_j / read.joules)
+    assert 0.95 <= hits / WINDOWS < 1 and energy.SENSOR_ACCURACY < np.mean(widths) < widest
 
 
 def test_samples_of_a_battery_hold_the_planted_energy_in_95_of_100_windows():
-    rng, hits = np.random.default_rng(4), 0
+    rng, hits, widths = np.random.default_rng(4), 0, []
     for _ in range(WINDOWS):
         clock, seconds = Clock(), int(rng.uniform(60, 300))
         for _ in range(seconds + 5):
@@ -130,8 +135,10 @@ def test_samples_of_a_battery_hold_the_planted_energy_in_95_of_100_windows():
         at = 5 + np.arange(seconds, dtype=float)
         watts = reported_w(clock, at, rng.normal(1, energy.BATTERY_ACCURACY / 2), every_s=5, mean_s=1)
         true_j = float(clock.energy_j(at[-1]) - clock.energy_j(5.0))
-        hits += covered(true_j, integrate(at, watts, energy.BATTERY_ACCURACY, energy.BATTERY_LAG_S))
-    assert hits / WINDOWS >= 0.95
+        read = integrate(at, watts, energy.BATTERY_ACCURACY, energy.BATTERY_LAG_S)
+        hits += covered(true_j, read)
+        widths.append(read.half_j / read.joules)
+    assert 0.95 <= hits / WINDOWS < 0.99 and energy.BATTERY_ACCURACY < np.mean(widths) < 0.18
 
 
 def test_rapl_holds_the_planted_energy_of_two_packages_in_95_of_100_windows_around_its_end(clock):

@@ -1,5 +1,6 @@
 """Parameter files: what is refused, and with which words."""
 
+import math
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from telco_nb.lora.step import TARGET_MODULES
 from telco_nb.study import params
 from telco_nb.study.params import ParameterError, config_of, drift_name, load_study, repeat_name, split_run
-from telco_nb.study.plan import plan_jobs, unused_parameters
+from telco_nb.study.plan import plan_jobs, run_order, unused_parameters
 
 
 @pytest.fixture
@@ -86,6 +87,22 @@ def test_configurations_train_in_an_order_drawn_with_the_seed_and_repeats_after_
     assert first[16:] == [*study.repeats, "c01-drift"]
     edit(folder / "base.yaml", "seed: 20260605", "seed: 1")
     assert trained(folder) != first
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 7, 16, 21])
+def test_each_block_of_the_order_has_one_configuration_of_each_part_of_the_design(n):
+    configs, size, firsts = [f"c{i:02d}" for i in range(n)], math.isqrt(n), set()
+    parts = [configs[i : i + size] for i in range(0, n, size)]
+    for seed in range(20):
+        order, place = run_order(list(configs), seed), 0
+        assert sorted(order) == configs
+        for i in range(size):
+            wanted = [j for j, part in enumerate(parts) if i < len(part)]
+            block = order[place : place + len(wanted)]
+            assert sorted(configs.index(config) // size for config in block) == wanted
+            place += len(block)
+        firsts.add(order[0])
+    assert n < 4 or len(firsts) > 3, "an order that is always the same is no lot"
 
 
 def test_the_configuration_that_shows_the_drift_is_trained_first_and_with_its_seed_once_more_last(folder):
