@@ -11,10 +11,6 @@ import sys
 from typing import Any
 
 NOTES = "TESTS_BEYOND_LOOPBACK"  # the variable that names the file of the notes
-ALLOWED = {
-    # Connecting a datagram socket sends nothing: the address that it then has is that of this machine.
-    ("socket.connect", "8.8.8.8"): "Ray finds its node's address so",
-}
 AT_ADDRESS = ("socket.connect", "socket.sendto", "socket.sendmsg")
 BY_NAME = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 
@@ -24,7 +20,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     if event not in AT_ADDRESS and event not in BY_NAME:
         return
     host = _host(event, arguments)
-    if host is None or _stays_here(event, host) or ((event, host) in ALLOWED and _is_datagram(arguments[0])):
+    if host is None or _stays_here(event, host):
         return
     if notes := os.environ.get(NOTES):
         with open(notes, "a", encoding="utf-8") as stream:  # noqa: PTH123 - every Python pays for what is imported here
@@ -54,12 +50,6 @@ def _stays_here(event: str, host: str) -> bool:
     except ValueError:
         return False
     return address.is_loopback or address.is_unspecified or event in ("socket.getaddrinfo", "socket.gethostbyname")
-
-
-def _is_datagram(sock: Any) -> bool:
-    import socket
-
-    return sock.type == socket.SOCK_DGRAM
 
 
 def _error(event: str, text: str) -> OSError:
