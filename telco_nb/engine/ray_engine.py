@@ -33,6 +33,9 @@ from telco_nb.study.plan import Job
 
 POLL_SECONDS = 0.5
 JOIN_SECONDS = float(os.environ.get("TELCO_NB_JOIN_SECONDS", "120"))  # for nodes to join a cluster that starts
+NO_USAGE_REPORT = {  # the head of a cluster reports even that reports are off; so the address is none
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+}  # fmt: skip
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
@@ -54,7 +57,7 @@ class RayEngine:
     def __init__(self, jobs: Sequence[Job], root: Path, address: str | None, say: Callable[[str], None]):
         if not address:
             _stay_on_this_machine()
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= NO_USAGE_REPORT
         import ray  # ty: ignore[import-not-found]
 
         self.ray, self.root = ray, root

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import loopback
 import pytest
+from loopback_only.sitecustomize import EXPECTED
 
 from telco_nb import ROOT
 
@@ -47,6 +48,15 @@ def test_an_attempt_beyond_loopback_is_stopped_and_noted(tried):
 def test_a_look_up_of_this_machine_is_none(host):
     socket.getaddrinfo(host, 80)
     assert loopback.take_notes() == []
+
+
+def test_what_is_expected_is_stopped_as_well_and_has_a_reason(monkeypatch):
+    assert all(len(reason.split()) > 5 for reason in EXPECTED.values())
+    for argv, n in ((["/x/ray/dashboard/dashboard.py"], 0), (["/x/other.py"], 1)):
+        monkeypatch.setattr(sys, "argv", argv)
+        with socket.socket() as stream, pytest.raises(OSError, match="beyond loopback"):
+            stream.connect(("169.254.169.254", 80))
+        assert len(loopback.take_notes()) == n
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one process", "two workers"])
