@@ -24,7 +24,8 @@ test: .venv/tested  ## lint, types, unit tests, notebook rules, faults, browser,
 	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 	$(BIN)/python -m pytest --ignore=tests/unit -n 2 --dist loadfile --no-loadscope-reorder
 
-nightly: .venv/tested  ## the slow tests that `make test` leaves out
+nightly: .venv/tested  ## the slow tests that `make test` leaves out, with Ray
+	$(INSTALL) --no-deps -r requirements-ray.txt
 	$(BIN)/python -m pytest -m nightly --timeout=7200
 
 lab: .venv/installed  ## JupyterLab, on the page that says where to start

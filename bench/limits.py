@@ -1,11 +1,13 @@
-"""Time, memory and files of studies of 100, 1,000 and 10,000 configurations whose steps do nothing.
+"""Time, memory and files of studies of 100, 1,000 and 10,000 configurations whose steps do nothing, and of summarising.
 
-`python bench/limits.py [configurations ...]`. The parameters, the plan, the content keys, the records, the seal and the
-status are the real ones; only the execution of a notebook is left out: a step writes one byte into each file that
-others read. Each phase is a process of its own. The slope is that of log(processor seconds) over
-log(configurations).
+`python bench/limits.py [summarise] [configurations ...]`. With `summarise`, 06 and the report of a study with planted
+results (tests/support/fake_study.py) of 50, 100 and 200 configurations. Without it the parameters, the plan, the
+content keys, the records, the seal and the status are the real ones; only the execution of a notebook is left out: a
+step writes one byte into each file that others read. Each phase is a process of its own. The slope is that of
+log(processor seconds) over log(configurations).
 """
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +23,7 @@ from telco_nb import ROOT
 from telco_nb.study import machine, params
 
 PHASES = ("plan", "run", "again", "status", "verify")
+SUMMARISING = ("planted", "analysis", "report")  # planted: the steps before 06, written as files
 PROFILE = "many"
 
 
@@ -67,6 +70,28 @@ def no_report(root: Path, jobs: list) -> Path:
     return root / "report" / "telco_report.html"
 
 
+def summarise(name: str, folder: Path, n: int) -> int:
+    """One of SUMMARISING on a study of n configurations and two judges in a folder; returns 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import fake_study
+    import pytest
+
+    from telco_nb.report.build import build_report
+
+    judges, repeats = ("checklist", "embedding"), 4
+    if name == "planted":
+        fake_study.build_study(folder, n, judges, repeats)
+    elif name == "analysis":
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(None):
+            fake_study.run_analysis(folder / "laptop", n, judges, repeats, patch)
+    else:
+        build_report(folder / "laptop")
+    return 0
+
+
 def phase(name: str, params_dir: Path) -> int:
     """One phase in this process; returns its exit code."""
     from telco_nb.engine import runner, status, worker
@@ -81,9 +106,9 @@ def phase(name: str, params_dir: Path) -> int:
     return runner.run(options, runner.Services(estimate=None, build_report=no_report))
 
 
-def measured(name: str, folder: Path) -> dict:
-    """Seconds, of them on the processor, peak memory in MB and printed kB of a phase."""
-    command = [sys.executable, __file__, "--phase", name, str(folder / "params"), str(folder / "used")]
+def measured(name: str, folder: Path, n: int) -> dict:
+    """Seconds, of them on the processor, peak memory in MB and printed kB of a phase of a study of n configurations."""
+    command = [sys.executable, __file__, "--phase", name, str(folder), str(n)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TELCO_NB_OUTPUTS": str(folder / "outputs")},
                           capture_output=True, text=True)  # fmt: skip
@@ -94,16 +119,17 @@ def measured(name: str, folder: Path) -> dict:
     return used | {"seconds": seconds, "output_kb": len(done.stdout) / 1000}
 
 
-def main(sizes: list[int]) -> None:
+def main(phases: tuple[str, ...], sizes: list[int]) -> None:
     seconds: dict[str, list[float]] = {}
     for n in sizes:
         with tempfile.TemporaryDirectory(prefix="limits-") as name:
             folder = Path(name)
-            write_params(folder / "params", n)
-            for which in PHASES:
-                found = measured(which, folder)
+            if phases == PHASES:
+                write_params(folder / "params", n)
+            for which in phases:
+                found = measured(which, folder, n)
                 seconds.setdefault(which, []).append(found["cpu_seconds"])
-                print(f"{n:>7,} {which:7} {found['seconds']:8.1f} s, {found['cpu_seconds']:8.1f} s on the processor, "
+                print(f"{n:>7,} {which:8} {found['seconds']:8.1f} s, {found['cpu_seconds']:8.1f} s on the processor, "
                       f"{found['memory_mb']:6.0f} MB, {found['output_kb']:6.0f} kB printed", flush=True)  # fmt: skip
             files = [path.lstat() for path in (folder / "outputs").rglob("*")]
             print(f"{n:>7,} {len(files):,} files and folders, {sum(s.st_blocks for s in files) * 512 / 1e6:,.0f} MB",
@@ -116,8 +142,14 @@ def main(sizes: list[int]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--phase"]:
-        code = phase(sys.argv[2], Path(sys.argv[3]))
+        name, folder = sys.argv[2], Path(sys.argv[3])
+        in_study = name in SUMMARISING
+        code = summarise(name, folder / "outputs", int(sys.argv[4])) if in_study else phase(name, folder / "params")
         used = {"cpu_seconds": time.process_time(), "memory_mb": machine.peak_memory_bytes() / 1e6}
-        Path(sys.argv[4]).write_text(json.dumps(used))
+        (folder / "used").write_text(json.dumps(used))
         sys.exit(code)
-    main([int(word) for word in sys.argv[1:]] or [100, 1_000, 10_000])
+    words = sys.argv[1:]
+    if words[:1] == ["summarise"]:
+        main(SUMMARISING, [int(word) for word in words[1:]] or [50, 100, 200])
+    else:
+        main(PHASES, [int(word) for word in words] or [100, 1_000, 10_000])

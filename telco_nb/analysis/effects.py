@@ -125,6 +125,10 @@ def _without_numbers(table: pd.DataFrame, x: pd.DataFrame, reason: str) -> pd.Da
 
 def effect_tables(study: StudyResults) -> pd.DataFrame:
     """Main effects on loss (difference), on each judge's score (difference, log-odds), on training energy (ratio)."""
+    return study.once("effects", lambda: _effect_tables(study))
+
+
+def _effect_tables(study: StudyResults) -> pd.DataFrame:
     outcomes = [("val_loss", "nats per token", study.losses, "val_loss")]
     outcomes += [(f"{j.name} score", "log-odds", j.first_scores, f"{j.name}_score") for j in study.judges]
     if len(study.energy_kinds) == 1:

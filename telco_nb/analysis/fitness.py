@@ -152,6 +152,10 @@ def fitness_table(held: Mapping[str, Fitness]) -> tuple[pd.DataFrame, list[str]]
 
 def fitness(study: StudyResults, config: str) -> Fitness:
     """Hold a configuration against the bar. A part that was not measured is never passed: fitness must be shown."""
+    return study.once(("fitness", config), lambda: _held(study, config))
+
+
+def _held(study: StudyResults, config: str) -> Fitness:
     read, broken = _checked(study.answer_means, config), _broken(study.faults, config)
     coverage, gold, unsafe, gold_unsafe, template_unsafe = read
     below, absent = {}, []

@@ -8,7 +8,6 @@ of prompts is taken from the draws of single runs; that further seeds make it a 
 from __future__ import annotations
 
 import math
-from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +66,10 @@ def errors_of(judge: JudgeResults) -> Errors | None:
     n_terms = MANY if terms is None else 0 if terms.empty else int(terms.median())
     if len(names) < 2 or n_terms < 2 or drawn[names].isna().any().any():
         return None
-    spread = float(np.median([(drawn[a] - drawn[b]).var() for a, b in combinations(names, 2)]))
+    covariance = np.cov(drawn[names].to_numpy(), rowvar=False)
+    variances = np.diag(covariance)
+    of_pairs = np.add.outer(variances, variances) - 2 * covariance  # of the difference of every two
+    spread = float(np.median(of_pairs[np.triu_indices(len(names), 1)]))
     luck = judge.luck
     training = None if luck is None else 2 * luck.sd.value**2
     return Errors(spread * n_terms / (n_terms - 1), n_terms, training, luck.df if luck else 0, len(names))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ ENERGY_COLUMNS = (
     "train_joules_per_token", "train_joules_per_supervised_token", "train_mean_w",
 )  # fmt: skip
 JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
+T = TypeVar("T")
 JudgeFiles = Callable[[str], Callable[[str], Path]]  # by a judge's name: the path of a file of its 05_judge
 PROXY_KINDS = ("checklist", "embedding")
 RETEST_PAIRS = 500  # of drawn runs: the mean of their taus is then known to about .01
@@ -66,7 +67,7 @@ class JudgeResults:
     error_draws: pd.DataFrame | None = None
     _compared: dict[tuple[Any, ...], pd.DataFrame] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def scores(self) -> pd.Series:
         """Bradley-Terry ability (log-odds) of the ranked configurations, anchors left out."""
         return self.ranking.loc[~self.ranking["is_anchor"].astype(bool), "score"].dropna()
@@ -148,9 +149,16 @@ class StudyResults:
     train_losses: pd.Series | None = None
     claims: Claims | None = None
     n_scenarios: int | None = None
+    _kept: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         refuse_infinite(self.results)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What `compute` returns, computed once for this study and key: tables and findings ask for the same."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
 
     @cached_property
     def answer_means(self) -> pd.DataFrame | None:

@@ -16,8 +16,37 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
     for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
     body.append(...rows);
+    fold(table);
   });
 }
+// A long table shows its first rows; a button below it shows all, and paper has all.
+const FIRST_ROWS = 50;
+function fold(table) {
+  [...table.tBodies[0].rows].forEach((row, i) => { row.hidden = table.classList.contains("folded") && i >= FIRST_ROWS; });
+}
+document.querySelectorAll("table.wide").forEach((table, number) => {
+  const n = table.tBodies[0].rows.length;
+  if (n <= FIRST_ROWS) return;
+  const button = document.createElement("button"), said = document.createElement("span"), line = document.createElement("p");
+  table.id ||= `table-${number}`;
+  line.className = "more-rows";
+  said.className = "soft";
+  said.setAttribute("role", "status");
+  button.type = "button";
+  button.className = "plain";
+  button.setAttribute("aria-controls", table.id);
+  const set = (folded) => {
+    table.classList.toggle("folded", folded);
+    fold(table);
+    button.setAttribute("aria-expanded", !folded);
+    button.textContent = folded ? `Show all ${n} rows` : `Show the first ${FIRST_ROWS} rows`;
+    said.textContent = folded ? ` Rows 1 to ${FIRST_ROWS} of ${n}, as sorted.` : ` All ${n} rows.`;
+  };
+  button.addEventListener("click", () => { set(!table.classList.contains("folded")); reach(); });
+  set(true);
+  line.append(button, said);
+  table.parentNode.after(line);
+});
 // One button folds or unfolds everything of a kind.
 for (const button of document.querySelectorAll("button[data-fold]")) {
   button.addEventListener("click", () => {

@@ -1,6 +1,13 @@
 "use strict";
 // The answer explorer. Its data stand in the page; all text goes into text nodes, so that no answer can be markup.
-const { columns, judges, questions, credits: from } = JSON.parse(document.getElementById("data").content.textContent);
+const { columns, judges, questions, credits: from, ...packing } = JSON.parse(document.getElementById("data").content.textContent);
+for (const q of questions) { // as answer_explorer.packed has packed it
+  q.answers = q.answers.map((answer) => answer && Object.fromEntries(packing.parts.map((part, i) => [part, answer[i]])));
+  q.verdicts = q.verdicts.map((pairs) => pairs.replace(/./g, (pair) => {
+    const place = packing.pairs.indexOf(pair), n = packing.letters.length;
+    return packing.letters[Math.floor(place / n)] + packing.letters[place % n];
+  }));
+}
 const filters = document.getElementById("filters");
 const field = Object.fromEntries([...filters.querySelectorAll("[name]")].map((part) => [part.name, part]));
 const names = columns.map((column) => column.name);

@@ -6,6 +6,7 @@ seen, with its number. What was never seen is said to be unknown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def estimate_durations(states: Collection[State], root: Path) -> None:
             seen.setdefault(state.job.step, []).append(state.past.rate)
     rates = {step: median(values) for step, values in seen.items()}
     for state in states:
-        if state.status in ("waiting", "running") and state.job.step in rates:
+        if state.status in ("waiting", "queued", "running") and state.job.step in rates:
             rate = rates[state.job.step] if state.past.rate is None else state.past.rate
             state.expected_seconds = OVERHEAD_SECONDS + rate * _epochs(state)
 
@@ -148,6 +149,30 @@ def show_forecast(
     for text in _money(total, usd_per_kwh, estimates):
         console.print(text, markup=False, soft_wrap=True)
     return rows
+
+
+def show_at_once(console: Console, rows: Sequence[Expected], places: Mapping[str, int] | None) -> None:
+    """Print what several places make of the time of the table, which counts one job after another.
+
+    Args:
+        console: where to print.
+        rows: from `show_forecast`.
+        places: how many jobs of each step run at once; None: not known yet.
+    """
+    n = max((min(row.jobs, (places or {}).get(row.step, 1)) for row in rows), default=1)
+    if places is None and rows:
+        console.print("This is the time of one job after another. The cluster says how many it runs at once.")
+    elif n > 1 and (seconds := at_once(rows, places or {})):
+        more = "" if all(row.n for row in rows) else "more than "
+        text = f"With up to {n} jobs at once, step by step: {more}{_text(seconds, duration_text)}."
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def at_once(rows: Sequence[Expected], places: Mapping[str, int]) -> Range | None:
+    """Seconds of steps one after another, where `places` jobs of a step run at once, in rounds of equal length."""
+    rounds = {row.step: math.ceil(row.jobs / places.get(row.step, 1)) for row in rows}
+    known = [(row.seconds, rounds[row.step] / row.jobs) for row in rows if row.seconds]
+    return _sums([(least * share, middle * share, most * share) for (least, middle, most), share in known])
 
 
 def _total(rows: Sequence[Expected]) -> Expected:

@@ -84,7 +84,7 @@ def remaining_text(states: Iterable[State]) -> str:
     """
     states = [*states]
     at_once = max(1, sum(s.status == "running" for s in states))
-    todo = [s for s in states if s.status in ("waiting", "running") and s.decision != "skip"]
+    todo = [s for s in states if not s.ended and s.decision != "skip"]
     known = [max(s.expected_seconds - s.elapsed, 0) for s in todo if s.expected_seconds is not None]
     if not todo:
         return "nothing"

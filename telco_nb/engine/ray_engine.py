@@ -30,10 +30,14 @@ from telco_nb.engine.schedule import UnfitError, UsageError
 from telco_nb.hosted import egress
 from telco_nb.hosted.hosts import Address
 from telco_nb.study import record
+from telco_nb.study.machine import device_facts
 from telco_nb.study.plan import Job
 
 POLL_SECONDS = 0.5
 JOIN_SECONDS = float(os.environ.get("TELCO_NB_JOIN_SECONDS", "120"))  # for nodes to join a cluster that starts
+NO_USAGE_REPORT = {  # the head of a cluster reports even that reports are off; so the address is none
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
+}  # fmt: skip
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 80 * 2**20  # the least; jobs and events are small, and all results are files
 MOST_LOSSES = 3  # of one job, before it fails
@@ -72,7 +76,7 @@ class RayEngine:
     def __init__(self, jobs: Sequence[Job], root: Path, address: str | None, say: Callable[[str], None]):
         if not address:
             _stay_on_this_machine()
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= NO_USAGE_REPORT
         import ray  # ty: ignore[import-not-found]
 
         self.ray, self.root = ray, root
@@ -86,6 +90,7 @@ class RayEngine:
             self._check_nodes(jobs if address else [])  # the runner has checked this machine
             # No more than the cluster can run at once: so jobs start in the order of the plan.
             self.places = [None] * max(1, int(self._total("GPU") + self._total(PROCESSOR)))
+            self.at_once = at_once(jobs, self._most("GPU"), int(self._total("GPU")), int(self._total(PROCESSOR)))
             say(self._description(address))
         except BaseException:
             self.close()
@@ -179,6 +184,7 @@ class RayEngine:
         loss = ""
         for _ in range(MOST_LOSSES):
             record.prepare_work_dir(job, self.root, key)
+            archive.running_log(self.root, job.scope, job.step).unlink(missing_ok=True)  # without it, it is queued
             claim = shared_folder.Claim(self.root, job.scope, job.step)
             try:
                 loss = yield from self._attempt(job, job_file, claim, control)
@@ -241,6 +247,20 @@ def demand(job: Job, most_gpus: float) -> dict[str, Any]:
     if device == "cuda" or (device == "auto" and most_gpus):
         return {"num_gpus": job.parameters.get("processes", 1), "resources": {}}
     return {"num_gpus": 0, "resources": {PROCESSOR: 1}}
+
+
+def resources_here() -> tuple[int, int, int]:
+    """What a cluster of this machine has for jobs: the most GPUs of a node, all GPUs, and processors."""
+    facts = device_facts()
+    visible = facts["visible_gpus"]
+    gpus = len(facts["gpus"]) if visible is None else len([number for number in visible.split(",") if number])
+    return gpus, gpus, 1
+
+
+def at_once(jobs: Sequence[Job], most_gpus: float, gpus: int, processors: int) -> dict[str, int]:
+    """How many jobs of each step a cluster runs at once: as many as have whole GPUs, or a processor."""
+    needed = {job.step: demand(job, most_gpus)["num_gpus"] for job in jobs}
+    return {step: max(1, gpus // n if n else processors) for step, n in needed.items()}
 
 
 def loss_reason(error: Exception) -> str:

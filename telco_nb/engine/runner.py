@@ -203,7 +203,10 @@ def _execute(
     states, estimates = _expect(plan, options, services, console, result)
     prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
     _check_machine(plan, options, services, console, states)
-    runner = Runner(states, root, options, console, _engine(options, states, root, console, lock_file, plan.places))
+    engine = _engine(options, states, root, console, lock_file, plan.places)
+    if options.address and isinstance(engine, ray_engine.RayEngine):
+        forecast.show_at_once(console, result.expected, engine.at_once)
+    runner = Runner(states, root, options, console, engine)
     runner.go()
     result.jobs = [_summary(state, root) for state in states]
     result.exit_code = exit_code(states, stopped=runner.stops > 0)
@@ -221,7 +224,18 @@ def _expect(
     schedule.show_plan(console, plan.root, states, options.explain)
     estimates = schedule.show_price(services.estimate, console, plan.root, plan.jobs, states)
     result.expected = forecast.show_forecast(console, plan.root, plan.jobs, states, estimates)
+    if any(row.n for row in result.expected):
+        forecast.show_at_once(console, result.expected, _places(plan, options))
     return states, estimates
+
+
+def _places(plan: Planned, options: Options) -> dict[str, int] | None:
+    """How many jobs of each step run at once; None for a cluster, which is joined later."""
+    if options.address:
+        return None
+    if options.engine == "ray":
+        return ray_engine.at_once(plan.jobs, *ray_engine.resources_here())
+    return {job.step: len(plan.places) for job in plan.jobs}
 
 
 def _check_machine(plan: Planned, options: Options, services: Services, console: Console, states: list[State]) -> None:

@@ -20,7 +20,7 @@ from telco_nb.engine.runner import RunOutcome, errors_as_exit_codes
 from telco_nb.study import record, seal
 from telco_nb.study.plan import plan_jobs
 
-ORDER = ("running", "failed", "interrupted", "stale", "waiting", "maybe", "done")
+ORDER = ("running", "queued", "failed", "interrupted", "stale", "waiting", "maybe", "done")
 
 
 def status(options: schedule.Options, metrics_file: Path | None, console: Console) -> int:
@@ -77,7 +77,8 @@ def _look_at(state: State, root: Path, is_locked: bool) -> None:
     failed = archive.failed_notebook(root, job.scope, job.step)
     started = _start(archive.job_file(root, job.scope, job.step)) if is_locked else None
     if started is not None:
-        state.status, state.seconds, state.started = "running", None, started
+        is_started = archive.running_log(root, job.scope, job.step).exists()  # on a cluster, once a node has taken it
+        state.status, state.seconds, state.started = "running" if is_started else "queued", None, started
     elif failed.is_file():
         state.status, state.reason = "failed", f"{archive.read_failure(failed)}; {failed}"
     elif state.decision == "run" and record.work_dir(root, job.scope, job.step).is_dir():

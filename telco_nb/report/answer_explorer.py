@@ -5,6 +5,7 @@ The page is data and a script of ours. It shows what the steps have written; wha
 
 from __future__ import annotations
 
+import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -30,6 +31,9 @@ RETEST = "retest"
 VERDICT_COLUMNS = ["prompt_id", "config_first", "config_second", "winner", "margin", "analysis"]
 # One letter per pair and judge; the capital is the clear verdict. `x`: asked again, the judge decided otherwise.
 NOT_ASKED, CHANGED = ".", "x"
+LETTERS = "AatbB" + CHANGED + NOT_ASKED
+PAIRS = (string.digits + string.ascii_letters)[: len(LETTERS) ** 2]
+ANSWER_PARTS = ("text", "flags", "credits", "coverage", "content")
 Answers = dict[tuple[str, str], str]  # text by (configuration or anchor, prompt_id)
 
 
@@ -57,9 +61,26 @@ def write_page(study: StudyFiles, folder: Path) -> bool:
         return False
     counts = {"n_questions": len(data["questions"]), "n_columns": len(data["columns"])}
     title = f"Answers, profile {study.root.name}"
-    page = render("report_answers.html.j2", "report_answers.js", title=title, data=data, **counts)
+    page = render("report_answers.html.j2", "report_answers.js", title=title, data=packed(data), **counts)
     (folder / PAGE).write_text(page, encoding="utf-8")
     return True
+
+
+def packed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data as the page holds them, which its script unpacks: of 200 configurations they are the larger part of it.
+
+    An answer is the list of its ANSWER_PARTS, and a character of PAIRS stands for two letters of the verdicts.
+    """
+    questions = []
+    for question in data["questions"]:
+        answers = [answer and [answer[part] for part in ANSWER_PARTS] for answer in question["answers"]]
+        questions.append(question | {"answers": answers, "verdicts": [_paired(v) for v in question["verdicts"]]})
+    return {**data, "questions": questions, "parts": ANSWER_PARTS, "letters": LETTERS, "pairs": PAIRS}
+
+
+def _paired(letters: str) -> str:
+    places = [LETTERS.index(letter) for letter in letters + NOT_ASKED * (len(letters) % 2)]
+    return "".join(PAIRS[len(LETTERS) * a + b] for a, b in zip(places[::2], places[1::2], strict=True))
 
 
 def explorer_data(study: StudyFiles) -> dict[str, Any] | None:

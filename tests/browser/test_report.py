@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import fake_study
 import nbformat
 import pytest
 from axe_check import SCHEMES, WIDTHS, violations
+from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 
 from telco_nb import ROOT
@@ -231,3 +233,55 @@ def test_a_long_table_scrolls_below_its_head_and_can_be_reached_by_keyboard(buil
     assert part.evaluate("e => e.scrollTop") > 0 and part.get_attribute("tabindex") == "0"
     top, last = part.bounding_box()["y"], page.locator("#results tbody tr").last.bounding_box()
     assert abs(head.bounding_box()["y"] - top) < 2 and last["y"] < top + part.bounding_box()["height"]
+
+
+@pytest.fixture
+def long_table(built, tmp_path) -> Path:
+    """The report with 60 rows in its table of results, whose validation losses are 1 to 60."""
+    page = BeautifulSoup((built / "telco_report.html").read_text(encoding="utf-8"), "html.parser")
+    body = page.select_one("table.sortable tbody")
+    place = [head.get_text() for head in page.select("table.sortable thead th")].index("validation loss")
+    row = body.find("tr").extract()
+    body.clear()
+    for i in range(60):
+        row.find_all(["th", "td"])[place]["data-value"] = str(i + 1)
+        body.append(copy.copy(row))
+    path = tmp_path / "long.html"
+    path.write_text(str(page), encoding="utf-8")
+    return path
+
+
+LOSSES = """[...document.querySelectorAll('table.sortable tbody tr')].filter(row => row.checkVisibility())
+  .map(row => Number(row.cells[[...document.querySelectorAll('table.sortable thead th')]
+    .findIndex(head => head.textContent === 'validation loss')].dataset.value))"""
+
+
+def test_a_long_table_shows_its_first_rows_and_a_key_shows_all(long_table, open_page):
+    page = open_page(long_table)
+    assert page.evaluate(LOSSES) == [*range(1, 51)]
+    button = page.get_by_role("button", name="Show all 60 rows")
+    assert button.get_attribute("aria-expanded") == "false"
+    assert page.locator(f"#{button.get_attribute('aria-controls')}").evaluate("e => e.matches('table.sortable')")
+    assert "Rows 1 to 50 of 60" in page.locator(".more-rows [role=status]").inner_text()
+    button.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(LOSSES) == [*range(1, 61)]
+    less = page.get_by_role("button", name="Show the first 50 rows")
+    assert less.get_attribute("aria-expanded") == "true" and less.evaluate("e => e === document.activeElement")
+    page.keyboard.press("Space")
+    assert len(page.evaluate(LOSSES)) == 50
+    assert page.locator(".more-rows").count() == 1, "short tables have no such button"
+
+
+def test_a_long_table_is_sorted_over_all_its_rows_before_it_is_folded(long_table, open_page):
+    page = open_page(long_table)
+    head = page.locator("table.sortable thead th", has_text="validation loss").locator("button")
+    head.click()
+    head.click()
+    assert page.evaluate(LOSSES) == [*range(60, 10, -1)]
+
+
+def test_paper_has_every_row_of_a_long_table(long_table, open_page):
+    page = open_page(long_table)
+    page.emulate_media(media="print")
+    assert len(page.evaluate(LOSSES)) == 60 and not page.locator(".more-rows").is_visible()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from crash_points import HOW
+from loopback import python_path
 from rich.console import Console
 
 from telco_nb import ROOT
@@ -122,8 +123,7 @@ class Crashes:
 
 
 def _start_server(folder: Path) -> subprocess.Popen:
-    places = [str(ROOT), str(ROOT / "tests" / "support"), str(HERE)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    environment = os.environ | {"PYTHONPATH": python_path(ROOT, ROOT / "tests" / "support", HERE)}
     command = [sys.executable, str(HERE / "crash_study.py"), str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     server = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)

@@ -1,7 +1,6 @@
 """Kernels forked from the fork server do what fresh ones do, and a fork server that fails is done without."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ import psutil
 import pytest
 from fault_runs import LIBRARIES, SLEEP, Study, alive, wait_for
 from fault_study import FINISH, write_notebook
+from loopback import python_path
 
 ABOUT = """
 import json, os, pathlib, sys
@@ -31,7 +31,7 @@ def warm_study(tmp_path):
 
 
 def also_import_from(folder: Path) -> dict[str, str]:
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return {"PYTHONPATH": python_path(folder)}
 
 
 def about(study: Study) -> dict:

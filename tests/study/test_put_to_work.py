@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import trained_study
+from loopback import python_path, watched
 from ports import free_port
 from told import run_told
 from typer.testing import CliRunner
@@ -78,7 +79,8 @@ def elsewhere(outputs, tmp_path_factory):
 @pytest.fixture
 def stranger(tmp_path):
     """The environment of a user with an empty HOME and no network for the hub's client."""
-    return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    made = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return made | watched()
 
 
 def python(code: str, folder: Path, env: dict[str, str]) -> str:
@@ -120,7 +122,7 @@ def desk(outputs, tmp_path):
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     (tmp_path / "bin/python").chmod(0o755)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PATH": path, "PYTHONPATH": python_path(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return tmp_path, env
 
 

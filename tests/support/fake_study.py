@@ -172,16 +172,17 @@ def executed_notebook(step: str, scope: str, headline: str) -> nbformat.Notebook
 
 
 def build_study(
-    root: Path, n: int = 16, judges: tuple[str, ...] = ("checklist", "embedding"), repeats: int = 2, seed: int = 7
-) -> Path:
-    """The whole tree up to 05 for n configurations; returns the profile's folder."""
+    root: Path, n: int = 16, judges: tuple[str, ...] = ("checklist", "embedding"), repeats: int = 2, seed: int = 7,
+    n_words: int | None = None,
+) -> Path:  # fmt: skip
+    """The whole tree up to 05 for n configurations, with answers of so many words; returns the profile's folder."""
     builder, rng = Builder(root), np.random.default_rng(seed)
     configs = design(n)
     planted = truth(configs, seed)
     prompts = _shared(builder, rng)
     for config, row in configs.iterrows():
         _train(builder, rng, str(config), row, planted.loc[config], 1)
-        _answer(builder, rng, str(config), prompts, planted.loc[config, "energy"])
+        _answer(builder, rng, str(config), prompts, planted.loc[config, "energy"], n_words)
     _answer(builder, rng, "untuned", prompts, 0.3)
     for config in list(configs.index)[:repeats]:
         for s in (1, 2):
@@ -272,8 +273,10 @@ def energy_table(window: str, wh: float, kind: str = "estimated") -> pd.DataFram
     return pd.DataFrame([cpu, none, cpu | {"component": "total"}])
 
 
-def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.DataFrame, wh: float) -> None:
-    """Answers of one scope; c02 loops in 5 of them until the limit."""
+def _answer(
+    builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.DataFrame, wh: float, n_words: int | None = None
+) -> None:
+    """Answers of one scope, of so many random words; c02 loops in 5 of them until the limit."""
     run = builder.open("04_energy", scope)
     answers = pd.DataFrame(
         {
@@ -285,6 +288,10 @@ def _answer(builder: Builder, rng: np.random.Generator, scope: str, prompts: pd.
             "seconds": 0.4,
         }
     )
+    if n_words:
+        words = (ROOT / "README.md").read_text(encoding="utf-8").split()
+        drawn = np.random.default_rng([*scope.encode()]).choice(words, (len(answers), n_words))
+        answers["answer"] = [" ".join(row) for row in drawn]
     if scope == "c02":
         answers.loc[:4, ["answer", "finish_reason"]] = ["restart the phone " * 9, "length"]
     answers.to_parquet(run.artefact("answers.parquet"))

@@ -2,7 +2,9 @@
 
 from ports import free_port
 
-ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+from telco_nb.engine.ray_engine import NO_USAGE_REPORT
+
+ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"} | NO_USAGE_REPORT
 
 
 class Cluster:

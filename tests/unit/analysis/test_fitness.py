@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from fake_study import make_judge, make_study
 
 from telco_nb.analysis import findings
+from telco_nb.analysis import fitness as fitness_module
 from telco_nb.analysis.fitness import (
     bar_findings,
     fit_configs,
@@ -290,3 +292,17 @@ def test_where_no_question_needs_a_step_or_the_texts_were_not_read_nothing_is_to
     safe = tuple((name, points, False, False) for name, points, *_ in ANCHORS_READ)
     assert [f.id for f in floor_findings(read(("c1", 0.04, False, False), *safe), ["c1"])] == ["floor.coverage"]
     assert floor_findings(None, ["c1"]) == floor_findings(read(("c1", 0.04, False, False)), ["c1"]) == []
+
+
+def test_each_configuration_is_held_against_the_bar_once_for_all_tables_and_findings(monkeypatch):
+    asked, hold = Counter(), fitness_module._held
+    monkeypatch.setattr(fitness_module, "_held", lambda study, config: asked.update([config]) or hold(study, config))
+    study = held()
+    for _ in range(2):
+        recommend(study)
+        deploy(study)
+        bar_findings(study, fit_configs(study))
+    assert asked == Counter(CONFIGS)
+    assert study.judges[0].scores is study.judges[0].scores
+    again = dataclasses.replace(study, faults=study.faults.assign(broken=20))
+    assert fit_configs(study) and not fit_configs(again), "another study asks anew"

@@ -1,6 +1,7 @@
 """What a study can tell: the computed power is the share of simulated studies that find the difference."""
 
 import dataclasses
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -132,3 +133,12 @@ def test_the_least_difference_is_said_as_what_a_difference_must_be_and_n_counts_
     assert {finding.n for finding in found.values()} == {24}
     uncounted = {finding.n for finding in power.power_findings(make_study(), 48)}  # as many terms as stand for no count
     assert uncounted == {None}
+
+
+def test_the_spread_is_the_median_variance_of_the_difference_of_every_two():
+    judge = make_judge(pd.Series({"c01": 0.0, "c02": 1.0, "c03": 2.0, "c04": 2.5}), 0.3)
+    draws = judge.draws.assign(c04=judge.draws["c03"] + 0.1)
+    judge = dataclasses.replace(judge, draws=draws, ranking=judge.ranking.assign(n_terms=10))
+    pairs = [(draws[a] - draws[b]).var() for a, b in combinations(draws, 2)]
+    errors = power.errors_of(judge)
+    assert errors.prompts == pytest.approx(np.median(pairs) * 10 / 9, rel=1e-9)

@@ -9,6 +9,7 @@ import pytest
 import shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import python_path, watched
 
 from telco_nb import ROOT
 from telco_nb.corpus import dataset, filters, scenarios, variants
@@ -98,7 +99,7 @@ def test_there_are_19_variants_of_each_of_1560_scenarios(rows):
 def test_the_same_cards_give_the_same_bytes_in_another_process_hash_seed_and_locale(rows, environment):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        env=environment | {"PYTHONPATH": str(ROOT), "PATH": ""},
+        env=watched() | environment | {"PYTHONPATH": python_path(ROOT), "PATH": ""},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     terms = {card.id for card in shipped.cards()[::13]}

@@ -8,7 +8,8 @@ import fake_study
 import pytest
 from rich.console import Console
 
-from telco_nb.engine import forecast, schedule
+from telco_nb.engine import forecast, progress, ray_engine, runner, schedule
+from telco_nb.engine.local_engine import gpus_per_place
 from telco_nb.hosted.prices import Estimate
 from telco_nb.study import record
 from telco_nb.study.manifest import sealed
@@ -96,3 +97,41 @@ def test_a_job_that_this_run_has_done_counts_at_once_and_records_are_read_once(t
     states[1].status, states[1].seconds = "done", 61.0
     forecast.estimate_durations(states, builder.root)
     assert states[2].expected_seconds == 2 * 20 + 1, "the median of 10 and 30 s an epoch"
+
+
+def at_once(rows: list[forecast.Expected], places: dict[str, int] | None) -> str:
+    said = io.StringIO()
+    forecast.show_at_once(Console(file=said, width=200), rows, places)
+    return said.getvalue()
+
+
+def test_jobs_that_run_at_once_are_not_added_up():
+    rows = [
+        forecast.Expected("03_train", 5, 2, (500.0, 1000.0, 1500.0)),
+        forecast.Expected("06_analysis", 1, 1, (9,) * 3),
+    ]
+    said = at_once(rows, {"03_train": 2, "06_analysis": 2})
+    assert "up to 2 jobs at once, step by step: 10:09 (5:09 to 15:09)" in said, "five jobs of 200 s in three rounds"
+    assert forecast.at_once(rows, {"03_train": 8}) == (109.0, 209.0, 309.0)
+    assert at_once(rows, {"03_train": 1, "06_analysis": 8}) == "", "nothing runs at once"
+    assert "one job after another" in at_once(rows, None) and at_once([], None) == ""
+    unknown = [*rows, forecast.Expected("05_judge", 2, 0)]
+    assert "more than 10:09" in at_once(unknown, {"03_train": 2})
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({}, 1), ({"gpus": ("0", "1", "2", "3")}, 4), ({"engine": "ray"}, 8), ({"engine": "ray", "address": "a:1"}, None)],
+)
+def test_a_run_hands_its_places_to_the_forecast(monkeypatch, options, found):
+    monkeypatch.setattr(ray_engine, "resources_here", lambda: (8, 8, 1))
+    chosen = schedule.Options(**options)
+    jobs = [Job("03_train", scope, {"device": "cuda", "processes": 1}, ()) for scope in SCOPES]
+    plan = runner.Planned(Path(), jobs, jobs, set(), gpus_per_place(chosen.gpus, jobs))
+    assert runner._places(plan, chosen) == (None if found is None else {"03_train": found})
+
+
+def test_a_queued_job_is_still_to_do():
+    now = zip(JOBS, ("queued", "waiting", "done"), strict=False)
+    states = [progress.State(job, "run", "", status, 60.0) for job, status in now]
+    assert progress.remaining_text(states) == "about 2 min"

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,9 +14,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
+import run_all as program
 from telco_nb import ROOT
-from telco_nb.engine import archive, progress, ray_engine, ray_node, schedule, shared_folder, worker
+from telco_nb.engine import archive, progress, ray_engine, ray_node, runner, schedule, shared_folder, worker
 from telco_nb.engine.schedule import Options, UnfitError, UsageError
 from telco_nb.hosted import egress, hosts
 from telco_nb.study import params, record
@@ -126,6 +130,20 @@ def test_jobs_ask_for_whole_gpus_or_for_a_processor():
     assert asked == dict.fromkeys(("01_glossary", "02_synth", "05_judge", "06_analysis"), 0) | dict.fromkeys(
         ("03_train", "04_energy"), 1
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "resources", "expected"),
+    [
+        ({"processes": 1}, (8, 16, 2), {"03_train": 16, "05_judge": 2}),
+        ({"processes": 4}, (8, 16, 2), {"03_train": 4, "05_judge": 2}),
+        ({"processes": 1}, (0, 0, 3), {"03_train": 3, "05_judge": 3}),
+        ({"processes": 1}, (0, 0, 0), {"03_train": 1, "05_judge": 1}),
+    ],
+)
+def test_as_many_jobs_of_a_step_run_at_once_as_have_what_they_need(values, resources, expected):
+    jobs = [Job("03_train", "c01", {"device": "auto"} | values, ()), Job("05_judge", "judge-x", {}, ())]
+    assert ray_engine.at_once(jobs, *resources) == expected
 
 
 def cluster_of(*resources: dict) -> ray_engine.RayEngine:
@@ -330,3 +348,54 @@ def test_the_kubernetes_manifest_has_the_fields_that_a_study_needs():
     assert policy["kind"] == "NetworkPolicy" and policy["spec"]["policyTypes"] == ["Egress"]
     words = job["spec"]["entrypoint"].split("run_all.py ")[1].split()
     assert words[:4] == ["--engine", "ray", "--address", "auto"] and words[-1].startswith("/shared/")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def cluster_commands() -> dict[str, list[str]]:
+    """The arguments of run_all.py in every command for several GPUs or machines that the project shows or starts."""
+    found = {}
+    lines = re.findall(r"^\./run_all\.py (.*?)(?:  #|$)", text_of("README.md"), re.MULTILINE)
+    lines += re.findall(r"`\./run_all\.py (.*?)`", text_of("run_all.py"))
+    for line in lines:
+        if "--engine" in line or "--gpus" in line:
+            found[line] = shlex.split(line)
+    (sbatch,) = re.findall(r"^sbatch .*? tools/slurm\.sh (.*?)  #", text_of("README.md"), re.MULTILINE)
+    (started,) = re.findall(r"^exec python run_all\.py (.*?)(?:  #|$)", text_of("tools/slurm.sh"), re.MULTILINE)
+    found["slurm.sh"] = shlex.split(started.replace('"$address"', "10.0.0.1:6379").replace('"$@"', sbatch))
+    job, _ = yaml.safe_load_all(text_of("tools/kuberay.yaml"))
+    found["kuberay.yaml"] = shlex.split(job["spec"]["entrypoint"].split("run_all.py ")[1])
+    return found
+
+
+@pytest.mark.parametrize("name", cluster_commands())
+def test_every_command_for_several_gpus_or_machines_is_one_that_the_program_takes(name, tmp_path, monkeypatch):
+    """Each goes through the real command line to the plan of a small study, on a machine that lacks nothing."""
+    words, seen = cluster_commands()[name], []
+    monkeypatch.setattr(ray_engine, "require_ray", lambda: None)
+    monkeypatch.setattr(ray_engine, "resources_here", lambda: (8, 8, 1))
+    monkeypatch.setattr(runner, "check_machine", lambda *given: None)
+    monkeypatch.setattr(runner, "load_study", lambda options: seen.append(options) or params.load_study("smoke"))
+    result = CliRunner().invoke(program.app, [*words, "--outputs", str(tmp_path), "--dry-run"])  # the last one counts
+    assert result.exit_code == 0, result.output
+    (options,) = seen
+    assert "03_train" in result.output and options.dry_run and options.profile == "paper"
+    assert (options.engine == "ray") != bool(options.gpus)
+    assert bool(options.address) == ("--address" in words)
+
+
+def test_there_are_commands_for_a_box_a_cluster_slurm_and_kubernetes():
+    found = cluster_commands()
+    assert {"slurm.sh", "kuberay.yaml"} < set(found) and sum("--gpus" in name for name in found) >= 1
+    assert {"--address" in name for name in found if "--engine ray" in name} == {True, False}
+
+
+def test_a_cluster_reports_nothing_to_rays_makers_wherever_the_project_starts_one():
+    """RAY_USAGE_STATS_ENABLED=0 alone still sends the word that reports are off."""
+    assert ray_engine.NO_USAGE_REPORT["RAY_USAGE_STATS_REPORT_URL"].startswith("http://127.0.0.1:")
+    starters = [path for path in (ROOT / "tools").iterdir() if "RAY_USAGE_STATS_ENABLED" in path.read_text()]
+    assert {path.name for path in starters} == {"slurm.sh", "kuberay.yaml"}
+    for path in starters:
+        assert re.search(r"RAY_USAGE_STATS_REPORT_URL(=|, value: \")http://127\.0\.0\.1:9/", path.read_text()), path

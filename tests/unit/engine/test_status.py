@@ -70,11 +70,24 @@ def test_every_step_has_its_status_and_reason_and_nothing_is_changed(study, tmp_
 
 def test_while_a_run_holds_the_lock_its_job_is_running(study, tmp_path):
     archive.job_file(study, "c03", "03_train").write_text("{}")
+    archive.running_log(study, "c03", "03_train").touch()
     with runner.lock(study):
         content, said = told(tmp_path)
     assert content["process"] == str(os.getpid()) and f"Process {os.getpid()} is using it." in said
     assert {s["scope"]: s["status"] for s in content["steps"]}["c03"] == "running"
     assert {s["scope"]: s["status"] for s in told(tmp_path)[0]["steps"]}["c03"] == "interrupted"
+
+
+def test_a_job_that_no_node_of_a_cluster_has_taken_yet_is_queued(study, tmp_path):
+    for scope in ("c03", "c04"):
+        archive.job_file(study, scope, "03_train").parent.mkdir(exist_ok=True)
+        archive.job_file(study, scope, "03_train").write_text("{}")
+    archive.running_log(study, "c03", "03_train").touch()
+    with runner.lock(study):
+        content, said = told(tmp_path, tmp_path / "m.prom")
+    found = {step["scope"]: step["status"] for step in content["steps"]}
+    assert (found["c03"], found["c04"]) == ("running", "queued") and content["counts"]["queued"] == 1
+    assert "queued" in said and 'status="queued"} 1.0' in (tmp_path / "m.prom").read_text()
 
 
 def test_the_metrics_are_prometheus_text(study, tmp_path):

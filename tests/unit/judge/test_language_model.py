@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import pandas as pd
 import pytest
 from hosted_fixtures import MODELS, QUICK, SECRET, STOPS, keys  # noqa: F401
 from judge_study import CARDS, put_plan
+from loopback import python_path
 from provider_server import FAULTS, KINDS, Server, answer_body, killed_at_random
 
 from telco_nb.hosted import api, session
@@ -172,7 +172,7 @@ def test_a_model_that_always_takes_the_first_seat_fails_the_gate(tmp_path):
 
 
 def test_killed_at_20_random_moments_every_verdict_is_there_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the children's server imports this module once
+    monkeypatch.setenv("PYTHONPATH", python_path(*sys.path))  # the children's server imports this module once
     served: Counter[str] = Counter()
     lock, in_flight, kills, n = threading.Lock(), 4, 20, 8
 

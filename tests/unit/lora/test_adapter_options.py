@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback import python_path
 from peft import LoraConfig, PeftModel
 from ports import free_port
 from test_kernels import adapted, fake_examples, plain_step, relative, tiny
@@ -288,8 +289,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
         (folder / "worker.py").write_text(WORKER)
         launch = [*several, str(free_port())] if processes == 2 else []
         command = [sys.executable, *launch, str(folder / "worker.py"), str(folder)]
-        paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(ROOT, ROOT / "tests/support")}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         found[processes] = [float(x) for x in json.loads((folder / "found.json").read_text())]

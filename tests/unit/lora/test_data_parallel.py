@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from loopback import python_path
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_kernels import fake_examples
@@ -174,7 +175,7 @@ class BadThere(packing.PackedRows):
 def test_what_a_peer_raises_is_named(base, tmp_path, monkeypatch):
     spec = spec_of(base, tmp_path)
     spec = replace(spec, rows=BadThere(spec.rows))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the peer finds this class
+    monkeypatch.setenv("PYTHONPATH", python_path(Path(__file__).parent))  # where the peer finds this class
     with pytest.raises(TrainingError, match=r"process 2 of this training ended with code 1: ValueError: a bad row"):
         fit(tuned_model(spec), spec, 2, tmp_path)
     assert not peers() and "RANK" not in os.environ

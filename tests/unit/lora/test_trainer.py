@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import python_path
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainerControl, TrainingArguments
 
@@ -428,7 +429,8 @@ except TrainingError as error:
 
 def test_a_checkpoint_that_cannot_be_written_ends_with_the_folder_and_leaves_the_one_before(tmp_path):
     command = [sys.executable, "-c", DISK_FULL, str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": python_path(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert "could not be written" in done.stdout and "Make room and run again" in done.stdout, done.stderr[-2000:]
     (left,) = (tmp_path / "run").glob("checkpoint-*")
     resumed, _, watch, _ = train(tmp_path / "run")

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 import fake_study
+import numpy as np
 import pandas as pd
 import pytest
 from shipped import cards as shipped_cards
@@ -116,3 +117,20 @@ def test_a_point_comes_from_the_card_or_else_from_the_gold_answer():
     points = [problem.steps[0].say[0], "A sentence of the gold answer."]
     assert answer_explorer._origins(points, prompt, cards) == ["card", "gold"]
     assert answer_explorer._origins(points, prompt | {"problem_id": ""}, cards) == []
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+def test_what_the_page_holds_packed_is_the_data(n):
+    """Unpacked here as the page's script does it; tests/browser reads the verdicts off the page."""
+    letters = "".join(np.random.default_rng(n).choice(list(answer_explorer.LETTERS), n))
+    answer = {"content": 0.5, "coverage": 0.25, "credits": [1.0], "flags": ["unsafe"], "text": "Restart it."}
+    question = {"id": "p1", "answers": [answer, None], "verdicts": [letters]}
+    held = json.loads(json.dumps(answer_explorer.packed({"questions": [question], "judges": ["a"]})))
+    (kept,) = held["questions"]
+    assert [part and dict(zip(held["parts"], part, strict=True)) for part in kept["answers"]] == [answer, None]
+    size = len(held["letters"])
+    places = [held["pairs"].index(pair) for pair in kept["verdicts"][0]]
+    unpacked = "".join(held["letters"][place // size] + held["letters"][place % size] for place in places)
+    assert unpacked[:n] == letters and len(unpacked) <= n + 1
+    assert (kept["id"], held["judges"], question["verdicts"]) == ("p1", ["a"], [letters])
+    assert len(set(held["pairs"])) == size**2 and held["pairs"].isalnum()

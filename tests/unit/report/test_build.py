@@ -437,3 +437,15 @@ def test_many_configurations_fold_those_without_a_role_and_lose_none(root, monke
     assert all(card.h3.find(class_="tag") for card in shown) and len(page.select("article.card")) == N
     links = soup(root / "report" / "index.html").select("#notebooks li details a")
     assert {link.get_text() for link in links} >= {"c02", "c03", "c04"}
+
+
+@pytest.mark.nightly
+def test_the_report_of_200_configurations_stays_within_5_mb_a_page(tmp_path, monkeypatch):
+    """75 words for each of 40 questions: as much text as 60 words for each of the 48 of the laptop profile."""
+    root = fake_study.build_study(tmp_path, 200, JUDGES, REPEATS, n_words=75)
+    fake_study.run_analysis(root, 200, JUDGES, REPEATS, monkeypatch)
+    report = build.build_report(root).parent
+    sizes = {name: (report / name).stat().st_size for name in ("telco_report.html", "answers.html", "search.html")}
+    assert max(sizes.values()) < 5_000_000, sizes
+    page = soup(report / "telco_report.html")
+    assert len(page.select("table.sortable tbody tr")) == 200, "every row is in the page, and its script folds them"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from loopback import python_path
 
 from telco_nb import ROOT
 from telco_nb.study import imports
@@ -22,7 +23,7 @@ def module_hashes(project: Path, *steps: str) -> dict[str, dict[str, str]]:
     """Hashes of the modules in the content keys of some steps, as the code of a copy of the project computes them."""
     import json
 
-    environment = os.environ | {"PYTHONPATH": str(project)}
+    environment = os.environ | {"PYTHONPATH": python_path(project)}
     command = [sys.executable, "-c", KEY_PARTS, *steps]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
