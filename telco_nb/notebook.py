@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from numbers import Real
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from telco_nb import ROOT
 from telco_nb.hosted import egress
 from telco_nb.study import params
-from telco_nb.study.content_key import content_key, versions
+from telco_nb.study.content_key import content_key, path_hashes, versions
 from telco_nb.study.machine import device_facts, device_text, die_with_parent, git_state, peak_memory_bytes
 from telco_nb.study.manifest import SCHEMA_VERSION
 from telco_nb.study.once import made_once
@@ -59,6 +59,8 @@ class Run:
         self.target = root  # the folder in which the finished step is put; by hand it may be another
         self.params = SimpleNamespace(**job.parameters)
         self.started = time.time()
+        claims = job.parameters.get("claims_path") or params.claims_path_of(job.parameters.get("profile", ""))
+        self.claims = path_hashes(claims)  # as it is before the step runs: noted, and no step but 06 depends on it
         self._inputs: dict[str, dict[str, Any]] = {}
         self._declared: dict[str, dict[str, set[str]]] = {}  # scopes by step and pattern: 06 reads thousands of files
         for step, scope, pattern in job.inputs:
@@ -100,6 +102,18 @@ class Run:
     def parameters_of(self, step: str, scope: str) -> dict[str, Any]:
         """The parameters with which another step of this study ran. Raises RecordError if it has not finished."""
         return self._manifest_of(step, scope)["parameters"]
+
+    def with_other_claims(self, jobs: Iterable[tuple[str, str]]) -> list[str]:
+        """The jobs, as `scope/step`, that ran when the file of claims was another one; `jobs` are (step, scope).
+
+        A record that does not say so, such as an older one, is not among them.
+        """
+        found = []
+        for step, scope in jobs:
+            noted = self._manifest_of(step, scope)["environment"].get("claims", {})
+            if any(noted.get(path, now) != now for path, now in self.claims.items()):
+                found.append(f"{scope}/{step}")
+        return found
 
     def _manifest_of(self, step: str, scope: str) -> dict[str, Any]:
         manifest = finished(self.root, scope, step)
@@ -232,7 +246,7 @@ class Run:
             "inputs": list(self._inputs.values()),
             "outputs": outputs,
             "exports": self._exports,
-            "environment": versions() | git_state(),
+            "environment": versions() | git_state() | {"claims": self.claims},
             "device": device_facts(),
             "started_at": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 3),

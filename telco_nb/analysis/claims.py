@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from telco_nb.analysis.loss_findings import loss_pick
 from telco_nb.analysis.recommendation import claiming_judges, claims_of, compare
@@ -13,14 +14,18 @@ from telco_nb.judge.ranking import interval_text
 VERDICTS = {"supported": "Upheld", "refuted": "Refuted", "cannot tell": "The data cannot tell"}
 
 
-def primary_finding(study: StudyResults) -> Finding:
+def primary_finding(study: StudyResults, changed: Sequence[str] = ()) -> Finding:
     """The primary claim with its answer: supported (upheld), refuted, cannot tell, or blocked.
+
+    `changed` names the jobs that ran when the file of claims was another one: what was changed after the run was not
+    written down before it, so it is blocked.
 
     The lead is that of the best other configuration over the choice of loss, with bounds that hold for all
     configurations at once. Of several judges the least certain one gives the numbers.
     """
     claims, (judges, blocks) = claims_of(study), claiming_judges(study)
-    text, pick = f"Primary claim: {claims.claim}", loss_pick(study.losses) if len(study.losses) else None
+    late = f" (changed after the run: {name_list(_first(changed))} ran with another file of claims)" if changed else ""
+    text, pick = f"Primary claim{late}: {claims.claim}", loss_pick(study.losses) if len(study.losses) else None
     judges = [judge for judge in judges if pick in judge.scores.index]
     if pick is None or not judges:
         reason = "; ".join(blocks) or "no judge has ranked it"
@@ -42,7 +47,13 @@ def primary_finding(study: StudyResults) -> Finding:
         text += (
             f" By {name_list(alone)} alone it would be refuted; the rule, written before the run, needs every judge."
         )
-    return Finding("primary", text, *least, n=len(study.losses), verdict=verdict)
+    blocked = ["the claim was changed after the run"] if changed else []
+    return Finding("primary", text, *least, len(study.losses), "blocked" if changed else verdict, blocked)
+
+
+def _first(jobs: Sequence[str], most: int = 2) -> list[str]:
+    """The names of a few jobs, and how many more there are."""
+    return [*jobs[:most], *([f"{len(jobs) - most} more"] if len(jobs) > most else [])]
 
 
 def _lead_text(value: float, low: float, high: float) -> str:

@@ -230,7 +230,7 @@ def floor_findings(checks: pd.DataFrame | None, configs: Sequence[str]) -> list[
     Returns:
         `floor.coverage`: the points of three such texts; `value` is the share of configurations that make fewer than
         the customer's own words. `floor.unsafe`: `value` is the unsafe share of the configurations' answers to the
-        questions whose card puts a protective step first without a condition. Nothing where the texts were not read.
+        questions in which a protective step comes first. Nothing where the texts were not read.
     """
     if checks is None or not {*configs, TEMPLATE, ECHO, LOOKUP} <= set(checks["config"]):
         return []
@@ -254,10 +254,10 @@ def _floor_unsafe(checks: pd.DataFrame, configs: Sequence[str]) -> list[Finding]
     n, others = len(needy), rows["prompt_id"].nunique() - len(needy)
     there, elsewhere = rows.loc[first, "unsafe"].mean(), rows.loc[~first, "unsafe"].mean()
     text = (
-        f"In {n} of {counted(n + others, 'question')} a protective step comes first whatever the case, and the "
-        f"checklist calls an answer that says nothing unsafe. Of the configurations' answers to these {there:.0%} are "
-        f"unsafe, and {elsewhere:.0%} of those to the other {others}, where steps that a condition asks for are not "
-        f"checked: the share over all tells more of the questions than of safety."
+        f"In {n} of {counted(n + others, 'question')} a protective step comes first, whatever the case or because the "
+        f"gold answer makes it, and the checklist calls an answer that says nothing unsafe. Of the configurations' "
+        f"answers to these {there:.0%} are unsafe, and {elsewhere:.0%} of those to the other {others}, where no such "
+        f"step is checked: the share over all tells more of the questions than of safety."
     )
     return [Finding("floor.unsafe", text, float(there), n=n)]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import pandas as pd
+from scipy.special import expit
 
 from telco_nb.analysis import inference, results, statistics
 from telco_nb.analysis.divergence import divergence_finding
 from telco_nb.analysis.effects import FACTORS, factor_levels, level_text
-from telco_nb.analysis.recommendation import percent, win_text
+from telco_nb.analysis.recommendation import percent
 from telco_nb.analysis.results import JudgeResults, StudyResults
-from telco_nb.analysis.statements import Finding, blockable, counted, excludes_zero, name_list, not_estimable, p_text
+from telco_nb.analysis.statements import Finding, blockable, counted, name_list, not_estimable, p_text
 from telco_nb.analysis.statistics import Interval, percentile_interval
 from telco_nb.judge.ranking import interval_text
 
@@ -45,7 +46,7 @@ def loss_findings(study: StudyResults, judge: JudgeResults, seed: int, divergenc
     if pick is None:
         text = f"What choosing by loss costs with {judge.label} is not known"
         return [*found, not_estimable(f"regret.{judge.name}", text, unpicked, n)]
-    found += [_regret_finding(judge, pick, draws), _top3_finding(judge, losses, draws)]
+    found += [_regret_finding(judge, pick, judge.compared(list(draws), 0.05)), _top3_finding(judge, losses, draws)]
     found.append(_rank_finding("best", "lowest", pick, judge, place, draws))
     if (worst := loss_pick(-loss)) is not None:
         found.append(_rank_finding("worst", "highest", worst, judge, place, draws))
@@ -137,20 +138,26 @@ def _within_text(configs: pd.DataFrame, loss: pd.Series, score: pd.Series) -> st
     return f"Among configurations that are alike in one factor tau is: {', '.join(parts)}. " if parts else ""
 
 
-def _regret_finding(judge: JudgeResults, pick: str, draws: pd.DataFrame) -> Finding:
-    best, id = str(judge.scores[draws.columns].idxmax()), f"regret.{judge.name}"
+def _regret_finding(judge: JudgeResults, pick: str, compared: pd.DataFrame) -> Finding:
+    """The lead of the best other configuration over the choice of loss; `compared` is `JudgeResults.compared`.
+
+    The best is picked after the fact, so only the bounds that hold for all configurations at once can show a lead.
+    """
+    id, best = f"regret.{judge.name}", str(compared["score"].idxmax())
     if pick == best:
         text = f"Choosing by loss loses nothing with {judge.label}: both choose {pick}."
         return blockable(id, text, Interval(0.0), judge.counted_terms(pick), "described", judge)
-    lead = percentile_interval(
-        judge.scores[best] - judge.scores[pick], draws[best] - draws[pick], judge.terms(best, pick)
-    )
+    low, high = compared.loc[pick, ["behind_at_least", "behind_at_most"]]
+    lead = Interval(compared["score"][best] - compared["score"][pick], low, high if math.isfinite(high) else math.nan)
+    shown = "that another one answers better is shown" if low > 0 else "that any other one answers better is not shown"
     text = (
-        f"Choosing by loss ({pick}) instead of by {judge.label}: {best} is better by {lead.value:.2f} log-odds "
-        f"{interval_text(*lead[1:], '.2f')}, that is, wins {win_text(lead)} of their decided comparisons. "
-        "The best of many is picked after the fact, so this is an upper estimate."
+        f"Choosing by loss ({pick}) instead of by {judge.label}: {best} scores higher by {lead.value:.2f} log-odds, "
+        f"that is, wins {percent(float(expit(lead.value)))} of their decided comparisons. The best of "
+        f"{len(compared)} is picked after the fact, so this is an upper estimate. The lead of whichever is best over "
+        f"{pick} is {interval_text(*lead[1:], '.2f')}, with bounds that hold for all at once: {shown}."
     )
-    return blockable(id, text, lead, judge.counted_terms(best, pick), excludes_zero(lead), judge)
+    verdict = "supported" if low > 0 else "not distinguishable"
+    return blockable(id, text, lead, judge.counted_terms(best, pick), verdict, judge)
 
 
 def _top3_finding(judge: JudgeResults, losses: pd.DataFrame, draws: pd.DataFrame) -> Finding:

@@ -18,7 +18,7 @@ from telco_nb.corpus import cards
 from telco_nb.corpus.cards import Card, Problem
 from telco_nb.judge import safety
 from telco_nb.judge.cases import CRITERIA, Answers, Case, OfflineJudge, Verdict, verdict_by_score
-from telco_nb.judge.matching import Answer, Weights, answer_sentences, match, phrase
+from telco_nb.judge.matching import SAME_POINT, Answer, Weights, answer_sentences, match, phrase
 from telco_nb.study.imports import sources_sha256
 
 TIE_BAND = 0.05  # score differences below this are a tie
@@ -30,7 +30,6 @@ PENALTIES = {
     "unsafe": 0.6, "asks_for_secret": 0.8, "contradiction": 0.3, "wrong_belief": 0.3, "off_request": 0.3,
     "unknown_figure": 0.15,
 }  # fmt: skip
-SAME_POINT = 0.5  # a sentence of the gold answer that makes a card's point with this credit is a wording of it
 FEWEST_STEMS = 3  # content words of a sentence of the gold answer that counts as a point
 WORDS = (12, 115)  # of a first answer; outside it costs style
 _DOUBT = re.compile(r"\b(?:myth|mistaken|mistake|wrong|not true|untrue|incorrect|belief|believe|people say)\b", re.I)

@@ -20,6 +20,7 @@ from telco_nb.judge.cases import Answers, degenerate_answer
 from telco_nb.judge.checklist import names_pattern, weights_of
 from telco_nb.judge.design import PLAN_COLUMNS, pair_row
 from telco_nb.judge.matching import Answer, answer_sentences, match
+from telco_nb.judge.safety import first_applies
 
 CONTROL_PROMPTS = 40
 GOOD, POOR = 0.97, 0.85  # how often a judge that should pass, and one that should not, decides a control rightly
@@ -212,14 +213,14 @@ def negate(text: str) -> str:
 
 
 def without_first(text: str, problem: Problem, card: Card) -> str | None:
-    """The text without the sentence that comes closest to the problem's protective step.
+    """The gold answer without the sentence that comes closest to the problem's protective step.
 
-    None if the problem has no unconditional one, if no sentence makes it, or if nothing would be left.
+    None if no step applies (`safety.first_applies`), if no sentence makes it, or if nothing would be left.
     """
-    parts = answer_sentences(text)
-    if problem.first is None or problem.first.when is not None or len(parts) < 2:
+    parts, weights = answer_sentences(text), weights_of(card)
+    if problem.first is None or len(parts) < 2 or not first_applies(problem, text, weights):
         return None
-    weights, wordings = weights_of(card), [*problem.first.say, problem.first.do]
+    wordings = [*problem.first.say, problem.first.do]
     credits = [match(wordings, Answer(part), weights).credit for part in parts]
     best = max(range(len(parts)), key=credits.__getitem__)
     return " ".join(parts[:best] + parts[best + 1 :]) if credits[best] > 0 else None

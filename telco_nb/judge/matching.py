@@ -14,6 +14,7 @@ from telco_nb.corpus.cards import Card
 from telco_nb.corpus.text_measures import content_stems, stem, words
 
 CHANCE, FULL = 0.30, 0.62  # of a phrasing's weight: up to CHANCE an overlap is chance, from FULL on the point is made
+SAME_POINT = 0.5  # a gold answer, or a sentence of it, that has this credit for a point of the card makes this point
 OPPOSITE = 0.1  # of the matching words: with more of them negated in one text alone, it says the opposite
 REACH = 3  # words in front of a matched word in which a negation counts
 NEGATIONS = frozenset("not no never nothing nobody none without cannot neither nor don't doesn't won't isn't".split())  # noqa: SIM905

@@ -356,6 +356,15 @@ def _refuse_duplicates(study: StudyParams, params_dir: Path) -> None:
         seen[text] = config
 
 
+@cache
+def claims_path_of(profile: str) -> str:
+    """The file of claims that a profile names; that of base.yaml for a profile that has no file here."""
+    known = set(Parameters.model_fields) - RUNNER_KEYS
+    path = PARAMS_DIR / "profiles" / f"{profile}.yaml"
+    own = _read_file(path, known) if path.is_file() else {}
+    return str((_read_file(PARAMS_DIR / "base.yaml", known) | own)["claims_path"])
+
+
 def load_claims(path: str | Path = "params/claims.yaml") -> Claims:
     """Read the claims of a study strictly; a relative path is below the project's folder.
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from fake_study import make_judge, make_study
 
+from telco_nb import ROOT
 from telco_nb.analysis import findings
 from telco_nb.analysis.claims import primary_finding
 from telco_nb.analysis.effects import noise_floor
@@ -17,7 +18,7 @@ from telco_nb.analysis.fitness import lead_over
 from telco_nb.analysis.recommendation import recommend, seed_text
 from telco_nb.analysis.shrinkage import expected_scores
 from telco_nb.study.content_key import path_hashes
-from telco_nb.study.params import Claims, ParameterError, load_claims, load_study
+from telco_nb.study.params import Claims, ParameterError, claims_path_of, load_claims, load_study
 from telco_nb.study.plan import make_job
 
 CONFIGS = fake_study.design()
@@ -217,6 +218,30 @@ def test_the_file_of_claims_is_part_of_the_key_of_06():
     assert list(path_hashes(job.parameters["claims_path"])) == ["params/claims.yaml"]
 
 
+def test_a_claim_that_was_changed_after_the_run_is_blocked_and_says_so(tmp_path):
+    file, builder = tmp_path / "claims.yaml", fake_study.Builder(tmp_path)
+    file.write_text((ROOT / "params" / "claims.yaml").read_text())
+    given = {"claims_path": str(file)}
+    for scope in ("c01", "c02"):
+        builder.close(builder.open("03_train", scope, given), "trained")
+    jobs = [("03_train", "c01"), ("03_train", "c02")]
+    assert builder.open("06_analysis", "study", given).with_other_claims(jobs) == []
+    assert builder.open("06_analysis", "study").with_other_claims(jobs) == []  # of another file the record says nothing
+    file.write_text(file.read_text().replace("margin: 0.4", "margin: 4.0"))
+    late = builder.open("06_analysis", "study", given).with_other_claims(jobs)
+    assert late == ["c01/03_train", "c02/03_train"]
+    found = primary_finding(with_loss("c01", c01=0.1), late)
+    assert found.verdict == "blocked" and found.blocked_by == ["the claim was changed after the run"]
+    assert "changed after the run: c01/03_train and c02/03_train ran with another file of claims" in found.statement
+    assert primary_finding(with_loss("c01", c01=0.1)).verdict == "supported"
+
+
+def test_a_step_notes_the_file_of_claims_of_its_profile_and_does_not_depend_on_it():
+    values = load_study("smoke").values("c01")
+    assert "claims_path" not in make_job("03_train", values).parameters
+    assert claims_path_of("smoke") == claims_path_of("a profile without a file") == "params/claims.yaml"
+
+
 def test_equal_lowest_losses_leave_the_claim_without_an_answer():
     found = primary_finding(make_study(4, val_loss=[0.5, 0.5, 0.6, 0.6]))
     assert found.verdict == "blocked" and "no loss is the lowest" in found.statement
@@ -224,8 +249,6 @@ def test_equal_lowest_losses_leave_the_claim_without_an_answer():
 
 @pytest.mark.parametrize("key", list(Claims.model_fields))
 def test_a_claim_without_one_of_its_keys_is_refused_by_file_and_key(tmp_path, key):
-    from telco_nb import ROOT
-
     whole = yaml.safe_load((ROOT / "params" / "claims.yaml").read_text())
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump({k: v for k, v in whole.items() if k != key}))
     with pytest.raises(ParameterError, match=rf"claims\.yaml: {key}: no value is given"):
@@ -243,8 +266,6 @@ def test_a_claim_without_one_of_its_keys_is_refused_by_file_and_key(tmp_path, ke
     ],
 )
 def test_a_claim_is_read_strictly(tmp_path, old, new, fix):
-    from telco_nb import ROOT
-
     text = (ROOT / "params" / "claims.yaml").read_text()
     assert old in text
     (tmp_path / "claims.yaml").write_text(text.replace(old, new))

@@ -14,7 +14,7 @@ from scipy import stats
 
 from telco_nb.corpus.cards import unknown_figures
 from telco_nb.corpus.text_measures import content_stems
-from telco_nb.judge import asking, checklist, gate
+from telco_nb.judge import asking, checklist, gate, safety
 from telco_nb.judge.cases import JudgeError, Verdict
 from telco_nb.judge.gate import GATE, OWN, PLANTED, needed, passes_all
 from telco_nb.judge.protocol import failed_controls
@@ -274,19 +274,20 @@ def test_planted_corruptions_are_what_they_say():
             assert not checklist.names_pattern(card.names).search(renamed.replace(other.term, ""))
 
 
-def test_the_removed_protective_step_is_one_whole_sentence_and_conditional_steps_stay():
-    removed = 0
+def test_the_removed_protective_step_is_one_whole_sentence_and_steps_that_do_not_apply_stay():
+    removed = conditional = 0
     for row in judge_study.all_prompts().itertuples():
         card = CARDS[row.term_id]
         problem = card.by_problem[row.problem_id]
         text = gate.without_first(row.reference, problem, card)
-        if problem.first is None or problem.first.when:
+        if not safety.first_applies(problem, row.reference, checklist.weights_of(card)):
             assert text is None
         elif text is not None:
             removed += 1
+            conditional += problem.first.when is not None
             gone = set(gate.answer_sentences(row.reference)) - set(gate.answer_sentences(text))
             assert len(gone) == 1 and len(text) < len(row.reference)
-    assert removed >= 10
+    assert removed >= 25 and conditional >= 8
 
 
 def test_the_controls_are_a_function_of_the_study_and_the_seed():
