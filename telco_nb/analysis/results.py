@@ -147,6 +147,7 @@ class StudyResults:
     train_losses: pd.Series | None = None
     claims: Claims | None = None
     n_scenarios: int | None = None
+    held: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)  # see fitness.fitness
 
     def __post_init__(self) -> None:
         refuse_infinite(self.results)
