@@ -271,11 +271,11 @@ def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draw
         return [not_estimable("alpha.rubric", "Whether judges rate answers alike is not known", reason, 0)]
     unit = ratings["prompt_id"] + "|" + ratings["config"]
     long = pd.DataFrame({"unit": unit, "cluster": ratings["scenario_id"], "rater": ratings["rater"]})
-    findings = []
-    for name in (name for name in CRITERIA if name in ratings):
+    findings, rated = [], [name for name in CRITERIA if name in ratings]
+    for name in rated:
         table = long.assign(value=ratings[name].astype(float))
         raters = set(table.loc[table["value"].notna(), "rater"])
-        alpha, n = statistics.krippendorff_alpha(table, "ordinal", n_draws, seed)
+        alpha, n = statistics.krippendorff_alpha(table, "ordinal", n_draws, seed, len(rated))
         findings.append(_alpha_finding(name, [judge for judge in panel if judge.name in raters], alpha, n))
     return findings
 
@@ -286,7 +286,7 @@ def _alpha_finding(criterion: str, judges: Sequence[JudgeResults], alpha: Interv
         reason = "fewer than two judges have rated it on the same answers" if not n else "all ratings are equal"
         return not_estimable(id, f"Whether judges rate {criterion} alike is not known", reason, n)
     text = f"On {criterion} {judges_text(judges)} agree with Krippendorff's alpha {alpha.value:.2f} "
-    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {counted(n, 'answer')})."
+    text += f"{interval_text(*alpha[1:], '.2f')} (ordinal, {counted(n, 'answer')}; bounds hold for all criteria)."
     return Finding(id, text, *alpha, n, excludes_zero(alpha))
 
 

@@ -8,16 +8,14 @@ Broken answers are counted without a judge. The anchors need a ranking.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
-from scipy import stats
 
 from telco_nb.analysis.results import JudgeFiles, JudgeResults, StudyResults
 from telco_nb.analysis.statements import Finding, counted, name_list
-from telco_nb.analysis.statistics import Interval
+from telco_nb.analysis.statistics import Interval, joint_interval
 from telco_nb.judge.anchors import ANCHORS, FLOORS, GOLD
 from telco_nb.judge.best import MANY
 from telco_nb.judge.bradley_terry import interval_levels
@@ -331,13 +329,7 @@ def lead_over(judge: JudgeResults, config: str, anchor: str, picked_from: int = 
         lead = Interval(value, own["low"] - other["high"], own["high"] - other["low"])
     else:
         lead = Interval(value, *drawn.quantile(interval_levels(int(min(terms, MANY)))))
-    return lead if picked_from == 1 else _widened(lead, drawn, terms, picked_from)
-
-
-def _widened(lead: Interval, drawn: pd.Series, terms: float, picked_from: int) -> Interval:
-    """The bounds of a lead, at least as far from it as those of the best of several."""
-    error = drawn.std() * math.sqrt(terms / (terms - 1)) * stats.t.isf(0.025 / picked_from, terms - 1)
-    return Interval(lead.value, min(lead.low, lead.value - error), max(lead.high, lead.value + error))
+    return joint_interval(lead, drawn, int(min(terms, MANY)), picked_from)
 
 
 def _not_beaten(judges: Sequence[JudgeResults], config: str) -> tuple[dict[str, str], list[str]]:

@@ -57,6 +57,21 @@ def percentile_interval(value: float, draws: Numbers, n_clusters: int | None = N
     return Interval(float(value), float(low), float(high))
 
 
+def joint_interval(interval: Interval, draws: Numbers, n_clusters: int, family: int) -> Interval:
+    """An interval made so wide that as many as `family` of its kind hold together (Bonferroni, t over clusters).
+
+    For one that was picked after the fact from so many, or that stands in a family of so many. Percentiles of a few
+    hundred draws do not reach that far, so the bounds are those of t, and at least those of the interval.
+    """
+    finite = np.asarray(draws, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if family < 2 or n_clusters < 2 or finite.size == 0:
+        return interval
+    error = finite.std(ddof=1) * math.sqrt(n_clusters / (n_clusters - 1)) * stats.t.isf(0.025 / family, n_clusters - 1)
+    value, low, high = interval
+    return Interval(value, min(low, value - error), max(high, value + error))
+
+
 def cluster_weights(n: int, n_draws: int, seed: int) -> np.ndarray:
     """Bootstrap of n clusters: how often each draw with replacement takes each of them, (draws, clusters)."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws)
@@ -305,13 +320,16 @@ def _kappa(table: np.ndarray) -> float:
         return float(cohens_kappa(table, return_results=False))
 
 
-def krippendorff_alpha(ratings: pd.DataFrame, level: str, n_draws: int = 0, seed: int = 0) -> tuple[Interval, int]:
+def krippendorff_alpha(
+    ratings: pd.DataFrame, level: str, n_draws: int = 0, seed: int = 0, family: int = 1
+) -> tuple[Interval, int]:
     """Krippendorff's alpha of several raters with missing values (Krippendorff 2011, Computing Alpha-Reliability).
 
     Args:
         ratings: columns unit, cluster, rater, value (numbers; rows without a value are left out).
         level: nominal, ordinal, interval or ratio.
         n_draws, seed: of the bootstrap over clusters.
+        family: how many such intervals hold together.
 
     Returns:
         Alpha with its interval, NaN if no unit is shared or all values are equal; and the number of units that two or
@@ -332,7 +350,8 @@ def krippendorff_alpha(ratings: pd.DataFrame, level: str, n_draws: int = 0, seed
     np.add.at(per_cluster, cluster, pairs)
     tables = np.tensordot(cluster_weights(len(names), n_draws, seed), per_cluster, axes=1)
     draws = [_alpha(table, values, level) for table in tables]
-    return percentile_interval(_alpha(per_cluster.sum(0), values, level), draws, len(names)), len(units)
+    alone = percentile_interval(_alpha(per_cluster.sum(0), values, level), draws, len(names))
+    return joint_interval(alone, draws, len(names), family), len(units)
 
 
 def _alpha(pairs: np.ndarray, values: np.ndarray, level: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from telco_nb.analysis.statements import Finding, counted, excludes_zero, not_estimable
-from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, ratio_draws
+from telco_nb.analysis.statistics import Interval, cluster_weights, joint_interval, percentile_interval, ratio_draws
 from telco_nb.judge.ranking import interval_text
 
 COLUMNS = ["config", "role", "strength", "answers", "terms", "loss", "change", "low", "high"]
@@ -32,7 +32,8 @@ def strength_table(
         n_draws, seed: of the bootstrap over terms, the same for all strengths.
 
     Returns:
-        Columns COLUMNS: answers and terms are their numbers, losses are in nats per token.
+        Columns COLUMNS: answers and terms are their numbers, losses are in nats per token. The bounds of the changes of
+        one configuration hold together, because the best strength is picked from all of them.
     """
     rows = []
     for config, role in roles.items():
@@ -45,7 +46,9 @@ def strength_table(
         losses = sums["loss_sum"].sum() / sums["n_tokens"].sum()
         own = list(losses.index).index(1)
         for k, (strength, loss) in enumerate(losses.items()):
-            change = percentile_interval(loss - losses[1], drawn[:, k] - drawn[:, own], len(sums))
+            moved = drawn[:, k] - drawn[:, own]
+            alone = percentile_interval(loss - losses[1], moved, len(sums))
+            change = joint_interval(alone, moved, len(sums), len(losses) - 1)
             rows.append((config, role, strength, table["prompt_id"].nunique(), len(sums), loss, *change))
     return pd.DataFrame(rows, columns=COLUMNS)
 
