@@ -73,6 +73,12 @@ def _find_needs(*arguments: Any, **options: Any) -> Any:
     return study_needs(*arguments, **options)
 
 
+def _read_own_data(*arguments: Any) -> None:
+    from telco_nb.commands.estimate import read_own_data  # needs pandas, as above
+
+    read_own_data(*arguments)
+
+
 def _build_report(*arguments: Any) -> Path:
     from telco_nb.report.build import build_report  # needs pandas, which the runner does without
 
@@ -193,7 +199,7 @@ def main(
         engine=engine,
         address=address,
     )
-    sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report, _find_needs)))
+    sys.exit(runner.run(options, runner.Services(_estimate_job, _build_report, _find_needs, _read_own_data)))
 
 
 def _refuse_options_of_a_run(context: typer.Context) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from telco_nb import ROOT
-from telco_nb.corpus import gold, llm_writer, scenarios, variants
+from telco_nb import DATA_DIR, ROOT
+from telco_nb.corpus import choices, gold, llm_writer, scenarios, variants
 from telco_nb.corpus.cards import load_cards
 from telco_nb.hosted import attempts, lines, prices
 from telco_nb.hosted.api import HostedModel
@@ -85,6 +85,24 @@ class Corpus:
         limits = {name: self.values[f"{name}_prompts"] for name in available}
         taken = [n if limits[name] is None else min(n, limits[name]) for name, n in available.items()]
         return sum(taken) + len(gold.load_prompts(data_path(self.values["prompts_path"]), self.cards))
+
+
+def read_own_data(jobs: Sequence[Job]) -> None:
+    """Read the cards and texts of one's own that 01 and 02 are about to read; shipped ones alone are taken as good.
+
+    Args:
+        jobs: all jobs of the study.
+
+    Raises GlossaryError, WrittenFileError, InputFileError or ParameterError as the notebooks would, for a fault.
+    """
+    values = {name: value for job in jobs if job.step < "03" for name, value in job.parameters.items()}
+    files = {name: data_path(value) for name, value in values.items() if name.endswith("_path")}
+    if all(path is None or path.resolve().is_relative_to(DATA_DIR) for path in files.values()):
+        return
+    corpus = Corpus(values)
+    corpus.count_prompts()
+    gold.load_reviews(files.get("reviews_path"), corpus.grid)
+    choices.load_general(files.get("general_path"))
 
 
 def _estimate_generator(corpus: Corpus, price: prices.Prices, root: Path) -> prices.Estimate:

@@ -68,6 +68,7 @@ class Services:
     estimate: schedule.Estimator  # commands.estimate.estimate_job
     build_report: Callable[..., Path]  # report.build.build_report
     needs: Callable[..., list[machine_checks.Needs]] | None = None  # commands.needs.study_needs
+    read_own_data: Callable[[list[Job]], None] | None = None  # commands.estimate.read_own_data
 
 
 def run(options: Options, services: Services) -> int:
@@ -222,6 +223,8 @@ def _expect(
     if options.dry_run:
         result.jobs = [_summary(state, plan.root) for state in states]
     schedule.show_plan(console, plan.root, states, options.explain)
+    if services.read_own_data and any(s.job.step < "03" and s.decision != "skip" for s in states):
+        services.read_own_data(plan.jobs)
     estimates = schedule.show_price(services.estimate, console, plan.root, plan.jobs, states)
     result.expected = forecast.show_forecast(console, plan.root, plan.jobs, states, estimates)
     if any(row.n for row in result.expected):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from telco_nb import ROOT
+from telco_nb.commands import estimate as command
 from telco_nb.commands.estimate import Corpus
 from telco_nb.engine import runner
 from telco_nb.engine.archive import Failure
@@ -20,7 +21,9 @@ from telco_nb.hosted import prices
 from telco_nb.hosted.api import HostedModel
 from telco_nb.hosted.prices import CostRefused, Estimate
 from telco_nb.judge import protocol
+from telco_nb.study.input_files import InputFileError
 from telco_nb.study.params import load_study
+from telco_nb.study.plan import plan_jobs
 
 REMOTE = HostedModel("google", "gemini-2.5-flash")
 LOCAL = HostedModel("openai-compatible", "own", "http://127.0.0.1:9/v1")
@@ -115,6 +118,49 @@ def test_what_is_gold_is_not_written_again_and_gives_the_lengths_and_without_gol
     for corpus, numbers, origin in ((Corpus(values), [1, 2], "gold"), (own, [0, 1, 2], "variant")):
         assert {row["origin"] for row in corpus.sample()} == {origin} and len(corpus.sample()) >= 40
         assert all([item.number for call in calls for item in call.items] == numbers for calls in corpus.planned())
+
+
+CARD = "id: own\nterm: Own\n"
+GOOD_PROMPTS = '{"prompt": "My phone is dead."}\n'
+OWN = [
+    ("glossary_path: {}/cards", "cards/own.yaml", "id: [", "own.yaml"),
+    ("glossary_path: {}/cards", "cards/own.yaml", CARD, "own.yaml"),
+    ("contexts_path: {}/contexts.yaml", "contexts.yaml", "contexts: 5", "contexts.yaml"),
+    ("noisy_path: {}/noisy.jsonl", "noisy.jsonl", '{"id": "no.such.scenario"}', "noisy.jsonl, line 1"),
+    ("prompts_path: {}/own.jsonl", "own.jsonl", GOOD_PROMPTS + "5", "own.jsonl, line 2"),
+    ("reviews_path: {}/reviews", "reviews/dns.jsonl", "{", "dns.jsonl, line 1"),
+    ("general_path: {}/general.jsonl", "general.jsonl", '{"id": 1}', "general.jsonl, line 1"),
+]
+
+
+@pytest.mark.parametrize(("line", "name", "text", "said"), OWN, ids=[name for _, name, _, _ in OWN])
+def test_the_plan_finds_a_fault_in_data_of_ones_own_with_the_offline_generator_too(line, name, text, said, tmp_path):
+    (tmp_path / "own" / name).parent.mkdir(parents=True)
+    (tmp_path / "own" / name).write_text(text)
+    jobs = own_jobs(line.format(tmp_path / "own"))
+    with pytest.raises(InputFileError, match=re.escape(said)):
+        command.read_own_data(jobs)
+
+
+def own_jobs(line: str) -> list:
+    study = load_study("smoke")
+    name, _, value = line.partition(": ")
+    study.base[name] = value
+    return plan_jobs(study)
+
+
+def test_the_plan_reads_no_shipped_data_and_takes_good_data_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text(GOOD_PROMPTS)
+    command.read_own_data(own_jobs(f"prompts_path: {tmp_path / 'own.jsonl'}"))
+    monkeypatch.setattr(command, "Corpus", lambda values: pytest.fail("read"))
+    command.read_own_data(plan_jobs(load_study("smoke")))
+
+
+def test_a_dry_run_with_a_faulty_glossary_is_exit_code_2(tmp_path):
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "own.yaml").write_text("id: [")
+    done = run_all([f"glossary_path: {tmp_path / 'cards'}"], ["--dry-run"], tmp_path)
+    assert done.returncode == 2 and "own.yaml, line" in done.stderr and "Traceback" not in done.stderr
 
 
 def run_all(lines: list[str], options: list[str], tmp_path, steps: str = "01-02") -> subprocess.CompletedProcess:
