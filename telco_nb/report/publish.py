@@ -77,7 +77,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
     export_again(root, "study", "06_analysis")  # what was changed since is not what the record shows
-    require_unchanged(root, "study/06_analysis/*", "*/0*/manifest.json", "report/*", needs_seal=True)
+    require_unchanged(root, "study/06_analysis/*", "judge-*/*", "*/0*/manifest.json", "report/*", needs_seal=True)
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
         shutil.copyfile(root / source, folder / name)

@@ -10,6 +10,7 @@ from itertools import combinations
 import fake_study
 import numpy as np
 import pandas as pd
+import pytest
 from scipy import stats
 
 from telco_nb.analysis import findings, results, statistics
@@ -175,12 +176,14 @@ def claims() -> dict[str, np.ndarray]:
     return {kind: np.array(values) for kind, values in found.items()}
 
 
+@pytest.mark.nightly  # three minutes of a core
 def test_a_finding_of_any_kind_is_supported_in_at_most_5_percent_of_studies_within_binomial_error():
     most = stats.binom.ppf(0.99, STUDIES, 0.05)
     counts = {kind: int(found.sum()) for kind, found in claims().items() if kind not in TRUE}
     assert {kind: count for kind, count in counts.items() if count > most} == {}, (most, counts)
 
 
+@pytest.mark.nightly  # three minutes of a core
 def test_every_kind_of_finding_that_can_be_supported_was_looked_at_in_every_study():
     assert {len(found) for found in claims().values()} == {STUDIES}
     assert set(TRUE) < set(claims())
