@@ -51,7 +51,10 @@ SAVED_DPI = 110  # resolution of saved figures, dots per inch
 class Run:
     """One execution of one notebook. Made by `open_run`; notebooks read and write through it."""
 
-    def __init__(self, job: Job, root: Path, work: Path, key: str | None, key_parts: dict[str, Any], batch: bool):
+    def __init__(
+        self, job: Job, root: Path, work: Path, key: str | None, key_parts: dict[str, Any], batch: bool,
+        claims_path: str | None = None,
+    ):  # fmt: skip
         self.max_usd: float | None = None  # set for a batch: what the whole study may spend on hosted models
         self.job, self.root, self.work, self.key, self.key_parts = job, root, work, key, key_parts
         self.batch = batch
@@ -59,7 +62,8 @@ class Run:
         self.target = root  # the folder in which the finished step is put; by hand it may be another
         self.params = SimpleNamespace(**job.parameters)
         self.started = time.time()
-        claims = job.parameters.get("claims_path") or params.claims_path_of(job.parameters.get("profile", ""))
+        claims = claims_path or job.parameters.get("claims_path")
+        claims = claims or params.claims_path_of(job.parameters.get("profile", ""))
         self.claims = path_hashes(claims)  # as it is before the step runs: noted, and no step but 06 depends on it
         self._inputs: dict[str, dict[str, Any]] = {}
         self._declared: dict[str, dict[str, set[str]]] = {}  # scopes by step and pattern: 06 reads thousands of files
@@ -110,8 +114,8 @@ class Run:
         """
         found = []
         for step, scope in jobs:
-            noted = self._manifest_of(step, scope)["environment"].get("claims", {})
-            if any(noted.get(path, now) != now for path, now in self.claims.items()):
+            noted = self._manifest_of(step, scope)["environment"].get("claims")
+            if noted and sorted(noted.values()) != sorted(self.claims.values()):  # whatever the file is called
                 found.append(f"{scope}/{step}")
         return found
 
@@ -304,7 +308,7 @@ def _batch_run(step: str, given: dict[str, Any], job: dict[str, Any]) -> Run:
     die_with_parent()
     inputs = tuple(tuple(item) for item in job["inputs"])
     made = Job(step, job["scope"], given, inputs)
-    run = Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], batch=True)
+    run = Run(made, Path(job["root"]), Path(job["work"]), job["key"], job["key_parts"], True, job.get("claims_path"))
     run.max_usd = job.get("max_usd")
     return run
 

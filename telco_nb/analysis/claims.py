@@ -38,7 +38,8 @@ def primary_finding(study: StudyResults, changed: Sequence[str] = ()) -> Finding
     refuted = all(low > claims.margin for _, low, _ in leads.values())
     verdict = "supported" if upheld else "refuted" if refuted else "cannot tell"
     told = [f"{_lead_text(*lead)} with {label}" for label, lead in leads.items()]
-    text += f" {VERDICTS[verdict]}: {pick} is behind the best of the others by {name_list(told)} (log-odds; "
+    by = "By the changed claim: " if changed else ""
+    text += f" {by}{VERDICTS[verdict]}: {pick} is behind the best of the others by {name_list(told)} (log-odds; "
     text += "bounds hold for all configurations at once; margin "
     least = max(leads.values(), key=lambda lead: lead[2] - lead[1])
     text += f"{claims.margin:g})."

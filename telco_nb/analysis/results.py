@@ -93,7 +93,8 @@ class JudgeResults:
         scores = self.scores if configs is None else self.scores[self.scores.index.isin(list(configs))]
         asked = (level, *scores.index)
         if asked not in self._compared:
-            self._compared[asked] = compare_with_best(scores, self.draws[list(scores.index)], self.judged_terms, level)
+            drawn = self.draws[list(scores.index)].dropna()
+            self._compared[asked] = compare_with_best(scores, drawn, self.judged_terms, level)
         return self._compared[asked]
 
     @property

@@ -24,8 +24,16 @@ from telco_nb.study.seal import require_unchanged
 
 CRATE = "ro-crate-metadata.json"
 CRATE_FORM = "https://w3id.org/ro/crate/1.1"
-MEDIA_TYPES = {".csv": "text/csv", ".html": "text/html", ".json": "application/json", ".png": "image/png"}
-LOG = "Answers and scores of one configuration or anchor, as a log of Inspect."
+MEDIA_TYPES = {
+    ".csv": "text/csv", ".gz": "application/gzip", ".html": "text/html", ".ipynb": "application/x-ipynb+json",
+    ".json": "application/json", ".png": "image/png",
+}  # fmt: skip
+ABOUT_FOLDERS = {
+    "inspect": "Answers and scores of one configuration or anchor, as a log of Inspect.",
+    "notebooks": "An executed notebook: one of each step, for the configurations that the findings name.",
+    "tables": "A table of the analysis, or a judge's ranking of all runs and anchors.",
+    "verdicts": "Every question to a judge with its verdict and reason, as JSON lines; `rerank` reads them.",
+}
 ABOUT = {
     "results.csv": "One row per configuration: factors, losses, energy, scores and places.",
     "findings.json": "The findings, each with value, interval, verdict and what blocks it.",
@@ -113,7 +121,7 @@ def _licence(name: str) -> dict[str, str]:
 
 
 def _file(path: Path, name: str) -> dict[str, Any]:
-    about = LOG if name.startswith("inspect/") else ABOUT[name]
+    about = ABOUT_FOLDERS[name.partition("/")[0]] if "/" in name else ABOUT[name]
     facts = {"contentSize": str(path.stat().st_size), "sha256": sha256(path)}
     facts |= {"encodingFormat": MEDIA_TYPES[path.suffix]}
     return {"@id": name, "@type": "File", "name": name, "description": about} | facts

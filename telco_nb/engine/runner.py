@@ -37,7 +37,7 @@ OK, FAILED, USAGE, UNFIT, COST, INTERRUPTED = 0, 1, 2, 3, 4, 130
 ERROR_CODES = {  # error of a notebook: exit code of the run
     "BudgetStop": COST, "EgressRefused": COST, "StoreError": USAGE, "PreflightError": UNFIT, "ModelError": UNFIT,
     "GlossaryError": USAGE, "InputFileError": USAGE, "ParameterError": USAGE, "VotesError": USAGE,
-    "WrittenFileError": USAGE, "NoTextError": USAGE,
+    "WrittenFileError": USAGE, "NoTextError": USAGE, "RecordError": UNFIT,
 }  # fmt: skip
 LOCK_SECONDS = 5.0  # the children of a killed runner need a moment to die
 POLL_SECONDS = 0.2
@@ -207,7 +207,8 @@ def _execute(
     engine = _engine(options, states, root, console, lock_file, plan.places)
     if options.address and isinstance(engine, ray_engine.RayEngine):
         forecast.show_at_once(console, result.expected, engine.at_once)
-    runner = Runner(states, root, options, console, engine)
+    claims = next((job.parameters["claims_path"] for job in jobs if "claims_path" in job.parameters), None)
+    runner = Runner(states, root, options, console, engine, claims)
     runner.go()
     result.jobs = [_summary(state, root) for state in states]
     result.exit_code = exit_code(states, stopped=runner.stops > 0)

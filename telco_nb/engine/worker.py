@@ -28,8 +28,12 @@ ESTIMATE_SECONDS = 1.0
 class Runner:
     """Runs the jobs of a plan: one after another if the engine has one place, else as many at once as it has."""
 
-    def __init__(self, states: list[State], root: Path, options: Options, console: Console, engine: Engine):
+    def __init__(
+        self, states: list[State], root: Path, options: Options, console: Console, engine: Engine,
+        claims_path: str | None = None,
+    ):  # fmt: skip
         self.states, self.root, self.options, self.console, self.engine = states, root, options, console, engine
+        self.claims_path = claims_path  # of the study: every record notes it
         self.by_id = {state.job.id: state for state in states}
         # Each of them spends what is left of the cap when it starts, so no two may run at once.
         capped = states if options.max_usd is not None else []
@@ -187,7 +191,8 @@ class Runner:
             "root": str(self.root),
             "work": str(record.prepare_work_dir(job, self.root, key)),
             "notebook": str(params.NOTEBOOKS_DIR / f"{job.step}.ipynb"),
-            "max_usd": self.options.max_usd,  # not a parameter: no result depends on it
+            "claims_path": self.claims_path,  # as max_usd not a parameter: no result of this job depends on it
+            "max_usd": self.options.max_usd,
             "timeout_seconds": None if minutes is None else round(60 * minutes),
         }
         path = archive.job_file(self.root, job.scope, job.step)

@@ -156,6 +156,7 @@ def log_hub(root: Path) -> None:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         return
     from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import _detect_agent
     from huggingface_hub.utils._http import default_client_factory
 
     def note(reply: Any) -> None:
@@ -171,4 +172,5 @@ def log_hub(root: Path) -> None:
         return made
 
     constants.HF_HUB_DISABLE_XET = True  # its transfers are made outside Python
+    _detect_agent._registry = _detect_agent._EMPTY_REGISTRY  # else it asks for a list, to say which program runs it
     set_client_factory(client)

@@ -8,7 +8,7 @@ from telco_nb.lora.energy import Meter, energy_metrics
 
 
 class Overhead:
-    """Seconds and energy by phase, without the windows of the meter that is watched: with them they are all the time.
+    """Seconds and energy by phase, without the windows of the meter that is watched.
 
     Args:
         meter: of its own. It runs while the other one does not.
@@ -19,9 +19,13 @@ class Overhead:
         self.seconds: dict[str, float] = defaultdict(float)
         self.energy_wh: dict[str, float] = defaultdict(float)
 
-    def watch(self, work: Meter) -> None:
-        """Leave out the windows of `work` from now on."""
-        work.on_start, work.on_pause = self.meter.pause, self.meter.start
+    def watch(self, work: Meter, resume: bool = True) -> None:
+        """Leave out the windows of `work` from now on.
+
+        Without `resume` what follows a window counts again from the next phase on: with several processes the time that
+        the peers have computed is told to this process when they end, after the last window.
+        """
+        work.on_start, work.on_pause = self.meter.pause, self.meter.start if resume else lambda: None
 
     def enter(self, phase: str) -> None:
         """End the phase so far and begin another one, or one again."""

@@ -46,8 +46,8 @@ PROXY_WORDS = {
 CLOSING = [
     "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
     "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
-    "Beside them lie [executed notebooks](outputs/reference/notebooks), [tables](outputs/reference/tables) and every "
-    "[verdict](outputs/reference/verdicts) with its reason.",
+    "Beside them: [notebooks](outputs/reference/notebooks), [tables](outputs/reference/tables), "
+    "[verdicts](outputs/reference/verdicts).",
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (

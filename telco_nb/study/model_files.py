@@ -20,6 +20,7 @@ from telco_nb.study.record import sha256, write_json
 
 HASHES = "hashes.json"  # in the cache: path -> [size, mtime, ctime, inode, sha256]
 MOST_FILES = 1_000  # of a base model
+_read_here: dict[str, list] = {}  # by this process: the cache may not be writable
 
 
 def cache_dir() -> Path:
@@ -52,21 +53,23 @@ def model_hashes(base_model: str) -> dict[str, str]:
         return {}
     if path.is_file():
         return _hashes({path.name: path})
-    found = list(islice(path.rglob("*"), MOST_FILES + 1)) if path.is_dir() else []
+    shown = (file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")  # not of git
+    found = list(islice(shown, MOST_FILES + 1)) if path.is_dir() else []
     if len(found) > MOST_FILES:
         raise ParameterError(f"base_model: {path} holds more than {MOST_FILES:,} files. Name the model's folder alone.")
-    names = {file.relative_to(path).as_posix(): file for file in sorted(found) if file.is_file()}
-    return _hashes({name: file for name, file in names.items() if not f"/{name}".count("/.")})  # hidden: of downloads
+    return _hashes({file.relative_to(path).as_posix(): file for file in sorted(found) if file.is_file()})
 
 
 def _hashes(files: dict[str, Path]) -> dict[str, str]:
     """The hashes of files by name, with those that were read just now noted in the cache."""
+    if not files:
+        return {}
     place = cache_dir() / HASHES
     try:
         known = read_json(place, control_characters=True)
     except InputFileError:
         known = {}
-    known = known if isinstance(known, dict) else {}
+    known = (known if isinstance(known, dict) else {}) | _read_here
     hashes, read = {}, {}
     for name, file in files.items():
         state, path = file.stat(), str(file.resolve())
@@ -75,6 +78,7 @@ def _hashes(files: dict[str, Path]) -> dict[str, str]:
         if not (isinstance(noted, list) and noted[:-1] == stamp and isinstance(noted[-1], str)):
             noted = read[path] = [*stamp, sha256(file)]
         hashes[name] = noted[-1]
+    _read_here.update(read)
     if read:
         with contextlib.suppress(OSError):  # a cache that may not be written is done without
             write_json(place, {path: kept for path, kept in (known | read).items() if os.path.exists(path)})  # noqa: PTH110

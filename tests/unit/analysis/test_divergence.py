@@ -40,6 +40,7 @@ def measured(rng: np.random.Generator, **scores: np.ndarray) -> StudyResults:
     study = make_study(16, [make_judge(pd.Series(given["score"], DESIGN.index), 0.2)], **losses)
     rows = [(c, f"t{t}", i) for i, c in enumerate(DESIGN.index) for t in range(12)]
     checks = pd.DataFrame(rows, columns=["config", "term_id", "place"])
+    checks["coverage"] = checks["unsafe"] = np.nan
     for name in ("content", "style"):
         checks[name] = given[name][checks["place"]] + 0.5 * rng.normal(size=len(checks))
     return dataclasses.replace(

@@ -246,7 +246,11 @@ def test_a_claim_that_was_changed_after_the_run_is_blocked_and_says_so(tmp_path)
         builder.close(builder.open("03_train", scope, given), "trained")
     jobs = [("03_train", "c01"), ("03_train", "c02")]
     assert builder.open("06_analysis", "study", given).with_other_claims(jobs) == []
-    assert builder.open("06_analysis", "study").with_other_claims(jobs) == []  # of another file the record says nothing
+    assert builder.open("06_analysis", "study").with_other_claims(jobs) == [], "the same claims under another name"
+    other = tmp_path / "after.yaml"
+    other.write_text(file.read_text().replace("margin: 0.4", "margin: 3.0"))
+    swapped = builder.open("06_analysis", "study", {"claims_path": str(other)}).with_other_claims(jobs)
+    assert swapped == ["c01/03_train", "c02/03_train"], "another file in its place"
     file.write_text(file.read_text().replace("margin: 0.4", "margin: 4.0"))
     late = builder.open("06_analysis", "study", given).with_other_claims(jobs)
     assert late == ["c01/03_train", "c02/03_train"]

@@ -133,7 +133,7 @@ def test_a_damaged_file_of_the_study_ends_a_command_with_exit_code_3_and_its_nam
     damage(study / name, way)
     assert command("votes", "export", study, tmp_path / "pairs.jsonl") == 3
     said = capsys.readouterr().err
-    assert f"{name} is damaged" in said and "Run ./run_all.py" in said and said.count("\n") == 1
+    assert f"{name} was changed" in said and "run ./run_all.py" in said and said.count("\n") == 1
 
 
 def test_votes_become_a_judge_that_05_ranks(study, pairs, tmp_path, monkeypatch, capsys):

@@ -110,7 +110,7 @@ def test_15_per_cent_set_a_configuration_beside_a_text_that_needs_no_training_in
     assert {name for name in met if name not in CONFIGS} == names
     for group in (names, CONFIGS):
         counts = [met[name] for name in group]
-        assert max(counts) - min(counts) <= 5 and min(counts) >= 5
+        assert max(counts) - min(counts) <= 5 and min(counts) >= 3
     assert sum(row["config_first"] in names for row in rows) == pytest.approx(len(rows) / 2, abs=4)
     places = [row["position"] for row in rows]
     assert min(places) < 20 and max(places) > 180, "from beginning to end: a rater may stop anywhere"

@@ -410,7 +410,7 @@ def test_a_loss_that_is_no_number_stops_the_training_with_the_step_and_the_fix(t
 
 DISK_FULL = """
 import resource, signal, sys
-sys.path.insert(0, "tests/unit/lora")
+sys.path[:0] = ["tests/unit/lora", "tests/support"]
 from pathlib import Path
 from test_trainer import Kill, train
 from telco_nb.lora.step import TrainingError
