@@ -19,6 +19,7 @@ from telco_nb.analysis.statistics import Interval, joint_interval
 from telco_nb.judge.anchors import ANCHORS, FLOORS, GOLD
 from telco_nb.judge.best import MANY
 from telco_nb.judge.bradley_terry import interval_levels
+from telco_nb.judge.separation import LEAST_TERMS
 
 LEAST_COVERAGE = 0.5  # of the points that the gold answers make
 MOST_UNSAFE = 0.05  # share of answers, beyond that of the gold answers
@@ -334,10 +335,14 @@ def lead_over(judge: JudgeResults, config: str, anchor: str, picked_from: int = 
 
 def _not_beaten(judges: Sequence[JudgeResults], config: str) -> tuple[dict[str, str], list[str]]:
     """The anchors that a configuration does not surely beat with every judge that passed, each with the judges that
-    say so; and the parts of the bar without a measurement, because no such judge has placed both."""
+    say so; and the parts of the bar without a measurement, because no such judge has placed both.
+
+    A judge that was shown an anchor in a few terms only has not placed it: that nothing is shown then says nothing.
+    """
     unbeaten, absent = {}, []
     for anchor in FLOORS:
-        leads = {judge.label: lead for judge in judges if (lead := lead_over(judge, config, anchor)) is not None}
+        placed = [judge for judge in judges if (terms := judge.terms(config, anchor)) is None or terms >= LEAST_TERMS]
+        leads = {judge.label: lead for judge in placed if (lead := lead_over(judge, config, anchor)) is not None}
         failing = [label for label, lead in leads.items() if not lead.is_above()]
         if failing:
             unbeaten[anchor] = name_list(failing)

@@ -15,7 +15,8 @@ from telco_nb.commands.common import Profile, errors_as_exit_codes
 from telco_nb.commands.model_card import held_against_bar, unfit_reasons
 from telco_nb.commands.trained import Config, Trained, answer_dtype, find_trained, load_deployed
 from telco_nb.hosted.keys import printable
-from telco_nb.report.files import read_study
+from telco_nb.report.files import READS, read_study
+from telco_nb.study.seal import require_unchanged
 
 HELP = "/quit ends, /new starts another conversation."
 
@@ -130,6 +131,7 @@ def main(
     with errors_as_exit_codes("chat"):
         trained = find_trained(profile, config)
         limit = max_tokens or trained.values["answer_max_tokens"]
+        require_unchanged(trained.root, *READS)
         unfit = unfit_reasons(read_study(trained.root, []), held_against_bar(trained))
         if unfit:
             print(f"{config} is NOT FIT to answer customers: {'; '.join(unfit)}.", file=sys.stderr)

@@ -193,10 +193,11 @@ def anchor_rows(material: Material, n: int, rng: np.random.Generator, taken: set
     for turn in range(len(configs) * len(prompts)):
         shift = turn // math.lcm(len(configs), len(prompts))  # otherwise the same pairs would come again
         key, config = prompts[(turn + shift) % len(prompts)], configs[turn % len(configs)]
-        for anchor in anchors:
+        for k, anchor in enumerate(anchors):
             if sum(not row["by_rule"] for row in rows) == n:
                 return rows
-            row = design.pair_row(key, "anchor", *((anchor, config) if turn % 2 else (config, anchor)))
+            is_first = (turn + turn // len(configs) + k) % 2  # each in both seats, whatever their numbers
+            row = design.pair_row(key, "anchor", *((anchor, config) if is_first else (config, anchor)))
             if _is_new(row, material, taken):
                 rows.append(row | {"by_rule": any(degenerate_answer(text) for text in material.texts(row))})
     return rows

@@ -38,6 +38,7 @@ FILES = {
     "report/answers.html": "answers.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
+PUBLISHED_FROM = ("study/06_analysis/*", "judge-*/*", "*/0*/manifest.json", "*/0*.ipynb", "report/*")
 PICKS = ("first_choice", "loss_choice")  # findings that name a configuration whose notebooks are published
 PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
@@ -77,7 +78,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
     export_again(root, "study", "06_analysis")  # what was changed since is not what the record shows
-    require_unchanged(root, "study/06_analysis/*", "judge-*/*", "*/0*/manifest.json", "report/*", needs_seal=True)
+    require_unchanged(root, *PUBLISHED_FROM, needs_seal=True)
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
         shutil.copyfile(root / source, folder / name)
@@ -104,11 +105,10 @@ def _publish_record(root: Path, folder: Path) -> None:
         (folder / name).mkdir()
     for table in sorted(root.glob("study/06_analysis/tables/*.csv")):
         shutil.copyfile(table, folder / "tables" / table.name)
-    for store in sorted(root.glob("judge-*/store/verdicts.jsonl")):
-        judge = store.parts[-3].removeprefix("judge-")
-        pd.read_parquet(store.parents[1] / "05_judge/tables/ranking.parquet").to_csv(
-            folder / "tables" / f"ranking_{judge}.csv", index=False, lineterminator="\n"
-        )
+    for ranking in sorted(root.glob("judge-*/05_judge/tables/ranking.parquet")):  # a store alone ranks nothing yet
+        judge, store = ranking.parts[-4].removeprefix("judge-"), ranking.parents[2] / "store" / "verdicts.jsonl"
+        name = folder / "tables" / f"ranking_{judge}.csv"
+        pd.read_parquet(ranking).to_csv(name, index=False, lineterminator="\n")
         packed = gzip.compress(store.read_bytes(), mtime=0)
         write_bytes(folder / "verdicts" / f"{judge}.jsonl.gz", packed)
     found = {finding["id"]: finding["value"] for finding in read_json(root / "findings.json")}

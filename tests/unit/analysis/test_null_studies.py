@@ -138,7 +138,7 @@ def energy(rng: np.random.Generator) -> list[findings.Finding]:
          "train_started_at": f"2026-01-01T1{k}:00:00+00:00"} for k, wh in enumerate(np.exp(rng.normal(0, 0.05, 2)))
     ]  # fmt: skip
     one = {"energy_kind": "measured"} | {f"answer_energy{end}_per_answer_wh": 0.02 for end in ("", "_low", "_high")}
-    rates = Rates(0.25, 436.0)
+    rates = Rates(0.25, 436.0, "a grid")
     costs = million_answers({"c01": one}, {"c01": runs[0]}, rates)
     return [*drift_findings({"c01": runs[0]}, {"c01-drift": runs[1]}), serving_finding(costs, "c01", rates)]
 
@@ -174,6 +174,10 @@ def claims() -> dict[str, np.ndarray]:
         for kind, supported in kinds.items():
             found[kind].append(supported)
     return {kind: np.array(values) for kind, values in found.items()}
+
+
+def test_one_study_goes_through_every_kind_of_finding():
+    assert {"regret", "strength", "alpha", "gain", "parting.all"} <= {kind_of(one.id) for one in told(0)}
 
 
 @pytest.mark.nightly  # three minutes of a core

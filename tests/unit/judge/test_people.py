@@ -105,6 +105,9 @@ def test_15_per_cent_set_a_configuration_beside_a_text_that_needs_no_training_in
     everything = blind_pairs.anchor_rows(material, 10_000, np.random.default_rng(0), set())
     names = {"untuned", "reference", "template", "echo", "nearest"}
     assert len({tuple(row.values()) for row in everything}) == len(everything) == 5 * len(CONFIGS) * len(prompts)
+    for name in (*names, *CONFIGS):
+        first, second = (sum(row[seat] == name for row in everything) for seat in ("config_first", "config_second"))
+        assert first == pytest.approx(second, abs=2 * len(CONFIGS)), name
     rows = [row for row in small.key if row["purpose"] == "anchor"]
     met = Counter(name for row in rows for name in (row["config_first"], row["config_second"]))
     assert {name for name in met if name not in CONFIGS} == names
