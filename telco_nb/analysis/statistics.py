@@ -351,7 +351,8 @@ def krippendorff_alpha(
     tables = np.tensordot(cluster_weights(len(names), n_draws, seed), per_cluster, axes=1)
     draws = [_alpha(table, values, level) for table in tables]
     alone = percentile_interval(_alpha(per_cluster.sum(0), values, level), draws, len(names))
-    return joint_interval(alone, draws, len(names), family), len(units)
+    together = joint_interval(alone, draws, len(names), family)
+    return together._replace(high=min(together.high, 1.0)), len(units)  # no agreement is more than complete
 
 
 def _alpha(pairs: np.ndarray, values: np.ndarray, level: str) -> float:

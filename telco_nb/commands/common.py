@@ -45,7 +45,8 @@ Yes = Annotated[bool, typer.Option("--yes", help="Agree to send data to the host
 def locked_study(profile: str, params_dir: Path) -> Generator[None]:
     """Hold the lock of a study. Raises ParameterError for a wrong profile before a folder is made for the lock."""
     params.load_study(profile, params_dir)
-    with locked(record.profile_root(profile)):
+    with locked(root := record.profile_root(profile)):
+        seal.forget_deleted_stores(root)
         yield
 
 
@@ -53,7 +54,6 @@ def locked_study(profile: str, params_dir: Path) -> Generator[None]:
 def locked(root: Path) -> Generator[None]:
     """Hold the lock of the study in a folder, to add to its stores."""
     with runner.lock(root):
-        seal.forget_deleted_stores(root)
         yield
 
 

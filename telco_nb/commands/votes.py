@@ -162,6 +162,7 @@ def import_votes(root: Path, file: Path, judge: str | None = None, params_dir: P
         imports = [
             check_votes(judges[name], votes, keys, material, open_store(root, name)) for name, votes in by_judge.items()
         ]
+        seal.forget_deleted_stores(root)  # of a deleted one the new lines are no change
         replace_all({found.store.path: found.stored() for found in imports if found.lines})
         return imports
 

@@ -70,7 +70,8 @@ class State:
 
     @property
     def elapsed(self) -> float:
-        return time.monotonic() - self.started if self.started is not None else 0.0
+        """Seconds of work so far; waiting in a queue is none."""
+        return time.monotonic() - self.started if self.started is not None and self.status != "queued" else 0.0
 
     @property
     def ended(self) -> bool:

@@ -83,10 +83,10 @@ class RayEngine:
         self.folder = None if address else _short_folder()
         try:
             self._join(address) if address else self._start_here()
-            for node in self._nodes():
-                require_allowed_cluster(node["NodeManagerAddress"])
             self.demands = {job.id: demand(job, self._most("GPU")) for job in jobs}
             self._wait_for_nodes()
+            for node in self._nodes():
+                require_allowed_cluster(node["NodeManagerAddress"])
             self._check_nodes(jobs if address else [])  # the runner has checked this machine
             # No more than the cluster can run at once: so jobs start in the order of the plan.
             self.places = [None] * max(1, int(self._total("GPU") + self._total(PROCESSOR)))

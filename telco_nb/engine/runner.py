@@ -200,7 +200,6 @@ def _execute(
         archive.sweep_attempt(root, job.scope, job.step)
     changes = sealing.changes_since(root)
     sealing.show_changes(console, changes)
-    seal.forget_deleted_stores(root)
     states, estimates = _expect(plan, options, services, console, result)
     prices.require_consent(estimates, options.max_usd, options.yes, _ask_consent if sys.stdin.isatty() else None)
     _check_machine(plan, options, services, console, states)
@@ -209,6 +208,7 @@ def _execute(
         forecast.show_at_once(console, result.expected, engine.at_once)
     claims = next((job.parameters["claims_path"] for job in jobs if "claims_path" in job.parameters), None)
     runner = Runner(states, root, options, console, engine, claims)
+    seal.forget_deleted_stores(root)
     runner.go()
     result.jobs = [_summary(state, root) for state in states]
     result.exit_code = exit_code(states, stopped=runner.stops > 0)

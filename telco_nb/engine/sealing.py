@@ -17,22 +17,25 @@ from telco_nb.study.plan import STEPS, Job
 
 SHOWN = 20  # differences that a run names
 HASH_CHARACTERS = 16
+KEYS = "votes/"  # the folder of the keys of `votes export`
 
 
 def changes_since(root: Path) -> list[seal.Difference]:
     """What changed in a study after it was last sealed; an unsealed study tells nothing.
 
-    Raises RecordError for a store whose sealed lines have changed: verdicts that somebody has edited would be ranked.
+    Raises RecordError for a store whose sealed lines have changed, and for the key of an export: verdicts that somebody
+    has edited would be ranked.
     """
     try:
         changes = [change for change in seal.check_seal(root, _is_no_output) if change.kind != "new"]
     except seal.NoSeal:
         return []
-    edited = [change.path for change in changes if change.kind == "changed" and seal.is_store(change.path)]
+    edited = [c.path for c in changes if c.kind == "changed" and (seal.is_store(c.path) or c.path.startswith(KEYS))]
     if edited:
         raise record.RecordError(
-            f"{', '.join(str(root / path) for path in edited)} changed since a run last sealed it, and lines of a "
-            "store never change. Restore it from a copy, or delete it: then its questions are asked again."
+            f"{', '.join(str(root / path) for path in edited)} changed since a run last sealed it, and the lines of a "
+            "store, or of a key of votes, never change. Restore it from a copy, or delete it: then a store's questions "
+            "are asked again, and votes on a key's pairs cannot be imported."
         )
     return changes
 

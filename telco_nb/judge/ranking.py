@@ -202,12 +202,18 @@ def with_anchors(
     for anchor in ANCHORS:
         if not (plan[["config_first", "config_second"]] == anchor).to_numpy().any():
             continue
-        own = (judged["purpose"] == "anchor") & (judged[["config_first", "config_second"]] == anchor).any(axis=1)
-        row, scores = anchor_row(judged[own], anchor, fitted, draws)
+        row, scores = anchor_row(_placing(judged, anchor, fitted, draws), anchor, fitted, draws)
         rows.append(row)
         columns.append(pd.Series(scores, name=anchor).to_frame())
     placed = pd.concat([table, pd.DataFrame(rows)], ignore_index=True) if rows else table
     return placed, pd.concat(columns, axis=1).rename_axis("draw")
+
+
+def _placing(judged: pd.DataFrame, anchor: str, fitted: Fit, draws: Draws) -> pd.DataFrame:
+    """The verdicts that place an anchor: beside a ranked configuration, and on a unit that the bootstrap draws."""
+    sides = judged[["config_first", "config_second"]]
+    own = (judged["purpose"] == "anchor") & (sides == anchor).any(axis=1) & sides.isin(fitted.configs).any(axis=1)
+    return judged[own & judged[draws.units.name].isin(draws.units)]
 
 
 def pair_counts(verdicts: pd.DataFrame, configs: Sequence[str]) -> pd.DataFrame:

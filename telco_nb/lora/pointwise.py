@@ -7,12 +7,12 @@ to 45 s and made the step 2 to 13 % faster. It was tested on a processor and has
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def is_compiled(device: torch.device) -> bool:
 @cache
 def compiler_fault(device_type: str) -> str | None:
     """Why nothing can be compiled for this type of device; None if a first function was compiled and has run."""
-    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device_type == "cuda" and find_spec("triton") is None:
         return "triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
         return "no C compiler is found"

@@ -283,16 +283,17 @@ def altered_outputs(
 def naming_damage(path: Path) -> Generator[None]:
     """Turns whatever a reader raises about a damaged output of a step into a RecordError that names the file.
 
-    A missing file stays a FileNotFoundError.
+    A missing file stays a FileNotFoundError, one that may not be read a PermissionError.
     """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except (OSError, ValueError, LookupError, TypeError, NotImplementedError) as error:  # pyarrow's are among these
         reason = " ".join(str(error).split())
         raise RecordError(
-            f"{path} is damaged ({type(error).__name__}: {reason:.200}). Run ./run_all.py: it makes the step again."
+            f"{path} is damaged ({type(error).__name__}: {reason.replace(str(path), 'it'):.200}). "
+            "Run ./run_all.py with the profile of this study: it makes the step again."
         ) from None
 
 

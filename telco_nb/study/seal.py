@@ -80,9 +80,15 @@ def seal_study(root: Path) -> str:
 
 
 def forget_deleted_stores(root: Path) -> None:
-    """Take stores that somebody has deleted out of a seal: what is asked again is no change of their sealed lines."""
+    """Take stores that somebody has deleted out of a seal: what is asked again is no change of their sealed lines.
+
+    A seal that cannot be read goes as a whole: the caller has named it, and no reader could compare anything with it.
+    """
     seal = _read_seal(root)
-    deleted = [path for path in (seal or {"files": {}})["files"] if is_store(path) and not (root / path).exists()]
+    if seal is None:
+        (root / SEAL_NAME).unlink(missing_ok=True)
+    stores = [path for path in (seal or {"files": {}})["files"] if is_store(path) and path != CALLS]
+    deleted = [path for path in stores if not (root / path).exists()]
     if seal and deleted:
         kept = {path: entry for path, entry in seal["files"].items() if path not in deleted}
         write_json(root / SEAL_NAME, sealed(seal | {"files": kept}))
@@ -140,25 +146,33 @@ def require_unchanged(root: Path, *patterns: str, needs_seal: bool = False) -> N
     if found:
         raise RecordError(
             f"{root} is not as the runs of this study left it: {', '.join(found)}. Nothing was read. Restore this from "
-            f"a copy, or run ./run_all.py --profile {root.name}: it makes again what steps, report and seal hold. A "
-            "store can also be deleted: then its questions are asked again."
+            f"a copy. What a step or the report holds ./run_all.py --profile {root.name} makes again; a store can also "
+            "be deleted: then its questions are asked again."
         )
 
 
 def _altered_results(root: Path, patterns: Sequence[str]) -> list[str]:
     """What is not as the manifests of the steps say that the patterns name, in words."""
     found = []
-    folders = {folder for pattern in patterns for folder in root.glob("/".join(pattern.split("/")[:2]))}
-    for scope, step in sorted(f.relative_to(root).parts for f in folders if f.name in STEPS and f.parent != root):
-        manifest = find_manifest(root, scope, step)[0]
-        if manifest is None:
-            damaged = (step_dir(root, scope, step) / "manifest.json").exists()
-            found += [f"{scope}/{step}/manifest.json was changed"] * damaged
-            continue
+    for scope, step in _steps(root, patterns):
+        manifest, folder = find_manifest(root, scope, step)[0], step_dir(root, scope, step)
         wanted = partial(_matches, patterns=patterns, folder=f"{scope}/{step}/")
+        if manifest is None:
+            held = any(wanted(file.relative_to(folder).as_posix()) for file in folder.rglob("*") if file.is_file())
+            found += [f"{scope}/{step}/manifest.json was changed or is missing"] * held
+            continue
         found += [f"{path.relative_to(root)} {fault}" for path, fault in altered_outputs(root, manifest, wanted)]
         found += [f"{name} {fault}" for name, fault in altered_exports(root, manifest).items()]
     return found
+
+
+def _steps(root: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
+    """(scope, step) of the steps in which the patterns name files, also where a swap of folders was interrupted."""
+    found = set()
+    for scope_pattern, _, rest in (pattern.partition("/") for pattern in patterns):
+        steps = fnmatch.filter(STEPS, rest.partition("/")[0])
+        found |= {(scope.name, step) for scope in root.glob(scope_pattern) for step in steps}
+    return sorted((scope, step) for scope, step in found if step_dir(root, scope, step).is_dir())
 
 
 def _matches(path: str, patterns: Sequence[str], folder: str = "") -> bool:

@@ -52,6 +52,20 @@ def test_if_the_best_one_is_not_fit_the_best_of_the_fit_ones_is_recommended():
     assert "3 of 4 configurations are fit" in said.statement and "No configuration" not in said.statement
 
 
+def test_a_judge_that_was_shown_the_anchors_in_a_few_terms_has_not_placed_them():
+    """That it does not surely prefer a configuration says nothing then, and another judge may have placed them."""
+    study = held()
+    few = make_judge(study.judges[0].ranking["score"] * 0.01, 0.5, "panel", kind="language_model_panel")
+    few.ranking["is_anchor"] = few.ranking.index.isin(ANCHORS)
+    few.ranking.loc[few.ranking["is_anchor"], "n_terms"] = 7
+    both = dataclasses.replace(study, judges=[study.judges[0], few])
+    assert fitness_module.fitness(both, "c01").is_fit
+    alone = fitness_module.fitness(dataclasses.replace(study, judges=[few]), "c01")
+    assert not alone.unbeaten and "not measured: whether it beats" in " ".join(alone.reasons)
+    few.ranking["n_terms"] = 8
+    assert fitness_module.fitness(dataclasses.replace(study, judges=[few]), "c01").unbeaten
+
+
 def test_no_configuration_is_fit_only_if_all_are_below_the_bar():
     study = held(coverage=(0.2, 0.2, 0.2, 0.2))
     said = deploy(study)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import fake_study
@@ -134,4 +135,5 @@ def test_a_run_hands_its_places_to_the_forecast(monkeypatch, options, found):
 def test_a_queued_job_is_still_to_do():
     now = zip(JOBS, ("queued", "waiting", "done"), strict=False)
     states = [progress.State(job, "run", "", status, 60.0) for job, status in now]
+    states[0].started = time.monotonic() - 600  # since when it waits
     assert progress.remaining_text(states) == "about 2 min"

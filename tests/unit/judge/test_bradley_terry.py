@@ -315,6 +315,26 @@ def test_an_anchor_is_placed_on_the_scale_without_moving_it():
     assert row["is_anchor"] and "rank" not in row
 
 
+def test_pairs_of_an_anchor_on_terms_that_are_not_drawn_or_beside_others_do_not_place_it():
+    """The bootstrap has no weight for such a term, and the fit no score for such a configuration."""
+    seen = simulate([*centred(np.linspace(-1, 1, 6)), 0.5], 2000, seed=3).replace("c06", "echo")
+    is_anchor = (seen["config_first"] == "echo") | (seen["config_second"] == "echo")
+    seen["purpose"] = np.where(is_anchor, "anchor", "ranking")
+    fitted = bradley_terry.fit_bradley_terry(seen[~is_anchor])
+    draws = bradley_terry.bootstrap_fit(seen[~is_anchor], fitted, draws=50, seed=0)
+    table = ranking.ranking_table(seen[~is_anchor], fitted, draws)
+    wanted, scores = ranking.with_anchors(table, seen, seen, fitted, draws)
+    elsewhere = seen[is_anchor].assign(verdict="A", **{draws.units.name: "elsewhere"})
+    unranked = seen[is_anchor].replace(fitted.configs, "c99").assign(verdict="A")
+    for more in (elsewhere, unranked):
+        judged = pd.concat([seen, more])
+        found, drawn = ranking.with_anchors(table, judged, judged, fitted, draws)
+        pd.testing.assert_frame_equal(found, wanted)
+        pd.testing.assert_frame_equal(drawn, scores)
+    row = ranking.with_anchors(table, unranked, unranked, fitted, draws)[0].set_index("config").loc["echo"]
+    assert np.isnan(row["score"]) and row["n_judgements"] == 0
+
+
 def test_an_anchor_that_always_wins_has_no_upper_bound(verdicts):
     fitted = bradley_terry.fit_bradley_terry(verdicts)
     draws = bradley_terry.bootstrap_fit(verdicts, fitted, draws=100, seed=0)

@@ -91,6 +91,7 @@ def test_without_a_compiler_that_works_the_step_computes_as_written(monkeypatch)
     pointwise.compiler_fault.cache_clear()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert pointwise.compiler_fault("cpu") == "no C compiler is found"
+    monkeypatch.setattr(pointwise, "find_spec", lambda name: None)
     assert pointwise.compiler_fault("cuda") == "triton is not installed"
 
 

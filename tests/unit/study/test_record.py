@@ -250,6 +250,12 @@ def test_who_reads_a_step_whose_swap_was_interrupted_finds_it_and_renames_nothin
     assert is_current(JOB, tmp_path) == current and list(record.altered_outputs(tmp_path, whole)) == []
     seal.require_unchanged(tmp_path, "study/06_analysis/*")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    (held,) = final.with_name(".06_analysis.old").glob("artefacts/*.csv")
+    whole_bytes = held.read_bytes()
+    held.write_bytes(b"forged" + whole_bytes)
+    with pytest.raises(record.RecordError, match=held.name):
+        seal.require_unchanged(tmp_path, "study/06_analysis/*")
+    held.write_bytes(whole_bytes)
     record.sweep_replaced(tmp_path, "study", "06_analysis")
     assert final.is_dir() and not final.with_name(".06_analysis.old").exists() and is_current(JOB, tmp_path) == current
 

@@ -192,7 +192,7 @@ def written(tmp_path) -> Path:
 def test_who_reads_a_changed_file_is_refused_with_its_name_and_who_reads_others_is_not(written, name):
     seal.require_unchanged(written, *READ, needs_seal=True)
     flip(written / name)
-    with pytest.raises(record.RecordError, match=rf"{name} was .*Restore this from a copy, or run \./run_all\.py"):
+    with pytest.raises(record.RecordError, match=rf"{name} was .*Restore this from a copy\. .*\./run_all\.py"):
         seal.require_unchanged(written, *READ)
     if name != "seal.json":
         seal.require_unchanged(written, "judge-other/store/*", "c01/03_train/*")
@@ -203,6 +203,33 @@ def test_who_reads_a_missing_file_is_refused_with_its_name(written, name):
     (written / name).unlink()
     with pytest.raises(record.RecordError, match=rf"{name} (is|was) missing"):
         seal.require_unchanged(written, *READ)
+
+
+def test_a_step_without_its_manifest_proves_nothing(written):
+    (written / "study/06_analysis/manifest.json").unlink()
+    with pytest.raises(record.RecordError, match=r"study/06_analysis/manifest\.json was changed or is missing"):
+        seal.require_unchanged(written, *READ)
+    seal.require_unchanged(written, "judge-checklist/store/*")
+
+
+def test_a_run_drops_a_seal_that_cannot_be_read_once_it_was_named(written):
+    flip(written / "seal.json")
+    assert list(map(str, sealing.changes_since(written))) == ["changed  seal.json"]
+    seal.forget_deleted_stores(written)
+    seal.require_unchanged(written, *READ)
+    assert not (written / "seal.json").exists()
+
+
+def test_the_log_of_calls_is_not_forgotten_and_a_changed_key_of_votes_ends_a_run(study):
+    (study / "egress.jsonl").unlink()
+    seal.forget_deleted_stores(study)
+    assert told(study) == {"egress.jsonl": "missing"}
+    (study / "votes").mkdir()
+    (study / "votes" / "a.jsonl").write_text("{}\n{}\n")
+    seal.seal_study(study)
+    flip(study / "votes" / "a.jsonl")
+    with pytest.raises(record.RecordError, match=r"votes/a\.jsonl changed .* never change"):
+        sealing.changes_since(study)
 
 
 def test_a_study_that_has_grown_since_it_was_sealed_is_read(written):
