@@ -27,7 +27,7 @@ from telco_nb.corpus.scenarios import Scenario
 from telco_nb.notebook import data_path
 from telco_nb.study import params
 from telco_nb.study.content_key import path_hashes
-from telco_nb.study.record import naming_damage, profile_root, read_manifest, read_object, step_dir
+from telco_nb.study.record import profile_root, read_manifest, read_object, step_dir
 from telco_nb.study.seal import require_unchanged
 
 Tables = dict[str, dict[str, pa.Table]]  # by config and split
@@ -100,7 +100,7 @@ def open_study(profile: str) -> Study:
         ParameterError: there is no such profile.
         CommandError: the study has not made its data set yet, or its files have changed since; the message says which
             command makes it.
-        RecordError: a file of the data set is damaged, or is not as its steps have written it.
+        RecordError: a file of the data set is not as its steps have written it.
     """
     root = profile_root(profile)
     require_unchanged(root, "shared/01_glossary/artefacts/glossary.json", "shared/02_synth/artefacts/*")
@@ -114,10 +114,8 @@ def open_study(profile: str) -> Study:
     made = step_dir(root, "shared", "02_synth") / "artefacts"
     scenarios = made / "scenarios.parquet"
     written_cards = step_dir(root, "shared", "01_glossary") / "artefacts" / "glossary.json"
-    with naming_damage(scenarios):
-        rows = [Scenario(**row) for row in pq.read_table(scenarios).to_pylist()]
-    with naming_damage(written_cards):
-        cards = load_cards(written_cards)
+    rows = [Scenario(**row) for row in pq.read_table(scenarios).to_pylist()]
+    cards = load_cards(written_cards)
     values = glossary["parameters"] | manifest["parameters"]
     return Study(
         manifest,
@@ -150,9 +148,8 @@ def build_tables(study: Study) -> Tables:
     """
     reviews = load_reviews(study.path("reviews_path"), study.scenarios)
     scores = {row["scenario_id"]: {point: row[point] for point in POINTS} for row in reviews}
-    with naming_damage(study.conversations):
-        table = pq.read_table(study.conversations)
-        keys = zip(table["scenario_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
+    table = pq.read_table(study.conversations)
+    keys = zip(table["scenario_id"].to_pylist(), table["origin"].to_pylist(), strict=True)
     own = pa.array([scores.get(name) if origin == "gold" else None for name, origin in keys], SCORES)
     scored = table.append_column("scores", own)
     noisy = load_noisy(study.path("noisy_path"), study.scenarios)

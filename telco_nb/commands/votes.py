@@ -102,12 +102,8 @@ def panel_path(file: Path) -> Path:
 def score_draws(root: Path) -> list[pd.DataFrame]:
     """The draws of all rankings that a study has so far, (draws, configurations) each."""
     seal.require_unchanged(root, "judge-*/05_judge/tables/score_draws.parquet")
-    return [_score_draws(path) for path in sorted(root.glob("judge-*/05_judge/tables/score_draws.parquet"))]
-
-
-def _score_draws(path: Path) -> pd.DataFrame:
-    with record.naming_damage(path):
-        return record.read_table(path).pivot(index="draw", columns="config", values="score")
+    tables = map(record.read_table, sorted(root.glob("judge-*/05_judge/tables/score_draws.parquet")))
+    return [table.pivot(index="draw", columns="config", values="score") for table in tables]
 
 
 def export_report(root: Path, file: Path, export: Export, material: Material, n: int = PAIRS) -> str:

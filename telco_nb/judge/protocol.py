@@ -252,19 +252,15 @@ def read_answers(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str], dict[str, Card]]:
     """Reads the outputs of the earlier steps: test prompts, answers with the anchors, and cards by term_id.
 
-    Raises RecordError if one is damaged or not as its step has written it, FileNotFoundError if one is missing.
+    Raises RecordError if one is not as its step has written it, FileNotFoundError if one is missing.
     """
     configs = [*configs, UNTUNED]
     made = root / "shared" / "02_synth" / "artefacts"
-    glossary = root / "shared" / "01_glossary" / "artefacts" / "glossary.json"
     answered = [f"{config}/04_energy/artefacts/answers.parquet" for config in configs]
     seal.require_unchanged(root, *SHARED_READS, *answered)
-    tests = made / "test_prompts.parquet"
-    with record.naming_damage(tests):
-        prompts = judged_prompts(record.read_table(tests))
-    glossary.stat()
-    with record.naming_damage(glossary):
-        cards = {card.id: card for card in load_cards(glossary)}
+    prompts = judged_prompts(record.read_table(made / "test_prompts.parquet"))
+    (glossary := root / SHARED_READS[0]).stat()
+    cards = {card.id: card for card in load_cards(glossary)}
     train = record.read_table(made / "train.parquet", columns=["messages"])
     answers = anchor_texts(prompts, cards, train)
     for config in configs:

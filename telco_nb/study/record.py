@@ -280,7 +280,7 @@ def altered_outputs(
 
 
 @contextlib.contextmanager
-def naming_damage(path: Path) -> Generator[None]:
+def _naming_damage(path: Path) -> Generator[None]:
     """Turns whatever a reader raises about a damaged output of a step into a RecordError that names the file.
 
     A missing file stays a FileNotFoundError, one that may not be read a PermissionError.
@@ -301,14 +301,14 @@ def read_table(path: Path, columns: list[str] | None = None) -> DataFrame:
     """A table that a step wrote. Raises RecordError if it is damaged, FileNotFoundError if there is none."""
     import pandas as pd  # the runner does without
 
-    with naming_damage(path):
+    with _naming_damage(path):
         return pd.read_parquet(path, columns=columns)
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object that a step wrote. Raises RecordError if it is damaged, FileNotFoundError if there is none."""
     path.stat()
-    with naming_damage(path):
+    with _naming_damage(path):
         value = read_json(path, control_characters=True, most_bytes=MOST_RECORD_BYTES)
         if not isinstance(value, dict):
             raise TypeError("a JSON object is expected")

@@ -176,7 +176,7 @@ def test_a_damaged_file_of_the_study_ends_the_export_with_exit_code_3_and_its_na
     (path,) = (tmp_path / "outputs" / "smoke").glob(f"shared/*/artefacts/{name}")
     damage(path, way)
     result = export(tmp_path / "export")
-    assert result.exit_code == 3 and f"{name} is damaged" in result.stderr and not (tmp_path / "export").exists()
+    assert result.exit_code == 3 and f"{name} was changed" in result.stderr and not (tmp_path / "export").exists()
 
 
 def test_a_second_export_is_refused_without_replace_and_then_takes_the_place_of_the_first(folder):
