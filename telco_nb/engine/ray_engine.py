@@ -90,7 +90,8 @@ class RayEngine:
             self._check_nodes(jobs if address else [])  # the runner has checked this machine
             # No more than the cluster can run at once: so jobs start in the order of the plan.
             self.places = [None] * max(1, int(self._total("GPU") + self._total(PROCESSOR)))
-            self.at_once = at_once(jobs, self._most("GPU"), int(self._total("GPU")), int(self._total(PROCESSOR)))
+            gpus = [int(node["Resources"].get("GPU", 0)) for node in self._nodes()]
+            self.at_once = at_once(jobs, gpus, int(self._total(PROCESSOR)))
             say(self._description(address))
         except BaseException:
             self.close()
@@ -249,18 +250,21 @@ def demand(job: Job, most_gpus: float) -> dict[str, Any]:
     return {"num_gpus": 0, "resources": {PROCESSOR: 1}}
 
 
-def resources_here() -> tuple[int, int, int]:
-    """What a cluster of this machine has for jobs: the most GPUs of a node, all GPUs, and processors."""
+def resources_here() -> tuple[list[int], int]:
+    """What a cluster of this machine has for jobs: the GPUs of its one node, and processors."""
     facts = device_facts()
     visible = facts["visible_gpus"]
-    gpus = len(facts["gpus"]) if visible is None else len([number for number in visible.split(",") if number])
-    return gpus, gpus, 1
+    named = [] if visible is None else [number for number in visible.split(",") if number not in ("", "-1")]
+    return [len(facts["gpus"]) if visible is None else len(named)], 1
 
 
-def at_once(jobs: Sequence[Job], most_gpus: float, gpus: int, processors: int) -> dict[str, int]:
-    """How many jobs of each step a cluster runs at once: as many as have whole GPUs, or a processor."""
-    needed = {job.step: demand(job, most_gpus)["num_gpus"] for job in jobs}
-    return {step: max(1, gpus // n if n else processors) for step, n in needed.items()}
+def at_once(jobs: Sequence[Job], gpus: Sequence[int], processors: int) -> dict[str, int]:
+    """How many jobs of each step a cluster runs at once: as many as have whole GPUs of one node, or a processor.
+
+    `gpus` are those of each node.
+    """
+    needed = {job.step: demand(job, max(gpus, default=0))["num_gpus"] for job in jobs}
+    return {step: max(1, sum(own // n for own in gpus) if n else processors) for step, n in needed.items()}
 
 
 def loss_reason(error: Exception) -> str:

@@ -125,11 +125,18 @@ def test_jobs_that_run_at_once_are_not_added_up():
     [({}, 1), ({"gpus": ("0", "1", "2", "3")}, 4), ({"engine": "ray"}, 8), ({"engine": "ray", "address": "a:1"}, None)],
 )
 def test_a_run_hands_its_places_to_the_forecast(monkeypatch, options, found):
-    monkeypatch.setattr(ray_engine, "resources_here", lambda: (8, 8, 1))
+    monkeypatch.setattr(ray_engine, "resources_here", lambda: ([8], 1))
     chosen = schedule.Options(**options)
     jobs = [Job("03_train", scope, {"device": "cuda", "processes": 1}, ()) for scope in SCOPES]
     plan = runner.Planned(Path(), jobs, jobs, set(), gpus_per_place(chosen.gpus, jobs))
     assert runner._places(plan, chosen) == (None if found is None else {"03_train": found})
+
+
+def test_a_cluster_runs_at_once_what_has_whole_gpus_of_one_node():
+    pairs = [Job("03_train", scope, {"device": "cuda", "processes": 2}, ()) for scope in SCOPES]
+    assert ray_engine.at_once(pairs, [3, 3], 1) == {"03_train": 2}, "the third ones belong to no pair"
+    assert ray_engine.at_once(pairs, [1, 1], 1) == {"03_train": 1}
+    assert ray_engine.at_once([Job("05_judge", "judge-x", {}, ())], [3, 3], 2) == {"05_judge": 2}
 
 
 def test_a_queued_job_is_still_to_do():
