@@ -132,13 +132,6 @@ def test_a_run_hands_its_places_to_the_forecast(monkeypatch, options, found):
     assert runner._places(plan, chosen) == (None if found is None else {"03_train": found})
 
 
-def test_a_cluster_runs_at_once_what_has_whole_gpus_of_one_node():
-    pairs = [Job("03_train", scope, {"device": "cuda", "processes": 2}, ()) for scope in SCOPES]
-    assert ray_engine.at_once(pairs, [3, 3], 1) == {"03_train": 2}, "the third ones belong to no pair"
-    assert ray_engine.at_once(pairs, [1, 1], 1) == {"03_train": 1}
-    assert ray_engine.at_once([Job("05_judge", "judge-x", {}, ())], [3, 3], 2) == {"05_judge": 2}
-
-
 def test_a_queued_job_is_still_to_do():
     now = zip(JOBS, ("queued", "waiting", "done"), strict=False)
     states = [progress.State(job, "run", "", status, 60.0) for job, status in now]

@@ -135,10 +135,11 @@ def test_jobs_ask_for_whole_gpus_or_for_a_processor():
 @pytest.mark.parametrize(
     ("values", "resources", "expected"),
     [
-        ({"processes": 1}, (8, 16, 2), {"03_train": 16, "05_judge": 2}),
-        ({"processes": 4}, (8, 16, 2), {"03_train": 4, "05_judge": 2}),
-        ({"processes": 1}, (0, 0, 3), {"03_train": 3, "05_judge": 3}),
-        ({"processes": 1}, (0, 0, 0), {"03_train": 1, "05_judge": 1}),
+        ({"processes": 1}, ([8, 8], 2), {"03_train": 16, "05_judge": 2}),
+        ({"processes": 4}, ([8, 8], 2), {"03_train": 4, "05_judge": 2}),
+        ({"processes": 2}, ([3, 3], 2), {"03_train": 2, "05_judge": 2}),  # the third ones belong to no pair
+        ({"processes": 1}, ([0], 3), {"03_train": 3, "05_judge": 3}),
+        ({"processes": 1}, ([], 0), {"03_train": 1, "05_judge": 1}),
     ],
 )
 def test_as_many_jobs_of_a_step_run_at_once_as_have_what_they_need(values, resources, expected):
