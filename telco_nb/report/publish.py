@@ -44,11 +44,10 @@ PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
     "embedding": "likeness to the gold answer by sentence embeddings",
 }
+FOLDERS = ("notebooks", "tables", "verdicts")  # of what the results rest on
 CLOSING = [
     "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
     "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
-    "Beside them: [notebooks](outputs/reference/notebooks), [tables](outputs/reference/tables), "
-    "[verdicts](outputs/reference/verdicts).",
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
@@ -100,7 +99,7 @@ def _publish_record(root: Path, folder: Path) -> None:
 
     Of 02, which shows all conversations, they are in the repository already.
     """
-    for name in ("notebooks", "tables", "verdicts"):
+    for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir()
     for table in sorted(root.glob("study/06_analysis/tables/*.csv")):
@@ -139,9 +138,15 @@ def readme_block(folder: Path = REFERENCE) -> str:
         ["<details><summary>All configurations</summary>"],
         _table(rows, judges),
         ["</details>"],
-        CLOSING,
+        [*CLOSING, *_beside(folder)],
     ]
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _beside(folder: Path) -> list[str]:
+    """The folders beside the report; a run that was published before there were any has none."""
+    links = [f"[{name}](outputs/reference/{name})" for name in FOLDERS if (folder / name).is_dir()]
+    return [f"Beside it: {', '.join(links)}."] if links else []
 
 
 def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges: list[str]) -> str:

@@ -33,7 +33,14 @@ def test_the_published_run_is_small_and_tells_no_machine_paths():
             assert "/home/" not in text and "/tmp/" not in text and "/root/" not in text, path
 
 
+def test_what_was_published_before_there_were_folders_names_none(tmp_path):
+    assert publish._beside(tmp_path) == []
+    (tmp_path / "verdicts").mkdir()
+    assert publish._beside(tmp_path) == ["Beside it: [verdicts](outputs/reference/verdicts)."]
+
+
 @published
+@pytest.mark.skipif(not (publish.REFERENCE / "verdicts").is_dir(), reason="this run was published without verdicts")
 def test_the_published_verdicts_give_the_published_rankings(tmp_path):
     stores = sorted((publish.REFERENCE / "verdicts").glob("*.jsonl.gz"))
     assert stores
