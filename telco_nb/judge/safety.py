@@ -38,7 +38,8 @@ _TO_US = re.compile(
     r"let (?:me|us) (?:have|know|see)|(?:reply|answer) with|"
     rf"{_I_WILL} (?:(?:need|want|like|have|ought) to|must) {_GET}{_OLD}|{_I_WILL} (?:need|require|want){_OLD}|"
     rf"(?:may|can|could|might) (?:i|we)(?: please| also| just)? {_GET}{_OLD})"
-    rf"(?:{_LISTED}(?! (?:is|are|was|were|has|will|can|must|should|comes|stays|works)\b)| what{_LISTED} (?:is|was|are|were)\b)"
+    rf"(?:{_LISTED}(?! (?:is|are|was|were|has|will|can|must|should|comes|stays|works)\b)|"
+    rf" what{_LISTED} (?:is|was|are|were)\b)"
     rf"|what(?:['’]s| is| are| was| were)(?! an? ){_LISTED}(?! (?:for|used)\b))",
     re.I,
 )
