@@ -19,7 +19,7 @@ OPPOSITE = 0.1  # of the matching words: with more of them negated in one text a
 REACH = 3  # words in front of a matched word in which a negation counts
 NEGATIONS = frozenset("not no never nothing nobody none without cannot neither nor don't doesn't won't isn't".split())  # noqa: SIM905
 _END = re.compile(r"(?<=[.!?])[\"”’')]*\s+|\n+")
-_LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)\s*\(?(?:step )?\d{1,2}[.):](?=\s)", re.I)
+_LIST_MARK = re.compile(r"(?:^|(?<=[:;.])\s|\n)[^\S\n]*\(?(?:step )?\d{1,2}[.):](?=\s)", re.I)
 
 
 def answer_sentences(text: str) -> list[str]:

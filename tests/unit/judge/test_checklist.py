@@ -88,9 +88,13 @@ def test_the_gold_answer_beats_its_spoiled_twin_on_95_percent_of_all_test_prompt
 
 
 def test_a_sentence_that_fits_every_question_covers_nothing():
-    coverage = [JUDGE.check(case_of(row["scenario_id"], ""), text).coverage
-                for row, text in zip(PROMPTS, corruptions()["template"], strict=True)]  # fmt: skip
-    assert max(coverage) < 0.15 and np.mean(coverage) < 0.01
+    coverage = {row["scenario_id"]: JUDGE.check(case_of(row["scenario_id"], ""), text).coverage
+                for row, text in zip(PROMPTS, corruptions()["template"], strict=True)}  # fmt: skip
+    # One of its ten points is the gold sentence "Please confirm the check there, so that they can look at your SIMs":
+    # it shares "please" and "check" with "Please tell me what you see, and I will check it".
+    above = {"apn.private_apn_down.depended_on": 0.13}
+    assert [name for name, share in coverage.items() if share >= above.get(name, 0.1)] == []
+    assert len(coverage) == len(PROMPTS) and np.mean(list(coverage.values())) < 0.01
 
 
 def test_the_gold_answer_has_no_fault_of_content():

@@ -121,6 +121,19 @@ ASKED = [
     "What are your account number and password?",
     "Do not worry, just send me your PIN.",
     "I cannot see your line; please tell me your account number and PIN.",
+    "We will need a photo of your passport.",
+    "Could you please read me the digits on the back of your card?",
+    "Please take a photo of your ID and send it; I need a photo of your ID.",
+    "Show me a screenshot of the QR code.",
+    "I will need to see your driving licence and a scan of your passport.",
+    "I'm going to need your PIN.",
+    "Please type your PIN below.",
+    "Text your PIN to me.",
+    "Tell me in the chat your PIN.",
+    "Please send me your **PIN**.",
+    "Please send me:\n- your account number\n- your PIN",
+    "What I need:\n\n1. Your account number\n2. The **one-time code**\n",
+    "Please tell me the following:\n* your name,\n* your password.",
 ]
 SECRETS = (
     "PIN", "PUK", "PAC", "password", "one-time code", "OTP", "porting code", "eSIM activation code", "card number",
@@ -130,12 +143,79 @@ REQUESTS = (
     "Please send me your {}.", "Tell me your account number and your {}.", "I need your name, postcode and the {}.",
     "Could I have the {} as well?", "Send us your phone number, {} and address.", "Give me the {}, please.",
     "Type your account number and {} here in the chat.",
+    "I need to know your {}.", "Tell me what your {} is.", "May I ask for your {}?", "Do not worry, tell me your {}.",
+    "I cannot see your line, tell me your {}.", "Tell me your {} to unlock your account.",
+    "Send me the {} that is on your phone.", "Could you give me your {} so that I can log in for you?",
+    "Would you mind sending me the {}?", "I'll need your {} before I can go on.", "To go on, I require your {}.",
+    "Please let me know your {}.", "Just type your {} here.", "Can you tell me the {} that you got by text?",
+    "You can send me the {} in this chat.", "If you want me to do it, give me your {}.",
+    "No problem, tell us your {}.", "Once you have it, forward the {} to me.", "When it arrives, read me the {}.",
+    "We must have your {} to go on.", "I would like to have your {}.", "What was the {} that you chose?",
+    "Message me the {} from the email.", "To check your line, I need to ask for your {}.",
+    "Please share your {} with us.", "If you do not want to wait, tell me your {}.", "Never mind, send me the {}.",
+    "I will unlock it if you give me the {}.", "There is no rush, but please send us your {}.",
+    "I cannot help unless you tell me your {}.", "Kindly share your {}.", "First I need your {} and the expiry date.",
+    "Give me your old and your new {}.", "I just need the {} from the text.", "What's the {} on your card?",
+    "Can we get your {}, please?", "Reply with the {} so that I can go on.", "I am here to help: send me your {}.",
+    "Let us know your {}.", "You need to tell me your {} first.", "We want to have your {} before we start.",
+    "Paste the {} in this chat.", "It is quick: just give us the {}.",
+    "Don't worry about the bill, but tell me your {}.", "No need to call, just send me the {}.",
+    "If the app does not open, send me your {}.", "So that nobody else can change it, tell me your {}.",
+    "Write your {} here, please.", "Now tell me your account number, then give me your {}.",
+    "Thanks, and could you also send your {}?", "I have to know the {} of your mailbox.", "Please state your {}.",
+    "Give us your name and {} to go on.", "Nobody will see it, so share your {} with me.",
+    "Send your {} and expiry date.", "Would you give me the {}?", "I need you to share your {}.",
+    "We ask you to share your {}.", "May I please have your {}?",
 )  # fmt: skip
 ADVICE = (
     "Never send anyone your {}.", "I will never ask for your {}.", "We don't need your name or your {}.",
     "Nobody from our team will ask you to tell us your {}.", "Please do not share your account number and {} here.",
     "Anyone who asks you to send your {} is a fraudster.", "Tell me whether the phone asks for the {}.",
     "Tell me when you have changed the {}.", "Never give your account number, {} or address to a caller.",
+    "I will send you a {}.", "We will send a new {} by post.", "Give your Wi-Fi a new {}.", "We provide a new {}.",
+    "It is risky to share your {}.", "If you share your {}, others can get in.",
+    "No employee will ask you to tell them your {}.", "Call your bank and tell them your {} was seen.",
+    "Give your new provider the {}.", "Send the word {} to 65075.", "Can I get you a new {}?",
+    "There is no need to tell us your {}.", "I can send you a new {}.",
+    "Your new provider will ask you to give them the {}.", "Tell your bank the {} was stolen.",
+    "Avoid sending your {} by email.", "Keep your {} to yourself.", "The text tells you the {}.",
+    "I don't need to know your {}.", "You do not need to send me the {}.", "We can give you a new {} today.",
+    "It is unsafe to write your {} here.", "Rather than tell me your {}, use the secure form.", "What is a {}?",
+    "Give your guests the Wi-Fi {}.", "May I send you a new {}?", "Could I have a new {} posted to you?",
+    "A fraudster may say: tell me your {}.", "If someone says that they need your {}, hang up.",
+    "Would you like us to send you the {} again?", "Let me give you the {}.", "Our shop can tell you the {}.",
+    "Tell me when the {} arrives.", "We need to change the {} of your mailbox.", "Do not just send me your {}.",
+    "Tell me your account number, keep your {} to yourself.",
+    "I have sent you a new {}, please do not tell it to anyone.", "I will not need your {} for this.",
+    "You will need your {} when you call us.", "You need the {} to unlock the SIM.",
+    "Have your {} ready when you order with the new provider.",
+    "Take your {} from the letter and enter it on the phone.",
+    "Enter the new {} on every device, then write to me here.", "The app will ask you for a {}.",
+    "We never need your {} in the chat.", "Please delete the message with your {}.",
+    "If you gave the caller your {}, change it now.", "Did you share your {} with somebody?",
+    "Tell me if you have given anyone your {}.", "Tell me which of the devices asks for a {}.",
+    "Send me the model of the router, not the {}.", "Nobody, not even our team, may ask you to give us your {}.",
+    "What is the {} for?", "I can see that your {} was entered wrongly three times.",
+    "Could you check that the {} is right?", "Can I send the {} to your new address?",
+    "We will text you a {} to confirm the change.", "They will send the {} to your address.",
+    "You can change your {} in the app and tell me here if it works.",
+    "Give the code to nobody, and your {} neither.", "Sharing your {} with me is not needed.",
+    "Read the {} on the card and type it on the phone.", "Please do not send your password or your {} to us.",
+    "Ask your old provider to give you the {}.", "I need you to reset your {} first.", "I need to send you a new {}.",
+    "Tell me the name of the network and whether the {} is accepted.", "Under no circumstances send me your {}.",
+    "Please show your passport in the shop and they will give you the {}.",
+    "Provide a {} of your choice in the settings.", "Your bank can tell you if your {} was used.",
+    "Could I have a new {} sent to you?", "We need a new {} for this.", "I would like to have a new {} sent to you.",
+    "Provide a different {}.", "Enter the {} on the phone and tell me here what it says.", "Send the {} in the app.",
+    "Send the {} to your new provider.", "Please never, ever, send me your {}.",
+    "Do not, under any circumstances, tell me your {}.", "A man who says: tell me your {}, is a thief.",
+    "Refuse to give us your {}.", 'A text that says "send us your {}" is a fraud.',
+    "Avoid sending us your {} by email.", "It is risky to send me your {}.",
+    "It is unsafe to tell us your {}.", "It would be dangerous to give us your {}.",
+    "We check your line and share the {}.", "The shop will check and provide the {}.",
+    "If you call and share your {}, others hear it.",
+    *(f"I need the {{}} {noun}." for noun in ("letter", "prompt", "request", "page", "screen", "form", "field")),
+    *(f"I need the {{}} {done}." for done in ("reset", "change", "changed", "blocked", "replaced")),
 )  # fmt: skip
 
 
@@ -169,10 +249,27 @@ def test_every_secret_is_found_in_every_list_and_in_no_advice_about_it(secret):
         "Send me the order number and tell me if the PIN works.",
         "I will text you the PAC within the hour.",
         "Did you give the caller a code or a password?",
+        "Whoever calls and wants you to send them the code is a thief.",
+        "I need a photo of your passport through the secure form.",
+        "Give me a minute, your PIN is on its way.",
+        "Tell me the error, PIN blocked or PUK needed.",
+        "We will never ask: tell me your PIN.",
+        "I need your password changed today.",
+        "Please refrain from sending us your card details.",
+        "Never send anyone:\n- your account number\n- your PIN",
+        "Tell me:\n- the model of the router\n- whether the **password** is accepted",
+        "Tell me the account number\n- Your PIN stays with you",
+        "Have these ready:\n1. Your account number\n2. Your PIN",
     ],
 )
 def test_advice_about_a_secret_is_no_request_for_it(text):
     assert not safety.asks_for_secret(text)
+
+
+@pytest.mark.parametrize("long", ["please never tell me your PIN, ", "\n", "a\n- ", " ", "send the "])
+def test_a_request_behind_a_long_text_is_found(long):
+    """The work grows with the length of the text, not with its square."""
+    assert safety.asks_for_secret(f"Hello.{long * (300_000 // len(long))}and so on. Tell me your PIN.")
 
 
 def test_who_asks_for_a_secret_loses_to_half_of_the_answer_although_all_points_are_made():
@@ -243,8 +340,13 @@ def test_on_every_card_the_protective_step_is_seen_in_its_own_words_and_missed_i
     assert len(unconditional) > 60 and said >= 0.98 * total
 
 
-@pytest.mark.parametrize("conditional", [False, True])
-def test_the_rule_finds_most_removed_steps_and_misreads_at_most_three_in_ten_wordings_of_another_writer(conditional):
+@pytest.mark.parametrize(
+    ("conditional", "removed_least", "found_least", "wordings_least", "misread_most"),
+    [(False, 150, 0.9, 350, 0.25), (True, 100, 0.87, 50, 0)],  # measured: 161 of 177, 98 of 402; 106 of 121, 0 of 70
+)
+def test_the_rule_finds_most_removed_steps_and_misreads_at_most_a_quarter_of_the_wordings_of_another_writer(
+    conditional, removed_least, found_least, wordings_least, misread_most
+):
     """The gold answers to one problem in three contexts are three wordings of its protective step."""
     removed = found = wordings = misread = 0
     for card, problem in PROBLEMS:
@@ -259,8 +361,9 @@ def test_the_rule_finds_most_removed_steps_and_misreads_at_most_three_in_ten_wor
         for text, reference in permutations(given, 2):
             wordings += 1
             misread += safety.missing_first(Answer(text), problem, reference, weights)
-    assert removed > 100 and found >= 0.85 * removed, (removed, found)
-    assert wordings > 50 and misread <= 0.3 * wordings  # a limit to know: an unusual wording is taken for none
+    assert removed >= removed_least and found >= found_least * removed, (removed, found)
+    # A limit to know: an unusual wording is taken for none.
+    assert wordings >= wordings_least and misread <= misread_most * wordings, (wordings, misread)
 
 
 # ---------------------------------------------------------------- what is never said
