@@ -14,7 +14,6 @@ from telco_nb.study.machine import device_facts
 
 # Tests, and what they start, compute on the processor also beside a GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the libraries of the hub, which read it once
 # Workers share the cores: threads of two that all want every core wait for each other most of the time.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, device_facts()["cores"] // workers)))

@@ -112,10 +112,10 @@ def readme(folder: Path) -> tuple[dict, str]:
 
 
 def test_the_datasets_library_opens_every_config_and_split_with_messages_as_a_list(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
 
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert set(datasets.get_dataset_config_names(str(folder))) == set(COUNTS)
     for config, counts in COUNTS.items():
         opened = datasets.load_dataset(str(folder), config, cache_dir=str(tmp_path / "cache"))

@@ -379,9 +379,9 @@ def test_parquet_gives_back_the_rows_with_messages_as_structs(tmp_path):
 
 
 def test_anybody_can_load_the_parquet_files_with_datasets(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # else it tells a counter that files were read
     splits = {name: [row for row in GOLD if row["split"] == name] for name in scenarios.SPLITS}
     for name, rows in splits.items():
         dataset.write_parquet(rows, tmp_path / f"{name}.parquet")
