@@ -34,7 +34,7 @@ WRITTEN_BY = (
     "or read them."
 )
 # Shipped gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
-BLIND_READING = {"conversations": 60, "mean": 4.58, "second_reading_of_the_same": 4.87}
+BLIND_READING = {"conversations": 60, "mean": 4.59, "second_reading_of_the_same": 4.88}
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 
 
