@@ -46,7 +46,7 @@ def loss_findings(study: StudyResults, judge: JudgeResults, seed: int, divergenc
     if pick is None:
         text = f"What choosing by loss costs with {judge.label} is not known"
         return [*found, not_estimable(f"regret.{judge.name}", text, unpicked, n)]
-    found += [_regret_finding(judge, pick, judge.compared(list(draws), 0.05)), _top3_finding(judge, losses, draws)]
+    found += [_regret_finding(judge, pick, list(draws)), _top3_finding(judge, losses, draws)]
     found.append(_rank_finding("best", "lowest", pick, judge, place, draws))
     if (worst := loss_pick(-loss)) is not None:
         found.append(_rank_finding("worst", "highest", worst, judge, place, draws))
@@ -138,12 +138,17 @@ def _within_text(configs: pd.DataFrame, loss: pd.Series, score: pd.Series) -> st
     return f"Among configurations that are alike in one factor tau is: {', '.join(parts)}. " if parts else ""
 
 
-def _regret_finding(judge: JudgeResults, pick: str, compared: pd.DataFrame) -> Finding:
-    """The lead of the best other configuration over the choice of loss; `compared` is `JudgeResults.compared`.
+def _regret_finding(judge: JudgeResults, pick: str, configs: list[str]) -> Finding:
+    """The lead of the best other configuration over the choice of loss.
 
     The best is picked after the fact, so only the bounds that hold for all configurations at once can show a lead.
     """
-    id, best = f"regret.{judge.name}", str(compared["score"].idxmax())
+    id = f"regret.{judge.name}"
+    if len(judge.draws[configs].dropna()) < 2:
+        text = f"What choosing by loss costs with {judge.label} is not known"
+        return not_estimable(id, text, "resampled scores are missing", judge.counted_terms(pick))
+    compared = judge.compared(configs, 0.05)
+    best = str(compared["score"].idxmax())
     if pick == best:
         text = f"Choosing by loss loses nothing with {judge.label}: both choose {pick}."
         return blockable(id, text, Interval(0.0), judge.counted_terms(pick), "described", judge)

@@ -138,7 +138,7 @@ class RayEngine:
             time.sleep(POLL_SECONDS)
 
     def _missing(self) -> list[str]:
-        gpus = max(needed["num_gpus"] for needed in self.demands.values())
+        gpus = max((needed["num_gpus"] for needed in self.demands.values()), default=0)
         missing = []
         if gpus > self._most("GPU"):
             missing.append(f"No node has {gpus} GPUs, which `processes` and `device` of the profile ask for.")

@@ -108,8 +108,8 @@ def _publish_record(root: Path, folder: Path) -> None:
         judge, store = ranking.parts[-4].removeprefix("judge-"), ranking.parents[2] / "store" / "verdicts.jsonl"
         name = folder / "tables" / f"ranking_{judge}.csv"
         pd.read_parquet(ranking).to_csv(name, index=False, lineterminator="\n")
-        packed = gzip.compress(store.read_bytes(), mtime=0)
-        write_bytes(folder / "verdicts" / f"{judge}.jsonl.gz", packed)
+        if store.is_file():
+            write_bytes(folder / "verdicts" / f"{judge}.jsonl.gz", gzip.compress(store.read_bytes(), mtime=0))
     found = {finding["id"]: finding["value"] for finding in read_json(root / "findings.json")}
     scopes = ["shared", "untuned", *dict.fromkeys(filter(None, map(found.get, PICKS))), "judge-*", "study"]
     for notebook in sorted(path for scope in scopes for path in root.glob(f"{scope}/0[!2]*.ipynb")):

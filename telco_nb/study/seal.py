@@ -146,8 +146,8 @@ def require_unchanged(root: Path, *patterns: str, needs_seal: bool = False) -> N
     if found:
         raise RecordError(
             f"{root} is not as the runs of this study left it: {', '.join(found)}. Nothing was read. Restore this from "
-            f"a copy. What a step or the report holds ./run_all.py --profile {root.name} makes again; a store can also "
-            "be deleted: then its questions are asked again."
+            f"a copy. For what a step or the report holds, run ./run_all.py --profile {root.name}: that is made again. "
+            "A store can also be deleted: then its questions are asked again."
         )
 
 

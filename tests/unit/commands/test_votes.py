@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from damage import DAMAGES, damage
-from fake_study import flip, write_again
+from fake_study import Builder, flip, write_again
 from judge_study import command
 
 from telco_nb.commands import votes
@@ -109,11 +109,14 @@ def test_an_export_of_all_that_a_study_has_says_so(study, tmp_path, capsys):
 
 
 def test_the_next_export_asks_first_where_the_rankings_are_unsure(study, tmp_path):
-    table = study / "judge-checklist" / "05_judge" / "tables" / "score_draws.parquet"
-    table.parent.mkdir(parents=True)
     rng = np.random.default_rng(0)
     draws = pd.DataFrame({"c01": 9 + rng.normal(size=99), "c02": rng.normal(size=99), "c03": rng.normal(size=99)})
-    draws.rename_axis("draw").reset_index().melt("draw", var_name="config", value_name="score").to_parquet(table)
+    builder = Builder(study.parent, study.name)
+    run = builder.open("05_judge", "judge-checklist")
+    run.table(
+        "score_draws", draws.rename_axis("draw").reset_index().melt("draw", var_name="config", value_name="score")
+    )
+    builder.close(run, "ranked")
     export, _ = votes.export_pairs(study, tmp_path / "pairs.jsonl", 30)
     first = [row for row in export.key if row["purpose"] == "ranking"][:4]
     assert all({row["config_first"], row["config_second"]} == {"c02", "c03"} for row in first)
@@ -128,12 +131,13 @@ READ = [
 
 @pytest.mark.parametrize(("name", "way"), zip(READ, ["a list", *list(DAMAGES)[2:]], strict=False))
 def test_a_damaged_file_of_the_study_ends_a_command_with_exit_code_3_and_its_name(study, tmp_path, capsys, name, way):
+    named = name if (study / name).is_file() else "judge-checklist/05_judge/manifest.json"
     (study / name).parent.mkdir(parents=True, exist_ok=True)
     (study / name).touch()
     damage(study / name, way)
     assert command("votes", "export", study, tmp_path / "pairs.jsonl") == 3
     said = capsys.readouterr().err
-    assert f"{name} was changed" in said and "run ./run_all.py" in said and said.count("\n") == 1
+    assert f"{named} was changed" in said and "run ./run_all.py" in said and said.count("\n") == 1
 
 
 def test_votes_become_a_judge_that_05_ranks(study, pairs, tmp_path, monkeypatch, capsys):
