@@ -1,7 +1,8 @@
 """The LoRA step on a GPU: variants of it, a padded loop, TRL and Liger, in the shape of Qwen2.5-3B with random weights.
 
 `python bench/gpu.py [variants]` needs no weights, no hub and no packaged model: speed does not depend on the values.
-Each variant has a process of its own and at least SECONDS of steps behind a warm-up. Real tokens count, not padding.
+Each variant has a process of its own and at least 25 s of steps behind a warm-up. Real tokens count, not padding.
+`--json FILE` writes all figures.
 `--tiny` runs the same code in this process with tiny sizes, on a processor as well: that shows that it works.
 bench/README.md says what to compare.
 """
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,9 @@ from telco_nb.lora.packing import IGNORE_INDEX, Example, PackedRows
 from telco_nb.lora.trainer import step_flops
 
 VARIANTS = ("plain", "no-cast", "fused", "compiled", "padded", "TRL", "TRL+Liger")
-SEED, RANK, PADDED_BATCH = 20260605, 16, 8
+SEED, RANK, PADDED_BATCH = 20260605, 16, 32
+SECONDS = "TELCO_BENCH_SECONDS"  # variable of the environment, from --seconds
+TOLD_LINES = 25  # of a variant's errors
 GRADIENT_KEPT = 4_000_000  # entries that are compared: those of the first layers, to which all others lead
 
 
@@ -125,6 +130,20 @@ def first_gradient(tuned: Any) -> torch.Tensor:
     return torch.cat(found)[:GRADIENT_KEPT].cpu()
 
 
+def count_waits(work: Callable[[], None]) -> int | None:
+    """How often the host waits for the GPU in `work`, by torch's own count; None on a processor."""
+    if not device.on_gpu():
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in told)
+
+
 class Window:
     """Time, energy and peak memory between its making and `figures`."""
 
@@ -160,6 +179,7 @@ def run_steps(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: t
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.on_gpu())
     done: list[int] = []
+    host_s = 0.0
 
     def one(index: int) -> None:
         backward(tuned, variant, rows, index, dtype)
@@ -172,10 +192,12 @@ def run_steps(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: t
     window = Window()
     while window.seconds < sizes.seconds:
         done.append(len(done) % len(rows))
+        start = time.perf_counter()
         one(done[-1])
+        host_s += time.perf_counter() - start  # until everything is launched
         if device.on_gpu():
             torch.cuda.synchronize()  # once a step, as the Trainer's log does
-    return window.figures() | {"done": done}
+    return window.figures() | {"done": done, "host_s": host_s}
 
 
 class _Stopwatch(TrainerCallback):
@@ -236,7 +258,8 @@ def measure(variant: str, sizes: Sizes, gradient_file: Path | None = None) -> di
         gradient = first_gradient(tuned)
         if gradient_file:
             torch.save(gradient, gradient_file)
-        found = run_steps(tuned, variant, rows, sizes, dtype)
+        waits = count_waits(lambda: backward(tuned, variant, rows, 0, dtype))
+        found = run_steps(tuned, variant, rows, sizes, dtype) | {"waits": waits}
         tokens, work = (sum(values[i] for i in found["done"]) for values in (rows.tokens, flops))
     return figures(variant, found, tokens, work, dtype, gflops)
 
@@ -255,7 +278,10 @@ def figures(
         "watts": joules and joules / seconds,
         "mj_per_token": joules and 1e3 * joules / tokens,
         "peak_gb": found["peak_gb"],
+        "host_share": found["host_s"] / seconds if "host_s" in found else None,
+        "waits": found.get("waits"),
         "seconds": seconds,
+        "ended_at": time.time(),
     }
 
 
@@ -276,6 +302,7 @@ def measure_apart(variant: str, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        print("\n".join(lines[-TOLD_LINES:]), file=sys.stderr)
         return {"variant": variant, "failed": lines[-1][:160]}
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -315,8 +342,8 @@ def headline(tiny: bool) -> str:
     card = torch.cuda.get_device_name() if device.on_gpu() else "processor"
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     shape = "tiny sizes: no figure of this table means anything" if tiny else "Qwen2.5-3B, rank 16, all linear layers"
-    columns = "variant       tok/s  TFLOP/s  of 8192^3  of sheet      W  mJ/token  peak GB  gradient to plain"
-    return f"{card}; {versions}; {shape}\n{columns}"
+    columns = "variant       tok/s  TFLOP/s  of 8192^3  of sheet      W  mJ/token  peak GB   host  waits"
+    return f"{card}; {versions}; {shape}\n{columns}  gradient to plain"
 
 
 def line(one: dict[str, Any]) -> str:
@@ -330,7 +357,7 @@ def line(one: dict[str, Any]) -> str:
     parts = [
         ("tokens_per_second", ",.0f", 8), ("tflops", ".1f", 8), ("share_of_matmul", ".0%", 10),
         ("share_of_data_sheet", ".0%", 9), ("watts", ".0f", 6), ("mj_per_token", ".1f", 9), ("peak_gb", ".1f", 8),
-        ("gradient_distance", ".1e", 18),
+        ("host_share", ".0%", 6), ("waits", "d", 6), ("gradient_distance", ".1e", 18),
     ]  # fmt: skip
     return f"{one['variant']:10} " + " ".join(cell(*part) for part in parts)
 
@@ -338,7 +365,12 @@ def line(one: dict[str, Any]) -> str:
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments[:1] == ["--measure"]:
-        print(json.dumps(measure(arguments[1], Sizes(), Path(arguments[2]))))
+        print(json.dumps(measure(arguments[1], Sizes(seconds=float(os.environ.get(SECONDS, 25))), Path(arguments[2]))))
     else:
-        chosen = tuple(name for name in arguments if name != "--tiny")
-        main(chosen or VARIANTS, tiny="--tiny" in arguments)
+        if "--seconds" in arguments:
+            os.environ[SECONDS] = arguments.pop(arguments.index("--seconds") + 1)
+        file = Path(arguments.pop(arguments.index("--json") + 1)) if "--json" in arguments else None
+        chosen = tuple(name for name in arguments if not name.startswith("--"))
+        table = main(chosen or VARIANTS, tiny="--tiny" in arguments)
+        if file:
+            file.write_text(json.dumps(table, indent=1) + "\n")

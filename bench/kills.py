@@ -50,7 +50,7 @@ def train(folder: Path) -> None:
     digest = hashlib.sha256()
     for name, parameter in sorted(tuned.named_parameters()):
         if parameter.requires_grad:
-            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+            digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
     (folder / "hash.json").write_text(json.dumps(digest.hexdigest()))
 
 

@@ -330,7 +330,7 @@ def memory_estimate(
     return {
         "weights": unquantised * width + body * (BYTES_PER_WEIGHT[quantization] or width),
         "adapters": 16.0 * sum(rank * (m.in_features + m.out_features) for m in targets),
-        "head": float(HEAD_CHUNK * config.vocab_size * logit),
+        "head": float(HEAD_CHUNK[torch_device().type] * config.vocab_size * logit),
         "row": float(row_tokens * _kept_bytes(config, width, targets, dropout, checkpointing)),
     }
 

@@ -30,7 +30,8 @@ LONGEST_SEGMENT = 1024  # tokens; the attention matrix kept for the backward pas
 QUERY_BLOCK = 128  # tokens per block of queries in float32; twice as many in 16 bits
 LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # Gemma, Granite, Cohere
 FUSED = (LlamaAttention, LlamaMLP, LlamaRMSNorm, Qwen2Attention, Qwen2MLP, Qwen2RMSNorm)  # what `fuse` changes
-HEAD_CHUNK = 256  # positions whose logits are in memory at one time; more are hardly faster
+# Positions whose logits are in memory at one time. On a processor more are hardly faster; a GPU wants few launches.
+HEAD_CHUNK = {"cpu": 256, "cuda": 2048}
 
 
 class AdaptedLinears(Function):
@@ -225,13 +226,13 @@ class HeadLoss(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        losses, gradients = [], []
+        losses, gradients, chunk = [], [], HEAD_CHUNK[hidden.device.type]
         # Compiled, the last chunk is as long as the others: one shape. What it holds beyond its end is never read.
-        least = HEAD_CHUNK if pointwise.is_compiled(hidden.device) else 0
-        size = max(least, min(len(hidden), HEAD_CHUNK))
+        least = chunk if pointwise.is_compiled(hidden.device) else 0
+        size = max(least, min(len(hidden), chunk))
         buffer = hidden.new_empty(size, len(weight))  # for all chunks: new arrays took longer
         buffer32 = torch.empty_like(buffer, dtype=torch.float32) if buffer.dtype != torch.float32 else buffer
-        for h, target in zip(hidden.split(HEAD_CHUNK), labels.split(HEAD_CHUNK), strict=True):
+        for h, target in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             n = len(h)
             product, logits, filled = buffer[:n], buffer32[:n], buffer32[: max(n, least)]
             logits.copy_(torch.mm(h, weight.T, out=product))

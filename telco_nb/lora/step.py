@@ -10,6 +10,7 @@ import ctypes
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ SEGMENTED = "segmented_sdpa"  # name under which transformers knows `segmented_a
 # Tokens of a row are a multiple of this. On a processor bfloat16 matmuls of 1,007 rows ran at 640 GFLOP/s, of 1,008 at
 # 800 (oneDNN, AVX512-BF16). On a GPU nearly all rows of a training get one shape: at 8,192 tokens they are 99.9 % full.
 ROW_MULTIPLE = {"cpu": 16, "cuda": 256}
+# torch 2.13 wants to be told that there are fewer key heads than query heads; 2.11 has no word for it and allows it.
+GQA = {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt in glibc's malloc.h
 
 
@@ -148,8 +151,8 @@ def _varlen_attention(
 ) -> torch.Tensor:
     """All segments in one call; tensors as in `segmented_attention`, result (1, T, heads, d)."""
     tokens_first = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    causal: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling, "enable_gqa": True}
-    mixed: Any = varlen_attn(*tokens_first, bounds, bounds, longest, longest, **causal)
+    causal: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling}
+    mixed: Any = varlen_attn(*tokens_first, bounds, bounds, longest, longest, **causal, **GQA)
     return mixed[None]
 
 

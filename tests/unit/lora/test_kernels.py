@@ -98,7 +98,7 @@ def test_blocks_of_queries_and_chunks_of_the_head_change_nothing(block, monkeypa
     tuned, examples = adapted(), fake_examples((9, 17, 5, 3, 16, 40))
     wanted = plain_step(tuned, examples)
     monkeypatch.setattr(kernels, "QUERY_BLOCK", block)
-    monkeypatch.setattr(kernels, "HEAD_CHUNK", block)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK", {"cpu": block})
     assert step.prepare_step(tuned) == "fused"
     found = packed_step(tuned, examples)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)

@@ -118,7 +118,7 @@ def gpu_path(monkeypatch):
     monkeypatch.setattr(step, "attention_kernel", lambda device, dtype: "varlen")
     monkeypatch.setattr(step, "varlen_attn", by_bounds)
     monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
-    monkeypatch.setattr(kernels, "HEAD_CHUNK", 16)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK", {"cpu": 16})
     monkeypatch.setitem(step.ROW_MULTIPLE, "cpu", 32)
     return counter
 
