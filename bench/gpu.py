@@ -28,11 +28,11 @@ from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from telco_nb import ROOT
-from telco_nb.lora import device, packing, pointwise, sensors, step
+from telco_nb.lora import device, packing, pointwise, sensors, step, step_graph
 from telco_nb.lora.packing import IGNORE_INDEX, Example, PackedRows
 from telco_nb.lora.trainer import step_flops
 
-VARIANTS = ("plain", "no-cast", "fused", "compiled", "padded", "TRL", "TRL+Liger")
+VARIANTS = ("plain", "no-cast", "fused", "compiled", "fused+graph", "compiled+graph", "padded", "TRL", "TRL+Liger")
 SEED, RANK, PADDED_BATCH = 20260605, 16, 32
 SECONDS = "TELCO_BENCH_SECONDS"  # variable of the environment, from --seconds
 TOLD_LINES = 25  # of a variant's errors
@@ -103,24 +103,35 @@ def padded_loss(tuned: Any, examples: list[Example], dtype: torch.dtype) -> torc
 
 def prepare(tuned: Any, variant: str) -> None:
     """Set the model up for a variant of the packed step."""
-    pointwise.COMPILED_ON = {"cuda"} if variant == "compiled" else set()
-    kind = step.prepare_step(tuned, fused=variant in ("fused", "compiled"))
-    if kind != (variant if variant in ("fused", "compiled") else "plain"):
-        raise SystemExit(f"this model's step is {kind}: {pointwise.compiler_fault('cuda')}")
+    kind = variant.removesuffix("+graph")
+    pointwise.COMPILED_ON = {"cuda"} if kind == "compiled" else set()
+    found = step.prepare_step(tuned, fused=kind in ("fused", "compiled"))
+    if found != (kind if kind in ("fused", "compiled") else "plain"):
+        raise SystemExit(f"this model's step is {found}: {pointwise.compiler_fault('cuda')}")
     for module in tuned.modules():
         if variant == "plain" and hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = True
 
 
-def backward(tuned: Any, variant: str, rows: PackedRows, index: int, dtype: torch.dtype) -> None:
-    """Forward and backward of one row in a variant; the gradients are added."""
-    supervised = rows.supervised[index]
+def step_of(tuned: Any, variant: str, rows: PackedRows, dtype: torch.dtype) -> Callable[[int], None]:
+    """Forward and backward of the row of an index in a variant; the gradients are added."""
     if variant == "padded":
-        for i in range(0, len(rows.rows[index]), PADDED_BATCH):
-            (padded_loss(tuned, rows.rows[index][i : i + PADDED_BATCH], dtype) / supervised).backward()
-    else:
-        row = packing.to_device(rows[index], device.torch_device())
-        (step.token_losses(tuned, row).sum() / supervised).backward()
+        return lambda index: padded_step(tuned, rows.rows[index], rows.supervised[index], dtype)
+    prepare(tuned, variant)
+    if variant.endswith("+graph"):
+        shape = step_graph.shape_of(rows, device.torch_device().type)
+        graph = step_graph.StepGraph(tuned, [p for p in tuned.parameters() if p.requires_grad], shape, rows[0])
+        return lambda index: graph.step(rows[index], rows.supervised[index])
+    return lambda index: packed_step(tuned, rows[index], rows.supervised[index])
+
+
+def padded_step(tuned: Any, examples: list[Example], supervised: int, dtype: torch.dtype) -> None:
+    for i in range(0, len(examples), PADDED_BATCH):
+        (padded_loss(tuned, examples[i : i + PADDED_BATCH], dtype) / supervised).backward()
+
+
+def packed_step(tuned: Any, row: dict[str, Any], supervised: int) -> None:
+    (step.token_losses(tuned, packing.to_device(row, device.torch_device())).sum() / supervised).backward()
 
 
 def first_gradient(tuned: Any) -> torch.Tensor:
@@ -174,7 +185,7 @@ class Window:
         return {"seconds": seconds, "joules": joules, "peak_gb": peak}
 
 
-def run_steps(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+def run_steps(tuned: Any, backward: Callable[[int], None], rows: PackedRows, sizes: Sizes) -> dict[str, Any]:
     """Optimiser steps for at least `sizes.seconds`, after the warm-up."""
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.on_gpu())
@@ -182,7 +193,7 @@ def run_steps(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: t
     host_s = 0.0
 
     def one(index: int) -> None:
-        backward(tuned, variant, rows, index, dtype)
+        backward(index)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -252,16 +263,23 @@ def measure(variant: str, sizes: Sizes, gradient_file: Path | None = None) -> di
         found = run_trl(tuned, variant, rows, sizes, dtype)
         tokens, work = (found["share"] * sum(values) for values in (rows.tokens, flops))
     else:
-        if variant != "padded":
-            prepare(tuned, variant)
-        backward(tuned.train(), variant, rows, 0, dtype)
-        gradient = first_gradient(tuned)
-        if gradient_file:
-            torch.save(gradient, gradient_file)
-        waits = count_waits(lambda: backward(tuned, variant, rows, 0, dtype))
-        found = run_steps(tuned, variant, rows, sizes, dtype) | {"waits": waits}
+        with device.repeatable():  # as a training does
+            found = measure_packed(tuned, variant, rows, sizes, dtype, gradient_file)
         tokens, work = (sum(values[i] for i in found["done"]) for values in (rows.tokens, flops))
     return figures(variant, found, tokens, work, dtype, gflops)
+
+
+def measure_packed(
+    tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: torch.dtype, gradient_file: Path | None
+) -> dict[str, Any]:
+    """A variant that is not a Trainer's: its window, and the gradient of the first row to a file."""
+    backward = step_of(tuned.train(), variant, rows, dtype)
+    backward(0)
+    gradient = first_gradient(tuned)
+    if gradient_file:
+        torch.save(gradient, gradient_file)
+    waits = count_waits(lambda: backward(0))
+    return run_steps(tuned, backward, rows, sizes) | {"waits": waits}
 
 
 def figures(
@@ -290,15 +308,16 @@ def missing(variant: str) -> str | None:
     packages = {"TRL": ("trl", "datasets"), "TRL+Liger": ("trl", "datasets", "liger_kernel")}.get(variant, ())
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         return f"{', '.join(absent)} not installed"
-    if variant == "compiled" and not device.on_gpu():
+    if (variant.startswith("compiled") or variant.endswith("+graph")) and not device.on_gpu():
         return "on a GPU only"
-    return pointwise.compiler_fault("cuda") if variant == "compiled" else None
+    return pointwise.compiler_fault("cuda") if variant.startswith("compiled") else None
 
 
 def measure_apart(variant: str, folder: Path) -> dict[str, Any]:
     """`measure` in a process of its own, so that no patch, allocator or peak of one variant touches another."""
     command = [sys.executable, __file__, "--measure", variant, str(folder / f"{variant}.pt")]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as a study
+    as_a_study = {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = os.environ | as_a_study | dict([device.CUBLAS_WORKSPACE])
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -342,13 +361,13 @@ def headline(tiny: bool) -> str:
     card = torch.cuda.get_device_name() if device.on_gpu() else "processor"
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     shape = "tiny sizes: no figure of this table means anything" if tiny else "Qwen2.5-3B, rank 16, all linear layers"
-    columns = "variant       tok/s  TFLOP/s  of 8192^3  of sheet      W  mJ/token  peak GB   host  waits"
+    columns = "variant           tok/s  TFLOP/s  of 8192^3  of sheet      W  mJ/token  peak GB   host  waits"
     return f"{card}; {versions}; {shape}\n{columns}  gradient to plain"
 
 
 def line(one: dict[str, Any]) -> str:
     if "failed" in one:
-        return f"{one['variant']:10} {one['failed']}"
+        return f"{one['variant']:14} {one['failed']}"
 
     def cell(name: str, form: str, width: int) -> str:
         value = one[name]
@@ -359,7 +378,7 @@ def line(one: dict[str, Any]) -> str:
         ("share_of_data_sheet", ".0%", 9), ("watts", ".0f", 6), ("mj_per_token", ".1f", 9), ("peak_gb", ".1f", 8),
         ("host_share", ".0%", 6), ("waits", "d", 6), ("gradient_distance", ".1e", 18),
     ]  # fmt: skip
-    return f"{one['variant']:10} " + " ".join(cell(*part) for part in parts)
+    return f"{one['variant']:14} " + " ".join(cell(*part) for part in parts)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -37,6 +40,8 @@ DATA_SHEET_TFLOPS = {
     "NVIDIA GeForce RTX 4090": 165.2,
 }
 
+CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs; before cuBLAS starts
+
 _chosen = {"device": "auto"}
 
 
@@ -54,6 +59,7 @@ def use_device(wanted: str) -> torch.device:
             size would train on the processor for weeks.
     """
     _chosen["device"] = wanted
+    os.environ.setdefault(*CUBLAS_WORKSPACE)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     expected = wanted == "cuda" or (wanted == "auto" and torch.version.cuda and nvidia_driver() and not hidden)
     if expected and (fault := gpu_fault()):
@@ -92,6 +98,25 @@ def free_memory(processes: int = 1) -> float:
     if on_gpu():
         return float(torch.cuda.mem_get_info()[0])
     return free_main_memory(processes)
+
+
+@contextmanager
+def repeatable() -> Generator[None]:
+    """Context in which a GPU computes the same bits each time, so that a resumed training ends like an undisturbed one.
+
+    Without it the backward pass of FlashAttention adds in the order in which its blocks end.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    if on_gpu():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # that would write every new array once more
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 def choose_dtype(wanted: str) -> tuple[torch.dtype, dict[str, float]]:

@@ -282,19 +282,38 @@ def token_losses(model: Any, row: dict[str, Any], own_head: bool = False) -> tor
     own_head = own_head or kernels.has_own_head(causal)
     hidden_only = nullcontext() if own_head else kernels.without_lm_head(causal)
     with torch.autocast(causal.device.type, dtype=torch.bfloat16, enabled=mixed), hidden_only:
-        output = model(
-            input_ids=row["input_ids"],
-            position_ids=row["position_ids"],
-            segments=row["segments"],
-            bounds=row["bounds"],
-            logits_to_keep=row["kept"],
-            use_cache=False,
-        )
-    hidden = output.logits.reshape(-1, output.logits.shape[-1])
+        hidden = _last_layer(model, row, row["segments"])
     labels = row["shift_labels"][0, row["kept"]]
     if own_head:  # these are logits
         return F.cross_entropy(hidden.float(), labels, reduction="none")
     return kernels.HeadLoss.apply(hidden, causal.lm_head.weight, labels)
+
+
+def static_losses(model: Any, row: dict[str, Any], longest: int) -> torch.Tensor:
+    """`token_losses` of a fused model where nothing decides on a shape but the shapes of the row themselves.
+
+    Args:
+        model: after `prepare_step`, which said "fused" or "compiled".
+        row: from `step_graph.fill_row`.
+        longest: tokens of the longest conversation of all rows.
+    """
+    causal = causal_model(model)
+    with kernels.without_lm_head(causal):
+        hidden = _last_layer(model, row, [longest])
+    return kernels.HeadLoss.apply(hidden, causal.lm_head.weight, row["labels"])
+
+
+def _last_layer(model: Any, row: dict[str, Any], segments: list[int]) -> torch.Tensor:
+    """What the model's head gives, or without one the hidden state, at the kept positions: (kept, width)."""
+    output = model(
+        input_ids=row["input_ids"],
+        position_ids=row["position_ids"],
+        segments=segments,
+        bounds=row["bounds"],
+        logits_to_keep=row["kept"],
+        use_cache=False,
+    )
+    return output.logits.reshape(-1, output.logits.shape[-1])
 
 
 def base_dtype(model: Any) -> torch.dtype:

@@ -162,3 +162,16 @@ def test_the_driver_is_read_from_the_kernel(tmp_path):
     assert nvidia_driver(file) is None
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
     assert nvidia_driver(file) == "535.104.05"
+
+
+def test_a_gpu_computes_the_same_bits_only_while_it_trains(monkeypatch):
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    with device.repeatable():
+        assert not torch.are_deterministic_algorithms_enabled(), "a processor needs no such mode"
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    with pytest.raises(ZeroDivisionError), device.repeatable():
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        _ = 1 / 0
+    after = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    assert after == before

@@ -1,0 +1,145 @@
+"""Forward and backward of a packed row as one CUDA graph: the card gets thousands of kernels in one launch.
+
+A step of 36 layers launches some 10,000 kernels. The host needs longer for that than an H100 for the work itself, so
+the card waits. A graph is recorded once and started again for each row. For that all rows need one shape: `fill_row`
+lengthens each to the shape of the largest without changing its loss or gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from telco_nb.lora import kernels, step
+from telco_nb.lora.packing import PackedRows
+
+WARM_UP = 2  # runs before the recording: kernels are compiled and libraries make their workspaces
+
+Work = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]  # computes the loss and the gradients
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What all rows are filled up to: tokens, conversations, labelled positions; and the longest conversation."""
+
+    tokens: int
+    segments: int
+    labelled: int
+    longest: int
+
+
+def shape_of(rows: PackedRows, device_type: str) -> RowShape:
+    """The shape that every row of a training fits into."""
+    multiple = step.ROW_MULTIPLE[device_type]
+    tokens = -(-max(rows.tokens) // multiple) * multiple
+    longest = max(len(example.input_ids) for row in rows.rows for example in row)
+    segments = (len(r) - (n - tokens) // longest for r, n in zip(rows.rows, rows.tokens, strict=True))
+    return RowShape(tokens, max(segments), max(rows.supervised), longest)
+
+
+def fill_row(row: dict[str, Any], shape: RowShape) -> dict[str, Tensor]:
+    """A row of `packing.collate` in the shape of all rows of its training.
+
+    Conversations without labels are added, none longer than the shape's longest, then empty ones. `kept` is continued
+    with position 0 at a weight of 0.
+
+    Returns:
+        Tensors on the row's device: "input_ids", "position_ids" and "labels" (1, tokens), "bounds" (segments + 1,),
+        "kept" and "weights" (labelled,), the latter float32.
+    """
+    ids, bounds, kept = row["input_ids"], row["bounds"], row["kept"]
+    missing = shape.tokens - ids.shape[1]
+    ends = torch.arange(1, shape.segments - len(row["segments"]) + 1, device=ids.device) * shape.longest
+    positions = torch.arange(missing, device=ids.device) % shape.longest
+    zeros = kept.new_zeros(shape.labelled - len(kept))
+    weights = torch.zeros(shape.labelled, device=ids.device)
+    weights[: len(kept)] = 1.0
+    return {
+        "input_ids": torch.cat([ids, ids[:, -1:].expand(1, missing)], 1),
+        "position_ids": torch.cat([row["position_ids"], positions[None]], 1),
+        "bounds": torch.cat([bounds, bounds[-1:] + ends.clamp(max=missing).to(bounds.dtype)]),
+        "labels": torch.cat([row["shift_labels"][0, kept], zeros]),
+        "kept": torch.cat([kept, zeros]),
+        "weights": weights,
+    }
+
+
+class StepGraph:
+    """The step of a training's rows, recorded once.
+
+    Args:
+        model: with adapters, after `step.prepare_step`, on the device that computes.
+        trained: the parameters whose gradients are wanted.
+        shape: of all rows.
+        example: a row, with which the recording is made.
+        record: makes a function of the work that does it again; `record_cuda` unless it is tested.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        trained: list[Tensor],
+        shape: RowShape,
+        example: dict[str, Any],
+        record: Callable[[Work], Work] | None = None,
+    ):
+        self.model, self.trained, self.shape = model, trained, shape
+        self.device = step.causal_model(model).device
+        self.row = {name: part.to(self.device) for name, part in fill_row(example, shape).items()}
+        self.divisor = torch.ones((), device=self.device)
+        self.work = (record or record_cuda)(self._compute)
+
+    def _compute(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        losses = step.static_losses(self.model, self.row, self.shape.longest)
+        loss = (losses * self.row["weights"]).sum() / self.divisor
+        return loss.detach(), torch.autograd.grad(loss, self.trained)
+
+    def step(self, row: dict[str, Any], divisor: Tensor | float) -> Tensor:
+        """Loss of a row, divided by `divisor`; its gradients are added to those of the parameters.
+
+        Args:
+            row: of `packing.collate`, on any device.
+            divisor: supervised tokens of the optimiser step.
+        """
+        for name, part in fill_row(row, self.shape).items():
+            self.row[name].copy_(part)
+        self.divisor.copy_(divisor) if isinstance(divisor, Tensor) else self.divisor.fill_(divisor)
+        earlier = [None if p.grad is None else p.grad.clone() for p in self.trained]  # may be the recording's memory
+        loss, gradients = self.work()
+        for parameter, gradient, before in zip(self.trained, gradients, earlier, strict=True):
+            parameter.grad = gradient if before is None else before.add_(gradient)
+        return loss.clone()
+
+
+def can_record(model: Any, device: torch.device) -> bool:
+    """Whether the step of this model can be a graph: fused, on a GPU with attention that takes bounds.
+
+    Activation checkpointing asks for the state of the random numbers, which a recording may not.
+    """
+    causal = step.causal_model(model)
+    varlen = step.attention_kernel(device, step.base_dtype(model)) == "varlen"
+    static = kernels.is_fused(model) and not kernels.has_own_head(causal)
+    return varlen and static and not causal.is_activation_checkpointing
+
+
+def record_cuda(work: Work) -> Work:
+    """Record the work as a CUDA graph. Raises RuntimeError if a part of it waits for the card or memory runs out."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.empty_cache()  # the recording has memory of its own
+    with torch.cuda.graph(graph):
+        found = work()
+
+    def replay() -> tuple[Tensor, tuple[Tensor, ...]]:
+        graph.replay()
+        return found
+
+    return replay

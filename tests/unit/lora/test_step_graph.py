@@ -1,0 +1,157 @@
+"""The recorded step: rows filled to one shape, and a recording whose memory is written anew each time.
+
+A processor records nothing. The stand-in keeps what a CUDA graph keeps: one piece of memory for each result.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from telco_nb.lora import kernels, packing, step, step_graph, trainer
+from telco_nb.lora.packing import Example, PackedRows
+from tests.unit.lora.test_gpu_step import tiny_qwen2
+
+LENGTHS = [9, 21, 14, 30, 26, 11, 17, 24, 8, 12, 28, 19, 13, 7]
+
+
+def examples_of(lengths=LENGTHS) -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+    return [Example(str(i), t, [packing.IGNORE_INDEX] * 4 + t[4:]) for i, t in enumerate(ids)]
+
+
+def attend_within_bounds(query, key, value, bounds, key_bounds, longest, key_longest, window_size, scale, enable_gqa):
+    """What varlen_attn computes, on tensors of (tokens, heads, width); a conversation may be empty."""
+    ends = bounds.tolist()
+    assert longest >= max(b - a for a, b in pairwise(ends)) and len(query) == ends[-1]
+    parts = []
+    for a, b in pairwise(ends):
+        q, k, v = (t[a:b].transpose(0, 1)[None] for t in (query, key, value))
+        options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def record_as_a_graph_does(work):
+    """Results lie where the first ones lay, and nothing but the filled rows may change between two runs."""
+    first = work()
+
+    def replay():
+        loss, gradients = work()
+        first[0].copy_(loss)
+        for kept, new in zip(first[1], gradients, strict=True):
+            kept.copy_(new)
+        return first
+
+    return replay
+
+
+@pytest.fixture(autouse=True)
+def gpu_path(monkeypatch):
+    monkeypatch.setattr(step, "attention_kernel", lambda device, dtype: "varlen")
+    monkeypatch.setattr(step, "varlen_attn", attend_within_bounds)
+    monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK", {"cpu": 16})
+    monkeypatch.setitem(step.ROW_MULTIPLE, "cpu", 32)
+
+
+@pytest.fixture
+def tuned():
+    model = tiny_qwen2(torch.float64).double()
+    assert step.prepare_step(model) == "fused"
+    return model
+
+
+def gradients_of(model) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.requires_grad])
+    model.zero_grad()
+    return found
+
+
+def test_a_filled_row_has_the_shape_of_all_rows_and_only_adds_what_counts_nothing():
+    rows = PackedRows(examples_of(), 96, 0)
+    shape = step_graph.shape_of(rows, "cpu")
+    assert shape.tokens == 96 and shape.longest == 30 and shape.labelled == max(rows.supervised)
+    assert min(rows.tokens) < 64, "a short row is among them"
+    for i, row in enumerate(rows):
+        filled = step_graph.fill_row(row, shape)
+        widths = {name: part.shape[-1] for name, part in filled.items()}
+        assert widths == dict(input_ids=96, position_ids=96, bounds=shape.segments + 1, labels=shape.labelled,
+                              kept=shape.labelled, weights=shape.labelled)  # fmt: skip
+        assert filled["bounds"].dtype == torch.int32 and filled["bounds"][-1] == 96
+        assert filled["bounds"].diff().min() >= 0 and filled["bounds"].diff().max() <= 30
+        assert filled["weights"].sum() == rows.supervised[i] - 0 == len(row["kept"])
+
+
+def test_every_row_of_a_recording_has_the_loss_and_gradient_of_the_step(tuned):
+    rows = PackedRows(examples_of(), 96, 0)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    shape = step_graph.shape_of(rows, "cpu")
+    graph = step_graph.StepGraph(tuned, trained, shape, rows[0], record_as_a_graph_does)
+    for row in [*rows, rows[0]]:
+        divisor = len(row["kept"])
+        wanted = step.token_losses(tuned, row).sum() / divisor
+        wanted.backward()
+        gradient = gradients_of(tuned)
+        found = graph.step(row, divisor)
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+        assert (gradients_of(tuned) - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def test_gradients_of_two_rows_of_one_optimiser_step_are_added(tuned):
+    rows = PackedRows(examples_of(), 96, 0)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    graph = step_graph.StepGraph(tuned, trained, step_graph.shape_of(rows, "cpu"), rows[0], record_as_a_graph_does)
+    for row in (rows[0], rows[1], rows[2]):
+        (step.token_losses(tuned, row).sum() / 7).backward()
+    wanted = gradients_of(tuned)
+    losses = [graph.step(row, torch.tensor(7)) for row in (rows[0], rows[1], rows[2])]
+    assert len({loss.item() for loss in losses}) == 3, "each loss is memory of its own"
+    assert (gradients_of(tuned) - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def train(folder, recorded: bool, monkeypatch) -> tuple[torch.Tensor, trainer.PackedTrainer]:
+    """The adapter after two epochs, and the trainer."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(step_graph, "record_cuda", record_as_a_graph_does)
+    monkeypatch.setattr(step_graph, "can_record", lambda model, device: recorded)
+    model = tiny_qwen2(torch.float32)
+    step.prepare_step(model)
+    arguments = TrainingArguments(
+        output_dir=folder, num_train_epochs=2, per_device_train_batch_size=1, disable_tqdm=True, learning_rate=1e-2,
+        **(trainer.constant_arguments() | {"save_strategy": "no"}),
+    )  # fmt: skip
+    made = trainer.PackedTrainer(
+        model, arguments, train_dataset=PackedRows(examples_of(), 96, 0), data_collator=packing.only_row
+    )
+    made.train()
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), made
+
+
+def test_a_training_with_a_recording_ends_with_the_same_adapter(tmp_path, monkeypatch):
+    wanted, without = train(tmp_path / "a", False, monkeypatch)
+    found, with_graph = train(tmp_path / "b", True, monkeypatch)
+    assert without.graph_fault == "not this kind of step" and with_graph.graph_fault is None
+    assert with_graph.graph is None, "its memory is free again"
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+    losses = [[entry["loss"] for entry in made.state.log_history if "loss" in entry] for made in (without, with_graph)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_recording_that_fails_leaves_a_training_without_one(tmp_path, monkeypatch):
+    def fails(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    wanted, _ = train(tmp_path / "a", False, monkeypatch)
+    monkeypatch.setattr(step_graph.StepGraph, "__init__", lambda *_: fails(None))
+    found, made = train(tmp_path / "b", True, monkeypatch)
+    assert torch.equal(found, wanted) and made.graph_fault == "operation not permitted when stream is capturing"
+
+
+def test_only_a_fused_step_on_a_gpu_without_checkpointing_is_recorded(tuned):
+    here = torch.device("cpu")
+    assert step_graph.can_record(tuned, here), "attention_kernel says varlen here"
+    step.prepare_step(tuned, fused=False)
+    assert not step_graph.can_record(tuned, here)
