@@ -181,7 +181,7 @@ class Window:
             torch.cuda.synchronize()
         seconds, end_j = self.seconds, self._joules()
         joules = None if end_j is None or self.start_j is None else end_j - self.start_j
-        peak = torch.cuda.max_memory_allocated() / 1e9 if device.on_gpu() else None
+        peak = torch.cuda.max_memory_reserved() / 1e9 if device.on_gpu() else None
         return {"seconds": seconds, "joules": joules, "peak_gb": peak}
 
 
@@ -278,8 +278,10 @@ def measure_packed(
     gradient = first_gradient(tuned)
     if gradient_file:
         torch.save(gradient, gradient_file)
+    backward(0)
+    repeats = torch.equal(first_gradient(tuned), gradient)
     waits = count_waits(lambda: backward(0))
-    return run_steps(tuned, backward, rows, sizes) | {"waits": waits}
+    return run_steps(tuned, backward, rows, sizes) | {"waits": waits, "repeats": repeats}
 
 
 def figures(
@@ -298,6 +300,7 @@ def figures(
         "peak_gb": found["peak_gb"],
         "host_share": found["host_s"] / seconds if "host_s" in found else None,
         "waits": found.get("waits"),
+        "repeats": found.get("repeats"),
         "seconds": seconds,
         "ended_at": time.time(),
     }
@@ -362,7 +365,7 @@ def headline(tiny: bool) -> str:
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     shape = "tiny sizes: no figure of this table means anything" if tiny else "Qwen2.5-3B, rank 16, all linear layers"
     columns = "variant           tok/s  TFLOP/s  of 8192^3  of sheet      W  mJ/token  peak GB   host  waits"
-    return f"{card}; {versions}; {shape}\n{columns}  gradient to plain"
+    return f"{card}; {versions}; {shape}\n{columns}  gradient to plain  bits"
 
 
 def line(one: dict[str, Any]) -> str:
@@ -378,7 +381,8 @@ def line(one: dict[str, Any]) -> str:
         ("share_of_data_sheet", ".0%", 9), ("watts", ".0f", 6), ("mj_per_token", ".1f", 9), ("peak_gb", ".1f", 8),
         ("host_share", ".0%", 6), ("waits", "d", 6), ("gradient_distance", ".1e", 18),
     ]  # fmt: skip
-    return f"{one['variant']:14} " + " ".join(cell(*part) for part in parts)
+    repeats = {None: "-", True: "same", False: "other"}[one["repeats"]]
+    return f"{one['variant']:14} " + " ".join(cell(*part) for part in parts) + f"{repeats:>6}"
 
 
 if __name__ == "__main__":

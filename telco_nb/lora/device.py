@@ -1,7 +1,4 @@
-"""The device that computes: chosen by the parameter `device`, its speed as measured and as its data sheet says.
-
-What is said here about a GPU has been read and tested on a processor; it has not run on a card.
-"""
+"""The device that computes: chosen by the parameter `device`, its speed as measured and as its data sheet says."""
 
 from __future__ import annotations
 
@@ -93,6 +90,11 @@ def torch_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
+def peak_gpu_bytes() -> int | None:
+    """The most memory that this process has held on its GPU, with that of recorded steps; None without one."""
+    return torch.cuda.max_memory_reserved() if on_gpu() else None
+
+
 def free_memory(processes: int = 1) -> float:
     """Free bytes for each of `processes` processes: of this process's GPU, or without one of main memory."""
     if on_gpu():
@@ -101,16 +103,17 @@ def free_memory(processes: int = 1) -> float:
 
 
 @contextmanager
-def repeatable() -> Generator[None]:
+def repeatable(strict: bool = True) -> Generator[None]:
     """Context in which a GPU computes the same bits each time, so that a resumed training ends like an undisturbed one.
 
-    Without it the backward pass of FlashAttention adds in the order in which its blocks end.
+    Without it the backward pass of FlashAttention adds in the order in which its blocks end; so it does if not
+    `strict`. With it, an operation that knows no such order raises RuntimeError.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     if on_gpu():
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
         memory.fill_uninitialized_memory = False  # that would write every new array once more
     try:
         yield

@@ -321,7 +321,7 @@ def fuse(model: nn.Module) -> bool:
     """Make all decoder layers of `model` compute with the functions above, or none: False if one of them cannot.
 
     This needs Llama or Qwen2 layers and plain LoRA. On a GPU attention is that of `step`, and what is no matrix product
-    is compiled (`pointwise`). It has not run on a card: there the preflight compares it with plain transformers.
+    is compiled (`pointwise`), and a training records the whole step (`step_graph`).
     """
     forwards: dict[Any, Any] = {}
     for module in model.modules():

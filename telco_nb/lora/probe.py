@@ -4,7 +4,7 @@
 imports no torch, asks in a process of its own. The probe trains and answers with random weights in the model's shape,
 because speed does not depend on their values, and downloads no weights.
 
-The probe has been run on a processor and on fake devices only, not on a card.
+On an H100 in the shape of Qwen2.5-3B it had not ended after 110 s: on a card it has been started only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from telco_nb.lora import base_model, decoding, device, energy, packing, preflight, step, trainer
+from telco_nb.lora import base_model, decoding, device, energy, packing, preflight, step, step_graph, trainer
 from telco_nb.lora.errors import ModelError, PreflightError
 
 PROBE_S = 20.0  # of each measurement: the shortest window in which a card's energy counter is read
@@ -156,11 +156,14 @@ def training_work(base: Any, values: dict[str, Any], micro: int, examples: list[
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.on_gpu())
     rows = packing.PackedRows(_filling(examples, values["batch_tokens"]), values["batch_tokens"], SEED, micro)
+    graph, _ = step_graph.record_step(tuned, trained, rows)
 
     def work() -> int:
-        row = packing.to_device(rows[0], device.torch_device())
-        for part in packing.micro_batches(row, micro):
-            (step.token_losses(tuned, part).sum() / rows.supervised[0]).backward()
+        row, supervised = packing.to_device(rows[0], device.torch_device()), rows.supervised[0]
+        if graph:
+            graph.step(row, supervised)
+        for part in () if graph else packing.micro_batches(row, micro):
+            (step.token_losses(tuned, part).sum() / supervised).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0).item()  # the Trainer's log waits here as well
         optimizer.step()
         optimizer.zero_grad()

@@ -50,8 +50,8 @@ class PackedTrainer(Trainer):
     """The transformers Trainer with the packed step; arguments are the Trainer's, `train_dataset` is a PackedRows.
 
     The loss is summed over the supervised tokens of an optimiser step and divided by their number. `saving_seconds`
-    is the time spent on checkpoints. `graph` holds the recorded step while a GPU trains with one, and
-    `graph_fault` why there is none.
+    is the time spent on checkpoints. `graph` holds the recorded step while a GPU trains with one,
+    `graph_fault` why there was none; `repeats` tells whether the same training again would give the same bits.
     """
 
     def __init__(self, model: Any, args: TrainingArguments, train_dataset: PackedRows, **options: Any):
@@ -66,27 +66,39 @@ class PackedTrainer(Trainer):
         self.rows.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.saving_seconds = 0.0
         self.graph: StepGraph | None = None
-        self.graph_fault: str | None = None
+        self.graph_fault: str | None = "several processes"
+        self.repeats = True
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the supervised tokens: num_items_in_batch
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        with repeatable():
-            return self._train(*arguments, **options)
-
-    def _train(self, *arguments: Any, **options: Any) -> Any:
         tuned: Any = self.model
         tuned.train()
         if self.args.device.type in WARMED_UP_ON:
-            self.warm_up()
-        self.graph, self.graph_fault = self._record_step()
+            self.repeats = self._warm_up_and_see()
+        with repeatable(strict=self.repeats):
+            if self.accelerator.num_processes == 1:
+                self.graph, self.graph_fault = step_graph.record_step(self.model, self.trained, self.rows)
+            try:
+                return super().train(*arguments, **options)
+            finally:
+                self.graph = None  # with its memory, which is that of a row
+                if isinstance(self.model_wrapped, DistributedDataParallel):
+                    # Otherwise the next training of these weights would also exchange gradients with this group.
+                    self.model_wrapped._remove_autograd_hooks()
+                    self.model_wrapped = self.model
+
+    def _warm_up_and_see(self) -> bool:
+        """Warm up, and tell whether all of the step computes the same bits each time."""
         try:
-            return super().train(*arguments, **options)
-        finally:
-            self.graph = None  # with its memory, which is that of a row
-            if isinstance(self.model_wrapped, DistributedDataParallel):
-                # Otherwise the next training of these weights would also exchange gradients with this group.
-                self.model_wrapped._remove_autograd_hooks()
-                self.model_wrapped = self.model
+            with repeatable():
+                self.warm_up()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            with repeatable(strict=False):
+                self.warm_up()
+            return False
+        return True
 
     def warm_up(self) -> None:
         """Forward and backward of a few rows, before the meter starts: a first step compiles, loads and allocates.
@@ -103,21 +115,6 @@ class PackedTrainer(Trainer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise  # else the first step finds out as well, and halves the micro-batch size
-
-    def _record_step(self) -> tuple[StepGraph | None, str | None]:
-        """The step as one CUDA graph, or the reason why each of its kernels is launched by the host."""
-        if self.accelerator.num_processes > 1:
-            return None, "several processes"
-        if self.rows.micro_batch_tokens < max(self.rows.tokens):
-            return None, "rows are computed in parts"
-        if not step_graph.can_record(self.model, self.args.device):
-            return None, "not this kind of step"
-        shape = step_graph.shape_of(self.rows, self.args.device.type)
-        try:
-            return step_graph.StepGraph(self.model, self.trained, shape, self.rows[0]), None
-        except RuntimeError as error:  # a part that waits for the GPU, or no memory
-            torch.cuda.empty_cache()
-            return None, next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()

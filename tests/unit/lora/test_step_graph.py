@@ -3,6 +3,7 @@
 A processor records nothing. The stand-in keeps what a CUDA graph keeps: one piece of memory for each result.
 """
 
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -155,3 +156,24 @@ def test_only_a_fused_step_on_a_gpu_without_checkpointing_is_recorded(tuned):
     assert step_graph.can_record(tuned, here), "attention_kernel says varlen here"
     step.prepare_step(tuned, fused=False)
     assert not step_graph.can_record(tuned, here)
+
+
+def test_a_part_that_knows_no_fixed_order_ends_no_training_but_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "WARMED_UP_ON", {"cpu"})
+    strictness = []
+
+    @contextmanager
+    def told(strict=True):
+        strictness.append(strict)
+        yield
+
+    def warm_up(self):
+        if strictness[-1]:
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+
+    _, plain = train(tmp_path / "a", False, monkeypatch)
+    assert plain.repeats
+    monkeypatch.setattr(trainer, "repeatable", told)
+    monkeypatch.setattr(trainer.PackedTrainer, "warm_up", warm_up)
+    _, made = train(tmp_path / "b", False, monkeypatch)
+    assert not made.repeats and strictness == [True, False, False]
