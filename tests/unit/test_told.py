@@ -23,7 +23,7 @@ def test_a_command_that_hangs_is_ended_with_all_its_processes_and_their_stacks_a
     (tmp_path / "job.log").write_text("the last line of a job")
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with pytest.raises(AssertionError) as told:
-        run_told([sys.executable, str(script), "parent"], os.environ, logs=tmp_path, hangs_after_s=3)
+        run_told([sys.executable, str(script), "parent"], os.environ, logs=tmp_path, hangs_after_s=10)
     assert str(told.value).count("in asleep_on_purpose") >= 2  # the parent's and the child's
     assert "hangs:" in str(told.value) and "the last line of a job" in str(told.value)
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
