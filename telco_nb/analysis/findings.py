@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.analysis import effects, results, statistics
+from telco_nb.analysis.agreement import effective_finding, effective_judges
 from telco_nb.analysis.divergence import divergence_tables
 from telco_nb.analysis.fitness import bar_findings, floor_findings, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
@@ -256,6 +257,15 @@ def kappa_finding(a: JudgeResults, b: JudgeResults, kappa: Interval, n: int) -> 
     text = f"Verdict by verdict, {a.label} and {b.label} agree with Cohen's kappa {kappa.value:.2f} "
     text += f"{interval_text(*kappa[1:], '.2f')} over {counted(n, 'shared comparison')}."
     return blockable(id, text, kappa, n, excludes_zero(kappa), a, b)
+
+
+def effective_findings(
+    panel: Sequence[JudgeResults], judgements: Mapping[str, pd.DataFrame], n_draws: int, seed: int
+) -> list[Finding]:
+    """To how many independent judges the panel amounts; nothing of one judge. `judgements` are by the judge's name."""
+    if len(panel) < 2:
+        return []
+    return [effective_finding(panel, *effective_judges([judgements[judge.name] for judge in panel], n_draws, seed))]
 
 
 def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draws: int, seed: int) -> list[Finding]:
