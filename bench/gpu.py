@@ -33,6 +33,7 @@ from telco_nb.lora.packing import IGNORE_INDEX, Example, PackedRows
 from telco_nb.lora.trainer import step_flops
 
 VARIANTS = ("plain", "no-cast", "fused", "compiled", "fused+graph", "compiled+graph", "padded", "TRL", "TRL+Liger")
+os.environ.setdefault(*device.CUBLAS_WORKSPACE)
 SEED, RANK, PADDED_BATCH = 20260605, 16, 32
 SECONDS = "TELCO_BENCH_SECONDS"  # variable of the environment, from --seconds
 TOLD_LINES = 25  # of a variant's errors
@@ -120,7 +121,7 @@ def step_of(tuned: Any, variant: str, rows: PackedRows, dtype: torch.dtype) -> C
     prepare(tuned, variant)
     if variant.endswith("+graph"):
         shape = step_graph.shape_of(rows, device.torch_device().type)
-        graph = step_graph.StepGraph(tuned, [p for p in tuned.parameters() if p.requires_grad], shape, rows[0])
+        graph = step_graph.StepGraph(tuned, [p for p in tuned.parameters() if p.requires_grad], shape, rows[-1])
         return lambda index: graph.step(rows[index], rows.supervised[index])
     return lambda index: packed_step(tuned, rows[index], rows.supervised[index])
 
@@ -161,7 +162,7 @@ class Window:
     def __init__(self) -> None:
         if device.on_gpu():
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            device.forget_peak()
         self.start_j, self.start = self._joules(), time.perf_counter()
 
     @staticmethod
@@ -198,14 +199,14 @@ def run_steps(tuned: Any, backward: Callable[[int], None], rows: PackedRows, siz
         optimizer.step()
         optimizer.zero_grad()
 
-    for i in range(sizes.warm):
+    for i in range(max(sizes.warm, len(rows))):  # each row once: a short one may be compiled anew
         one(i % len(rows))
     window = Window()
     while window.seconds < sizes.seconds:
         done.append(len(done) % len(rows))
         start = time.perf_counter()
         one(done[-1])
-        host_s += time.perf_counter() - start  # until everything is launched
+        host_s += time.perf_counter() - start  # until all is launched; a stream's queue holds some 1,000 kernels
         if device.on_gpu():
             torch.cuda.synchronize()  # once a step, as the Trainer's log does
     return window.figures() | {"done": done, "host_s": host_s}
@@ -245,7 +246,7 @@ def run_trl(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: tor
             gradient_accumulation_steps=max(1, len(examples) // len(rows) // PADDED_BATCH), learning_rate=1e-5,
             bf16=dtype == torch.bfloat16, completion_only_loss=True, gradient_checkpointing=False, report_to=[],
             save_strategy="no", disable_tqdm=True, logging_steps=10**6, use_liger_kernel=variant == "TRL+Liger",
-            use_cpu=not device.on_gpu(),
+            use_cpu=not device.on_gpu(), dataloader_drop_last=True,  # a short batch would count as a whole one
         )  # fmt: skip
         SFTTrainer(tuned, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[stopwatch]).train()
     found = stopwatch.found
@@ -320,7 +321,7 @@ def measure_apart(variant: str, folder: Path) -> dict[str, Any]:
     """`measure` in a process of its own, so that no patch, allocator or peak of one variant touches another."""
     command = [sys.executable, __file__, "--measure", variant, str(folder / f"{variant}.pt")]
     as_a_study = {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    environment = os.environ | as_a_study | dict([device.CUBLAS_WORKSPACE])
+    environment = os.environ | as_a_study
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

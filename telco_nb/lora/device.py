@@ -90,8 +90,16 @@ def torch_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
+def forget_peak() -> None:
+    """Give unused memory of this process's GPU back, and let `peak_gpu_bytes` begin anew."""
+    if on_gpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_gpu_bytes() -> int | None:
-    """The most memory that this process has held on its GPU, with that of recorded steps; None without one."""
+    """The most memory that this process has held on its GPU since `forget_peak`, recorded steps included; None without
+    a GPU."""
     return torch.cuda.max_memory_reserved() if on_gpu() else None
 
 
@@ -102,18 +110,23 @@ def free_memory(processes: int = 1) -> float:
     return free_main_memory(processes)
 
 
+def use_fixed_order(strict: bool) -> None:
+    """Let operations on a GPU add in a fixed order: all of them, or an error; not `strict`, those that can."""
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+
+
 @contextmanager
 def repeatable(strict: bool = True) -> Generator[None]:
     """Context in which a GPU computes the same bits each time, so that a resumed training ends like an undisturbed one.
 
-    Without it the backward pass of FlashAttention adds in the order in which its blocks end; so it does if not
-    `strict`. With it, an operation that knows no such order raises RuntimeError.
+    Without it the backward pass of FlashAttention adds in the order in which its blocks end. An operation that knows no
+    fixed order raises RuntimeError. Not `strict`, attention is left as it is, and such operations warn.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     if on_gpu():
-        torch.use_deterministic_algorithms(True, warn_only=not strict)
+        use_fixed_order(strict)
         memory.fill_uninitialized_memory = False  # that would write every new array once more
     try:
         yield

@@ -193,7 +193,8 @@ class PackedRows(torch.utils.data.Dataset):
     """Packed rows as a dataset of `collate`'s tensors. One row is one optimiser step.
 
     A row is computed in micro-batches. They get smaller when memory runs out, and larger again when rows have fitted;
-    `shrunk` lists the sizes that were too large, `fitted` counts the rows since the last change. `share` is
+    `shrunk` lists the sizes that were too large, `fitted` counts the rows since the last change. `recorded` tells
+    whether their step is a recording on a GPU (`step_graph`), None before the training. `share` is
     (rank, processes): with several processes each computes its own conversations of every row. `tokens` and
     `supervised` count the tokens and the labelled tokens of each row.
 
@@ -211,6 +212,7 @@ class PackedRows(torch.utils.data.Dataset):
         self.micro_batch_tokens = self.most_at_once = micro_batch_tokens or batch_tokens
         self.shrunk: list[int] = []
         self.fitted = 0
+        self.recorded: bool | None = None
         self.share = (0, 1)
 
     def __len__(self) -> int:

@@ -44,6 +44,8 @@ def answer(request: dict[str, Any], seconds: float = PROBE_S) -> dict[str, Any]:
     Raises:
         ModelError: the model's configuration or tokenizer cannot be read.
     """
+    if request["timed"]:
+        device.use_device(request["trainings"][0]["device"])
     shell = base_model.model_shell(request["base_model"], request["revision"])
     tokenizer = base_model.load_tokenizer(request["base_model"], request["revision"])
     max_length = max(values["max_length"] for values in request["trainings"])
@@ -57,7 +59,6 @@ def answer(request: dict[str, Any], seconds: float = PROBE_S) -> dict[str, Any]:
         "trainings": needs, "card": None, "free_bytes": None, "faults": [],
     }  # fmt: skip
     if request["timed"]:
-        device.use_device(request["trainings"][0]["device"])
         free = device.free_memory()  # once: what a study's training, alone in its process, finds as well
         sizes, faults = _sizes(shell, request, needs, free)
         found |= {"card": _card(), "free_bytes": free, "faults": faults}
@@ -118,8 +119,9 @@ def _speeds(
     trained = []
     for i in dict.fromkeys((order[0], order[-1])):
         values = request["trainings"][i]
-        work = training_work(_random_model(config, values["dtype"]), values, sizes[i], examples)
-        trained.append(metered(work, seconds, values) | {"adapter_weights": needs[i]["adapter_weights"]})
+        with device.repeatable():
+            work = training_work(_random_model(config, values["dtype"]), values, sizes[i], examples)
+            trained.append(metered(work, seconds, values) | {"adapter_weights": needs[i]["adapter_weights"]})
         del work
         _free_device()
     answering, values = request["answering"], request["trainings"][0]

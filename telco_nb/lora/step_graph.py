@@ -2,13 +2,14 @@
 
 A step of 36 layers launches some 10,000 kernels. A host may need longer for that than an H100 for the work itself, and
 the card waits: in the shape of Qwen2.5-3B 20,100 tokens/s became 31,400 with a graph (bench/gpu.py). It is recorded
-once and started again for each row. For that all rows need one shape: `fill_row` lengthens each to the shape of the
-largest without changing its loss or gradient.
+once and replayed for each row. For that all rows need one shape: `fill_row` lengthens each to the shape of the largest;
+loss and gradient stay the same but for rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from telco_nb.lora import kernels, step
-from telco_nb.lora.packing import PackedRows
+from telco_nb.lora.packing import PackedRows, to_device
 
-WARM_UP = 2  # runs before the recording: kernels are compiled and libraries make their workspaces
+ROOM = 1.1  # free memory that a recording needs, as a share of what the same work took before
+OPTIMISER_BYTES = 8  # of each trained weight: two moments in float32, which are made after the recording
+LIKE_THE_STEP = 1e-2  # relative distance of two losses in bfloat16, which rounds another way in a filled row
 
 Work = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]  # computes the loss and the gradients
 
@@ -77,7 +80,11 @@ class StepGraph:
         trained: the parameters whose gradients are wanted.
         shape: of all rows.
         example: a row, with which the recording is made.
-        record: makes a function of the work that does it again; `record_cuda` unless it is tested.
+        record: makes a function of the work that does it again, and leaves so many bytes free; `record_cuda` unless it
+            is tested.
+
+    Raises:
+        RuntimeError: the work waits for the card, or there is no room to record it.
     """
 
     def __init__(
@@ -86,13 +93,14 @@ class StepGraph:
         trained: list[Tensor],
         shape: RowShape,
         example: dict[str, Any],
-        record: Callable[[Work], Work] | None = None,
+        record: Callable[[Work, int], Work] | None = None,
     ):
         self.model, self.trained, self.shape = model, trained, shape
         self.device = step.causal_model(model).device
         self.row = {name: part.to(self.device) for name, part in fill_row(example, shape).items()}
         self.divisor = torch.ones((), device=self.device)
-        self.work = (record or record_cuda)(self._compute)
+        spare = OPTIMISER_BYTES * sum(parameter.numel() for parameter in trained)
+        self.work = (record or record_cuda)(self._compute, spare)
 
     def _compute(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         losses = step.static_losses(self.model, self.row, self.shape.longest)
@@ -123,22 +131,37 @@ def record_step(model: Any, trained: list[Tensor], rows: PackedRows) -> tuple[St
         model, trained: as of StepGraph.
         rows: of the training, all computed by this process.
     """
-    device = step.causal_model(model).device
-    if rows.micro_batch_tokens < max(rows.tokens):
+    device, reason = step.causal_model(model).device, None
+    if any(len(row) > 1 and n > rows.micro_batch_tokens for row, n in zip(rows.rows, rows.tokens, strict=True)):
         return None, "rows are computed in parts"
     if not can_record(model, device):
         return None, "not this kind of step"
     try:
-        return StepGraph(model, trained, shape_of(rows, device.type), rows[0]), None
-    except RuntimeError as error:  # a part that waits for the GPU, or no memory
+        graph = StepGraph(model, trained, shape_of(rows, device.type), rows[0])
+        _refuse_other_loss(graph, rows[-1])
+        return graph, None
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    with suppress(RuntimeError):  # only now: the error kept the arrays of the attempt alive
         torch.cuda.empty_cache()
-        return None, next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    return None, reason
+
+
+def _refuse_other_loss(graph: StepGraph, row: dict[str, Any]) -> None:
+    """Compare a row that was not recorded with the step. Raises RuntimeError if its losses are others."""
+    with torch.no_grad():
+        wanted = step.token_losses(graph.model, to_device(row, graph.device)).sum().item()
+    found = graph.step(row, 1.0).item()
+    for parameter in graph.trained:
+        parameter.grad = None
+    if not abs(found - wanted) <= LIKE_THE_STEP * abs(wanted):
+        raise RuntimeError(f"the recorded step has a loss of {found:.5g}, the step {wanted:.5g}")
 
 
 def can_record(model: Any, device: torch.device) -> bool:
     """Whether the step of this model can be a graph: fused, on a GPU with attention that takes bounds.
 
-    Activation checkpointing asks for the state of the random numbers, which a recording may not.
+    Activation checkpointing asks for the state of the random numbers, which is not allowed while recording.
     """
     causal = step.causal_model(model)
     varlen = step.attention_kernel(device, step.base_dtype(model)) == "varlen"
@@ -146,20 +169,46 @@ def can_record(model: Any, device: torch.device) -> bool:
     return varlen and static and not causal.is_activation_checkpointing
 
 
-def record_cuda(work: Work) -> Work:
-    """Record the work as a CUDA graph. Raises RuntimeError if a part of it waits for the card or memory runs out."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
+def record_cuda(work: Work, spare_bytes: int) -> Work:
+    """Record the work as a CUDA graph.
+
+    A recording that fails leaves torch in a state of its own, so what would make it fail is looked for before.
+
+    Raises:
+        RuntimeError: a part of the work waits for the card, or there is no room for it beside `spare_bytes`.
+    """
+    needed = _warm_up(work)
     torch.cuda.empty_cache()  # the recording has memory of its own
-    with torch.cuda.graph(graph):
-        found = work()
+    free, wanted = torch.cuda.mem_get_info()[0], ROOM * needed + spare_bytes
+    if free < wanted:
+        raise RuntimeError(f"no room to record the step: {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            found = work()
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        raise
 
     def replay() -> tuple[Tensor, tuple[Tensor, ...]]:
         graph.replay()
         return found
 
     return replay
+
+
+def _warm_up(work: Work) -> int:
+    """Do the work twice on a stream of its own: first all is compiled, then it may not wait. Bytes that it takes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    return torch.cuda.max_memory_allocated() - before

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from telco_nb.lora import step_graph
-from telco_nb.lora.device import on_gpu, repeatable
+from telco_nb.lora.device import forget_peak, on_gpu, peak_gpu_bytes, repeatable, use_fixed_order
 from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, to_device
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.lora.step_graph import StepGraph
@@ -34,7 +34,9 @@ NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
 )
 # Writing checkpoints takes this share of a training's time at most, and SAVING_FREE_S: 1.44 GB may take 3 s or 30 s.
 SAVING_SHARE, SAVING_FREE_S = 0.02, 1.0
-ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted")  # of PackedRows: how a resumed training cuts its rows
+# Of PackedRows: how a resumed training cuts its rows, and whether they were computed by a recording.
+ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted", "recorded")
+PROGRESS = "progress.json"  # in a checkpoint: the meter's readings, and how rows are computed
 WARM_UP_STEPS = 5
 WARMED_UP_ON = {"cuda"}  # types of devices; on a processor nothing is compiled, and 03's checks have warmed it up
 STEPS_TO_JUDGE = 20  # whether a training diverges: a quarter of them has to stand for the data
@@ -51,7 +53,8 @@ class PackedTrainer(Trainer):
 
     The loss is summed over the supervised tokens of an optimiser step and divided by their number. `saving_seconds`
     is the time spent on checkpoints. `graph` holds the recorded step while a GPU trains with one,
-    `graph_fault` why there was none; `repeats` tells whether the same training again would give the same bits.
+    `graph_fault` says why there was none; `repeats` tells whether the same training again would give the same bits, and
+    `peak_bytes` how much memory of the GPU it has held.
     """
 
     def __init__(self, model: Any, args: TrainingArguments, train_dataset: PackedRows, **options: Any):
@@ -68,27 +71,52 @@ class PackedTrainer(Trainer):
         self.graph: StepGraph | None = None
         self.graph_fault: str | None = "several processes"
         self.repeats = True
+        self.peak_bytes: int | None = None
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the supervised tokens: num_items_in_batch
 
-    def train(self, *arguments: Any, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **options: Any) -> Any:
         tuned: Any = self.model
         tuned.train()
+        if resume_from_checkpoint:  # before anything is recorded: rows may have to be cut
+            _restore_rows(self.rows, Path(resume_from_checkpoint))
         if self.args.device.type in WARMED_UP_ON:
             self.repeats = self._warm_up_and_see()
         with repeatable(strict=self.repeats):
-            if self.accelerator.num_processes == 1:
-                self.graph, self.graph_fault = step_graph.record_step(self.model, self.trained, self.rows)
+            self._record()
+            forget_peak()
             try:
-                return super().train(*arguments, **options)
+                return super().train(resume_from_checkpoint, *arguments, **options)
             finally:
-                self.graph = None  # with its memory, which is that of a row
+                self.peak_bytes, self.graph = peak_gpu_bytes(), None
+                forget_peak()
                 if isinstance(self.model_wrapped, DistributedDataParallel):
                     # Otherwise the next training of these weights would also exchange gradients with this group.
                     self.model_wrapped._remove_autograd_hooks()
                     self.model_wrapped = self.model
 
+    def _record(self) -> None:
+        """Record the step, unless a resumed training went without: then it would end with other bits."""
+        before = self.rows.recorded
+        if self.accelerator.num_processes > 1:
+            self.graph_fault = "several processes"
+        elif before is False:
+            self.graph_fault = "the training began without"
+        else:
+            self.graph, self.graph_fault = step_graph.record_step(self.model, self.trained, self.rows)
+        self.rows.recorded = self.graph is not None
+        if before and not self.graph:
+            self.repeats = False
+
+    def _give_up_graph(self, reason: str) -> None:
+        """Free the recording's memory, gradients included."""
+        self.graph, self.rows.recorded = None, False
+        self.graph_fault = f"given up at step {self.state.global_step}: {reason[:150]}"
+        for parameter in self.trained:
+            parameter.grad = None
+        forget_peak()
+
     def _warm_up_and_see(self) -> bool:
-        """Warm up, and tell whether all of the step computes the same bits each time."""
+        """Warm up, and tell whether nothing in it refused to compute the same bits each time."""
         try:
             with repeatable():
                 self.warm_up()
@@ -128,30 +156,40 @@ class PackedTrainer(Trainer):
         self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         losses = token_losses(model, inputs)
-        if num_items_in_batch is None:
-            raise TrainingError("the Trainer did not count the supervised tokens of the optimiser step.")
         # The count covers all processes, and their gradients are averaged afterwards.
         return losses.sum() * self.accelerator.num_processes / num_items_in_batch
 
     def training_step(self, model: Any, inputs: dict, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Loss and gradient of one row. If memory runs out, the row starts again with half the micro-batch size."""
+        """Loss and gradient of one row. If memory runs out it starts again: without a recording, then in halves."""
+        if num_items_in_batch is None:
+            raise TrainingError("the Trainer did not count the supervised tokens of the optimiser step.")
         before = [None if p.grad is None else p.grad.clone() for p in self.trained]  # of earlier rows of this step
         while True:
             try:
-                parts = micro_batches(inputs, self.rows.micro_batch_tokens)
-                if self.graph and len(parts) == 1:
-                    return self.graph.step(inputs, num_items_in_batch)
-                loss = self._micro_batch_steps(model, parts, num_items_in_batch)
-                self.rows.count_fitted()
-                return loss
+                return self._row_step(model, inputs, num_items_in_batch)
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                if not is_out_of_memory(error):
+                unordered = self.repeats and "deterministic" in str(error)
+                if not (unordered or is_out_of_memory(error)):
                     raise
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
             # Outside of the except block, because the exception keeps the arrays of the step alive.
-            self._halve_micro_batches(max(inputs["segments"]), reason)
+            if unordered:
+                self.repeats = False
+                use_fixed_order(strict=False)
+            elif self.graph:
+                self._give_up_graph(reason)
+            else:
+                self._halve_micro_batches(max(inputs["segments"]), reason)
             for parameter, gradient in zip(self.trained, before, strict=True):
                 parameter.grad = None if gradient is None else gradient.clone()
+
+    def _row_step(self, model: Any, inputs: dict, num_items_in_batch: Any) -> torch.Tensor:
+        parts = micro_batches(inputs, self.rows.micro_batch_tokens)
+        if self.graph and len(parts) == 1:
+            return self.graph.step(inputs, num_items_in_batch)
+        loss = self._micro_batch_steps(model, parts, num_items_in_batch)
+        self.rows.count_fitted()
+        return loss
 
     def _micro_batch_steps(self, model: Any, parts: list[dict], num_items_in_batch: Any) -> torch.Tensor:
         """As transformers' own step, without setting every module to training mode each time."""
@@ -314,8 +352,6 @@ class TrainingMonitor(TrainerCallback):
             saved = json.loads(_progress_file(args, state).read_text())
             if state.is_world_process_zero:
                 self.meter.restore(saved["meter"])
-            for name in ROWS_STATE:
-                setattr(self.rows, name, saved[name])
             self.resumed, self.first_step, self.saved_step = True, state.global_step, state.global_step
             self.log(f"resumed at step {state.global_step} of {state.max_steps}")
         self.last_save = self.started = time.monotonic()
@@ -368,8 +404,15 @@ class TrainingMonitor(TrainerCallback):
             self.meter.restore(readings)
 
 
+def _restore_rows(rows: PackedRows, checkpoint: Path) -> None:
+    """Let rows be cut and computed as they were when a checkpoint was written."""
+    saved = json.loads((checkpoint / PROGRESS).read_text())
+    for name in ROWS_STATE:
+        setattr(rows, name, saved.get(name))  # a checkpoint of an older version knows no `recorded`
+
+
 def _progress_file(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json"
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS
 
 
 def sum_readings(meter: Any) -> dict[str, float | None]:
@@ -412,10 +455,10 @@ def last_checkpoint(folder: Path, fingerprint: str | None = None, log: Callable[
 
 def _checkpoint_fault(checkpoint: Path, fingerprint: str | None) -> str | None:
     """The reason against resuming from a checkpoint; None if there is none."""
-    if not (checkpoint / "progress.json").is_file():  # written last, after the Trainer's own files
+    if not (checkpoint / PROGRESS).is_file():  # written last, after the Trainer's own files
         return "it was being written when the training ended."
     try:
-        progress = json.loads((checkpoint / "progress.json").read_text())
+        progress = json.loads((checkpoint / PROGRESS).read_text())
         json.loads((checkpoint / "trainer_state.json").read_text())
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
             list(weights.keys())

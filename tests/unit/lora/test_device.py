@@ -166,6 +166,7 @@ def test_the_driver_is_read_from_the_kernel(tmp_path):
 
 def test_a_gpu_computes_the_same_bits_only_while_it_trains(monkeypatch):
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(device, "on_gpu", lambda: False)
     with device.repeatable():
         assert not torch.are_deterministic_algorithms_enabled(), "a processor needs no such mode"
     monkeypatch.setattr(device, "on_gpu", lambda: True)

@@ -3,6 +3,8 @@
 A processor records nothing. The stand-in keeps what a CUDA graph keeps: one piece of memory for each result.
 """
 
+import gc
+import weakref
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -11,8 +13,9 @@ import torch
 from transformers import TrainingArguments
 
 from telco_nb.lora import kernels, packing, step, step_graph, trainer
+from telco_nb.lora.energy import Meter
 from telco_nb.lora.packing import Example, PackedRows
-from tests.unit.lora.test_gpu_step import tiny_qwen2
+from tests.unit.lora.test_gpu_step import WaitCounter, tiny_qwen2
 
 LENGTHS = [9, 21, 14, 30, 26, 11, 17, 24, 8, 12, 28, 19, 13, 7]
 
@@ -23,24 +26,29 @@ def examples_of(lengths=LENGTHS) -> list[Example]:
     return [Example(str(i), t, [packing.IGNORE_INDEX] * 4 + t[4:]) for i, t in enumerate(ids)]
 
 
-def attend_within_bounds(query, key, value, bounds, key_bounds, longest, key_longest, window_size, scale, enable_gqa):
+def attend_within_bounds(
+    query, key, value, bounds, key_bounds, longest, key_longest, window_size, scale, enable_gqa=True
+):
     """What varlen_attn computes, on tensors of (tokens, heads, width); a conversation may be empty."""
-    ends = bounds.tolist()
-    assert longest >= max(b - a for a, b in pairwise(ends)) and len(query) == ends[-1]
+    with torch._C._DisableTorchDispatch():  # its own look at the bounds is on the GPU
+        ends = bounds.tolist()
+    assert longest >= max(b - a for a, b in pairwise(ends)) and len(q) == ends[-1]
     parts = []
     for a, b in pairwise(ends):
-        q, k, v = (t[a:b].transpose(0, 1)[None] for t in (query, key, value))
+        parts_of = [t[a:b].transpose(0, 1)[None] for t in (q, k, v)]
         options = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
-        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*parts_of, **options)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
-def record_as_a_graph_does(work):
-    """Results lie where the first ones lay, and nothing but the filled rows may change between two runs."""
+def record_as_a_graph_does(work, spare_bytes=0):
+    """Results lie where the first ones lay, and nothing in the work may wait for a GPU."""
     first = work()
 
     def replay():
-        loss, gradients = work()
+        with WaitCounter() as counter:
+            loss, gradients = work()
+        assert not counter.waits
         first[0].copy_(loss)
         for kept, new in zip(first[1], gradients, strict=True):
             kept.copy_(new)
@@ -83,7 +91,7 @@ def test_a_filled_row_has_the_shape_of_all_rows_and_only_adds_what_counts_nothin
                               kept=shape.labelled, weights=shape.labelled)  # fmt: skip
         assert filled["bounds"].dtype == torch.int32 and filled["bounds"][-1] == 96
         assert filled["bounds"].diff().min() >= 0 and filled["bounds"].diff().max() <= 30
-        assert filled["weights"].sum() == rows.supervised[i] - 0 == len(row["kept"])
+        assert filled["weights"].sum() == rows.supervised[i] == len(row["kept"])
 
 
 def test_every_row_of_a_recording_has_the_loss_and_gradient_of_the_step(tuned):
@@ -113,49 +121,135 @@ def test_gradients_of_two_rows_of_one_optimiser_step_are_added(tuned):
     assert (gradients_of(tuned) - wanted).norm() < 1e-6 * wanted.norm()
 
 
-def train(folder, recorded: bool, monkeypatch) -> tuple[torch.Tensor, trainer.PackedTrainer]:
+def train(folder, recorded, monkeypatch, checkpoint=None, rows=None, record=record_as_a_graph_does):
     """The adapter after two epochs, and the trainer."""
     torch.manual_seed(0)
-    monkeypatch.setattr(step_graph, "record_cuda", record_as_a_graph_does)
+    monkeypatch.setattr(step_graph, "record_cuda", record)
     monkeypatch.setattr(step_graph, "can_record", lambda model, device: recorded)
     model = tiny_qwen2(torch.float32)
     step.prepare_step(model)
     arguments = TrainingArguments(
         output_dir=folder, num_train_epochs=2, per_device_train_batch_size=1, disable_tqdm=True, learning_rate=1e-2,
-        **(trainer.constant_arguments() | {"save_strategy": "no"}),
+        **trainer.constant_arguments(),
     )  # fmt: skip
+    rows = rows or PackedRows(examples_of(), 96, 0)
+    monitor = trainer.TrainingMonitor(Meter((2.0, 5.0, 12.0), 0.3), 0.0, rows, log=lambda text: None)
     made = trainer.PackedTrainer(
-        model, arguments, train_dataset=PackedRows(examples_of(), 96, 0), data_collator=packing.only_row
+        model, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=[monitor]
     )
-    made.train()
+    made.train(checkpoint)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), made
 
 
-def test_a_training_with_a_recording_ends_with_the_same_adapter(tmp_path, monkeypatch):
+@pytest.fixture
+def replays(monkeypatch):
+    """The rows that recordings have computed, and the recordings themselves, weakly."""
+    seen, real = [], step_graph.StepGraph.step
+
+    def counted(self, row, divisor):
+        seen.append(weakref.ref(self))
+        return real(self, row, divisor)
+
+    monkeypatch.setattr(step_graph.StepGraph, "step", counted)
+    return seen
+
+
+def test_a_training_with_a_recording_ends_with_the_same_adapter(tmp_path, monkeypatch, replays):
     wanted, without = train(tmp_path / "a", False, monkeypatch)
+    assert without.graph_fault == "not this kind of step" and replays == []
     found, with_graph = train(tmp_path / "b", True, monkeypatch)
-    assert without.graph_fault == "not this kind of step" and with_graph.graph_fault is None
-    assert with_graph.graph is None, "its memory is free again"
+    assert with_graph.graph_fault is None and len(replays) == 1 + 2 * len(with_graph.rows), "one row is compared before"
+    assert [p.grad for p in with_graph.trained] == [None] * len(with_graph.trained)
+    gc.collect()
+    assert replays[0]() is None, "the recording is gone, and its memory with it"
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
     losses = [[entry["loss"] for entry in made.state.log_history if "loss" in entry] for made in (without, with_graph)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_recording_that_fails_leaves_a_training_without_one(tmp_path, monkeypatch):
-    def fails(work):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    def fails(work, spare_bytes):
+        raise RuntimeError("no room to record the step\nand more")
 
     wanted, _ = train(tmp_path / "a", False, monkeypatch)
-    monkeypatch.setattr(step_graph.StepGraph, "__init__", lambda *_: fails(None))
+    found, made = train(tmp_path / "b", True, monkeypatch, record=fails)
+    assert torch.equal(found, wanted) and made.graph_fault == "no room to record the step"
+
+
+def test_a_recording_that_computes_something_else_is_refused(tuned, monkeypatch):
+    """As if a part of the filled row were not copied: every row would have the first one's labels."""
+    real = step_graph.fill_row
+    rows = PackedRows(examples_of(), 96, 0)
+    first = real(rows[0], step_graph.shape_of(rows, "cpu"))
+    monkeypatch.setattr(step_graph, "fill_row", lambda row, shape: real(row, shape) | {"labels": first["labels"]})
+    monkeypatch.setattr(step_graph, "record_cuda", record_as_a_graph_does)
+    graph, fault = step_graph.record_step(tuned, [p for p in tuned.parameters() if p.requires_grad], rows)
+    assert graph is None and fault.startswith("the recorded step has a loss of")
+
+
+def test_out_of_memory_frees_the_recording_before_rows_are_cut(tmp_path, monkeypatch, replays):
+    wanted, _ = train(tmp_path / "a", False, monkeypatch)
+    real = step_graph.StepGraph.step
+
+    def runs_out(self, row, divisor):
+        if len(replays) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(self, row, divisor)
+
+    monkeypatch.setattr(step_graph.StepGraph, "step", runs_out)
     found, made = train(tmp_path / "b", True, monkeypatch)
-    assert torch.equal(found, wanted) and made.graph_fault == "operation not permitted when stream is capturing"
+    assert made.graph_fault.startswith("given up at step 2: CUDA out of memory") and made.rows.shrunk == []
+    assert made.rows.recorded is False and (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
-def test_only_a_fused_step_on_a_gpu_without_checkpointing_is_recorded(tuned):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_resumed_training_computes_as_it_began(tmp_path, monkeypatch, replays, recorded):
+    wanted, made = train(tmp_path / "a", recorded, monkeypatch)
+    checkpoint = trainer.last_checkpoint(tmp_path / "a")
+    at = int(checkpoint.rpartition("-")[2])
+    assert 0 < at < made.state.max_steps
+    replays.clear()
+    found, again = train(tmp_path / "a", True, monkeypatch, checkpoint)
+    assert torch.equal(found, wanted)
+    assert len(replays) == (1 + made.state.max_steps - at if recorded else 0)
+    assert again.graph_fault == (None if recorded else "the training began without")
+
+
+def test_a_resumed_training_cuts_rows_before_it_records(tmp_path, monkeypatch):
+    rows = PackedRows(examples_of(), 96, 0)
+    rows.halve(96, 40)
+    train(tmp_path, False, monkeypatch, rows=rows)
+    _, again = train(tmp_path, True, monkeypatch, trainer.last_checkpoint(tmp_path))
+    assert again.rows.micro_batch_tokens == 48
+    assert again.graph_fault == "the training began without"
+
+
+def test_only_a_fused_step_with_bounds_and_without_checkpointing_is_recorded(tuned, monkeypatch):
     here = torch.device("cpu")
     assert step_graph.can_record(tuned, here), "attention_kernel says varlen here"
+    causal = step.causal_model(tuned)
+    with monkeypatch.context() as other:
+        other.setattr(step, "attention_kernel", lambda device, dtype: "loop")
+        assert not step_graph.can_record(tuned, here)
+    with monkeypatch.context() as other:
+        other.setattr(kernels, "has_own_head", lambda model: True)
+        assert not step_graph.can_record(tuned, here)
+    with monkeypatch.context() as other:
+        other.setattr(type(causal), "is_activation_checkpointing", True)
+        assert not step_graph.can_record(tuned, here)
     step.prepare_step(tuned, fused=False)
     assert not step_graph.can_record(tuned, here)
+
+
+def test_rows_that_are_cut_are_not_recorded_and_one_long_conversation_is_no_cut(tuned, monkeypatch):
+    monkeypatch.setattr(step_graph, "record_cuda", record_as_a_graph_does)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    assert step_graph.record_step(tuned, trained, PackedRows(examples_of(), 96, 0, 48)) == (
+        None,
+        "rows are computed in parts",
+    )
+    graph, fault = step_graph.record_step(tuned, trained, PackedRows(examples_of([40, 9, 12]), 30, 0))
+    assert fault is None and graph.shape.tokens == 64
 
 
 def test_a_part_that_knows_no_fixed_order_ends_no_training_but_is_told(tmp_path, monkeypatch):
@@ -177,3 +271,18 @@ def test_a_part_that_knows_no_fixed_order_ends_no_training_but_is_told(tmp_path,
     monkeypatch.setattr(trainer.PackedTrainer, "warm_up", warm_up)
     _, made = train(tmp_path / "b", False, monkeypatch)
     assert not made.repeats and strictness == [True, False, False]
+
+
+def test_a_part_without_a_fixed_order_that_only_a_step_meets_is_told_as_well(tmp_path, monkeypatch):
+    wanted, _ = train(tmp_path / "a", False, monkeypatch)
+    orders, real = [], trainer.PackedTrainer._micro_batch_steps
+
+    def refuses(self, *arguments):
+        if not orders:
+            raise RuntimeError("index_add_cuda_ does not have a deterministic implementation")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(trainer, "use_fixed_order", lambda strict: orders.append(strict))
+    monkeypatch.setattr(trainer.PackedTrainer, "_micro_batch_steps", refuses)
+    found, made = train(tmp_path / "b", False, monkeypatch)
+    assert torch.equal(found, wanted) and not made.repeats and orders == [False]
