@@ -26,9 +26,7 @@ def examples_of(lengths=LENGTHS) -> list[Example]:
     return [Example(str(i), t, [packing.IGNORE_INDEX] * 4 + t[4:]) for i, t in enumerate(ids)]
 
 
-def attend_within_bounds(
-    query, key, value, bounds, key_bounds, longest, key_longest, window_size, scale, enable_gqa=True
-):
+def attend_within_bounds(q, k, v, bounds, key_bounds, longest, key_longest, window_size, scale, enable_gqa=True):
     """What varlen_attn computes, on tensors of (tokens, heads, width); a conversation may be empty."""
     with torch._C._DisableTorchDispatch():  # its own look at the bounds is on the GPU
         ends = bounds.tolist()
