@@ -15,6 +15,7 @@ import pandas as pd
 from telco_nb.lora import sensors
 
 INTERVAL_S = 0.01
+DOUBLED_S = 4.0
 LENGTHS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -57,6 +58,16 @@ def windows(readings: pd.DataFrame, length_s: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def doubling(readings: pd.DataFrame, length_s: float) -> tuple[float, float, int]:
+    """(least, most, windows): the energy of a window of twice the length over that of its first half."""
+    at, counter = readings["at_s"].to_numpy(), readings["counter_j"].to_numpy()
+    starts = np.searchsorted(at, np.arange(at[0], at[-1] - 2 * length_s, length_s / 4))
+    halves, ends = (np.searchsorted(at, at[starts] + n * length_s).clip(max=len(at) - 1) for n in (1, 2))
+    per_second = (counter[halves] - counter[starts]) / (at[halves] - at[starts])
+    ratios = (counter[ends] - counter[starts]) / (at[ends] - at[starts]) * 2 / per_second
+    return float(ratios.min()), float(ratios.max()), len(ratios)
+
+
 def tell(readings: pd.DataFrame) -> pd.DataFrame:
     """Print how the sensors behave; returns one row for each length of a window.
 
@@ -73,6 +84,10 @@ def tell(readings: pd.DataFrame) -> pd.DataFrame:
         f"{whole.counter_w:.1f} W by the counter and {whole.samples_w:.1f} W by power samples; "
         f"{readings['celsius'].min()} to {readings['celsius'].max()} degrees, {readings['mhz'].median():.0f} MHz"
     )
+    if seconds > 3 * DOUBLED_S:
+        least, most, n = doubling(readings, DOUBLED_S)
+        times = f"{least:.2f} to {most:.2f} times the energy"
+        print(f"twice {DOUBLED_S:.0f} s take {times} of {DOUBLED_S:.0f} s ({n} windows)")
     rows = []
     for length_s in LENGTHS_S:
         if seconds < 2 * length_s:

@@ -26,4 +26,10 @@ def test_long_windows_agree_and_short_ones_are_off_by_a_step_at_most(readings, c
     assert list(table.index) == [0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
     assert (table["worst"] <= 0.1 / table.index + 0.01).all() and table.loc[20.0, "worst"] < 0.01
     assert table["samples"].to_numpy() == pytest.approx(0.03125, abs=0.01)
-    assert "the counter moves every 100 ms by 40.0 J" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the counter moves every 100 ms by 40.0 J" in said and "twice 4 s take" in said
+
+
+def test_twice_the_work_is_twice_the_energy_within_a_step_of_the_counter(readings):
+    least, most, n = counter.doubling(readings, 4.0)
+    assert 2 * (1 - 0.1 / 4) < least <= 2 <= most < 2 * (1 + 0.1 / 4) and n > 40
