@@ -289,8 +289,8 @@ REPORT_EPILOG = """
 - `./run_all.py report`: the report of the laptop study again, from its files
 - `./run_all.py report --profile smoke --pdf`: and outputs/smoke/report/telco_report.pdf
 
-**Exit codes**: 0 the report stands; 1 it could not be built; 2 wrong usage; 3 there is no finished study, another run
-is using it, or there is no Chromium to print with
+**Exit codes**: 0 the report stands; 1 it could not be built; 2 wrong usage; 3 there is no finished study, something
+has changed what its steps wrote, another run is using it, or there is no Chromium to print with
 """
 
 

@@ -19,12 +19,13 @@ from telco_nb.corpus.variants import conversation_plan
 from telco_nb.hosted import attempts, prices
 from telco_nb.hosted.api import ApiClient, HostedModel, Request, hosted_model_from
 from telco_nb.hosted.session import Session
+from telco_nb.study.plan import STORES
 from telco_nb.study.record import sha256
 
 PROMPT_PATH = DATA_DIR / "generator_prompt.md"
 SYSTEM_TEMPLATE, CALL_TEMPLATE = PROMPT_PATH.read_text(encoding="utf-8").split("\n---\n")
 GENERATOR_ID = "llm-2"
-STORE = "shared/store/conversations.jsonl"  # below a study's folder
+STORE = f"shared/{STORES['02_synth']}"  # below a study's folder
 ORIGIN = "llm"
 ITEMS_PER_CALL = 5
 CARD_FIELDS = {"term", "aliases", "definition", "facts", "figures", "wrong_beliefs"}  # what the model is told of a term

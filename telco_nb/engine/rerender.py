@@ -10,7 +10,10 @@ from rich.console import Console
 from telco_nb.engine import sealing
 from telco_nb.engine.runner import RunOutcome, UnfitError, errors_as_exit_codes, lock, report_key
 from telco_nb.report.pdf import PrintError, print_pdf, require_chromium
-from telco_nb.study import record
+from telco_nb.study import record, seal
+from telco_nb.study.plan import STEPS
+
+SHOWN = [f"*/{step}{rest}" for step in STEPS for rest in ("/*", ".ipynb")]  # what a report is made from, as patterns
 
 
 def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callable[..., Path], console: Console) -> int:
@@ -37,6 +40,7 @@ def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callab
             with lock(root):
                 for text in record.export_again(root, "study", "06_analysis"):  # what was changed is not the record's
                     console.print(f"{text}: exported again", markup=False, soft_wrap=True)
+                seal.require_unchanged(root, *SHOWN)
                 with sealing.sealed_again(root, console):
                     _build(root, chromium, build_report, console)
         except PrintError as error:

@@ -27,7 +27,7 @@ from telco_nb.judge.store import VerdictStore, coverage_block, judged_rows
 from telco_nb.study import params, record, seal
 from telco_nb.study.content_key import is_current
 from telco_nb.study.params import ParameterError
-from telco_nb.study.plan import UNTUNED, plan_jobs
+from telco_nb.study.plan import STORES, UNTUNED, plan_jobs
 
 SHARES = ("matchings_per_prompt", "swap_share", "retest_share", "anchor_share")
 SHARED_READS = (
@@ -195,7 +195,7 @@ def headline_blocks(gate: Mapping[str, Any], coverage: pd.DataFrame, unrankable:
 
 def store_path(root: Path, judge: str) -> Path:
     """The file of a judge's attempts in the study's folder `outputs/<profile>`."""
-    return root / f"judge-{judge}" / "store" / "verdicts.jsonl"
+    return root / f"judge-{judge}" / STORES["05_judge"]
 
 
 def open_store(root: Path, judge: str, target: Path | None = None) -> VerdictStore:

@@ -19,7 +19,7 @@ from typing import Any
 from telco_nb import ROOT
 from telco_nb.study import imports, params
 from telco_nb.study.model_files import model_hashes
-from telco_nb.study.plan import Job
+from telco_nb.study.plan import STORES, Job
 from telco_nb.study.record import altered_outputs, find_manifest, finished, sha256, step_dir
 
 KEY_PACKAGES = (
@@ -28,6 +28,8 @@ KEY_PACKAGES = (
 )  # fmt: skip
 
 MOST_FILES = 10_000  # in a folder of data
+# What the lines of imported votes and of collected batches hold. Stores are ASCII and escape quotes inside texts.
+BROUGHT = (b'"source": "votes"', b'"batch_id": "')
 
 
 def content_key(job: Job, root: Path, notebooks: Path | None = None) -> tuple[str | None, dict[str, Any]]:
@@ -63,7 +65,10 @@ def _code(path: Path, state: tuple[int, int]) -> str:
 
 
 def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
-    """sha256 of every input, by path relative to the profile's folder; None if a producer has not finished."""
+    """sha256 of every input, by path relative to the profile's folder; None if a producer has not finished.
+
+    Of a step's store only what commands have brought is an input: the rest is what the step itself has asked.
+    """
     hashes = {}
     patterns: dict[tuple[str, str], list[str]] = {}
     for step, scope, pattern in job.inputs:
@@ -78,8 +83,26 @@ def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
     for name, value in job.parameters.items():
         if name.endswith("_path") and value is not None:
             hashes |= path_hashes(value)
+    if brought := brought_sha256(root / job.scope / STORES[job.step]) if job.step in STORES else None:
+        hashes[f"{job.scope}/{STORES[job.step]} (votes and batches)"] = brought
     model = model_hashes(job.parameters.get("base_model") or "")
     return hashes | {f"base_model/{name}": digest for name, digest in model.items()}
+
+
+def brought_sha256(store: Path) -> str | None:
+    """sha256 of the lines that `votes import` and `batch` have put into a store; None if there are none.
+
+    A last line without its line feed does not count: somebody is writing it, or died there.
+    """
+    if not store.is_file():
+        return None
+    digest, found = hashlib.sha256(), False
+    with store.open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n") and any(mark in line for mark in BROUGHT):
+                digest.update(line)
+                found = True
+    return digest.hexdigest() if found else None
 
 
 def path_hashes(value: str) -> dict[str, str]:

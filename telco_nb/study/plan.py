@@ -79,6 +79,7 @@ READS: dict[str, tuple[Read, ...]] = {
     ),
 }
 STEPS = tuple(READS)
+STORES = {"02_synth": "store/conversations.jsonl", "05_judge": "store/verdicts.jsonl"}  # in the folder of the scope
 UNTUNED = "untuned"  # the base model itself: answers (04) but nothing to train (03)
 
 

@@ -33,6 +33,7 @@ from telco_nb.study.record import (
     altered_outputs,
     find_manifest,
     json_bytes,
+    sha256,
     step_dir,
     whole_lines_bytes,
     write_json,
@@ -140,7 +141,7 @@ def require_unchanged(root: Path, *patterns: str, needs_seal: bool = False) -> N
     found = _altered_results(root, patterns)
     if needs_seal or (root / SEAL_NAME).exists():
         # What a step holds is proven by its manifest: a run that is under way, or was killed, has sealed nothing yet.
-        changes = check_seal(root, lambda path: not set(path.split("/")) & set(STEPS) and _matches(path, patterns))
+        changes = check_seal(root, lambda path: not _is_of_a_step(path) and _matches(path, patterns))
         found += [f"{change.path} was changed" for change in changes if change.kind == "changed"]
         found += [f"{c.path} is missing" for c in changes if c.kind == "missing" and not is_store(c.path)]
     if found:
@@ -163,14 +164,24 @@ def _altered_results(root: Path, patterns: Sequence[str]) -> list[str]:
             continue
         found += [f"{path.relative_to(root)} {fault}" for path, fault in altered_outputs(root, manifest, wanted)]
         found += [f"{name} {fault}" for name, fault in altered_exports(root, manifest).items()]
+        notebook = f"{scope}/{step}.ipynb"
+        if manifest["notebook_sha256"] and _matches(notebook, patterns):
+            is_there = (root / notebook).is_file()
+            found += [f"{notebook} is missing"] * (not is_there)
+            found += [f"{notebook} was changed"] * (is_there and sha256(root / notebook) != manifest["notebook_sha256"])
     return found
+
+
+def _is_of_a_step(path: str) -> bool:
+    """True for what a step wrote and for its executed notebook: its manifest has their hashes."""
+    return bool({part.removesuffix(".ipynb") for part in path.split("/")} & set(STEPS))
 
 
 def _steps(root: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
     """(scope, step) of the steps in which the patterns name files, also where a swap of folders was interrupted."""
     found = set()
     for scope_pattern, _, rest in (pattern.partition("/") for pattern in patterns):
-        steps = fnmatch.filter(STEPS, rest.partition("/")[0])
+        steps = fnmatch.filter(STEPS, rest.partition("/")[0].removesuffix(".ipynb"))
         found |= {(scope.name, step) for scope in root.glob(scope_pattern) for step in steps}
     return sorted((scope, step) for scope, step in found if step_dir(root, scope, step).is_dir())
 

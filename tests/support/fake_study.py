@@ -129,6 +129,8 @@ class Builder:
         record.publish_step(self.root, run.job.scope, run.job.step)
         notebook = self.root / run.job.scope / f"{run.job.step}.ipynb"
         nbformat.write(executed_notebook(run.job.step, run.job.scope, headline), notebook)
+        path = self.root / run.job.scope / run.job.step / "manifest.json"
+        record.write_manifest(path, json.loads(path.read_text()) | {"notebook_sha256": record.sha256(notebook)})
 
     def fail(self, step: str, scope: str, message: str = "ValueError: loss is not a number") -> None:
         """A failed attempt: the record says so, there is no manifest."""

@@ -20,7 +20,9 @@ from telco_nb.engine import runner
 from telco_nb.judge import blind_pairs
 from telco_nb.judge.store import VerdictStore
 from telco_nb.study import params, seal
+from telco_nb.study.content_key import content_key
 from telco_nb.study.params import PARAMS_DIR
+from telco_nb.study.plan import declared, make_job
 
 matplotlib.use("Agg")
 CONFIGS = ["c01", "c02", "c03"]
@@ -160,6 +162,24 @@ def test_votes_become_a_judge_that_05_ranks(study, pairs, tmp_path, monkeypatch,
     assert agreement.loc["swap_consistency", "value"] == 1
     assert "a person: votes on blind pairs" in json.dumps(notebook)
     assert command("rerank", folder) == 0 and "human-ann (human)" in capsys.readouterr().out
+
+
+def test_an_import_puts_05_of_its_judge_out_of_date_and_a_run_of_05_does_not(study, pairs, tmp_path, monkeypatch):
+    def key(judge):
+        named = {"scope": f"judge-{judge}", "judge": judge, "judge_kind": "human", "configs": CONFIGS}
+        return content_key(make_job("05_judge", declared("05_judge") | named), study)[0]
+
+    before = {judge: key(judge) for judge in ("human-ann", "human-bob")}
+    half = write(tmp_path / "half.jsonl", [longer(pair, rater="ann") for pair in pairs[:40]])
+    assert command("votes", "import", study, half) == 0
+    first = key("human-ann")
+    assert first != before["human-ann"] and key("human-bob") == before["human-bob"]
+    named = {"scope": "judge-human-ann", "judge": "human-ann", "judge_kind": "human"}
+    judge_study.run_judge(study, monkeypatch, configs=CONFIGS, bootstrap_draws=50, **named)
+    assert key("human-ann") == first
+    rest = write(tmp_path / "rest.jsonl", [longer(pair, rater="ann") for pair in pairs[40:]])
+    assert command("votes", "import", study, rest) == 0
+    assert key("human-ann") not in (first, before["human-ann"])
 
 
 def test_a_file_of_parameters_names_the_judge_whatever_the_rater_is_called(study, pairs, tmp_path, capsys):

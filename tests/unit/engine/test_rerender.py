@@ -1,6 +1,7 @@
 """`run_all.py report`: builds the report again, runs nothing, and hides no change of the study."""
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from telco_nb import ROOT
 from telco_nb.engine.rerender import rerender
 from telco_nb.report import pdf
-from telco_nb.study import seal
+from telco_nb.study import record, seal
 
 
 @pytest.fixture
@@ -47,12 +48,34 @@ def test_a_spoiled_report_is_built_again_and_sealed(study):
     assert seal.check_seal(study) == []
 
 
-def test_a_change_of_the_study_itself_is_named_and_not_sealed(study):
-    manifest = study / "study" / "06_analysis.ipynb"
-    manifest.write_text(manifest.read_text() + " ")
+@pytest.mark.parametrize("name", ["study/06_analysis.ipynb", "study/06_analysis/metrics.json"])
+def test_of_a_study_that_something_has_changed_no_report_is_built(study, name, capsys):
+    changed = study / name
+    changed.write_text(changed.read_text() + " ")
+    sealed = (study / seal.SEAL_NAME).read_bytes()
+    code, _ = report(study, build=lambda root: pytest.fail("built"))
+    told = " ".join(capsys.readouterr().err.split())
+    assert code == 3 and f"{name} was changed" in told and "./run_all.py --profile smoke" in told
+    assert (study / seal.SEAL_NAME).read_bytes() == sealed
+
+
+def test_a_run_that_was_killed_before_it_sealed_its_new_notebook_does_not_refuse_the_report(study):
+    notebook, manifest = study / "study" / "06_analysis.ipynb", study / "study" / "06_analysis" / "manifest.json"
+    notebook.write_text(notebook.read_text() + " ")
+    values = json.loads(manifest.read_text()) | {"notebook_sha256": record.sha256(notebook)}
+    record.write_manifest(manifest, values)
+    assert report(study)[0] == 0
+
+
+def test_a_changed_file_that_no_step_wrote_is_named_and_not_sealed(study):
+    kept = study / "votes" / "key.jsonl"
+    kept.parent.mkdir()
+    kept.write_text("{}\n")
+    seal.seal_study(study)
+    kept.write_text("{} \n")
     code, said = report(study)
-    assert code == 0 and "study/06_analysis.ipynb" in said and "not sealed again" in said
-    assert ("changed", "study/06_analysis.ipynb") in {(c.kind, c.path) for c in seal.check_seal(study)}
+    assert code == 0 and "votes/key.jsonl" in said and "not sealed again" in said
+    assert ("changed", "votes/key.jsonl") in {(c.kind, c.path) for c in seal.check_seal(study)}
 
 
 def test_a_study_that_no_run_sealed_gets_no_seal(study):

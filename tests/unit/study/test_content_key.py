@@ -1,5 +1,6 @@
 """Content keys: which change of the code outdates which step."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from loopback import python_path
 
 from telco_nb import ROOT
 from telco_nb.study import imports
+from telco_nb.study.content_key import brought_sha256
 
 KEY_PARTS = """
 import json, sys
@@ -21,8 +23,6 @@ print(json.dumps({step: module_hashes(notebook_code(step)) for step in sys.argv[
 
 def module_hashes(project: Path, *steps: str) -> dict[str, dict[str, str]]:
     """Hashes of the modules in the content keys of some steps, as the code of a copy of the project computes them."""
-    import json
-
     environment = os.environ | {"PYTHONPATH": python_path(project)}
     command = [sys.executable, "-c", KEY_PARTS, *steps]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
@@ -78,3 +78,29 @@ def test_every_way_to_import_a_module_of_a_room_is_followed(line, tmp_path):
 def test_a_relative_import_is_refused_since_it_would_drop_out_of_the_key():
     with pytest.raises(ValueError, match="line 1: write a relative import"):
         imports.all_files("from . import desk")
+
+
+def store_line(**fields) -> bytes:
+    return json.dumps({"judgement_id": "q", "source": "judge", "batch_id": None, "raw": ""} | fields).encode() + b"\n"
+
+
+@pytest.mark.parametrize("fields", [{"source": "votes"}, {"batch_id": "msgbatch_0"}])
+def test_votes_and_batches_of_a_store_are_inputs_of_its_step(tmp_path, fields):
+    store = tmp_path / "verdicts.jsonl"
+    store.write_bytes(store_line() + store_line(**fields))
+    brought = brought_sha256(store)
+    assert brought is not None
+    store.write_bytes(store_line() + store_line(**fields) + store_line(source="rule"))
+    assert brought_sha256(store) == brought
+    store.write_bytes(store_line() + store_line(**fields) + store_line(**fields, margin=2))
+    assert brought_sha256(store) != brought
+
+
+def test_what_a_step_has_asked_itself_is_no_input_whatever_a_reply_says(tmp_path):
+    assert brought_sha256(tmp_path / "none.jsonl") is None
+    store = tmp_path / "verdicts.jsonl"
+    for raw in ('"source": "votes"', '{"batch_id": "msgbatch_0"}', '\\"source": "votes"'):
+        store.write_bytes(store_line(raw=raw))
+        assert brought_sha256(store) is None
+    store.write_bytes(store_line(source="votes")[:-1])
+    assert brought_sha256(store) is None, "somebody is writing this line"
