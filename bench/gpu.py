@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from telco_nb import ROOT
 from telco_nb.lora import device, packing, pointwise, sensors, step, step_graph
@@ -34,7 +34,7 @@ from telco_nb.lora.trainer import step_flops
 
 VARIANTS = ("plain", "no-cast", "fused", "compiled", "fused+graph", "compiled+graph", "padded", "TRL", "TRL+Liger")
 os.environ.setdefault(*device.CUBLAS_WORKSPACE)
-SEED, RANK, PADDED_BATCH = 20260605, 16, 32
+SEED, RANK = 20260605, 16
 SECONDS = "TELCO_BENCH_SECONDS"  # variable of the environment, from --seconds
 TOLD_LINES = 25  # of a variant's errors
 GRADIENT_KEPT = 4_000_000  # entries that are compared: those of the first layers, to which all others lead
@@ -56,9 +56,10 @@ class Sizes:
     rows: int = 16
     seconds: float = 25.0  # the energy counter of a card moves every 0.1 s or so
     warm: int = 3
+    padded_batch: int = 32  # conversations of a batch of the padded loop and of TRL
 
 
-TINY = Sizes(97, 32, 64, 2, 4, 2, tokens=12, row=64, rows=3, seconds=0.05, warm=1)
+TINY = Sizes(97, 32, 64, 2, 4, 2, tokens=12, row=64, rows=3, seconds=0.05, warm=1, padded_batch=4)
 
 
 def make_model(sizes: Sizes, dtype: torch.dtype) -> Any:
@@ -114,10 +115,10 @@ def prepare(tuned: Any, variant: str) -> None:
             module.cast_input_dtype_enabled = True
 
 
-def step_of(tuned: Any, variant: str, rows: PackedRows, dtype: torch.dtype) -> Callable[[int], None]:
+def step_of(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: torch.dtype) -> Callable[[int], None]:
     """Forward and backward of the row of an index in a variant; the gradients are added."""
     if variant == "padded":
-        return lambda index: padded_step(tuned, rows.rows[index], rows.supervised[index], dtype)
+        return lambda index: padded_step(tuned, rows.rows[index], rows.supervised[index], sizes.padded_batch, dtype)
     prepare(tuned, variant)
     if variant.endswith("+graph"):
         shape = step_graph.shape_of(rows, device.torch_device().type)
@@ -126,9 +127,9 @@ def step_of(tuned: Any, variant: str, rows: PackedRows, dtype: torch.dtype) -> C
     return lambda index: packed_step(tuned, rows[index], rows.supervised[index])
 
 
-def padded_step(tuned: Any, examples: list[Example], supervised: int, dtype: torch.dtype) -> None:
-    for i in range(0, len(examples), PADDED_BATCH):
-        (padded_loss(tuned, examples[i : i + PADDED_BATCH], dtype) / supervised).backward()
+def padded_step(tuned: Any, examples: list[Example], supervised: int, batch: int, dtype: torch.dtype) -> None:
+    for i in range(0, len(examples), batch):
+        (padded_loss(tuned, examples[i : i + batch], dtype) / supervised).backward()
 
 
 def packed_step(tuned: Any, row: dict[str, Any], supervised: int) -> None:
@@ -229,10 +230,12 @@ class _Stopwatch(TrainerCallback):
 def run_trl(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
     """TRL's SFTTrainer, padded batches of one row's conversations, without activation checkpointing."""
     from datasets import Dataset
+    from huggingface_hub import constants
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL tells a server of each trainer that is made
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
     examples = [e for row in rows.rows for e in row]
@@ -242,15 +245,17 @@ def run_trl(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: tor
     stopwatch = _Stopwatch(sizes)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=PADDED_BATCH, max_steps=10**6, max_length=None,
-            gradient_accumulation_steps=max(1, len(examples) // len(rows) // PADDED_BATCH), learning_rate=1e-5,
+            output_dir=folder, per_device_train_batch_size=sizes.padded_batch, max_steps=10**6, max_length=None,
+            gradient_accumulation_steps=max(1, len(examples) // len(rows) // sizes.padded_batch), learning_rate=1e-5,
             bf16=dtype == torch.bfloat16, completion_only_loss=True, gradient_checkpointing=False, report_to=[],
             save_strategy="no", disable_tqdm=True, logging_steps=10**6, use_liger_kernel=variant == "TRL+Liger",
             use_cpu=not device.on_gpu(), dataloader_drop_last=True,  # a short batch would count as a whole one
         )  # fmt: skip
-        SFTTrainer(tuned, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[stopwatch]).train()
+        trainer = SFTTrainer(tuned, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[stopwatch])
+        trainer.remove_callback(PrinterCallback)  # the table is what is printed
+        trainer.train()
     found = stopwatch.found
-    share = found.pop("steps") * PADDED_BATCH * arguments.gradient_accumulation_steps / len(examples)
+    share = found.pop("steps") * sizes.padded_batch * arguments.gradient_accumulation_steps / len(examples)
     return found | {"done": None, "share": share}
 
 
@@ -274,7 +279,7 @@ def measure_packed(
     tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: torch.dtype, gradient_file: Path | None
 ) -> dict[str, Any]:
     """A variant that is not a Trainer's: its window, and the gradient of the first row to a file."""
-    backward = step_of(tuned.train(), variant, rows, dtype)
+    backward = step_of(tuned.train(), variant, rows, sizes, dtype)
     backward(0)
     gradient = first_gradient(tuned)
     if gradient_file:
