@@ -164,11 +164,11 @@ def _altered_results(root: Path, patterns: Sequence[str]) -> list[str]:
             continue
         found += [f"{path.relative_to(root)} {fault}" for path, fault in altered_outputs(root, manifest, wanted)]
         found += [f"{name} {fault}" for name, fault in altered_exports(root, manifest).items()]
-        notebook = f"{scope}/{step}.ipynb"
-        if manifest["notebook_sha256"] and _matches(notebook, patterns):
+        notebook, known = f"{scope}/{step}.ipynb", manifest.get("notebook_sha256")  # None: run by hand
+        if known and _matches(notebook, patterns):
             is_there = (root / notebook).is_file()
             found += [f"{notebook} is missing"] * (not is_there)
-            found += [f"{notebook} was changed"] * (is_there and sha256(root / notebook) != manifest["notebook_sha256"])
+            found += [f"{notebook} was changed"] * (is_there and sha256(root / notebook) != known)
     return found
 
 
