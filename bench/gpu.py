@@ -30,7 +30,6 @@ from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer
 from telco_nb import ROOT
 from telco_nb.lora import device, packing, pointwise, sensors, step, step_graph
 from telco_nb.lora.packing import IGNORE_INDEX, Example, PackedRows
-from telco_nb.lora.trainer import step_flops
 
 VARIANTS = ("plain", "no-cast", "fused", "compiled", "fused+graph", "compiled+graph", "padded", "TRL", "TRL+Liger")
 os.environ.setdefault(*device.CUBLAS_WORKSPACE)
@@ -123,6 +122,7 @@ def step_of(tuned: Any, variant: str, rows: PackedRows, sizes: Sizes, dtype: tor
     if variant.endswith("+graph"):
         shape = step_graph.shape_of(rows, device.torch_device().type)
         graph = step_graph.StepGraph(tuned, [p for p in tuned.parameters() if p.requires_grad], shape, rows[-1])
+        graph.record()
         return lambda index: graph.step(rows[index], rows.supervised[index])
     return lambda index: packed_step(tuned, rows[index], rows.supervised[index])
 
@@ -264,7 +264,7 @@ def measure(variant: str, sizes: Sizes, gradient_file: Path | None = None) -> di
     dtype, gflops = device.choose_dtype("auto" if device.on_gpu() else "float32")
     tuned, rows = make_model(sizes, dtype), make_rows(sizes)
     segments = [[len(e.input_ids) for e in row] for row in rows.rows]
-    flops = [step_flops(tuned, *one) for one in zip(rows.tokens, rows.supervised, segments, strict=True)]
+    flops = [step.step_flops(tuned, *one) for one in zip(rows.tokens, rows.supervised, segments, strict=True)]
     if variant.startswith("TRL"):
         found = run_trl(tuned, variant, rows, sizes, dtype)
         tokens, work = (found["share"] * sum(values) for values in (rows.tokens, flops))

@@ -11,7 +11,7 @@ import time
 import torch
 from peft import LoraConfig
 
-from telco_nb.lora import base_model, device, kernels, packing, step, trainer
+from telco_nb.lora import base_model, device, kernels, packing, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 CASES = [  # tokens a row, tokens a conversation, rank
@@ -53,7 +53,7 @@ def main(repeats: int = 5, wanted: str = "auto") -> None:
                 peaks.append(device.matmul_gflops(dtype))  # beside every step, as the machine's speed moves
                 times[kind].append(seconds(tuned, made))
         fast, slow = (statistics.median(t) for t in times.values())
-        share = trainer.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / max(peaks)
+        share = step.step_flops(tuned, tokens, sum(segments) // 2, segments) / fast / 1e9 / max(peaks)
         case, best = f"{tokens:4} {length:13} {rank:5} {tokens / fast:16.0f}", max(peaks)
         print(f"{case} {share:6.0%} of {best:3.0f} {tokens / slow:16.0f} {slow / fast:15.2f} x", flush=True)
         base = tuned.unload()

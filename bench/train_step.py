@@ -64,8 +64,8 @@ def ours(chats: list, dtype: str, batch_tokens: int = 1024) -> dict:
     from transformers import TrainingArguments
 
     from telco_nb.lora import packing
-    from telco_nb.lora.step import prepare_step, token_losses
-    from telco_nb.lora.trainer import PackedTrainer, answer_losses, step_flops
+    from telco_nb.lora.step import prepare_step, step_flops, token_losses
+    from telco_nb.lora.trainer import PackedTrainer, answer_losses
 
     tuned, tokenizer = load(dtype)
     prepare_step(tuned)

@@ -4,7 +4,8 @@ The runner starts `python -m telco_nb.engine.fork_server FD LIBRARY...` and requ
 FD. A forked process does what `python -m telco_nb.engine.job` does. Before that it forks its kernel, which waits for
 its arguments, environment, folder and log and then does what `python -m telco_nb.engine.kernel` does. The fork server
 also imports modules of telco_nb and loads the packaged model; the runner replaces it when a source has changed. Where
-a fork is not possible, the job or the kernel starts as an ordinary process.
+a fork is not possible, the job or the kernel starts as an ordinary process. Beside a GPU of NVIDIA it forks only while
+nothing that it imports has started the driver: a forked process cannot use a driver that its parent has started.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ LIBRARIES = (
     "telco_nb.engine.kernel_manager", "telco_nb.lora.base_model", "telco_nb.lora.trainer", "telco_nb.lora.decoding",
     "telco_nb.lora.preflight", "IPython.core.debugger", "IPython.core.oinspect", "IPython.core.logger",
 )  # fmt: skip
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
+OTHER_GPUS = ("/dev/dxg", "/dev/kfd")  # WSL and AMD: not tried
+NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # 1: torch asks the sensors' library for a GPU, which starts no driver
+CUDA_LIBRARY, NOT_STARTED = "libcuda.so.1", 3  # what cuCtxGetCurrent answers before cuInit: CUDA_ERROR_NOT_INITIALIZED
 START_SECONDS = 120.0
 POLL_SECONDS = 0.2
 MESSAGE_BYTES = 1 << 20
@@ -67,9 +70,9 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def is_useful(jobs: int) -> bool:
-    """True if a fork server should run for so many jobs: on Linux only, never beside a GPU (CUDA cannot be forked)."""
+    """True if a fork server should run for so many jobs: on Linux only."""
     choice = os.environ.get(SWITCH)
-    possible = sys.platform == "linux" and hasattr(os, "pidfd_open") and not any(map(os.path.exists, GPU_DEVICES))
+    possible = sys.platform == "linux" and hasattr(os, "pidfd_open") and not any(map(os.path.exists, OTHER_GPUS))
     return possible and choice != "0" and (jobs > 1 or choice == "1")
 
 
@@ -174,13 +177,15 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         os._exit(0)
     start = StartState()
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does
+    os.environ.setdefault(NVML_CHECK, "1")
     for library in libraries:
         threads = _thread_count()
         importlib.import_module(library)
         if _thread_count() > threads and library not in THREADED:
             return 1
     _warm_up()
-    start.added = {k: v for k, v in os.environ.items() if k not in start.environment and k != "MPLBACKEND"}
+    own = ("MPLBACKEND", NVML_CHECK)
+    start.added = {k: v for k, v in os.environ.items() if k not in start.environment and k not in own}
     if not _load_model():
         return 1
     send(channel, {"ready": True})
@@ -222,12 +227,21 @@ def _warm_up() -> None:
 
 
 def _load_model() -> bool:
-    """Load the packaged model once a job has unpacked it; False if a thread is left, which makes a fork unsafe."""
+    """Load the packaged model once a job has unpacked it; False if a thread or a GPU's driver makes a fork unsafe."""
     threads = _thread_count()
     if "telco_nb.lora.base_model" in sys.modules:
         sys.modules["telco_nb.lora.base_model"].preload()
     gc.freeze()  # a collection would write to the libraries' million objects, which then are no longer shared
-    return _thread_count() <= threads
+    return _thread_count() <= threads and not _has_started_cuda()
+
+
+def _has_started_cuda() -> bool:
+    """Whether this process has started the driver of NVIDIA's GPUs."""
+    try:
+        driver = ctypes.CDLL(CUDA_LIBRARY)
+    except OSError:  # there is none
+        return False
+    return driver.cuCtxGetCurrent(ctypes.byref(ctypes.c_void_p())) != NOT_STARTED
 
 
 def _thread_count() -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from telco_nb.lora.errors import PreflightError
 from telco_nb.study.machine import nvidia_driver
 from telco_nb.study.memory import free_main_memory
 
+T = TypeVar("T")
 PROBE_ROUNDS = 4  # measurements of each format; the best counts
 PROBE_SECONDS = 0.02  # duration of a measurement of matmul speed on a processor
 PROBE_SIDE, PROBE_PRODUCTS, WARM_UP_PRODUCTS = 8192, 10, 3  # of matrix products on a GPU
@@ -103,6 +104,12 @@ def peak_gpu_bytes() -> int | None:
     return torch.cuda.max_memory_reserved() if on_gpu() else None
 
 
+def wait_for_gpu() -> None:
+    """Wait until this process's GPU has done what was launched, if there is one."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
 def free_memory(processes: int = 1) -> float:
     """Free bytes for each of `processes` processes: of this process's GPU, or without one of main memory."""
     if on_gpu():
@@ -113,6 +120,27 @@ def free_memory(processes: int = 1) -> float:
 def use_fixed_order(strict: bool) -> None:
     """Let operations on a GPU add in a fixed order: all of them, or an error; not `strict`, those that can."""
     torch.use_deterministic_algorithms(True, warn_only=not strict)
+
+
+def in_fixed_order(work: Callable[[], T]) -> tuple[T, bool]:
+    """Do work so that it gives the same bits each time, or where a part of it knows no fixed order, without.
+
+    Returns:
+        (what the work returns, whether all of it has a fixed order).
+    """
+    try:
+        with repeatable():
+            return work(), True
+    except RuntimeError as error:
+        if not knows_no_order(error):
+            raise
+    with repeatable(strict=False):  # outside of the except block: the error keeps the arrays of the work alive
+        return work(), False
+
+
+def knows_no_order(error: BaseException) -> bool:
+    """True if an operation on a GPU refused to compute because it cannot add in a fixed order."""
+    return "deterministic" in str(error)
 
 
 @contextmanager

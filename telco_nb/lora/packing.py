@@ -193,10 +193,10 @@ class PackedRows(torch.utils.data.Dataset):
     """Packed rows as a dataset of `collate`'s tensors. One row is one optimiser step.
 
     A row is computed in micro-batches. They get smaller when memory runs out, and larger again when rows have fitted;
-    `shrunk` lists the sizes that were too large, `fitted` counts the rows since the last change. `recorded` tells
-    whether their step is a recording on a GPU (`step_graph`), None before the training. `share` is
-    (rank, processes): with several processes each computes its own conversations of every row. `tokens` and
-    `supervised` count the tokens and the labelled tokens of each row.
+    `shrunk` lists the sizes that were too large, `fitted` counts the rows since the last change. `recorded`,
+    `graph_fault`, `repeats` and `peak_bytes` tell how a training computes its rows (`trainer`). `share` is (rank,
+    processes): with several processes each computes its own conversations of every row. `tokens` and `supervised`
+    count the tokens and the labelled tokens of each row.
 
     Args:
         examples: the training conversations.
@@ -212,11 +212,18 @@ class PackedRows(torch.utils.data.Dataset):
         self.micro_batch_tokens = self.most_at_once = micro_batch_tokens or batch_tokens
         self.shrunk: list[int] = []
         self.fitted = 0
-        self.recorded: bool | None = None
+        self.forget_training()
         self.share = (0, 1)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def forget_training(self) -> None:
+        """As before a training: nothing is known of how its rows are computed."""
+        self.recorded: bool | None = None  # whether their step is a recording on a GPU (`step_graph`)
+        self.graph_fault: str | None = None  # why there is none
+        self.repeats = True  # whether the same training again would give the same bits
+        self.peak_bytes: int | None = None  # the most memory of the GPU that it has held
 
     @property
     def largest(self) -> int:

@@ -14,12 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import torch
 
-from telco_nb.lora import base_model, decoding, device, energy, packing, preflight, step, step_graph, trainer
+from telco_nb.lora import base_model, decoding, device, energy, packing, preflight, step, step_graph
 from telco_nb.lora.errors import ModelError, PreflightError
 
 PROBE_S = 20.0  # of each measurement: the shortest window in which a card's energy counter is read
@@ -77,7 +78,7 @@ def _needs(shell: Any, values: dict[str, Any], examples: list[packing.Example]) 
     )  # fmt: skip
     segments = [len(e.input_ids) for e in examples]
     weights = memory["adapters"] / 16
-    flops = trainer.step_flops(shell, sum(segments), sum(e.n_supervised for e in examples), segments)
+    flops = step.step_flops(shell, sum(segments), sum(e.n_supervised for e in examples), segments)
     return {
         "memory": memory,
         "adapter_weights": weights,
@@ -119,14 +120,18 @@ def _speeds(
     trained = []
     for i in dict.fromkeys((order[0], order[-1])):
         values = request["trainings"][i]
-        with device.repeatable():
-            work = training_work(_random_model(config, values["dtype"]), values, sizes[i], examples)
-            trained.append(metered(work, seconds, values) | {"adapter_weights": needs[i]["adapter_weights"]})
-        del work
+        timed = partial(_training_speed, config, values, sizes[i], examples, seconds)
+        trained.append(device.in_fixed_order(timed)[0] | {"adapter_weights": needs[i]["adapter_weights"]})
         _free_device()
     answering, values = request["answering"], request["trainings"][0]
     work = answering_work(_random_model(config, answering["dtype"]), answering["answer_batch_size"], examples)
     return {"training_speeds": trained, "answering_speed": metered(work, seconds, values)}
+
+
+def _training_speed(
+    config: Any, values: dict[str, Any], micro: int, examples: list[packing.Example], seconds: float
+) -> dict[str, Any]:
+    return metered(training_work(_random_model(config, values["dtype"]), values, micro, examples), seconds, values)
 
 
 def _free_device() -> None:

@@ -7,6 +7,7 @@ at positions with a label. `kernels` holds its arithmetic.
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -355,3 +356,29 @@ def causal_model(model: Any) -> Any:
     """The transformers model inside the wrappers of peft and of distributed training."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) -> float:
+    """Floating-point operations of forward and backward of one LoRA step; frozen weights get no gradient.
+
+    Per token: 4 per body weight, 4 per output-head weight at supervised positions, 6 per adapter weight; causal
+    attention costs 2 x 2 x n^2/2 x width forward and twice that backward, per layer and conversation of n tokens.
+
+    Args:
+        model: with adapters.
+        tokens, supervised: of the row.
+        segments: tokens of each conversation of the row.
+    """
+    config = model.config
+    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    head = config.vocab_size * config.hidden_size
+    tied = sum(_weights(p) for n, p in model.named_parameters() if "lora_" not in n) - head
+    body = tied if config.tie_word_embeddings else tied - head
+    attention = 6 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in segments)
+    return float(4 * body * tokens + 4 * head * supervised + 6 * lora * tokens + attention)
+
+
+def _weights(parameter: Any) -> int:
+    """The number of weights of a parameter, of which nf4 packs two into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed else parameter.numel()

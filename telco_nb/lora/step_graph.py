@@ -22,8 +22,10 @@ from telco_nb.lora.packing import PackedRows, to_device
 ROOM = 1.1  # free memory that a recording needs, as a share of what the same work took before
 OPTIMISER_BYTES = 8  # of each trained weight: two moments in float32, which are made after the recording
 LIKE_THE_STEP = 1e-2  # relative distance of two losses in bfloat16, which rounds another way in a filled row
+LIKE_ITSELF = 5e-2  # the same of gradients that are added in no fixed order; in a fixed order they are equal
 
-Work = Callable[[], tuple[Tensor, tuple[Tensor, ...]]]  # computes the loss and the gradients
+Result = tuple[Tensor, tuple[Tensor, ...]]  # loss and gradients
+Work = Callable[[], Result]
 
 
 @dataclass(frozen=True)
@@ -73,36 +75,36 @@ def fill_row(row: dict[str, Any], shape: RowShape) -> dict[str, Tensor]:
 
 
 class StepGraph:
-    """The step of a training's rows, recorded once.
+    """The step of a training's rows in one shape. After `record` one launch does it.
 
     Args:
         model: with adapters, after `step.prepare_step`, on the device that computes.
         trained: the parameters whose gradients are wanted.
         shape: of all rows.
-        example: a row, with which the recording is made.
-        record: makes a function of the work that does it again, and leaves so many bytes free; `record_cuda` unless it
-            is tested.
-
-    Raises:
-        RuntimeError: the work waits for the card, or there is no room to record it.
+        example: a row.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        trained: list[Tensor],
-        shape: RowShape,
-        example: dict[str, Any],
-        record: Callable[[Work, int], Work] | None = None,
-    ):
+    def __init__(self, model: Any, trained: list[Tensor], shape: RowShape, example: dict[str, Any]):
         self.model, self.trained, self.shape = model, trained, shape
         self.device = step.causal_model(model).device
         self.row = {name: part.to(self.device) for name, part in fill_row(example, shape).items()}
         self.divisor = torch.ones((), device=self.device)
-        spare = OPTIMISER_BYTES * sum(parameter.numel() for parameter in trained)
+        self.work: Work = self._compute
+
+    def record(self, record: Callable[[Work, int], Work] | None = None) -> None:
+        """Record the work.
+
+        Args:
+            record: makes a function of the work that does it again, and leaves so many bytes free; `record_cuda` unless
+                it is tested.
+
+        Raises:
+            RuntimeError: the work waits for the card, or there is no room to record it.
+        """
+        spare = OPTIMISER_BYTES * sum(parameter.numel() for parameter in self.trained)
         self.work = (record or record_cuda)(self._compute, spare)
 
-    def _compute(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _compute(self) -> Result:
         losses = step.static_losses(self.model, self.row, self.shape.longest)
         loss = (losses * self.row["weights"]).sum() / self.divisor
         return loss.detach(), torch.autograd.grad(loss, self.trained)
@@ -114,14 +116,23 @@ class StepGraph:
             row: of `packing.collate`, on any device.
             divisor: supervised tokens of the optimiser step.
         """
-        for name, part in fill_row(row, self.shape).items():
-            self.row[name].copy_(part)
-        self.divisor.copy_(divisor) if isinstance(divisor, Tensor) else self.divisor.fill_(divisor)
+        self._take(row, divisor)
         earlier = [None if p.grad is None else p.grad.clone() for p in self.trained]  # may be the recording's memory
         loss, gradients = self.work()
         for parameter, gradient, before in zip(self.trained, gradients, earlier, strict=True):
             parameter.grad = gradient if before is None else before.add_(gradient)
         return loss.clone()
+
+    def result(self, row: dict[str, Any]) -> Result:
+        """Loss and gradients of a row in memory of their own. Nothing is added to those of the parameters."""
+        self._take(row, 1.0)
+        loss, gradients = self.work()
+        return loss.clone(), tuple(gradient.clone() for gradient in gradients)
+
+    def _take(self, row: dict[str, Any], divisor: Tensor | float) -> None:
+        for name, part in fill_row(row, self.shape).items():
+            self.row[name].copy_(part)
+        self.divisor.copy_(divisor) if isinstance(divisor, Tensor) else self.divisor.fill_(divisor)
 
 
 def record_step(model: Any, trained: list[Tensor], rows: PackedRows) -> tuple[StepGraph | None, str | None]:
@@ -131,31 +142,57 @@ def record_step(model: Any, trained: list[Tensor], rows: PackedRows) -> tuple[St
         model, trained: as of StepGraph.
         rows: of the training, all computed by this process.
     """
-    device, reason = step.causal_model(model).device, None
+    device, graph = step.causal_model(model).device, None
     if any(len(row) > 1 and n > rows.micro_batch_tokens for row, n in zip(rows.rows, rows.tokens, strict=True)):
         return None, "rows are computed in parts"
     if not can_record(model, device):
         return None, "not this kind of step"
     try:
         graph = StepGraph(model, trained, shape_of(rows, device.type), rows[0])
-        _refuse_other_loss(graph, rows[-1])
+        _record_checked(graph, rows[0], rows[-1])
         return graph, None
     except RuntimeError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-    with suppress(RuntimeError):  # only now: the error kept the arrays of the attempt alive
+    graph = None  # only now: the error kept the arrays of the attempt alive
+    with suppress(RuntimeError):
         torch.cuda.empty_cache()
     return None, reason
 
 
-def _refuse_other_loss(graph: StepGraph, row: dict[str, Any]) -> None:
-    """Compare a row that was not recorded with the step. Raises RuntimeError if its losses are others."""
+def _record_checked(graph: StepGraph, first: dict[str, Any], other: dict[str, Any]) -> None:
+    """Record a step, and hold the recording against what the host launches: two rows, then the first one again.
+
+    In a fixed order loss and all gradients must be the same to the last bit.
+
+    Raises:
+        RuntimeError: they are not, or a loss in the shape of all rows is another than the plain step's.
+    """
     with torch.no_grad():
-        wanted = step.token_losses(graph.model, to_device(row, graph.device)).sum().item()
-    found = graph.step(row, 1.0).item()
-    for parameter in graph.trained:
-        parameter.grad = None
-    if not abs(found - wanted) <= LIKE_THE_STEP * abs(wanted):
-        raise RuntimeError(f"the recorded step has a loss of {found:.5g}, the step {wanted:.5g}")
+        plain = step.token_losses(graph.model, to_device(other, graph.device)).sum().item()
+    launched = [graph.result(row) for row in (first, other)]
+    if not abs(launched[1][0].item() - plain) <= LIKE_THE_STEP * abs(plain):
+        raise RuntimeError(f"a filled row has a loss of {launched[1][0].item():.5g}, the step {plain:.5g}")
+    graph.record()
+    for row, wanted in zip((first, other, first), (*launched, launched[0]), strict=True):
+        _refuse_other_result(graph.result(row), wanted)
+
+
+def _refuse_other_result(found: Result, wanted: Result) -> None:
+    """Raises RuntimeError unless loss and gradients are equal, or alike where they are added in no fixed order."""
+    pairs = list(zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True))
+    if all(torch.equal(a, b) for a, b in pairs):
+        return
+    fixed = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    loss = ((found[0] - wanted[0]).abs() / wanted[0].abs()).item()
+    gradient = _distance(found[1], wanted[1])
+    if fixed or not (loss <= LIKE_THE_STEP and gradient <= LIKE_ITSELF):  # a distance may be NaN
+        raise RuntimeError(f"the recorded step is not the step: loss {loss:.1g} of it away, gradients {gradient:.1g}")
+
+
+def _distance(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+    """Length of what parts them, as a share of the length of what is wanted."""
+    apart = torch.stack([(a - b).float().norm() for a, b in zip(found, wanted, strict=True)]).norm()
+    return (apart / torch.stack([b.float().norm() for b in wanted]).norm()).item()
 
 
 def can_record(model: Any, device: torch.device) -> bool:
@@ -172,7 +209,8 @@ def can_record(model: Any, device: torch.device) -> bool:
 def record_cuda(work: Work, spare_bytes: int) -> Work:
     """Record the work as a CUDA graph.
 
-    A recording that fails leaves torch in a state of its own, so what would make it fail is looked for before.
+    A recording that fails leaves torch in a state of its own, so what would make it fail is looked for before. If it
+    fails all the same, its memory is given back: torch would go on to allocate there, or hold it.
 
     Raises:
         RuntimeError: a part of the work waits for the card, or there is no room for it beside `spare_bytes`.
@@ -182,12 +220,13 @@ def record_cuda(work: Work, spare_bytes: int) -> Work:
     free, wanted = torch.cuda.mem_get_info()[0], ROOM * needed + spare_bytes
     if free < wanted:
         raise RuntimeError(f"no room to record the step: {wanted / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             found = work()
     except BaseException:
         torch.cuda.set_stream(stream)
+        _end_pool(torch.cuda.current_device(), pool)
         raise
 
     def replay() -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -195,6 +234,13 @@ def record_cuda(work: Work, spare_bytes: int) -> Work:
         return found
 
     return replay
+
+
+def _end_pool(device: int, pool: Any) -> None:
+    """Let the memory of a recording that has failed be freed, and nothing more be put there. torch may have done so."""
+    for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):
+            end(device, pool)
 
 
 def _warm_up(work: Work) -> int:

@@ -9,7 +9,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from telco_nb.lora import step_graph
-from telco_nb.lora.device import forget_peak, on_gpu, peak_gpu_bytes, repeatable, use_fixed_order
+from telco_nb.lora.device import (
+    forget_peak,
+    in_fixed_order,
+    knows_no_order,
+    on_gpu,
+    peak_gpu_bytes,
+    repeatable,
+    use_fixed_order,
+    wait_for_gpu,
+)  # fmt: skip
 from telco_nb.lora.packing import Example, PackedRows, collate, micro_batches, pack_rows, to_device
 from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.lora.step_graph import StepGraph
@@ -34,8 +43,8 @@ NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
 )
 # Writing checkpoints takes this share of a training's time at most, and SAVING_FREE_S: 1.44 GB may take 3 s or 30 s.
 SAVING_SHARE, SAVING_FREE_S = 0.02, 1.0
-# Of PackedRows: how a resumed training cuts its rows, and whether they were computed by a recording.
-ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted", "recorded")
+# Of PackedRows, for a resumed training: how it cuts and computes its rows, and what is told of it.
+ROWS_STATE = ("micro_batch_tokens", "shrunk", "fitted", "recorded", "graph_fault", "repeats", "peak_bytes")
 PROGRESS = "progress.json"  # in a checkpoint: the meter's readings, and how rows are computed
 WARM_UP_STEPS = 5
 WARMED_UP_ON = {"cuda"}  # types of devices; on a processor nothing is compiled, and 03's checks have warmed it up
@@ -52,12 +61,18 @@ class PackedTrainer(Trainer):
     """The transformers Trainer with the packed step; arguments are the Trainer's, `train_dataset` is a PackedRows.
 
     The loss is summed over the supervised tokens of an optimiser step and divided by their number. `saving_seconds`
-    is the time spent on checkpoints. `graph` holds the recorded step while a GPU trains with one,
-    `graph_fault` says why there was none; `repeats` tells whether the same training again would give the same bits, and
-    `peak_bytes` how much memory of the GPU it has held.
+    is the time spent on checkpoints. `graph` holds the recorded step while a GPU trains with one. How rows are computed
+    is kept at the rows, which a checkpoint holds: `recorded`, `graph_fault`, `repeats`, `peak_bytes`.
     """
 
-    def __init__(self, model: Any, args: TrainingArguments, train_dataset: PackedRows, **options: Any):
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: PackedRows,
+        record_step: bool = True,
+        **options: Any,
+    ):
         # One process drives one GPU. With several GPUs transformers would split a row, which is one sequence.
         args._n_gpu = min(1, args.n_gpu)
         # An earlier training of this model leaves the mark behind; several processes must wrap the model again.
@@ -69,26 +84,26 @@ class PackedTrainer(Trainer):
         self.rows.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.saving_seconds = 0.0
         self.graph: StepGraph | None = None
-        self.graph_fault: str | None = "several processes"
-        self.repeats = True
-        self.peak_bytes: int | None = None
+        self.may_record, self.strict = record_step, True
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the supervised tokens: num_items_in_batch
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **options: Any) -> Any:
         tuned: Any = self.model
         tuned.train()
+        self.rows.forget_training()
         if resume_from_checkpoint:  # before anything is recorded: rows may have to be cut
             _restore_rows(self.rows, Path(resume_from_checkpoint))
         if self.args.device.type in WARMED_UP_ON:
-            self.repeats = self._warm_up_and_see()
-        with repeatable(strict=self.repeats):
+            self.strict = in_fixed_order(self.warm_up)[1]
+            self.rows.repeats &= self.strict
+        with repeatable(self.strict):
             self._record()
-            forget_peak()
+            with suppress(RuntimeError):  # a recording that has failed may hold memory
+                forget_peak()
             try:
                 return super().train(resume_from_checkpoint, *arguments, **options)
             finally:
-                self.peak_bytes, self.graph = peak_gpu_bytes(), None
-                forget_peak()
+                self._drop_graph()
                 if isinstance(self.model_wrapped, DistributedDataParallel):
                     # Otherwise the next training of these weights would also exchange gradients with this group.
                     self.model_wrapped._remove_autograd_hooks()
@@ -96,37 +111,35 @@ class PackedTrainer(Trainer):
 
     def _record(self) -> None:
         """Record the step, unless a resumed training went without: then it would end with other bits."""
-        before = self.rows.recorded
+        before, rows = self.rows.recorded, self.rows
         if self.accelerator.num_processes > 1:
-            self.graph_fault = "several processes"
-        elif before is False:
-            self.graph_fault = "the training began without"
-        else:
-            self.graph, self.graph_fault = step_graph.record_step(self.model, self.trained, self.rows)
-        self.rows.recorded = self.graph is not None
+            rows.graph_fault = "several processes"
+        elif not self.may_record:
+            rows.graph_fault = "record_step is false"
+        elif before is not False:  # else the reason is that of the beginning
+            self.graph, rows.graph_fault = step_graph.record_step(self.model, self.trained, rows)
+        rows.recorded = self.graph is not None
         if before and not self.graph:
-            self.repeats = False
+            rows.repeats = False
+
+    def _drop_graph(self) -> None:
+        """Free the recording's memory once the card has done what was launched; keep the most that was held."""
+        with suppress(
+            RuntimeError
+        ):  # after a fault of the card each call fails, and the fault is what there is to tell
+            wait_for_gpu()
+            keep_peak(self.rows)
+        self.graph = None
+        with suppress(RuntimeError):
+            forget_peak()
 
     def _give_up_graph(self, reason: str) -> None:
-        """Free the recording's memory, gradients included."""
-        self.graph, self.rows.recorded = None, False
-        self.graph_fault = f"given up at step {self.state.global_step}: {reason[:150]}"
+        """Free the recording's memory, gradients included. With other free memory the training would go on with it."""
+        self.rows.recorded, self.rows.repeats = False, False
+        self.rows.graph_fault = f"given up at step {self.state.global_step}: {reason[:150]}"
         for parameter in self.trained:
             parameter.grad = None
-        forget_peak()
-
-    def _warm_up_and_see(self) -> bool:
-        """Warm up, and tell whether nothing in it refused to compute the same bits each time."""
-        try:
-            with repeatable():
-                self.warm_up()
-        except RuntimeError as error:
-            if "deterministic" not in str(error):
-                raise
-            with repeatable(strict=False):
-                self.warm_up()
-            return False
-        return True
+        self._drop_graph()
 
     def warm_up(self) -> None:
         """Forward and backward of a few rows, before the meter starts: a first step compiles, loads and allocates.
@@ -168,13 +181,13 @@ class PackedTrainer(Trainer):
             try:
                 return self._row_step(model, inputs, num_items_in_batch)
             except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                unordered = self.repeats and "deterministic" in str(error)
+                unordered = self.strict and knows_no_order(error)
                 if not (unordered or is_out_of_memory(error)):
                     raise
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
             # Outside of the except block, because the exception keeps the arrays of the step alive.
             if unordered:
-                self.repeats = False
+                self.strict = self.rows.repeats = False
                 use_fixed_order(strict=False)
             elif self.graph:
                 self._give_up_graph(reason)
@@ -220,6 +233,7 @@ class PackedTrainer(Trainer):
                 remedy = f"set micro_batch_tokens to {size // 2}"
             raise TrainingError(f"memory ran out with {size} tokens at once ({reason[:200]}): {remedy}.")
         self.rows.halve(size, longest)
+        self.rows.repeats = False  # with more free memory it would go on with larger ones, which round another way
         if on_gpu():
             torch.cuda.empty_cache()
 
@@ -376,6 +390,7 @@ class TrainingMonitor(TrainerCallback):
             self.save_began = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        keep_peak(self.rows)
         sizes = {name: getattr(self.rows, name) for name in ROWS_STATE}
         saved = {"meter": sum_readings(self.meter), "rows": self.rows.fingerprint} | sizes
         if state.is_world_process_zero:  # by now every process has written its part of the checkpoint
@@ -408,7 +423,12 @@ def _restore_rows(rows: PackedRows, checkpoint: Path) -> None:
     """Let rows be cut and computed as they were when a checkpoint was written."""
     saved = json.loads((checkpoint / PROGRESS).read_text())
     for name in ROWS_STATE:
-        setattr(rows, name, saved.get(name))  # a checkpoint of an older version knows no `recorded`
+        setattr(rows, name, saved.get(name, getattr(rows, name)))  # an older version's checkpoint knows fewer
+
+
+def keep_peak(rows: PackedRows) -> None:
+    """Note at the rows the most memory that their training has held on the GPU, parts before a resume included."""
+    rows.peak_bytes = max((n for n in (rows.peak_bytes, peak_gpu_bytes()) if n is not None), default=None)
 
 
 def _progress_file(args: Any, state: Any) -> Path:
@@ -471,29 +491,3 @@ def _checkpoint_fault(checkpoint: Path, fingerprint: str | None) -> str | None:
     if fingerprint is not None and progress.get("rows") != fingerprint:
         return "it was trained on other rows than there are now."
     return None
-
-
-def step_flops(model: Any, tokens: int, supervised: int, segments: list[int]) -> float:
-    """Floating-point operations of forward and backward of one LoRA step; frozen weights get no gradient.
-
-    Per token: 4 per body weight, 4 per output-head weight at supervised positions, 6 per adapter weight; causal
-    attention costs 2 x 2 x n^2/2 x width forward and twice that backward, per layer and conversation of n tokens.
-
-    Args:
-        model: with adapters.
-        tokens, supervised: of the row.
-        segments: tokens of each conversation of the row.
-    """
-    config = model.config
-    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    head = config.vocab_size * config.hidden_size
-    tied = sum(_weights(p) for n, p in model.named_parameters() if "lora_" not in n) - head
-    body = tied if config.tie_word_embeddings else tied - head
-    attention = 6 * config.hidden_size * config.num_hidden_layers * sum(n * n for n in segments)
-    return float(4 * body * tokens + 4 * head * supervised + 6 * lora * tokens + attention)
-
-
-def _weights(parameter: Any) -> int:
-    """The number of weights of a parameter, of which nf4 packs two into a byte."""
-    packed = getattr(parameter, "quant_state", None)
-    return math.prod(packed.shape) if packed else parameter.numel()

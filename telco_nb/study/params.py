@@ -136,6 +136,7 @@ class Parameters(LoraParameters, JudgeParameters):
     base_model_revision: str | None = Field(min_length=1)
     device: Literal["auto", "cpu", "cuda"]
     fused_step: bool
+    record_step: bool
     processes: int = Field(ge=1, le=64)
     checkpoint_seconds: float = Field(gt=0)
     # answering

@@ -351,18 +351,36 @@ def test_the_hub_is_off_unless_the_user_names_a_hub_id(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
-def test_kernels_are_forked_for_more_than_one_job_never_beside_a_gpu_and_never_if_unwanted(monkeypatch):
+def test_kernels_are_forked_for_more_than_one_job_never_beside_an_untried_gpu_and_never_if_unwanted(monkeypatch):
     monkeypatch.delenv(fork_server.SWITCH, raising=False)
-    monkeypatch.setattr(fork_server, "GPU_DEVICES", ("/no/such/device",))
+    monkeypatch.setattr(fork_server, "OTHER_GPUS", ("/no/such/device",))
     assert fork_server.is_useful(2)
     assert not fork_server.is_useful(1)
-    monkeypatch.setattr(fork_server, "GPU_DEVICES", ("/dev/null",))
+    monkeypatch.setattr(fork_server, "OTHER_GPUS", ("/dev/null",))
     assert not fork_server.is_useful(2)
-    monkeypatch.setattr(fork_server, "GPU_DEVICES", ())
+    monkeypatch.setattr(fork_server, "OTHER_GPUS", ())
     monkeypatch.setenv(fork_server.SWITCH, "0")
     assert not fork_server.is_useful(2)
     monkeypatch.setenv(fork_server.SWITCH, "1")
     assert fork_server.is_useful(1)
+
+
+DRIVER = "int cuCtxGetCurrent(void **context) { *context = 0; return %d; }"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="a driver is compiled")
+@pytest.mark.parametrize("answer", [3, 0])
+def test_nothing_is_forked_once_a_gpus_driver_has_started(monkeypatch, tmp_path, answer):
+    """A library in place of NVIDIA's, which says that it has not been started (3) or that it has (0)."""
+    (tmp_path / "driver.c").write_text(DRIVER % answer)
+    library = tmp_path / "libdriver.so"
+    subprocess.run(["cc", "-shared", "-o", library, tmp_path / "driver.c"], check=True)
+    monkeypatch.setattr(fork_server, "CUDA_LIBRARY", str(library))
+    monkeypatch.delitem(sys.modules, "telco_nb.lora.base_model", raising=False)
+    monkeypatch.setattr(fork_server, "_thread_count", lambda: 1)
+    assert fork_server._load_model() is (answer == 3)
+    monkeypatch.setattr(fork_server, "CUDA_LIBRARY", "libno_such_driver.so")
+    assert fork_server._load_model()
 
 
 def test_the_reason_of_a_death_depends_on_exit_code_and_memory():

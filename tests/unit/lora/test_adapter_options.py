@@ -19,7 +19,7 @@ from telco_nb import ROOT
 from telco_nb.lora import base_model, chat_template, decoding, kernels, packing, step
 from telco_nb.lora.errors import ModelError
 from telco_nb.lora.step import TrainingError
-from telco_nb.lora.trainer import PackedTrainer, constant_arguments, step_flops
+from telco_nb.lora.trainer import PackedTrainer, constant_arguments
 
 ALL = step.TARGET_MODULES["all"]
 
@@ -134,7 +134,9 @@ def test_quantised_weights_train_on_this_device(quantization, tmp_path):
     assert step.prepare_step(tuned) == "plain"
     assert losses[-1] < losses[0] - 0.05
     unquantised = step.attach_adapters(tiny("llama"), LoraConfig(r=4, target_modules=ALL))
-    assert step_flops(tuned, 10, 3, [6, 4]) == step_flops(unquantised, 10, 3, [6, 4]), "packed weights count as well"
+    assert step.step_flops(tuned, 10, 3, [6, 4]) == step.step_flops(unquantised, 10, 3, [6, 4]), (
+        "packed weights count as well"
+    )
 
 
 def _load_without_tokenizer(folder: Path, quantization: str):

@@ -7,7 +7,7 @@ import torch
 from architectures import CASES, tiny_model
 from peft import LoraConfig
 
-from telco_nb.lora import step, trainer
+from telco_nb.lora import step
 
 
 @pytest.fixture
@@ -18,16 +18,16 @@ def tuned():
 
 def test_all_rows_at_once_are_the_sum_of_the_rows(tuned):
     rows = [(30, 20, [10, 20]), (15, 5, [15]), (7, 3, [3, 4])]
-    at_once = trainer.step_flops(tuned, 52, 28, [10, 20, 15, 3, 4])
-    assert at_once == pytest.approx(sum(trainer.step_flops(tuned, *row) for row in rows))
+    at_once = step.step_flops(tuned, 52, 28, [10, 20, 15, 3, 4])
+    assert at_once == pytest.approx(sum(step.step_flops(tuned, *row) for row in rows))
 
 
 def test_weights_packed_two_in_a_byte_count_as_what_they_hold(tuned):
-    whole = trainer.step_flops(tuned, 52, 28, [52])
+    whole = step.step_flops(tuned, 52, 28, [52])
     for module in tuned.modules():
         if (base := getattr(module, "base_layer", None)) is not None:
             shape = base.weight.shape
             packed = torch.nn.Parameter(torch.zeros(shape.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
             packed.quant_state = SimpleNamespace(shape=shape)
             base.weight = packed
-    assert trainer.step_flops(tuned, 52, 28, [52]) == whole
+    assert step.step_flops(tuned, 52, 28, [52]) == whole

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from telco_nb.lora import kernels, packing, step, step_graph, trainer
+from telco_nb.lora import device, kernels, packing, step, step_graph, trainer
 from telco_nb.lora.energy import Meter
 from telco_nb.lora.packing import Example, PackedRows
 from tests.unit.lora.test_gpu_step import WaitCounter, tiny_qwen2
@@ -97,7 +97,8 @@ def test_every_row_of_a_recording_has_the_loss_and_gradient_of_the_step(tuned):
     rows = PackedRows(examples_of(), 96, 0)
     trained = [p for p in tuned.parameters() if p.requires_grad]
     shape = step_graph.shape_of(rows, "cpu")
-    graph = step_graph.StepGraph(tuned, trained, shape, rows[0], record_as_a_graph_does)
+    graph = step_graph.StepGraph(tuned, trained, shape, rows[0])
+    graph.record(record_as_a_graph_does)
     for row in [*rows, rows[0]]:
         divisor = len(row["kept"])
         wanted = step.token_losses(tuned, row).sum() / divisor
@@ -111,7 +112,8 @@ def test_every_row_of_a_recording_has_the_loss_and_gradient_of_the_step(tuned):
 def test_gradients_of_two_rows_of_one_optimiser_step_are_added(tuned):
     rows = PackedRows(examples_of(), 96, 0)
     trained = [p for p in tuned.parameters() if p.requires_grad]
-    graph = step_graph.StepGraph(tuned, trained, step_graph.shape_of(rows, "cpu"), rows[0], record_as_a_graph_does)
+    graph = step_graph.StepGraph(tuned, trained, step_graph.shape_of(rows, "cpu"), rows[0])
+    graph.record(record_as_a_graph_does)
     for row in (rows[0], rows[1], rows[2]):
         (step.token_losses(tuned, row).sum() / 7).backward()
     wanted = gradients_of(tuned)
@@ -120,7 +122,7 @@ def test_gradients_of_two_rows_of_one_optimiser_step_are_added(tuned):
     assert (gradients_of(tuned) - wanted).norm() < 1e-6 * wanted.norm()
 
 
-def train(folder, recorded, monkeypatch, checkpoint=None, rows=None, record=record_as_a_graph_does):
+def train(folder, recorded, monkeypatch, checkpoint=None, rows=None, record=record_as_a_graph_does, **options):
     """The adapter after two epochs, and the trainer."""
     torch.manual_seed(0)
     monkeypatch.setattr(step_graph, "record_cuda", record)
@@ -134,7 +136,7 @@ def train(folder, recorded, monkeypatch, checkpoint=None, rows=None, record=reco
     rows = rows or PackedRows(examples_of(), 96, 0)
     monitor = trainer.TrainingMonitor(Meter((2.0, 5.0, 12.0), 0.3), 0.0, rows, log=lambda text: None)
     made = trainer.PackedTrainer(
-        model, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=[monitor]
+        model, arguments, train_dataset=rows, data_collator=packing.only_row, callbacks=[monitor], **options
     )
     made.train(checkpoint)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), made
@@ -155,9 +157,9 @@ def replays(monkeypatch):
 
 def test_a_training_with_a_recording_ends_with_the_same_adapter(tmp_path, monkeypatch, replays):
     wanted, without = train(tmp_path / "a", False, monkeypatch)
-    assert without.graph_fault == "not this kind of step" and replays == []
+    assert without.rows.graph_fault == "not this kind of step" and replays == []
     found, with_graph = train(tmp_path / "b", True, monkeypatch)
-    assert with_graph.graph_fault is None and len(replays) == 1 + 2 * len(with_graph.rows), "one row is compared before"
+    assert with_graph.rows.graph_fault is None and len(replays) == 2 * len(with_graph.rows)
     assert [p.grad for p in with_graph.trained] == [None] * len(with_graph.trained)
     gc.collect()
     assert replays[0]() is None, "the recording is gone, and its memory with it"
@@ -172,7 +174,7 @@ def test_a_recording_that_fails_leaves_a_training_without_one(tmp_path, monkeypa
 
     wanted, _ = train(tmp_path / "a", False, monkeypatch)
     found, made = train(tmp_path / "b", True, monkeypatch, record=fails)
-    assert torch.equal(found, wanted) and made.graph_fault == "no room to record the step"
+    assert torch.equal(found, wanted) and made.rows.graph_fault == "no room to record the step"
 
 
 def test_a_recording_that_computes_something_else_is_refused(tuned, monkeypatch):
@@ -183,7 +185,60 @@ def test_a_recording_that_computes_something_else_is_refused(tuned, monkeypatch)
     monkeypatch.setattr(step_graph, "fill_row", lambda row, shape: real(row, shape) | {"labels": first["labels"]})
     monkeypatch.setattr(step_graph, "record_cuda", record_as_a_graph_does)
     graph, fault = step_graph.record_step(tuned, [p for p in tuned.parameters() if p.requires_grad], rows)
-    assert graph is None and fault.startswith("the recorded step has a loss of")
+    assert graph is None and fault.startswith("a filled row has a loss of")
+
+
+def recorded_badly(spoil):
+    """A recording whose results `spoil` changes, given the number of the replay."""
+
+    def record(work, spare_bytes=0):
+        replay, done = record_as_a_graph_does(work), []
+
+        def spoilt():
+            found = replay()
+            done.append(1)
+            spoil(len(done), *found)
+            return found
+
+        return spoilt
+
+    return record
+
+
+def scale_a_gradient(n, loss, gradients):
+    gradients[0].mul_(1.5)
+
+
+def scale_the_loss(n, loss, gradients):
+    loss.mul_(1.5)
+
+
+def lose_a_gradient(n, loss, gradients):
+    gradients[-1].fill_(torch.nan)
+
+
+def change_at_the_third(n, loss, gradients):
+    for gradient in gradients:
+        gradient.mul_(1.5 if n == 3 else 1.0)
+
+
+def nudge(n, loss, gradients):
+    gradients[0].mul_(1 + 1e-9)
+
+
+@pytest.mark.parametrize("fixed_order", [True, False])
+@pytest.mark.parametrize("spoil", [scale_a_gradient, scale_the_loss, lose_a_gradient, change_at_the_third, nudge])
+def test_a_recording_with_another_gradient_is_refused_to_the_last_bit_in_a_fixed_order(
+    tuned, monkeypatch, spoil, fixed_order
+):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: fixed_order)
+    monkeypatch.setattr(step_graph, "record_cuda", recorded_badly(spoil))
+    rows = PackedRows(examples_of(), 96, 0)
+    graph, fault = step_graph.record_step(tuned, [p for p in tuned.parameters() if p.requires_grad], rows)
+    if spoil is nudge and not fixed_order:
+        assert fault is None
+    else:
+        assert graph is None and fault.startswith("the recorded step is not the step")
 
 
 def test_out_of_memory_frees_the_recording_before_rows_are_cut(tmp_path, monkeypatch, replays):
@@ -197,7 +252,7 @@ def test_out_of_memory_frees_the_recording_before_rows_are_cut(tmp_path, monkeyp
 
     monkeypatch.setattr(step_graph.StepGraph, "step", runs_out)
     found, made = train(tmp_path / "b", True, monkeypatch)
-    assert made.graph_fault.startswith("given up at step 2: CUDA out of memory") and made.rows.shrunk == []
+    assert made.rows.graph_fault.startswith("given up at step 3: CUDA out of memory") and made.rows.shrunk == []
     assert made.rows.recorded is False and (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
@@ -211,8 +266,55 @@ def test_a_resumed_training_computes_as_it_began(tmp_path, monkeypatch, replays,
     replays.clear()
     found, again = train(tmp_path / "a", True, monkeypatch, checkpoint)
     assert torch.equal(found, wanted)
-    assert len(replays) == (1 + made.state.max_steps - at if recorded else 0)
-    assert again.graph_fault == (None if recorded else "the training began without")
+    assert len(replays) == (made.state.max_steps - at if recorded else 0)
+    assert again.rows.graph_fault == (None if recorded else "not this kind of step"), (
+        "the reason is that of the beginning"
+    )
+
+
+def test_what_is_told_of_a_training_survives_a_resume(tmp_path, monkeypatch):
+    """It gave its recording up at the first row and held 7 GB; the second part of it held 5."""
+    held = iter([7e9] + [5e9] * 99)
+    monkeypatch.setattr(trainer, "peak_gpu_bytes", lambda: int(next(held)))
+
+    def runs_out(self, row, divisor):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as once:
+        once.setattr(step_graph.StepGraph, "step", runs_out)
+        _, made = train(tmp_path, True, once)
+    shutil.rmtree(trainer.last_checkpoint(tmp_path))  # that of the last step
+    _, again = train(tmp_path, True, monkeypatch, trainer.last_checkpoint(tmp_path))
+    for rows in (made.rows, again.rows):
+        assert rows.graph_fault.startswith("given up at step 0: CUDA out of memory")
+        assert rows.recorded is False and rows.repeats is False and rows.peak_bytes == 7e9
+
+
+def test_a_training_that_begins_anew_knows_nothing_of_an_earlier_one_of_its_rows(tmp_path, monkeypatch):
+    rows = PackedRows(examples_of(), 96, 0)
+    train(tmp_path / "a", False, monkeypatch, rows=rows)
+    rows.repeats, rows.peak_bytes = False, 7
+    train(tmp_path / "b", True, monkeypatch, rows=rows)
+    assert rows.recorded and rows.repeats and rows.graph_fault is None and rows.peak_bytes is None
+
+
+def test_nothing_is_recorded_where_record_step_is_false(tmp_path, monkeypatch, replays):
+    wanted, _ = train(tmp_path / "a", False, monkeypatch)
+    found, made = train(tmp_path / "b", True, monkeypatch, record_step=False)
+    assert torch.equal(found, wanted) and replays == [] and made.rows.graph_fault == "record_step is false"
+
+
+def test_a_training_whose_rows_were_halved_does_not_claim_to_repeat(tmp_path, monkeypatch):
+    real = trainer.PackedTrainer._micro_batch_steps
+
+    def runs_out(self, model, parts, divisor):
+        if len(parts) == 1 and not self.rows.shrunk:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, model, parts, divisor)
+
+    monkeypatch.setattr(trainer.PackedTrainer, "_micro_batch_steps", runs_out)
+    _, made = train(tmp_path, False, monkeypatch)
+    assert made.rows.shrunk and not made.rows.repeats
 
 
 def test_a_resumed_training_cuts_rows_before_it_records(tmp_path, monkeypatch):
@@ -221,7 +323,7 @@ def test_a_resumed_training_cuts_rows_before_it_records(tmp_path, monkeypatch):
     train(tmp_path, False, monkeypatch, rows=rows)
     _, again = train(tmp_path, True, monkeypatch, trainer.last_checkpoint(tmp_path))
     assert again.rows.micro_batch_tokens == 48
-    assert again.graph_fault == "the training began without"
+    assert again.rows.graph_fault == "rows are computed in parts", "that of the beginning"
 
 
 def test_only_a_fused_step_with_bounds_and_without_checkpointing_is_recorded(tuned, monkeypatch):
@@ -266,11 +368,12 @@ def test_a_part_that_knows_no_fixed_order_ends_no_training_but_is_told(tmp_path,
             raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
 
     _, plain = train(tmp_path / "a", False, monkeypatch)
-    assert plain.repeats
+    assert plain.rows.repeats
     monkeypatch.setattr(trainer, "repeatable", told)
+    monkeypatch.setattr(device, "repeatable", told)
     monkeypatch.setattr(trainer.PackedTrainer, "warm_up", warm_up)
     _, made = train(tmp_path / "b", False, monkeypatch)
-    assert not made.repeats and strictness == [True, False, False]
+    assert not made.rows.repeats and strictness == [True, False, False]
 
 
 def test_a_part_without_a_fixed_order_that_only_a_step_meets_is_told_as_well(tmp_path, monkeypatch):
@@ -285,4 +388,4 @@ def test_a_part_without_a_fixed_order_that_only_a_step_meets_is_told_as_well(tmp
     monkeypatch.setattr(trainer, "use_fixed_order", lambda strict: orders.append(strict))
     monkeypatch.setattr(trainer.PackedTrainer, "_micro_batch_steps", refuses)
     found, made = train(tmp_path / "b", False, monkeypatch)
-    assert torch.equal(found, wanted) and not made.repeats and orders == [False]
+    assert torch.equal(found, wanted) and not made.rows.repeats and orders == [False]

@@ -31,7 +31,6 @@ from telco_nb.lora.trainer import (
     diverges,
     last_checkpoint,
     loss_curve,
-    step_flops,
 )
 
 CHATS = [
@@ -449,7 +448,7 @@ def test_step_flops_follow_the_weights():
     head = 97 * 32
     body = sum(p.numel() for n, p in tuned.named_parameters() if "lora_" not in n) - head
     expected = 4 * body * 10 + 4 * head * 3 + 6 * lora * 10 + 6 * 32 * 2 * (36 + 16)
-    assert step_flops(tuned, 10, 3, [6, 4]) == expected
+    assert step.step_flops(tuned, 10, 3, [6, 4]) == expected
 
 
 def test_a_conversation_shown_in_the_notebook_is_escaped(real):

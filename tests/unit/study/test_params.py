@@ -26,7 +26,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize("profile", ["smoke", "laptop", "overnight", "paper"])
+@pytest.mark.parametrize("profile", ["smoke", "laptop", "overnight", "card", "paper"])
 def test_every_shipped_profile_loads(profile):
     study = load_study(profile)
     assert study.configs and study.base["profile"] == profile
@@ -166,7 +166,7 @@ def test_a_faulty_line_is_refused_with_file_key_and_fix(folder, text, fix):
 
 def test_a_missing_profile_names_those_that_exist(folder):
     with pytest.raises(
-        ParameterError, match=r"profiles/nope\.yaml: no such file.*laptop, overnight, paper, paper-pilot, smoke"
+        ParameterError, match=r"profiles/nope\.yaml: no such file.*card, laptop, overnight, paper, paper-pilot, smoke"
     ):
         load_study("nope", folder)
 
