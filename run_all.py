@@ -290,7 +290,8 @@ REPORT_EPILOG = """
 - `./run_all.py report --profile smoke --pdf`: and outputs/smoke/report/telco_report.pdf
 
 **Exit codes**: 0 the report stands; 1 it could not be built; 2 wrong usage; 3 there is no finished study, something
-has changed what its steps wrote, another run is using it, or there is no Chromium to print with
+has changed or removed what the report is built from, the seal is damaged, another run is using the study, or there is
+no Chromium to print with
 """
 
 

@@ -314,6 +314,8 @@ def figures(
 
 def missing(variant: str) -> str | None:
     """Why a variant cannot be measured here; None if it can."""
+    if variant == "TRL+Liger" and not device.on_gpu():
+        return "Liger needs a GPU"
     packages = {"TRL": ("trl", "datasets"), "TRL+Liger": ("trl", "datasets", "liger_kernel")}.get(variant, ())
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         return f"{', '.join(absent)} not installed"

@@ -20,6 +20,7 @@ from telco_nb.judge.gate import gate_result, outcome
 from telco_nb.judge.protocol import headline_blocks
 from telco_nb.judge.store import FIT_PURPOSES, VerdictStore, coverage_table, judged_rows
 from telco_nb.study import record, seal
+from telco_nb.study.plan import STORES
 
 DRAWS, SEED = 2000, 20260605
 
@@ -68,7 +69,7 @@ def rerank(store: VerdictStore, draws: int = DRAWS, seed: int = SEED) -> Reranke
 
 def reads(folder: str) -> list[str]:
     """What the command reads of a judge's folder, as patterns."""
-    return [f"{glob.escape(folder)}/store/*", f"{glob.escape(folder)}/05_judge/manifest.json"]
+    return [f"{glob.escape(folder)}/{seal.STORE_FOLDER}/*", f"{glob.escape(folder)}/05_judge/manifest.json"]
 
 
 def settings(folder: Path) -> tuple[int, int]:
@@ -112,7 +113,7 @@ def main(
 ) -> None:
     """Rank again from a judge's stored verdicts: nothing is asked, nothing is written."""
     with errors_as_exit_codes("rerank"):
-        path = folder / "store" / "verdicts.jsonl"
+        path = folder / STORES["05_judge"]
         if not path.is_file():
             raise CommandError(f"{path}: no such file. Give the folder of a judge with stored verdicts.")
         seal.require_unchanged(folder.resolve().parent, *reads(folder.resolve().name))

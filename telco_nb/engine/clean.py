@@ -29,7 +29,7 @@ KINDS = {
     "results": "of all steps, with notebooks, report and unfinished work",
 }
 SHOWN = 20  # paths of a kind
-LEDGERS = (seal.STORE, "egress.jsonl", ".lock", ".publish.lock")  # paid for, or in use
+LEDGERS = (seal.STORE_FOLDER, "egress.jsonl", ".lock", ".publish.lock")  # paid for, or in use
 
 
 @dataclass(frozen=True)

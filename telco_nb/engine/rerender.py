@@ -11,9 +11,6 @@ from telco_nb.engine import sealing
 from telco_nb.engine.runner import RunOutcome, UnfitError, errors_as_exit_codes, lock, report_key
 from telco_nb.report.pdf import PrintError, print_pdf, require_chromium
 from telco_nb.study import record, seal
-from telco_nb.study.plan import STEPS
-
-SHOWN = [f"*/{step}{rest}" for step in STEPS for rest in ("/*", ".ipynb")]  # what a report is made from, as patterns
 
 
 def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callable[..., Path], console: Console) -> int:
@@ -31,16 +28,17 @@ def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callab
         record.use_outputs(outputs)
         root = record.profile_root(profile)
         result.root = str(root)
-        finished, reason = record.find_manifest(root, "study", "06_analysis")
+        finished, reason = record.find_manifest(root, *seal.ANALYSIS)
         if finished is None:
             told = f"{root} holds no finished study (06_analysis: {reason})."
             raise UnfitError(f"{told} Run: ./run_all.py --profile {profile}")
+        from telco_nb.report.files import REPORT_READS  # needs pandas, which the runner does without
+
         try:
             chromium = require_chromium() if pdf else None
             with lock(root):
-                for text in record.export_again(root, "study", "06_analysis"):  # what was changed is not the record's
+                for text in seal.require_finished(root, *REPORT_READS):
                     console.print(f"{text}: exported again", markup=False, soft_wrap=True)
-                seal.require_unchanged(root, *SHOWN)
                 with sealing.sealed_again(root, console):
                     _build(root, chromium, build_report, console)
         except PrintError as error:

@@ -337,7 +337,8 @@ def messages(request: Request, unreadable: Sequence[UnreadableReply], hosted_mod
     # Anthropic caches a beginning only if its end is marked, and only from 1,024 tokens on (small models: 2,048), here
     # 4 characters each. OpenAI and Google need no mark. A cache write costs 1.25 times a token, a read a tenth.
     least = 4 * (2048 if "haiku" in hosted_model.model else 1024)
-    marked = hosted_model.kind == "anthropic" and len(system + request.shared) >= least
+    long_enough = len(system + request.shared) >= least
+    marked = hosted_model.kind == "anthropic" and request.shared and long_enough  # a mark must follow a text
     user = [request.shared, CachePoint(), request.prompt] if marked else request.shared + request.prompt
     turns: list[ModelMessage] = [ModelRequest(parts=[SystemPromptPart(content=system), UserPromptPart(content=user)])]
     for raw, fault in unreadable:

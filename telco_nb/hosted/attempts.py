@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from telco_nb.hosted.ledger import LEDGER, BatchLedger
-from telco_nb.hosted.lines import StoreError, append_lines, check_money, parse_line
-from telco_nb.study.record import write_bytes
+from telco_nb.hosted.lines import StoreError, append_lines, check_money
+from telco_nb.study.record import parse_line, write_bytes
 from telco_nb.study.seal import require_unchanged
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from telco_nb.hosted.hosts import Address, is_farther, reach
 from telco_nb.hosted.keys import KEY_VARIABLES
-from telco_nb.study.seal import CALLS, STORE
+from telco_nb.study.seal import CALLS, STORE_FOLDER
 
 NO_EGRESS = "TELCO_NB_NO_EGRESS"  # environment variable: `1` refuses every remote host; kernels inherit it
 AGREED = "TELCO_NB_AGREED"  # environment variable: JSON, how far each host of the plan reaches; kernels inherit it
@@ -115,7 +115,7 @@ class Call:
 
 def log_path(store: Path) -> Path:
     """The study's log `egress.jsonl`, from a store `<study>/<scope>/store/<file>`; else beside the store."""
-    folder = store.parents[2] if store.parent.name == STORE else store.parent
+    folder = store.parents[2] if store.parent.name == STORE_FOLDER else store.parent
     return folder / CALLS
 
 

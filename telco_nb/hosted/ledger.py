@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telco_nb.hosted.lines import StoreError, append_lines, is_amount, parse_line
+from telco_nb.hosted.lines import StoreError, append_lines, is_amount
+from telco_nb.study.record import parse_line
 
 LEDGER = "batches.jsonl"  # the ledger's name, beside the store whose requests it lists
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from telco_nb.study.record import whole_lines_bytes
+from telco_nb.study.record import parse_line, whole_lines_bytes
 
 MONEY = ("usd", "usd_at_most")  # the fields of a line that count as spent
 
@@ -57,19 +56,3 @@ def is_amount(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and math.isfinite(value)
     except OverflowError:  # an integer beyond all floating-point numbers
         return False
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None if it is none, cannot be read, or gives a name twice: which amount would count?"""
-    try:
-        attempt = json.loads(line, object_pairs_hook=_object)
-    except (ValueError, RecursionError):
-        return None
-    return attempt if isinstance(attempt, dict) else None
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a name stands twice")
-    return values

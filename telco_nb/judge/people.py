@@ -23,6 +23,7 @@ from telco_nb.judge.cases import Case, JudgeError, OfflineJudge, Question, Verdi
 from telco_nb.judge.store import VerdictStore, text_sha256
 from telco_nb.judge.votes_file import Line, Vote, VotesError, refuse
 from telco_nb.study.params import ParameterError
+from telco_nb.study.record import parse_line
 
 CONTROL_COLUMNS = [*design.PLAN_COLUMNS, "control", "planted"]
 PARTS = ("controls", "pairs")
@@ -103,10 +104,12 @@ class Import(NamedTuple):
     n_known: int
 
     def stored(self) -> bytes:
-        """The whole store with the new lines. A last line that a kill cut short is left out."""
+        """The whole store with the new lines. Of a last line without a line feed only a whole one stays."""
         data = self.store.path.read_bytes() if self.store.path.is_file() else b""
+        end = data.rfind(b"\n") + 1
+        kept = data[:end] if parse_line(data[end:]) is None else data + b"\n"
         new = [json.dumps(line, allow_nan=False).encode("ascii") + b"\n" for line in self.lines]
-        return data[: data.rfind(b"\n") + 1] + b"".join(new)
+        return kept + b"".join(new)
 
 
 def check_votes(
@@ -153,7 +156,8 @@ def check_votes(
         elif line and any(earlier[name] != fresh[name] for name in ("verdict", "margin")):
             faults.append(f"{line.where}: vote: {line.vote.vote!r} differs from the vote imported earlier")
     refuse(faults)
-    planned = [line for part in PARTS for line in store.plan_lines(part, plans[part])]
+    # Marked as brought: also a plan without a new vote, of skips or of pairs judged before, changes what 05 ranks.
+    planned = [line for part in PARTS for line in store.plan_lines(part, plans[part], source="votes")]
     return Import(judge, store, [*planned, *lines], sum(line["source"] == "votes" for line in lines), n_known)
 
 

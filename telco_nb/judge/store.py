@@ -5,7 +5,8 @@ A line is JSON in ASCII, so no text of a model can break a line or its encoding.
 - an attempt, see `FIELDS`: one question to one judge, its status, and the verdict. Only attempts with status `ok` enter
   a ranking. An unreadable reply is stored with its status and asked again; it is never a tie or a loss.
 - a plan: all questions of one part (controls, rubric or pairs). A later plan replaces the earlier plan of its part.
-  So coverage counts questions that were never asked, and verdicts on answers that no longer exist are left out.
+  So coverage counts questions that were never asked, and verdicts on answers that no longer exist are left out. The
+  source of one that an import of votes has made is `votes`.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ class VerdictStore(AttemptStore):
         """Stores the plan of a part, unless the latest plan of the part has the same questions."""
         self.append(self.plan_lines(part, plan))
 
-    def plan_lines(self, part: str, plan: pd.DataFrame) -> list[dict[str, Any]]:
-        """The line of a plan; none if the latest plan of the part has the same questions."""
+    def plan_lines(self, part: str, plan: pd.DataFrame, **fields: Any) -> list[dict[str, Any]]:
+        """The line of a plan, with more fields; none if the latest plan of the part has the same questions."""
         questions = {name: [_json_value(v) for v in plan[name]] for name in plan.columns}
         digest = hashlib.sha256(json.dumps(questions, sort_keys=True).encode()).hexdigest()
         if self.plans.get(part, {}).get("sha256") == digest:
             return []
-        return [{"plan": part, "sha256": digest, "n": len(plan), "time": _now(), "questions": questions}]
+        return [{"plan": part, "sha256": digest, "n": len(plan), "time": _now(), "questions": questions} | fields]
 
     def planned(self, part: str) -> pd.DataFrame:
         """The latest plan of a part, empty if there is none."""

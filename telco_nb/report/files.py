@@ -23,6 +23,10 @@ READS = (
     "shared/0*/*", "*/0*/metrics.json", "*/04_energy/artefacts/answers.parquet", "judge-*/05_judge/*",
     "study/06_analysis/*",
 )  # fmt: skip
+# What the report is built from. Failed notebooks are left out: they come and go with attempts, and prove no result.
+REPORT_READS = (
+    *READS, "*/0*/manifest.json", "*/03_train/tables/loss_curve.parquet", *(f"*/{step}.ipynb" for step in STEPS),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

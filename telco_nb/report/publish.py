@@ -22,8 +22,9 @@ from telco_nb.judge.ranking import interval_text
 from telco_nb.report.tiles import first_sentence
 from telco_nb.study.input_files import read_json
 from telco_nb.study.params import PUBLISHED
-from telco_nb.study.record import export_again, read_manifest, write_bytes
-from telco_nb.study.seal import require_unchanged
+from telco_nb.study.plan import STORES
+from telco_nb.study.record import read_manifest, write_bytes
+from telco_nb.study.seal import require_finished
 
 REFERENCE = ROOT / "outputs" / PUBLISHED
 README = ROOT / "README.md"
@@ -76,8 +77,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     manifest = read_manifest(root, "study", "06_analysis")
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
-    export_again(root, "study", "06_analysis")  # what was changed since is not what the record shows
-    require_unchanged(root, *PUBLISHED_FROM, needs_seal=True)
+    require_finished(root, *PUBLISHED_FROM, needs_seal=True)
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
         shutil.copyfile(root / source, folder / name)
@@ -105,7 +105,7 @@ def _publish_record(root: Path, folder: Path) -> None:
     for table in sorted(root.glob("study/06_analysis/tables/*.csv")):
         shutil.copyfile(table, folder / "tables" / table.name)
     for ranking in sorted(root.glob("judge-*/05_judge/tables/ranking.parquet")):  # a store alone ranks nothing yet
-        judge, store = ranking.parts[-4].removeprefix("judge-"), ranking.parents[2] / "store" / "verdicts.jsonl"
+        judge, store = ranking.parts[-4].removeprefix("judge-"), ranking.parents[2] / STORES["05_judge"]
         name = folder / "tables" / f"ranking_{judge}.csv"
         pd.read_parquet(ranking).to_csv(name, index=False, lineterminator="\n")
         if store.is_file():

@@ -20,7 +20,7 @@ from telco_nb import ROOT
 from telco_nb.study import imports, params
 from telco_nb.study.model_files import model_hashes
 from telco_nb.study.plan import STORES, Job
-from telco_nb.study.record import altered_outputs, find_manifest, finished, sha256, step_dir
+from telco_nb.study.record import altered_outputs, find_manifest, finished, parse_line, sha256, step_dir
 
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
@@ -28,7 +28,8 @@ KEY_PACKAGES = (
 )  # fmt: skip
 
 MOST_FILES = 10_000  # in a folder of data
-# What the lines of imported votes and of collected batches hold. Stores are ASCII and escape quotes inside texts.
+# What the lines of imported votes, of the plans of imports, and of collected batches hold. Stores are ASCII and escape
+# quotes inside texts.
 BROUGHT = (b'"source": "votes"', b'"batch_id": "')
 
 
@@ -90,17 +91,18 @@ def input_hashes(job: Job, root: Path) -> dict[str, str] | None:
 
 
 def brought_sha256(store: Path) -> str | None:
-    """sha256 of the lines that `votes import` and `batch` have put into a store; None if there are none.
+    """sha256 of the votes and plans that `votes import`, and of the replies that `batch`, has put into a store.
 
-    A last line without its line feed does not count: somebody is writing it, or died there.
+    None if there are none. Verdicts by rule that an import adds follow from its plans. As for who reads the store, what
+    is no JSON object does not count, and a last one does without its line feed: the next writer adds that.
     """
     if not store.is_file():
         return None
     digest, found = hashlib.sha256(), False
     with store.open("rb") as lines:
         for line in lines:
-            if line.endswith(b"\n") and any(mark in line for mark in BROUGHT):
-                digest.update(line)
+            if any(mark in line for mark in BROUGHT) and parse_line(line) is not None:
+                digest.update(line.rstrip(b"\n") + b"\n")
                 found = True
     return digest.hexdigest() if found else None
 

@@ -328,6 +328,22 @@ def whole_lines_bytes(stream: BinaryIO) -> int:
     return 0
 
 
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None if it is none, cannot be read, or gives a name twice: which amount would count?"""
+    try:
+        attempt = json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        return None
+    return attempt if isinstance(attempt, dict) else None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands twice")
+    return values
+
+
 def readable_by_all(folder: Path) -> None:
     """Give files the mode 0644 and folders 0755: safetensors writes weights that only their owner may read."""
     for path in (folder, *folder.rglob("*")):

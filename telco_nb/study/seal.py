@@ -9,7 +9,8 @@ The stores of judges and of the generator, and the log of calls, only ever grow,
 sealed is told apart from one whose sealed lines have changed.
 
 A command that reads a study calls `require_unchanged` first: what a step wrote is compared with its manifest, all else
-with the seal, as a run does it.
+with the seal, as a run does it. An executed notebook is outside the folder of its step, and is compared with the seal
+where no manifest knows its hash.
 """
 
 from __future__ import annotations
@@ -24,24 +25,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from telco_nb.study.input_files import MOST_RECORD_BYTES, InputFileError, read_json
-from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, sealed
+from telco_nb.study.manifest import SCHEMA_VERSION, SEAL, is_sealed, load_manifest, sealed
 from telco_nb.study.plan import STEPS
 from telco_nb.study.record import (
     CHUNK_BYTES,
     RecordError,
     altered_exports,
     altered_outputs,
+    export_again,
     find_manifest,
     json_bytes,
     sha256,
     step_dir,
     whole_lines_bytes,
+    work_dir,
     write_json,
 )
 
 SEAL_NAME = "seal.json"
-STORE = "store"  # name of the folder of a store
+STORE_FOLDER = "store"  # its name in the folder of a scope
 CALLS = "egress.jsonl"  # the study's log of calls that leave this machine
+ANALYSIS = ("study", "06_analysis")  # scope and step that give a study its results
 
 
 class NoSeal(RecordError):
@@ -138,22 +142,65 @@ def require_unchanged(root: Path, *patterns: str, needs_seal: bool = False) -> N
     Raises:
         RecordError: a file was changed or is missing; the message names every one, and the fix.
     """
-    found = _altered_results(root, patterns)
-    if needs_seal or (root / SEAL_NAME).exists():
-        # What a step holds is proven by its manifest: a run that is under way, or was killed, has sealed nothing yet.
-        changes = check_seal(root, lambda path: not _is_of_a_step(path) and _matches(path, patterns))
-        found += [f"{change.path} was changed" for change in changes if change.kind == "changed"]
-        found += [f"{c.path} is missing" for c in changes if c.kind == "missing" and not is_store(c.path)]
+    _refuse(root, [*_altered_results(root, patterns, exports=True), *_unlike_the_seal(root, patterns, needs_seal)])
+
+
+def require_finished(root: Path, *patterns: str, needs_seal: bool = False) -> list[str]:
+    """`require_unchanged` for who shows a finished study as a whole; then its exports are written again.
+
+    A study that is refused is left as it is. A step that 06 has read must be there, whatever the patterns name: without
+    it the pages would show less than the results rest on.
+
+    Args:
+        root: the study's folder.
+        patterns: as for `require_unchanged`.
+        needs_seal: likewise.
+
+    Returns:
+        What was wrong with the exports, in words.
+
+    Raises:
+        RecordError: a file was changed or is missing, or a step is.
+    """
+    found = [*_altered_results(root, patterns, exports=False), *_unlike_the_seal(root, patterns, needs_seal)]
+    _refuse(root, [*_missing_steps(root), *found])
+    mended = export_again(root, *ANALYSIS)
+    _refuse(root, _altered_results(root, ["/".join((*ANALYSIS, "*"))], exports=True))
+    return mended
+
+
+def _missing_steps(root: Path) -> list[str]:
+    """The steps that the analysis has read and that are gone, in words; a killed swap of folders is no loss."""
+    manifest = find_manifest(root, *ANALYSIS)[0]
+    if manifest is None:
+        return [f"{'/'.join(ANALYSIS)}/manifest.json was changed or is missing"]
+    read = dict.fromkeys(tuple(file["path"].split("/")[:2]) for file in manifest["inputs"])
+    return [f"{scope}/{step} is missing" for scope, step in read if not step_dir(root, scope, step).is_dir()]
+
+
+def _refuse(root: Path, found: list[str]) -> None:
+    """Raise RecordError with the fix if anything was found."""
     if found:
         raise RecordError(
             f"{root} is not as the runs of this study left it: {', '.join(found)}. Nothing was read. Restore this from "
-            f"a copy. For what a step or the report holds, run ./run_all.py --profile {root.name}: that is made again. "
+            f"a copy. For what a step or the report holds, and for {SEAL_NAME}, "
+            f"run ./run_all.py --profile {root.name}: that is made again. "
             "A store can also be deleted: then its questions are asked again."
         )
 
 
-def _altered_results(root: Path, patterns: Sequence[str]) -> list[str]:
-    """What is not as the manifests of the steps say that the patterns name, in words."""
+def _unlike_the_seal(root: Path, patterns: Sequence[str], needs_seal: bool) -> list[str]:
+    """What the patterns name, no manifest proves, and is not as it was sealed, in words; a damaged seal itself too."""
+    if not needs_seal and not (root / SEAL_NAME).exists():
+        return []
+    # What a step holds is proven by its manifest: a run that is under way, or was killed, has sealed nothing yet.
+    changes = check_seal(root, lambda path: _matches(path, patterns) and not _is_proven(root, path))
+    found = [f"{change.path} was changed" for change in changes if change.kind == "changed"]
+    return [*found, *(f"{c.path} is missing" for c in changes if c.kind == "missing" and not is_store(c.path))]
+
+
+def _altered_results(root: Path, patterns: Sequence[str], exports: bool) -> list[str]:
+    """What is not as the manifests of the steps say that the patterns name, in words; with `exports` these too."""
     found = []
     for scope, step in _steps(root, patterns):
         manifest, folder = find_manifest(root, scope, step)[0], step_dir(root, scope, step)
@@ -163,18 +210,36 @@ def _altered_results(root: Path, patterns: Sequence[str]) -> list[str]:
             found += [f"{scope}/{step}/manifest.json was changed or is missing"] * held
             continue
         found += [f"{path.relative_to(root)} {fault}" for path, fault in altered_outputs(root, manifest, wanted)]
-        found += [f"{name} {fault}" for name, fault in altered_exports(root, manifest).items()]
-        notebook, known = f"{scope}/{step}.ipynb", manifest.get("notebook_sha256")  # None: run by hand
-        if known and _matches(notebook, patterns):
-            is_there = (root / notebook).is_file()
-            found += [f"{notebook} is missing"] * (not is_there)
-            found += [f"{notebook} was changed"] * (is_there and sha256(root / notebook) != known)
+        found += [f"{name} {fault}" for name, fault in altered_exports(root, manifest).items()] if exports else []
+        fault = _notebook_fault(root, scope, step) if _matches(f"{scope}/{step}.ipynb", patterns) else None
+        found += [f"{scope}/{step}.ipynb {fault}"] if fault else []
     return found
 
 
-def _is_of_a_step(path: str) -> bool:
-    """True for what a step wrote and for its executed notebook: its manifest has their hashes."""
-    return bool({part.removesuffix(".ipynb") for part in path.split("/")} & set(STEPS))
+def _notebook_fault(root: Path, scope: str, step: str) -> str | None:
+    """What an executed notebook is or was, in words, by the hash in its manifest; "" if it is whole.
+
+    A run writes a new notebook before it swaps the folders of the step. If it is killed in between, the manifest in the
+    work folder is that of the notebook.
+
+    Returns None if no manifest knows the notebook: that of a run by hand names none, and a step can have lost its own.
+    """
+    files = step_dir(root, scope, step) / "manifest.json", work_dir(root, scope, step) / "manifest.json"
+    published, new = ((load_manifest(file, scope, step)[0] or {}).get("notebook_sha256") for file in files)
+    notebook = root / scope / f"{step}.ipynb"
+    digest = sha256(notebook) if notebook.is_file() else None
+    if digest and digest in (published, new):
+        return ""
+    return None if published is None else "was changed" if digest else "is missing"
+
+
+def _is_proven(root: Path, path: str) -> bool:
+    """True for what a step wrote, and for an executed notebook that a manifest knows by its hash."""
+    scope, _, rest = path.partition("/")
+    step, _, inside = rest.partition("/")
+    if step.removesuffix(".ipynb") not in STEPS:
+        return False
+    return bool(inside) or _notebook_fault(root, scope, step.removesuffix(".ipynb")) is not None
 
 
 def _steps(root: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
@@ -193,7 +258,7 @@ def _matches(path: str, patterns: Sequence[str], folder: str = "") -> bool:
 def is_store(path: str) -> bool:
     """True for a file that only ever grows by lines."""
     parts = path.split("/")
-    return path == CALLS or (STORE in parts[:-1] and path.endswith(".jsonl"))
+    return path == CALLS or (STORE_FOLDER in parts[:-1] and path.endswith(".jsonl"))
 
 
 def _difference(root: Path, path: str, entry: dict[str, Any]) -> str | None:

@@ -101,7 +101,7 @@ STUDY = (
     ("02_synth", "shared", WRITE, ()),
     ("03_train", "c01", TRAIN, (("02_synth", "shared", "artefacts/*"),)),
     ("05_judge", "judge-x", JUDGE, (("03_train", "c01", "artefacts/*"),)),
-    ("06_analysis", "all", ANALYSE, (("05_judge", "judge-x", "artefacts/*"),)),
+    ("06_analysis", "study", ANALYSE, (("05_judge", "judge-x", "artefacts/*"),)),
 )
 
 

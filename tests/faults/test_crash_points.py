@@ -25,8 +25,8 @@ from rich.console import Console
 
 from telco_nb import ROOT
 from telco_nb.engine import sealing
-from telco_nb.hosted.lines import parse_line
-from telco_nb.study import seal
+from telco_nb.study import record, seal
+from telco_nb.study.plan import STEPS
 
 HERE = Path(__file__).parent
 SAMPLE = 30
@@ -116,10 +116,23 @@ class Crashes:
             self.run(2, kill=fault)
         elif fault.point not in self.run(2, fault)[2]:
             return "the fault was not reached"
+        if refused := self.refusal():
+            return refused
         code, output, _ = self.run(2)
         if code != 0:
             return f"the next run ended with {code}: {output[-300:]}"
         return difference(self.undisturbed, snapshot(self.root)) or verify(self.folder / "outputs")
+
+    def refusal(self) -> str | None:
+        """What a reader of all steps and notebooks is told of what a killed run has left; of a copy, since it mends."""
+        copy = self.folder / "read"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.root, copy)
+        try:
+            seal.require_finished(copy, *(f"*/{step}{rest}" for step in STEPS for rest in ("/*", ".ipynb")))
+        except record.RecordError as error:
+            return f"who reads the study before the next run is refused: {error}"
+        return None
 
 
 def _start_server(folder: Path) -> subprocess.Popen:
@@ -144,7 +157,7 @@ def snapshot(root: Path) -> dict[str, object]:
             manifest = json.loads(path.read_text())
             found[name] = {key: manifest[key] for key in ("key", "inputs", "outputs", "exports", "status")}
         elif seal.is_store(name):
-            lines = [parse_line(line) for line in path.read_bytes().splitlines()]
+            lines = [record.parse_line(line) for line in path.read_bytes().splitlines()]
             found[name] = [line and {k: v for k, v in line.items() if k not in VARYING} for line in lines]
             if name == seal.CALLS:  # a call whose answer was lost is made again, and half a line was never a line
                 found[name] = sorted({json.dumps(line) for line in found[name] if line})

@@ -17,6 +17,14 @@ def test_the_variants_compute_one_gradient_and_what_a_processor_cannot_tell_is_m
     assert len(table) == 2 + len(found) and "no figure of this table means anything" in table[0]
 
 
+@pytest.mark.skipif(gpu.device.on_gpu(), reason="there is a GPU")
+def test_on_a_processor_liger_is_left_out_with_the_reason_whether_or_not_it_is_installed(monkeypatch, capsys):
+    for installed in (None, object()):
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name, found=installed: found)
+        (one,) = gpu.main(("TRL+Liger",), tiny=True)
+        assert one["failed"] == "Liger needs a GPU" and "TRL+Liger      Liger needs a GPU" in capsys.readouterr().out
+
+
 def test_without_a_gpu_the_full_size_is_refused(monkeypatch):
     monkeypatch.setattr(gpu.device, "gpu_fault", lambda: "no card.")
     with pytest.raises(SystemExit, match="needs a GPU"):

@@ -30,7 +30,9 @@ def finish(outputs: Path) -> Path:
     """A study whose 06 and report are there; what they say is made up."""
     root = fake_study.build_study(outputs, 3, ("checklist",), 0)
     builder = Builder(outputs, root.name)
-    run = builder.open("06_analysis", "study", {"judges": ["checklist"], "seed": 1})
+    reads = (("03_train", "c01", "metrics.json"),)
+    run = builder.open("06_analysis", "study", {"judges": ["checklist"], "seed": 1}, reads)
+    run.input("03_train", "metrics.json", "c01")
     builder.close(run, "analysed")
     for name in FILES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -175,3 +177,14 @@ def test_a_study_of_which_a_byte_was_changed_is_neither_exported_nor_published(
         done = CliRunner().invoke(app, ["publish"])
         assert done.exit_code == 3 and not list(tmp_path.glob("reference/*")), done.output
         assert "holds no finished study" in done.output or f"{name} was changed" in done.output
+
+
+def test_a_study_of_which_a_step_is_gone_is_not_published_and_its_edited_notebook_is_named(
+    study, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(publish, "REFERENCE", tmp_path / "reference")
+    shutil.rmtree(study / "c01" / "03_train")
+    flip(study / "c01" / "03_train.ipynb")
+    done = CliRunner().invoke(app, ["publish"])
+    assert done.exit_code == 3 and not list(tmp_path.glob("reference/*"))
+    assert all(said in done.output for said in ("c01/03_train is missing", "c01/03_train.ipynb was changed"))

@@ -164,10 +164,14 @@ def test_votes_become_a_judge_that_05_ranks(study, pairs, tmp_path, monkeypatch,
     assert command("rerank", folder) == 0 and "human-ann (human)" in capsys.readouterr().out
 
 
+def key_of_05(study, judge):
+    named = {"scope": f"judge-{judge}", "judge": judge, "judge_kind": "human", "configs": CONFIGS}
+    return content_key(make_job("05_judge", declared("05_judge") | named), study)[0]
+
+
 def test_an_import_puts_05_of_its_judge_out_of_date_and_a_run_of_05_does_not(study, pairs, tmp_path, monkeypatch):
     def key(judge):
-        named = {"scope": f"judge-{judge}", "judge": judge, "judge_kind": "human", "configs": CONFIGS}
-        return content_key(make_job("05_judge", declared("05_judge") | named), study)[0]
+        return key_of_05(study, judge)
 
     before = {judge: key(judge) for judge in ("human-ann", "human-bob")}
     half = write(tmp_path / "half.jsonl", [longer(pair, rater="ann") for pair in pairs[:40]])
@@ -180,6 +184,18 @@ def test_an_import_puts_05_of_its_judge_out_of_date_and_a_run_of_05_does_not(stu
     rest = write(tmp_path / "rest.jsonl", [longer(pair, rater="ann") for pair in pairs[40:]])
     assert command("votes", "import", study, rest) == 0
     assert key("human-ann") not in (first, before["human-ann"])
+
+
+def test_an_import_without_a_new_verdict_puts_05_out_of_date_if_it_changes_what_was_shown(study, pairs, tmp_path):
+    skips = [{"pair_id": pair["pair_id"], "vote": "skip", "rater": "ann"} for pair in pairs]
+    keys = [key_of_05(study, "human-ann")]
+    for number in (40, 40, 60):
+        file = write(tmp_path / "skips.jsonl", skips[:number])
+        assert command("votes", "import", study, file) == 0
+        keys.append(key_of_05(study, "human-ann"))
+    assert not [line for line in stored(study, "human-ann").ok.values() if line["source"] == "votes"]
+    assert keys[1] == keys[2], "the same file again changes nothing"
+    assert len(set(keys)) == 3, "more was shown each time, and coverage counts it"
 
 
 def test_a_file_of_parameters_names_the_judge_whatever_the_rater_is_called(study, pairs, tmp_path, capsys):

@@ -2,11 +2,14 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import fake_study
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -18,10 +21,19 @@ from telco_nb.study import record, seal
 
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> Path:
-    """A sealed study with a finished 06 and a report."""
+    """A sealed study with a training, a finished 06 that has read it and exports results, and a report."""
     monkeypatch.setenv("TELCO_NB_OUTPUTS", str(tmp_path))
     builder = fake_study.Builder(tmp_path, "smoke")
-    builder.close(builder.open("06_analysis", "study"), "analysed")
+    run = builder.open("03_train", "c01")
+    run.metric(val_loss=0.5)
+    run.table("loss_curve", pd.DataFrame({"step": [1], "train_loss": [2.0]}))
+    run.artefact("adapter/adapter_model.safetensors").write_bytes(b"weights")
+    builder.close(run, "trained")
+    run = builder.open("06_analysis", "study", inputs=(("03_train", "c01", "metrics.json"),))
+    run.input("03_train", "metrics.json", "c01")
+    run.artefact("results.csv").write_text("config,val_loss\nc01,0.5\n")
+    run.export("results.csv", run.artefact("results.csv"))
+    builder.close(run, "analysed")
     build_report(builder.root)
     seal.seal_study(builder.root)
     return builder.root
@@ -48,15 +60,53 @@ def test_a_spoiled_report_is_built_again_and_sealed(study):
     assert seal.check_seal(study) == []
 
 
-@pytest.mark.parametrize("name", ["study/06_analysis.ipynb", "study/06_analysis/metrics.json"])
-def test_of_a_study_that_something_has_changed_no_report_is_built(study, name, capsys):
-    changed = study / name
-    changed.write_text(changed.read_text() + " ")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "study/06_analysis.ipynb", "study/06_analysis/metrics.json", "c01/03_train.ipynb", "c01/03_train/metrics.json",
+        "c01/03_train/tables/loss_curve.parquet", "c01/03_train/manifest.json", "seal.json",
+    ],
+)  # fmt: skip
+def test_of_a_study_that_something_has_changed_no_report_is_built_and_nothing_is_written(study, name, capsys):
+    fake_study.flip(study / name)
+    (study / "results.csv").write_text("edited")
     sealed = (study / seal.SEAL_NAME).read_bytes()
     code, _ = report(study, build=lambda root: pytest.fail("built"))
     told = " ".join(capsys.readouterr().err.split())
     assert code == 3 and f"{name} was changed" in told and "./run_all.py --profile smoke" in told
     assert (study / seal.SEAL_NAME).read_bytes() == sealed
+    assert (study / "results.csv").read_text() == "edited"
+
+
+@pytest.mark.parametrize("name", ["study/06_analysis.ipynb", "c01/03_train.ipynb", "c01/03_train"])
+def test_a_missing_notebook_or_step_that_06_has_read_is_named_and_no_report_is_built(study, name, capsys):
+    shutil.rmtree(study / name) if (study / name).is_dir() else (study / name).unlink()
+    code, _ = report(study, build=lambda root: pytest.fail("built"))
+    told = " ".join(capsys.readouterr().err.split())
+    assert code == 3 and f"{name} is missing" in told and "./run_all.py --profile smoke" in told
+
+
+def test_a_notebook_that_was_edited_after_its_step_was_removed_is_named(study, capsys):
+    shutil.rmtree(study / "c01" / "03_train")
+    fake_study.flip(study / "c01" / "03_train.ipynb")
+    assert report(study, build=lambda root: pytest.fail("built"))[0] == 3
+    assert "c01/03_train.ipynb was changed" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_text("edited"), Path.unlink])
+def test_an_edited_or_missing_export_is_written_again_and_told(study, spoil):
+    results = study / "results.csv"
+    whole = results.read_bytes()
+    spoil(results)
+    code, said = report(study)
+    assert code == 0 and re.search(r"results\.csv was .*: exported again", said) and results.read_bytes() == whole
+    assert seal.check_seal(study) == []
+
+
+def test_what_the_report_does_not_read_is_named_and_does_not_refuse_it(study):
+    fake_study.flip(study / "c01/03_train/artefacts/adapter/adapter_model.safetensors")
+    code, said = report(study)
+    assert code == 0 and "adapter_model.safetensors" in said and "not sealed again" in said
 
 
 def test_a_run_that_was_killed_before_it_sealed_its_new_notebook_does_not_refuse_the_report(study):

@@ -138,6 +138,19 @@ def test_a_beginning_is_marked_for_the_cache_only_if_it_is_long_enough_to_be_cac
     assert "".join(texts).endswith("xWhich is better?") and ('"cache_control"' in json.dumps(said)) == marked
 
 
+def test_a_long_system_text_without_a_shared_beginning_is_sent_to_anthropic_as_the_generator_sends_it():
+    async def ask():
+        with Server("anthropic", lambda body, n: GOOD) as server:
+            asking = ApiClient(hosted_model("anthropic", server.url))
+            response = await asking.ask(Request("q", "You write chats. " * 1000, "Write one.", Verdict))
+            await asking.close()
+            return response, server.requests[0]
+
+    response, sent = run_async(ask)
+    assert response.status == "ok" and "Write one." in json.dumps(sent["messages"])
+    assert "cache_control" in json.dumps(sent["system"]), "the four requests of a scenario share it"
+
+
 @pytest.mark.parametrize(
     "raw",
     ["", "   ", "null", "[]", '{"verdict":"A"}', '{"verdict":"C","margin":1}', '{"verdict":"A","margin":"1"}',

@@ -241,6 +241,18 @@ def test_importing_again_changes_nothing_and_a_changed_vote_is_refused(material,
         add(tmp_path, material, export, changed)
 
 
+def test_a_vote_whose_line_feed_a_kill_cut_off_outlives_the_next_import_and_half_a_vote_does_not(
+    material, export, voted, tmp_path
+):
+    store, _ = add(tmp_path, material, export, voted[:40])
+    whole, number = store.path.read_bytes(), len(store.ok)
+    store.path.write_bytes(whole[:-1])
+    assert len(add(tmp_path, material, export, voted[:40])[0].ok) == number
+    store.path.write_bytes(whole[:-9])
+    store, found = add(tmp_path, material, export, voted[:40])
+    assert len(found.lines) == 1 and len(store.ok) == number and store.unreadable == 0
+
+
 def test_a_second_export_adds_to_the_first_and_the_first_vote_on_a_question_counts(material, export, voted, tmp_path):
     add(tmp_path, material, export, voted)
     other = make_export(material, 200, seed=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from bs4 import BeautifulSoup
 from markupsafe import Markup
 
 from telco_nb.report import build, config_cards, pages
-from telco_nb.report.files import Page, duration
+from telco_nb.report.files import REPORT_READS, Page, duration
 from telco_nb.study.plan import STEPS
 
 matplotlib.use("Agg")
@@ -48,6 +49,16 @@ def soup(path: Path) -> BeautifulSoup:
 @pytest.fixture(scope="module")
 def built(finished) -> Path:
     return build.build_report(finished).parent
+
+
+def test_a_report_is_built_from_what_report_reads_names_and_from_the_exports_alone(built, root):
+    written = {path.relative_to(root).as_posix(): path for path in root.glob("*/0*/**/*") if path.is_file()}
+    unread = {name for name in written if not any(fnmatch.fnmatchcase(name, reads) for reads in REPORT_READS)}
+    assert {"c01/03_train/tables/energy.parquet", "c01/04_energy/tables/choices.parquet"} <= unread
+    for name in unread:
+        written[name].unlink()
+    again = build.build_report(root).parent
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in built.iterdir()}
 
 
 # ---------------------------------------------------------------- what a reader finds

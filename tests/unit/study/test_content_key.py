@@ -11,6 +11,7 @@ import pytest
 from loopback import python_path
 
 from telco_nb import ROOT
+from telco_nb.hosted.lines import append_lines
 from telco_nb.study import imports
 from telco_nb.study.content_key import brought_sha256
 
@@ -102,5 +103,16 @@ def test_what_a_step_has_asked_itself_is_no_input_whatever_a_reply_says(tmp_path
     for raw in ('"source": "votes"', '{"batch_id": "msgbatch_0"}', '\\"source": "votes"'):
         store.write_bytes(store_line(raw=raw))
         assert brought_sha256(store) is None
-    store.write_bytes(store_line(source="votes")[:-1])
-    assert brought_sha256(store) is None, "somebody is writing this line"
+
+
+def test_a_torn_line_is_no_input_and_a_whole_one_is_with_and_without_its_line_feed(tmp_path):
+    store, line = tmp_path / "verdicts.jsonl", store_line(source="votes")
+    store.write_bytes(line)
+    whole = brought_sha256(store)
+    store.write_bytes(line[:-1])
+    assert brought_sha256(store) == whole is not None, "the reader of a store counts this line"
+    append_lines(store, [store_line()])
+    assert brought_sha256(store) == whole, "the next writer ends the line, and changes no key"
+    for torn in (line[:-2], line[:-2] + b"\n"):
+        store.write_bytes(torn)
+        assert brought_sha256(store) is None, "nobody can read this line"

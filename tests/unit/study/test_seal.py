@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +193,8 @@ def written(tmp_path) -> Path:
 def test_who_reads_a_changed_file_is_refused_with_its_name_and_who_reads_others_is_not(written, name):
     seal.require_unchanged(written, *READ, needs_seal=True)
     flip(written / name)
-    with pytest.raises(record.RecordError, match=rf"{name} was .*Restore this from a copy\. .*\./run_all\.py"):
+    fix = r"Restore this from a copy\. .* and for seal\.json, run \./run_all\.py"
+    with pytest.raises(record.RecordError, match=rf"{name} was .*{fix}"):
         seal.require_unchanged(written, *READ)
     if name != "seal.json":
         seal.require_unchanged(written, "judge-other/store/*", "c01/03_train/*")
@@ -203,6 +205,55 @@ def test_who_reads_a_missing_file_is_refused_with_its_name(written, name):
     (written / name).unlink()
     with pytest.raises(record.RecordError, match=rf"{name} (is|was) missing"):
         seal.require_unchanged(written, *READ)
+
+
+def lost_folder(study: Path) -> None:
+    shutil.rmtree(study / "study/06_analysis")
+
+
+def run_by_hand(study: Path) -> None:
+    manifest = study / "study/06_analysis/manifest.json"
+    record.write_manifest(manifest, json.loads(manifest.read_text()) | {"notebook_sha256": None})
+
+
+@pytest.mark.parametrize("leave", [lost_folder, run_by_hand])
+def test_an_executed_notebook_that_no_manifest_knows_is_compared_with_the_seal(written, leave):
+    leave(written)
+    seal.require_unchanged(written, "*/0*.ipynb", needs_seal=True)
+    flip(written / "study/06_analysis.ipynb")
+    with pytest.raises(record.RecordError, match=r"study/06_analysis\.ipynb was changed"):
+        seal.require_unchanged(written, "*/06_analysis.ipynb")
+    (written / "study/06_analysis.ipynb").unlink()
+    with pytest.raises(record.RecordError, match=r"study/06_analysis\.ipynb is missing"):
+        seal.require_unchanged(written, "*/0*.ipynb", needs_seal=True)
+
+
+def killed_before_the_swap(study: Path) -> Path:
+    """A run was killed between the new notebook and the swap of folders; returns the manifest in the work folder."""
+    work = record.work_dir(study, "study", "06_analysis")
+    shutil.copytree(study / "study/06_analysis", work)
+    notebook = study / "study/06_analysis.ipynb"
+    notebook.write_text(notebook.read_text() + " ")
+    manifest = work / "manifest.json"
+    known = {"notebook_sha256": record.sha256(notebook)}
+    record.write_manifest(manifest, json.loads(manifest.read_text()) | known)
+    return manifest
+
+
+@pytest.mark.parametrize("leave", [lambda study: None, run_by_hand, lost_folder])
+def test_a_run_that_was_killed_between_its_notebook_and_the_swap_of_folders_has_changed_nothing(written, leave):
+    killed_before_the_swap(written)
+    leave(written)
+    seal.require_unchanged(written, "*/0*.ipynb", needs_seal=True)
+    flip(written / "study/06_analysis.ipynb")
+    with pytest.raises(record.RecordError, match=r"study/06_analysis\.ipynb was changed"):
+        seal.require_unchanged(written, "*/0*.ipynb")
+
+
+def test_a_damaged_manifest_in_a_work_folder_vouches_for_no_notebook(written):
+    flip(killed_before_the_swap(written), place=30)
+    with pytest.raises(record.RecordError, match=r"study/06_analysis\.ipynb was changed"):
+        seal.require_unchanged(written, "*/0*.ipynb")
 
 
 def test_a_step_without_its_manifest_proves_nothing(written):
