@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from telco_nb import ROOT
 from telco_nb.corpus import cards, choices, dataset, duplicates, filters, gold, scenarios, variants
+from telco_nb.lora import packing
+from telco_nb.lora.base_model import PACKAGED_MODEL, load_tokenizer
 from telco_nb.study.params import load_study
 
 GRID, GOLD = shipped.grid(), shipped.gold_rows()
@@ -425,3 +427,11 @@ def test_a_profile_teaches_all_problems_it_asks_about_and_asks_for_no_more_than_
         n = values[f"{name}_prompts"]
         assert len(dataset.test_prompts(own, name, n, seed)) == n or n is None
     assert len(choices.choice_items(shipped.cards(), GOLD, values["choice_items"])) == values["choice_items"]
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "params" / "profiles").glob("*.yaml")))
+def test_what_a_profile_trains_on_fits_into_its_max_length(kept, profile):
+    """03_train would end otherwise, after 01 and 02. By the tokenizer of the packaged model, finer than Qwen's."""
+    values, tokenizer = load_study(profile).base, load_tokenizer(PACKAGED_MODEL)
+    for row in dataset.first_exchanges([row for row in kept if row["origin"] == "gold"], values["max_exchanges"]):
+        packing.encode_conversation(tokenizer, row["messages"], row["conversation_id"], values["max_length"])
