@@ -1,6 +1,6 @@
 """The probe before a study measures the study's own step, and what cannot run here is a fault, not a figure.
 
-These tests run on a processor. The probe has not run on a card.
+These tests run on a processor. What the probe said on a card stands in LOG.md.
 """
 
 import io
@@ -101,6 +101,16 @@ def test_the_timed_step_trains_a_full_row_of_the_data(folder):
     assert len(moved) == 14 and all(
         torch.equal(p, before[n.replace(".base_layer", "")]) for n, p in base.named_parameters() if "lora_" not in n
     )
+
+
+@pytest.mark.parametrize("record_step", [True, False])
+def test_the_timed_step_is_recorded_only_where_a_training_would_be(folder, monkeypatch, record_step):
+    asked = []
+    monkeypatch.setattr(probe.step_graph, "record_step", lambda *a: (asked.append(a), (None, "on a processor"))[1])
+    values = request(folder, record_step=record_step)["trainings"][0]
+    base = probe._random_model(Qwen2Config.from_pretrained(folder), "float32")
+    probe.training_work(base, values, 200, [packing.Example("0", [5] * 40, [5] * 40)])
+    assert len(asked) == record_step
 
 
 def test_answers_of_the_probe_all_have_the_full_length(folder):
