@@ -180,9 +180,16 @@ def hub_cache() -> Path:
 
 def find_warnings(jobs: Iterable[Job]) -> list[str]:
     """Return a sentence for each GPU whose energy will not be that of a job alone, or may not be known."""
+    jobs = list(jobs)
     if not any("base_model" in job.parameters for job in jobs):
         return []
-    warnings = [
+    warnings = []
+    if times_a_gpu(jobs) and not _nvidia_smi("index"):
+        warnings.append(
+            "nvidia-smi lists no GPU, so the energy of the GPU will be missing. In a container set "
+            "NVIDIA_DRIVER_CAPABILITIES to compute,utility."
+        )
+    warnings += [
         f"GPU {index} already holds {memory} MiB of another process: its energy would be counted here."
         for index, memory in _nvidia_smi("index,memory.used")
         if memory.isdigit() and int(memory) > BUSY_GPU_MIB

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AttentionInterface
 from telco_nb.lora.adapter_check import check_adapter
 from telco_nb.lora.base_model import map_weights
 from telco_nb.lora.chat_template import end_token_id, prompt_ids
+from telco_nb.lora.device import halving
 from telco_nb.lora.energy import SHORTEST_WINDOW_S, Meter
 from telco_nb.lora.errors import ModelError
 from telco_nb.lora.step import check_attention_options, set_attention
@@ -121,7 +123,7 @@ def answer_prompts(
         model, tokenizer: of `merge_adapter` and `load_model`.
         prompts: columns prompt_id and messages.
         max_tokens: new tokens per answer, at most.
-        batch_size: prompts that are answered together.
+        batch_size: prompts that are answered together, at most; fewer where memory runs out.
         temperature: 0 decodes greedily; above, tokens are sampled.
         seed: of the sampling. Draws depend on it and on the prompt's position, not on the batches.
 
@@ -131,21 +133,23 @@ def answer_prompts(
     """
     encoded = [prompt_ids(tokenizer, list(m)) for m in prompts["messages"]]
     end = end_token_id(tokenizer)
-    rows: list[dict[str, Any]] = []
-    for batch in length_batches(encoded, batch_size):
+
+    def answer(batch: list[int]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         draws = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in batch]) if temperature else None
         generated = generate(model, [encoded[i] for i in batch], end, max_tokens, temperature, draws)
         seconds = (time.perf_counter() - start) / len(batch)
         answers = (_answer_row(tokenizer, ids, end) | {"seconds": seconds} for ids in generated)
-        rows += [{"prompt_id": prompts["prompt_id"].iloc[i]} | row for i, row in zip(batch, answers, strict=True)]
+        return [{"prompt_id": prompts["prompt_id"].iloc[i]} | row for i, row in zip(batch, answers, strict=True)]
+
+    rows = chain.from_iterable(halving(batch, answer) for batch in length_batches(encoded, batch_size))
     return pd.DataFrame(rows).set_index("prompt_id").loc[prompts["prompt_id"]].reset_index()
 
 
 def answer_metered(meter: Meter, answer: Callable[[], pd.DataFrame]) -> tuple[pd.DataFrame, int]:
     """Answer in one window of the meter, and again until it is long enough for the meter's sensors.
 
-    A GPU answers all prompts in a few seconds, and its energy counter needs twenty. Each pass does the same work, so
+    A GPU answers some prompts in a second, and its energy counter needs five. Each pass does the same work, so
     divided by the passes the meter's readings are those of one. Without a sensor a second is enough.
 
     Args:

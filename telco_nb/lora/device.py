@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from telco_nb.study.machine import nvidia_driver
 from telco_nb.study.memory import free_main_memory
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 PROBE_ROUNDS = 4  # measurements of each format; the best counts
 PROBE_SECONDS = 0.02  # duration of a measurement of matmul speed on a processor
 PROBE_SIDE, PROBE_PRODUCTS, WARM_UP_PRODUCTS = 8192, 10, 3  # of matrix products on a GPU
@@ -38,6 +40,11 @@ DATA_SHEET_TFLOPS = {
     "NVIDIA GeForce RTX 4090": 165.2,
 }
 
+NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
+    "out of memory|(can't|cannot|not) allocate|not enough memory|ALLOC_FAILED|ALLOCATION_FAILED"
+    "|NOT_INITIALIZED when calling `cublasCreate",  # what cuBLAS says where its workspace finds no room
+    re.IGNORECASE,
+)
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable` needs; before cuBLAS starts
 
 _chosen = {"device": "auto"}
@@ -120,6 +127,28 @@ def free_memory(processes: int = 1) -> float:
 def use_fixed_order(strict: bool) -> None:
     """Let operations on a GPU add in a fixed order: all of them, or an error; not `strict`, those that can."""
     torch.use_deterministic_algorithms(True, warn_only=not strict)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if a device, main memory, or a library on the GPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+def halving(items: list[Item], work: Callable[[list[Item]], list[T]]) -> list[T]:
+    """The results of work on items at once, or where memory runs out on each half of them, and so on.
+
+    Raises:
+        RuntimeError or MemoryError: of the work; also if memory runs out with one item.
+    """
+    try:
+        return work(items)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error) or len(items) == 1:
+            raise
+    if on_gpu():  # outside of the except block: the error keeps the arrays of the work alive
+        torch.cuda.empty_cache()
+    middle = len(items) // 2
+    return halving(items[:middle], work) + halving(items[middle:], work)
 
 
 def in_fixed_order(work: Callable[[], T]) -> tuple[T, bool]:

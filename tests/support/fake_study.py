@@ -269,7 +269,7 @@ def energy_table(window: str, wh: float, kind: str = "estimated") -> pd.DataFram
     cpu = {
         "window": window, "component": "cpu", "kind": kind, "source": "cpu_time_model", "scope": "process",
         "gross_j": joules, "idle_w": 1.1, "net_j": joules * 0.8, "low_j": joules * 0.5, "high_j": joules * 1.7,
-        "window_s": 31.0, "n_samples": 31, "n_repeats": 1, "valid": True, "invalid_reason": None, "device": "CPU",
+        "window_s": 31.0, "n_windows": 1, "n_repeats": 1, "valid": True, "invalid_reason": None, "device": "CPU",
     }  # fmt: skip
     none = dict.fromkeys(cpu) | {"window": window, "component": "gpu", "kind": "none", "valid": False}
     return pd.DataFrame([cpu, none, cpu | {"component": "total"}])

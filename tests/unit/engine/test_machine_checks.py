@@ -32,6 +32,14 @@ def test_a_gpu_whose_energy_is_not_that_of_a_job_alone_is_named_before_the_run(
     assert machine_checks.find_warnings([Job("05_judge", "judge-x", {}, ())]) == []
 
 
+def test_a_container_without_the_sensors_library_is_named_before_the_run(monkeypatch):
+    monkeypatch.setattr(machine_checks, "_nvidia_smi", lambda names: [])
+    parameters = {"base_model": "m", "device": "cuda"}
+    (found,) = machine_checks.find_warnings([Job("03_train", "c01", parameters, ())])
+    assert "energy of the GPU will be missing" in found and "NVIDIA_DRIVER_CAPABILITIES" in found
+    assert machine_checks.find_warnings([Job("03_train", "c01", parameters | {"device": "cpu"}, ())]) == []
+
+
 def gpu_job(device: str):
     return Job("03_train", "c01", {"device": device}, ())
 

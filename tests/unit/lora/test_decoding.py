@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from telco_nb.lora import base_model, chat_template, decoding, unpacked
+from telco_nb.lora import base_model, chat_template, decoding, packing, trainer, unpacked
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +261,33 @@ def test_a_preloaded_model_is_handed_out_once_as_its_user_may_change_it(real, mo
 def test_batches_hold_every_prompt_once_shortest_first():
     made = decoding.length_batches([[0] * n for n in (5, 2, 9, 1)], 3)
     assert made == [[3, 1, 0], [2]]
+
+
+def test_answers_and_losses_are_the_same_where_memory_holds_one_conversation_at_a_time(real, monkeypatch):
+    """Memory runs out for more than one: the batch is halved, and nothing is lost or changes its place."""
+    model, tokenizer = real
+    messages = [[{"role": "user", "content": "My router is slow. " * n}] for n in (4, 1, 3, 2, 1)]
+    prompts = pd.DataFrame({"prompt_id": list("abcde"), "messages": messages})
+    wanted = decoding.answer_prompts(model, tokenizer, prompts, max_tokens=6, batch_size=1)
+    real_generate, real_losses, sizes = decoding.generate, trainer.token_losses, []
+
+    def generate(model, batch, *options):
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_generate(model, batch, *options)
+
+    def token_losses(model, row):
+        if len(row["segments"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_losses(model, row)
+
+    monkeypatch.setattr(decoding, "generate", generate)
+    found = decoding.answer_prompts(model, tokenizer, prompts, max_tokens=6, batch_size=5)
+    assert sizes[0] == 5 and found.drop(columns="seconds").equals(wanted.drop(columns="seconds"))
+    chats = [[*m, {"role": "assistant", "content": "Restart it."}] for m in prompts["messages"]]
+    examples = [packing.encode_conversation(tokenizer, chat, str(i), 256) for i, chat in enumerate(chats)]
+    losses = trainer.answer_losses(model, examples, 1)
+    monkeypatch.setattr(trainer, "token_losses", token_losses)
+    halved = trainer.answer_losses(model, examples, 1024)
+    assert set(halved) == set(losses) and all((halved[i] == losses[i]).all() for i in losses)

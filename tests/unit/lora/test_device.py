@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from telco_nb.lora import device
+from telco_nb.lora.device import is_out_of_memory
 from telco_nb.lora.errors import PreflightError
-from telco_nb.lora.trainer import constant_arguments, is_out_of_memory
+from telco_nb.lora.trainer import constant_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +178,22 @@ def test_a_gpu_computes_the_same_bits_only_while_it_trains(monkeypatch):
         _ = 1 / 0
     after = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     assert after == before
+
+
+def test_work_that_runs_out_of_memory_is_done_in_halves_and_keeps_the_order():
+    sizes = []
+
+    def work(items):
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [2 * item for item in items]
+
+    assert device.halving(list(range(7)), work) == [2 * i for i in range(7)] and sizes == [7, 3, 1, 2, 4, 2, 2]
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes")):
+
+        def fails(items, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            device.halving([1], fails)

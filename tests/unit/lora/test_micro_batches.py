@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from test_trainer import fake_examples, tiny, train
 
 from telco_nb.lora import packing
+from telco_nb.lora.device import is_out_of_memory
 from telco_nb.lora.step import TrainingError, token_losses
-from telco_nb.lora.trainer import is_out_of_memory, loss_curve
+from telco_nb.lora.trainer import loss_curve
 
 
 def test_a_row_in_parts_has_the_loss_and_gradient_of_the_whole(tmp_path):

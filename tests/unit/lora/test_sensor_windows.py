@@ -338,7 +338,7 @@ def test_the_energy_above_rest_is_what_the_work_added_to_the_power_of_an_idle_ca
     train(clock, meter, 100, watts=300)
     meter.stop()
     gpu = rows(meter).loc["gpu"]
-    assert gpu.window_s == pytest.approx(100) and gpu.n_samples == 1  # the rest is no part of the work
+    assert gpu.window_s == pytest.approx(100) and gpu.n_windows == 1  # the rest is no part of the work
     assert gpu.gross_j == pytest.approx(30_000, rel=0.02) and gpu.net_j == pytest.approx(24_000, rel=0.02)
     note = energy.rest_note(meter.statement("train"))
     assert re.search(r"cpu \d\.\d W, assumed, .*; gpu (59|60)\.\d W, measured, 80% of its energy above", note)

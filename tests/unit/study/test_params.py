@@ -1,6 +1,7 @@
 """Parameter files: what is refused, and with which words."""
 
 import math
+import re
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,13 @@ def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (params.PARAMS_DIR / "profiles").glob("*.yaml")))
+def test_a_shipped_profile_names_the_commit_of_a_model_from_the_hub(profile):
+    values = load_study(profile).base
+    is_hub_id = "/" in values["base_model"]
+    assert bool(re.fullmatch("[0-9a-f]{40}", values["base_model_revision"] or "")) is is_hub_id
 
 
 @pytest.mark.parametrize("profile", ["smoke", "laptop", "overnight", "card", "paper"])
