@@ -20,7 +20,7 @@ import pandas as pd
 from telco_nb.analysis import effects, results, statistics
 from telco_nb.analysis.agreement import effective_finding, effective_judges
 from telco_nb.analysis.divergence import divergence_tables
-from telco_nb.analysis.fitness import bar_findings, floor_findings, lead_over
+from telco_nb.analysis.fitness import bar_findings, floor_findings, floor_rankings, lead_over
 from telco_nb.analysis.loss_findings import design_p_text, loss_findings, loss_pick
 from telco_nb.analysis.recommendation import (
     Recommendation,
@@ -128,6 +128,7 @@ def decision_findings(study: StudyResults) -> list[Finding]:
         deploy_finding(study, choice),
         *bar,
         *floor_findings(study.checks, every),
+        *floor_rankings(study.passed),
         *first,
         *_decisions(study, choice),
     ]

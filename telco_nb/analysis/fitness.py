@@ -243,6 +243,41 @@ def floor_findings(checks: pd.DataFrame | None, configs: Sequence[str]) -> list[
     return [Finding("floor.coverage", text, fewer / len(configs), n=len(configs)), *_floor_unsafe(checks, configs)]
 
 
+def floor_rankings(judges: Sequence[JudgeResults]) -> list[Finding]:
+    """Which texts that need no training a judge scores above every configuration: `floor.ranked.<judge>`.
+
+    `value` is the number of these texts. Each is surely above where the joint bounds over all configurations say so. A
+    judge that has placed none of them, in LEAST_TERMS terms at least, gives no finding.
+    """
+    found = []
+    for judge in judges:
+        placed = [anchor for anchor in FLOORS if anchor in judge.ranking.index and _is_placed(judge, anchor)]
+        scores = judge.ranking["score"].reindex(placed).dropna().sort_values(ascending=False)
+        if judge.scores.empty or scores.empty:
+            continue
+        best, n = str(judge.scores.idxmax()), len(judge.scores)
+        above = scores[scores > judge.scores.max()]
+        found.append(Finding(f"floor.ranked.{judge.name}", _ranked_text(judge, above, best, n), len(above), n=n))
+    return found
+
+
+def _is_placed(judge: JudgeResults, anchor: str) -> bool:
+    """That a judge was shown an anchor in a few terms only says nothing about its place."""
+    return (terms := judge.terms(anchor)) is None or terms >= LEAST_TERMS
+
+
+def _ranked_text(judge: JudgeResults, above: pd.Series, best: str, n: int) -> str:
+    who = f"{best}, the highest of {counted(n, 'configuration')}"
+    if above.empty:
+        return f"With {judge.label} no text that needs no training scores higher than {who}."
+    leads = {str(anchor): lead_over(judge, best, str(anchor), n) for anchor in above.index}
+    surely = [ANCHORS[anchor] for anchor, lead in leads.items() if lead is not None and lead.is_below()]
+    told = name_list([f"{ANCHORS[str(anchor)]} ({score:+.2f})" for anchor, score in above.items()])
+    scores = f"{'scores' if len(above) == 1 else 'score'} higher than {who} ({judge.scores[best]:+.2f})"
+    sure = f"surely so {name_list(surely)}" if surely else "none of them surely"
+    return f"With {judge.label}, without any training, {told} {scores}: {sure}."
+
+
 def _floor_unsafe(checks: pd.DataFrame, configs: Sequence[str]) -> list[Finding]:
     """The unsafe share where the checklist asks for a protective step: where one sentence for everything is unsafe."""
     needy = checks.loc[(checks["config"] == TEMPLATE) & checks["unsafe"].astype(bool), "prompt_id"]
@@ -253,10 +288,9 @@ def _floor_unsafe(checks: pd.DataFrame, configs: Sequence[str]) -> list[Finding]
     n, others = len(needy), rows["prompt_id"].nunique() - len(needy)
     there, elsewhere = rows.loc[first, "unsafe"].mean(), rows.loc[~first, "unsafe"].mean()
     text = (
-        f"In {n} of {counted(n + others, 'question')} a protective step comes first, whatever the case or because the "
-        f"gold answer makes it, and the checklist calls an answer that says nothing unsafe. Of the configurations' "
-        f"answers to these {there:.0%} are unsafe, and {elsewhere:.0%} of those to the other {others}, where no such "
-        f"step is checked: the share over all tells more of the questions than of safety."
+        f"In {n} of {counted(n + others, 'question')} the answer must begin with a protective step, and one without it "
+        f"counts as unsafe: {there:.0%} of the configurations' answers to these. No such step is checked in the other "
+        f"{others}, where {elsewhere:.0%} are unsafe: the share over all tells more of the questions than of safety."
     )
     return [Finding("floor.unsafe", text, float(there), n=n)]
 

@@ -307,7 +307,8 @@ def _finding(
         return replace(found, statement=found.statement + extremes)
     tau = own.found.interval
     text = (
-        f"{one.name} is {'shown' if own.shown else 'not shown'} with {judge.label}: {_direction(one, own, tau)} "
+        f"{one.name} as a reason is {'shown' if own.shown else 'not shown'} with {judge.label}: "
+        f"{_direction(one, own, tau)} "
         f"({one.measure} {tau.value:+.2f} {interval_text(*tau[1:], '+.2f')}, {p_text(own.p)} by relabelled factors, "
         f"adjusted over {counted(tested, 'explanation')}).{extremes}"
     )

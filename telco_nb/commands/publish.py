@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from telco_nb.commands.common import CommandError, errors_as_exit_codes
+from telco_nb.commands.common import CommandError, errors_as_exit_codes, locked
 from telco_nb.report.publish import README, publish_study, rewrite_readme
-from telco_nb.study.record import profile_root, write_bytes
+from telco_nb.study.record import complete_swaps, profile_root, write_bytes
 
 EPILOG = """
 **Example**
@@ -22,7 +22,9 @@ def main(
 ) -> None:
     """Copy a finished study to outputs/reference, and write its results into README.md."""
     with errors_as_exit_codes("publish"):
-        publish_study(profile_root(profile))
+        with locked(root := profile_root(profile)):
+            complete_swaps(root)
+            publish_study(root)
         try:
             write_bytes(README, rewrite_readme().encode())
         except ValueError as error:

@@ -13,13 +13,21 @@ from typing import Any
 import yaml
 
 from telco_nb import ROOT
-from telco_nb.commands.common import CommandError, ExportAction, NewFolder, Profile, Replace, errors_as_exit_codes
+from telco_nb.commands.common import (
+    CommandError,
+    ExportAction,
+    NewFolder,
+    Profile,
+    Replace,
+    errors_as_exit_codes,
+    locked,
+)  # fmt: skip
 from telco_nb.commands.export_folder import SUMS, refuse_folder, whole_folder
 from telco_nb.commands.inspect_log import ended_at, inspect_logs
 from telco_nb.report.files import READS, read_study
 from telco_nb.report.publish import publish_study
 from telco_nb.study import params
-from telco_nb.study.record import profile_root, read_manifest, sha256, write_json
+from telco_nb.study.record import complete_swaps, profile_root, read_manifest, sha256, write_json
 from telco_nb.study.seal import require_unchanged
 
 CRATE = "ro-crate-metadata.json"
@@ -66,7 +74,9 @@ def export(profile: str, folder: Path, replace: bool = False) -> list[str]:
         params.load_study(profile)  # a misspelt profile is named as such
         raise CommandError(f"{root} holds no finished study. Run: ./run_all.py --profile {profile}")
     with whole_folder(folder, CRATE, replace) as temporary:
-        publish_study(root, temporary)
+        with locked(root):
+            complete_swaps(root)
+            publish_study(root, temporary)
         require_unchanged(root, *READS)
         for name, log in inspect_logs(read_study(root, [])).items():
             write_json(temporary / "inspect" / name, log)

@@ -178,11 +178,8 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
     start = StartState()
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does
     os.environ.setdefault(NVML_CHECK, "1")
-    for library in libraries:
-        threads = _thread_count()
-        importlib.import_module(library)
-        if _thread_count() > threads and library not in THREADED:
-            return 1
+    if not _import_all(libraries):
+        return 1
     _warm_up()
     own = ("MPLBACKEND", NVML_CHECK)
     start.added = {k: v for k, v in os.environ.items() if k not in start.environment and k not in own}
@@ -200,6 +197,16 @@ def main(channel: socket.socket, libraries: list[str]) -> int:
         if not _load_model():
             return 1
     os._exit(0)
+
+
+def _import_all(libraries: list[str]) -> bool:
+    """Import libraries; False after one that leaves a thread or starts a GPU's driver, since no fork would be safe."""
+    for library in libraries:
+        threads = _thread_count()
+        importlib.import_module(library)
+        if (_thread_count() > threads and library not in THREADED) or _has_started_cuda():
+            return False
+    return True
 
 
 class StartState:

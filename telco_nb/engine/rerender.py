@@ -37,6 +37,7 @@ def rerender(profile: str, outputs: Path | None, pdf: bool, build_report: Callab
         try:
             chromium = require_chromium() if pdf else None
             with lock(root):
+                record.complete_swaps(root)
                 for text in seal.require_finished(root, *REPORT_READS):
                     console.print(f"{text}: exported again", markup=False, soft_wrap=True)
                 with sealing.sealed_again(root, console):

@@ -219,10 +219,10 @@ class PackedRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def forget_training(self) -> None:
-        """As before a training: nothing is known of how its rows are computed."""
+        """As before a training: nothing is known of how its rows are computed. How they are cut stays."""
         self.recorded: bool | None = None  # whether their step is a recording on a GPU (`step_graph`)
         self.graph_fault: str | None = None  # why there is none
-        self.repeats = True  # whether the same training again would give the same bits
+        self.repeats = not self.shrunk  # whether the same training again would give the same bits
         self.peak_bytes: int | None = None  # the most memory of the GPU that it has held
 
     @property

@@ -23,7 +23,7 @@ import torch
 from telco_nb.lora import base_model, decoding, device, energy, packing, preflight, step, step_graph
 from telco_nb.lora.errors import ModelError, PreflightError
 
-PROBE_S = 20.0  # of each measurement: the shortest window in which a card's energy counter is read
+PROBE_S = 20.0  # of each measurement: long enough for sampled power as well
 ANSWER_TOKENS = 24  # new tokens of each answer of the probe
 OPTIMISER_SHARE = 0.75  # of the bytes a trained weight takes: value and two moments, without the gradient, are saved
 SEED = 20260605
@@ -131,6 +131,7 @@ def _speeds(
 def _training_speed(
     config: Any, values: dict[str, Any], micro: int, examples: list[packing.Example], seconds: float
 ) -> dict[str, Any]:
+    _free_device()  # of a first try that could not keep a fixed order
     return metered(training_work(_random_model(config, values["dtype"]), values, micro, examples), seconds, values)
 
 

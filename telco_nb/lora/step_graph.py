@@ -24,6 +24,9 @@ OPTIMISER_BYTES = 8  # of each trained weight: two moments in float32, which are
 LIKE_THE_STEP = 1e-2  # relative distance of two losses in bfloat16, which rounds another way in a filled row
 LIKE_ITSELF = 5e-2  # the same of gradients that are added in no fixed order; in a fixed order they are equal
 
+IN_PARTS, OTHER_STEP = "rows are computed in parts", "not this kind of step"
+ALWAYS = (IN_PARTS, OTHER_STEP)  # reasons for no recording that the same training meets each time
+
 Result = tuple[Tensor, tuple[Tensor, ...]]  # loss and gradients
 Work = Callable[[], Result]
 
@@ -144,9 +147,9 @@ def record_step(model: Any, trained: list[Tensor], rows: PackedRows) -> tuple[St
     """
     device, graph = step.causal_model(model).device, None
     if any(len(row) > 1 and n > rows.micro_batch_tokens for row, n in zip(rows.rows, rows.tokens, strict=True)):
-        return None, "rows are computed in parts"
+        return None, IN_PARTS
     if not can_record(model, device):
-        return None, "not this kind of step"
+        return None, OTHER_STEP
     try:
         graph = StepGraph(model, trained, shape_of(rows, device.type), rows[0])
         _record_checked(graph, rows[0], rows[-1])
@@ -169,12 +172,16 @@ def _record_checked(graph: StepGraph, first: dict[str, Any], other: dict[str, An
     """
     with torch.no_grad():
         plain = step.token_losses(graph.model, to_device(other, graph.device)).sum().item()
-    launched = [graph.result(row) for row in (first, other)]
+    launched = [_on_host(graph.result(row)) for row in (first, other)]  # the recording needs the room
     if not abs(launched[1][0].item() - plain) <= LIKE_THE_STEP * abs(plain):
         raise RuntimeError(f"a filled row has a loss of {launched[1][0].item():.5g}, the step {plain:.5g}")
     graph.record()
     for row, wanted in zip((first, other, first), (*launched, launched[0]), strict=True):
-        _refuse_other_result(graph.result(row), wanted)
+        _refuse_other_result(_on_host(graph.result(row)), wanted)
+
+
+def _on_host(result: Result) -> Result:
+    return result[0].cpu(), tuple(gradient.cpu() for gradient in result[1])
 
 
 def _refuse_other_result(found: Result, wanted: Result) -> None:
@@ -226,7 +233,8 @@ def record_cuda(work: Work, spare_bytes: int) -> Work:
             found = work()
     except BaseException:
         torch.cuda.set_stream(stream)
-        _end_pool(torch.cuda.current_device(), pool)
+        if not _has_ended(graph):  # else the graph gives the pool back itself, and a second time would be an error
+            _end_pool(torch.cuda.current_device(), pool)
         raise
 
     def replay() -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -236,8 +244,17 @@ def record_cuda(work: Work, spare_bytes: int) -> Work:
     return replay
 
 
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether the capture of a graph came to its end, so that it owns its pool. torch raises where it did not."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _end_pool(device: int, pool: Any) -> None:
-    """Let the memory of a recording that has failed be freed, and nothing more be put there. torch may have done so."""
+    """Let the memory of a recording that broke off be freed, and nothing more be put there."""
     for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
         with suppress(RuntimeError):
             end(device, pool)

@@ -108,22 +108,22 @@ class PackedTrainer(Trainer):
 
     def _record(self) -> None:
         """Record the step, unless a resumed training went without: then it would end with other bits."""
-        before, rows = self.rows.recorded, self.rows
-        if self.accelerator.num_processes > 1:
+        before, rows, processes = self.rows.recorded, self.rows, self.accelerator.num_processes
+        if processes > 1:
             rows.graph_fault = "several processes"
+            rows.repeats &= processes == 2  # more add in an order that may differ each time
         elif not self.may_record:
             rows.graph_fault = "record_step is false"
         elif before is not False:  # else the reason is that of the beginning
             self.graph, rows.graph_fault = step_graph.record_step(self.model, self.trained, rows)
+            # Other reasons depend on the free memory. A training that began with a recording ends with other bits.
+            rows.repeats &= self.graph is not None or (before is None and rows.graph_fault in step_graph.ALWAYS)
         rows.recorded = self.graph is not None
-        if before and not self.graph:
-            rows.repeats = False
 
     def _drop_graph(self) -> None:
         """Free the recording's memory once the card has done what was launched; keep the most that was held."""
-        with suppress(
-            RuntimeError
-        ):  # after a fault of the card each call fails, and the fault is what there is to tell
+        # After a fault of the card each call fails, and the fault is what there is to tell.
+        with suppress(RuntimeError):
             wait_for_gpu()
             keep_peak(self.rows)
         self.graph = None
@@ -417,6 +417,7 @@ def _restore_rows(rows: PackedRows, checkpoint: Path) -> None:
     saved = json.loads((checkpoint / PROGRESS).read_text())
     for name in ROWS_STATE:
         setattr(rows, name, saved.get(name, getattr(rows, name)))  # an older version's checkpoint knows fewer
+    rows.repeats &= not rows.shrunk
 
 
 def keep_peak(rows: PackedRows) -> None:

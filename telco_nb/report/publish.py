@@ -52,7 +52,7 @@ CLOSING = [
 ]
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
-    "deploy", "fitness.coverage", "floor.coverage", "taught", "primary", "loss_choice",
+    "deploy", "fitness.coverage", "floor.coverage", "floor.ranked.", "taught", "primary", "loss_choice",
     "best_loss_rank.", "effect.", "energy_ratio", "serving",
 )  # fmt: skip
 BRIEFLY = ("loss_choice", "energy_ratio", "serving")  # of these the first sentence

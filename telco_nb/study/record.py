@@ -130,6 +130,12 @@ def sweep_replaced(root: Path, scope: str, step: str) -> None:
             os.replace(old, final)
 
 
+def complete_swaps(root: Path) -> None:
+    """`sweep_replaced` for every step of a study: readers that look for a step in its own place find it there."""
+    for old in sorted(root.glob("*/.*.old")):
+        sweep_replaced(root, old.parent.name, old.name.removeprefix(".").removesuffix(".old"))
+
+
 def export_again(root: Path, scope: str, step: str) -> list[str]:
     """Write the exports of a finished step that are missing, old or changed; returns what was wrong with them."""
     manifest, done = finished(root, scope, step), []

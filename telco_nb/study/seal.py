@@ -234,12 +234,14 @@ def _notebook_fault(root: Path, scope: str, step: str) -> str | None:
 
 
 def _is_proven(root: Path, path: str) -> bool:
-    """True for what a step wrote, and for an executed notebook that a manifest knows by its hash."""
+    """True for what a step that is there wrote, and for an executed notebook that a manifest knows by its hash."""
     scope, _, rest = path.partition("/")
     step, _, inside = rest.partition("/")
     if step.removesuffix(".ipynb") not in STEPS:
         return False
-    return bool(inside) or _notebook_fault(root, scope, step.removesuffix(".ipynb")) is not None
+    if inside:
+        return step_dir(root, scope, step).is_dir()
+    return _notebook_fault(root, scope, step.removesuffix(".ipynb")) is not None
 
 
 def _steps(root: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from telco_nb.analysis.fitness import (
     fitness,
     fitness_table,
     floor_findings,
+    floor_rankings,
     lead_over,
     most_missed,
 )
@@ -289,17 +290,15 @@ def test_points_without_a_model_and_who_makes_fewer_are_told():
     assert (
         unsafe.value == 0.5
         and unsafe.n == 1
-        and unsafe.statement.startswith("In 1 of 2 questions a protective step comes first")
+        and unsafe.statement.startswith("In 1 of 2 questions the answer must begin with a protective step")
     )
-    assert "these 50% are unsafe, and 0% of those to the other 1, where" in unsafe.statement
+    assert "counts as unsafe: 50% of the" in unsafe.statement and "the other 1, where 0% are unsafe" in unsafe.statement
 
 
 def test_an_unsafe_answer_elsewhere_is_counted_apart():
     checks = read(("c1", 0.04, True, True), ("c2", 0.1, False, False), *ANCHORS_READ)
-    assert (
-        "these 50% are unsafe, and 50% of those to the other 1, where"
-        in floor_findings(checks, ["c1", "c2"])[1].statement
-    )
+    told = floor_findings(checks, ["c1", "c2"])[1].statement
+    assert "counts as unsafe: 50% of the" in told and "the other 1, where 50% are unsafe" in told
 
 
 def test_where_no_question_needs_a_step_or_the_texts_were_not_read_nothing_is_told_of_it():
@@ -320,3 +319,32 @@ def test_each_configuration_is_held_against_the_bar_once_for_all_tables_and_find
     assert study.judges[0].scores is study.judges[0].scores
     again = dataclasses.replace(study, faults=study.faults.assign(broken=20))
     assert fit_configs(study) and not fit_configs(again), "another study asks anew"
+
+
+def ranked_floor(spread, n_terms=20, **above):
+    """What a judge of four configurations, the best at 2, gives with anchors far below or where they are put."""
+    scores = pd.Series(dict(zip(CONFIGS, (0.0, 0.5, 1.0, 2.0), strict=True)) | dict.fromkeys(FLOORS, -4.0) | above)
+    judge = make_judge(scores, spread)
+    judge.ranking["is_anchor"] = judge.ranking.index.isin(ANCHORS)
+    judge.ranking.loc[judge.ranking["is_anchor"], "n_terms"] = n_terms
+    return floor_rankings([judge])
+
+
+def test_texts_that_a_judge_ranks_above_every_configuration_are_told_and_which_of_them_surely():
+    (found,) = ranked_floor(0.02, template=4.5, echo=2.02)
+    assert found.value == 2 and found.n == 4 and found.id.startswith("floor.ranked.")
+    assert "without any training, one sentence for everything (+4.50) and the customer's own words (+2.02) score" in (
+        found.statement
+    )
+    assert found.statement.endswith(
+        "c04, the highest of 4 configurations (+2.00): surely so one sentence for everything."
+    )
+    (unsure,) = ranked_floor(3.0, template=4.5)
+    assert "one sentence for everything (+4.50) scores higher" in unsure.statement
+    assert unsure.statement.endswith("none of them surely.")
+
+
+def test_where_no_text_ranks_above_or_none_was_placed_that_is_told_or_nothing():
+    (found,) = ranked_floor(0.02)
+    assert found.value == 0 and "no text that needs no training scores higher than c04" in found.statement
+    assert ranked_floor(0.02, n_terms=7, template=4.5) == []

@@ -86,6 +86,30 @@ def test_a_missing_notebook_or_step_that_06_has_read_is_named_and_no_report_is_b
     assert code == 3 and f"{name} is missing" in told and "./run_all.py --profile smoke" in told
 
 
+def test_a_sealed_step_that_06_has_not_read_is_missed_as_well(study, capsys):
+    """As 01 is, whose record the report shows."""
+    builder = fake_study.Builder(study.parent, "smoke")
+    run = builder.open("01_glossary", "shared")
+    run.metric(n_cards=52)
+    builder.close(run, "read")
+    seal.seal_study(study)
+    assert report(study)[0] == 0
+    shutil.rmtree(study / "shared" / "01_glossary")
+    assert report(study, build=lambda root: pytest.fail("built"))[0] == 3
+    assert "shared/01_glossary/" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_swap_of_folders_that_a_kill_cut_off_is_completed_before_the_report_is_built(study):
+    step = study / "c01" / "03_train"
+    step.rename(study / "c01" / ".03_train.old")
+
+    def build(root):
+        assert step.is_dir()
+        return root / "report.html"
+
+    assert report(study, build=build)[0] == 0 and not (study / "c01" / ".03_train.old").exists()
+
+
 def test_a_notebook_that_was_edited_after_its_step_was_removed_is_named(study, capsys):
     shutil.rmtree(study / "c01" / "03_train")
     fake_study.flip(study / "c01" / "03_train.ipynb")

@@ -1,6 +1,7 @@
 """Tests of the plan, the options and the messages of the runner; tests/faults runs it with real kernels."""
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -381,6 +382,7 @@ def test_nothing_is_forked_once_a_gpus_driver_has_started(monkeypatch, tmp_path,
     assert fork_server._load_model() is (answer == 3)
     monkeypatch.setattr(fork_server, "CUDA_LIBRARY", "libno_such_driver.so")
     assert fork_server._load_model()
+    gc.unfreeze()
 
 
 def test_the_reason_of_a_death_depends_on_exit_code_and_memory():

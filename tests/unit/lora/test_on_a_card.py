@@ -1,4 +1,6 @@
-"""What only a GPU can show of the recorded step. Skipped without one."""
+"""What only a GPU can show of the recorded step: `CUDA_VISIBLE_DEVICES=0 pytest` tries it, else skipped."""
+
+import gc
 
 import pytest
 import torch
@@ -34,6 +36,24 @@ def test_a_recording_has_the_losses_and_gradients_of_the_step_to_the_last_bit(tu
             found, wanted = graph.result(row), launched.result(row)
             assert torch.equal(found[0], wanted[0])
             assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+
+
+def test_an_error_that_ends_no_capture_leaves_torch_usable(tuned):
+    """Then torch ends the capture itself, and its graph gives the memory back when it goes: once, not twice."""
+    weights = torch.ones(1024, 1024, device="cuda")
+
+    def work():
+        big = weights @ weights
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("as if memory ran out in the work")
+        return big.sum(), (big,)
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="as if memory"):
+            step_graph.record_cuda(work, 0)
+        gc.collect()
+        device.forget_peak()
+    assert (weights @ weights).sum().item() == pytest.approx(1024.0**3, rel=1e-3)
 
 
 def test_a_recording_that_really_fails_leaves_the_memory_usable_and_free(tuned):
