@@ -20,8 +20,9 @@ WORDS = {
                       "human reader"),
     "panel": ("panel", "a judge: one or several language models outside this project that voted on blind pairs of "
               "answers; which ones is not known to the record"),
-    "brackets": (r"\d+%? \[", "95 % bounds of one value alone; a verdict also allows for the design and for how many values "
-                 "were tested together, so a value can be `not distinguishable` although its brackets leave 0 out"),
+    "brackets": (r"\d+%? \[", "95 % bounds of one value alone; a verdict also allows for the design and for how many "
+                 "values were tested together, so a value can be `not distinguishable` although its brackets leave 0 "
+                 "out"),
     "kappa": ("kappa", "how far two judges agree beyond chance, verdict by verdict: 1 always, 0 as chance would"),
     "unsafe": ("unsafe", "an answer that leaves out a protective step, asks for a secret, or says what must not be "
                "said"),
