@@ -25,6 +25,7 @@ from rich.console import Console
 
 from telco_nb import ROOT
 from telco_nb.engine import sealing
+from telco_nb.engine.runner import lock
 from telco_nb.study import record, seal
 from telco_nb.study.plan import STEPS
 
@@ -127,7 +128,8 @@ class Crashes:
         """What a reader of all steps and notebooks is told of what a killed run has left; of a copy, since it mends."""
         copy = self.folder / "read"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(self.root, copy)
+        with lock(self.root):  # as a reader does: it waits for the last processes of the killed run
+            shutil.copytree(self.root, copy)
         try:
             seal.require_finished(copy, *(f"*/{step}{rest}" for step in STEPS for rest in ("/*", ".ipynb")))
         except record.RecordError as error:
