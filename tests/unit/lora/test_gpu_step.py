@@ -204,7 +204,7 @@ def without_backward(accelerator, loss: torch.Tensor) -> None:
 def test_a_step_of_the_trainer_waits_for_six_copies_of_a_row_to_a_gpu_and_for_two_numbers(
     fake_gpu, tmp_path, monkeypatch, kind
 ):
-    """The six copies are those that an H100 waited for; the numbers are the loss and the gradient's norm, for the log."""
+    """The copies are those that an H100 waited for; the numbers are the loss and the gradient's norm, for the log."""
     for owner in (TrainingArguments, Accelerator):
         monkeypatch.setattr(owner, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)  # it is there
