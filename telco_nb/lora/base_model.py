@@ -339,8 +339,8 @@ def _kept_bytes(config: Any, width: int, targets: list[Any], dropout: bool, chec
     """Bytes that a token keeps for the backward pass; `targets` are the adapted layers, `width` is of a number.
 
     The counts of arrays are those of Llama's and Qwen2's layers. Fake steps in the shapes of the packaged model and of
-    Qwen2.5-3B keep up to 15 % more or less, which a test shows. With `checkpointing` the packaged model keeps less: the
-    logits and the layer that is computed again are counted both, and are never there at once.
+    Qwen2.5-3B keep up to 15 % more or less, which a test shows. With `checkpointing` the estimate is up to
+    40 % too high: the logits and the layer that is computed again are counted both, and are never there at once.
     """
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     numbers = 7 * hidden + 3 * inner

@@ -1,51 +1,24 @@
 """The step as a GPU would compute it, as far as a processor can show: shapes, devices, number formats, waits.
 
-A fake tensor has a device and no numbers. Waits are counted in a real step on the processor that takes the GPU's path.
-Neither says anything about speed.
+A fake tensor has a device and no numbers. Waits are counted in a real step on the processor that takes the GPU's path,
+copies to the GPU in a step whose GPU is a fake one. None of them says anything about speed.
 """
 
-from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
-from telco_nb.lora import kernels, packing, preflight, step
+from telco_nb.lora import kernels, packing, pointwise, preflight, step, step_graph, trainer
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 from telco_nb.lora.trainer import PackedTrainer, constant_arguments
-from tests.support.fake_gpu import lend_cuda_guard
+from tests.support.fake_gpu import FakeCard, WaitCounter, lend_cuda_guard, put_on_fake_gpu
 
 LENGTHS = (9, 21, 14)
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh", "is_nonzero", "item")
-
-
-class WaitCounter(TorchDispatchMode):
-    """Counts the operations for which the host waits on a GPU.
-
-    These read a number or a shape that only the GPU knows (`.item()`, a boolean mask), or make a tensor of host data,
-    which is then copied (`torch.tensor`).
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.waits: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("aten::").split(".")[0]
-        if name in WAITS:
-            self.waits[name] += 1
-        elif name.startswith("index") and any(map(_has_mask, args)):
-            self.waits["mask"] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def _has_mask(argument) -> bool:
-    parts = argument if isinstance(argument, list | tuple) else ()
-    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
 
 
 def tiny_qwen2(dtype: torch.dtype, **options):
@@ -57,15 +30,6 @@ def tiny_qwen2(dtype: torch.dtype, **options):
     )  # fmt: skip
     lora = {"r": 4, "init_lora_weights": False, "target_modules": step.TARGET_MODULES["all"]}
     return step.attach_adapters(Qwen2ForCausalLM._from_config(config, dtype=dtype), LoraConfig(**(lora | options)))
-
-
-def put_on_fake_gpu(model) -> None:
-    for module in model.modules():
-        for name, old in module.named_parameters(recurse=False):
-            new = torch.empty(old.shape, dtype=old.dtype, device="cuda")
-            setattr(module, name, torch.nn.Parameter(new, requires_grad=old.requires_grad))
-        for name, old in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(old.shape, dtype=old.dtype, device="cuda"))
 
 
 def row_of(lengths=LENGTHS) -> dict:
@@ -116,13 +80,16 @@ def test_nothing_in_forward_and_backward_waits_for_a_gpu(varlen_path, dtype):
     assert dict(counter.waits) == {}
 
 
-def test_the_counter_of_waits_sees_items_masks_and_host_data():
+def test_the_counter_of_waits_sees_items_masks_host_data_and_copies_to_another_device():
+    elsewhere = torch.empty(4, dtype=torch.int64, device="meta")
     with WaitCounter() as counter:
         values = torch.arange(4)
         assert values[values > 1].sum().item() == 5
         (values == 0).nonzero()
         torch.tensor([1, 2])
-    assert set(counter.waits) == {"_local_scalar_dense", "mask", "nonzero", "lift_fresh"}
+        values.to("meta"), elsewhere.copy_(values)
+        values.to(torch.int32), values.to("meta", non_blocking=True), elsewhere.copy_(values, non_blocking=True)
+    assert counter.waits == {"_local_scalar_dense": 1, "mask": 1, "nonzero": 1, "lift_fresh": 1, "copy": 2}
 
 
 def test_attention_by_bounds_is_attention_by_lengths_also_in_micro_batches(varlen_path, monkeypatch):
@@ -172,14 +139,27 @@ def test_the_preflight_of_a_step_that_is_not_fused_holds_in_bfloat16():
     assert not any(getattr(m, "cast_input_dtype_enabled", False) for m in tuned.modules()), "the step goes on without"
 
 
-def test_a_step_of_the_trainer_goes_through_all_modules_once_and_waits_twice(tmp_path, monkeypatch):
+def train(tuned, folder, steps: int, **options) -> None:
+    rows = packing.PackedRows([Example(str(i), [*range(9)], [IGNORE_INDEX, *range(1, 9)]) for i in range(20)], 20, 0)
+    given = {"save_strategy": "no", "optim": "adamw_torch_fused"}  # as on a GPU
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=1, disable_tqdm=True,
+        **(constant_arguments() | given),
+    )  # fmt: skip
+    PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row, **options).train()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_of_the_trainer_goes_through_all_modules_once_and_waits_twice_beside_copies_of_the_row(
+    varlen_path, tmp_path, monkeypatch, fused
+):
     """A walk through the modules of a 3B model takes milliseconds, in which a GPU has nothing to do.
 
     The one walk is the Trainer's zero_grad; it waits for the loss and the gradient's norm, which it logs.
     """
+    monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
     tuned, visited, found = tiny_qwen2(torch.float32), [], []
-    plain_step(tuned)
-    rows = packing.PackedRows([Example(str(i), [*range(9)], [IGNORE_INDEX, *range(1, 9)]) for i in range(20)], 20, 0)
+    assert step.prepare_step(tuned, fused) == ("fused" if fused else "plain")
     named_modules = torch.nn.Module.named_modules
 
     def counted(module, *arguments, **options):
@@ -189,14 +169,9 @@ def test_a_step_of_the_trainer_goes_through_all_modules_once_and_waits_twice(tmp
 
     monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
     for steps in (4, 8):
-        given = {"save_strategy": "no", "optim": "adamw_torch_fused"}  # as on a GPU
-        arguments = TrainingArguments(
-            output_dir=tmp_path, max_steps=steps, per_device_train_batch_size=1, disable_tqdm=True,
-            **(constant_arguments() | given),
-        )  # fmt: skip
         visited.clear()
         with WaitCounter() as counter:
-            PackedTrainer(tuned, arguments, train_dataset=rows, data_collator=packing.only_row).train()
+            train(tuned, tmp_path, steps, record_step=False)
         found.append((len(visited), counter.waits["_local_scalar_dense"]))
     modules = sum(1 for _ in named_modules(tuned))
     a_step = [(b - a) / 4 for a, b in zip(*found, strict=True)]
@@ -209,10 +184,54 @@ def guard(tmp_path_factory):
         pytest.skip(reason)
 
 
-def test_the_forward_pass_fits_a_gpu_in_shapes_devices_and_number_formats(guard, monkeypatch):
+@pytest.fixture
+def fake_gpu(guard, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(pointwise, "COMPILED_ON", set())
+
+
+def without_backward(accelerator, loss: torch.Tensor) -> None:
+    """Gradients without a backward pass, which needs CUDA itself; the waits of one are counted on the processor."""
+    assert loss.device.type == "cuda"
+    for parameter in accelerator._models[-1].parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fused", "recorded"])
+def test_a_step_of_the_trainer_waits_for_six_copies_of_a_row_to_a_gpu_and_for_two_numbers(
+    fake_gpu, tmp_path, monkeypatch, kind
+):
+    """The copies are those that an H100 waited for; the numbers are the loss and the gradient's norm, for the log."""
+    for owner in (TrainingArguments, Accelerator):
+        monkeypatch.setattr(owner, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)  # it is there
+    monkeypatch.setattr(Accelerator, "backward", without_backward)
+    monkeypatch.setattr(trainer, "WARMED_UP_ON", set())
+    monkeypatch.setattr(step_graph, "record_step", recorded_on_a_fake_gpu)
+    tuned, found = tiny_qwen2(torch.bfloat16), []
+    with FakeTensorMode() as mode:
+        put_on_fake_gpu(tuned)
+        assert step.prepare_step(tuned, kind != "plain") == ("plain" if kind == "plain" else "fused")
+        for steps in (4, 8):
+            with FakeCard(mode) as card:
+                train(tuned, tmp_path, steps, record_step=kind == "recorded")
+            found.append(card.waits)
+    a_step = {name: (found[1][name] - found[0][name]) / 4 for name in found[1]}
+    assert a_step == {"copy": 6, "_local_scalar_dense": 2}
+
+
+def recorded_on_a_fake_gpu(tuned, trained, rows):
+    """A recording is one launch: none of its operations is seen again."""
+    graph = step_graph.StepGraph(tuned, trained, step_graph.shape_of(rows, "cuda"), rows[0])
+    result = torch.ones((), device="cuda"), tuple(map(torch.zeros_like, trained))
+    graph.record(lambda work, spare_bytes: lambda: result)
+    return graph, None
+
+
+def test_the_forward_pass_fits_a_gpu_in_shapes_devices_and_number_formats(fake_gpu, monkeypatch):
     used = []
     monkeypatch.setattr(step, "varlen_attn", lambda *a, real=step.varlen_attn, **k: used.append(a) or real(*a, **k))
     tuned, host_row = tiny_qwen2(torch.bfloat16), row_of()
@@ -222,7 +241,7 @@ def test_the_forward_pass_fits_a_gpu_in_shapes_devices_and_number_formats(guard,
         fake = {n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for n, t in host_row.items()}
         row = packing.to_device(fake, torch.device("cuda"))
         losses = step.token_losses(tuned, row)
-        assert step.prepare_step(tuned) == "fused", "triton is not here, so nothing is compiled"
+        assert step.prepare_step(tuned) == "fused"
         fused = step.token_losses(tuned, row)
     assert (fused.device, fused.dtype, fused.shape) == (losses.device, losses.dtype, losses.shape)
     assert (losses.device.type, losses.dtype, len(losses)) == ("cuda", torch.float32, sum(row["supervised"]))

@@ -74,6 +74,9 @@ def own_masks(monkeypatch):
 
 @pytest.fixture
 def gpu_path(monkeypatch):
+    """Fake tensors lie on the processor, and are as many and as long as on a GPU."""
+    monkeypatch.setitem(kernels.HEAD_CHUNK, "cpu", kernels.HEAD_CHUNK["cuda"])
+    monkeypatch.setitem(step.ROW_MULTIPLE, "cpu", step.ROW_MULTIPLE["cuda"])
     monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
     monkeypatch.setattr(step, "attention_kernel", lambda device, dtype: "varlen")
     monkeypatch.setattr(step, "varlen_attn", lambda q, k, v, *bounds, **options: OneCall.apply(q, k, v))
@@ -122,31 +125,46 @@ def estimated_bytes(shape: dict, dtype: torch.dtype, tokens: int, lora: dict, ch
 
 
 OPTIONS = {
-    "all": ("all", {}, False),
-    "qv": ("qv", {}, False),
-    "dropout": ("all", {"lora_dropout": 0.05}, False),
-    "dropout of qv": ("qv", {"lora_dropout": 0.05}, False),
-    "checkpointing": ("all", {}, True),
+    "all": ("all", {}),
+    "qv": ("qv", {}),
+    "dropout": ("all", {"lora_dropout": 0.05}),
+    "dropout of qv": ("qv", {"lora_dropout": 0.05}),
 }
+CHECKPOINTING = {"target_modules": step.TARGET_MODULES["all"]}, True
+
+
+@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS.keys())
+def option(request):
+    targets, lora = request.param
+    return {"target_modules": step.TARGET_MODULES[targets]} | lora, False
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS.keys())
 def test_the_estimate_of_a_row_on_a_gpu_is_what_it_holds_within_15_percent(gpu_path, option, fused):
-    targets, lora, checkpointing = option
-    lora = {"target_modules": step.TARGET_MODULES[targets]} | lora
-    held = counted_bytes(PAPER, torch.bfloat16, 39, fused, lora, checkpointing)
-    estimate = estimated_bytes(PAPER, torch.bfloat16, 39 * TOKENS, lora, checkpointing)
-    assert estimate == pytest.approx(held, rel=0.15)
+    held = counted_bytes(PAPER, torch.bfloat16, 39, fused, *option)
+    assert estimated_bytes(PAPER, torch.bfloat16, 39 * TOKENS, *option) == pytest.approx(held, rel=0.15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS.keys())
 def test_the_estimate_of_a_row_on_a_processor_is_what_it_holds_within_15_percent(option, dtype):
-    targets, lora, checkpointing = option
-    lora = {"target_modules": step.TARGET_MODULES[targets]} | lora
-    held = counted_bytes(PACKAGED, dtype, 8, True, lora, checkpointing)
-    estimate = estimated_bytes(PACKAGED, dtype, 8 * TOKENS, lora, checkpointing)
-    # The logits and the layer that is computed again are never there at once: in a small model that is seen.
-    too_high = 1.4 if checkpointing else 1.15
-    assert 0.85 * held <= estimate <= too_high * held
+    held = counted_bytes(PACKAGED, dtype, 8, True, *option)
+    assert estimated_bytes(PACKAGED, dtype, 8 * TOKENS, *option) == pytest.approx(held, rel=0.15)
+
+
+# The logits of a chunk and the layer that is computed again are counted both, and are never there at once.
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_with_checkpointing_the_estimate_of_a_row_on_a_gpu_is_up_to_35_percent_too_high_and_never_too_low(
+    gpu_path, fused
+):
+    """In the shape of Qwen2.5-3B with all its layers, which are what is kept."""
+    shape = PAPER | {"num_hidden_layers": 36}
+    held = counted_bytes(shape, torch.bfloat16, 39, fused, *CHECKPOINTING)
+    assert held <= estimated_bytes(shape, torch.bfloat16, 39 * TOKENS, *CHECKPOINTING) <= 1.35 * held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_checkpointing_the_estimate_of_a_row_on_a_processor_is_up_to_40_percent_too_high_and_never_too_low(dtype):
+    held = counted_bytes(PACKAGED, dtype, 8, True, *CHECKPOINTING)
+    assert held <= estimated_bytes(PACKAGED, dtype, 8 * TOKENS, *CHECKPOINTING) <= 1.4 * held
