@@ -72,8 +72,9 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     about = describe_config(study.results.loc[chosen]) if chosen else ""
     if verdict == "not fit":
         big = "none: not fit for customers" if below else "none: not shown to be fit for customers"
+        ranked = [f["statement"] for f in study.findings if f["id"].startswith("floor.ranked.") and f["value"]]
         first = [f"First choice for a next try: {chosen} ({about})."] if chosen else []
-        return Tile("Deploy", big, [*below, *first, *_reasons(deploy)])
+        return Tile("Deploy", big, [*below, *ranked, *first, *_reasons(deploy)])
     if not chosen:
         return Tile("Deploy", "none of them", _reasons(deploy))
     made = [f["statement"] for f in held if f["id"] == "fitness.coverage"]

@@ -167,6 +167,13 @@ def test_a_study_without_a_fit_configuration_says_none_and_by_how_much_the_best_
     assert tile.lines[1].startswith("First choice for a next try: c04 (LoRA on") and len(tile.lines) == 2
 
 
+@pytest.mark.parametrize("above", [0, 2])
+def test_where_none_is_fit_the_first_tile_names_texts_without_training_that_a_judge_ranks_above_all(above):
+    ranked = {"id": "floor.ranked.panel", "statement": "With panel one sentence scores higher.", "value": above}
+    tile = tiles(with_findings(files(changes={"deploy": {"verdict": "not fit"}}), COVERAGE, ranked))["Deploy"]
+    assert tile.lines[1:-1] == [ranked["statement"]] * bool(above)
+
+
 def test_what_fails_without_any_judge_stands_before_what_blocks_a_ranking():
     why = "only 6 terms were judged; a ranking needs 8"
     change = {"verdict": "not fit", "value": None, "blocked_by": [why]}
