@@ -34,7 +34,9 @@ WRITTEN_BY = (
     "or read them."
 )
 # Shipped gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
-BLIND_READING = {"conversations": 60, "mean": 4.59, "second_reading_of_the_same": 4.88}
+BLIND_READING = {
+    "conversations": 60, "mean": 4.59, "second_reading_of_the_same": 4.88, "right": 4.15, "ends_well": 4.3,
+}  # fmt: skip
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 
 
@@ -46,7 +48,9 @@ def blind_reading_note(gold_path: str | None, reviews_path: str | None) -> str:
     return (
         "These scores come from another instance of a language model, and are generous: a blind reading of "
         f"{found['conversations']} conversations gave a mean of {found['mean']} where the second one had given "
-        f"{found['second_reading_of_the_same']} (LOG.md, Content)."
+        f"{found['second_reading_of_the_same']}, and only {found['right']} for what is right and {found['ends_well']} for "
+        "how it ends. Many texts have been edited for language and for missing steps since they were last scored (LOG.md, "
+        "Content)."
     )
 
 
