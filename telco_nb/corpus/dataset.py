@@ -48,9 +48,9 @@ def blind_reading_note(gold_path: str | None, reviews_path: str | None) -> str:
     return (
         "These scores come from another instance of a language model, and are generous: a blind reading of "
         f"{found['conversations']} conversations gave a mean of {found['mean']} where the second one had given "
-        f"{found['second_reading_of_the_same']}, and only {found['right']} for what is right and {found['ends_well']} for "
-        "how it ends. Many texts have been edited for language and for missing steps since they were last scored (LOG.md, "
-        "Content)."
+        f"{found['second_reading_of_the_same']}, and only {found['right']} for what is right and "
+        f"{found['ends_well']} for how it ends. Many texts have been edited for language and for missing steps "
+        "since they were last scored (LOG.md, Content)."
     )
 
 

@@ -33,7 +33,7 @@ def model(tmp_path):
 
 def paper_jobs(model):
     study = params.load_study("paper")
-    study.base.update(base_model=model, max_length=100_000, device="cpu")
+    study.base.update(base_model=model, base_model_revision=None, max_length=100_000, device="cpu")
     return plan_jobs(study)
 
 
