@@ -93,8 +93,8 @@ def usable_groups(model: Any) -> list[str]:
     return groups
 
 
-def check_case(case: Case) -> tuple[str, preflight.StepCheck]:
-    """The model, its largest group adapted, through the preflight: (kind of step, check)."""
+def adapted(case: Case) -> tuple[str, Any]:
+    """The model with adapters at its largest group of target modules: (kind of step, model)."""
     model = tiny_model(case)
     base_model.check_supported(case.name, model)
     groups = usable_groups(model)
@@ -102,7 +102,12 @@ def check_case(case: Case) -> tuple[str, preflight.StepCheck]:
     step.prepare_step(model)
     torch.manual_seed(1)
     tuned = step.attach_adapters(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    kind = step.prepare_step(tuned)
+    return step.prepare_step(tuned), tuned
+
+
+def check_case(case: Case) -> tuple[str, preflight.StepCheck]:
+    """The adapted model through the preflight: (kind of step, check)."""
+    kind, tuned = adapted(case)
     return kind, preflight.check_step(tuned, two_examples())
 
 

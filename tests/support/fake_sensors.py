@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,31 @@ class Clock:
     def energy_j(self, at: float | np.ndarray) -> float | np.ndarray:
         """The true energy spent until a time."""
         return np.interp(at, self.times, self.joules)
+
+
+class Played:
+    """Moments at which a sensor is read, and what it tells at each: known before, so 1,000 windows take seconds."""
+
+    def __init__(self) -> None:
+        self.seconds, self.watts, self.now = np.zeros(1), np.ones(1), 0
+
+    def perf_counter(self) -> float:
+        return float(self.seconds[self.now])
+
+    def read_w(self, *_: object) -> float:
+        return float(self.watts[self.now])
+
+    def window(self, seconds: np.ndarray, watts: np.ndarray) -> energy.Meter:
+        """A meter after a window from the first of these moments to the last one."""
+        self.seconds, self.watts, self.now = seconds, watts, 0
+        meter = energy.Meter((2.0, 5.0, 12.0), 0.3)
+        meter.start()
+        for self.now in range(1, len(seconds) - 1):
+            for sampler in meter._samplers.values():
+                sampler.sample()
+        self.now = len(seconds) - 1
+        meter.stop()
+        return meter
 
 
 class Card:
@@ -103,9 +129,9 @@ class NoTracker:
         pass
 
 
-def install_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def install_clock(monkeypatch: pytest.MonkeyPatch, clock: Any = None) -> Any:
     """Let the meter's time be that of the returned clock; threads that sample do not run."""
-    clock = Clock()
+    clock = clock or Clock()
     monkeypatch.setattr(energy, "time", clock)
     monkeypatch.setattr(power_samples, "time", clock)
     monkeypatch.setattr(gpu_state, "time", clock)

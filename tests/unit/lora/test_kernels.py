@@ -1,6 +1,7 @@
 """The fused functions compute what transformers and peft compute, and stand aside where they cannot."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from telco_nb.lora import base_model, kernels, packing, step
+from telco_nb.lora import base_model, kernels, packing, pointwise, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 SIZES = {
@@ -142,20 +143,48 @@ def test_what_cannot_be_fused_is_left_to_peft_and_still_exact(options):
     assert relative(found[1], wanted[1]) < 1e-4
 
 
+def bfloat16_error(kind: str) -> float:
+    """How far the gradients of a step in bfloat16, of this kind, are from plain ones in float32."""
+    exact, tuned = plain_step(adapted(), fake_examples())[1], adapted()
+    for name, parameter in tuned.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    assert step.prepare_step(tuned, fused=kind != "plain") == kind
+    found = packed_step(tuned, fake_examples())[1]
+    assert all(g.dtype == torch.float32 for g in found.values())
+    return relative(found, exact)
+
+
 def test_in_bfloat16_the_fused_step_strays_no_further_than_autocast():
-    exact, errors = plain_step(adapted(), fake_examples())[1], {}
-    for prepare in ("autocast", "fused"):
-        tuned = adapted()
-        for name, parameter in tuned.named_parameters():
-            if "lora_" not in name:
-                parameter.data = parameter.data.bfloat16()
-        step.prepare_step(tuned)
-        if prepare == "autocast":
-            kernels.unfuse(tuned)
-        found = packed_step(tuned, fake_examples())[1]
-        assert all(g.dtype == torch.float32 for g in found.values())
-        errors[prepare] = relative(found, exact)
-    assert errors["fused"] < max(0.02, 1.5 * errors["autocast"])
+    assert bfloat16_error("fused") < max(0.02, 1.5 * bfloat16_error("plain"))
+
+
+@pytest.fixture
+def compile_on_a_processor(monkeypatch):
+    """A function after whose call all pointwise parts are compiled, the rotary embedding included, in half a minute."""
+    if not any(map(shutil.which, ("gcc", "clang"))):
+        pytest.skip("no C compiler")
+
+    def forget() -> None:
+        pointwise.compiler_fault.cache_clear()
+        pointwise._compiled.cache_clear()
+
+    def compile_now() -> None:
+        forget()
+        monkeypatch.setattr(pointwise, "COMPILED_ON", {"cpu"})
+        monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
+
+    yield compile_now
+    forget()
+    torch.compiler.reset()
+
+
+@pytest.mark.nightly
+def test_in_bfloat16_the_compiled_step_strays_no_further_than_autocast(compile_on_a_processor):
+    autocast = bfloat16_error("plain")
+    compile_on_a_processor()
+    assert bfloat16_error("compiled") < max(0.02, 1.5 * autocast)
+    assert pointwise._compiled.cache_info().currsize == 5, "both norms, SwiGLU, losses and rotary embedding"
 
 
 def test_with_activation_checkpointing_the_gradient_is_the_same():

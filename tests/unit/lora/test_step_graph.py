@@ -56,13 +56,18 @@ def record_as_a_graph_does(work, spare_bytes=0):
     return replay
 
 
-@pytest.fixture(autouse=True)
-def gpu_path(monkeypatch):
+def take_gpu_path(monkeypatch):
+    """A GPU's step on the processor: attention by bounds and not by blocks, rows filled to one length."""
     monkeypatch.setattr(step, "attention_kernel", lambda device, dtype: "varlen")
     monkeypatch.setattr(step, "varlen_attn", attend_within_bounds)
     monkeypatch.setattr(kernels, "has_block_attention", lambda device: False)
     monkeypatch.setattr(kernels, "HEAD_CHUNK", {"cpu": 16})
     monkeypatch.setitem(step.ROW_MULTIPLE, "cpu", 32)
+
+
+@pytest.fixture(autouse=True)
+def gpu_path(monkeypatch):
+    take_gpu_path(monkeypatch)
 
 
 @pytest.fixture
