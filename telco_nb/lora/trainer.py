@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -153,6 +154,15 @@ class PackedTrainer(Trainer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise  # else the first step finds out as well, and halves the micro-batch size
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The scheduler, one step ahead: transformers' own begins with a rate of 0, so a first step would do nothing."""
+        if self.lr_scheduler is None:
+            scheduler: Any = super().create_scheduler(num_training_steps + 1, optimizer)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+                scheduler.step()
+        return self.lr_scheduler
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()
