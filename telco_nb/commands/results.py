@@ -33,8 +33,8 @@ from telco_nb.study.seal import require_unchanged
 CRATE = "ro-crate-metadata.json"
 CRATE_FORM = "https://w3id.org/ro/crate/1.1"
 MEDIA_TYPES = {
-    ".csv": "text/csv", ".gz": "application/gzip", ".html": "text/html", ".ipynb": "application/x-ipynb+json",
-    ".json": "application/json", ".png": "image/png",
+    ".csv": "text/csv", ".html": "text/html", ".ipynb": "application/x-ipynb+json", ".json": "application/json",
+    ".png": "image/png", ".xz": "application/x-xz",
 }  # fmt: skip
 ABOUT_FOLDERS = {
     "inspect": "Answers and scores of one configuration or anchor, as a log of Inspect.",

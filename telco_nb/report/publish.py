@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
+import lzma
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def _publish_record(root: Path, folder: Path) -> None:
         name = folder / "tables" / f"ranking_{judge}.csv"
         pd.read_parquet(ranking).to_csv(name, index=False, lineterminator="\n")
         if store.is_file():
-            write_bytes(folder / "verdicts" / f"{judge}.jsonl.gz", gzip.compress(store.read_bytes(), mtime=0))
+            write_bytes(folder / "verdicts" / f"{judge}.jsonl.xz", lzma.compress(store.read_bytes()))
     found = {finding["id"]: finding["value"] for finding in read_json(root / "findings.json")}
     scopes = ["shared", "untuned", *dict.fromkeys(filter(None, map(found.get, PICKS))), "judge-*", "study"]
     for notebook in sorted(path for scope in scopes for path in root.glob(f"{scope}/0[!2]*.ipynb")):

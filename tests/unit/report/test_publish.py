@@ -1,8 +1,8 @@
 """The published run is small, consistent, and what the README says."""
 
 import csv
-import gzip
 import json
+import lzma
 import re
 
 import numpy as np
@@ -29,7 +29,7 @@ def test_the_published_run_is_small_and_tells_no_machine_paths():
     for path in files:
         if path.suffix != ".png":
             data = path.read_bytes()
-            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+            text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
             assert "/home/" not in text and "/tmp/" not in text and "/root/" not in text, path
 
 
@@ -42,13 +42,13 @@ def test_what_was_published_before_there_were_folders_names_none(tmp_path):
 @published
 @pytest.mark.skipif(not (publish.REFERENCE / "verdicts").is_dir(), reason="this run was published without verdicts")
 def test_the_published_verdicts_give_the_published_rankings(tmp_path):
-    stores = sorted((publish.REFERENCE / "verdicts").glob("*.jsonl.gz"))
+    stores = sorted((publish.REFERENCE / "verdicts").glob("*.jsonl.xz"))
     assert stores
     for packed in stores:
-        judge = packed.name.removesuffix(".jsonl.gz")
+        judge = packed.name.removesuffix(".jsonl.xz")
         path = tmp_path / f"judge-{judge}" / "store" / "verdicts.jsonl"
         path.parent.mkdir(parents=True)
-        path.write_bytes(gzip.decompress(packed.read_bytes()))
+        path.write_bytes(lzma.decompress(packed.read_bytes()))
         again = rerank(VerdictStore(path), draws=20)
         shown = pd.read_csv(publish.REFERENCE / "tables" / f"ranking_{judge}.csv", index_col="config")
         found = again.ranking.set_index("config")["score"].reindex(shown.index)
