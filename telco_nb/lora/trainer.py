@@ -156,7 +156,7 @@ class PackedTrainer(Trainer):
                 raise  # else the first step finds out as well, and halves the micro-batch size
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The scheduler, one step ahead: transformers' own begins with a rate of 0, so a first step would do nothing."""
+        """One step ahead: the scheduler of transformers begins with a rate of 0, and a first step would do nothing."""
         if self.lr_scheduler is None:
             scheduler: Any = super().create_scheduler(num_training_steps + 1, optimizer)
             with warnings.catch_warnings():

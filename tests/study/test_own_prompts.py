@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.study, pytest.mark.nightly]  # a study of its own, two
 # As Excel writes it in many countries: semicolons and a BOM. The second has no term and no reference.
 OWN_CSV = """\ufeffprompt;reference;term;problem
 My phone was stolen an hour ago and I am afraid somebody is calling on my account. What now?;\
-Block the SIM first, in your account or by a call to us. Then report the theft to the police.;IMEI;stolen_or_lost
+Block the SIM first, in your account or by a call to us. Then report the theft to the police.;imei;stolen_or_lost
 do you have shops in Lyon;;;
-Why is my bill twice as high as last month?;;Bill;
+Why is my bill twice as high as last month?;;bill;
 """
 
 
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 
 def test_every_configuration_answers_each_question_of_ones_own(root):
-    prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "prompts.parquet")
+    prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
     own = prompts[prompts["test_set"] == "own"]
     assert [list(m)[-1]["content"] for m in own["messages"]] == [
         line.split(";")[0] for line in OWN_CSV.removeprefix("\ufeff").splitlines()[1:]
@@ -52,7 +52,7 @@ def test_every_configuration_answers_each_question_of_ones_own(root):
 def test_the_judge_compares_those_answers_and_the_report_shows_them(root):
     lines = (root / "judge-checklist" / "store" / "verdicts.jsonl").read_text().splitlines()
     pairs = [line for line in map(json.loads, lines) if line.get("purpose") == "ranking"]
-    prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "prompts.parquet")
+    prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
     own = set(prompts.loc[prompts["test_set"] == "own", "prompt_id"])
     judged = {line["prompt_id"] for line in pairs} & own
     assert judged == own and all(line["status"] == "ok" for line in pairs)

@@ -1,6 +1,7 @@
 """Gold conversations: form, plan and variety of every term that is written, and what a second reading said."""
 
 import itertools
+import re
 
 import gold
 import pytest
@@ -59,3 +60,30 @@ def test_a_copied_answer_is_found():
     one = "Please switch the phone off and on once, and then tell me what the screen shows."
     assert gold.alike(one, one) == 1.0
     assert gold.alike(one, "The bill lists a charge that was not ordered by you in June.") == 0.0
+
+
+DEPENDED_ON = re.compile(
+    r"\b(?:care|falls?|pendant|nurse|lift|telecare|medical|emergency|panic)[ -]"
+    r"(?:alarm|call button|button|phone|pendant)\b|\bpendant\b|\btelecare\b|\balarm (?:button|cord|centre)\b",
+    re.IGNORECASE,
+)
+SAFE_NOW = re.compile(
+    r"\balarm|\bpendant|\bbutton|\blift\b|\bcentre\b|call for help|emergency|\b(?:999|112|911)\b|charged mobile"
+    r"|priority|protected|hold on",
+    re.IGNORECASE,
+)
+
+
+def speaks_of_help(messages: list[dict[str, str]]) -> bool | None:
+    """Whether the first answer speaks of a way to call for help; None where no such device is named before it."""
+    asked, answer = messages[0]["content"], messages[1]["content"]
+    return bool(SAFE_NOW.search(answer)) if DEPENDED_ON.search(asked) else None
+
+
+def test_where_an_alarm_or_a_lift_phone_is_named_the_first_answer_speaks_of_calling_for_help():
+    found = {row["id"]: speaks_of_help(row["messages"]) for term in TERMS for row in gold.conversations(term)}
+    named = {key: value for key, value in found.items() if value is not None}
+    assert len(named) >= 30
+    assert [key for key, value in named.items() if not value] == []
+    answer = {"role": "assistant", "content": "Please restart the router and wait ten minutes."}
+    assert speaks_of_help([{"role": "user", "content": "Mum's care alarm is dead."}, answer]) is False

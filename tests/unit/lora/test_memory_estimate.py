@@ -1,5 +1,6 @@
 """The estimate of a training's memory against what a step would hold, counted on fake tensors: no weights, no time."""
 
+import shutil
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from telco_nb.lora import base_model, kernels, packing, step
+from telco_nb.lora import base_model, kernels, packing, pointwise, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example
 
 TOKENS, RANK = 208, 16  # of a conversation
@@ -168,3 +169,41 @@ def test_with_checkpointing_the_estimate_of_a_row_on_a_gpu_is_up_to_35_percent_t
 def test_with_checkpointing_the_estimate_of_a_row_on_a_processor_is_up_to_40_percent_too_high_and_never_too_low(dtype):
     held = counted_bytes(PACKAGED, dtype, 8, True, *CHECKPOINTING)
     assert held <= estimated_bytes(PACKAGED, dtype, 8 * TOKENS, *CHECKPOINTING) <= 1.4 * held
+
+
+def kept_arrays(function) -> float:
+    """Arrays of the inputs' size that `function` of two tensors keeps for the backward pass."""
+    gate, up = (torch.randn(64, 128, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    kept: dict[int, int] = {}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        function(gate * 1, up * 1)
+    return sum(kept.values()) / (gate.numel() * gate.itemsize)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("gcc", "clang"))), reason="no C compiler")
+def test_a_compiled_swiglu_keeps_one_array_less_and_the_estimate_of_a_compiled_step_as_well(monkeypatch):
+    assert kept_arrays(pointwise.swiglu) == 3
+    assert kept_arrays(torch.compile(pointwise.swiglu, **pointwise.COMPILER)) == 2
+    arguments = torch.bfloat16, "none", step.TARGET_MODULES["all"], RANK, 1000
+    rows = {}
+    for compiled in (False, True):
+        monkeypatch.setattr(pointwise, "is_compiled", lambda device, compiled=compiled: compiled)
+        rows[compiled] = base_model.memory_estimate(shell_of(PAPER, torch.bfloat16), *arguments, fused=True)["row"]
+    assert rows[False] - rows[True] == 1000 * PAPER["num_hidden_layers"] * PAPER["intermediate_size"] * 2
+    monkeypatch.setattr(pointwise, "is_compiled", lambda device: True)
+    plain = base_model.memory_estimate(shell_of(PAPER, torch.bfloat16), *arguments)["row"]
+    assert plain == rows[False], "transformers' own step is not compiled"
+
+
+def test_the_estimate_of_the_compiled_step_is_near_what_an_h100_held(monkeypatch):
+    """bench/README.md: 36.1 GB held in the shape of Qwen2.5-3B, rank 16 on all layers, rows of 8,192 tokens."""
+    monkeypatch.setattr(pointwise, "is_compiled", lambda device: True)
+    shell = shell_of(PAPER | {"num_hidden_layers": 36}, torch.bfloat16)
+    needed = base_model.memory_estimate(shell, torch.bfloat16, "none", step.TARGET_MODULES["all"], 16, 8192, fused=True)
+    assert sum(needed.values()) == pytest.approx(36.1e9, rel=0.15)
