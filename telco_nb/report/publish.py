@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import lzma
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ import pandas as pd
 
 from telco_nb import ROOT
 from telco_nb.analysis.statements import words_of
+from telco_nb.judge.anchors import ANCHORS, FLOORS
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report.tiles import first_sentence
 from telco_nb.study.input_files import read_json
+from telco_nb.study.machine import device_text
 from telco_nb.study.params import PUBLISHED
 from telco_nb.study.plan import STORES
 from telco_nb.study.record import read_manifest, write_bytes
@@ -87,6 +90,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
         "profile": root.name,
         "date": manifest["started_at"][:10],
         "device": manifest["device"],
+        "trained_on": sorted({device_text(step["device"]) for step in steps if step["step"] == "03_train"}),
         "environment": manifest["environment"],  # of the analysis; `git_commits` has those of all steps
         "git_commits": sorted({step["environment"].get("git_commit") or "no git" for step in steps}),
         "seconds": round(sum(step["seconds"] for step in steps)),
@@ -117,10 +121,15 @@ def _publish_record(root: Path, folder: Path) -> None:
         shutil.copyfile(notebook, folder / "notebooks" / f"{notebook.stem}_{scope}.ipynb")
 
 
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """The configurations of a published run, as results.csv holds them."""
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def readme_block(folder: Path = REFERENCE) -> str:
     """The generated part of the README: figure, words, findings and table, with the kinds of energy and judges."""
-    with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of(folder)
     findings, about = (read_json(folder / name) for name in ("findings.json", "about.json"))
     judges = [name.removesuffix("_score") for name in rows[0] if name.endswith("_score")]
     shown, folded = (_shown_statements(findings, starts) for starts in (IN_THE_OPEN, FOLDED))
@@ -137,6 +146,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
         ["</details>"],
         ["<details><summary>All configurations</summary>"],
         _table(rows, judges),
+        _floor_lines(folder, judges),
         ["</details>"],
         [*CLOSING, *_beside(folder)],
     ]
@@ -151,7 +161,9 @@ def _beside(folder: Path) -> list[str]:
 
 def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges: list[str]) -> str:
     """When, on what and for how long the study ran, and what its energies and judges are."""
-    machine = f"{about['device']['cores']} cores ({about['device']['cpu']})"
+    here = device_text(about["device"])
+    others = [one for one in about.get("trained_on", []) if one != here]
+    machine = f"trained on {' and '.join(others)}, analysed on {here}" if others else here
     took = f"{about['seconds'] / 60:.0f} min of execution"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
@@ -229,6 +241,21 @@ def _table(rows: list[dict[str, str]], judges: list[str]) -> list[str]:
         cells += [_interval(row, f"{judge}_rank", "{:.0f}") for judge in judges]
         table.append(f"| {' | '.join(cells)} |")
     return table
+
+
+def _floor_lines(folder: Path, judges: list[str]) -> list[str]:
+    """A line for each judge: the scores of the highest configuration, the untuned model and the texts of no model."""
+    lines = []
+    for judge in judges:
+        path = folder / "tables" / f"ranking_{judge}.csv"
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as stream:
+                scores = {row["config"]: float(row["score"]) for row in csv.DictReader(stream) if row["score"]}
+            best = max((row["config"] for row in rows_of(folder)), key=lambda config: scores.get(config, -math.inf))
+            named = {best: best} | {name: ANCHORS[name] for name in FLOORS}
+            told = ", ".join(f"{text} {scores[name]:+.2f}" for name, text in named.items() if name in scores)
+            lines.append(f"Scores with {judge} (log-odds; 0 is the mean of all runs): {told}.<br>")
+    return lines
 
 
 def _interval(row: dict[str, str], name: str, form: str) -> str:

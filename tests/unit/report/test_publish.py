@@ -119,3 +119,24 @@ def test_an_effect_on_one_judges_score_stands_beside_what_the_other_judges_find_
     missing = effect("third", "not estimable", None)
     (told,) = publish._shown_statements([effect("checklist", "supported", 1.7), panel, other, missing], ["effect."])
     assert told == "Effect of epochs on checklist: 1.7. With panel: +1.40 [-0.10, +2.00], not distinguishable."
+
+
+def test_the_heading_names_the_machine_that_trained_where_it_is_another():
+    here, card = "Xeon, 2 cores", "Xeon, 16 cores, NVIDIA H100 80GB HBM3, driver 580"
+    about = {"date": "2026-11-27", "profile": "card", "seconds": 2340, "device": {"cpu": "Xeon", "cores": 2}}
+    rows = [{"energy_kind": "measured", "checklist_gate": "passed"}]
+    said = publish._heading(about | {"trained_on": [card]}, rows, ["checklist"])
+    assert f"trained on {card}, analysed on {here}, 39 min" in said and "**measured**" in said
+    assert "trained on" not in publish._heading(about | {"trained_on": [here]}, rows, ["checklist"])
+
+
+def test_beside_the_table_stand_the_scores_of_what_needs_no_training(tmp_path):
+    (tmp_path / "results.csv").write_text("config\nc01\nc02\n")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "ranking_panel.csv").write_text(
+        "config,score\nc01,-0.5\nc02,0.25\nuntuned,-2.1\ntemplate,-1\necho,\nc02-seed1,0.9\n"
+    )
+    assert publish._floor_lines(tmp_path, ["panel", "checklist"]) == [
+        "Scores with panel (log-odds; 0 is the mean of all runs): c02 +0.25, the untuned model -2.10, "
+        "one sentence for everything -1.00.<br>"
+    ]
