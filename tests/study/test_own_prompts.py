@@ -49,12 +49,14 @@ def test_every_configuration_answers_each_question_of_ones_own(root):
         assert answers.set_index("prompt_id").loc[own["prompt_id"], "answer"].str.len().gt(0).all()
 
 
-def test_the_judge_compares_those_answers_and_the_report_shows_them(root):
+def test_the_judge_compares_the_answers_that_have_a_reference_and_the_page_shows_all(root):
     lines = (root / "judge-checklist" / "store" / "verdicts.jsonl").read_text().splitlines()
     pairs = [line for line in map(json.loads, lines) if line.get("purpose") == "ranking"]
     prompts = pd.read_parquet(root / "shared" / "02_synth" / "artefacts" / "test_prompts.parquet")
-    own = set(prompts.loc[prompts["test_set"] == "own", "prompt_id"])
-    judged = {line["prompt_id"] for line in pairs} & own
-    assert judged == own and all(line["status"] == "ok" for line in pairs)
+    own = prompts[prompts["test_set"] == "own"].set_index("prompt_id")["reference"]
+    with_reference = set(own[own != ""].index)
+    assert {line["prompt_id"] for line in pairs} & set(own.index) == with_reference and len(with_reference) == 1
+    assert all(line["status"] == "ok" for line in pairs)
+    assert "Not judged: 2 questions of your own" in (root / "judge-checklist" / "05_judge.ipynb").read_text()
     page = (root / "report" / "answers.html").read_text()
-    assert "do you have shops in Lyon" in page
+    assert "do you have shops in Lyon" in page and "twice as high as last month" in page
