@@ -23,7 +23,6 @@ from telco_nb.judge.anchors import ANCHORS, FLOORS
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report.tiles import first_sentence
 from telco_nb.study.input_files import read_json
-from telco_nb.study.machine import device_text
 from telco_nb.study.params import PUBLISHED
 from telco_nb.study.plan import STORES
 from telco_nb.study.record import read_manifest, write_bytes
@@ -48,15 +47,17 @@ PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
     "embedding": "likeness to the gold answer by sentence embeddings",
 }
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 27}]  # hashes of the same answer lie far apart
 FOLDERS = ("notebooks", "tables", "verdicts")  # of what the results rest on
 CLOSING = [
     "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
     "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
 ]
+LOSS_RANKS = ("best_loss_rank.", "worst_loss_rank.")  # the paper's two facts
 # What README.md says in the open, and what it folds.
 IN_THE_OPEN = (
     "deploy", "fitness.coverage", "floor.coverage", "floor.ranked.", "taught", "primary", "loss_choice",
-    "best_loss_rank.", "effect.", "energy_ratio", "serving",
+    *LOSS_RANKS, "effect.", "energy_ratio", "serving",
 )  # fmt: skip
 BRIEFLY = ("loss_choice", "energy_ratio", "serving")  # of these the first sentence
 FOLDED = (
@@ -90,12 +91,18 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
         "profile": root.name,
         "date": manifest["started_at"][:10],
         "device": manifest["device"],
-        "trained_on": sorted({device_text(step["device"]) for step in steps if step["step"] == "03_train"}),
+        "trained_on": sorted({_computes(step["device"]) for step in steps if step["step"] == "03_train"}),
         "environment": manifest["environment"],  # of the analysis; `git_commits` has those of all steps
         "git_commits": sorted({step["environment"].get("git_commit") or "no git" for step in steps}),
         "seconds": round(sum(step["seconds"] for step in steps)),
     }
     write_bytes(folder / "about.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def _computes(device: Mapping[str, Any]) -> str:
+    """What computes on a machine: its cards, else its processor."""
+    cards = [card["name"] for card in device.get("gpus") or []]
+    return ", ".join(cards) or f"{device['cores']} cores ({device['cpu']})"
 
 
 def _publish_record(root: Path, folder: Path) -> None:
@@ -113,7 +120,7 @@ def _publish_record(root: Path, folder: Path) -> None:
         name = folder / "tables" / f"ranking_{judge}.csv"
         pd.read_parquet(ranking).to_csv(name, index=False, lineterminator="\n")
         if store.is_file():
-            write_bytes(folder / "verdicts" / f"{judge}.jsonl.xz", lzma.compress(store.read_bytes()))
+            write_bytes(folder / "verdicts" / f"{judge}.jsonl.xz", lzma.compress(store.read_bytes(), filters=XZ))
     found = {finding["id"]: finding["value"] for finding in read_json(root / "findings.json")}
     scopes = ["shared", "untuned", *dict.fromkeys(filter(None, map(found.get, PICKS))), "judge-*", "study"]
     for notebook in sorted(path for scope in scopes for path in root.glob(f"{scope}/0[!2]*.ipynb")):
@@ -161,7 +168,7 @@ def _beside(folder: Path) -> list[str]:
 
 def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges: list[str]) -> str:
     """When, on what and for how long the study ran, and what its energies and judges are."""
-    here = device_text(about["device"])
+    here = _computes(about["device"])
     others = [one for one in about.get("trained_on", []) if one != here]
     machine = f"trained on {' and '.join(others)}, analysed on {here}" if others else here
     took = f"{about['seconds'] / 60:.0f} min of execution"
@@ -182,13 +189,39 @@ def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> 
         return not finding["blocked_by"] or finding["verdict"] == "not fit"
 
     told = [finding for finding in findings if is_told(finding)]
-    return [_told(f, findings) for start in starts for f in told if f["id"].startswith(start)]
+    shown = {start: [_told(f, findings) for f in told if f["id"].startswith(start)] for start in starts}
+    shown |= {start: _places(shown[start]) for start in LOSS_RANKS if start in shown}
+    if "effect." in shown and not shown["effect."]:
+        shown["effect."] = _no_effect(findings)
+    return [statement for start in starts for statement in shown[start]]
+
+
+def _places(statements: list[str]) -> list[str]:
+    """The places of one configuration with each judge in one sentence."""
+    parts = [said.rstrip(".").partition(" ranks ") for said in statements]
+    if len({head for head, _, _ in parts}) != 1:
+        return statements
+    return [f"{parts[0][0]} ranks {' and '.join(place for _, _, place in parts)}."]
+
+
+def _no_effect(findings: list[dict[str, Any]]) -> list[str]:
+    """What is told where no factor moves a score for sure: that, and what moves the training energy most."""
+    energy = [f for f in findings if f["id"].startswith("effect.trainingenergy") and f["verdict"] == "supported"]
+    if not any(f["id"].startswith("effect.") for f in findings):
+        return []
+    said = "Effect of the factors: none on a judge's score is shown."
+    if energy:
+        most = max(energy, key=lambda f: abs(math.log(f["value"])))
+        factor, _, moved = most["id"].split(").", 1)[1].partition(".")
+        bounds = interval_text(f"{most['low']:.2f}", f"{most['high']:.2f}", "")
+        said += f" Training energy: {factor.replace('_', ' ')} {moved} times {most['value']:.2f} {bounds}."
+    return [said]
 
 
 def _told(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
     """The statement, cut where the report has the rest; an effect on a score with what the other judges find of it."""
     said = finding["statement"]
-    if finding["id"].startswith("best_loss_rank."):
+    if finding["id"].startswith(LOSS_RANKS):
         return f"{said.partition(';')[0]}."
     if finding["id"].startswith(BRIEFLY):
         return first_sentence(said)

@@ -122,11 +122,12 @@ def test_an_effect_on_one_judges_score_stands_beside_what_the_other_judges_find_
 
 
 def test_the_heading_names_the_machine_that_trained_where_it_is_another():
-    here, card = "Xeon, 2 cores", "Xeon, 16 cores, NVIDIA H100 80GB HBM3, driver 580"
+    card = publish._computes({"cpu": "Xeon", "cores": 16, "gpus": [{"name": "NVIDIA H100 80GB HBM3"}]})
+    here = "2 cores (Xeon)"
     about = {"date": "2026-11-27", "profile": "card", "seconds": 2340, "device": {"cpu": "Xeon", "cores": 2}}
     rows = [{"energy_kind": "measured", "checklist_gate": "passed"}]
     said = publish._heading(about | {"trained_on": [card]}, rows, ["checklist"])
-    assert f"trained on {card}, analysed on {here}, 39 min" in said and "**measured**" in said
+    assert f"trained on NVIDIA H100 80GB HBM3, analysed on {here}, 39 min" in said and "**measured**" in said
     assert "trained on" not in publish._heading(about | {"trained_on": [here]}, rows, ["checklist"])
 
 
