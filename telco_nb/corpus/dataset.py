@@ -35,7 +35,7 @@ WRITTEN_BY = (
 )
 # Shipped gold conversations, scored by a reader who did not know the second reading (LOG.md, Content).
 BLIND_READING = {
-    "conversations": 60, "mean": 4.59, "second_reading_of_the_same": 4.88, "right": 4.15, "ends_well": 4.3,
+    "conversations": 60, "mean": 4.63, "second_reading_of_the_same": 4.87, "right": 4.08, "ends_well": 4.48,
 }  # fmt: skip
 CELL_TEXTS = 20  # self-BLEU of a scenario: at most this many of its texts
 

@@ -20,7 +20,7 @@ from telco_nb.analysis.statements import name_list, words_of
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report import answer_explorer, config_cards, search
 from telco_nb.report.config_cards import GUESSED
-from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_study
+from telco_nb.report.files import Cell, Page, StudyFiles, duration, read_or_none, read_published, read_study
 from telco_nb.report.pages import first_heading, neighbours, notebook_body, with_contents
 from telco_nb.report.rendering import render
 from telco_nb.report.tiles import Tile, base_models, energy_kinds, first_sentence, first_tiles
@@ -100,7 +100,9 @@ def _content(study: StudyFiles) -> dict[str, Any]:
     """The values that the index and the one-file report share."""
     deploy, kinds = study.finding("deploy"), name_list(energy_kinds(study))
     energy = f"Training energy is {kinds}. " if kinds else ""
-    tiles = first_tiles(study) if deploy else []
+    published = read_published()
+    beside = None if published is None or published.findings == study.findings else published
+    tiles = first_tiles(study, beside) if deploy else []
     shown: list[dict[str, Any]] = [
         f | {"tone": TONES.get(f["verdict"], ""), "reasons": _new_reasons(f)} for f in study.findings
     ]

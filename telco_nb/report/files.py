@@ -13,9 +13,10 @@ from typing import Any
 
 import pandas as pd
 
+from telco_nb import ROOT
 from telco_nb.analysis.results import PROXY_KINDS
 from telco_nb.study import record
-from telco_nb.study.params import config_of, drift_name
+from telco_nb.study.params import PUBLISHED, config_of, drift_name
 from telco_nb.study.plan import STEPS
 
 # What `read_study` and the readers of its results find in steps, as patterns.
@@ -137,6 +138,15 @@ def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> StudyFiles:
     # Findings name configurations of results.csv: without it they would point nowhere.
     findings = [] if results.empty else read_or_none(read_json, root / "findings.json") or []
     return StudyFiles(root, pages, manifests, cells, results, findings, metrics)
+
+
+def read_published(root: Path = ROOT / "outputs" / PUBLISHED) -> StudyFiles | None:
+    """Results and findings of the run that comes with the project, as a study without pages; None if there is none."""
+    results, findings = (
+        read_or_none(_read_results, root / "results.csv"),
+        read_or_none(read_json, root / "findings.json"),
+    )
+    return None if results is None or findings is None else StudyFiles(root, [], {}, {}, results, findings, {})
 
 
 def _read_results(path: Path) -> pd.DataFrame:

@@ -36,16 +36,17 @@ class Tile(NamedTuple):
     big: str = ""
     lines: Sequence[str] = ()
     tag: str | None = None
-    rows: Sequence[tuple[str, str, str]] = ()
+    heads: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
     good: bool = False
 
 
-def first_tiles(study: StudyFiles) -> list[Tile]:
-    """The tiles of a study with a finding `deploy`."""
+def first_tiles(study: StudyFiles, published: StudyFiles | None = None) -> list[Tile]:
+    """The tiles of a study with a finding `deploy`; the published run, if it is another, stands beside it."""
     chosen, pick = study.first_choice, (study.finding("loss_choice") or {}).get("value")
     claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
     first = [_deploy_tile(study, chosen), _cost_tile(study, chosen, pick), *claim, _loss_tile(study, chosen, pick)]
-    return [*first, _confidence_tile(study), _tau_tile(study), _paper_tile(study), _limits_tile(study)]
+    return [*first, _confidence_tile(study), _tau_tile(study), _paper_tile(study, published), _limits_tile(study)]
 
 
 def energy_kinds(study: StudyFiles) -> list[str]:
@@ -251,20 +252,27 @@ def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     return words[signs.pop()] if len(signs) == 1 else "the judges differ"
 
 
-def _paper_tile(study: StudyFiles) -> Tile:
+def _paper_tile(study: StudyFiles, published: StudyFiles | None) -> Tile:
     low, high = PAPER["energy_wh"]
+    columns = {
+        "paper": (f"{PAPER['best_loss_rank']} of {PAPER['n']}", PAPER["worst_loss_rank"], f"x {high / low:.1f}"),
+        "published run": _facts_of_the_paper(published) if published else None,
+        "here": _facts_of_the_paper(study),
+    }
+    told = {head: facts for head, facts in columns.items() if facts}
+    names = "lowest loss came", "highest loss came", "energy, most to least"
+    rows = list(zip(names, *told.values(), strict=True))
+    return Tile("Beside the paper (other model, data and judges)", heads=list(told), rows=rows)
+
+
+def _facts_of_the_paper(study: StudyFiles) -> tuple[str, str, str]:
+    """Places of the lowest and the highest loss, and most to least training energy, of a study of ours."""
     ratio = study.finding("energy_ratio") or {}
-    here = (
+    energy = (
         f"x {ratio['value']:.1f}{', no claim' * bool(ratio['blocked_by'])}" if ratio.get("value") is not None else "-"
     )
     kinds = "".join(f", {kind}" for kind in energy_kinds(study) if kind in GUESSED)
-    best = f"{PAPER['best_loss_rank']} of {PAPER['n']}"
-    rows = [
-        ("lowest loss came", best, _ranks(study, "best_loss_rank") or "-"),
-        ("highest loss came", PAPER["worst_loss_rank"], _ranks(study, "worst_loss_rank") or "-"),
-        ("energy, most to least", f"x {high / low:.1f}", f"{here}{kinds}"),
-    ]
-    return Tile("Beside the paper (other model, data and judges)", rows=rows)
+    return _ranks(study, "best_loss_rank") or "-", _ranks(study, "worst_loss_rank") or "-", f"{energy}{kinds}"
 
 
 def _limits_tile(study: StudyFiles) -> Tile:

@@ -13,6 +13,7 @@ import gold
 import numpy as np
 import pytest
 
+from telco_nb.corpus.dataset import BLIND_READING
 from telco_nb.corpus.gold import POINTS, read_lines
 
 DATA = Path(__file__).parent / "data"
@@ -44,6 +45,13 @@ def test_blind_scores_of_sixty_are_high_and_near_those_of_the_second_readers():
     assert len({row["id"] for row in SCORES}) == 60
     assert blind.mean() >= 4.5 and abs(blind.mean() - second.mean()) <= 0.5
     assert blind.min() >= 3 and blind.mean(0).min() >= 4.0  # "right" is the lowest: a step of the card left out
+
+
+def test_the_data_set_s_card_tells_the_figures_of_the_blind_reading():
+    points = {point: np.mean([row[point] for row in SCORES]) for point in POINTS}
+    told = {"conversations": len(SCORES), "mean": np.mean([*points.values()]), **points}
+    for name in ("conversations", "mean", "right", "ends_well"):
+        assert BLIND_READING[name] == round(float(told[name]), 2)
 
 
 def test_what_a_blind_reader_scored_under_4_was_written_again(texts):

@@ -15,7 +15,7 @@ from telco_nb.analysis.claims import primary_finding
 from telco_nb.analysis.statements import words_of
 from telco_nb.report import build, config_cards, publish
 from telco_nb.report import tiles as first_screen
-from telco_nb.report.files import StudyFiles
+from telco_nb.report.files import StudyFiles, read_published
 
 SCORE = pd.Series({"c01": 0.0, "c02": 0.1, "c03": 0.2, "c04": 2.0, "c05": -0.1, "c06": -0.3})
 
@@ -123,6 +123,23 @@ def test_an_energy_is_called_estimated_or_measured_as_it_is():
 def test_a_blocked_energy_ratio_is_marked_beside_the_paper():
     study = dataclasses.replace(make_study(6, [make_judge(SCORE, 0.1)]), invalid_energy=("c02",))
     assert "no claim" in tiles(files(study))["Beside the paper (other model, data and judges)"].rows[2][2]
+
+
+def test_the_published_run_stands_between_the_paper_and_a_run_of_ones_own():
+    """`make study` learns from little: what the run with all conversations found is beside it, in the same words."""
+    title = "Beside the paper (other model, data and judges)"
+    mine, published = files(), read_published()
+    alone, beside = ({t.title: t for t in first_screen.first_tiles(mine, other)}[title] for other in (None, published))
+    assert [*alone.heads] == ["paper", "here"] and [*beside.heads] == ["paper", "published run", "here"]
+    assert [row[-1] for row in beside.rows] == [row[-1] for row in alone.rows]
+    lowest = published.finding("best_loss_rank.checklist")
+    assert f"of {lowest['n']} (checklist)" in beside.rows[0][2] and "x " in beside.rows[2][2]
+
+
+def test_a_study_without_a_published_run_has_its_own_facts_alone(tmp_path):
+    assert read_published(tmp_path) is None
+    (tmp_path / "results.csv").write_text("config,val_loss\nc01,1.0\n")
+    assert read_published(tmp_path) is None, "half a run is none"
 
 
 def test_a_shared_lowest_loss_is_not_called_a_missing_one():

@@ -281,7 +281,7 @@ def test_the_name_of_a_repeat_is_put_together_and_taken_apart_in_one_way():
 
 
 def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):
-    edit(folder / "profiles" / "laptop.yaml", "repeat_seeds: [1, 2]", "repeat_seeds: [1, -2]")
+    edit(folder / "profiles" / "laptop.yaml", "repeat_seeds: [1]", "repeat_seeds: [-2]")
     with pytest.raises(ParameterError, match="seed: Input should be greater than or equal to 0, got -2"):
         load_study("laptop", folder)
 
