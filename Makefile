@@ -41,7 +41,7 @@ bench: .venv/tested  ## speed against plain transformers and TRL, scaling, answe
 	  "answering $(REPEATS)" "fixed_cost $(REPEATS)" kills; do \
 	  set -- $$what; name=$$1; shift; echo "== bench/$$name.py $$*"; $(BIN)/python bench/$$name.py $$* || exit 1; done
 
-reference: .venv/installed  ## publish the last laptop run to outputs/reference and into the README
+reference: .venv/installed  ## publish the finished card study to outputs/reference and into the README
 	$(BIN)/python -m telco_nb publish
 
 lint: .venv/tested

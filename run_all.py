@@ -90,7 +90,7 @@ def main(
     context: typer.Context,
     profile: Annotated[
         str,
-        typer.Option("--profile", "-p", help="A file of params/profiles: smoke, laptop, overnight, paper or yours."),
+        typer.Option("--profile", "-p", help="Of params/profiles: smoke, laptop, overnight, card, paper or yours."),
     ] = "laptop",
     configs: Annotated[
         str | None, typer.Option(help="A study of these LoRA configurations only: c01,c05 or 'c0*'.")

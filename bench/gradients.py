@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import gpu
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import gpu
 from telco_nb.lora import device
 
 VARIANTS = ("plain", "no-cast", "fused", "compiled", "compiled+graph")

@@ -13,12 +13,12 @@ from telco_nb.study.record import complete_swaps, profile_root, write_bytes
 EPILOG = """
 **Example**
 
-- `python -m telco_nb publish`: the laptop study, to outputs/reference and to the first screen of README.md
+- `python -m telco_nb publish`: the study `card`, to outputs/reference and to the first screen of README.md
 """
 
 
 def main(
-    profile: Annotated[str, typer.Option("--profile", "-p", help="The finished study.")] = "laptop",
+    profile: Annotated[str, typer.Option("--profile", "-p", help="The finished study.")] = "card",
 ) -> None:
     """Copy a finished study to outputs/reference, and write its results into README.md."""
     with errors_as_exit_codes("publish"):

@@ -314,16 +314,19 @@ def memory_estimate(
         row_tokens: tokens that are computed at once.
         dropout: the adapters' inputs are dropped in part.
         checkpointing: each layer keeps its input only, and is computed again in the backward pass.
-        fused: the step is our own, whose pointwise parts are compiled on a GPU; they keep less.
+        fused: the step is our own where it can be; its pointwise parts are compiled on a GPU and keep less. False with
+            DoRA or trained biases.
 
     Returns:
         Bytes of "weights", "adapters" (16 a weight: value, gradient and two moments in float32), "head" (the logits of
         one chunk) and "row": what a row keeps for the backward pass.
     """
-    from telco_nb.lora.kernels import HEAD_CHUNK
+    from telco_nb.lora.kernels import HEAD_CHUNK, can_be_fused
     from telco_nb.lora.pointwise import is_compiled
 
-    config, width, compiled = shell.config, dtype.itemsize, fused and is_compiled(torch_device())
+    config, width = shell.config, dtype.itemsize
+    fused = fused and not dropout and quantization == "none" and can_be_fused(shell)
+    compiled = fused and is_compiled(torch_device())
     unquantised = sum(p.numel() for p in shell.get_input_embeddings().parameters())
     if not config.tie_word_embeddings:
         unquantised *= 2  # embeddings and head

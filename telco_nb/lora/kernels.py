@@ -342,6 +342,19 @@ def fuse(model: nn.Module) -> bool:
     return True
 
 
+def can_be_fused(shell: nn.Module) -> bool:
+    """Whether `fuse` takes the layers of a model without adapters, once its weights are frozen. Nothing is changed."""
+    trained = [p for p in shell.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        return fuse(shell)
+    finally:
+        unfuse(shell)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def unfuse(model: nn.Module) -> None:
     """Restore the `forward` of every module."""
     for module in filter(_has_fused_forward, model.modules()):

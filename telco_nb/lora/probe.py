@@ -74,7 +74,8 @@ def _needs(shell: Any, values: dict[str, Any], examples: list[packing.Example]) 
     targets = step.resolve_targets(shell, values["target_modules"])
     memory = base_model.memory_estimate(
         shell, dtype, values["quantization"], targets, values["rank"], values["batch_tokens"],
-        values["lora_dropout"] > 0, values["gradient_checkpointing"], values["fused_step"],
+        values["lora_dropout"] > 0, values["gradient_checkpointing"],
+        values["fused_step"] and not values["dora"] and values["bias"] == "none",
     )  # fmt: skip
     segments = [len(e.input_ids) for e in examples]
     weights = memory["adapters"] / 16

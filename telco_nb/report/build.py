@@ -100,9 +100,7 @@ def _content(study: StudyFiles) -> dict[str, Any]:
     """The values that the index and the one-file report share."""
     deploy, kinds = study.finding("deploy"), name_list(energy_kinds(study))
     energy = f"Training energy is {kinds}. " if kinds else ""
-    published = read_published()
-    beside = None if published is None or published.findings == study.findings else published
-    tiles = first_tiles(study, beside) if deploy else []
+    tiles = first_tiles(study, read_published(study.root.name)) if deploy else []
     shown: list[dict[str, Any]] = [
         f | {"tone": TONES.get(f["verdict"], ""), "reasons": _new_reasons(f)} for f in study.findings
     ]

@@ -140,13 +140,16 @@ def read_study(root: Path, jobs: Sequence[Mapping[str, Any]]) -> StudyFiles:
     return StudyFiles(root, pages, manifests, cells, results, findings, metrics)
 
 
-def read_published(root: Path = ROOT / "outputs" / PUBLISHED) -> StudyFiles | None:
-    """Results and findings of the run that comes with the project, as a study without pages; None if there is none."""
-    results, findings = (
-        read_or_none(_read_results, root / "results.csv"),
-        read_or_none(read_json, root / "findings.json"),
-    )
-    return None if results is None or findings is None else StudyFiles(root, [], {}, {}, results, findings, {})
+def read_published(profile: str, root: Path = ROOT / "outputs" / PUBLISHED) -> StudyFiles | None:
+    """Results and findings of the run that comes with the project, as a study without pages; its root has its profile.
+
+    None if there is none, or one of the same profile: a study is not set beside its own predecessor.
+    """
+    results = read_or_none(_read_results, root / "results.csv")
+    findings, about = (read_or_none(read_json, root / name) for name in ("findings.json", "about.json"))
+    if results is None or not isinstance(findings, list) or not isinstance(about, dict) or about["profile"] == profile:
+        return None
+    return StudyFiles(Path(about["profile"]), [], {}, {}, results, findings, {})
 
 
 def _read_results(path: Path) -> pd.DataFrame:

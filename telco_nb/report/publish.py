@@ -1,6 +1,6 @@
 """Copies a finished study to outputs/reference, and writes its results into README.md.
 
-`python -m telco_nb publish` copies the last laptop run and rewrites the generated part of README.md.
+`python -m telco_nb publish` copies the finished study `card` and rewrites the generated part of README.md.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
         "profile": root.name,
         "date": manifest["started_at"][:10],
         "device": manifest["device"],
-        "trained_on": sorted({_computes(step["device"]) for step in steps if step["step"] == "03_train"}),
+        "trained_on": _trained_on(root),
         "environment": manifest["environment"],  # of the analysis; `git_commits` has those of all steps
         "git_commits": sorted({step["environment"].get("git_commit") or "no git" for step in steps}),
         "seconds": round(sum(step["seconds"] for step in steps)),
@@ -99,10 +99,19 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     write_bytes(folder / "about.json", (json.dumps(facts, indent=1) + "\n").encode())
 
 
-def _computes(device: Mapping[str, Any]) -> str:
-    """What computes on a machine: its cards, else its processor."""
-    cards = [card["name"] for card in device.get("gpus") or []]
-    return ", ".join(cards) or f"{device['cores']} cores ({device['cpu']})"
+def _trained_on(root: Path) -> list[str]:
+    """What the trainings computed on, each once: cards by name, or a processor (a card beside it is not named)."""
+    found = set()
+    for path in root.glob("*/03_train/manifest.json"):
+        device = read_json(path, control_characters=True)["device"]
+        cards = {card["name"] for card in device.get("gpus") or []}
+        on_card = read_json(path.with_name("metrics.json")).get("device") == "cuda"
+        found.add(", ".join(sorted(cards)) if on_card else _processor(device))
+    return sorted(found)
+
+
+def _processor(device: Mapping[str, Any]) -> str:
+    return f"{device['cores']} cores ({device['cpu']})"
 
 
 def _publish_record(root: Path, folder: Path) -> None:
@@ -153,7 +162,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
         ["</details>"],
         ["<details><summary>All configurations</summary>"],
         _table(rows, judges),
-        _floor_lines(folder, judges),
+        _floor_lines(folder, rows, judges),
         ["</details>"],
         [*CLOSING, *_beside(folder)],
     ]
@@ -168,7 +177,7 @@ def _beside(folder: Path) -> list[str]:
 
 def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges: list[str]) -> str:
     """When, on what and for how long the study ran, and what its energies and judges are."""
-    here = _computes(about["device"])
+    here = _processor(about["device"])  # the analysis needs no card
     others = [one for one in about.get("trained_on", []) if one != here]
     machine = f"trained on {' and '.join(others)}, analysed on {here}" if others else here
     took = f"{about['seconds'] / 60:.0f} min of execution"
@@ -212,9 +221,10 @@ def _no_effect(findings: list[dict[str, Any]]) -> list[str]:
     said = "Effect of the factors: none on a judge's score is shown."
     if energy:
         most = max(energy, key=lambda f: abs(math.log(f["value"])))
-        factor, _, moved = most["id"].split(").", 1)[1].partition(".")
+        kind, factor, moved = re.fullmatch(r"effect\.trainingenergy\((.*)\)\.(\w+)\.(.*)", most["id"]).groups()
         bounds = interval_text(f"{most['low']:.2f}", f"{most['high']:.2f}", "")
-        said += f" Training energy: {factor.replace('_', ' ')} {moved} times {most['value']:.2f} {bounds}."
+        said += f" Training energy ({kind}), {factor.replace('_', ' ')} {moved.replace('->', ' to ')}: "
+        said += f"{most['value']:.2f} times {bounds}."
     return [said]
 
 
@@ -276,7 +286,7 @@ def _table(rows: list[dict[str, str]], judges: list[str]) -> list[str]:
     return table
 
 
-def _floor_lines(folder: Path, judges: list[str]) -> list[str]:
+def _floor_lines(folder: Path, rows: list[dict[str, str]], judges: list[str]) -> list[str]:
     """A line for each judge: the scores of the highest configuration, the untuned model and the texts of no model."""
     lines = []
     for judge in judges:
@@ -284,10 +294,11 @@ def _floor_lines(folder: Path, judges: list[str]) -> list[str]:
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as stream:
                 scores = {row["config"]: float(row["score"]) for row in csv.DictReader(stream) if row["score"]}
-            best = max((row["config"] for row in rows_of(folder)), key=lambda config: scores.get(config, -math.inf))
-            named = {best: best} | {name: ANCHORS[name] for name in FLOORS}
-            told = ", ".join(f"{text} {scores[name]:+.2f}" for name, text in named.items() if name in scores)
-            lines.append(f"Scores with {judge} (log-odds; 0 is the mean of all runs): {told}.<br>")
+            ours = {row["config"]: float(row[f"{judge}_score"]) for row in rows if row[f"{judge}_score"]}
+            best = max(ours, key=lambda config: ours[config])
+            told = [f"the highest configuration, {best}, {ours[best]:+.2f}"]
+            told += [f"{ANCHORS[name]} {scores[name]:+.2f}" for name in FLOORS if name in scores]
+            lines.append(f"Scores with {judge} (log-odds; 0 is the mean of all runs): {', '.join(told)}.<br>")
     return lines
 
 

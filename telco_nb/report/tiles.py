@@ -256,13 +256,13 @@ def _paper_tile(study: StudyFiles, published: StudyFiles | None) -> Tile:
     low, high = PAPER["energy_wh"]
     columns = {
         "paper": (f"{PAPER['best_loss_rank']} of {PAPER['n']}", PAPER["worst_loss_rank"], f"x {high / low:.1f}"),
-        "published run": _facts_of_the_paper(published) if published else None,
-        "here": _facts_of_the_paper(study),
     }
-    told = {head: facts for head, facts in columns.items() if facts}
+    if published:
+        columns[f"published run ({published.root.name})"] = _facts_of_the_paper(published)
+    columns["here"] = _facts_of_the_paper(study)
     names = "lowest loss came", "highest loss came", "energy, most to least"
-    rows = list(zip(names, *told.values(), strict=True))
-    return Tile("Beside the paper (other model, data and judges)", heads=list(told), rows=rows)
+    rows = list(zip(names, *columns.values(), strict=True))
+    return Tile("Beside the paper (other model, data and judges)", heads=list(columns), rows=rows)
 
 
 def _facts_of_the_paper(study: StudyFiles) -> tuple[str, str, str]:

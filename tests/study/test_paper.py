@@ -20,7 +20,7 @@ from telco_nb.study import params
 pytestmark = [pytest.mark.study, pytest.mark.nightly]
 REPLACED = {
     "base_model": "smollm2-135m-instruct", "base_model_revision": "null", "device": "cpu", "configs": "[p01, p16]",
-    "repeat_configs": "[]", "repeat_seeds": "[]", "batch_tokens": 2048,  # two rows: a first step learns nothing
+    "repeat_configs": "[]", "repeat_seeds": "[]", "batch_tokens": 2048,
 }  # fmt: skip
 SMALLER = {  # what the profile leaves at its value in base.yaml
     "conversations_per_scenario": 2, "train_conversations": 12, "val_conversations": 4, "test_prompts": 3,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import gpu
+from bench import gpu, gradients
 
 
 def test_the_variants_compute_one_gradient_and_what_a_processor_cannot_tell_is_missing(capsys):
@@ -37,3 +37,11 @@ def test_the_rows_have_the_tokens_and_labels_of_the_paper_profile():
     rows = gpu.make_rows(gpu.Sizes(rows=2))
     assert max(rows.tokens) <= 8192 and sum(rows.tokens) == pytest.approx(2 * 8192, rel=0.15)
     assert sum(rows.supervised) / sum(rows.tokens) == pytest.approx(0.54, abs=0.02)
+
+
+def test_the_distances_from_float32_are_those_of_rounding_and_plain_is_0_from_itself(capsys):
+    found = gradients.main(("plain", "no-cast", "fused", "compiled"), tiny=True)
+    assert list(found)[:3] == ["plain", "no-cast", "fused"]
+    assert all(0 < exact < 0.1 and 0 < first < 0.1 for exact, first, _, _ in found.values())
+    assert found["plain"][2:] == (0, 0) and found["fused"][2] < 0.1
+    assert len(capsys.readouterr().out.splitlines()) == 5

@@ -67,9 +67,10 @@ DEPENDED_ON = re.compile(
     r"(?:alarm|call button|button|phone|pendant)\b|\bpendant\b|\btelecare\b|\balarm (?:button|cord|centre)\b",
     re.IGNORECASE,
 )
-SAFE_NOW = re.compile(
-    r"\balarm|\bpendant|\bbutton|\blift\b|\bcentre\b|call for help|emergency|\b(?:999|112|911)\b|charged mobile"
-    r"|priority|protected|hold on",
+SAFE_NOW = re.compile(  # somebody is to do something; to name the device again is not enough
+    r"charged (?:mobile|phone)|\b(?:999|112|911)\b|emergency number|out of use|\btest(?:ed)?\b|\bpress|alarm centre"
+    r"|the centre|with (?:him|her|them) until|somebody(?:'s| is)? (?:with|to)|priority|protected|plugged|look in\b"
+    r"|hold on new|stop on any|backup|neighbour|nobody is in|lift (?:firm|company)",
     re.IGNORECASE,
 )
 
@@ -85,5 +86,6 @@ def test_where_an_alarm_or_a_lift_phone_is_named_the_first_answer_speaks_of_call
     named = {key: value for key, value in found.items() if value is not None}
     assert len(named) >= 30
     assert [key for key, value in named.items() if not value] == []
-    answer = {"role": "assistant", "content": "Please restart the router and wait ten minutes."}
-    assert speaks_of_help([{"role": "user", "content": "Mum's care alarm is dead."}, answer]) is False
+    asked = {"role": "user", "content": "Mum's care alarm is dead."}
+    for said in ("Please restart the router.", "Her alarm is no product of ours. Hold on."):
+        assert speaks_of_help([asked, {"role": "assistant", "content": said}]) is False

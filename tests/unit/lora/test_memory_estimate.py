@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from telco_nb.lora import base_model, kernels, packing, pointwise, step
 from telco_nb.lora.packing import IGNORE_INDEX, Example
@@ -196,9 +196,22 @@ def test_a_compiled_swiglu_keeps_one_array_less_and_the_estimate_of_a_compiled_s
         monkeypatch.setattr(pointwise, "is_compiled", lambda device, compiled=compiled: compiled)
         rows[compiled] = base_model.memory_estimate(shell_of(PAPER, torch.bfloat16), *arguments, fused=True)["row"]
     assert rows[False] - rows[True] == 1000 * PAPER["num_hidden_layers"] * PAPER["intermediate_size"] * 2
+    assert not [p for p in shell_of(PAPER, torch.bfloat16).parameters() if not p.requires_grad]
+
+
+@pytest.mark.parametrize("why", ["not asked for", "dropout", "int8", "Qwen3"])
+def test_the_estimate_of_a_step_that_is_not_fused_counts_all_that_transformers_keeps(monkeypatch, why):
+    """A step of transformers and peft is not compiled, whatever was asked for: less memory would be promised."""
     monkeypatch.setattr(pointwise, "is_compiled", lambda device: True)
-    plain = base_model.memory_estimate(shell_of(PAPER, torch.bfloat16), *arguments)["row"]
-    assert plain == rows[False], "transformers' own step is not compiled"
+    shell = shell_of(PAPER, torch.bfloat16)
+    if why == "Qwen3":
+        with torch.device("meta"):
+            shell = Qwen3ForCausalLM(Qwen3Config(**PAPER))
+    quantization = "int8" if why == "int8" else "none"
+    arguments = torch.bfloat16, quantization, step.TARGET_MODULES["all"], RANK, 1000, why == "dropout"
+    found = base_model.memory_estimate(shell, *arguments, fused=why != "not asked for")
+    monkeypatch.setattr(pointwise, "is_compiled", lambda device: False)
+    assert found == base_model.memory_estimate(shell, *arguments, fused=True)
 
 
 def test_the_estimate_of_the_compiled_step_is_near_what_an_h100_held(monkeypatch):

@@ -1,6 +1,6 @@
 """Planted energies: they lie within the interval that the meter states in 95 of 100 windows, for each kind of sensor.
 
-What is planted are the errors of sensors: normal, with a standard deviation that is typed in here and in nothing else.
+What is planted are the errors of sensors: normal, with a standard deviation typed here, not taken from the code.
 """
 
 from collections.abc import Callable
@@ -162,7 +162,7 @@ def work(clock: Clock, sensor: str, rng: np.random.Generator, joules: float, tel
 @pytest.mark.parametrize("sensor", MOST)
 def test_the_interval_of_the_ratio_of_twice_the_work_to_the_work_holds_2(sensor, clock, monkeypatch):
     """Two windows with nothing in common: other powers, other steps, and each with an error of its own."""
-    rng, ratios, hits, cpu_s = np.random.default_rng(9), [], 0, [0.0]
+    rng, ratios, bounds, cpu_s = np.random.default_rng(9), [], [], [0.0]
     component = {"laptop": "battery", "cpu time": "cpu"}.get(sensor, "gpu")
     cores, gain, card = energy.Meter(WATTS, IDLE_SHARE).cores, 1.0, Card(clock)
     counter = {"card": card.counter_mj}.get(sensor, not_supported)
@@ -187,8 +187,9 @@ def test_the_interval_of_the_ratio_of_twice_the_work_to_the_work_holds_2(sensor,
             pair.append(work(clock, sensor, rng, joules, tell, component))
         once, twice = pair
         ratios.append(twice.gross_j / once.gross_j)
-        hits += twice.low_j / once.high_j <= 2 <= twice.high_j / once.low_j
-    assert hits / PAIRS >= 0.95
+        bounds.append((twice.low_j / once.high_j, twice.high_j / once.low_j))
+    low, high = np.array(bounds).T
+    assert np.mean((low <= 2) & (high >= 2)) >= 0.95
     assert np.mean(ratios) == pytest.approx(2, rel=0.03) and 0.02 < np.std(ratios) < SPREAD[sensor]
-    narrow = twice.kind == "estimated" or (twice.high_j / once.low_j) / (twice.low_j / once.high_j) < 2
-    assert narrow, "an interval that holds every ratio says nothing"
+    width = np.median(high / low)  # of an estimate it is the square of a factor of six, and says nothing of a ratio
+    assert width < 2 or (sensor == "cpu time" and twice.kind == "estimated")

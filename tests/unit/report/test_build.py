@@ -452,7 +452,7 @@ def test_many_configurations_fold_those_without_a_role_and_lose_none(root, monke
 
 @pytest.mark.nightly
 def test_the_report_of_200_configurations_stays_within_5_mb_a_page(tmp_path, monkeypatch):
-    """75 words for each of 40 questions: as much text as 60 words for each of the 48 of the laptop profile."""
+    """75 words for each of 40 questions, as many as the laptop profile asks; its answers have about 60."""
     root = fake_study.build_study(tmp_path, 200, JUDGES, REPEATS, n_words=75)
     fake_study.run_analysis(root, 200, JUDGES, REPEATS, monkeypatch)
     report = build.build_report(root).parent

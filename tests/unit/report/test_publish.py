@@ -121,23 +121,53 @@ def test_an_effect_on_one_judges_score_stands_beside_what_the_other_judges_find_
     assert told == "Effect of epochs on checklist: 1.7. With panel: +1.40 [-0.10, +2.00], not distinguishable."
 
 
-def test_the_heading_names_the_machine_that_trained_where_it_is_another():
-    card = publish._computes({"cpu": "Xeon", "cores": 16, "gpus": [{"name": "NVIDIA H100 80GB HBM3"}]})
-    here = "2 cores (Xeon)"
+def test_the_heading_names_the_machine_that_trained_where_it_is_another(tmp_path):
     about = {"date": "2026-11-27", "profile": "card", "seconds": 2340, "device": {"cpu": "Xeon", "cores": 2}}
-    rows = [{"energy_kind": "measured", "checklist_gate": "passed"}]
-    said = publish._heading(about | {"trained_on": [card]}, rows, ["checklist"])
+    rows, here = [{"energy_kind": "measured", "checklist_gate": "passed"}], "2 cores (Xeon)"
+    trained = {"cpu": "Xeon", "cores": 16, "gpus": [{"name": "NVIDIA H100 80GB HBM3"}] * 8}
+    for scope, used, device in (("c01", "cuda", trained), ("c02", "cpu", about["device"] | {"gpus": trained["gpus"]})):
+        folder = tmp_path / used / scope / "03_train"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"device": device}))
+        (folder / "metrics.json").write_text(json.dumps({"device": used}))
+    on = {used: publish._trained_on(tmp_path / used) for used in ("cuda", "cpu")}
+    said = publish._heading(about | {"trained_on": on["cuda"]}, rows, ["checklist"])
     assert f"trained on NVIDIA H100 80GB HBM3, analysed on {here}, 39 min" in said and "**measured**" in said
-    assert "trained on" not in publish._heading(about | {"trained_on": [here]}, rows, ["checklist"])
+    assert on["cpu"] == [here], "a card beside the processor that trained is not named"
+    assert "trained on" not in publish._heading(about | {"trained_on": on["cpu"]}, rows, ["checklist"])
 
 
 def test_beside_the_table_stand_the_scores_of_what_needs_no_training(tmp_path):
-    (tmp_path / "results.csv").write_text("config\nc01\nc02\n")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "ranking_panel.csv").write_text(
         "config,score\nc01,-0.5\nc02,0.25\nuntuned,-2.1\ntemplate,-1\necho,\nc02-seed1,0.9\n"
     )
-    assert publish._floor_lines(tmp_path, ["panel", "checklist"]) == [
-        "Scores with panel (log-odds; 0 is the mean of all runs): c02 +0.25, the untuned model -2.10, "
-        "one sentence for everything -1.00.<br>"
+    rows = [{"config": "c01", "panel_score": "-0.5"}, {"config": "c02", "panel_score": "0.575"}]  # mean of two seeds
+    assert publish._floor_lines(tmp_path, rows, ["panel", "checklist"]) == [
+        "Scores with panel (log-odds; 0 is the mean of all runs): the highest configuration, c02, +0.57, "
+        "the untuned model -2.10, one sentence for everything -1.00.<br>"
     ]
+
+
+EFFECT = {"verdict": "supported", "low": 3.92, "high": 4.04}
+
+
+def test_where_no_factor_moves_a_score_the_readme_says_so_and_what_moves_the_energy():
+    score = {"id": "effect.panelscore.rank.8->64", "verdict": "not distinguishable", "value": 0.4}
+    energy = [
+        EFFECT | {"id": "effect.trainingenergy(estimated).epochs.1->4", "value": 3.98},
+        EFFECT | {"id": "effect.trainingenergy(estimated).target_modules.qv->all", "value": 1.41},
+    ]
+    assert publish._no_effect([score, *energy]) == [
+        "Effect of the factors: none on a judge's score is shown. Training energy (estimated), epochs 1 to 4: "
+        "3.98 times [3.92, 4.04]."
+    ]
+    assert publish._no_effect([score]) == ["Effect of the factors: none on a judge's score is shown."]
+    assert publish._no_effect([]) == [], "without a design nothing is said of effects"
+
+
+def test_the_places_of_one_configuration_are_one_sentence_and_of_two_they_are_two():
+    said = ["The lowest, c11, ranks 12 of 16 with a [6, 16].", "The lowest, c11, ranks 7 of 16 with b [1, 9]."]
+    assert publish._places(said) == ["The lowest, c11, ranks 12 of 16 with a [6, 16] and 7 of 16 with b [1, 9]."]
+    other = "The lowest, c02, ranks 1 of 16 with b [1, 2]."
+    assert publish._places([said[0], other]) == [said[0], other] and publish._places([]) == []

@@ -125,21 +125,29 @@ def test_a_blocked_energy_ratio_is_marked_beside_the_paper():
     assert "no claim" in tiles(files(study))["Beside the paper (other model, data and judges)"].rows[2][2]
 
 
-def test_the_published_run_stands_between_the_paper_and_a_run_of_ones_own():
+def test_the_published_run_stands_between_the_paper_and_a_run_of_ones_own(tmp_path):
     """`make study` learns from little: what the run with all conversations found is beside it, in the same words."""
-    title = "Beside the paper (other model, data and judges)"
-    mine, published = files(), read_published()
+    title, mine = "Beside the paper (other model, data and judges)", files()
+    mine.results.to_csv(tmp_path / "results.csv", index_label="config")
+    (tmp_path / "findings.json").write_text(json.dumps(mine.findings))
+    (tmp_path / "about.json").write_text(json.dumps({"profile": "card"}))
+    published = read_published("laptop", tmp_path)
     alone, beside = ({t.title: t for t in first_screen.first_tiles(mine, other)}[title] for other in (None, published))
-    assert [*alone.heads] == ["paper", "here"] and [*beside.heads] == ["paper", "published run", "here"]
-    assert [row[-1] for row in beside.rows] == [row[-1] for row in alone.rows]
-    lowest = published.finding("best_loss_rank.checklist")
-    assert f"of {lowest['n']} (checklist)" in beside.rows[0][2] and "x " in beside.rows[2][2]
+    assert [*alone.heads] == ["paper", "here"] and [*beside.heads] == ["paper", "published run (card)", "here"]
+    assert [row[-1] for row in beside.rows] == [row[-1] for row in alone.rows] == [row[2] for row in beside.rows]
+    assert read_published("card", tmp_path) is None, "a study does not stand beside its own predecessor"
 
 
-def test_a_study_without_a_published_run_has_its_own_facts_alone(tmp_path):
-    assert read_published(tmp_path) is None
+@pytest.mark.parametrize("missing", ["results.csv", "findings.json", "about.json"])
+def test_half_a_published_run_is_none(tmp_path, missing):
     (tmp_path / "results.csv").write_text("config,val_loss\nc01,1.0\n")
-    assert read_published(tmp_path) is None, "half a run is none"
+    (tmp_path / "findings.json").write_text("[]")
+    (tmp_path / "about.json").write_text('{"profile": "card"}')
+    assert read_published("laptop", tmp_path) is not None
+    (tmp_path / missing).write_text("{")
+    assert read_published("laptop", tmp_path) is None
+    (tmp_path / missing).unlink()
+    assert read_published("laptop", tmp_path) is None
 
 
 def test_a_shared_lowest_loss_is_not_called_a_missing_one():

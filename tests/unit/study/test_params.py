@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from telco_nb.analysis.seeds import LEAST_DF
 from telco_nb.lora.step import TARGET_MODULES
 from telco_nb.study import params
 from telco_nb.study.params import ParameterError, config_of, drift_name, load_study, repeat_name, split_run
@@ -278,6 +279,12 @@ def test_the_name_of_a_repeat_is_put_together_and_taken_apart_in_one_way():
     assert split_run(drift_name("c06")) == ("c06", None) and config_of("c06-drift") == "c06"
     for name in ("c06", "untuned", "judge-my-seedling", "judge-a-drift", "c06-seedx"):
         assert split_run(name) == (name, None)
+
+
+@pytest.mark.parametrize("profile", ["laptop", "overnight", "card", "paper"])
+def test_a_shipped_study_repeats_as_many_runs_as_tell_the_luck_of_training(profile):
+    base = load_study(profile).base
+    assert len(base["repeat_configs"]) * len(base["repeat_seeds"]) >= LEAST_DF
 
 
 def test_a_seed_of_a_repeat_is_held_to_the_rules_of_a_seed(folder):
