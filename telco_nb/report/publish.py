@@ -218,7 +218,7 @@ def _no_effect(findings: list[dict[str, Any]]) -> list[str]:
     energy = [f for f in findings if f["id"].startswith("effect.trainingenergy") and f["verdict"] == "supported"]
     if not any(f["id"].startswith("effect.") for f in findings):
         return []
-    said = "Effect of factors on a judge's score: none shown."
+    said = "Effect of factors on scores: none shown."
     if energy:
         most = max(energy, key=lambda f: abs(math.log(f["value"])))
         kind, factor, moved = re.fullmatch(r"effect\.trainingenergy\((.*)\)\.(\w+)\.(.*)", most["id"]).groups()
