@@ -333,32 +333,33 @@ def memory_estimate(
     body = sum(p.numel() for p in shell.parameters()) - unquantised
     targets: list[Any] = [m for n, m in shell.named_modules() if n.rpartition(".")[2] in target_modules]
     logit = width if dtype == torch.float32 else width + 4  # a second copy, in float32
+    head = float(HEAD_CHUNK[torch_device().type] * config.vocab_size * logit)
+    layer = row_tokens * _kept_bytes(config, width, targets, dropout, compiled)
+    kept = config.num_hidden_layers * layer
+    if checkpointing:  # the layer that is computed again, with two gradients, and the logits are never there at once
+        layer += 2.0 * row_tokens * config.intermediate_size * width
+        kept = config.num_hidden_layers * row_tokens * config.hidden_size * width + max(0.0, layer - head)
     return {
         "weights": unquantised * width + body * (BYTES_PER_WEIGHT[quantization] or width),
         "adapters": 16.0 * sum(rank * (m.in_features + m.out_features) for m in targets),
-        "head": float(HEAD_CHUNK[torch_device().type] * config.vocab_size * logit),
-        "row": float(row_tokens * _kept_bytes(config, width, targets, dropout, checkpointing, compiled)),
+        "head": head,
+        "row": kept,
     }
 
 
-def _kept_bytes(
-    config: Any, width: int, targets: list[Any], dropout: bool, checkpointing: bool, compiled: bool
-) -> float:
-    """Bytes that a token keeps for the backward pass; `targets` are the adapted layers, `width` is of a number.
+def _kept_bytes(config: Any, width: int, targets: list[Any], dropout: bool, compiled: bool) -> float:
+    """Bytes that a token keeps in a layer for the backward pass; `targets` are adapted, `width` is of a number.
 
     The counts of arrays are those of Llama's and Qwen2's layers. Fake steps in the shapes of the packaged model and of
-    Qwen2.5-3B keep up to 15 % more or less, which a test shows. With `checkpointing` the estimate is up to
-    40 % too high: the logits and the layer that is computed again are counted both, and are never there at once. A
-    compiled SwiGLU keeps gate and up alone, and computes silu(gate) again: on an H100 36.1 GB were held in the shape of
-    Qwen2.5-3B, where this says 37.7.
+    Qwen2.5-3B keep up to 15 % more or less, which a test shows. A compiled SwiGLU keeps gate and up
+    alone, and computes silu(gate) again: on an H100 36.1 GB were held in the shape of Qwen2.5-3B, where this says 37.7.
     """
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     numbers = 7 * hidden + (2 if compiled else 3) * inner
     numbers += inner * any(m.in_features == inner for m in targets)  # an adapter keeps its input
     numbers += hidden * any(m.out_features >= inner for m in targets)
     dropped = DROPPED_BYTES * sum(m.in_features for m in targets) / layers if dropout else 0.0
-    layer = numbers * width + dropped
-    return layers * hidden * width + layer if checkpointing else layers * layer
+    return numbers * width + dropped
 
 
 def silence_libraries() -> None:

@@ -347,3 +347,16 @@ def test_bare_it_prints_though_told_to_be_quiet_and_the_meter_s_does_not(monkeyp
     assert "simulated CPU" in said
     window_of(energy.Meter(WATTS, 0.3))
     assert capsys.readouterr().out == ""
+
+
+def test_bare_told_to_confirm_it_waits_for_a_key_and_an_n_ends_the_process_and_the_meter_asks_nobody(monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "n")
+    bare = bare_tracker(monkeypatch, epochs=2, epochs_before_pred=1, monitor_epochs=2, stop_and_confirm=True)
+    bare.epoch_start()
+    time.sleep(0.1)
+    with pytest.raises(SystemExit):
+        bare.epoch_end()
+    bare.tracker.stop()
+    window_of(energy.Meter(WATTS, 0.3))
+    assert asked == [1]

@@ -159,8 +159,7 @@ def test_where_no_factor_moves_a_score_the_readme_says_so_and_what_moves_the_ene
         EFFECT | {"id": "effect.trainingenergy(estimated).target_modules.qv->all", "value": 1.41},
     ]
     assert publish._no_effect([score, *energy]) == [
-        "Effect of factors on scores: none shown. Training energy (estimated), epochs 1 to 4: "
-        "3.98 times [3.92, 4.04]."
+        "Effect of factors on scores: none shown. Training energy (estimated), epochs 1 to 4: 3.98 times [3.92, 4.04]."
     ]
     assert publish._no_effect([score]) == ["Effect of factors on scores: none shown."]
     assert publish._no_effect([]) == [], "without a design nothing is said of effects"
