@@ -40,9 +40,8 @@ def primary_finding(study: StudyResults, changed: Sequence[str] = ()) -> Finding
     told = [f"{_lead_text(*lead)} with {label}" for label, lead in leads.items()]
     by = "By the changed claim: " if changed else ""
     text += f" {by}{VERDICTS[verdict]}: {pick} is behind the best of the others by {name_list(told)} (log-odds; "
-    text += "bounds hold for all configurations at once; margin "
+    text += f"bounds hold for all configurations at once; up to {claims.margin:g} counts as equal)."
     least = max(leads.values(), key=lambda lead: lead[2] - lead[1])
-    text += f"{claims.margin:g})."
     alone = [label for label, (_, low, _) in leads.items() if low > claims.margin]
     if verdict == "cannot tell" and alone:
         text += (

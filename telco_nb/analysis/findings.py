@@ -196,7 +196,8 @@ def _ahead_of_loss(
         text += f" {pick} answers better"
         text += ", but is not fit." if choice.fit and pick not in choice.fit else "."
     elif min(shares.values()) < 0.5:
-        text += f" {pick} may answer better, but is not shown to."
+        both = max(shares.values()) >= 0.5  # the judges lean to different sides
+        text += " Neither is shown to answer better." if both else f" {pick} may answer better, but is not shown to."
     elif not ahead:
         text += f" With so many pairs compared, its lead can still be chance: {own} is not shown to be ahead."
     return text, "supported" if ahead else "refuted" if behind else "not distinguishable"

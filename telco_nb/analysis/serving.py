@@ -88,7 +88,7 @@ def serving_finding(table: pd.DataFrame, config: str | None, rates: Rates) -> Fi
     row = table.loc[config]
     kind = "energy of unknown kind" if pd.isna(row["energy_kind"]) else row["energy_kind"]
     energy = f"{row['kwh']:.2g} kWh {interval_text(row['kwh_low'], row['kwh_high'], '.2g')} ({kind})"
-    money = f"{row['usd']:.2g} USD at {rates.usd_per_kwh:g} USD a kWh"
+    money = f"{row['usd']:.2g} USD of electricity at {rates.usd_per_kwh:g} USD a kWh"
     carbon = f"{row['co2e_kg']:.2g} kg CO2e at {rates.carbon_g_per_kwh:g} g a kWh ({rates.carbon_source})"
     overhead = "" if rates.pue == 1 else f" and a PUE of {rates.pue:g}"
     text = (

@@ -95,13 +95,14 @@ def taught_finding(table: pd.DataFrame) -> Finding:
         return not_estimable("taught", what, f"one kind of question is about {counted(n, 'term')} only", n)
     gain = Interval(*mean[["gain", "low", "high"]])
     asked, others = (counted(int(mean[key]), "question") for key in ("n_taught", "n_untaught"))
-    added = f"{100 * gain.value:.1f} percentage points {interval_text(100 * gain.low, 100 * gain.high, '.1f')}"
+    added, elsewhere = (100 * (mean[key] - untuned[key]) for key in ("taught", "untaught"))
+    more = f"{100 * gain.value:+.1f} {interval_text(100 * gain.low, 100 * gain.high, '+.1f')}"
     text = (
         f"Did training teach facts? {'By the checklist it did' if gain.is_above() else 'Not shown'}. On {asked} whose "
         f"problem was in training, in another context, the configurations make {mean['taught']:.1%} of the points, on "
         f"{others} about terms never trained on {mean['untaught']:.1%}; the untuned model {untuned['taught']:.1%} and "
-        f"{untuned['untaught']:.1%}. So training added {added} more on trained problems"
-        f"{'' if gain.excludes() else ', which can be chance'}."
+        f"{untuned['untaught']:.1%}. Training added {added:.1f} percentage points on trained problems and "
+        f"{elsewhere:.1f} on others, a difference of {more}{'' if gain.excludes() else ', which can be chance'}."
     )
     if LOOKUP in table.index:
         look = table.loc[LOOKUP]

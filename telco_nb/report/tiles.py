@@ -21,7 +21,7 @@ from telco_nb.study.params import config_of, split_run
 TAU_WORDS = {
     "yes, it tends to": "A lower loss goes with better answers more often than chance and the factors explain.",
     "no, the opposite": "A lower loss goes with worse answers.",
-    "not shown": "With {n} configurations no relation of loss to the quality of answers can be shown.",
+    "not shown": "With {n} configurations no relation of loss to quality is shown beyond what the factors can cause.",
 }
 CLAIM_WORDS = {"supported": "yes", "refuted": "no", "blocked": "no answer"}
 
