@@ -56,8 +56,8 @@ def test_the_finding_says_price_carbon_kind_and_break_even():
     found = serving_finding(million_answers(answering(), training(), RATES), "c01", RATES)
     assert found.statement == (
         "A million answers of c01 take 20 kWh [10, 40] (estimated): 5 USD of electricity at 0.25 USD a kWh and 8 kg "
-        "CO2e at 400 g a kWh (a grid, 2022), on this machine, without idle servers. After 150 answers, answering has taken "
-        "more energy than training."
+        "CO2e at 400 g a kWh (a grid, 2022), on this machine, without idle servers. After 150 answers, answering has "
+        "taken more energy than training."
     )
     assert (found.value, found.low, found.high) == pytest.approx((20, 10, 40))
 
