@@ -73,7 +73,7 @@ def test_the_finding_names_shares_questions_the_gain_and_the_look_up():
     found = taught_finding(taught_table(checks_of(PLANTED), ["c1", "c2"], 200, 1))
     assert (found.id, found.verdict, found.n) == ("taught", "supported", 12) and found.value == pytest.approx(0.15)
     shares = ("30.0%", "24 questions", "10.0%", "12 questions", "the untuned model 6.0% and 1.0%")
-    gain = "15.0 percentage points [15.0, 15.0]"
+    gain = "added 24.0 percentage points on trained problems and 9.0 on others, a difference of +15.0 [+15.0, +15.0]."
     for words in (*shares, gain, "The look-up makes 90% and 0%", "By the checklist it did"):
         assert words in found.statement
 
