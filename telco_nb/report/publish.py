@@ -221,7 +221,7 @@ def _no_effect(findings: list[dict[str, Any]]) -> list[str]:
     said = "Effect of factors on scores: none shown."
     if energy:
         most = max(energy, key=lambda f: abs(math.log(f["value"])))
-        kind, factor, moved = re.fullmatch(r"effect\.trainingenergy\((.*)\)\.(\w+)\.(.*)", most["id"]).groups()
+        [(kind, factor, moved)] = re.findall(r"effect\.trainingenergy\((.*)\)\.(\w+)\.(.*)", most["id"])
         bounds = interval_text(f"{most['low']:.2f}", f"{most['high']:.2f}", "")
         said += f" Training energy ({kind}), {factor.replace('_', ' ')} {moved.replace('->', ' to ')}: "
         said += f"{most['value']:.2f} times {bounds}."
