@@ -50,8 +50,8 @@ PROXY_WORDS = {
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 27}]  # hashes of the same answer lie far apart
 FOLDERS = ("notebooks", "tables", "verdicts")  # of what the results rest on
 CLOSING = [
-    "The whole report of this run is one file, [telco_report.html](outputs/reference/telco_report.html);",
-    "[answers.html](outputs/reference/answers.html) shows every answer. Download them and open them in a browser.",
+    "The whole report is one file, [telco_report.html](outputs/reference/telco_report.html);",
+    "[answers.html](outputs/reference/answers.html) shows every answer. Download and open them in a browser.",
 ]
 LOSS_RANKS = ("best_loss_rank.", "worst_loss_rank.")  # the paper's two facts
 # What README.md says in the open, and what it folds.
@@ -180,7 +180,7 @@ def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges
     here = _processor(about["device"])  # the analysis needs no card
     others = [one for one in about.get("trained_on", []) if one != here]
     machine = f"trained on {' and '.join(others)}, analysed on {here}" if others else here
-    took = f"{about['seconds'] / 60:.0f} min of execution"
+    took = f"{about['seconds'] / 60:.0f} min"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
     text = (
@@ -235,6 +235,8 @@ def _told(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
         return f"{said.partition(';')[0]}."
     if finding["id"].startswith(BRIEFLY):
         return first_sentence(said)
+    if finding["id"] == "taught":
+        return said.partition(" The look-up makes")[0]  # `floor.coverage` tells of the look-up
     if not said.startswith("Effect of"):
         return said
     _, response, effect = finding["id"].split(".", 2)
