@@ -41,7 +41,9 @@ FILES = {
     "report/answers.html": "answers.html",
     "study/06_analysis/figures/loss_vs_quality.png": "loss_vs_quality.png",
 }
-PUBLISHED_FROM = ("study/06_analysis/*", "judge-*/*", "*/0*/manifest.json", "*/0*.ipynb", "report/*")
+PUBLISHED_FROM = (
+    "study/06_analysis/*", "judge-*/*", "*/0*/manifest.json", "*/03_train/metrics.json", "*/0*.ipynb", "report/*",
+)  # fmt: skip
 PICKS = ("first_choice", "loss_choice")  # findings that name a configuration whose notebooks are published
 PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
