@@ -36,8 +36,7 @@ class Tile(NamedTuple):
     big: str = ""
     lines: Sequence[str] = ()
     tag: str | None = None
-    heads: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
+    rows: Sequence[tuple[str, str, str]] = ()
     good: bool = False
 
 
@@ -45,8 +44,13 @@ def first_tiles(study: StudyFiles, published: StudyFiles | None = None) -> list[
     """The tiles of a study with a finding `deploy`; the published run, if it is another, stands beside it."""
     chosen, pick = study.first_choice, (study.finding("loss_choice") or {}).get("value")
     claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
-    first = [_deploy_tile(study, chosen), _cost_tile(study, chosen, pick), *claim, _loss_tile(study, chosen, pick)]
-    return [*first, _confidence_tile(study), _tau_tile(study), _paper_tile(study, published), _limits_tile(study)]
+    first = [
+        _deploy_tile(study, chosen),
+        _cost_tile(study, chosen, pick),
+        *claim,
+        _loss_tile(study, chosen, pick),
+    ]
+    return [*first, _confidence_tile(study), _tau_tile(study, published), _paper_tile(study), _limits_tile(study)]
 
 
 def energy_kinds(study: StudyFiles) -> list[str]:
@@ -219,7 +223,7 @@ def _marked(judge: str, finding: Mapping[str, Any]) -> str:
     return f"{judge}, no claim" if finding["verdict"] == "blocked" else judge
 
 
-def _tau_tile(study: StudyFiles) -> Tile:
+def _tau_tile(study: StudyFiles, published: StudyFiles | None) -> Tile:
     """The relation of loss to the rankings of the judges."""
     taus = {judge: tau for judge in study.judges if (tau := study.finding(f"tau.{judge}"))}
     known = {judge: tau for judge, tau in taus.items() if tau["value"] is not None}
@@ -233,7 +237,15 @@ def _tau_tile(study: StudyFiles) -> Tile:
         lines.append("-1: a lower loss always goes with better answers.")
     else:
         lines += [tau["statement"] for tau in taus.values()]
-    return Tile("Does a lower loss go with better answers?", verdict, lines)
+    return Tile("Does a lower loss go with better answers?", verdict, [*lines, *_beside_published(published)])
+
+
+def _beside_published(published: StudyFiles | None) -> list[str]:
+    """What the run that comes with the project, of another profile, found about loss and energy."""
+    if not published:
+        return []
+    lowest, highest, energy = _facts_of_the_paper(published)
+    return [f"Published run ({published.root.name}): lowest loss {lowest}, highest {highest}; energy {energy}."]
 
 
 def _number(value: float | None) -> float:
@@ -252,17 +264,12 @@ def _tau_verdict(taus: Sequence[Mapping[str, Any]]) -> str:
     return words[signs.pop()] if len(signs) == 1 else "the judges differ"
 
 
-def _paper_tile(study: StudyFiles, published: StudyFiles | None) -> Tile:
+def _paper_tile(study: StudyFiles) -> Tile:
     low, high = PAPER["energy_wh"]
-    columns = {
-        "paper": (f"{PAPER['best_loss_rank']} of {PAPER['n']}", PAPER["worst_loss_rank"], f"x {high / low:.1f}"),
-    }
-    if published:
-        columns[f"published run ({published.root.name})"] = _facts_of_the_paper(published)
-    columns["here"] = _facts_of_the_paper(study)
+    paper = f"{PAPER['best_loss_rank']} of {PAPER['n']}", PAPER["worst_loss_rank"], f"x {high / low:.1f}"
     names = "lowest loss came", "highest loss came", "energy, most to least"
-    rows = list(zip(names, *columns.values(), strict=True))
-    return Tile("Beside the paper (other model, data and judges)", heads=list(columns), rows=rows)
+    rows = list(zip(names, paper, _facts_of_the_paper(study), strict=True))
+    return Tile("Beside the paper (other model, data and judges)", rows=rows)
 
 
 def _facts_of_the_paper(study: StudyFiles) -> tuple[str, str, str]:
