@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from telco_nb.judge.anchors import ANCHORS, FLOORS
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report.tiles import first_sentence
 from telco_nb.study.input_files import read_json
-from telco_nb.study.params import PUBLISHED
+from telco_nb.study.params import PUBLISHED, config_of
 from telco_nb.study.plan import STORES
 from telco_nb.study.record import read_manifest, write_bytes
 from telco_nb.study.seal import require_finished
@@ -298,9 +299,12 @@ def _floor_lines(folder: Path, rows: list[dict[str, str]], judges: list[str]) ->
         if path.is_file():
             with path.open(encoding="utf-8", newline="") as stream:
                 scores = {row["config"]: float(row["score"]) for row in csv.DictReader(stream) if row["score"]}
-            ours = {row["config"]: float(row[f"{judge}_score"]) for row in rows if row[f"{judge}_score"]}
-            best = max(ours, key=lambda config: ours[config])
-            told = [f"the highest configuration, {best}, {ours[best]:+.2f}"]
+            places = {row["config"]: float(row[f"{judge}_rank"]) for row in rows if row[f"{judge}_rank"]}
+            told = []
+            if places:  # a judge that failed its gate places none
+                best = min(places, key=lambda config: places[config])
+                own = mean(score for run, score in scores.items() if config_of(run) == best)  # with its other seeds
+                told.append(f"the highest configuration, {best}, {own:+.2f}")
             told += [f"{ANCHORS[name]} {scores[name]:+.2f}" for name in FLOORS if name in scores]
             lines.append(f"Scores with {judge} (log-odds; 0 is the mean of all runs): {', '.join(told)}.<br>")
     return lines

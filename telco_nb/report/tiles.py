@@ -44,12 +44,7 @@ def first_tiles(study: StudyFiles, published: StudyFiles | None = None) -> list[
     """The tiles of a study with a finding `deploy`; the published run, if it is another, stands beside it."""
     chosen, pick = study.first_choice, (study.finding("loss_choice") or {}).get("value")
     claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
-    first = [
-        _deploy_tile(study, chosen),
-        _cost_tile(study, chosen, pick),
-        *claim,
-        _loss_tile(study, chosen, pick),
-    ]
+    first = [_deploy_tile(study, chosen), _cost_tile(study, chosen, pick), *claim, _loss_tile(study, chosen, pick)]
     return [*first, _confidence_tile(study), _tau_tile(study, published), _paper_tile(study), _limits_tile(study)]
 
 

@@ -140,13 +140,15 @@ def test_the_heading_names_the_machine_that_trained_where_it_is_another(tmp_path
 def test_beside_the_table_stand_the_scores_of_what_needs_no_training(tmp_path):
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "ranking_panel.csv").write_text(
-        "config,score\nc01,-0.5\nc02,0.25\nuntuned,-2.1\ntemplate,-1\necho,\nc02-seed1,0.9\n"
+        "config,score\nc01,-0.5\nc02,0.25\nuntuned,-2.1\ntemplate,-1\necho,\nc02-seed1,0.91\n"
     )
-    rows = [{"config": "c01", "panel_score": "-0.5"}, {"config": "c02", "panel_score": "0.575"}]  # mean of two seeds
+    rows = [{"config": "c01", "panel_rank": "2"}, {"config": "c02", "panel_rank": "1"}]
     assert publish._floor_lines(tmp_path, rows, ["panel", "checklist"]) == [
-        "Scores with panel (log-odds; 0 is the mean of all runs): the highest configuration, c02, +0.57, "
+        "Scores with panel (log-odds; 0 is the mean of all runs): the highest configuration, c02, +0.58, "
         "the untuned model -2.10, one sentence for everything -1.00.<br>"
     ]
+    (unplaced,) = publish._floor_lines(tmp_path, [{"config": "c01", "panel_rank": ""}], ["panel"])
+    assert "highest" not in unplaced and "the untuned model -2.10" in unplaced, "a judge that failed its gate"
 
 
 EFFECT = {"verdict": "supported", "low": 3.92, "high": 4.04}
