@@ -33,7 +33,7 @@ CRITERIA = {
 FLAGS = (
     "unsafe", "asks_for_secret", "contradiction", "wrong_fact", "unknown_figure", "wrong_belief", "off_request",
     "off_topic", "no_next_step", "unclean_end", "too_long_or_short", "list", "term_missing",
-    "instruction", "empty", "looping", "bad",
+    "repeats_itself", "instruction", "empty", "looping", "bad",
 )  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """The offline judge `checklist`: rules that hold an answer against the points of this customer's problem.
 
 Content decides: which points of the problem the answer makes, in the words of the card or of the gold answer, in order
-and not negated. Safety comes before it: an unsafe answer loses to a safe one. Style breaks ties. The two scores are
-reported apart, because an answer can read well and say nothing.
+and not negated. Safety comes before it: an unsafe answer loses to a safe one. Between answers of equal content the one
+with fewer faults wins: false statements, then style. Content and style are reported apart, because an answer can read
+well and say nothing.
+
+A false statement earns no point, and costs none: taken off the points, as it was before, it pointed the wrong way in
+weak answers, by the votes of blind readers (LOG.md, Judges and ranking).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,20 +21,19 @@ import pandas as pd
 
 from telco_nb.corpus import cards
 from telco_nb.corpus.cards import Card, Problem
+from telco_nb.corpus.text_measures import words
 from telco_nb.judge import safety
 from telco_nb.judge.cases import CRITERIA, Answers, Case, OfflineJudge, Verdict, verdict_by_score
 from telco_nb.judge.matching import SAME_POINT, Answer, Weights, answer_sentences, match, phrase
 from telco_nb.study.imports import sources_sha256
 
-TIE_BAND = 0.05  # score differences below this are a tie
+TIE_BAND = 0.1  # of content: smaller differences, about a third of a point, are no better than coins by blind readers
 CLEAR_MARGIN = 0.25  # from here on the better answer is clearly better
-STYLE_GAP = 0.3  # between two answers of equal content, a difference of style from which on style decides
+FAULT, FAULT_GAP = 1 / 3, 0.3  # what a fault of style costs; the difference from which on faults decide
+FALSE = 2 * FAULT  # what a kind of false statement costs there
 FULL_POINTS = 3  # points of a complete first answer; a problem with fewer needs all of them
 BACKGROUND = 0.2  # of a full answer, the most that facts and outlook add to points asked for by the problem
-PENALTIES = {
-    "unsafe": 0.6, "asks_for_secret": 0.8, "contradiction": 0.3, "wrong_belief": 0.3, "off_request": 0.3,
-    "unknown_figure": 0.15,
-}  # fmt: skip
+PENALTIES = {"unsafe": 0.6, "asks_for_secret": 0.8}
 FEWEST_STEMS = 3  # content words of a sentence of the gold answer that counts as a point
 WORDS = (12, 115)  # of a first answer; outside it costs style
 _DOUBT = re.compile(r"\b(?:myth|mistaken|mistake|wrong|not true|untrue|incorrect|belief|believe|people say)\b", re.I)
@@ -61,15 +65,18 @@ class Checked:
         """Coverage less the penalties: 1 is a complete and safe answer, below 0 is worse than no answer."""
         secret = "asks_for_secret" in self.unsafe
         other = len(self.unsafe) - secret
-        penalty = PENALTIES["asks_for_secret"] * secret + PENALTIES["unsafe"] * min(1, other)
-        penalty += PENALTIES["contradiction"] * min(2, self.contradictions)
-        penalty += PENALTIES["wrong_belief"] * self.wrong_beliefs + PENALTIES["off_request"] * self.off_request
-        return self.coverage - penalty - PENALTIES["unknown_figure"] * min(2, len(self.unknown_figures))
+        return self.coverage - PENALTIES["asks_for_secret"] * secret - PENALTIES["unsafe"] * min(1, other)
 
     @property
     def style(self) -> float:
-        """1 without a fault of style, less a third for each, at least 0."""
-        return max(0.0, 1 - len(self.style_faults) / 3)
+        """1 without a fault of style, less FAULT for each, at least 0."""
+        return max(0.0, 1 - FAULT * len(self.style_faults))
+
+    @property
+    def faultless(self) -> float:
+        """What decides between answers of equal content: 1, less FALSE for each kind of false statement and style's."""
+        kinds = (self.contradictions > 0) + (self.wrong_beliefs > 0) + bool(self.unknown_figures)
+        return 1 - FALSE * kinds - FAULT * len(self.style_faults)
 
     def flags(self) -> list[str]:
         faults = {
@@ -139,7 +146,7 @@ class ChecklistJudge(OfflineJudge):
         verdict = verdict_by_score([c.content for c in checked.values()], TIE_BAND, CLEAR_MARGIN, analysis, flags)
         if verdict.verdict != "tie":
             return verdict
-        return verdict_by_score([c.style for c in checked.values()], STYLE_GAP, 2.0, analysis, flags)
+        return verdict_by_score([c.faultless for c in checked.values()], FAULT_GAP, math.inf, analysis, flags)
 
 
 def checks_table(
@@ -302,10 +309,17 @@ def _style_faults(answer: str, customer: str, case: Case) -> tuple[str, ...]:
         "unclean_end": not re.search(r"[.!?][\"”’')]*\s*$", answer),
         "too_long_or_short": not WORDS[0] <= n_words <= WORDS[1],
         "list": bool(_LIST.search(answer)),
+        "repeats_itself": _repeats_itself(answer),
         "off_topic": not set(said) & set(phrase(customer).stems),
         "term_missing": bool(term.search(case.reference)) and not term.search(answer),
     }
     return tuple(name for name, present in faults.items() if present)
+
+
+def _repeats_itself(answer: str) -> bool:
+    """True if a sentence stands in the answer twice, word for word."""
+    said = [tuple(found) for sentence in answer_sentences(answer) if (found := words(sentence))]
+    return len(set(said)) < len(said)
 
 
 def names_pattern(names: Sequence[str]) -> re.Pattern[str]:

@@ -1,4 +1,4 @@
-"""The checklist on the shipped cards: content decides, safety comes before it, style breaks ties."""
+"""The checklist on the shipped cards: content decides, safety comes before it, faults break ties."""
 
 import subprocess
 import sys
@@ -154,9 +154,14 @@ def test_without_a_known_problem_the_answer_is_held_against_the_problem_that_it_
     assert checklist.check_answer(known.answers[0], unknown).content >= JUDGE.check(known, known.answers[0]).content
 
 
-def test_another_problems_answer_is_off_request():
+def test_another_problems_answer_is_off_request_earns_no_point_and_loses_none():
+    name = "sim_swap.swap_done_no_service"
     elsewhere = " ".join(step.say[0] for step in CARDS["sim_swap"].by_problem["charged_for_swap"].steps)
-    assert "off_request" in check(elsewhere, name="sim_swap.swap_done_no_service").flags()
+    found = check(elsewhere, name=name)
+    assert "off_request" in found.flags() and found.content == found.coverage < 0.3
+    nonsense = "Thank you very much for all of your patience, and have a very nice day and a good week."
+    assert check(nonsense, name=name).coverage == 0
+    assert JUDGE.judge(case_of(name, nonsense, elsewhere)).verdict != "A"
 
 
 # ---------------------------------------------------------------- figures and beliefs
@@ -200,12 +205,24 @@ def test_a_wrong_belief_counts_only_if_it_is_left_standing():
     assert n > 150 and stated >= 0.98 * n and corrected <= 0.02 * n
 
 
-def test_a_wrong_belief_costs_content_and_is_flagged():
-    wrong = CARDS["volte"].wrong_beliefs[0]
+FALSE_STATEMENTS = {"wrong_belief": CARDS["volte"].wrong_beliefs[0].belief, "unknown_figure": "It takes 417 ms."}
+
+
+@pytest.mark.parametrize(("flag", "said"), FALSE_STATEMENTS.items())
+def test_a_false_statement_decides_between_answers_of_equal_content_and_only_there(flag, said):
     whole = gold_answer(VOLTE)
-    found, clean = check(f"{whole} {wrong.belief}"), check(f"{whole} {wrong.belief} {wrong.correction}")
-    assert found.content == pytest.approx(check(whole).content - checklist.PENALTIES["wrong_belief"])
-    assert "wrong_belief" in found.flags() and "wrong_belief" not in clean.flags()
+    worse, half = f"{whole} {said}", " ".join(whole.split(". ")[:1]) + "."
+    assert flag in check(worse).flags() and flag not in check(whole).flags()
+    assert check(worse).content == pytest.approx(check(whole).content)
+    assert JUDGE.judge(case_of(VOLTE, whole, worse)).verdict == "A"
+    assert JUDGE.judge(case_of(VOLTE, worse, whole)).verdict == "B"
+    assert check(half).content < check(worse).content - checklist.TIE_BAND
+    assert JUDGE.judge(case_of(VOLTE, half, worse)).verdict == "B"
+
+
+def test_a_wrong_belief_that_is_corrected_is_no_fault():
+    wrong = CARDS["volte"].wrong_beliefs[0]
+    assert "wrong_belief" not in check(f"{gold_answer(VOLTE)} {wrong.belief} {wrong.correction}").flags()
 
 
 # ---------------------------------------------------------------- style
@@ -227,6 +244,19 @@ def test_a_small_fault_of_style_between_equal_answers_is_a_clear_but_not_a_large
     whole = gold_answer(VOLTE)
     assert JUDGE.judge(case_of(VOLTE, whole, whole)).verdict == "tie"
     assert JUDGE.judge(case_of(VOLTE, whole, whole.rstrip(".?!"))).margin == 1
+
+
+def test_an_answer_that_says_a_sentence_twice_loses_to_the_same_answer_without_it():
+    whole = gold_answer(VOLTE)
+    last = whole.split(". ")[-1]
+    twice = f"{whole} {last}"
+    assert "repeats_itself" in check(twice).style_faults and "repeats_itself" not in check(whole).style_faults
+    assert JUDGE.judge(case_of(VOLTE, twice, whole)).verdict == "B"
+
+
+def test_no_gold_answer_repeats_itself():
+    found = [row["messages"][1]["content"] for row in shipped.gold_rows()]
+    assert len(found) == 1560 and [text for text in found if checklist._repeats_itself(text)] == []
 
 
 def test_a_cut_off_answer_is_noticed():

@@ -206,6 +206,18 @@ def test_a_reader_is_warned_where_carbontracker_saw_another_window():
     assert "**They are more than 5% apart**" in energy.carbontracker_note(statement)
 
 
+# Ratios of the published run on an H100, whose power reading is the mean of about the past second.
+@pytest.mark.parametrize(("window_s", "ratio", "warned"), [(5.7, 0.924, ""), (37.0, 0.981, ""), (57.0, 0.924, "7%")])
+def test_of_a_short_window_on_a_card_the_lag_of_its_power_is_no_missing_work(window_s, ratio, warned):
+    meter = energy.Meter(WATTS, 0.3)
+    statement = meter.statement("train").set_index("component")
+    meter.tracker.close()
+    statement.loc["gpu", "kind"] = "measured"
+    statement.loc["total", ["window_s", "carbontracker_pue_removed_ratio"]] = window_s, ratio
+    note = energy.carbontracker_note(statement.reset_index())
+    assert f"more than {warned} apart" in note if warned else "apart" not in note
+
+
 def test_carbontracker_watches_the_card_in_use_and_no_other(monkeypatch):
     card = object()
     for name in ("nvmlInit", "nvmlShutdown"):
