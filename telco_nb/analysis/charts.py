@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe-Ito: distinct for colour-blind readers and in grey print
-COLOURS = {"first choice": "#009e73", "lowest loss": "#0072b2", "highest loss": "#d55e00", "other": "#6b6b6b"}
+COLOURS = {"front-runner": "#009e73", "lowest loss": "#0072b2", "highest loss": "#d55e00", "other": "#6b6b6b"}
 FACTOR_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 MAX_LABELS = 40  # above this only configurations with a role are labelled, and the others stay in the background
 HATCHED_KINDS = ("estimated", "allocated")
@@ -30,7 +30,7 @@ def roles(first: str | None, losses: pd.Series) -> dict[str, str]:
     """Configuration -> role in the text (a key of COLOURS); two are joined by " and ", the first gives the colour."""
     names: dict[str, str] = {}
     ends = ((str(losses.idxmin()), "lowest loss"), (str(losses.idxmax()), "highest loss"))
-    for config, role in ((first, "first choice"), *ends):
+    for config, role in ((first, "front-runner"), *ends):
         if config is not None:
             names[config] = f"{names[config]} and {role}" if config in names else role
     return names

@@ -1,4 +1,4 @@
-"""The statements of the study: the decision, the first choice, the choice by loss alone, and how sure each of them is.
+"""The statements of the study: the decision, the front-runner, the choice by loss alone, and how sure each of them is.
 
 Each is a Finding: a sentence with its value, interval, number of observations and verdict, and the reasons that forbid
 to use it as a headline. The statistics are in the modules below; here they are put into words.
@@ -29,7 +29,7 @@ from telco_nb.analysis.recommendation import (
     deploy_finding,
     describe_config,
     energy_text,
-    first_choice_finding,
+    front_runner_finding,
     judges_text,
     percent,
     recommend,
@@ -118,11 +118,11 @@ def as_markdown(findings: Sequence[Finding]) -> str:
 
 
 def decision_findings(study: StudyResults) -> list[Finding]:
-    """The configuration to deploy and how fit it is, or all are if none is; the first choice, that by loss alone, how
+    """The configuration to deploy and how fit it is, or all are if none is; the front-runner, that by loss alone, how
     sure the difference is, and the gain over the untuned model."""
     choice, every = recommend(study), [str(config) for config in study.results.index]
     bar = bar_findings(study, [choice.deploy] if choice.deploy else every, choice.config)
-    first = first_choice_finding(study, choice)
+    first = front_runner_finding(study, choice)
     first = [first] if first else []
     return [
         deploy_finding(study, choice),
@@ -135,7 +135,7 @@ def decision_findings(study: StudyResults) -> list[Finding]:
 
 
 def _decisions(study: StudyResults, choice: Recommendation) -> list[Finding]:
-    """The choice by loss alone, and what the first choice gains over it and over the untuned model."""
+    """The choice by loss alone, and what the front-runner gains over it and over the untuned model."""
     if study.losses.empty:
         reason = "no configuration has a validation loss"
         unknown = not_estimable("loss_choice", "Loss alone cannot choose", reason, 0, "blocked")

@@ -202,7 +202,7 @@ def bar_findings(study: StudyResults, configs: Sequence[str], named: str | None 
     Args:
         study: the study.
         configs: the configurations.
-        named: one of several whose own number is given beside their range, the first choice.
+        named: one of several whose own number is given beside their range, the front-runner.
 
     Returns:
         The findings `fitness.coverage`, `fitness.unsafe` and `fitness.broken`, as far as they were measured. `value` is
@@ -300,7 +300,7 @@ def _part_text(part: str, shares: Mapping[str, float], named: str | None, held: 
     one = next(iter(shares)) if len(shares) == 1 else None
     who, whose = (one, f"{one}'s") if one else ("the configurations", "the configurations'")
     span = _span(list(shares.values()))
-    own = f" ({named}, the first choice: {shares[named]:.0%})" if not one and named and named in shares else ""
+    own = f" ({named}, the front-runner: {shares[named]:.0%})" if not one and named and named in shares else ""
     if part == "coverage":
         gold = "" if held.gold_coverage is None else f"; the gold answers make {held.gold_coverage:.0%}"
         made = f"{who} {'makes' if one else 'make'} {span} of a full answer's points{own}{gold}"

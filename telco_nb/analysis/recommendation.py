@@ -1,4 +1,4 @@
-"""Which configuration to recommend, the reasons, and both in words: the findings `deploy` and `first_choice`.
+"""Which configuration to recommend, the reasons, and both in words: the findings `deploy` and `front_runner`.
 
 The rule is written down before the run (`params/claims.yaml`). Only configurations that are fit to answer customers are
 compared (`fitness`); if none is fit, all are, and the answer is that none is. Eligible is who is shown to be not worse
@@ -51,7 +51,7 @@ def win_text(lead: Interval) -> str:
 
 
 class Recommendation(NamedTuple):
-    """The first choice and why.
+    """The front-runner and why.
 
     `candidates` are shown to be not worse than the best by more than the margin, best first; if there are none,
     `cannot_tell` says why and `config` is only the best guess. `better_than` names the configurations that are surely
@@ -69,7 +69,7 @@ class Recommendation(NamedTuple):
 
     @property
     def deploy(self) -> str | None:
-        """The configuration to deploy: the first choice, if it is fit."""
+        """The configuration to deploy: the front-runner, if it is fit."""
         return self.config if self.fit else None
 
     @property
@@ -134,7 +134,7 @@ def mean_expected_scores(study: StudyResults, judges: Sequence[JudgeResults]) ->
 
 
 def recommend(study: StudyResults) -> Recommendation:
-    """The first choice, by the rule in `claims_of(study)`; it is deployed only if it is fit.
+    """The front-runner, by the rule in `claims_of(study)`; it is deployed only if it is fit.
 
     A configuration that is not fit is not eligible while another one is, and one whose interval lies below the untuned
     model with any of the judges never is.
@@ -305,7 +305,7 @@ def _none_fit(study: StudyResults, choice: Recommendation, unfit: str) -> Findin
     return Finding("deploy", text, n=len(study.results), verdict="not fit", blocked_by=reasons)
 
 
-def first_choice_finding(study: StudyResults, choice: Recommendation) -> Finding | None:
+def front_runner_finding(study: StudyResults, choice: Recommendation) -> Finding | None:
     """The configuration that one would try next, fit or not, with the reasons; None without one.
 
     Its value is the configuration, `low` and `high` are the bounds of its place over all judges that may carry a claim.
@@ -314,7 +314,7 @@ def first_choice_finding(study: StudyResults, choice: Recommendation) -> Finding
         return None
     judges, n = claiming_judges(study)[0], len(study.results)
     told = choice.config if choice.fit and not choice.cannot_tell else _described(study, choice)
-    parts = [f"{told} is the first choice of {n}: {choice.reason}.", f"Its place: {_places(judges, choice.config)}."]
+    parts = [f"{told} is the front-runner of {n}: {choice.reason}.", f"Its place: {_places(judges, choice.config)}."]
     if choice.cannot_tell:
         parts.append(f"{'' if choice.fit else 'The data cannot tell which is best: '}{choice.cannot_tell}.")
     elif choice.better_than:
@@ -329,7 +329,7 @@ def first_choice_finding(study: StudyResults, choice: Recommendation) -> Finding
     verdict = "cannot tell" if choice.cannot_tell else "supported" if choice.is_supported else "not distinguishable"
     places = pd.DataFrame([judge.ranking.loc[choice.config, ["rank_low", "rank_high"]] for judge in judges])
     ends = (places["rank_low"].min(), places["rank_high"].max())
-    return Finding("first_choice", f"{text} {seed_text(study)}", choice.config, *ends, n, verdict)
+    return Finding("front_runner", f"{text} {seed_text(study)}", choice.config, *ends, n, verdict)
 
 
 def _places(judges: Sequence[JudgeResults], config: str) -> str:

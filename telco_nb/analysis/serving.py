@@ -79,7 +79,7 @@ def serving_finding(table: pd.DataFrame, config: str | None, rates: Rates) -> Fi
 
     Args:
         table: from `million_answers`.
-        config: the first choice; None if there is none.
+        config: the front-runner; None if there is none.
         rates: those of the table.
     """
     if config is None or config not in table.index or pd.isna(table.loc[config, "kwh"]):

@@ -14,10 +14,10 @@ COLUMNS = ["config", "role", "strength", "answers", "terms", "loss", "change", "
 
 
 def strength_roles(top: str | None, losses: pd.Series) -> dict[str, str]:
-    """Which configurations are looked at and why: the one with the lowest loss, and `top`, the first choice."""
+    """Which configurations are looked at and why: the one with the lowest loss, and `top`, the front-runner."""
     roles = {str(losses.idxmin()): "with the lowest loss"} if len(losses) else {}
     if top is not None:
-        roles[top] = "first choice, with the lowest loss" if top in roles else "first choice"
+        roles[top] = "front-runner, with the lowest loss" if top in roles else "front-runner"
     return roles
 
 

@@ -199,8 +199,8 @@ def _row(values: Mapping[str, Any] | pd.Series, name: str, key: str, about: str,
 
 
 def _statements(study: StudyFiles, config: str) -> list[str]:
-    """The findings that name this configuration and that nothing blocks, and the gains of the first choice."""
-    about_it = study.first_choice == config
+    """The findings that name this configuration and that nothing blocks, and the gains of the front-runner."""
+    about_it = study.front_runner == config
     return [
         f"{finding['statement']} *({finding['verdict']})*"
         for finding in study.findings

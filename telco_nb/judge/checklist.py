@@ -161,8 +161,8 @@ def checks_table(
         cards_by_id: card by term_id.
 
     Returns:
-        One row per answer: config, prompt_id, test_set, term_id, coverage (0 to 1), content, style, n_words, unsafe,
-        asks_for_secret (True or False) and flags, joined by "; ".
+        One row per answer: config, prompt_id, test_set, term_id, coverage (0 to 1), content, style, faultless, n_words,
+        unsafe, asks_for_secret (True or False) and flags, joined by "; ".
     """
     rows = []
     for config, prompt, case, checked in checked_answers(judge, prompts, answers, cards_by_id):
@@ -173,6 +173,7 @@ def checks_table(
                 "coverage": checked.coverage,
                 "content": checked.content,
                 "style": checked.style,
+                "faultless": checked.faultless,
                 "n_words": len(case.answers[0].split()),
                 "unsafe": bool(checked.unsafe),
                 "asks_for_secret": "asks_for_secret" in checked.unsafe,

@@ -36,7 +36,7 @@ JUDGE_PARTS = ("score", "low", "high", "rank", "rank_low", "rank_high", "gate")
 # The findings that a reader looks up together; in this order, the first group is open.
 GROUPS = {
     "The decision": (
-        "primary", "deploy", "fitness.", "floor.", "taught", "first_choice", "loss_choice", "confidence", "gain.",
+        "primary", "deploy", "fitness.", "floor.", "taught", "front_runner", "loss_choice", "confidence", "gain.",
     ),
     "Loss against judged quality": (
         "tau.", "divergence.", "regret.", "top3.", "best_loss_rank.", "worst_loss_rank.", "misplaced.",
@@ -239,7 +239,7 @@ def _results(study: StudyFiles) -> dict[str, Any] | None:
     ]
     cells = zip(*table.values(), strict=True)
     rows = [
-        {"chosen": config == study.first_choice, "cells": row} for config, row in zip(frame.index, cells, strict=True)
+        {"chosen": config == study.front_runner, "cells": row} for config, row in zip(frame.index, cells, strict=True)
     ]
     return {"columns": columns, "rows": rows}
 
@@ -298,8 +298,8 @@ def _notebooks(study: StudyFiles) -> list[dict[str, Any]]:
 
 
 def _put_to_work(study: StudyFiles) -> dict[str, Any] | None:
-    """The commands that put the first choice to work, as in README.md, and whether it is fit; None without a choice."""
-    config, profile = study.first_choice, study.root.name
+    """The commands that put the front-runner to work, as in README.md, and whether it is fit; None without a choice."""
+    config, profile = study.front_runner, study.root.name
     if config is None:
         return None
     option = "" if profile == "laptop" else f" --profile {profile}"

@@ -21,7 +21,7 @@ ANSWER_CHARACTERS = 700
 CURVE_POINTS = 60
 PNG_START = b"\x89PNG\r\n\x1a\n"
 GUESSED = ("estimated", "allocated")
-CHOSEN = {"not fit": ("first choice, not fit", "bad"), "cannot tell": ("best guess", "note")}  # else: deploy
+CHOSEN = {"not fit": ("front-runner, not fit", "bad"), "cannot tell": ("best guess", "note")}  # else: deploy
 
 
 def figures(root: Path) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def roles(study: StudyFiles) -> dict[str, tuple[str, str]]:
     """What the findings say about a configuration, in two words, with the tone of the label."""
     deploy, loss = (study.finding(id) or {} for id in ("deploy", "loss_choice"))
     chosen = CHOSEN.get(deploy.get("verdict", ""), ("deploy", "good"))
-    found = {loss.get("value"): ("lowest loss", ""), study.first_choice: chosen}
+    found = {loss.get("value"): ("lowest loss", ""), study.front_runner: chosen}
     return {config: role for config, role in found.items() if config}
 
 
@@ -75,7 +75,7 @@ def config_cards(study: StudyFiles) -> list[dict[str, Any]]:
     return [
         {
             "config": config,
-            "chosen": config == study.first_choice,
+            "chosen": config == study.front_runner,
             "role": told.get(config, ("", ""))[0],
             "tone": told.get(config, ("", ""))[1],
             "failed": _failed_steps(study, config),

@@ -85,9 +85,9 @@ class StudyFiles:
         return next((f for f in self.findings if f["id"] == id), None)
 
     @property
-    def first_choice(self) -> str | None:
+    def front_runner(self) -> str | None:
         """The configuration that one would try next, fit or not; None without one. `deploy` says whether it is fit."""
-        return (self.finding("first_choice") or {}).get("value")
+        return (self.finding("front_runner") or {}).get("value")
 
     def judge_name(self, judge: str) -> str:
         """The judge's name, marked if it is an offline proxy."""

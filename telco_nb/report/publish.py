@@ -45,7 +45,7 @@ FILES = {
 PUBLISHED_FROM = (
     "study/06_analysis/*", "judge-*/*", "*/0*/manifest.json", "*/03_train/metrics.json", "*/0*.ipynb", "report/*",
 )  # fmt: skip
-PICKS = ("first_choice", "loss_choice")  # findings that name a configuration whose notebooks are published
+PICKS = ("front_runner", "loss_choice")  # findings that name a configuration whose notebooks are published
 PROXY_WORDS = {
     "checklist": "rules that hold each answer against the points of the customer's problem",
     "embedding": "likeness to the gold answer by sentence embeddings",
@@ -67,7 +67,7 @@ FOLDED = (
     "fitness.unsafe",
     "floor.unsafe",
     "fitness.broken",
-    "first_choice",
+    "front_runner",
     "gain.",
     "misplaced.",
     "tau.",
@@ -160,7 +160,7 @@ def readme_block(folder: Path = REFERENCE) -> str:
         [f"*{word}*: {meaning}.<br>" for word, meaning in words],
         ["</details>"],
         [f"- {said}" for said in shown],
-        ["<details><summary>The first choice, loss against scores, why they part, agreement of the judges</summary>"],
+        ["<details><summary>The front-runner, loss against scores, why they part, agreement of the judges</summary>"],
         [f"- {statement}" for statement in folded],
         ["</details>"],
         ["<details><summary>All configurations</summary>"],

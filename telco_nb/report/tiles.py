@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 def first_tiles(study: StudyFiles, published: StudyFiles | None = None) -> list[Tile]:
     """The tiles of a study with a finding `deploy`; the published run, if it is another, stands beside it."""
-    chosen, pick = study.first_choice, (study.finding("loss_choice") or {}).get("value")
+    chosen, pick = study.front_runner, (study.finding("loss_choice") or {}).get("value")
     claim = [_claim_tile(finding)] if (finding := study.finding("primary")) else []
     first = [_deploy_tile(study, chosen), _cost_tile(study, chosen, pick), *claim, _loss_tile(study, chosen, pick)]
     return [*first, _confidence_tile(study), _tau_tile(study, published), _paper_tile(study), _limits_tile(study)]
@@ -73,7 +73,7 @@ def _deploy_tile(study: StudyFiles, chosen: str | None) -> Tile:
     if verdict == "not fit":
         big = "none: not fit for customers" if below else "none: not shown to be fit for customers"
         ranked = [f["statement"] for f in study.findings if f["id"].startswith("floor.ranked.") and f["value"]]
-        first = [f"First choice for a next try: {chosen} ({about})."] if chosen else []
+        first = [f"Front-runner for a next try: {chosen} ({about})."] if chosen else []
         return Tile("Deploy", big, [*below, *ranked, *first, *_reasons(deploy)])
     if not chosen:
         return Tile("Deploy", "none of them", _reasons(deploy))
@@ -144,7 +144,7 @@ def _energy_lines(study: StudyFiles, chosen: str, pick: str | None) -> list[str]
 
 
 def _confidence_tile(study: StudyFiles) -> Tile:
-    confidence, title = study.finding("confidence"), "Is the first choice better than loss's?"
+    confidence, title = study.finding("confidence"), "Is the front-runner better than loss's?"
     if confidence is None:
         return Tile(title, "not known", ["The analysis does not say."])
     value, lines = confidence["value"], [confidence["statement"]]

@@ -373,7 +373,9 @@ def checks_of(score: pd.Series) -> pd.DataFrame:
     level = 0.5 + 0.1 * rows["config"].map(score.fillna(0)) + rng.normal(0, 0.05, len(rows))
     rows["test_set"], rows["coverage"], rows["content"] = "test", level.clip(0, 1), level.clip(0, 1)
     rows["taught"] = pd.Series(rows["prompt_id"].str[-1].astype(int) < 7, dtype="boolean")
-    return rows.assign(style=rng.uniform(0.5, 1, len(rows)), n_words=40, unsafe=False, asks_for_secret=False, flags="")
+    style = rng.uniform(0.5, 1, len(rows))
+    found = {"style": style, "faultless": style, "unsafe": False, "asks_for_secret": False, "flags": ""}
+    return rows.assign(n_words=40, **found)
 
 
 def points_of(score: pd.Series) -> pd.DataFrame:

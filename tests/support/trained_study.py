@@ -55,7 +55,7 @@ def build(outputs: Path) -> Path:
 def write_findings(root: Path, verdict: str, statement: str) -> None:
     finding = {"statement": statement, "low": None, "high": None, "n": 2, "verdict": verdict, "blocked_by": []}
     deploy = finding | {"id": "deploy", "value": None if verdict == "not fit" else CONFIG}
-    first = finding | {"id": "first_choice", "value": CONFIG, "statement": f"{CONFIG} is the first choice of 2."}
+    first = finding | {"id": "front_runner", "value": CONFIG, "statement": f"{CONFIG} is the front-runner of 2."}
     write_json(root / "findings.json", [deploy, first])
 
 

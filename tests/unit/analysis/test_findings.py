@@ -92,7 +92,7 @@ def test_nothing_is_recommended_if_the_untuned_model_surely_answers_better(untun
     placed = dataclasses.replace(judge, ranking=judge.ranking.assign(is_anchor=judge.ranking.index == "untuned"))
     found = {f.id: f for f in findings.all_findings(make_study(16, [placed]))}
     deploy = found["deploy"]
-    assert ("first_choice" in found) == chosen and deploy.value is None
+    assert ("front_runner" in found) == chosen and deploy.value is None
     assert chosen or "the untuned model answers better" in deploy.blocked_by[0]
 
 

@@ -75,19 +75,19 @@ def test_no_configuration_is_fit_only_if_all_are_below_the_bar():
     assert deploy(held()).verdict == "supported"
 
 
-def first_choice(study):
-    return next((f for f in findings.decision_findings(study) if f.id == "first_choice"), None)
+def front_runner(study):
+    return next((f for f in findings.decision_findings(study) if f.id == "front_runner"), None)
 
 
-def test_without_a_fit_configuration_nothing_is_deployed_and_the_first_choice_stands_apart_with_its_bounds():
+def test_without_a_fit_configuration_nothing_is_deployed_and_the_front_runner_stands_apart_with_its_bounds():
     study = held(coverage=(0.2, 0.2, 0.2, 0.2))
-    first, choice = first_choice(study), recommend(study)
+    first, choice = front_runner(study), recommend(study)
     assert deploy(study).value is None and (choice.deploy, choice.config) == (None, "c04")
     assert (first.value, first.low, first.high) == ("c04", 1, 1) and "Its place: 1 of 4 [1, 1]" in first.statement
     assert first.statement.startswith("c04 (LoRA on")
-    assert deploy(held()).value == recommend(held()).deploy == first_choice(held()).value == "c04"
+    assert deploy(held()).value == recommend(held()).deploy == front_runner(held()).value == "c04"
     blocked = [dataclasses.replace(study.judges[0], headline_blocks=(FEW,))]
-    assert first_choice(dataclasses.replace(study, judges=blocked)) is None
+    assert front_runner(dataclasses.replace(study, judges=blocked)) is None
 
 
 def unfit(**columns):
@@ -122,7 +122,7 @@ def test_the_unsafe_share_stands_beside_those_of_the_gold_answers_and_of_one_sen
     beside = "the gold answers: 0%, one sentence for everything: 23%"
     study = unfit()
     (told,) = (f.statement for f in bar_findings(study, CONFIGS, "c01") if f.id == "fitness.unsafe")
-    assert beside in told and "(c01, the first choice: 30%)" in told
+    assert beside in told and "(c01, the front-runner: 30%)" in told
     assert any(beside in reason for reason in fitness(study, "c02").failed)
 
 
@@ -193,8 +193,8 @@ def test_the_parts_of_the_bar_are_findings_with_their_numbers():
 
 def test_the_only_fit_one_is_recommended_as_such():
     study = held(coverage=(0.8, 0.2, 0.2, 0.2))
-    assert deploy(study).value == first_choice(study).value == "c01"
-    assert "the only one of the configurations that is fit" in first_choice(study).statement
+    assert deploy(study).value == front_runner(study).value == "c01"
+    assert "the only one of the configurations that is fit" in front_runner(study).statement
 
 
 def test_a_choice_of_loss_that_is_better_but_not_fit_is_called_that():

@@ -105,7 +105,7 @@ def strengths(rng: np.random.Generator) -> list[findings.Finding]:
     """Four strengths that change nothing but the noise of each answer."""
     rows = [(s, f"p{t}", f"t{t}", 20, 20 * rng.normal(2, 0.1)) for s in (0.5, 0.75, 1.0, 1.25) for t in range(TERMS)]
     table = pd.DataFrame(rows, columns=["strength", "prompt_id", "term_id", "n_tokens", "loss_sum"])
-    return strength_findings(strength_table({"c01": table}, roles := {"c01": "first choice"}, DRAWS, 1), roles)
+    return strength_findings(strength_table({"c01": table}, roles := {"c01": "front-runner"}, DRAWS, 1), roles)
 
 
 def between_judges(rng: np.random.Generator, panel: list[JudgeResults]) -> list[findings.Finding]:

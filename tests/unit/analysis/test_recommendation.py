@@ -128,7 +128,7 @@ def test_where_nothing_is_shown_the_data_cannot_tell_and_energy_decides_nothing(
     choice = recommend(study)
     assert choice.candidates == [] and not choice.is_supported
     assert choice.config == "c03" and "can be the best" in choice.cannot_tell
-    first = next(f for f in findings.decision_findings(study) if f.id == "first_choice")
+    first = next(f for f in findings.decision_findings(study) if f.id == "front_runner")
     assert (first.value, first.verdict) == ("c03", "cannot tell")
     assert "The data cannot tell" in first.statement and "would count as equally good" in first.statement
 

@@ -117,7 +117,7 @@ def test_blocked_statements_fold_away_with_their_reasons_and_the_others_stay():
 @pytest.mark.parametrize(("kinds", "labels"), [(["estimated"] * 4, 4), (["measured", *["estimated"] * 3], 0)])
 def test_only_energies_of_one_kind_get_points(kinds, labels):
     study = make_study(4, energy_kind=kinds)
-    fig, data = charts.score_panels(study, "train_energy_wh", "energy (Wh)", {"c01": "first choice"})
+    fig, data = charts.score_panels(study, "train_energy_wh", "energy (Wh)", {"c01": "front-runner"})
     assert len(fig.axes[0].texts) == labels
     assert list(data.columns[:2]) == ["config", "train_energy_wh"] and len(data) == 4
 

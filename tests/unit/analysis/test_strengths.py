@@ -22,7 +22,7 @@ def losses(best: float, size: float = 1.0) -> pd.DataFrame:
 
 
 def test_a_weaker_adapter_with_a_lower_loss_is_found_with_a_paired_interval():
-    roles = {"c01": "first choice", "c02": "with the lowest loss"}
+    roles = {"c01": "front-runner", "c02": "with the lowest loss"}
     table = strength_table({"c01": losses(0.7), "c02": losses(1.0)}, roles, 300, 1)
     assert len(table) == 8 and list(table["config"].unique()) == ["c01", "c02"]
     found = {f.id: f for f in strength_findings(table, roles)}
@@ -38,7 +38,7 @@ def test_a_weaker_adapter_with_a_lower_loss_is_found_with_a_paired_interval():
 @pytest.mark.parametrize("best", [0.86, 0.89])
 def test_two_strengths_whose_interval_holds_0_are_not_told_apart_and_both_losses_are_given(best):
     table = losses(best, 0.02).query("strength in (0.75, 1)")
-    roles = {"c01": "first choice"}
+    roles = {"c01": "front-runner"}
     found = strength_findings(strength_table({"c01": table}, roles, 300, 1), roles)[0]
     assert "on 24 answers" in found.statement  # two of each of 12 terms, which are the units
     assert found.low < 0 < found.high and found.verdict == "not distinguishable" and found.n == 12
@@ -47,20 +47,20 @@ def test_two_strengths_whose_interval_holds_0_are_not_told_apart_and_both_losses
 
 
 def test_the_interval_of_no_change_holds_0():
-    row = strength_table({"c01": losses(1.0)}, {"c01": "first choice"}, 300, 1).set_index("strength").loc[1.0]
+    row = strength_table({"c01": losses(1.0)}, {"c01": "front-runner"}, 300, 1).set_index("strength").loc[1.0]
     assert row["change"] == row["low"] == row["high"] == 0
 
 
 def test_one_strength_alone_gives_words_and_no_number():
     alone = losses(1.0).query("strength == 1")
     for table in (alone, alone.iloc[:0]):
-        shown = strength_table({"c01": table}, {"c01": "first choice"}, 300, 1)
-        found = strength_findings(shown, {"c01": "first choice"})
+        shown = strength_table({"c01": table}, {"c01": "front-runner"}, 300, 1)
+        found = strength_findings(shown, {"c01": "front-runner"})
         assert shown.empty and found[0].verdict == "not estimable" and found[0].value is None
 
 
-def test_the_first_choice_and_the_lowest_loss_can_be_the_same():
+def test_the_front_runner_and_the_lowest_loss_can_be_the_same():
     loss = pd.Series({"c01": 0.5, "c02": 0.6})
-    assert strength_roles("c01", loss) == {"c01": "first choice, with the lowest loss"}
-    assert strength_roles("c02", loss) == {"c01": "with the lowest loss", "c02": "first choice"}
+    assert strength_roles("c01", loss) == {"c01": "front-runner, with the lowest loss"}
+    assert strength_roles("c02", loss) == {"c01": "with the lowest loss", "c02": "front-runner"}
     assert strength_roles(None, loss[:0]) == {}

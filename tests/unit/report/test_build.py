@@ -72,7 +72,7 @@ def test_the_first_screen_answers_a_manager(built, finished):
     for told in (
         "Loss alone would have chosen",
         results["loss_choice"]["value"],
-        "Is the first choice better",
+        "Is the front-runner better",
         "Wh",
         "estimated",
         "paper",

@@ -81,7 +81,7 @@ def test_no_statement_of_the_readme_stands_twice_and_the_decision_is_short():
     said = [line for line in block.splitlines() if line.startswith("- ")]
     assert len(said) == len(set(said)) and block.count("of a full answer's points") == 1
     findings = {f["id"]: f for f in json.loads((publish.REFERENCE / "findings.json").read_text())}
-    assert len(findings["deploy"]["statement"].split()) <= 50 and "first_choice" in findings
+    assert len(findings["deploy"]["statement"].split()) <= 50 and "front_runner" in findings
 
 
 @published

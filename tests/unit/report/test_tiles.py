@@ -20,7 +20,7 @@ from telco_nb.report.files import StudyFiles, read_published
 SCORE = pd.Series({"c01": 0.0, "c02": 0.1, "c03": 0.2, "c04": 2.0, "c05": -0.1, "c06": -0.3})
 
 
-BLOCKED = {"deploy": {"verdict": "blocked", "value": None, "blocked_by": ["so"]}, "first_choice": {"value": None}}
+BLOCKED = {"deploy": {"verdict": "blocked", "value": None, "blocked_by": ["so"]}, "front_runner": {"value": None}}
 
 
 def files(study=None, changes=None, **columns) -> StudyFiles:
@@ -59,7 +59,7 @@ def test_the_first_tile_says_how_far_the_choice_is_shown(verdict, title, big, ta
     assert (tile.big, tile.tag, tile.good) == (big, tag, verdict == "supported")
     (card,) = [card for card in config_cards.config_cards(study) if card["config"] == "c04"]
     assert (card["tone"] == "good") == (verdict == "supported")
-    assert config_cards.roles(study)["c04"][0] == {"cannot tell": "best guess", "not fit": "first choice, not fit"}.get(
+    assert config_cards.roles(study)["c04"][0] == {"cannot tell": "best guess", "not fit": "front-runner, not fit"}.get(
         verdict, "deploy"
     )
 
@@ -155,19 +155,19 @@ def test_a_shared_lowest_loss_is_not_called_a_missing_one():
     study = make_study(6, [make_judge(SCORE, 0.1)], val_loss=[0.5, 0.5, 0.6, 0.6, 0.7, 0.7])
     shown = tiles(files(study))
     assert "share the lowest loss" in text(shown["Loss alone would have chosen"])
-    assert "share the lowest loss" in text(shown["Is the first choice better than loss's?"])
-    assert "no valid judge" not in text(shown["Is the first choice better than loss's?"]).lower()
+    assert "share the lowest loss" in text(shown["Is the front-runner better than loss's?"])
+    assert "no valid judge" not in text(shown["Is the front-runner better than loss's?"]).lower()
 
 
 def test_a_choice_of_loss_that_answers_better_is_not_explained_by_its_cost():
     study = files(changes={"confidence": {"verdict": "refuted", "value": 0.1, "statement": "x", "blocked_by": []}})
-    assert tiles(study)["Is the first choice better than loss's?"].big == "no, 10%"
+    assert tiles(study)["Is the front-runner better than loss's?"].big == "no, 10%"
 
 
 def test_no_tile_prints_a_number_that_is_missing():
     gone = {"value": None, "low": None, "high": None}
     whole = files(train_energy_low_wh=math.nan, train_energy_high_wh=math.nan)
-    ids = [row["id"] for row in whole.findings if row["id"] not in ("deploy", "first_choice", "loss_choice")]
+    ids = [row["id"] for row in whole.findings if row["id"] not in ("deploy", "front_runner", "loss_choice")]
     for id, change in [(id, change) for id in ids for change in (gone, gone | {"value": 0.5})]:
         changed = [row | (change if row["id"] == id else {}) for row in whole.findings]
         for tile in tiles(dataclasses.replace(whole, findings=changed)).values():
@@ -190,7 +190,7 @@ def test_a_study_without_a_fit_configuration_says_none_and_by_how_much_the_best_
     tile = tiles(with_findings(files(changes={"deploy": {"verdict": "not fit"}}), COVERAGE))["Deploy"]
     assert tile.big == "none: not fit for customers" and not tile.good
     assert tile.lines[0] == COVERAGE["statement"]
-    assert tile.lines[1].startswith("First choice for a next try: c04 (LoRA on") and len(tile.lines) == 2
+    assert tile.lines[1].startswith("Front-runner for a next try: c04 (LoRA on") and len(tile.lines) == 2
 
 
 @pytest.mark.parametrize("above", [0, 2])
@@ -203,7 +203,7 @@ def test_where_none_is_fit_the_first_tile_names_texts_without_training_that_a_ju
 def test_what_fails_without_any_judge_stands_before_what_blocks_a_ranking():
     why = "only 6 terms were judged; a ranking needs 8"
     change = {"verdict": "not fit", "value": None, "blocked_by": [why]}
-    changes = {"deploy": change, "first_choice": {"value": None}}
+    changes = {"deploy": change, "front_runner": {"value": None}}
     tile = tiles(with_findings(files(changes=changes), COVERAGE))["Deploy"]
     assert tile.big == "none: not fit for customers"
     assert list(tile.lines) == [COVERAGE["statement"], "Only 6 terms were judged; a ranking needs 8."]
@@ -325,9 +325,9 @@ def test_words_that_a_page_uses_are_explained_on_it_and_no_others():
     assert {"LoRA", "validation loss", "log-odds", "tau-b"} <= set(shown)
 
 
-def test_first_choice_loss_choice_and_cards_name_one_configuration_also_where_none_is_fit():
+def test_front_runner_loss_choice_and_cards_name_one_configuration_also_where_none_is_fit():
     study = files(changes={"deploy": {"verdict": "not fit", "value": None}})
-    assert study.first_choice == "c04" and config_cards.roles(study)["c04"] == ("first choice, not fit", "bad")
+    assert study.front_runner == "c04" and config_cards.roles(study)["c04"] == ("front-runner, not fit", "bad")
     (card,) = [card for card in config_cards.config_cards(study) if card["chosen"]]
     assert card["config"] == "c04" and card["tone"] == "bad"
 
