@@ -36,6 +36,7 @@ from telco_nb.analysis.recommendation import (
     win_text,
 )
 from telco_nb.analysis.results import JudgeResults, StudyResults
+from telco_nb.analysis.rules import rule_agreement, rule_finding
 from telco_nb.analysis.seeds import noise_finding
 from telco_nb.analysis.statements import (
     Finding,
@@ -268,6 +269,26 @@ def effective_findings(
     if len(panel) < 2:
         return []
     return [effective_finding(panel, *effective_judges([judgements[judge.name] for judge in panel], n_draws, seed))]
+
+
+def rule_findings(
+    panel: Sequence[JudgeResults], checks: pd.DataFrame | None, judgements: Mapping[str, pd.DataFrame], seed: int
+) -> tuple[pd.DataFrame, list[Finding]]:
+    """The rules beside every judge that is no checklist: `rules.rule_agreement` with the column judge, and in words.
+
+    Args:
+        panel: the judges.
+        checks: `checklist.checks_table`; None where there is no checklist, and nothing is said.
+        judgements: by the judge's name.
+        seed: of the bootstrap.
+    """
+    tables, told = [], []
+    for judge in panel:
+        if checks is not None and judge.kind != "checklist":
+            table = rule_agreement(checks, judgements[judge.name], seed)
+            tables.append(table.assign(judge=judge.label))
+            told += [rule_finding(judge, table)] if len(table) else []
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), told
 
 
 def rubric_findings(panel: Sequence[JudgeResults], ratings: pd.DataFrame, n_draws: int, seed: int) -> list[Finding]:

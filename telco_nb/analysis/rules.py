@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from telco_nb.analysis.results import JudgeResults
+from telco_nb.analysis.statements import Finding
 from telco_nb.analysis.statistics import share_interval
 from telco_nb.judge.checklist import FAULT_GAP, TIE_BAND
 
@@ -80,11 +82,16 @@ def _rules(pairs: _Pairs) -> dict[str, np.ndarray]:
     return rules
 
 
-def rules_text(table: pd.DataFrame, judge: str) -> str:
-    """Which rules of `rule_agreement` the judge goes along with more often than a coin, and which less often."""
+def rule_finding(judge: JudgeResults, table: pd.DataFrame) -> Finding:
+    """Which rules the judge goes along with more often than a coin, and which less often."""
     known = table.dropna(subset=["agreed_low", "agreed_high"])
-    along = known.loc[known["agreed_low"] > EVEN, "rule"].tolist()
-    against = known.loc[known["agreed_high"] < EVEN, "rule"].tolist()
-    rest = len(table) - len(along) - len(against)
-    text = f"**{judge} goes along with**: {'; '.join(along) or 'no rule'}. **Against**: {'; '.join(against) or 'none'}."
-    return text + (f" Of the other {rest} its decisions tell neither." if rest else "")
+    along, against = known[known["agreed_low"] > EVEN], known[known["agreed_high"] < EVEN]
+    text = f"Of {len(table)} rules of the checklist {judge.label} goes along with {len(along)} more often than a coin"
+    text += f"{_named(along)}, and with {len(against)} less often{_named(against)}."
+    return Finding(f"rules.{judge.name}", text, n=int(table["comparisons"].max()))
+
+
+def _named(rows: pd.DataFrame) -> str:
+    columns = zip(rows["rule"], rows["agreed"], rows["comparisons"], strict=True)
+    texts = [f"{rule} ({share:.0%} of {n})" for rule, share, n in columns]
+    return f": {'; '.join(texts)}" if texts else ""

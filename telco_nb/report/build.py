@@ -44,7 +44,7 @@ GROUPS = {
     "Why loss and quality part": ("parting.", "strength."),
     "Which parameter moves what": ("effect.",),
     "Energy and cost": ("energy_ratio", "pareto.", "drift", "serving"),
-    "Do the judges agree?": ("judges.", "kappa.", "effective_judges", "alpha.", "self_preference."),
+    "Do the judges agree?": ("judges.", "kappa.", "rules.", "effective_judges", "alpha.", "self_preference."),
     "Chance, and what a study of this size can tell": ("noise_floor", "luck.", "power", "equivalence."),
 }  # fmt: skip
 TONES = {"supported": "good", "blocked": "bad", "not fit": "bad", "refuted": "bad", "cannot tell": "note"}

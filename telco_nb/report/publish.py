@@ -73,6 +73,7 @@ FOLDED = (
     "tau.",
     "parting.all.",
     "kappa.",
+    "rules.",
 )
 
 

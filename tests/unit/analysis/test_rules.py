@@ -1,10 +1,11 @@
 """Which rules of the checklist readers go along with: planted preferences are found, and none is made up."""
 
+import fake_study
 import numpy as np
 import pandas as pd
 import pytest
 
-from telco_nb.analysis import rules
+from telco_nb.analysis import findings, rules
 
 N = 1200
 
@@ -32,6 +33,18 @@ def study(seed, follows):
     return pd.concat([first, second]), judgements
 
 
+SCORES = pd.Series({"c01": 0.1, "c02": -0.1})
+READER = fake_study.make_judge(SCORES, name="panel", kind="language_model_panel")
+CHECKLIST = fake_study.make_judge(SCORES)
+
+
+def statement(made):
+    checks, judgements = made
+    table, told = findings.rule_findings([CHECKLIST, READER], checks, {READER.name: judgements}, 1)
+    assert set(table["judge"]) == {READER.label}
+    return told[0]
+
+
 def has(answers, flag):
     return (answers["flags"] == flag).astype(float)
 
@@ -49,9 +62,10 @@ def test_a_reader_who_wants_points_and_whole_answers_and_likes_other_problems_st
     assert table.loc["more points, by 0.4 or more", "agreed_low"] > 0.5
     assert table.loc["fewer faults, at equal content", "agreed_low"] > 0.5
     assert table.loc["without unclean end", "agreed_low"] > 0.5 > table.loc["without off request", "agreed_high"]
-    text = rules.rules_text(table.reset_index(), "panel")
-    assert "**Against**: without off request." in text and "without unclean end" in text.split("**Against**")[0]
     assert "safe, the other is not" not in table.index  # nothing turned on it
+    finding = statement(study(1, follows))
+    along, _, against = finding.statement.partition(" less often: ")
+    assert finding.n >= 100 and "without off request" in against and "without unclean end" in along
 
 
 def test_of_a_reader_who_tosses_coins_the_intervals_hold_one_half_for_95_percent_of_all_rules():
@@ -84,4 +98,10 @@ def test_ties_and_pairs_with_texts_that_were_not_checked_say_nothing():
     ties, anchor = judgements.head(5).assign(winner="tie"), judgements.head(5).assign(purpose="anchor")
     pd.testing.assert_frame_equal(told(checks, pd.concat([judgements, other, ties, anchor])), told(checks, judgements))
     assert rules.rule_agreement(checks, ties, 1).empty
-    assert "no rule" in rules.rules_text(rules.rule_agreement(checks, ties, 1), "panel")
+
+
+def test_nothing_is_said_without_a_checklist_without_a_reader_and_without_decisions():
+    checks, judgements = study(5, lambda first, second: np.zeros(N))
+    for readers, known, votes in (([READER], None, judgements), ([CHECKLIST], checks, judgements)):
+        assert findings.rule_findings(readers, known, {READER.name: votes}, 1)[1] == []
+    assert findings.rule_findings([CHECKLIST, READER], checks, {READER.name: judgements.head(0)}, 1)[1] == []
