@@ -133,12 +133,26 @@ def _publish_record(root: Path, folder: Path) -> None:
         name = folder / "tables" / f"ranking_{judge}.csv"
         pd.read_parquet(ranking).to_csv(name, index=False, lineterminator="\n")
         if store.is_file():
-            write_bytes(folder / "verdicts" / f"{judge}.jsonl.xz", lzma.compress(store.read_bytes(), filters=XZ))
+            published = folder / "verdicts" / f"{judge}.jsonl.xz"
+            write_bytes(published, lzma.compress(verdicts_in_force(store.read_bytes()), filters=XZ))
     found = {finding["id"]: finding["value"] for finding in read_json(root / "findings.json")}
     scopes = ["shared", "untuned", *dict.fromkeys(filter(None, map(found.get, PICKS))), "judge-*", "study"]
     for notebook in sorted(path for scope in scopes for path in root.glob(f"{scope}/0[!2]*.ipynb")):
         scope = notebook.parent.name
         shutil.copyfile(notebook, folder / "notebooks" / f"{notebook.stem}_{scope}.ipynb")
+
+
+def verdicts_in_force(store: bytes) -> bytes:
+    """The lines of a store without what a rule-based judge planned and found by earlier rules: no ranking reads it."""
+    lines = store.splitlines(keepends=True)
+    rules = [found[1] if (found := re.search(rb'"rules_sha256": "(\w+)"', line)) else None for line in lines]
+    newest = next(filter(None, reversed(rules)), None)
+    plans = [found[1] if (found := re.match(rb'{"plan": "(\w+)"', line)) else None for line in lines]
+    last = {plan: number for number, plan in enumerate(plans)}
+    kept = (
+        not newest or (rule in (None, newest) and (not plans[n] or last[plans[n]] == n)) for n, rule in enumerate(rules)
+    )
+    return b"".join(line for line, keep in zip(lines, kept, strict=True) if keep)
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -202,10 +216,12 @@ def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> 
         return not finding["blocked_by"] or finding["verdict"] == "not fit"
 
     told = [finding for finding in findings if is_told(finding)]
-    shown = {start: [_told(f, findings) for f in told if f["id"].startswith(start)] for start in starts}
+    shown = {start: [_told(f) for f in told if f["id"].startswith(start)] for start in starts}
     shown |= {start: _places(shown[start]) for start in LOSS_RANKS if start in shown}
-    if "effect." in shown and not shown["effect."]:
-        shown["effect."] = _no_effect(findings)
+    if "floor.ranked." in shown:
+        shown["floor.ranked."] = _untrained_texts(shown["floor.ranked."])
+    if "effect." in shown:
+        shown["effect."] = _score_effects(findings, [f for f in told if f["id"].startswith("effect.")])
     return [statement for start in starts for statement in shown[start]]
 
 
@@ -217,47 +233,75 @@ def _places(statements: list[str]) -> list[str]:
     return [f"{parts[0][0]} ranks {' and '.join(place for _, _, place in parts)}."]
 
 
+def _untrained_texts(statements: list[str]) -> list[str]:
+    """One sentence where no judge ranks a text that needs no training above every configuration."""
+    found = [re.match(r"With (.*) no text that needs no training", said) for said in statements]
+    judges = [match[1] for match in found if match]
+    if len(judges) < max(2, len(statements)):
+        return statements
+    return [f"With {' and with '.join(judges)} no text that needs no training scores higher than every configuration."]
+
+
+def _score_effects(findings: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[str]:
+    """The effects that are shown on each judge's score in one sentence, and what the other judges find of them."""
+    every = {f["id"]: f for f in findings if f["id"].startswith("effect.") and f["value"] is not None}
+    responses = {finding["id"].split(".")[1]: None for finding in shown}  # in order
+    others = {response for id in every if (response := id.split(".")[1]).endswith("score")}
+    sentences = []
+    for response in responses:
+        effects = [finding for finding in shown if finding["id"].split(".")[1] == response]
+        said = f"Effects on the score of {response.removesuffix('score')} (log-odds): {_named_effects(effects)}."
+        for other in sorted(others - {response}):
+            ids = [effect["id"].replace(f".{response}.", f".{other}.") for effect in effects]
+            found = [(every[id], effect) for id, effect in zip(ids, effects, strict=True) if id in every]
+            alike = sum(one["value"] * effect["value"] > 0 for one, effect in found)
+            n = f"{sum(one['verdict'] == 'supported' for one, _ in found)} of these {len(effects)}"
+            said += f" With {other.removesuffix('score')} {n} are shown (same sign: {alike})."
+        sentences.append(said)
+    return [*sentences, *_energy_effect(findings)] if sentences else _no_effect(findings)
+
+
+def _named_effects(effects: list[dict[str, Any]]) -> str:
+    """The effects, the largest first, those from one level of a factor together."""
+    groups: dict[str, list[str]] = {}
+    for effect in sorted(effects, key=lambda effect: -abs(effect["value"])):
+        factor, moved = effect["id"].split(".", 3)[2:]
+        start, _, end = moved.partition("->")
+        bounds = interval_text(f"{effect['low']:+.2f}", f"{effect['high']:+.2f}", "")
+        groups.setdefault(f"{factor.replace('_', ' ')} {start}", []).append(f"to {end} {effect['value']:+.2f} {bounds}")
+    return "; ".join(f"{start} {', '.join(ends)}" for start, ends in groups.items())
+
+
 def _no_effect(findings: list[dict[str, Any]]) -> list[str]:
     """What is told where no factor moves a score for sure: that, and what moves the training energy most."""
-    energy = [f for f in findings if f["id"].startswith("effect.trainingenergy") and f["verdict"] == "supported"]
     if not any(f["id"].startswith("effect.") for f in findings):
         return []
-    said = "Effect of factors on scores: none shown."
-    if energy:
-        most = max(energy, key=lambda f: abs(math.log(f["value"])))
-        [(kind, factor, moved)] = re.findall(r"effect\.trainingenergy\((.*)\)\.(\w+)\.(.*)", most["id"])
-        bounds = interval_text(f"{most['low']:.2f}", f"{most['high']:.2f}", "")
-        said += f" Training energy ({kind}), {factor.replace('_', ' ')} {moved.replace('->', ' to ')}: "
-        said += f"{most['value']:.2f} times {bounds}."
-    return [said]
+    return [" ".join(["Effect of factors on scores: none shown.", *_energy_effect(findings)])]
 
 
-def _told(finding: dict[str, Any], findings: list[dict[str, Any]]) -> str:
-    """The statement, cut where the report has the rest; an effect on a score with what the other judges find of it."""
+def _energy_effect(findings: list[dict[str, Any]]) -> list[str]:
+    """What moves the training energy most, if anything is shown to."""
+    energy = [f for f in findings if f["id"].startswith("effect.trainingenergy") and f["verdict"] == "supported"]
+    if not energy:
+        return []
+    most = max(energy, key=lambda f: abs(math.log(f["value"])))
+    [(kind, factor, moved)] = re.findall(r"effect\.trainingenergy\((.*)\)\.(\w+)\.(.*)", most["id"])
+    bounds = interval_text(f"{most['low']:.2f}", f"{most['high']:.2f}", "")
+    how = f"{factor.replace('_', ' ')} {moved.replace('->', ' to ')}: {most['value']:.2f} times {bounds}."
+    return [f"Training energy ({kind}), {how}"]
+
+
+def _told(finding: dict[str, Any]) -> str:
+    """The statement, cut where the report has the rest."""
     said = finding["statement"]
     if finding["id"].startswith(LOSS_RANKS):
         return f"{said.partition(';')[0]}."
     if finding["id"].startswith(BRIEFLY):
         return first_sentence(said)
     if finding["id"] == "taught":
-        return said.partition(" The look-up makes")[0]  # `floor.coverage` tells of the look-up
-    if not said.startswith("Effect of"):
-        return said
-    _, response, effect = finding["id"].split(".", 2)
-    text = re.sub(r" \(error: [^)]*\)| over \d+ effects", "", first_sentence(said))
-    for other in findings:
-        kind, _, rest = other["id"].partition(".")
-        name, _, moved = rest.partition(".")
-        if (
-            kind == "effect"
-            and moved == effect
-            and name.endswith("score")
-            and name != response
-            and other["value"] is not None
-        ):
-            bounds = interval_text(other["low"], other["high"])
-            text += f" With {name.removesuffix('score')}: {other['value']:+.2f} {bounds}, {other['verdict']}."
-    return text
+        # The report has the shares themselves; `floor.coverage` tells of the look-up.
+        return re.sub(r" On \d+ questions .*?(?= Training added )", "", said.partition(" The look-up makes")[0])
+    return said
 
 
 def _proxies(judges: list[str]) -> str:

@@ -89,7 +89,16 @@ def test_what_the_readme_says_in_the_open_is_short_and_answers_what_a_newcomer_a
     block = publish.readme_block()
     shown = re.sub(r"<details>.*?</details>", "", block, flags=re.DOTALL)
     assert block.count("<details>") == 3 and len(shown.split()) < 500
-    assert all(word in shown for word in ("No configuration is fit", "Loss alone would choose", "Effect of", "kWh"))
+    assert all(word in shown for word in ("No configuration is fit", "Loss alone would choose", "Effects on", "kWh"))
+
+
+def test_plans_and_verdicts_of_a_judges_earlier_rules_are_not_published():
+    plan = b'{"plan": "pairs", "sha256": "%d"}'
+    first, second = b'{"id": 1, "rules_sha256": "aa"}', b'{"id": 1, "rules_sha256": "bb"}'
+    kept = publish.verdicts_in_force(b"\n".join([plan % 1, first, b'{"id": 2}', plan % 2, second]) + b"\n")
+    assert kept.splitlines() == [b'{"id": 2}', plan % 2, second]
+    asked = b"\n".join([plan % 1, b'{"id": 1}', plan % 2, b'{"id": 2}'])  # a hosted judge: whatever it was asked stays
+    assert publish.verdicts_in_force(asked) == asked and publish.verdicts_in_force(b"") == b""
 
 
 def test_missing_markers_are_an_error(tmp_path):
@@ -100,25 +109,33 @@ def test_missing_markers_are_an_error(tmp_path):
 
 def test_of_the_effects_of_factors_the_readme_tells_those_on_scores_that_are_shown():
     def effect(response: str, verdict: str) -> dict:
-        id = f"effect.{response}.epochs.1->4"
-        return {"id": id, "statement": f"{response} {verdict}", "verdict": verdict, "blocked_by": []}
+        found = {"id": f"effect.{response}.epochs.1->4", "value": 0.5, "low": 0.1, "high": 0.9}
+        return found | {"statement": f"{response} {verdict}", "verdict": verdict, "blocked_by": []}
 
     found = [effect(r, v) for r in ("val_loss", "checklistscore") for v in ("supported", "not distinguishable")]
     blocked = {"id": "tau.x", "statement": "tau", "verdict": "blocked", "blocked_by": ["its gate failed"]}
     assert publish._shown_statements([*found, blocked], (*publish.IN_THE_OPEN, *publish.FOLDED)) == [
-        "checklistscore supported"
+        "Effects on the score of checklist (log-odds): epochs 1 to 4 +0.50 [+0.10, +0.90]."
     ]
 
 
-def test_an_effect_on_one_judges_score_stands_beside_what_the_other_judges_find_of_it():
-    def effect(judge: str, verdict: str, value: float | None, level: str = "1->4") -> dict:
-        said = {"statement": f"Effect of epochs on {judge}: {value}. More.", "verdict": verdict, "blocked_by": []}
-        return said | {"id": f"effect.{judge}score.epochs.{level}", "value": value, "low": -0.1, "high": 2.0}
+def test_effects_on_one_judges_score_stand_beside_how_many_of_them_the_other_judges_find():
+    def effect(judge: str, verdict: str, value: float | None, factor: str = "epochs.1->4") -> dict:
+        said = {"statement": f"Effect of {factor}", "verdict": verdict, "blocked_by": []}
+        return said | {"id": f"effect.{judge}score.{factor}", "value": value, "low": -0.1, "high": 2.0}
 
-    panel, other = effect("panel", "not distinguishable", 1.4), effect("panel", "not distinguishable", 9.0, "1->9")
-    missing = effect("third", "not estimable", None)
-    (told,) = publish._shown_statements([effect("checklist", "supported", 1.7), panel, other, missing], ["effect."])
-    assert told == "Effect of epochs on checklist: 1.7. With panel: +1.40 [-0.10, +2.00], not distinguishable."
+    mine = [
+        effect("checklist", "supported", -0.2),
+        effect("checklist", "supported", 0.5, "target_modules.qv->all"),
+        effect("checklist", "supported", 0.7, "target_modules.qv->mlp"),
+    ]
+    theirs = [effect("panel", "not distinguishable", 1.4), effect("panel", "not distinguishable", 9.0, "epochs.1->9")]
+    theirs += [effect("panel", "not distinguishable", 0.1, "target_modules.qv->all"), effect("third", "blocked", None)]
+    (told,) = publish._shown_statements([*mine, *theirs], ["effect."])
+    assert told == (
+        "Effects on the score of checklist (log-odds): target modules qv to mlp +0.70 [-0.10, +2.00], to all +0.50 "
+        "[-0.10, +2.00]; epochs 1 to 4 -0.20 [-0.10, +2.00]. With panel 0 of these 3 are shown (same sign: 1)."
+    )
 
 
 def test_the_heading_names_the_machine_that_trained_where_it_is_another(tmp_path):
