@@ -13,7 +13,7 @@ import pandas as pd
 
 from telco_nb.analysis.results import JudgeResults
 from telco_nb.analysis.statements import Finding, counted, name_list, not_estimable
-from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval
+from telco_nb.analysis.statistics import Interval, cluster_weights, percentile_interval, read_comparisons
 from telco_nb.judge.ranking import interval_text
 
 FEWEST = 30  # shared comparisons: of fewer, a correlation says nothing
@@ -58,7 +58,7 @@ def _shared_verdicts(judgements: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The comparisons that all judges have judged, with one column of verdicts, 1, 0 or -1, for each judge."""
     tables = []
     for i, table in enumerate(judgements):
-        rows = table[table["purpose"] == "ranking"]
+        rows = read_comparisons(table)
         seats = rows[["config_first", "config_second"]]
         low, high = seats.min(axis=1), seats.max(axis=1)
         verdict = np.select([rows["winner"] == low, rows["winner"] == high], [1.0, -1.0], 0.0)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Okabe-Ito: distinct for colour-blind readers and in grey print
 COLOURS = {"front-runner": "#009e73", "lowest loss": "#0072b2", "highest loss": "#d55e00", "other": "#6b6b6b"}
 FACTOR_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+MARKERS = ("o", "s", "^", "D")  # of the numbers of epochs, the fewest first
 MAX_LABELS = 40  # above this only configurations with a role are labelled, and the others stay in the background
 HATCHED_KINDS = ("estimated", "allocated")
 LABEL_ANGLES = np.radians([35, 145, -35, -145, 0, 180, 90, -90])  # diagonals first: whiskers are upright
@@ -41,13 +42,25 @@ def colour(config: str, used: Mapping[str, str]) -> str:
     return COLOURS[used.get(config, "other").partition(" and ")[0]]
 
 
-def role_legend(fig: Figure, used: Mapping[str, str]) -> None:
-    """A legend above the panels that names the configurations with a role."""
+def epoch_markers(results: pd.DataFrame) -> dict[str, str]:
+    """Configuration -> marker by its number of epochs; none with one number or more than there are markers."""
+    levels = sorted(results["epochs"].dropna().unique()) if "epochs" in results else []
+    if not 1 < len(levels) <= len(MARKERS):
+        return {}
+    return {str(config): MARKERS[levels.index(n)] for config, n in results["epochs"].dropna().items()}
+
+
+def role_legend(fig: Figure, used: Mapping[str, str], shapes: Mapping[int, str] | None = None) -> None:
+    """A legend above the panels that names the configurations with a role, and the numbers of epochs by marker."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], marker="o", linestyle="", color=colour(config, used), label=f"{role}: {config}")
         for config, role in used.items()
+    ]
+    handles += [
+        Line2D([], [], marker=marker, linestyle="", color=COLOURS["other"], label=f"{n:g} epoch{'s' * (n != 1)}")
+        for n, marker in (shapes or {}).items()
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
 
@@ -108,7 +121,7 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, len(study.judges), figsize=(9, 4.2), sharex=True, squeeze=False, layout="constrained")
-    is_loss = x == "val_loss"
+    is_loss, markers = x == "val_loss", epoch_markers(study.results)
     data = study.results[[x, f"{x}_low", f"{x}_high"] if is_loss else [x]].astype(float)
     comparable = is_loss or len(study.energy_kinds) == 1  # energies of different kinds share no axis
     for ax, judge in zip(axes.flat, study.judges, strict=True):
@@ -119,11 +132,12 @@ def score_panels(study: StudyResults, x: str, xlabel: str, used: Mapping[str, st
         if len(frame) and comparable:
             if not is_loss:
                 front_line(ax, frame, pareto_front(frame[x], frame["score"]), x, "score")
-            points_with_intervals(ax, frame, x, "score", used)
+            points_with_intervals(ax, frame, x, "score", used, markers)
         if judge.blocks:
             ax.set_title("not valid, shown without a headline", color="#b3261e", fontsize=9)
         data = data.join(frame[["score", "score_low", "score_high"]].add_prefix(f"{judge.name}_"))
-    role_legend(fig, used)
+    shapes = {study.results.loc[config, "epochs"]: marker for config, marker in markers.items()}
+    role_legend(fig, used, dict(sorted(shapes.items())))
     return fig, data.reset_index()
 
 
@@ -148,8 +162,13 @@ def any_two(results: pd.DataFrame, x: str, y: str) -> Figure:
     return fig
 
 
-def points_with_intervals(ax: Axes, frame: pd.DataFrame, x: str, y: str, used: Mapping[str, str]) -> None:
-    """Labelled points at columns x and y of `frame` (indexed by configuration), whiskers to `<x>_low` etc. if there."""
+def points_with_intervals(
+    ax: Axes, frame: pd.DataFrame, x: str, y: str, used: Mapping[str, str], markers: Mapping[str, str] | None = None
+) -> None:
+    """Labelled points at columns x and y of `frame` (indexed by configuration), whiskers to `<x>_low` etc. if there.
+
+    `markers` are by configuration; those without one are circles.
+    """
     names = labelled(list(frame.index), used)
     shown, others = frame.loc[names], frame.drop(names)
     ax.margins(0.12)  # room for arrows beside the outermost points
@@ -160,7 +179,11 @@ def points_with_intervals(ax: Axes, frame: pd.DataFrame, x: str, y: str, used: M
         if f"{values}_low" in frame:
             bounds = shown[f"{values}_low"], shown[f"{values}_high"]
             draw_intervals(ax, shown[values], shown[places], *bounds, along, **look)
-    ax.scatter(shown[x], shown[y], s=36, c=shades, zorder=3)
+    looks = {config: (markers or {}).get(config, "o") for config in names}
+    for marker in dict.fromkeys(looks.values()):
+        chosen = [config for config in names if looks[config] == marker]
+        hues = [colour(config, used) for config in chosen]
+        ax.scatter(shown.loc[chosen, x], shown.loc[chosen, y], s=36, c=hues, marker=marker, zorder=3)
     label_points(ax, shown[x], shown[y], names)
 
 

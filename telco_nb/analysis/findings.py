@@ -286,8 +286,9 @@ def rule_findings(
     for judge in panel:
         if checks is not None and judge.kind != "checklist":
             table = rule_agreement(checks, judgements[judge.name], seed)
-            tables.append(table.assign(judge=judge.label))
-            told += [rule_finding(judge, table)] if len(table) else []
+            if len(table):
+                tables.append(table.assign(judge=judge.label))
+                told.append(rule_finding(judge, table))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), told
 
 

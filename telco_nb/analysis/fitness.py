@@ -257,7 +257,8 @@ def floor_rankings(judges: Sequence[JudgeResults]) -> list[Finding]:
             continue
         best, n = str(judge.scores.idxmax()), len(judge.scores)
         above = scores[scores > judge.scores.max()]
-        found.append(Finding(f"floor.ranked.{judge.name}", _ranked_text(judge, above, best, n), len(above), n=n))
+        text = _ranked_text(judge, above, best, n) if len(above) else _none_above_text(judge, scores, best, n)
+        found.append(Finding(f"floor.ranked.{judge.name}", text, len(above), n=n))
     return found
 
 
@@ -266,10 +267,16 @@ def _is_placed(judge: JudgeResults, anchor: str) -> bool:
     return (terms := judge.terms(anchor)) is None or terms >= LEAST_TERMS
 
 
+def _none_above_text(judge: JudgeResults, scores: pd.Series, best: str, n: int) -> str:
+    """That no text ranks above the best configuration, and above how many of the others the best text does."""
+    who = f"{best}, the highest of {counted(n, 'configuration')}"
+    below = int((judge.scores < scores.iloc[0]).sum())
+    rest = f"; {ANCHORS[str(scores.index[0])]} scores higher than {below} of them" if below else ""
+    return f"With {judge.label} no text that needs no training scores higher than {who}{rest}."
+
+
 def _ranked_text(judge: JudgeResults, above: pd.Series, best: str, n: int) -> str:
     who = f"{best}, the highest of {counted(n, 'configuration')}"
-    if above.empty:
-        return f"With {judge.label} no text that needs no training scores higher than {who}."
     leads = {str(anchor): lead_over(judge, best, str(anchor), n) for anchor in above.index}
     surely = [ANCHORS[anchor] for anchor, lead in leads.items() if lead is not None and lead.is_below()]
     told = name_list([f"{ANCHORS[str(anchor)]} ({score:+.2f})" for anchor, score in above.items()])

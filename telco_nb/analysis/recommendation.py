@@ -220,7 +220,7 @@ def _cannot_tell(compared: Mapping[str, pd.DataFrame], claims: Claims, config: s
         behind = table.loc[near, "behind_at_most"]
         bound = "any share" if math.isinf(behind) else f"up to {percent(float(expit(behind)))}"
         who = f"all {n}" if n == len(table) else f"{n} of {len(table)}"
-        lost = f"{near}, which is surely closest to it, may still lose {bound} of decided comparisons to the best"
+        lost = f"even {near}, the safest pick, may lose {bound} of decided comparisons to the best"
         parts.append(f"with {label} {who} can be the best, and {lost}")
     return (
         f"{'; '.join(parts)}. Losing at most {percent(float(expit(claims.margin)))} of them would count as equally good"

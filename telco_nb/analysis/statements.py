@@ -18,8 +18,8 @@ WORDS = {
     "gold answers": ("gold", "the answers written out beforehand, one to each question: what a full answer says"),
     "offline proxy": ("proxy|proxies", "a judge that is a program, of rules or of text likeness, and stands in for a "
                       "human reader"),
-    "panel": ("panel", "a judge: language models outside this project that read pairs of answers, blind, and voted; "
-              "which models is not known to the record"),
+    "panel": ("panel", "a judge: readers that are language models outside this project; they voted on blind pairs of "
+              "answers, and which models they are is not known to the record"),
     "brackets": (r"\d+%? \[", "95 % bounds of one value alone; a verdict also allows for the design and for how many "
                  "values were tested together, so a value can be `not distinguishable` although its brackets leave 0 "
                  "out"),

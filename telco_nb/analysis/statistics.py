@@ -304,9 +304,18 @@ def kappa_by_kind(a: pd.DataFrame, b: pd.DataFrame, kinds: pd.Series, n_draws: i
     return pd.DataFrame([row for row in rows if row[1]], columns=columns)
 
 
+def read_comparisons(judgements: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of the ranking that the judge has read.
+
+    Answers that lose by rule, empty or looping, are left out (`source`, where it is known): all judges agree on them.
+    """
+    rows = judgements[judgements["purpose"] == "ranking"]
+    return rows[rows["source"] != "rule"] if "source" in rows else rows
+
+
 def _verdicts_by_pair(judgements: pd.DataFrame) -> pd.DataFrame:
     """The judgements for the ranking with the pair in alphabetical order and the verdict 0, 1 (tie) or 2."""
-    rows = judgements[judgements["purpose"] == "ranking"]
+    rows = read_comparisons(judgements)
     seats = rows[["config_first", "config_second"]]
     low, high = seats.min(axis=1), seats.max(axis=1)
     verdict = np.select([rows["winner"] == low, rows["winner"] == high], [0, 2], 1)

@@ -130,7 +130,7 @@ function card(q, i, folded) {
   const head = make("h3", {}, column.name, column.about ? make("small", {}, ` ${column.about}`) : null);
   if (!answer) return make("article", { class: "card" }, head, make("p", { class: "soft" }, "No answer."));
   const flags = answer.flags.map((flag) => make("span", { class: LETTERS[flag] ? "tag bad" : "tag" }, flag));
-  const number = answer.coverage === null ? null : `Makes ${percent(answer.coverage)} % of a full answer's points; content ${answer.content} (points made less penalties).`;
+  const number = answer.coverage === null ? null : `Makes ${percent(answer.coverage)} % of a full answer's points; content ${answer.content} (points made, less what unsafe advice costs).`;
   const list = answer.credits && q.points.length ? points(q, answer.credits) : null;
   const made = list && folded ? make("details", {}, make("summary", {}, "Points made and missed"), list) : list;
   return make("article", { class: "card" }, head, flags.length ? make("p", { class: "tags" }, ...flags) : null,

@@ -1,12 +1,12 @@
 """The offline judge `checklist`: rules that hold an answer against the points of this customer's problem.
 
 Content decides: which points of the problem the answer makes, in the words of the card or of the gold answer, in order
-and not negated. Safety comes before it: an unsafe answer loses to a safe one. Between answers of equal content the one
-with fewer faults wins: false statements, then style. Content and style are reported apart, because an answer can read
-well and say nothing.
+and not negated. An unsafe answer loses about two points of three. Between answers of equal content the one with fewer
+faults wins, where a kind of false statement counts as two faults of style. Content and style are reported apart: an
+answer can read well and say nothing.
 
-A false statement earns no point, and costs none: taken off the points, as it was before, it pointed the wrong way in
-weak answers, by the votes of blind readers (LOG.md, Judges and ranking).
+A false statement, or another problem's step, earns no point and costs none: in weak answers, by the votes of blind
+readers, the first told nothing and the second seemed to point the wrong way (LOG.md, Judges and ranking).
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Checked:
         return {name: max(1, round(ratings[name])) if name in ratings else None for name in CRITERIA}
 
     def summary(self) -> str:
-        faults = ", ".join(self.flags()) or "no fault found"
-        return f"content {self.content:.2f} (coverage {self.coverage:.2f}), style {self.style:.2f}; {faults}"
+        scores = f"content {self.content:.2f} (coverage {self.coverage:.2f}), faultless {self.faultless:.2f}"
+        return f"{scores}; {', '.join(self.flags()) or 'no fault found'}"
 
 
 class ChecklistJudge(OfflineJudge):

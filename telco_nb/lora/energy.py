@@ -42,8 +42,8 @@ COUNTER_STEP_S = 0.1  # between two updates of NVML's counter; RAPL's 1 ms needs
 GPU_SAMPLE_S, GPU_LAG_S = 0.1, 1.0
 BATTERY_SAMPLE_S, BATTERY_LAG_S, BATTERY_ACCURACY, WALL_METER_ACCURACY = 1.0, 5.0, 0.1, 0.02  # guesses
 RAPL_WRAP_S = 30.0  # the counter is read at least so often: at 500 W AMD's starts again every 131 s
-# Between carbontracker's figure and ours, relative, and with a card GPU_LAG_S of the window more: carbontracker samples
-# its power, so it misses what the mean of the past second still holds of the rest. On an H100 .4 to .7 s of 5.7 to 37.
+# Between carbontracker's figure and ours, relative, and with a card GPU_LAG_S of each window more: it samples a mean
+# over about the past second, so the first second reads low. On an H100 that is .4 to .7 s of 5.7 to 37 s.
 MAX_DISAGREEMENT = 0.05
 NO_GPU = "no GPU"  # the reason of a row that nothing has failed for
 KINDS = ("measured", "external", "allocated", "estimated", "none")  # from the strongest to the weakest
@@ -482,6 +482,7 @@ def carbontracker_note(statement: pd.DataFrame) -> str:
     parts = "the processor" if rows.loc["gpu", "kind"] == "none" else "processor and GPU together"
     text = f"Over the same windows carbontracker reads **{ratio:.3f}** times our figure of {parts}."
     lag_s = 0.0 if rows.loc["gpu", "kind"] == "none" else GPU_LAG_S
+    lag_s *= max(1, rows.loc["total", "n_windows"])
     allowed = MAX_DISAGREEMENT + min(1.0, lag_s / _number(rows.loc["total", "window_s"]))
     if abs(ratio - 1) <= allowed:
         return text

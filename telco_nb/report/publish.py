@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from telco_nb import ROOT
-from telco_nb.analysis.statements import words_of
+from telco_nb.analysis.statements import some_of, words_of
 from telco_nb.judge.anchors import ANCHORS, FLOORS
 from telco_nb.judge.ranking import interval_text
 from telco_nb.report.tiles import first_sentence
@@ -93,6 +93,7 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     steps = [read_json(path, control_characters=True) for path in root.glob("*/*/manifest.json")]
     facts = {
         "profile": root.name,
+        "trained": min(step["started_at"] for step in steps if step["step"] == "03_train")[:10],
         "date": manifest["started_at"][:10],
         "device": manifest["device"],
         "trained_on": _trained_on(root),
@@ -143,16 +144,28 @@ def _publish_record(root: Path, folder: Path) -> None:
 
 
 def verdicts_in_force(store: bytes) -> bytes:
-    """The lines of a store without what a rule-based judge planned and found by earlier rules: no ranking reads it."""
+    """A store without what a rule-based judge planned and found by rules that no longer hold: no ranking reads it.
+
+    Of each plan the last one stays, and of the verdicts by rules those that it asks for. What hosted judges and readers
+    were asked stays.
+    """
     lines = store.splitlines(keepends=True)
-    rules = [found[1] if (found := re.search(rb'"rules_sha256": "(\w+)"', line)) else None for line in lines]
-    newest = next(filter(None, reversed(rules)), None)
-    plans = [found[1] if (found := re.match(rb'{"plan": "(\w+)"', line)) else None for line in lines]
-    last = {plan: number for number, plan in enumerate(plans)}
-    kept = (
-        not newest or (rule in (None, newest) and (not plans[n] or last[plans[n]] == n)) for n, rule in enumerate(rules)
-    )
-    return b"".join(line for line, keep in zip(lines, kept, strict=True) if keep)
+    plans = {name: n for n, line in enumerate(lines) if (name := _first(rb'{"plan": "(\w+)"', line))}
+    if not plans or not any(b'"rules_sha256": ' in line for line in lines):
+        return store
+    asked = {id for n in plans.values() for id in json.loads(lines[n])["questions"]["judgement_id"]}
+
+    def holds(n: int, line: bytes) -> bool:
+        if name := _first(rb'{"plan": "(\w+)"', line):
+            return plans[name] == n
+        return b'"rules_sha256": ' not in line or json.loads(line)["judgement_id"] in asked
+
+    return b"".join(line for n, line in enumerate(lines) if holds(n, line))
+
+
+def _first(pattern: bytes, line: bytes) -> bytes | None:
+    """The group of a pattern at the start of a line."""
+    return match[1] if (match := re.match(pattern, line)) else None
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -198,13 +211,13 @@ def _heading(about: Mapping[str, Any], rows: Sequence[Mapping[str, str]], judges
     here = _processor(about["device"])  # the analysis needs no card
     others = [one for one in about.get("trained_on", []) if one != here]
     machine = f"trained on {' and '.join(others)}, analysed on {here}" if others else here
-    took = f"{about['seconds'] / 60:.0f} min"
+    took = f"{about['seconds'] / 60:.0f} min in all"
+    trained = about.get("trained", about["date"])
+    judged = "" if trained == about["date"] else f", judged {about['date']}"
     kinds = " and ".join(sorted({row["energy_kind"] for row in rows}))
     failed = [judge for judge in judges if rows[0][f"{judge}_gate"] != "passed"]
-    text = (
-        f"**What the run of {about['date']} found** (profile `{about['profile']}`, {machine}, {took}; brackets are 95 "
-    )
-    return f"{text}% intervals). Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}"
+    about_it = f"(profile `{about['profile']}`, {machine}{judged}, {took}; brackets are 95 % intervals)"
+    return f"**What the run of {trained} found** {about_it}. Energy is **{kinds}**.{_proxies(judges)}{_failed(failed)}"
 
 
 def _shown_statements(findings: list[dict[str, Any]], starts: Sequence[str]) -> list[str]:
@@ -234,31 +247,40 @@ def _places(statements: list[str]) -> list[str]:
 
 
 def _untrained_texts(statements: list[str]) -> list[str]:
-    """One sentence where no judge ranks a text that needs no training above every configuration."""
-    found = [re.match(r"With (.*) no text that needs no training", said) for said in statements]
-    judges = [match[1] for match in found if match]
-    if len(judges) < max(2, len(statements)):
+    """One sentence where no judge ranks a text that needs no training above the best configuration."""
+    form = r"With (.*) no text that needs no training .*, the highest of (\d+)[^;]*(?:; (.*) of them)?\."
+    found = [match for said in statements if (match := re.fullmatch(form, said))]
+    if len(found) < max(2, len(statements)):
         return statements
-    return [f"With {' and with '.join(judges)} no text that needs no training scores higher than every configuration."]
+    judges = " and with ".join(match[1] for match in found)
+    rest = "".join(f"; with {match[1]} {match[3]} of {match[2]}" for match in found if match[3])
+    return [f"With {judges} the best configuration scores higher than every text without training{rest}."]
 
 
 def _score_effects(findings: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[str]:
     """The effects that are shown on each judge's score in one sentence, and what the other judges find of them."""
-    every = {f["id"]: f for f in findings if f["id"].startswith("effect.") and f["value"] is not None}
+    known = {f["id"]: f for f in findings if f["id"].startswith("effect.") and f["value"] is not None}
+    open_ones = {id: f for id, f in known.items() if f["verdict"] != "blocked"}
     responses = {finding["id"].split(".")[1]: None for finding in shown}  # in order
-    others = {response for id in every if (response := id.split(".")[1]).endswith("score")}
+    others = {response for id in open_ones if (response := id.split(".")[1]).endswith("score")}
     sentences = []
     for response in responses:
         effects = [finding for finding in shown if finding["id"].split(".")[1] == response]
         said = f"Effects on the score of {response.removesuffix('score')} (log-odds): {_named_effects(effects)}."
         for other in sorted(others - {response}):
             ids = [effect["id"].replace(f".{response}.", f".{other}.") for effect in effects]
-            found = [(every[id], effect) for id, effect in zip(ids, effects, strict=True) if id in every]
-            alike = sum(one["value"] * effect["value"] > 0 for one, effect in found)
-            n = f"{sum(one['verdict'] == 'supported' for one, _ in found)} of these {len(effects)}"
-            said += f" With {other.removesuffix('score')} {n} are shown (same sign: {alike})."
+            found = [(open_ones[id], effect) for id, effect in zip(ids, effects, strict=True) if id in open_ones]
+            if found:
+                said += _also_found(other.removesuffix("score"), found)
         sentences.append(said)
     return [*sentences, *_energy_effect(findings)] if sentences else _no_effect(findings)
+
+
+def _also_found(judge: str, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """What another judge finds of these effects; `found` are pairs of its effect and the one that is shown."""
+    n = sum(one["verdict"] == "supported" for one, _ in found)
+    alike = sum(one["value"] * effect["value"] > 0 for one, effect in found)
+    return f" With {judge} {some_of(n, len(found), 'effect', 'is', 'are')} shown; {alike or 'none'} of the same sign."
 
 
 def _named_effects(effects: list[dict[str, Any]]) -> str:
@@ -300,7 +322,10 @@ def _told(finding: dict[str, Any]) -> str:
         return first_sentence(said)
     if finding["id"] == "taught":
         # The report has the shares themselves; `floor.coverage` tells of the look-up.
-        return re.sub(r" On \d+ questions .*?(?= Training added )", "", said.partition(" The look-up makes")[0])
+        said = re.sub(r" On \d+ questions .*?(?= Training added )", "", said.partition(" The look-up makes")[0])
+        return said.replace(
+            " percentage points on trained problems and", " % of the points on trained problems,"
+        ).replace(" on others, a difference", " % on terms never trained on: a difference")
     return said
 
 

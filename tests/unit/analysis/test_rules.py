@@ -26,8 +26,8 @@ def study(seed, follows):
     prefers = rng.random(N) < 1 / (1 + np.exp(-follows(first, second)))
     judgements = pd.DataFrame(
         {
-            "purpose": "ranking", "prompt_id": prompts, "config_first": "c01", "config_second": "c02",
-            "winner": np.where(prefers, "c01", "c02"),
+            "purpose": "ranking", "source": "judge", "prompt_id": prompts,
+            "config_first": "c01", "config_second": "c02", "winner": np.where(prefers, "c01", "c02"),
         }
     )  # fmt: skip
     return pd.concat([first, second]), judgements
@@ -43,6 +43,13 @@ def statement(made):
     table, told = findings.rule_findings([CHECKLIST, READER], checks, {READER.name: judgements}, 1)
     assert set(table["judge"]) == {READER.label}
     return told[0]
+
+
+def test_a_judge_that_failed_its_gate_is_not_told_as_a_reader():
+    checks, judgements = study(6, lambda first, second: np.zeros(N))
+    failed = fake_study.make_judge(SCORES, name="panel", kind="embedding", gate_passed=False, headline_blocks=("so",))
+    _, told = findings.rule_findings([CHECKLIST, failed], checks, {"panel": judgements}, 1)
+    assert told[0].verdict == "blocked" and told[0].blocked_by
 
 
 def has(answers, flag):
@@ -61,11 +68,11 @@ def test_a_reader_who_wants_points_and_whole_answers_and_likes_other_problems_st
     table = told(*study(1, follows))
     assert table.loc["more points, by 0.4 or more", "agreed_low"] > 0.5
     assert table.loc["fewer faults, at equal content", "agreed_low"] > 0.5
-    assert table.loc["without unclean end", "agreed_low"] > 0.5 > table.loc["without off request", "agreed_high"]
+    assert table.loc["not cut off", "agreed_low"] > 0.5 > table.loc["no step of another problem", "agreed_high"]
     assert "safe, the other is not" not in table.index  # nothing turned on it
     finding = statement(study(1, follows))
-    along, _, against = finding.statement.partition(" less often: ")
-    assert finding.n >= 100 and "without off request" in against and "without unclean end" in along
+    along, _, against = finding.statement.partition("; less often by ")
+    assert finding.verdict == "described" and "no step of another problem" in against and "not cut off" in along
 
 
 def test_of_a_reader_who_tosses_coins_the_intervals_hold_one_half_for_95_percent_of_all_rules():
@@ -92,11 +99,14 @@ def test_the_share_is_that_of_a_count_by_hand_and_does_not_depend_on_the_seats()
     pd.testing.assert_frame_equal(told(checks, swapped), table)
 
 
-def test_ties_and_pairs_with_texts_that_were_not_checked_say_nothing():
+def test_ties_unread_answers_and_pairs_with_texts_that_were_not_checked_say_nothing():
     checks, judgements = study(4, lambda first, second: first["coverage"] - second["coverage"])
     other = judgements.head(5).assign(config_first="gold", winner="gold")
+    unread = judgements.head(5).assign(source="rule")
     ties, anchor = judgements.head(5).assign(winner="tie"), judgements.head(5).assign(purpose="anchor")
-    pd.testing.assert_frame_equal(told(checks, pd.concat([judgements, other, ties, anchor])), told(checks, judgements))
+    pd.testing.assert_frame_equal(
+        told(checks, pd.concat([judgements, other, ties, anchor, unread])), told(checks, judgements)
+    )
     assert rules.rule_agreement(checks, ties, 1).empty
 
 

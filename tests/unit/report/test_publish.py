@@ -93,12 +93,19 @@ def test_what_the_readme_says_in_the_open_is_short_and_answers_what_a_newcomer_a
 
 
 def test_plans_and_verdicts_of_a_judges_earlier_rules_are_not_published():
-    plan = b'{"plan": "pairs", "sha256": "%d"}'
-    first, second = b'{"id": 1, "rules_sha256": "aa"}', b'{"id": 1, "rules_sha256": "bb"}'
-    kept = publish.verdicts_in_force(b"\n".join([plan % 1, first, b'{"id": 2}', plan % 2, second]) + b"\n")
-    assert kept.splitlines() == [b'{"id": 2}', plan % 2, second]
-    asked = b"\n".join([plan % 1, b'{"id": 1}', plan % 2, b'{"id": 2}'])  # a hosted judge: whatever it was asked stays
-    assert publish.verdicts_in_force(asked) == asked and publish.verdicts_in_force(b"") == b""
+    def plan(*ids: str) -> bytes:
+        return json.dumps({"plan": "pairs", "questions": {"judgement_id": ids}}).encode()
+
+    def verdict(id: str, rules: str) -> bytes:
+        return json.dumps({"judgement_id": id, "parameters": {"rules_sha256": rules}}).encode()
+
+    a, b, reader = verdict("1", "aa"), verdict("2", "bb"), b'{"judgement_id": "3"}'
+    once = b"\n".join([plan("1"), a, reader, plan("2"), b]) + b"\n"
+    assert publish.verdicts_in_force(once).splitlines() == [reader, plan("2"), b]
+    again = once + plan("1") + b"\n"  # back to the first rules, whose verdicts are found in the store
+    assert publish.verdicts_in_force(again).splitlines() == [a, reader, plan("1")]
+    hosted = b"\n".join([plan("1"), b'{"judgement_id": "1"}', plan("2"), b'{"judgement_id": "2"}'])
+    assert publish.verdicts_in_force(hosted) == hosted and publish.verdicts_in_force(b"") == b""
 
 
 def test_missing_markers_are_an_error(tmp_path):
@@ -130,11 +137,11 @@ def test_effects_on_one_judges_score_stand_beside_how_many_of_them_the_other_jud
         effect("checklist", "supported", 0.7, "target_modules.qv->mlp"),
     ]
     theirs = [effect("panel", "not distinguishable", 1.4), effect("panel", "not distinguishable", 9.0, "epochs.1->9")]
-    theirs += [effect("panel", "not distinguishable", 0.1, "target_modules.qv->all"), effect("third", "blocked", None)]
+    theirs += [effect("panel", "not distinguishable", 0.1, "target_modules.qv->all"), effect("third", "blocked", 0.4)]
     (told,) = publish._shown_statements([*mine, *theirs], ["effect."])
     assert told == (
         "Effects on the score of checklist (log-odds): target modules qv to mlp +0.70 [-0.10, +2.00], to all +0.50 "
-        "[-0.10, +2.00]; epochs 1 to 4 -0.20 [-0.10, +2.00]. With panel 0 of these 3 are shown (same sign: 1)."
+        "[-0.10, +2.00]; epochs 1 to 4 -0.20 [-0.10, +2.00]. With panel none of 2 effects is shown; 1 of the same sign."
     )
 
 
