@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from telco_nb.analysis.results import StudyResults
+from telco_nb.analysis.statements import counted
 from telco_nb.analysis.statistics import Numbers, pareto_front
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def role_legend(fig: Figure, used: Mapping[str, str], shapes: Mapping[int, str] 
         for config, role in used.items()
     ]
     handles += [
-        Line2D([], [], marker=marker, linestyle="", color=COLOURS["other"], label=f"{n:g} epoch{'s' * (n != 1)}")
+        Line2D([], [], marker=marker, linestyle="", color=COLOURS["other"], label=counted(int(n), "epoch"))
         for n, marker in (shapes or {}).items()
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)

@@ -85,6 +85,9 @@ def publish_study(root: Path, folder: Path = REFERENCE) -> None:
     manifest = read_manifest(root, "study", "06_analysis")
     if manifest is None:
         raise FileNotFoundError(f"{root} holds no finished study. Run: ./run_all.py --profile {root.name}")
+    if failed := sorted(root.glob("*/0*.failed.ipynb")):
+        step = f"{failed[0].parent.name}/{failed[0].name.partition('.')[0]}"
+        raise FileNotFoundError(f"{root}: the last run of {step} failed. Run: ./run_all.py --profile {root.name}")
     require_finished(root, *PUBLISHED_FROM, needs_seal=True)
     folder.mkdir(parents=True, exist_ok=True)
     for source, name in FILES.items():
@@ -319,7 +322,9 @@ def _told(finding: dict[str, Any]) -> str:
     if finding["id"].startswith(LOSS_RANKS):
         return f"{said.partition(';')[0]}."
     if finding["id"].startswith(BRIEFLY):
-        return first_sentence(said)
+        return re.sub(
+            r" \((?!measured|estimated)[^()]*: [^()]*\)", "", first_sentence(said)
+        )  # sources are in the report
     if finding["id"] == "taught":
         # The report has the shares themselves; `floor.coverage` tells of the look-up.
         said = re.sub(r" On \d+ questions .*?(?= Training added )", "", said.partition(" The look-up makes")[0])

@@ -1,5 +1,6 @@
 """With 200 configurations no label of a figure lies on another, and what has a role stays visible."""
 
+from collections import Counter
 from itertools import pairwise
 
 import fake_study
@@ -88,10 +89,22 @@ def test_no_two_labels_of_200_configurations_overlap(study, used, kind):
 def test_points_with_a_role_are_drawn_above_all_others(study, used):
     fig, _ = charts.score_panels(study, "train_energy_wh", "Wh", used)
     fig.canvas.draw()
-    dots = [(c.get_zorder(), len(c.get_offsets())) for c in fig.axes[0].collections if len(c.get_offsets()) > 1]
-    (below, others), (above, shown) = sorted(dot for dot in dots if dot[1] in (N - len(used), len(used)))
-    assert below < above and (others, shown) == (N - len(used), len(used))
+    dots = Counter()
+    for found in fig.axes[0].collections:
+        dots[found.get_zorder()] += len(found.get_offsets()) if len(found.get_paths()) == 1 else 0
+    assert dots[1] == N - len(used) and dots[3] == len(used)
     plt.close(fig)
+
+
+def test_the_number_of_epochs_is_told_by_the_marker_where_there_are_several():
+    study = fake_study.make_study(16)
+    fig, _ = charts.score_panels(study, "val_loss", "loss", {})
+    told = [text.get_text() for text in fig.legends[0].get_texts()]
+    levels = sorted(study.results["epochs"].unique())
+    assert len(levels) > 1 and told == [f"{n} epoch{'' if n == 1 else 's'}" for n in levels]
+    assert len(set(charts.epoch_markers(study.results).values())) == len(levels)
+    plt.close(fig)
+    assert charts.epoch_markers(study.results.assign(epochs=3)) == {} == charts.epoch_markers(pd.DataFrame())
 
 
 def test_every_configuration_of_a_study_of_16_has_its_label():

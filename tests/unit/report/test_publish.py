@@ -196,3 +196,12 @@ def test_the_places_of_one_configuration_are_one_sentence_and_of_two_they_are_tw
     assert publish._places(said) == ["The lowest, c11, ranks 12 of 16 with a [6, 16] and 7 of 16 with b [1, 9]."]
     other = "The lowest, c02, ranks 1 of 16 with b [1, 2]."
     assert publish._places([said[0], other]) == [said[0], other] and publish._places([]) == []
+
+
+def test_a_study_whose_last_analysis_failed_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "read_manifest", lambda *scope: {"started_at": "2026-01-01"})
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "06_analysis.failed.ipynb").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"the last run of study/06_analysis failed\. Run: "):
+        publish.publish_study(tmp_path, tmp_path / "reference")
+    assert not (tmp_path / "reference").exists()
