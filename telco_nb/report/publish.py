@@ -62,7 +62,7 @@ IN_THE_OPEN = (
     "deploy", "fitness.coverage", "floor.coverage", "floor.ranked.", "taught", "primary", "loss_choice",
     *LOSS_RANKS, "effect.", "energy_ratio", "serving",
 )  # fmt: skip
-BRIEFLY = ("loss_choice", "energy_ratio", "serving")  # of these the first sentence
+BRIEFLY = ("floor.coverage", "loss_choice", "energy_ratio", "serving")  # of these the first sentence
 FOLDED = (
     "fitness.unsafe",
     "floor.unsafe",
@@ -249,15 +249,19 @@ def _places(statements: list[str]) -> list[str]:
     return [f"{parts[0][0]} ranks {' and '.join(place for _, _, place in parts)}."]
 
 
+_LONG = "the answer of the most similar training conversation"
+
+
 def _untrained_texts(statements: list[str]) -> list[str]:
     """One sentence where no judge ranks a text that needs no training above the best configuration."""
     form = r"With (.*) no text that needs no training .*, the highest of (\d+)[^;]*(?:; (.*) of them)?\."
     found = [match for said in statements if (match := re.fullmatch(form, said))]
     if len(found) < max(2, len(statements)):
         return statements
-    judges = " and with ".join(match[1] for match in found)
-    rest = "".join(f"; with {match[1]} {match[3]} of {match[2]}" for match in found if match[3])
-    return [f"With {judges} the best configuration scores higher than every text without training{rest}."]
+    judges = [match[1].removesuffix(" (offline proxy)") for match in found]
+    rest = [f"with {judge} {match[3]} of {match[2]}" for judge, match in zip(judges, found, strict=True) if match[3]]
+    best = f"With {' and with '.join(judges)} the best configuration scores higher than every text without training"
+    return ["; ".join([best, *rest]).replace(_LONG, "a look-up") + "."]
 
 
 def _score_effects(findings: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[str]:
@@ -322,15 +326,15 @@ def _told(finding: dict[str, Any]) -> str:
     if finding["id"].startswith(LOSS_RANKS):
         return f"{said.partition(';')[0]}."
     if finding["id"].startswith(BRIEFLY):
-        return re.sub(
-            r" \((?!measured|estimated)[^()]*: [^()]*\)", "", first_sentence(said)
-        )  # sources are in the report
+        # The report names the sources of numbers, and what an answer's energy leaves out.
+        said = first_sentence(said).replace(", on this machine, without idle servers", "")
+        return re.sub(r" \((?!measured|estimated)[^()]*: [^()]*\)", "", said)
     if finding["id"] == "taught":
         # The report has the shares themselves; `floor.coverage` tells of the look-up.
         said = re.sub(r" On \d+ questions .*?(?= Training added )", "", said.partition(" The look-up makes")[0])
-        return said.replace(
-            " percentage points on trained problems and", " % of the points on trained problems,"
-        ).replace(" on others, a difference", " % on terms never trained on: a difference")
+        said = said.replace(" percentage points on trained problems and", " % of the points on trained problems,")
+        said = said.replace(" on others, a difference", " % on terms never trained on: a difference")
+        return said.replace(", which can be chance", "")
     return said
 
 
