@@ -481,8 +481,7 @@ def carbontracker_note(statement: pd.DataFrame) -> str:
         return "There is nothing to compare: carbontracker or the meter has no figure of the processor or the GPU."
     parts = "the processor" if rows.loc["gpu", "kind"] == "none" else "processor and GPU together"
     text = f"Over the same windows carbontracker reads **{ratio:.3f}** times our figure of {parts}."
-    lag_s = 0.0 if rows.loc["gpu", "kind"] == "none" else GPU_LAG_S
-    lag_s *= max(1, rows.loc["total", "n_windows"])
+    lag_s = 0.0 if rows.loc["gpu", "kind"] == "none" else GPU_LAG_S * max(1, rows.loc["total", "n_windows"])
     allowed = MAX_DISAGREEMENT + min(1.0, lag_s / _number(rows.loc["total", "window_s"]))
     if abs(ratio - 1) <= allowed:
         return text
