@@ -79,8 +79,7 @@ def _rules(pairs: _Pairs) -> dict[str, np.ndarray]:
     for low, high in pairwise(POINT_BANDS):
         in_band = (np.abs(points) >= low) & (np.abs(points) < high) & (safety == 0)
         by = f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}" if low else f"less than {high:g}"
-        name = f"more points, by {by}"
-        rules[name] = np.sign(points) * in_band
+        rules[f"more points, by {by}"] = np.sign(points) * in_band
     equal = (np.abs(pairs.less("content")) < TIE_BAND) & (np.abs(pairs.less("faultless")) >= FAULT_GAP)
     rules["fewer faults, at equal content"] = np.sign(pairs.less("faultless")) * equal
     flags = [side["flags"].astype(str).str.split("; ") for side in (pairs.first, pairs.second)]

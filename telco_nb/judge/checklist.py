@@ -27,7 +27,7 @@ from telco_nb.judge.cases import CRITERIA, Answers, Case, OfflineJudge, Verdict,
 from telco_nb.judge.matching import SAME_POINT, Answer, Weights, answer_sentences, match, phrase
 from telco_nb.study.imports import sources_sha256
 
-TIE_BAND = 0.1  # of content: by smaller differences, a third of a point, blind readers agree in 58 %
+TIE_BAND = 0.1  # of content, a third of a point: blind readers go along with smaller differences in 58 %
 CLEAR_MARGIN = 0.25  # from here on the better answer is clearly better
 FAULT, FAULT_GAP = 1 / 3, 0.3  # what a fault of style costs; the difference from which on faults decide
 FALSE = 2 * FAULT  # what a kind of false statement costs there

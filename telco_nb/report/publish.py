@@ -249,9 +249,6 @@ def _places(statements: list[str]) -> list[str]:
     return [f"{parts[0][0]} ranks {' and '.join(place for _, _, place in parts)}."]
 
 
-_LONG = "the answer of the most similar training conversation"
-
-
 def _untrained_texts(statements: list[str]) -> list[str]:
     """One sentence where no judge ranks a text that needs no training above the best configuration."""
     form = r"With (.*) no text that needs no training .*, the highest of (\d+)[^;]*(?:; (.*) of them)?\."
@@ -261,13 +258,13 @@ def _untrained_texts(statements: list[str]) -> list[str]:
     judges = [match[1].removesuffix(" (offline proxy)") for match in found]
     rest = [f"with {judge} {match[3]} of {match[2]}" for judge, match in zip(judges, found, strict=True) if match[3]]
     best = f"With {' and with '.join(judges)} the best configuration scores higher than every text without training"
-    return ["; ".join([best, *rest]).replace(_LONG, "a look-up") + "."]
+    return ["; ".join([best, *rest]).replace(ANCHORS["nearest"], "a look-up") + "."]
 
 
 def _score_effects(findings: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[str]:
     """The effects that are shown on each judge's score in one sentence, and what the other judges find of them."""
-    known = {f["id"]: f for f in findings if f["id"].startswith("effect.") and f["value"] is not None}
-    open_ones = {id: f for id, f in known.items() if f["verdict"] != "blocked"}
+    estimated = [f for f in findings if f["id"].startswith("effect.") and f["value"] is not None]
+    open_ones = {f["id"]: f for f in estimated if f["verdict"] != "blocked"}
     responses = {finding["id"].split(".")[1]: None for finding in shown}  # in order
     others = {response for id in open_ones if (response := id.split(".")[1]).endswith("score")}
     sentences = []

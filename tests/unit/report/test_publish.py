@@ -5,10 +5,12 @@ import json
 import lzma
 import re
 
+import fake_study
 import numpy as np
 import pandas as pd
 import pytest
 
+from telco_nb.analysis import fitness
 from telco_nb.analysis.statements import WORDS
 from telco_nb.commands.rerank import rerank
 from telco_nb.judge.store import VerdictStore
@@ -205,3 +207,19 @@ def test_a_study_whose_last_analysis_failed_is_not_published(tmp_path, monkeypat
     with pytest.raises(FileNotFoundError, match=r"the last run of study/06_analysis failed\. Run: "):
         publish.publish_study(tmp_path, tmp_path / "reference")
     assert not (tmp_path / "reference").exists()
+
+
+def test_what_needs_no_training_is_one_sentence_with_how_many_configurations_it_beats():
+    ranked = pd.Series({"c01": 0.6, "c02": 0.1, "c03": -0.2})
+    judges = [fake_study.make_judge(ranked), fake_study.make_judge(ranked, name="panel", kind="language_model_panel")]
+    best_texts = [pd.Series({"nearest": -0.1}), pd.Series({"template": 0.2})]
+    said = [fitness._none_above_text(judge, best, "c01", 3) for judge, best in zip(judges, best_texts, strict=True)]
+    assert publish._untrained_texts(said) == [
+        "With checklist and with panel the best configuration scores higher than every text without training; "
+        "with checklist a look-up scores higher than 1 of 3; with panel one sentence for everything scores higher than "
+        "2 of 3."
+    ]
+    alone = [fitness._none_above_text(judges[0], pd.Series({"template": -0.5}), "c01", 3)]
+    assert publish._untrained_texts(alone) == alone
+    above = "With panel, without any training, one sentence for everything (+0.90) scores higher than c01."
+    assert publish._untrained_texts([said[0], above]) == [said[0], above]
